@@ -1,0 +1,349 @@
+"""Every error the package raises.
+
+DurableError
+├── TaskNotRegistered (LookupError)
+├── TaskAlreadyRegistered (ValueError)
+├── QueueNotFound (LookupError)
+├── TaskNotFound (LookupError)
+├── ScheduleNotFound (LookupError)
+├── InvalidCron (ValueError)
+├── InvalidConfiguration (ValueError)
+├── InvalidState (RuntimeError)
+├── IdempotencyConflict (ValueError)
+├── SchemaMismatch (RuntimeError)
+└── TaskError                         what task code sees
+    ├── UserError
+    ├── TaskTimeout (TimeoutError)
+    ├── ChildFailed
+    ├── ChildCancelled
+    ├── InvalidName (ValueError)          ┐
+    ├── InvalidTaskParams (ValueError)    │ the client raises
+    ├── SerializationError (ValueError)   │ these four as well
+    └── PayloadTooLarge (ValueError)      ┘
+
+Suspension, cancellation and a lost lease are not errors: see `durable_sa.signals`. What is recorded of an exception
+and which ones are retried is in `durable_sa.failures`.
+"""
+# ruff: noqa: N818 - the names say what happened; `Error` is kept for those that would say nothing without it
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, cast
+from uuid import UUID
+
+from pydantic_core import from_json, to_json
+
+_SHOWN_CHARACTERS: Final = 80
+_SHOWN_NAMES: Final = 10
+_MESSAGE_CHARACTERS: Final = 1000
+
+
+def _shown(value: object) -> str:
+    """A short, escaped form of a name or setting for a message."""
+    if not isinstance(value, str):
+        return f"of type {type(value).__name__}"
+    if len(value) > _SHOWN_CHARACTERS:
+        return f"{value[:_SHOWN_CHARACTERS]!r}... ({len(value)} characters)"
+    return repr(str.__str__(value))
+
+
+def _plain(data: object) -> Any:
+    """`data` as plain JSON types, whatever it is: an error must not fail for what it carries."""
+    try:
+        encoded = to_json(
+            data, inf_nan_mode="strings", bytes_mode="base64", fallback=lambda value: f"<{type(value).__name__}>"
+        )
+        return from_json(encoded)
+    except Exception:  # noqa: BLE001 - serializers are user code, and lone surrogates, cycles and depth end here as well
+        if isinstance(data, str):
+            return data.encode(errors="backslashreplace").decode()
+        if isinstance(data, dict):
+            return {str(_plain(key)): _plain(value) for key, value in cast(dict[object, object], data).items()}
+        if isinstance(data, list):
+            return [_plain(value) for value in cast(list[object], data)]
+        return f"<{type(data).__name__}>"
+
+
+class DurableError(Exception):
+    """Root of all errors of this package.
+
+    An error is made from its data, which stays readable as attributes, and composes its message from them. Errors can
+    be pickled and copied.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+
+class TaskNotRegistered(DurableError, LookupError):
+    """Raised when a task is asked for by a name that no registered task has."""
+
+    def __init__(self, name: str, registered: Iterable[str] = ()) -> None:
+        self.name = name
+        self.registered = tuple(sorted(registered))
+        super().__init__(name, self.registered)
+
+    def __str__(self) -> str:
+        names = ", ".join(_shown(name) for name in self.registered[:_SHOWN_NAMES]) or "none"
+        if len(self.registered) > _SHOWN_NAMES:
+            names += f" and {len(self.registered) - _SHOWN_NAMES} more"
+        return (
+            f"No task named {_shown(self.name)} is registered (registered: {names}). "
+            "Register it with `durable.register(task)`, or spawn it with `unchecked=True` if only the workers know it."
+        )
+
+
+class TaskAlreadyRegistered(DurableError, ValueError):
+    """Raised when a second task is registered under a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        return f"A task named {_shown(self.name)} is already registered. Rename one of them: `@task('another-name')`."
+
+
+class QueueNotFound(DurableError, LookupError):
+    """Raised when a queue does not exist."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        name = _shown(self.name)
+        return f"There is no queue named {name}. Create it first: `await durable.create_queue({name})`."
+
+
+class TaskNotFound(DurableError, LookupError):
+    """Raised when there is no task with an id: it never was committed, or retention has deleted it."""
+
+    def __init__(self, task_id: UUID) -> None:
+        self.task_id = task_id
+        super().__init__(task_id)
+
+    def __str__(self) -> str:
+        return f"There is no task {self.task_id}. Its spawn was not committed, or it was cleaned up."
+
+
+class ScheduleNotFound(DurableError, LookupError):
+    """Raised when a schedule does not exist."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        return (
+            f"There is no schedule named {_shown(self.name)}. `await durable.list_schedules()` lists those there are."
+        )
+
+
+class InvalidCron(DurableError, ValueError):
+    """Raised when a cron expression cannot be read or never comes true."""
+
+    def __init__(self, expression: object, reason: str) -> None:
+        self.expression = expression
+        self.reason = reason
+        super().__init__(expression, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"The cron expression {_shown(self.expression)} is not valid: {self.reason}. "
+            "Write five fields, minute, hour, day of month, month and day of week, such as '*/5 * * * *'."
+        )
+
+
+class InvalidConfiguration(DurableError, ValueError):
+    """Raised when a setting or an option has a value that cannot work.
+
+    `remedy`, where there is one, says what to write instead.
+    """
+
+    def __init__(self, setting: str, problem: str, remedy: str | None = None) -> None:
+        self.setting = setting
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(setting, problem, remedy)
+
+    def __str__(self) -> str:
+        message = f"{self.setting}: {self.problem}."
+        return f"{message} {self.remedy}" if self.remedy else message
+
+
+class InvalidState(DurableError, RuntimeError):
+    """Raised when something is not in a state in which the call makes sense."""
+
+    def __init__(self, what: str, state: str, remedy: str | None = None) -> None:
+        self.what = what
+        self.state = state
+        self.remedy = remedy
+        super().__init__(what, state, remedy)
+
+    def __str__(self) -> str:
+        message = f"{self.what} is {self.state}."
+        return f"{message} {self.remedy}" if self.remedy else message
+
+
+class IdempotencyConflict(DurableError, ValueError):
+    """Raised when an idempotency key was used before, in the same queue, for another task name or other params."""
+
+    def __init__(self, key: str, queue_name: str, task_id: UUID) -> None:
+        self.key = key
+        self.queue_name = queue_name
+        self.task_id = task_id
+        super().__init__(key, queue_name, task_id)
+
+    def __str__(self) -> str:
+        return (
+            f"The idempotency key {_shown(self.key)} belongs to task {self.task_id} in queue "
+            f"{_shown(self.queue_name)}, whose name or params differ. "
+            "Use another key for another piece of work, or spawn with the first one's task and params."
+        )
+
+
+class SchemaMismatch(DurableError, RuntimeError):
+    """Raised when the tables in the database are not those this version of the package needs."""
+
+    def __init__(self, installed: str | None, required: str, remedy: str) -> None:
+        self.installed = installed
+        self.required = required
+        self.remedy = remedy
+        super().__init__(installed, required, remedy)
+
+    def __str__(self) -> str:
+        found = (
+            "durable's tables are not installed"
+            if self.installed is None
+            else f"durable's tables are at revision {self.installed}"
+        )
+        return f"In this database {found}, and revision {self.required} is needed. {self.remedy}"
+
+
+class TaskError(DurableError):
+    """Root of the errors that task code sees."""
+
+
+class UserError(TaskError):
+    """Raise it in a task or step to fail the task with data of your own, without a retry.
+
+    `data` is a string, anything that encodes to JSON, or a pydantic model; it comes back as plain JSON in
+    `TaskPollResult.error.raw`. The message is the string itself, or the `message` entry of the data, or the data as
+    JSON. Data beyond 1 MiB of JSON is not kept.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        super().__init__(data)
+
+    @property
+    def message(self) -> str:
+        if isinstance(self.data, str):
+            return self.data
+        plain = _plain(self.data)
+        if isinstance(plain, dict) and isinstance(message := cast(dict[str, object], plain).get("message"), str):
+            return message
+        text = to_json(plain).decode()
+        return text if len(text) <= _MESSAGE_CHARACTERS else f"{text[:_MESSAGE_CHARACTERS]}..."
+
+    @property
+    def raw(self) -> Any:
+        """The data as plain JSON. What has no JSON form appears as the name of its type."""
+        return _plain(self.data)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class TaskTimeout(TaskError, TimeoutError):
+    """Raised when an event, a child or a step did not come to its end within its `timeout` (seconds)."""
+
+    def __init__(self, what: str, timeout: float) -> None:
+        self.what = what
+        self.timeout = timeout
+        super().__init__(what, timeout)
+
+    def __str__(self) -> str:
+        return f"{self.what} took longer than {self.timeout:g} s"
+
+
+class ChildFailed(TaskError):
+    """Raised by `join` when the child failed. `name`, `message` and `raw` are those of the child's error."""
+
+    def __init__(self, task_id: UUID, name: str, message: str, raw: Any = None) -> None:
+        self.task_id = task_id
+        self.name = name
+        self.message = message
+        self.raw = raw
+        super().__init__(task_id, name, message, raw)
+
+    def __str__(self) -> str:
+        return f"Child task {self.task_id} failed: {self.name}: {self.message}"
+
+
+class ChildCancelled(TaskError):
+    """Raised by `join` when the child was cancelled."""
+
+    def __init__(self, task_id: UUID) -> None:
+        self.task_id = task_id
+        super().__init__(task_id)
+
+    def __str__(self) -> str:
+        return f"Child task {self.task_id} was cancelled"
+
+
+class InvalidName(TaskError, ValueError):
+    """Raised when a name (queue, task, step, event, schedule, worker, header) or idempotency key breaks the rules."""
+
+    def __init__(self, kind: str, value: object, reason: str) -> None:
+        self.kind = kind
+        self.value = value
+        self.reason = reason
+        super().__init__(kind, value, reason)
+
+    def __str__(self) -> str:
+        label = self.kind if self.kind.endswith(" key") else f"{self.kind} name"
+        return f"The {label} {_shown(self.value)} is not valid: {self.reason}."
+
+
+class InvalidTaskParams(TaskError, ValueError):
+    """Raised when params do not fit the task. `problems` say where and why, never with the values."""
+
+    def __init__(self, task_name: str, problems: Sequence[str]) -> None:
+        self.task_name = task_name
+        self.problems = tuple(problems)
+        super().__init__(task_name, self.problems)
+
+    def __str__(self) -> str:
+        return f"The params do not fit task {_shown(self.task_name)}: {'; '.join(self.problems)}."
+
+
+class SerializationError(TaskError, ValueError):
+    """Raised when a value cannot be stored and read back unchanged.
+
+    `what` names it, `reason` says where and why, without the value.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.what = what
+        self.reason = reason
+        super().__init__(what, reason)
+
+    def __str__(self) -> str:
+        return f"{self.what} cannot be stored: {self.reason}."
+
+
+class PayloadTooLarge(TaskError, ValueError):
+    """Raised when an encoded value is longer than the limit. `size` and `limit` are bytes of UTF-8."""
+
+    def __init__(self, what: str, size: int, limit: int) -> None:
+        self.what = what
+        self.size = size
+        self.limit = limit
+        super().__init__(what, size, limit)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} has {self.size} bytes as JSON and at most {self.limit} are allowed. "
+            "Store the data elsewhere and pass a reference, or raise the limit with `Durable(max_payload_bytes=...)`."
+        )

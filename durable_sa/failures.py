@@ -1,0 +1,124 @@
+"""What is recorded of an exception that ended a step or a task, and whether it is retried."""
+
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, TypedDict, cast
+
+from pydantic_core import to_json
+
+from durable_sa.errors import (
+    ChildCancelled,
+    ChildFailed,
+    InvalidConfiguration,
+    InvalidName,
+    InvalidState,
+    InvalidTaskParams,
+    PayloadTooLarge,
+    SerializationError,
+    UserError,
+)
+
+MAX_MESSAGE_BYTES: Final = 32 * 1024
+MAX_TRACEBACK_BYTES: Final = 64 * 1024
+MAX_RAW_BYTES: Final = 1024 * 1024
+
+_PACKAGE: Final = str(Path(__file__).parent) + "/"
+
+_NEVER_RETRIED: Final = (
+    UserError,
+    ChildFailed,
+    ChildCancelled,
+    SerializationError,
+    InvalidName,
+    InvalidTaskParams,
+    InvalidConfiguration,
+    InvalidState,
+    PayloadTooLarge,
+)
+
+
+class Failure(TypedDict):
+    """What the database keeps of an exception."""
+
+    name: str
+    """The exception's class name."""
+    message: str
+    """Its text, at most 32 KiB."""
+    traceback: str
+    """The frames outside this package, of its causes as well, at most 64 KiB: head and tail are kept."""
+    raw: Any
+    """The data of a `UserError`, one's own or a child's, as plain JSON; None for other exceptions and beyond 1
+    MiB."""
+
+
+def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], ...] = ()) -> bool:
+    """Whether the same code may succeed next time.
+
+    `UserError`, the errors of a child, and what would fail the same way again (`SerializationError`, `InvalidName`,
+    `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`) are not retried, nor are the
+    exceptions of `no_retry_on`; all others are. An exception group is retried if all it holds is.
+    """
+    refused = _NEVER_RETRIED + no_retry_on
+    return not any(isinstance(inner, refused) for inner in _with_members(error))
+
+
+def describe(error: BaseException) -> Failure:
+    """What to record of `error`. Never raises, whatever the exception does when it is asked for its text."""
+    raw = next((inner.raw for inner in _with_members(error) if isinstance(inner, UserError | ChildFailed)), None)
+    message = _message(error)
+    try:
+        if len(to_json(raw)) > MAX_RAW_BYTES:
+            raw, message = None, f"{message} (its data is longer than {MAX_RAW_BYTES} bytes as JSON and is not kept)"
+    except Exception:  # noqa: BLE001 - a child's raw is whatever was passed
+        raw = None
+    return Failure(
+        name=_clean(type(error).__name__, MAX_MESSAGE_BYTES),
+        message=_clean(message, MAX_MESSAGE_BYTES),
+        traceback=_clean(_traceback(error), MAX_TRACEBACK_BYTES),
+        raw=raw,
+    )
+
+
+def encode_error(error: BaseException) -> str:
+    """`describe(error)` as JSON text. Never raises."""
+    return to_json(describe(error)).decode()
+
+
+def _with_members(error: BaseException) -> Iterator[BaseException]:
+    yield error
+    if isinstance(error, BaseExceptionGroup):
+        for member in cast(BaseExceptionGroup[BaseException], error).exceptions:
+            yield from _with_members(member)
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as failure:  # noqa: BLE001 - user code; the failure that is being recorded matters more
+        return f"<its text cannot be had: str() raised {type(failure).__name__}>"
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        report = traceback.TracebackException.from_exception(error, lookup_lines=False, compact=True)
+        pending = [report]
+        while pending:
+            part = pending.pop()
+            outside = [frame for frame in part.stack if not frame.filename.startswith(_PACKAGE)]
+            part.stack = traceback.StackSummary.from_list(outside)
+            pending.extend(linked for linked in (part.__cause__, part.__context__) if linked is not None)
+            pending.extend(part.exceptions or ())
+        return "".join(report.format())
+    except BaseException as failure:  # noqa: BLE001 - as above
+        return f"<no traceback: formatting it raised {type(failure).__name__}>"
+
+
+def _clean(text: str, limit: int) -> str:
+    """`text` as valid UTF-8 without NUL, of at most `limit` bytes: what is left out is the middle."""
+    encoded = text.replace("\x00", "\\x00").encode(errors="backslashreplace")
+    if len(encoded) > limit:
+        mark = b"\n... %d bytes left out ...\n" % (len(encoded) - limit)
+        half = (limit - len(mark)) // 2
+        encoded = encoded[:half] + mark + encoded[-half:]
+    return encoded.decode(errors="ignore")

@@ -1,0 +1,47 @@
+"""The rules for names of queues, tasks, steps, events, schedules, workers and headers, and for idempotency keys."""
+
+import re
+from typing import Final, Literal
+
+from durable_sa.errors import InvalidName
+
+NameKind = Literal["queue", "task", "step", "event", "schedule", "worker", "header", "idempotency key"]
+
+MAX_NAME_BYTES: Final = 200
+MAX_IDEMPOTENCY_KEY_BYTES: Final = 255
+
+_RESERVED_PREFIX: Final[dict[str, str]] = {"step": "$", "event": "$", "header": "durable::"}
+_CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SCHEDULE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> str:
+    """Return `value` as a plain `str` if it may name a `kind`.
+
+    A name has 1 to 200 bytes of UTF-8 (an idempotency key up to 255) and no control characters. Schedule names are
+    made of ASCII letters, digits, `_` and `-`. `$` at the start of step and event names and `durable::` at the start
+    of header keys are reserved; `internal` lets them pass for the engine's own.
+
+    Raises:
+        InvalidName: with the kind, the value and the rule it breaks.
+    """
+    if not isinstance(value, str):
+        raise InvalidName(kind, value, f"it must be a str, not {type(value).__name__}")
+    name = value if type(value) is str else str.__str__(value)
+    if not name:
+        raise InvalidName(kind, name, "it is empty")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidName(kind, name, "it contains a lone surrogate, which UTF-8 cannot encode") from None
+    limit = MAX_IDEMPOTENCY_KEY_BYTES if kind == "idempotency key" else MAX_NAME_BYTES
+    if size > limit:
+        raise InvalidName(kind, name, f"it has {size} bytes of UTF-8 and at most {limit} are allowed")
+    if found := _CONTROL_CHARACTER.search(name):
+        raise InvalidName(kind, name, f"it contains the control character U+{ord(found.group()):04X}")
+    if kind == "schedule" and not _SCHEDULE_NAME.fullmatch(name):
+        raise InvalidName(kind, name, "only A-Z, a-z, 0-9, '_' and '-' are allowed")
+    prefix = _RESERVED_PREFIX.get(kind)
+    if prefix is not None and not internal and name.startswith(prefix):
+        raise InvalidName(kind, name, f"names that start with {prefix!r} are reserved")
+    return name
