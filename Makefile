@@ -1,0 +1,34 @@
+# Every target works in a fresh clone: it needs Python 3.11 or newer and PyPI, and no database. uv is used where it is found.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint
+
+demo: $(READY)
+	$(BIN)/durable demo
+
+test: $(READY)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# pip knows dependency groups from 25.1 on.
+$(READY): pyproject.toml uv.lock
+	@if command -v uv >/dev/null; then \
+		UV_PROJECT_ENVIRONMENT='$(VENV)' uv sync --frozen --all-extras --all-groups; \
+	else \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")' && \
+		$(PYTHON) -m venv '$(VENV)' && \
+		$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
+		$(BIN)/python -m pip install --quiet --editable '.[embedded,psycopg,telemetry,cli]' --group dev; \
+	fi
+	@touch $@

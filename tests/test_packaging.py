@@ -1,0 +1,79 @@
+"""What is shipped: the wheel, the sdist and the names that can be imported from `durable_sa`."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import durable_sa
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(directory)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    return directory
+
+
+def sources() -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "durable_sa").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        description = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        headers = message_from_string(archive.read(description).decode())
+        scripts = archive.read(description.replace("METADATA", "entry_points.txt")).decode()
+    assert names == sources()
+    assert {"durable_sa/py.typed", "durable_sa/cli/__init__.py"} <= names
+    assert any(name.startswith("durable_sa/migrations/versions/durable_0001_") for name in names)
+    assert headers["License-Expression"] == "Apache-2.0"
+    assert set(headers.get_all("Provides-Extra", [])) == {"embedded", "psycopg", "telemetry", "cli"}
+    assert "durable = durable_sa.cli:main" in scripts
+
+
+def test_the_sdist_can_be_built_and_tested(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert sources() <= names
+    assert {"LICENSE", "Makefile", "pyproject.toml", "tests/conftest.py", "uv.lock"} <= names
+    assert not [name for name in names if name.startswith((".venv", "dist"))]
+
+
+def test_the_entry_points_can_be_loaded() -> None:
+    for entry_point in metadata.distribution("durable_sa").entry_points:
+        assert entry_point.load() is not None
+
+
+def test_all_is_what_is_imported() -> None:
+    (directory,) = durable_sa.__path__
+    tree = ast.parse((Path(directory) / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    exported = [name for name in durable_sa.__all__ if not name.startswith("_")]
+    assert len(exported) == len(set(exported))
+    assert set(exported) == {name for name in imported if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", durable_sa.__all__)
+def test_what_is_exported_is_documented(name: str) -> None:
+    exported = getattr(durable_sa, name)
+    if inspect.isclass(exported) or inspect.isfunction(exported):
+        assert exported.__doc__
