@@ -330,7 +330,7 @@ class SerializationError(TaskError, ValueError):
         super().__init__(what, reason)
 
     def __str__(self) -> str:
-        return f"{self.what} cannot be stored: {self.reason}."
+        return f"{self.what} {self.reason}."
 
 
 class PayloadTooLarge(TaskError, ValueError):

@@ -9,7 +9,6 @@ BaseException
 These are no errors. They derive from `BaseException`, so that `except Exception` in task code never catches one, they
 spend no retry, and nothing is recorded as failed.
 """
-# ruff: noqa: N818 - signals are not errors
 
 
 class ControlFlow(BaseException):

@@ -1,0 +1,192 @@
+"""Why a value cannot be stored as JSON, or would come back as another one.
+
+The explanations name places and types, never values.
+"""
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import date, time, timedelta
+from decimal import Decimal
+from numbers import Number
+from typing import Any, Final, TypeGuard, cast
+from uuid import UUID
+
+from pydantic import BaseModel, RootModel, Secret, SecretBytes, SecretStr
+from pydantic_core import to_json
+
+Path = tuple[object, ...]
+"""Where in a value: keys, positions and field names from the outside in."""
+
+MAX_DEPTH: Final = 200
+"""Levels of nesting that can be read back for certain."""
+
+_SHOWN_CHARACTERS: Final = 40
+_TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} levels deep, or contains itself"
+# Types whose instances are equal when they mean the same: one that comes back unequal has changed.
+_COMPARABLE: Final = (str, bytes, bytearray, Number, date, time, timedelta, UUID)
+_JSON_TYPES: Final = (str, int, float, bool, type(None), list, dict)
+
+
+class Unfaithful(Exception):  # noqa: N818 - never leaves the codec, which turns it into a SerializationError
+    """Raised where a value would not come back as it is."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(path, reason)
+
+    def __str__(self) -> str:
+        return f"{place(self.path)}{self.reason}"
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[object, object]]:
+    return isinstance(value, Mapping)
+
+
+def is_set(value: object) -> TypeGuard[AbstractSet[object]]:
+    return isinstance(value, AbstractSet)
+
+
+def is_row(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, list | tuple | deque)
+
+
+def place(path: Path) -> str:
+    """`path` as the beginning of a sentence: `at sources[3].url: `, or nothing for the value itself."""
+    text = ""
+    for part in path:
+        if isinstance(part, str) and part.isidentifier():
+            text += f".{part}" if text else part
+        else:
+            shown = repr(part) if isinstance(part, str | int) else f"a key of type {type(part).__name__}"
+            text += f"[{shown[:_SHOWN_CHARACTERS]}]"
+    return f"at {text}: " if text else ""
+
+
+def same(one: object, other: object) -> bool:
+    """Whether the two are equal; not, where comparing them fails or gives no plain answer."""
+    try:
+        return bool(one == other)
+    except Exception:  # noqa: BLE001 - __eq__ is user code
+        return False
+
+
+def compare(value: object, decoded: object, *, lenient: bool, path: Path = ()) -> None:
+    """Refuse a `value` that has lost something when it came back as `decoded`.
+
+    A tuple that comes back as a list has not. With `lenient`, neither has what JSON has no type for and what came
+    back as the JSON that stands for it, such as a datetime as text: that is what a value without an annotation gets.
+
+    Raises:
+        Unfaithful: with the place and the types.
+    """
+    if same(value, decoded):
+        return
+    if isinstance(value, RootModel):
+        value = cast(RootModel[object], value).root
+    _refuse_unstorable(value, decoded, path)
+    came_back = f"{_a(value)} would come back as {_a(decoded)}"
+    if is_mapping(value) and is_mapping(decoded):
+        _compare_entries(value, decoded, lenient, path)
+    elif is_set(value):
+        for item in value:
+            _refuse_unstorable(item, None, path)
+    elif is_row(value) and is_row(decoded):
+        if len(value) != len(decoded):
+            raise Unfaithful(path, came_back + " of another length")
+        for position, (item, decoded_item) in enumerate(zip(value, decoded, strict=True)):
+            compare(item, decoded_item, lenient=lenient, path=(*path, position))
+    elif (fields := _fields(value)) is not None and (lenient or type(decoded) is type(value)):
+        decoded_fields = decoded if is_mapping(decoded) else _fields(decoded) or {}
+        for name, item in fields.items():
+            if name in decoded_fields:
+                compare(item, decoded_fields[name], lenient=lenient, path=(*path, name))
+    elif type(value) is type(decoded):
+        if isinstance(value, _COMPARABLE):
+            raise Unfaithful(path, f"{_a(value)} would come back as a different one")
+    elif not (lenient and isinstance(decoded, _JSON_TYPES)):
+        raise Unfaithful(path, came_back)
+
+
+def culprit(value: object, path: Path = ()) -> Unfaithful:
+    """Find the innermost part of `value` that pydantic cannot encode."""
+    if len(path) > MAX_DEPTH:
+        return Unfaithful((), _TOO_DEEP)
+    if is_mapping(value):
+        for key in value:
+            if not _encodes(key):
+                return Unfaithful(path, f"a key of it, {_a(key)}, {_why_not(key)}")
+    for part, child in _children(value):
+        if not _encodes(child):
+            return culprit(child, (*path, part))
+    if is_mapping(value) or is_row(value):
+        return Unfaithful((), _TOO_DEEP)
+    return Unfaithful(path, f"{_a(value)} {_why_not(value)}")
+
+
+def _compare_entries(
+    value: Mapping[object, object], decoded: Mapping[object, object], lenient: bool, path: Path
+) -> None:
+    for key, item in value.items():
+        if key not in decoded:
+            reason = f"a key of type {type(key).__name__} would come back as a str, annotate the dict with its key type"
+            raise Unfaithful(path, reason)
+        compare(item, decoded[key], lenient=lenient, path=(*path, key))
+
+
+def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:
+    if (isinstance(value, float) and not math.isfinite(value)) or (
+        isinstance(value, Decimal) and not value.is_finite()
+    ):
+        raise Unfaithful(path, "NaN and infinities have no JSON form")
+    if isinstance(value, SecretStr | SecretBytes | Secret):
+        reason = (
+            f"a {type(cast(object, value)).__name__} would be stored masked, pass a reference to the secret instead"
+        )
+        raise Unfaithful(path, reason)
+    if isinstance(value, bytes | bytearray | memoryview) and not isinstance(decoded, bytes | bytearray):
+        raise Unfaithful(path, "bytes have no JSON form of their own, annotate them as bytes")
+
+
+def _fields(value: object) -> dict[str, Any] | None:
+    """The stored attributes of a model, dataclass or named tuple; None for other values."""
+    if isinstance(value, BaseModel):
+        excluded = {name for name, field in type(value).model_fields.items() if field.exclude}
+        return {name: item for name, item in value if name not in excluded}
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return None
+
+
+def _children(value: object) -> Iterator[tuple[object, object]]:
+    if is_mapping(value):
+        yield from value.items()
+    elif is_row(value) or is_set(value):
+        yield from enumerate(value)
+    elif (fields := _fields(value)) is not None:
+        yield from fields.items()
+
+
+def _encodes(value: object) -> bool:
+    try:
+        to_json(value)
+    except Exception:  # noqa: BLE001 - serializers are user code
+        return False
+    return True
+
+
+def _why_not(value: object) -> str:
+    if isinstance(value, str):
+        return "contains a lone surrogate, which UTF-8 cannot encode"
+    if isinstance(value, bytes):
+        return "is not UTF-8, annotate it as bytes or set ser_json_bytes and val_json_bytes to 'base64' in its model"
+    if _fields(value) is not None:
+        return "has a serializer that failed"
+    return "has no JSON form"
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"

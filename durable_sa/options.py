@@ -1,0 +1,217 @@
+"""The options of spawns, tasks and workers, and how they come together: spawn's over the task's over the client's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast, overload
+
+from typing_extensions import Unpack
+
+from durable_sa.codec import check_size, codec_for
+from durable_sa.errors import InvalidConfiguration, SerializationError
+from durable_sa.names import validate_name
+from durable_sa.policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
+
+if TYPE_CHECKING:
+    from durable_sa.tasks import Task
+
+ParamsT = TypeVar("ParamsT")
+OutputT = TypeVar("OutputT")
+OutputT_co = TypeVar("OutputT_co", covariant=True)
+
+MAX_ATTEMPTS: Final = 2**31 - 1
+MAX_HEADERS_BYTES: Final = 16 * 1024
+
+
+class SpawnOptions(TypedDict, total=False):
+    """Keywords of every spawn. What is absent or None comes from the task, then from the client."""
+
+    max_attempts: int | None
+    """How often the task's own code may fail, 1 to 2147483647. Lost workers and deploys do not count."""
+    retry_strategy: RetryStrategy | None
+    headers: Mapping[str, Any] | None
+    """JSON values that travel with the task, at most 16 KiB encoded. Keys that start with `durable::` are reserved."""
+    cancellation: CancellationPolicy | None
+    queue_name: str | None
+    idempotency_key: str | None
+    """A second spawn with the same key in a queue gives the first one's task. At most 255 bytes of UTF-8."""
+    available_at: datetime | None
+    """No worker takes the task before. Not together with `delay`."""
+    delay: Duration | None
+    """As `available_at`, counted from the spawn on by the database's clock."""
+    priority: int | None
+    """Smaller comes first, -32768 to 32767. 0 if absent."""
+
+
+class WorkerOptions(TypedDict, total=False):
+    """Keywords of a worker."""
+
+    queue_names: Sequence[str] | None
+    """The queues to serve, in the order of claiming. The client's queue if absent."""
+    concurrency: int
+    """How many runs are in progress at once. 1 if absent."""
+    batch_size: int | None
+    """How many tasks are claimed at once, at most. As many as there are free slots if absent."""
+    claim_timeout: Duration
+    """How long the worker may be silent before others take its runs over, at least 1 second. 120 seconds if absent."""
+    poll_interval: Duration
+    """Seconds between looks at the queues while LISTEN does not work. 0.25 if absent."""
+    worker_id: str | None
+    """A label. `host:pid` if absent."""
+    fatal_on_lease_timeout: bool
+    """End the process, with exit code 1, when others have taken this worker's runs over. False if absent."""
+    shutdown_timeout: Duration
+    """Seconds that runs get to come to their end at shutdown. 30 if absent."""
+    listen: bool
+    """Whether to LISTEN for wake-up hints. True if absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What a task, or a client for all tasks, says about spawns. None leaves it to the next level.
+
+    Raises:
+        InvalidConfiguration, InvalidName: for a value that cannot work.
+    """
+
+    max_attempts: int | None = None
+    retry_strategy: RetryStrategy | None = None
+    cancellation: CancellationPolicy | None = None
+    queue_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_attempts is not None:
+            integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
+        if self.retry_strategy is not None:
+            _instance(self.retry_strategy, RetryStrategy, "retry_strategy")
+        if self.cancellation is not None:
+            _instance(self.cancellation, CancellationPolicy, "cancellation")
+        if self.queue_name is not None:
+            validate_name("queue", self.queue_name)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Spawn(Generic[OutputT_co]):
+    """One item of `spawn_many`: a task, its params, and options of its own."""
+
+    task: "Task[Any, OutputT_co]"
+    params: Any
+    options: SpawnOptions
+
+    @overload
+    def __init__(
+        self: "Spawn[OutputT]", task: "Task[None, OutputT]", params: None = None, **options: Unpack[SpawnOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "Spawn[OutputT]", task: "Task[ParamsT, OutputT]", params: ParamsT, **options: Unpack[SpawnOptions]
+    ) -> None: ...
+    def __init__(self, task: "Task[Any, Any]", params: Any = None, **options: Unpack[SpawnOptions]) -> None:
+        object.__setattr__(self, "task", task)
+        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "options", options)
+
+    def __repr__(self) -> str:
+        return f"Spawn({self.task!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSpawn:
+    """The options of one spawn, checked and complete."""
+
+    max_attempts: int
+    retry_strategy: RetryStrategy
+    cancellation: CancellationPolicy
+    queue_name: str
+    headers: str
+    """JSON text of an object."""
+    idempotency_key: str | None
+    available_at: datetime | None
+    """In UTC."""
+    delay: float | None
+    """Seconds."""
+    priority: int
+
+
+def resolve_spawn_options(
+    spawn: SpawnOptions,
+    task: TaskOptions,
+    defaults: TaskOptions,
+    *,
+    internal_headers: Mapping[str, Any] | None = None,
+) -> ResolvedSpawn:
+    """Return the options of one spawn: `spawn`'s own over the `task`'s over `defaults`, which must be complete.
+
+    `internal_headers` are the engine's own, whose keys may be reserved ones.
+
+    Raises:
+        TypeError: for an option there is not.
+        InvalidConfiguration, InvalidName, SerializationError, PayloadTooLarge: for a value that cannot work.
+    """
+    if unknown := spawn.keys() - SpawnOptions.__annotations__.keys():
+        raise TypeError(f"spawn() got an unexpected keyword argument {min(unknown)!r}")
+    own = TaskOptions(
+        spawn.get("max_attempts"), spawn.get("retry_strategy"), spawn.get("cancellation"), spawn.get("queue_name")
+    )
+    available_at, delay = spawn.get("available_at"), spawn.get("delay")
+    if available_at is not None and delay is not None:
+        raise InvalidConfiguration("available_at and delay", "both are given", "Give one of them.")
+    key, priority = spawn.get("idempotency_key"), spawn.get("priority")
+    return ResolvedSpawn(
+        max_attempts=_first("max_attempts", own.max_attempts, task.max_attempts, defaults.max_attempts),
+        retry_strategy=_first("retry_strategy", own.retry_strategy, task.retry_strategy, defaults.retry_strategy),
+        cancellation=own.cancellation or task.cancellation or defaults.cancellation or CancellationPolicy(),
+        queue_name=_first("queue_name", own.queue_name, task.queue_name, defaults.queue_name),
+        headers=encode_headers(spawn.get("headers"), internal_headers),
+        idempotency_key=None if key is None else validate_name("idempotency key", key),
+        available_at=None if available_at is None else timestamp(available_at, "available_at"),
+        delay=None if delay is None else seconds(delay, "delay"),
+        priority=0 if priority is None else integer(priority, "priority", minimum=-(2**15), maximum=2**15 - 1),
+    )
+
+
+def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any] | None = None) -> str:
+    """Return headers as the JSON text of an object. `internal` ones, whose keys may be reserved, come on top.
+
+    Raises:
+        InvalidConfiguration: if they are no mapping.
+        InvalidName: for a key that breaks the rules.
+        SerializationError: for a value that is no JSON, or holds NUL, which a queryable column cannot.
+        PayloadTooLarge: beyond 16 KiB encoded.
+    """
+    if not headers and not internal:
+        return "{}"
+    _instance(headers or {}, Mapping, "headers")
+    combined = {validate_name("header", key): value for key, value in (headers or {}).items()}
+    combined.update({validate_name("header", key, internal=True): value for key, value in (internal or {}).items()})
+    text = _JSON.encode(combined, "The headers")
+    if "\\u0000" in text and _contains_nul(_JSON.decode(text, "The headers")):
+        raise SerializationError("The headers", "cannot be stored: they contain the character U+0000")
+    check_size(text, MAX_HEADERS_BYTES, "The headers")
+    return text
+
+
+def _contains_nul(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(_contains_nul(part) for entry in cast(dict[str, object], value).items() for part in entry)
+    if isinstance(value, list):
+        return any(map(_contains_nul, cast(list[object], value)))
+    return isinstance(value, str) and "\x00" in value
+
+
+def _instance(value: object, wanted: type, what: str) -> None:
+    if not isinstance(value, wanted):
+        raise InvalidConfiguration(what, f"it must be a {wanted.__name__}, not {type(value).__name__}")
+
+
+_Value = TypeVar("_Value")
+
+
+def _first(what: str, *values: _Value | None) -> _Value:
+    for value in values:
+        if value is not None:
+            return value
+    raise InvalidConfiguration(what, "neither the spawn, nor the task, nor the client says what it is")
+
+
+_JSON: Final = codec_for(Any)
