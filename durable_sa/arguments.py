@@ -78,6 +78,7 @@ def _with_text_keys(value: object) -> object:
 
 def _portable(value: object) -> object:
     """What stands for a value that JSON has no type for."""
+    kind = type(value).__name__
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, BaseModel):
@@ -87,11 +88,11 @@ def _portable(value: object) -> object:
     if is_mapping(value):
         return dict(value)
     if hasattr(value, "_sa_instance_state"):
-        _refuse(f"a {type(value).__name__} belongs to a session, pass its primary key")
+        _refuse(f"a {kind} belongs to a session, pass its primary key")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, SecretStr | SecretBytes | Secret):
-        _refuse(f"a {type(cast(object, value)).__name__}, pass a reference and read the secret inside the step")
+        _refuse(f"a {kind}, pass a reference and read the secret inside the step")
     if isinstance(value, Iterator):
         _refuse("an iterator can be read only once, pass a list")
     if not isinstance(value, _BYTES) and isinstance(value, Sequence):
@@ -99,9 +100,7 @@ def _portable(value: object) -> object:
     try:
         return cast(object, to_jsonable_python(value, bytes_mode="base64"))
     except Exception:  # noqa: BLE001 - serializers are user code
-        _refuse(
-            f"a {type(cast(object, value)).__name__} is no data that can be recognised on replay, pass what identifies it"
-        )
+        _refuse(f"a {kind} is no data that can be recognised on replay, pass what identifies it")
 
 
 def _excluded(model: BaseModel, name: str) -> bool:
