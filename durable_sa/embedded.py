@@ -116,14 +116,15 @@ class EmbeddedServer:
         self._binaries = _binaries()
         self._user = _unprivileged_user()
         if self._user is not None:
-            _let_through(self._binaries)
+            _let_read(self._binaries)
+        self._socket_dir = str(data_dir)
 
     def url(self, *, database: str = "postgres", driver: str = "asyncpg") -> URL:
         """The URL of a database on the running server, for SQLAlchemy and the superuser `postgres`."""
         name = f"postgresql+{driver}"
         if self._listen:
             return URL.create(name, "postgres", self._password, self._listen, self._port, database)
-        query = {"host": self._postmaster_file()[4], "port": str(self._port)}
+        query = {"host": self._socket_dir, "port": str(self._port)}
         return URL.create(name, "postgres", database=database, query=query)
 
     def start(self) -> None:
@@ -142,6 +143,7 @@ class EmbeddedServer:
                 self._launch()
             else:
                 time.sleep(0.02)
+        self._socket_dir = self._postmaster_file()[4]
 
     def stop(self, mode: StopMode = "fast") -> None:
         """Stop the server and wait for its end; nothing to do where it does not run.
@@ -149,10 +151,9 @@ class EmbeddedServer:
         `smart` waits for clients to leave, `fast` disconnects them, `immediate` leaves recovery to the next start.
         """
         if self._postmaster() is not None:
-            socket_dir = Path(self._postmaster_file()[4])
             self._run("pg_ctl", "stop", "-w", "-D", str(self.data_dir), "-m", mode)
-            if socket_dir != self.data_dir:
-                shutil.rmtree(socket_dir, ignore_errors=True)
+            if self._socket_dir != str(self.data_dir):
+                shutil.rmtree(self._socket_dir, ignore_errors=True)
 
     def restart(self, mode: StopMode = "fast") -> None:
         """Stop, then start."""
@@ -172,10 +173,11 @@ class EmbeddedServer:
 
     def _launch(self) -> None:
         # What a killed server leaves behind. PostgreSQL takes it for a running one where the process id is in use
-        # again, which is likely in containers.
-        (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
+        # again, which is likely in containers, or not yet reaped.
+        for stale in ("postmaster.pid", f".s.PGSQL.{self._port}", f".s.PGSQL.{self._port}.lock"):
+            (self.data_dir / stale).unlink(missing_ok=True)
         options = {
-            "unix_socket_directories": self._socket_dir(),
+            "unix_socket_directories": self._usable_socket_dir(),
             "listen_addresses": self._listen or "",
             "port": self._port,
         }
@@ -216,12 +218,11 @@ class EmbeddedServer:
             raise self._failure("could not be made", error.output) from None
         fresh.rename(self.data_dir)
 
-    def _socket_dir(self) -> str:
+    def _usable_socket_dir(self) -> str:
         directory = str(self.data_dir)
-        # Commas and colons separate hosts in URLs.
-        if len(os.fsencode(f"{directory}/.s.PGSQL.{self._port}")) <= _SOCKET_PATH_BYTES and not set(directory) & set(
-            ",:"
-        ):
+        short = len(os.fsencode(f"{directory}/.s.PGSQL.{self._port}")) <= _SOCKET_PATH_BYTES
+        # In a URL commas and colons separate hosts and ports.
+        if short and not set(directory) & set(",:"):
             return directory
         other = Path(tempfile.mkdtemp(prefix="durable-", dir="/tmp"))
         self._give(other)
@@ -318,6 +319,17 @@ def _unprivileged_user() -> pwd.struct_passwd | None:
         raise InvalidConfiguration(
             "embedded", f"PostgreSQL cannot run as root, and there is no user {_USER!r}", f"Run {shlex.join(command)}."
         ) from None
+
+
+def _let_read(binaries: Path) -> None:
+    """Let other users run the installation: one made with a strict umask is its owner's alone."""
+    _let_through(binaries)
+    package = binaries.parent.parent
+    for tree in (binaries.parent, package.with_name(f"{package.name}.libs")):
+        if tree.exists() and not tree.stat().st_mode & stat.S_IROTH:
+            for path in (*tree.rglob("*"), tree):
+                mode = stat.S_IMODE(path.stat().st_mode)
+                path.chmod(mode | (mode >> 6) & (stat.S_IROTH | stat.S_IXOTH))
 
 
 def _let_through(path: Path) -> None:

@@ -43,7 +43,7 @@ class User:
 
     def url(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        return self.process.stdout.readline().strip() or pytest.fail(self.leave())
 
     def leave(self) -> str:
         _, errors = self.process.communicate("leave\n", timeout=60)
@@ -138,8 +138,9 @@ def test_data_stays_over_a_crash_whose_process_id_is_in_use_again(directory: Pat
     server.kill()
     user.kill()
     # This process, which is alive and not PostgreSQL.
-    pid_file = directory / "postgres-18" / "postmaster.pid"
-    pid_file.write_text("\n".join([str(os.getpid()), *pid_file.read_text().splitlines()[1:]]) + "\n")
+    for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+        lock = directory / "postgres-18" / name
+        lock.write_text("\n".join([str(os.getpid()), *lock.read_text().splitlines()[1:]]) + "\n")
     following = User(directory)
     assert answer(following.url(), "SELECT answer FROM kept") == 42
     assert following.leave() == ""
