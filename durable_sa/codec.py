@@ -14,7 +14,7 @@ from pydantic_core import from_json, to_json
 from durable_sa.errors import PayloadTooLarge, SerializationError
 from durable_sa.fidelity import Unfaithful, compare, culprit, place, same
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 
@@ -27,14 +27,14 @@ _BASE64: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 _TELLTALE: Final = frozenset({"value_error", "assertion_error", "union_tag_invalid", "uuid_parsing"})
 
 
-class Codec(Generic[T]):
+class Codec(Generic[T_co]):
     """Encodes values of one annotation as JSON text, and decodes them. Made by `codec_for`."""
 
     __slots__ = ("_adapter", "_annotation", "_atoms", "_lenient")
 
     def __init__(self, annotation: object) -> None:
         self._annotation = annotation
-        self._adapter: TypeAdapter[T] | None = None
+        self._adapter: TypeAdapter[Any] | None = None
         self._lenient = True
         self._atoms = frozenset(_ATOMS)
         if not any(annotation is unannotated for unannotated in _UNANNOTATED):
@@ -49,15 +49,15 @@ class Codec(Generic[T]):
     def _name(self) -> str:
         return "plain JSON" if self._adapter is None else _name(self._annotation)
 
-    def validate(self, value: object) -> T:
+    def validate(self, value: object) -> T_co:
         """Return `value`, already a `T` or something pydantic makes a `T` of, such as a dict for a model.
 
         Raises:
             pydantic.ValidationError: if it does neither. `problems` tells what of it may be shown.
         """
         if self._adapter is None:
-            return cast(T, value)
-        return cast(T, self._adapter.validator.validate_python(value, by_alias=True, by_name=True))
+            return cast(T_co, value)
+        return cast(T_co, self._adapter.validator.validate_python(value, by_alias=True, by_name=True))
 
     def encode(self, value: object, what: str) -> str:
         """Return `value` as JSON text that decodes to it. `what` names the value in errors.
@@ -67,7 +67,7 @@ class Codec(Generic[T]):
         """
         return self.round_trip(value, what)[0]
 
-    def round_trip(self, value: object, what: str) -> tuple[str, T]:
+    def round_trip(self, value: object, what: str) -> tuple[str, T_co]:
         """Return `value` as JSON text, and as it comes back from that text.
 
         Raises:
@@ -75,7 +75,7 @@ class Codec(Generic[T]):
         """
         kind = type(value)
         if kind in self._atoms and (kind is not int or -_INT64 <= cast(int, value) < _INT64):
-            return self._dump(value, what), cast(T, value)
+            return self._dump(value, what), cast(T_co, value)
         text = self._dump(value, what)
         try:
             decoded = self.decode(text, what)
@@ -90,7 +90,7 @@ class Codec(Generic[T]):
             raise SerializationError(what, f"cannot be stored: {unfaithful}") from None
         return text, decoded
 
-    def decode(self, text: str, what: str) -> T:
+    def decode(self, text: str, what: str) -> T_co:
         """Return the value of which `text` is the JSON form.
 
         Raises: SerializationError: if the text is no JSON, is nested deeper than about 200 levels, holds an integer
@@ -98,8 +98,8 @@ class Codec(Generic[T]):
         """
         try:
             if self._adapter is None:
-                return cast(T, from_json(text, allow_inf_nan=False))
-            return cast(T, self._adapter.validator.validate_json(text, by_alias=True, by_name=True))
+                return cast(T_co, from_json(text, allow_inf_nan=False))
+            return cast(T_co, self._adapter.validator.validate_json(text, by_alias=True, by_name=True))
         except ValidationError as error:
             reason = "; ".join(problems(error))
         except ValueError as error:
@@ -113,9 +113,7 @@ class Codec(Generic[T]):
             if self._adapter is None:
                 encoded = to_json(value, by_alias=False, inf_nan_mode="null")
             else:
-                encoded = self._adapter.serializer.to_json(
-                    cast(T, value), by_alias=False, round_trip=True, warnings=False
-                )
+                encoded = self._adapter.serializer.to_json(value, by_alias=False, round_trip=True, warnings=False)
         except Exception:  # noqa: BLE001 - serializers are user code
             raise SerializationError(what, f"cannot be stored: {culprit(value)}") from None
         if b"NaN" in encoded or b"Infinity" in encoded:

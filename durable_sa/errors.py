@@ -46,6 +46,10 @@ def _shown(value: object) -> str:
     return repr(str.__str__(value))
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _plain(data: object) -> Any:
     """`data` as plain JSON types, whatever it is: an error must not fail for what it carries."""
     try:
@@ -181,7 +185,7 @@ class InvalidState(DurableError, RuntimeError):
         super().__init__(what, state, remedy)
 
     def __str__(self) -> str:
-        message = f"{self.what} is {self.state}."
+        message = _sentence(f"{self.what} is {self.state}.")
         return f"{message} {self.remedy}" if self.remedy else message
 
 
@@ -264,7 +268,7 @@ class TaskTimeout(TaskError, TimeoutError):
         super().__init__(what, timeout)
 
     def __str__(self) -> str:
-        return f"{self.what} took longer than {self.timeout:g} s"
+        return _sentence(f"{self.what} took longer than {self.timeout:g} s")
 
 
 class ChildFailed(TaskError):
@@ -330,7 +334,7 @@ class SerializationError(TaskError, ValueError):
         super().__init__(what, reason)
 
     def __str__(self) -> str:
-        return f"{self.what} {self.reason}."
+        return _sentence(f"{self.what} {self.reason}.")
 
 
 class PayloadTooLarge(TaskError, ValueError):
@@ -343,7 +347,7 @@ class PayloadTooLarge(TaskError, ValueError):
         super().__init__(what, size, limit)
 
     def __str__(self) -> str:
-        return (
+        return _sentence(
             f"{self.what} has {self.size} bytes as JSON and at most {self.limit} are allowed. "
             "Store the data elsewhere and pass a reference, or raise the limit with `Durable(max_payload_bytes=...)`."
         )

@@ -30,7 +30,8 @@ class SpawnOptions(TypedDict, total=False):
     """How often the task's own code may fail, 1 to 2147483647. Lost workers and deploys do not count."""
     retry_strategy: RetryStrategy | None
     headers: Mapping[str, Any] | None
-    """JSON values that travel with the task, at most 16 KiB encoded. Keys that start with `durable::` are reserved."""
+    """JSON values that travel with the task, at most 16 KiB encoded. Keys that start with `durable::` are
+    reserved."""
     cancellation: CancellationPolicy | None
     queue_name: str | None
     idempotency_key: str | None
@@ -53,7 +54,8 @@ class WorkerOptions(TypedDict, total=False):
     batch_size: int | None
     """How many tasks are claimed at once, at most. As many as there are free slots if absent."""
     claim_timeout: Duration
-    """How long the worker may be silent before others take its runs over, at least 1 second. 120 seconds if absent."""
+    """How long the worker may be silent before others take its runs over, at least 1 second. 120 seconds if
+    absent."""
     poll_interval: Duration
     """Seconds between looks at the queues while LISTEN does not work. 0.25 if absent."""
     worker_id: str | None

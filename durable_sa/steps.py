@@ -1,0 +1,161 @@
+"""The `step` decorator: a function that is remembered when a task calls it, and a plain function elsewhere."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from weakref import WeakKeyDictionary
+
+from durable_sa.annotations import local_types, plain_function, resolve
+from durable_sa.codec import Codec, codec_for
+from durable_sa.current import context_or_none
+from durable_sa.errors import InvalidConfiguration
+from durable_sa.names import validate_name
+from durable_sa.options import MAX_ATTEMPTS
+from durable_sa.policies import Duration, RetryStrategy, integer, seconds
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How a step is run.
+
+    Raises:
+        InvalidConfiguration: for a value that cannot work.
+    """
+
+    max_attempts: int = 1
+    """How often the step may run before its error reaches the task. Retries of a step spend no attempt of the
+    task."""
+    retry_strategy: RetryStrategy | None = None
+    """How long to wait between them. The client's default if None."""
+    timeout: float | None = None
+    """Seconds after which a try is cancelled, and fails with `TaskTimeout`."""
+
+    def __post_init__(self) -> None:
+        integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
+        if self.retry_strategy is not None and not isinstance(cast(object, self.retry_strategy), RetryStrategy):
+            raise InvalidConfiguration(
+                "retry_strategy", f"it must be a RetryStrategy, not {type(self.retry_strategy).__name__}"
+            )
+        if self.timeout is not None:
+            object.__setattr__(self, "timeout", seconds(self.timeout, "timeout"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step(Generic[P, R_co]):
+    """A function that runs once for each call a task makes of it. Made by `step`."""
+
+    name: str
+    function: Callable[P, R_co]
+    """The plain function."""
+    options: StepOptions
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Call the function: inside a task as `ctx.step`, elsewhere as it is.
+
+        In an `async def` task what comes back is awaited. A thread of such a task, in which a `def` step runs, cannot
+        wait for steps of its own: there it is the plain function.
+        """
+        context = context_or_none()
+        if context is None or (_is_async(context) and not _in_event_loop()):
+            return self.function(*args, **kwargs)
+        return cast(R_co, context.step(self.name, self, *args, **kwargs))
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    @property
+    def __wrapped__(self) -> Callable[P, R_co]:
+        return self.function
+
+
+class StepDecorator(Protocol):
+    """What `step(...)` gives."""
+
+    def __call__(self, function: Callable[P, R], /) -> Step[P, R]: ...
+
+
+@overload
+def step(name: Callable[P, R], /) -> Step[P, R]: ...
+@overload
+def step(
+    name: str | None = None,
+    *,
+    max_attempts: int = 1,
+    retry_strategy: RetryStrategy | None = None,
+    timeout: Duration | None = None,
+) -> StepDecorator: ...
+def step(
+    name: str | Callable[..., Any] | None = None,
+    *,
+    max_attempts: int = 1,
+    retry_strategy: RetryStrategy | None = None,
+    timeout: Duration | None = None,
+) -> Any:
+    """Decorate a function that tasks call, so that each call runs once.
+
+    Inside a task `await charge(order_id)` is then `await ctx.step("charge", charge, order_id)` with these options.
+    Outside a task it is the plain function.
+
+    The name is the function's own if none is given. `max_attempts`, 1 if not given, counts the tries of the step;
+    between them it waits as `retry_strategy` says, the client's default if None. A try that takes longer than
+    `timeout` is cancelled and fails with `TaskTimeout`.
+
+    Raises:
+        InvalidName, InvalidConfiguration: for a name or an option that cannot work.
+    """
+    if callable(name):
+        return _make(name, None, StepOptions())
+    limit = None if timeout is None else seconds(timeout, "timeout")
+    options = StepOptions(max_attempts, retry_strategy, limit)
+    return functools.partial(_make, name=name, options=options)
+
+
+def result_codec(function: Callable[..., Any]) -> Codec[Any]:
+    """Return the codec of what `function` gives, by its return annotation; plain JSON without one.
+
+    Raises:
+        SerializationError: if the annotation cannot be evaluated or has no JSON form.
+    """
+    function = plain_function(function)
+    if not isinstance(function, FunctionType):
+        return codec_for(resolve(function, "return", {}))
+    codec = _result_codecs.get(function)
+    if codec is None:
+        codec = codec_for(resolve(function, "return", _local_types.get(function, {})))
+        _result_codecs[function] = codec
+    return codec
+
+
+_result_codecs: Final[WeakKeyDictionary[Callable[..., Any], Codec[Any]]] = WeakKeyDictionary()
+_local_types: Final[WeakKeyDictionary[Callable[..., Any], dict[str, object]]] = WeakKeyDictionary()
+
+
+def _make(function: Any, name: str | None, options: StepOptions) -> Step[..., Any]:
+    if not callable(function) or isinstance(function, Step | type):
+        raise TypeError(f"@step decorates a function, not {function!r}")
+    if name is None and (name := getattr(function, "__name__", None)) is None:
+        raise TypeError(f"{function!r} has no name of its own, give it one: step('name')(...)")
+    if found := local_types(function):
+        _local_types[plain_function(function)] = found
+    return Step(validate_name("step", name), function, options)
+
+
+def _is_async(context: object) -> bool:
+    from durable_sa.context import TaskContext  # contexts import steps
+
+    return isinstance(context, TaskContext)
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
