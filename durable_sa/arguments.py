@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from pathlib import PurePath
 from typing import Any, Final, NoReturn, cast
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
@@ -81,6 +82,8 @@ def _portable(value: object) -> object:
     kind = type(value).__name__
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, BaseModel):
         return {name: item for name, item in value if not _excluded(value, name)}
     if is_set(value):

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from datetime import date, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from numbers import Number
 from typing import Any, Final, TypeGuard, cast
@@ -69,6 +69,9 @@ def place(path: Path) -> str:
 def same(one: object, other: object) -> bool:
     """Whether the two are equal; not, where comparing them fails or gives no plain answer."""
     try:
+        if isinstance(one, datetime) and isinstance(other, datetime) and one.tzinfo and other.tzinfo:
+            # In the hour that occurs twice, datetimes of two zones are never equal.
+            return one.astimezone(UTC) == other.astimezone(UTC)
         return bool(one == other)
     except Exception:  # noqa: BLE001 - __eq__ is user code
         return False

@@ -92,7 +92,7 @@ class TaskOptions:
             validate_name("queue", self.queue_name)
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, init=False)
 class Spawn(Generic[OutputT_co]):
     """One item of `spawn_many`: a task, its params, and options of its own."""
 

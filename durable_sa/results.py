@@ -9,6 +9,8 @@ from uuid import UUID
 
 T_co = TypeVar("T_co", covariant=True)
 
+# The generic ones have no slots: on Python 3.11 `TaskHandle[int](...)` fails for a frozen dataclass that has.
+
 
 class TaskStatus(StrEnum):
     """Where a task stands."""
@@ -29,7 +31,7 @@ class TaskStatus(StrEnum):
         return self in (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SpawnResult(Generic[T_co]):
     """The ids of a spawned task, whose output is a `T`."""
 
@@ -41,7 +43,7 @@ class SpawnResult(Generic[T_co]):
     """False where a task with the same idempotency key was there before: then these are its ids."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TaskHandle(Generic[T_co]):
     """Names a task whose output is a `T`. A plain value: it can be a param, a result or the argument of a step."""
 
@@ -59,7 +61,7 @@ class TaskErrorInfo:
     """The data of a `UserError` as plain JSON, else None."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TaskPollResult(Generic[T_co]):
     """How a task stands, and what came of it."""
 

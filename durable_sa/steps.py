@@ -47,7 +47,7 @@ class StepOptions:
             object.__setattr__(self, "timeout", seconds(self.timeout, "timeout"))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Step(Generic[P, R_co]):
     """A function that runs once for each call a task makes of it. Made by `step`."""
 
