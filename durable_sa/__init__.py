@@ -1,0 +1,89 @@
+"""Durable execution for applications that use SQLAlchemy."""
+
+from .client import Durable, QueuePolicy
+from .context import TaskContext
+from .current import current_context, heartbeat
+from .errors import (
+    ChildCancelled,
+    ChildFailed,
+    DurableError,
+    IdempotencyConflict,
+    InvalidConfiguration,
+    InvalidCron,
+    InvalidName,
+    InvalidState,
+    InvalidTaskParams,
+    PayloadTooLarge,
+    QueueNotFound,
+    ScheduleNotFound,
+    SchemaMismatch,
+    SerializationError,
+    TaskAlreadyRegistered,
+    TaskError,
+    TaskNotFound,
+    TaskNotRegistered,
+    TaskTimeout,
+    UserError,
+)
+from .models import Task as TaskRow
+from .options import Spawn, SpawnOptions, WorkerOptions
+from .policies import CancellationPolicy, RetryStrategy
+from .results import (
+    ScheduleFilter,
+    ScheduleInfo,
+    SpawnResult,
+    TaskErrorInfo,
+    TaskHandle,
+    TaskPollResult,
+    TaskStatus,
+)
+from .steps import step
+from .sync_context import SyncTaskContext
+from .tasks import Task, task
+from .worker import Worker
+
+__all__ = [
+    "CancellationPolicy",
+    "ChildCancelled",
+    "ChildFailed",
+    "Durable",
+    "DurableError",
+    "IdempotencyConflict",
+    "InvalidConfiguration",
+    "InvalidCron",
+    "InvalidName",
+    "InvalidState",
+    "InvalidTaskParams",
+    "PayloadTooLarge",
+    "QueueNotFound",
+    "QueuePolicy",
+    "RetryStrategy",
+    "ScheduleFilter",
+    "ScheduleInfo",
+    "ScheduleNotFound",
+    "SchemaMismatch",
+    "SerializationError",
+    "Spawn",
+    "SpawnOptions",
+    "SpawnResult",
+    "SyncTaskContext",
+    "Task",
+    "TaskAlreadyRegistered",
+    "TaskContext",
+    "TaskError",
+    "TaskErrorInfo",
+    "TaskHandle",
+    "TaskNotFound",
+    "TaskNotRegistered",
+    "TaskPollResult",
+    "TaskRow",
+    "TaskStatus",
+    "TaskTimeout",
+    "UserError",
+    "Worker",
+    "WorkerOptions",
+    "current_context",
+    "heartbeat",
+    "step",
+    "task",
+]

@@ -1,0 +1,712 @@
+"""The client: registers tasks, spawns them, asks for their results, and starts workers."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import TracebackType
+from typing import Any, Generic, Self, TypedDict, TypeVar, cast, overload
+
+from sqlalchemy import URL, Row
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session
+from typing_extensions import TypeVar as DefaultTypeVar
+from typing_extensions import Unpack
+
+from . import migrations, scripts
+from .batches import Batch
+from .branches import detached
+from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
+from .connections import Database, backoff, is_conflict
+from .errors import (
+    DurableError,
+    QueueNotFound,
+    TaskAlreadyRegistered,
+    TaskNotFound,
+    TaskNotRegistered,
+)
+from .hints import Hint, HintSender, channel_name, sender
+from .models import DEFAULT_QUEUE, SCHEMA
+from .names import validate_name
+from .options import MAX_ATTEMPTS, Spawn, SpawnOptions, TaskOptions, WorkerOptions
+from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds
+from .results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
+from .retention import delete_tasks
+from .sessions import Executor, Script, perform
+from .spawns import Prepared, prepare
+from .statements import queues, spawning, waits
+from .tasks import Task
+from .tasks import task as make_task
+from .worker import Settings, Worker, signals_handled
+
+T = TypeVar("T")
+ParamsT = TypeVar("ParamsT")
+StateT = DefaultTypeVar("StateT", default=Any)
+
+_PLAIN: Codec[Any] = codec_for(Any)
+_FIRST_POLL = 0.002
+_LONGEST_POLL = 0.25
+
+
+class QueuePolicy(TypedDict, total=False):
+    """What a queue keeps, and for how long."""
+
+    retention: Duration | None
+    event_retention: Duration | None
+
+
+class Durable(Generic[StateT]):
+    """Durable execution on an application's own Postgres.
+
+    `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process that
+    only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is read; where that is unset too, the
+    embedded Postgres is used. An engine that is given is neither configured nor disposed of; one that is made from a URL
+    is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
+
+    `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
+    `ctx.state`, otherwise `state` is. `schema` is where the tables are, if not in ``durable``.
+
+    Raises:
+        InvalidConfiguration, InvalidName: a setting that cannot work.
+        TaskAlreadyRegistered: two of `tasks` have the same name.
+    """
+
+    def __init__(
+        self,
+        bind: AsyncEngine | async_sessionmaker[Any] | URL | str | None = None,
+        *,
+        queue_name: str = DEFAULT_QUEUE,
+        state: StateT | None = None,
+        lifespan: Callable[..., AbstractAsyncContextManager[StateT]]
+        | AbstractAsyncContextManager[StateT]
+        | None = None,
+        schema: str = SCHEMA,
+        default_max_attempts: int = 5,
+        default_retry_strategy: RetryStrategy | None = None,
+        default_cancellation: CancellationPolicy | None = None,
+        max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        tasks: Iterable[Task[Any, Any]] = (),
+    ) -> None:
+        self.queue_name = validate_name("queue", queue_name)
+        """The queue of spawns and workers that name none."""
+        self.state = state
+        """What `ctx.state` is without a lifespan."""
+        self.lifespan = lifespan
+        self.schema = schema
+        self.max_payload_bytes = integer(max_payload_bytes, "max_payload_bytes", minimum=1, maximum=2**30)
+        self.default_retry_strategy = default_retry_strategy or RetryStrategy.fixed(5)
+        self.defaults = TaskOptions(
+            integer(default_max_attempts, "default_max_attempts", minimum=1, maximum=MAX_ATTEMPTS),
+            self.default_retry_strategy,
+            default_cancellation,
+            self.queue_name,
+        )
+        self.tasks: dict[str, Task[Any, Any]] = {}
+        """The registered tasks by name."""
+        self._bind = bind
+        self._database: Database | None = None
+        self._workers: set[Worker] = set()
+        self._changes: dict[uuid.UUID, set[asyncio.Event]] = {}
+        self._spawns: Batch[Prepared, SpawnResult[Any]] = Batch(self._spawn_batch)
+        self._polls: Batch[uuid.UUID, Row[Any] | None] = Batch(self._poll_batch)
+        for task in tasks:
+            self.register(task)
+
+    def __repr__(self) -> str:
+        return f"<Durable queue={self.queue_name!r} tasks={len(self.tasks)}>"
+
+    # -- the database ----------------------------------------------------------------------------------------------------
+
+    @property
+    def database(self) -> Database:
+        """The engine as durable uses it, resolved on first use."""
+        if self._database is None:
+            self._database = Database(self._bind, self.schema)
+        return self._database
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine in use. Resolves `bind`."""
+        return self.database.engine
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Shut down workers that still run, and dispose of the engine if it was made from a URL."""
+        for worker in list(self._workers):
+            await worker.shutdown()
+        if self._database is not None:
+            await self._sender().flush()
+            await self._database.close()
+            if self._database.owned:
+                self._database = None
+
+    async def migrate(self) -> None:
+        """Bring the durable tables to the newest version, creating their schema if need be; safe to call at any time.
+
+        For applications without Alembic, for tests and demos. Several processes may call it at once.
+        """
+        async with self.database.engine.execution_options(isolation_level="READ COMMITTED").connect() as connection:
+            async with connection.begin():
+                await connection.run_sync(migrations.migrate, self.schema)
+
+    async def check_schema(self) -> None:
+        """Compare the tables in the database with what this version of the package needs.
+
+        Raises:
+            SchemaMismatch: they are not there, older or newer; the message says what to do.
+        """
+        async with self.database.engine.connect() as connection:
+            await connection.run_sync(migrations.check, self.schema)
+
+    def _sender(self) -> HintSender:
+        return sender(self.database.engine, channel_name(self.schema))
+
+    # -- tasks -----------------------------------------------------------------------------------------------------------
+
+    def task(
+        self,
+        name: Any = None,
+        *,
+        max_attempts: int | None = None,
+        retry_strategy: RetryStrategy | None = None,
+        cancellation: CancellationPolicy | None = None,
+        queue_name: str | None = None,
+        no_retry_on: Iterable[type[BaseException]] = (),
+    ) -> Any:
+        """As :func:`durable_sa.task`, and registers what it makes."""
+        if callable(name):
+            return self.register(make_task(name))
+        decorate = make_task(
+            name,
+            max_attempts=max_attempts,
+            retry_strategy=retry_strategy,
+            cancellation=cancellation,
+            queue_name=queue_name,
+            no_retry_on=no_retry_on,
+        )
+        return lambda function: self.register(decorate(function))
+
+    def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
+        """Make a task known: its workers claim it from now on, and it may be spawned by name. Returns the task.
+
+        Raises:
+            TaskAlreadyRegistered: another task has that name.
+        """
+        if not isinstance(task, Task):
+            raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
+        if self.tasks.setdefault(task.name, task) is not task:
+            raise TaskAlreadyRegistered(task.name)
+        return task
+
+    def registered(self, name: str) -> Task[Any, Any]:
+        """The task of that name.
+
+        Raises:
+            TaskNotRegistered: there is none.
+        """
+        try:
+            return self.tasks[name]
+        except KeyError:
+            raise TaskNotRegistered(name, self.tasks) from None
+
+    # -- spawning --------------------------------------------------------------------------------------------------------
+
+    @overload
+    async def spawn(
+        self, task: Task[None, T], params: None = None, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[T]: ...
+    @overload
+    async def spawn(
+        self, task: Task[ParamsT, T], params: ParamsT, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[T]: ...
+    async def spawn(
+        self, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[Any]:
+        """Enqueue a task, in a transaction of its own.
+
+        Raises:
+            InvalidTaskParams, PayloadTooLarge: params that do not fit.
+            InvalidConfiguration, InvalidName: an option that cannot work.
+            QueueNotFound: there is no such queue.
+            IdempotencyConflict: the idempotency key belongs to a task of another name or with other params.
+        """
+        return await self._spawns(prepare(self, task, params, options))
+
+    async def spawn_by_name(
+        self, name: str, params: Any = None, *, unchecked: bool = False, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[Any]:
+        """Enqueue a task by its name. `unchecked` allows names that only the workers know; params are plain JSON then.
+
+        Raises:
+            TaskNotRegistered: nobody here knows the name, and `unchecked` is not set.
+        """
+        return await self._spawns(prepare(self, name, params, options, unchecked=unchecked))
+
+    @overload
+    def spawn_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        task: Task[None, T],
+        params: None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, SpawnResult[T]]: ...
+    @overload
+    def spawn_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        task: Task[ParamsT, T],
+        params: ParamsT,
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, SpawnResult[T]]: ...
+    @overload
+    def spawn_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        task: Task[None, T],
+        params: None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> SpawnResult[T]: ...
+    @overload
+    def spawn_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        task: Task[ParamsT, T],
+        params: ParamsT,
+        **options: Unpack[SpawnOptions],
+    ) -> SpawnResult[T]: ...
+    def spawn_with(
+        self, session: Executor, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
+    ) -> Any:
+        """Enqueue a task in the caller's transaction: it exists if and only if that commits.
+
+        With an asynchronous session or connection this is a coroutine, with a synchronous one it returns directly.
+        Nothing is flushed: if the params need `order.id`, flush before. Nothing is committed or closed either.
+
+        Raises:
+            As :meth:`spawn`; the transaction is then still usable.
+        """
+        prepared = prepare(self, task, params, options)
+        return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
+
+    @overload
+    def spawn_by_name_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str,
+        params: Any = None,
+        *,
+        unchecked: bool = False,
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, SpawnResult[Any]]: ...
+    @overload
+    def spawn_by_name_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        name: str,
+        params: Any = None,
+        *,
+        unchecked: bool = False,
+        **options: Unpack[SpawnOptions],
+    ) -> SpawnResult[Any]: ...
+    def spawn_by_name_with(
+        self,
+        session: Executor,
+        name: str,
+        params: Any = None,
+        *,
+        unchecked: bool = False,
+        **options: Unpack[SpawnOptions],
+    ) -> Any:
+        """As :meth:`spawn_with`, by the task's name."""
+        prepared = prepare(self, name, params, options, unchecked=unchecked)
+        return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
+
+    async def spawn_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[SpawnResult[Any]]:
+        """Enqueue many tasks, all or none, with one statement a thousand. Results come in the order of the items.
+
+        Raises:
+            As :meth:`spawn`, for the first item that is at fault, with its position in a note.
+        """
+        prepared = self._prepare_many(items)
+        if not prepared:
+            return []
+        hint = Hint()
+        async with self.database.transaction() as connection:
+            results: list[SpawnResult[Any]] = []
+            for start in range(0, len(prepared), 1000):
+                script = scripts.spawn(prepared[start : start + 1000])(hint)
+                results.extend(await _drive(connection, script))
+        self._sender().send(hint)
+        return results
+
+    @overload
+    def spawn_many_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]],
+    ) -> Coroutine[Any, Any, list[SpawnResult[Any]]]: ...
+    @overload
+    def spawn_many_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]],
+    ) -> list[SpawnResult[Any]]: ...
+    def spawn_many_with(self, session: Executor, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> Any:
+        """As :meth:`spawn_many`, in the caller's transaction."""
+        prepared = self._prepare_many(items)
+
+        def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
+            results: list[SpawnResult[Any]] = []
+            for start in range(0, len(prepared), 1000):
+                results.extend((yield from scripts.spawn(prepared[start : start + 1000])(hint)))
+            return results
+
+        return perform(session, self.schema, script)
+
+    def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
+        prepared = []
+        for position, item in enumerate(items):
+            try:
+                if isinstance(item, Spawn):
+                    prepared.append(prepare(self, item.task, item.params, item.options))
+                else:
+                    task, params = item
+                    prepared.append(prepare(self, task, params, {}))
+            except DurableError as error:
+                error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
+                raise
+        return prepared
+
+    async def _spawn_batch(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException]:
+        """Spawns of callers that came at the same time: one statement, an outcome each."""
+        hint = Hint()
+        script = scripts.insert(prepared, hint)
+        try:
+            statement, parameters = next(script)
+            while True:
+                statement, parameters = script.send(await self.database.execute(statement, parameters))
+        except StopIteration as end:
+            results: list[SpawnResult[Any] | DurableError] = end.value
+        self._sender().send(hint)
+        return cast("list[SpawnResult[Any] | BaseException]", results)
+
+    # -- events ----------------------------------------------------------------------------------------------------------
+
+    async def emit_event(self, name: str, payload: Any = None, *, queue_name: str | None = None) -> bool:
+        """Emit an event of a queue. The first of a name wins: False, and no change, for any later one.
+
+        Raises:
+            InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.
+            QueueNotFound: there is no such queue.
+        """
+        return await self._perform(self._emission(name, payload, queue_name))
+
+    @overload
+    def emit_event_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str,
+        payload: Any = None,
+        *,
+        queue_name: str | None = None,
+    ) -> Coroutine[Any, Any, bool]: ...
+    @overload
+    def emit_event_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        name: str,
+        payload: Any = None,
+        *,
+        queue_name: str | None = None,
+    ) -> bool: ...
+    def emit_event_with(
+        self, session: Executor, name: str, payload: Any = None, *, queue_name: str | None = None
+    ) -> Any:
+        """As :meth:`emit_event`, in the caller's transaction; whoever waits is woken after the commit."""
+        return perform(session, self.schema, self._emission(name, payload, queue_name))
+
+    def _emission(self, name: str, payload: Any, queue_name: str | None) -> Callable[[Hint], Script[bool]]:
+        validate_name("event", name)
+        queue = self.queue_name if queue_name is None else validate_name("queue", queue_name)
+        what = f"the payload of event {name!r}"
+        text = _PLAIN.encode(payload, what)
+        check_size(text, self.max_payload_bytes, what)
+        return scripts.emit(queue, name, text)
+
+    # -- cancelling and retrying -------------------------------------------------------------------------------------------
+
+    async def cancel_task(self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> TaskStatus:
+        """Cancel a task and its unfinished descendants; a running one is interrupted at its next await.
+
+        Returns the task's status: `cancelled`, or how it had ended before, which then stays.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        return await self._perform(scripts.cancel(_id_of(task_id)))
+
+    @overload
+    def cancel_task_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any],
+    ) -> Coroutine[Any, Any, TaskStatus]: ...
+    @overload
+    def cancel_task_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any],
+    ) -> TaskStatus: ...
+    def cancel_task_with(self, session: Executor, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> Any:
+        """As :meth:`cancel_task`, in the caller's transaction."""
+        return perform(session, self.schema, scripts.cancel(_id_of(task_id)))
+
+    async def retry_task(
+        self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any], *, max_attempts: int | None = None
+    ) -> TaskStatus:
+        """Put a failed or cancelled task back, with its checkpoints, a fresh failure count and fresh clocks.
+
+        Descendants that its end had cancelled are put back with it. `max_attempts` replaces the task's own.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidState: it has not ended, or it has completed.
+        """
+        if max_attempts is not None:
+            integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
+        return await self._perform(scripts.retry(_id_of(task_id), max_attempts))
+
+    async def _perform(self, script: Callable[[Hint], Script[T]]) -> T:
+        """Run a script in a transaction of its own, again if it loses against another one."""
+
+        async def run() -> T:
+            hint = Hint()
+            for attempt in range(5):
+                try:
+                    async with self.database.transaction() as connection:
+                        result = await _drive(connection, script(hint))
+                    break
+                except DBAPIError as error:
+                    if attempt == 4 or not is_conflict(error):
+                        raise
+                    hint = Hint()
+                    await asyncio.sleep(backoff(attempt))
+            self._sender().send(hint)
+            return result
+
+        with detached():
+            task = asyncio.get_running_loop().create_task(run(), name="durable:client")
+        return await asyncio.shield(task)
+
+    # -- results ---------------------------------------------------------------------------------------------------------
+
+    @overload
+    async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
+    @overload
+    async def get_task_result(self, task: uuid.UUID) -> TaskPollResult[Any] | None: ...
+    async def get_task_result(self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> Any:
+        """How a task stands, with its output or error once it has ended; None if there is no such task."""
+        row = await self._polls(_id_of(task))
+        return None if row is None else self._poll_result(row)
+
+    @overload
+    async def wait_for_result(
+        self, task: SpawnResult[T] | TaskHandle[T], *, timeout: Duration | None = None
+    ) -> TaskPollResult[T]: ...
+    @overload
+    async def wait_for_result(self, task: uuid.UUID, *, timeout: Duration | None = None) -> TaskPollResult[Any]: ...
+    async def wait_for_result(
+        self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any], *, timeout: Duration | None = None
+    ) -> Any:
+        """Wait until a task has ended, however it did. Holds no connection while waiting.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            TimeoutError: it has not ended after `timeout` seconds.
+        """
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        task_id = _id_of(task)
+        changed = asyncio.Event()
+        self._changes.setdefault(task_id, set()).add(changed)
+        try:
+            async with asyncio.timeout(limit):
+                pause = _FIRST_POLL
+                while True:
+                    changed.clear()
+                    row = await self._polls(task_id)
+                    if row is None:
+                        raise TaskNotFound(task_id)
+                    if row.outcome is not None:
+                        return self._poll_result(row)
+                    try:
+                        async with asyncio.timeout(pause):
+                            await changed.wait()
+                    except TimeoutError:
+                        pass
+                    pause = min(_LONGEST_POLL, pause * 1.3)
+        except TimeoutError:
+            raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds") from None
+        finally:
+            self._changes[task_id].discard(changed)
+            if not self._changes[task_id]:
+                del self._changes[task_id]
+
+    def task_changed(self, task_id: uuid.UUID) -> None:
+        """A worker of this client has seen a task end: whoever waits for it here may look."""
+        for changed in self._changes.get(task_id, ()):
+            changed.set()
+
+    async def _poll_batch(self, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
+        rows = await self.database.execute(waits.POLL_TASKS, {"task_ids": task_ids})
+        found = {row.task_id: row for row in rows}
+        return [found.get(task_id) for task_id in task_ids]
+
+    def _poll_result(self, row: Row[Any]) -> TaskPollResult[Any]:
+        output, error = None, None
+        if row.outcome == "completed" and row.output is not None:
+            known = self.tasks.get(row.task_name)
+            codec: Codec[Any] = known.output_codec if known is not None else _PLAIN
+            output = codec.decode(row.output, f"the output of task {row.task_id}")
+        elif row.error is not None and row.outcome is not None:
+            stored = _PLAIN.decode(row.error, f"the error of task {row.task_id}")
+            error = TaskErrorInfo(str(stored.get("name")), str(stored.get("message")), stored.get("raw"))
+        return TaskPollResult(row.task_id, TaskStatus(row.state), output, error)
+
+    async def count_unclaimed_ready_tasks(self, queue_name: str | None = None) -> int:
+        """How many tasks of a queue a worker could claim at this moment."""
+        queue = self.queue_name if queue_name is None else validate_name("queue", queue_name)
+        rows = await self.database.execute(spawning.COUNT_READY, {"queue_name": queue})
+        return int(rows[0][0])
+
+    # -- queues ----------------------------------------------------------------------------------------------------------
+
+    async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
+        """Create a queue; if it is there, only the policies that are given change.
+
+        `retention` is the age at which finished tasks are deleted, `event_retention` the age of events; None keeps them.
+        """
+        if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
+            raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
+        parameters: dict[str, Any] = {"queue_name": self._queue(name)}
+        for key in ("retention", "event_retention"):
+            value = policy.get(key)
+            parameters[f"set_{key}"] = key in policy
+            parameters[key] = None if value is None else seconds(value, key)
+        await self.database.execute(queues.CREATE_QUEUE, parameters)
+
+    async def drop_queue(self, name: str | None = None) -> None:
+        """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name."""
+        queue = self._queue(name)
+        async with self.database.transaction() as connection:
+            await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue})
+            await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
+            await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
+        while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
+            pass
+        self._sender().send(Hint(taken=True))
+
+    async def list_queues(self) -> list[str]:
+        """The names of all queues, sorted."""
+        return [row.queue_name for row in await self.database.execute(queues.LIST_QUEUES)]
+
+    async def require_queue(self, name: str) -> None:
+        """Raise `QueueNotFound` unless there is a queue of that name."""
+        if not await self.database.execute(queues.KNOWN_QUEUES, {"queue_names": [name]}):
+            raise QueueNotFound(name)
+
+    def _queue(self, name: str | None) -> str:
+        return self.queue_name if name is None else validate_name("queue", name)
+
+    # -- retention -------------------------------------------------------------------------------------------------------
+
+    async def cleanup_tasks(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
+        """Delete up to `limit` tasks that ended longer ago than `older_than`, with all that belongs to them.
+
+        What a live ancestor, a child or a waiting task still needs stays. Returns the number deleted.
+        """
+        return await delete_tasks(self.database, self._queue(queue_name), seconds(older_than, "older_than"), limit)
+
+    async def cleanup_events(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
+        """Delete up to `limit` events emitted longer ago than `older_than`, delivered and awaited by nobody."""
+        rows = await self.database.execute(
+            queues.DELETE_EVENTS,
+            {"queue_name": self._queue(queue_name), "age": seconds(older_than, "older_than"), "wanted": limit},
+        )
+        return len(rows)
+
+    # -- workers ---------------------------------------------------------------------------------------------------------
+
+    async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
+        """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.
+
+        Raises:
+            InvalidConfiguration: an option that cannot work, such as a `claim_timeout` below 1 second.
+            QueueNotFound: one of its queues does not exist.
+            SchemaMismatch: the tables are not those that this version needs.
+        """
+        worker = Worker(self, Settings.resolve(options, self.queue_name))
+        await worker.start()
+        self._workers.add(worker)
+        return worker
+
+    @asynccontextmanager
+    async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncIterator[Worker]:
+        """A worker for the length of an ``async with`` block."""
+        worker = await self.start_worker(**options)
+        try:
+            yield worker
+        finally:
+            await worker.shutdown()
+
+    async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
+        """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them."""
+        worker = await self.start_worker(**options)
+        try:
+            async with signals_handled(worker):
+                await worker.wait()
+        finally:
+            await worker.shutdown()
+
+    def forget_worker(self, worker: Worker) -> None:
+        """A worker has ended."""
+        self._workers.discard(worker)
+
+
+def _first(script: Script[list[SpawnResult[Any]]]) -> Script[SpawnResult[Any]]:
+    results = yield from script
+    return results[0]
+
+
+async def _drive(connection: AsyncConnection, script: Script[T]) -> T:
+    try:
+        statement, parameters = next(script)
+        while True:
+            result = await connection.execute(statement, parameters)
+            statement, parameters = script.send(result.all() if result.returns_rows else ())
+    except StopIteration as end:
+        value: T = end.value
+        return value
+
+
+def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
+    if isinstance(task, SpawnResult | TaskHandle):
+        return task.task_id
+    if isinstance(task, uuid.UUID):
+        return task
+    try:
+        return uuid.UUID(str(task))
+    except ValueError:
+        raise TypeError(
+            f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {type(task).__name__}"
+        ) from None

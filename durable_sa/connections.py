@@ -1,0 +1,288 @@
+"""Connections as durable's statements need them: autocommit, read committed, replaced after any doubt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import Executable, Row, text
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from .errors import InvalidConfiguration
+from .models import SCHEMA
+
+logger = logging.getLogger("durable_sa")
+
+Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
+
+STATEMENT_DEADLINE = 30.0
+"""Seconds after which a statement's connection is taken for dead."""
+
+_TRANSIENT_CLASSES = ("08", "53", "57", "58")
+_TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
+_CACHED_PLAN_STATES = frozenset({"0A000", "26000"})
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The server's five-letter code, wherever the driver keeps it; None where the server said nothing."""
+    cause: Any = error.orig if isinstance(error, DBAPIError) else error
+    for name in ("sqlstate", "pgcode"):
+        code = getattr(cause, name, None)
+        if isinstance(code, str):
+            return code
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same statement may succeed later: lost connections, restarts, deadlocks, timeouts, full servers."""
+    if isinstance(error, PoolTimeout | PendingRollbackError | OSError | asyncio.TimeoutError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
+        return True
+    code = sqlstate(error)
+    if code is None:
+        # Nothing came back from the server, so it is about the connection.
+        return not isinstance(error.orig, ValueError | TypeError | ArithmeticError)
+    return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_STATES or code in _CACHED_PLAN_STATES
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a transaction lost against another one, or its connection, and may be run again from its beginning."""
+    code = sqlstate(error)
+    return code in ("40001", "40P01") or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
+    """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
+    return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)
+
+
+def resolve_url(url: str | URL) -> URL:
+    """A URL as given by a user or a platform, with asyncpg where it names no driver."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise InvalidConfiguration(
+            "bind", "it is not a database URL", "Write postgresql://user:password@host/database."
+        ) from error
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+asyncpg")
+    if not parsed.drivername.startswith("postgresql+"):
+        raise InvalidConfiguration(
+            "bind",
+            f"{parsed.drivername!r} is no PostgreSQL driver",
+            "Use postgresql+asyncpg:// or postgresql+psycopg://.",
+        )
+    if parsed.drivername not in ("postgresql+asyncpg", "postgresql+psycopg", "postgresql+psycopg_async"):
+        raise InvalidConfiguration(
+            "bind",
+            f"{parsed.drivername!r} has no asyncio mode",
+            "Use postgresql+asyncpg:// or postgresql+psycopg://.",
+        )
+    return parsed
+
+
+def default_bind() -> str | URL:
+    """Where the tables are when nobody says: `DURABLE_DATABASE_URL`, else the embedded server."""
+    if url := os.environ.get("DURABLE_DATABASE_URL"):
+        return url
+    from .embedded import server
+
+    return server().url()
+
+
+class Database:
+    """An engine and the schema in it. Gives out connections on which durable's statements mean what they say."""
+
+    def __init__(self, bind: Bind | None, schema: str = SCHEMA) -> None:
+        self.schema = schema
+        self.sessionmaker: async_sessionmaker[Any] | None = None
+        self.owned = False
+        if isinstance(bind, async_sessionmaker):
+            self.sessionmaker = bind
+            bind = bind.kw.get("bind")
+            if not isinstance(bind, AsyncEngine):
+                raise InvalidConfiguration(
+                    "bind",
+                    "the async_sessionmaker is not bound to one AsyncEngine",
+                    "Give the engine that has the durable tables.",
+                )
+        if bind is None:
+            bind = default_bind()
+        if isinstance(bind, AsyncEngine):
+            if bind.dialect.name != "postgresql":
+                raise InvalidConfiguration("bind", f"durable_sa needs PostgreSQL, not {bind.dialect.name}")
+            self.engine = bind
+        elif isinstance(bind, str | URL):
+            self.engine = create_async_engine(resolve_url(bind), hide_parameters=True)
+            self.owned = True
+        else:
+            raise InvalidConfiguration(
+                "bind",
+                f"it cannot be of type {type(bind).__name__}",
+                "Give an AsyncEngine, an async_sessionmaker or a URL.",
+            )
+        self.options: dict[str, Any] = {}
+        if schema != SCHEMA:
+            applications = self.engine.get_execution_options().get("schema_translate_map") or {}
+            self.options["schema_translate_map"] = {**applications, SCHEMA: schema}
+        self._autocommit: AsyncEngine | None = None
+        self.explicit = False
+
+    async def close(self) -> None:
+        """Dispose of the engine if it was made here."""
+        if self.owned:
+            await self.engine.dispose()
+
+    async def connect(self) -> AsyncConnection:
+        """A connection on which each statement is a transaction of its own, at read committed.
+
+        An autocommit connection runs at the isolation the server has by default. Where that is another one, the
+        statements get transactions of their own instead; see :meth:`execute_on`.
+        """
+        if self._autocommit is None:
+            engine = self.engine.execution_options(isolation_level="AUTOCOMMIT", **self.options)
+            connection = await engine.connect()
+            try:
+                level = (
+                    await connection.execute(text("SELECT current_setting('default_transaction_isolation')"))
+                ).scalar()
+            except BaseException:
+                await discard(connection)
+                raise
+            if level == "read committed":
+                self._autocommit = engine
+                return connection
+            await connection.close()
+            self._autocommit = self.engine.execution_options(isolation_level="READ COMMITTED", **self.options)
+            self.explicit = True
+        return await self._autocommit.connect()
+
+    async def execute_on(
+        self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[Any]]:
+        """Run one statement as a transaction of its own."""
+        if not self.explicit:
+            result = await connection.execute(statement, parameters)
+            return result.all() if result.returns_rows else ()
+        async with connection.begin():
+            result = await connection.execute(statement, parameters)
+            return result.all() if result.returns_rows else ()
+
+    async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """Run one statement on a connection of the pool, again once if the pool had kept a dead one.
+
+        For statements that may be repeated. A cancelled caller leaves it to finish by itself, since cancelling within
+        a driver costs the connection.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._execute(statement, parameters)))
+
+    async def _execute(self, statement: Executable, parameters: Mapping[str, Any] | None) -> Sequence[Row[Any]]:
+        for attempt in range(3):
+            try:
+                connection = await self.connect()
+                try:
+                    rows = await self.execute_on(connection, statement, parameters)
+                except BaseException:
+                    await discard(connection)
+                    raise
+                await connection.close()
+                return rows
+            except (SQLAlchemyError, OSError) as error:
+                code = sqlstate(error)
+                repeatable = is_conflict(error) or code in _CACHED_PLAN_STATES
+                if attempt == 2 or not repeatable:
+                    raise
+                await asyncio.sleep(backoff(attempt))
+        raise AssertionError("unreachable")
+
+    async def transactional(self) -> AsyncConnection:
+        """A connection of the application's engine, at the isolation the application has given it."""
+        return await self.engine.execution_options(**self.options).connect()
+
+    def session(self, connection: AsyncConnection) -> AsyncSession:
+        """A session of the application's kind, inside the transaction that `connection` has begun.
+
+        Its commits end savepoints only.
+        """
+        options: dict[str, Any] = {"join_transaction_mode": "create_savepoint"}
+        if self.sessionmaker is None:
+            return AsyncSession(connection, expire_on_commit=False, **options)
+        session: AsyncSession = self.sessionmaker(bind=connection, **options)
+        return session
+
+    def private(self) -> AsyncEngine:
+        """An engine with connections of its own, made as the application's are; for another thread, or to keep."""
+        engine = self.engine.sync_engine
+        return AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction of several statements, each of which sees what was committed before it."""
+        engine = self.engine.execution_options(isolation_level="READ COMMITTED", **self.options)
+        async with engine.connect() as connection, connection.begin():
+            yield connection
+
+
+async def discard(connection: AsyncConnection) -> None:
+    """Get rid of a connection in an unknown state. Never raises, never takes long."""
+
+    async def close() -> None:
+        try:
+            await connection.invalidate()
+        finally:
+            await connection.close()
+
+    task = asyncio.ensure_future(close())
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        await asyncio.wait([task], timeout=5.0)
+    except asyncio.CancelledError:
+        pass
+
+
+class Channel:
+    """One connection kept for one kind of work, with statements in sequence.
+
+    After an error of the connection, or a cancellation, SQLAlchemy would reconnect without autocommit, and what is
+    then executed never commits: so it is given up, and the next statement gets another.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: AsyncConnection | None = None
+        self._lock = asyncio.Lock()
+
+    async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """Run one statement as a transaction of its own."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(STATEMENT_DEADLINE):
+                    if self._connection is None:
+                        self._connection = await self._database.connect()
+                    return await self._database.execute_on(self._connection, statement, parameters)
+            except BaseException:
+                connection, self._connection = self._connection, None
+                if connection is not None:
+                    await discard(connection)
+                raise
+
+    async def close(self) -> None:
+        """Give the connection back to the pool."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                async with asyncio.timeout(5.0):
+                    await connection.close()
+            except (SQLAlchemyError, OSError, TimeoutError):
+                await discard(connection)

@@ -1,0 +1,124 @@
+"""The worker's sign of life, sent from a thread so that no step can hold it up, as long as the event loop turns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .connections import Channel, Database
+from .statements import claiming
+
+logger = logging.getLogger("durable_sa")
+
+BEATS_PER_LEASE = 3
+TURN_INTERVAL = 1.0
+
+
+class Lease:
+    """How long the worker may go on by the local clock: counted from before a heartbeat was sent, so never too long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.valid_until = 0.0
+        self.turned_at = time.monotonic()
+
+    @property
+    def valid(self) -> bool:
+        """Whether nobody can have taken over yet."""
+        return time.monotonic() < self.valid_until
+
+    def renewed(self, sent_at: float) -> None:
+        """A heartbeat that was sent at `sent_at` has been committed."""
+        self.valid_until = max(self.valid_until, sent_at + self.seconds)
+
+
+class Heartbeat:
+    """Beats for one worker start until it is stopped or finds the worker lost."""
+
+    def __init__(
+        self, database: Database, worker_id: uuid.UUID, lease: Lease, *, fatal: bool, on_lost: Callable[[], None]
+    ) -> None:
+        self._database = database
+        self._worker_id = worker_id
+        self._lease = lease
+        self._fatal = fatal
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._stopping: Callable[[], None] | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="durable-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Stop the thread, and wait a moment for it."""
+        self._stopped = True
+        if (stop := self._stopping) is not None:
+            stop()
+        deadline = time.monotonic() + 5.0
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._beat())
+        except Exception:
+            logger.exception("the heartbeat has ended; the worker gives up its runs when its lease is over")
+
+    async def _beat(self) -> None:
+        engine = self._database.private()
+        channel = Channel(Database(engine, self._database.schema))
+        interval = self._lease.seconds / BEATS_PER_LEASE
+        deadline = max(0.3, min(interval, 10.0))
+        pause = interval
+        stop, own_loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def stop_soon() -> None:
+            with contextlib.suppress(RuntimeError):
+                own_loop.call_soon_threadsafe(stop.set)
+
+        self._stopping = stop_soon
+        try:
+            while not self._stopped:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await stop.wait()
+                        return
+                sent_at = time.monotonic()
+                stuck = sent_at - self._lease.turned_at > max(self._lease.seconds, TURN_INTERVAL * 2)
+                try:
+                    async with asyncio.timeout(deadline):
+                        statement = claiming.STILL_HELD if stuck else claiming.HEARTBEAT
+                        rows = await channel.execute(statement, {"worker_id": self._worker_id})
+                except (SQLAlchemyError, OSError, TimeoutError) as error:
+                    logger.warning("a heartbeat failed: %s", type(error).__name__)
+                    pause = min(1.0, interval / 4)
+                    continue
+                pause = interval
+                if not rows:
+                    self._lost()
+                    return
+                if not stuck:
+                    self._lease.renewed(sent_at)
+        finally:
+            await channel.close()
+            await engine.dispose()
+
+    def _lost(self) -> None:
+        if self._fatal:
+            logger.critical("another worker has taken this one's runs over; ending the process")
+            logging.shutdown()
+            os._exit(1)
+        self._lease.valid_until = 0.0
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._on_lost)

@@ -1,0 +1,356 @@
+"""Wake-up hints: NOTIFY after the commit, coalesced, and LISTEN in the worker.
+
+A hint says that something is worth a look, never what to do: one that is lost costs a poll interval and nothing else. It
+is sent after the commit and outside of it, because a NOTIFY inside a transaction makes committers queue up behind each
+other; and what becomes known while one is on its way travels together in the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Row, event, func, select
+from sqlalchemy.engine import Connection, Engine, RootTransaction
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.sql import bindparam
+from sqlalchemy.types import Text
+
+from .branches import detached
+from .models import SCHEMA
+
+logger = logging.getLogger("durable_sa")
+
+NOTIFY = select(func.pg_notify(bindparam("channel", type_=Text()), bindparam("payload", type_=Text())))
+"""Send a hint to all workers that listen."""
+
+MAX_PAYLOAD = 7000
+"""Bytes; Postgres allows 8,000."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def channel_name(schema: str) -> str:
+    """The channel of a schema's hints, within the 63 bytes of an identifier."""
+    if schema == SCHEMA:
+        return "durable"
+    return f"durable_{hashlib.blake2b(schema.encode(), digest_size=10).hexdigest()}"
+
+
+@dataclass(slots=True)
+class Hint:
+    """What may be worth a look: lanes with the earliest time in each, events, ended runs, limits on time."""
+
+    lanes: dict[tuple[str, int], datetime] = field(default_factory=dict)
+    events: bool = False
+    taken: bool = False
+    limits: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.lanes) or self.events or self.taken or self.limits
+
+    def add(self, queue_name: str, priority: int, available_at: datetime | None) -> None:
+        """A task that is, or will be, claimable."""
+        if available_at is None:
+            return
+        known = self.lanes.get((queue_name, priority))
+        if known is None or available_at < known:
+            self.lanes[queue_name, priority] = available_at
+
+    def add_rows(self, rows: Iterable[Row[Any]]) -> Hint:
+        """Tasks as a statement returned them: queue_name, priority, available_at."""
+        for row in rows:
+            self.add(row.queue_name, row.priority, row.available_at)
+        return self
+
+    def merge(self, other: Hint) -> None:
+        """Take in another hint."""
+        for (queue_name, priority), available_at in other.lanes.items():
+            self.add(queue_name, priority, available_at)
+        self.events |= other.events
+        self.taken |= other.taken
+        self.limits |= other.limits
+
+    def encode(self) -> str:
+        """The hint as a NOTIFY payload. If there are too many lanes to name, none is: everybody looks everywhere."""
+        lanes = [
+            [queue_name, priority, int((available_at - _EPOCH).total_seconds() * 1_000_000)]
+            for (queue_name, priority), available_at in self.lanes.items()
+        ]
+        text = json.dumps([lanes, int(self.events), int(self.taken), int(self.limits)], separators=(",", ":"))
+        if len(text) > MAX_PAYLOAD:
+            text = json.dumps([None, int(self.events), int(self.taken), int(self.limits)], separators=(",", ":"))
+        return text
+
+    @classmethod
+    def decode(cls, payload: str) -> Hint | None:
+        """The hint in a payload; None if all lanes are worth a look, or the payload is nobody's that we know."""
+        try:
+            lanes, events, taken, limits = json.loads(payload)
+            if lanes is None:
+                return None
+            hint = cls(events=bool(events), taken=bool(taken), limits=bool(limits))
+            for queue_name, priority, micros in lanes:
+                hint.add(str(queue_name), int(priority), datetime.fromtimestamp(int(micros) / 1_000_000, UTC))
+            return hint
+        except (ValueError, TypeError, OverflowError, OSError):
+            return None
+
+
+class HintSender:
+    """Sends hints for one async engine on one event loop, one NOTIFY at a time."""
+
+    def __init__(self, engine: AsyncEngine, channel: str) -> None:
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._channel = channel
+        self._pending = Hint()
+        self._task: asyncio.Task[None] | None = None
+
+    def send(self, hint: Hint) -> None:
+        """Send, soon. Call it on the event loop."""
+        if not hint:
+            return
+        self._pending.merge(hint)
+        if self._task is None:
+            with detached():
+                self._task = asyncio.get_running_loop().create_task(self._drain(), name="durable:hints")
+
+    async def flush(self) -> None:
+        """Wait until nothing is on its way."""
+        while (task := self._task) is not None:
+            await asyncio.wait([task])
+
+    async def _drain(self) -> None:
+        try:
+            async with self._engine.connect() as connection:
+                while self._pending:
+                    hint, self._pending = self._pending, Hint()
+                    await connection.execute(NOTIFY, {"channel": self._channel, "payload": hint.encode()})
+        except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
+            self._pending = Hint()
+            logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
+        finally:
+            self._task = None
+
+
+class _ThreadSender:
+    """Sends hints for one sync engine from a daemon thread that ends when there is nothing to do."""
+
+    def __init__(self, engine: Engine, channel: str) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._pending: list[tuple[RootTransaction | None, Hint]] = []
+        self._lock = threading.Lock()
+        self._running = False
+
+    def send(self, hint: Hint, after: RootTransaction | None) -> None:
+        with self._lock:
+            self._pending.append((after, hint))
+            if self._running:
+                return
+            self._running = True
+        threading.Thread(target=self._drain, name="durable-hints", daemon=True).start()
+
+    def _drain(self) -> None:
+        while True:
+            with self._lock:
+                batch, self._pending = self._pending, []
+                if not batch:
+                    self._running = False
+                    return
+            merged = Hint()
+            for transaction, hint in batch:
+                while transaction is not None and transaction.is_active:
+                    time.sleep(0.0005)
+                merged.merge(hint)
+            try:
+                with self._engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                    connection.execute(NOTIFY, {"channel": self._channel, "payload": merged.encode()})
+            except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
+                logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
+
+
+_senders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[int, str], HintSender]] = (
+    weakref.WeakKeyDictionary()
+)
+_thread_senders: weakref.WeakKeyDictionary[Engine, dict[str, _ThreadSender]] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakKeyDictionary[Connection, dict[str, Hint]] = weakref.WeakKeyDictionary()
+
+
+def sender(engine: AsyncEngine, channel: str) -> HintSender:
+    """The sender of an engine on the running event loop."""
+    senders = _senders.setdefault(asyncio.get_running_loop(), {})
+    key = (id(engine.sync_engine), channel)
+    if key not in senders:
+        senders[key] = HintSender(engine, channel)
+    return senders[key]
+
+
+def send_after_commit(connection: Connection, channel: str, hint: Hint) -> None:
+    """Send a hint once the transaction that `connection` is in has been committed, however that comes about.
+
+    The event of the connection is the one that fires exactly once for every real COMMIT: of sessions, of connections,
+    with savepoints, in two phases, of sessions that joined an outer transaction; and never for a rollback. It fires
+    just before the COMMIT is sent.
+    """
+    if connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection):  # type: ignore[arg-type]
+        _send(connection, channel, hint, None)
+        return
+    pending = _watched.get(connection)
+    if pending is None:
+        pending = _watched[connection] = {}
+
+        def committing(committed: Connection, *_: Any) -> None:
+            hints = dict(pending)
+            pending.clear()
+            for name, collected in hints.items():
+                _send(committed, name, collected, committed.get_transaction())
+
+        def forgetting(_: Connection, *__: Any) -> None:
+            pending.clear()
+
+        event.listen(connection, "commit", committing)
+        event.listen(connection, "commit_twophase", committing)
+        event.listen(connection, "rollback", forgetting)
+        event.listen(connection, "rollback_twophase", forgetting)
+    pending.setdefault(channel, Hint()).merge(hint)
+
+
+def _send(connection: Connection, channel: str, hint: Hint, after: Any) -> None:
+    engine = connection.engine
+    if not connection.dialect.is_async:
+        by_channel = _thread_senders.setdefault(engine, {})
+        by_channel.setdefault(channel, _ThreadSender(engine, channel)).send(hint, after)
+        return
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    target = sender(AsyncEngine(engine), channel)
+
+    def when_over(delay: float = 0.0005) -> None:
+        if after is not None and after.is_active:
+            loop.call_later(delay, when_over, min(delay * 2, 0.01))
+        else:
+            target.send(hint)
+
+    when_over()
+
+
+class Listener:
+    """LISTEN on a connection of its own, replaced when it is lost, checked that what is sent arrives."""
+
+    def __init__(self, connect: Callable[[], AsyncEngine], channel: str, on_payload: Callable[[str], None]) -> None:
+        self._connect = connect
+        self._channel = channel
+        self._on_payload = on_payload
+        self.working = False
+        self._said = False
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        failures = 0
+        while True:
+            engine = self._connect()
+            try:
+                async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                    await self._listen(connection)
+                failures = 0
+            except asyncio.CancelledError:
+                raise
+            except _NotDelivered:
+                self._say("LISTEN has no effect here (a connection pooler in transaction mode?): polling instead")
+                failures = 8
+            except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
+                self._say(f"LISTEN is interrupted ({type(error).__name__}): polling until it works again")
+                failures += 1
+            finally:
+                self.working = False
+                await asyncio.shield(engine.dispose())
+            await asyncio.sleep(min(60.0, 0.5 * 2**failures))
+
+    def _say(self, message: str) -> None:
+        if not self._said:
+            logger.warning(message)
+            self._said = True
+
+    async def _listen(self, connection: AsyncConnection) -> None:
+        raw = await connection.get_raw_connection()
+        driver: Any = raw.driver_connection
+        arrived = asyncio.Event()
+        lost = asyncio.Event()
+        probe = f"probe:{id(self)}:{time.monotonic_ns()}"
+
+        def receive(payload: str) -> None:
+            if payload == probe:
+                arrived.set()
+            elif not payload.startswith("probe:"):
+                self._on_payload(payload)
+
+        reading: asyncio.Task[None] | None = None
+        if hasattr(driver, "add_listener"):
+
+            def received(_: Any, __: int, ___: str, payload: Any) -> None:
+                receive(str(payload))
+
+            await driver.add_listener(self._channel, received)
+            driver.add_termination_listener(lambda _: lost.set())
+        else:
+            await driver.execute(f'LISTEN "{self._channel}"')
+
+            async def read() -> None:
+                async for notification in driver.notifies():
+                    receive(notification.payload)
+
+            reading = asyncio.create_task(read(), name="durable:notifies")
+            reading.add_done_callback(lambda done: (done.cancelled() or done.exception(), lost.set()))
+        try:
+            await self._probe(probe)
+            try:
+                async with asyncio.timeout(5.0):
+                    await arrived.wait()
+            except TimeoutError:
+                raise _NotDelivered from None
+            self.working = True
+            self._said = False
+            self._on_payload("")
+            while not lost.is_set():
+                try:
+                    async with asyncio.timeout(30.0):
+                        await lost.wait()
+                except TimeoutError:
+                    if reading is None:
+                        async with asyncio.timeout(5.0):
+                            await driver.fetchval("SELECT 1")
+                    else:
+                        arrived.clear()
+                        await self._probe(probe)
+                        async with asyncio.timeout(5.0):
+                            await arrived.wait()
+            raise ConnectionError("the connection was closed")
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait([reading])
+
+    async def _probe(self, payload: str) -> None:
+        """Send something to ourselves, over another connection."""
+        engine = self._connect()
+        try:
+            async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                await connection.execute(NOTIFY, {"channel": self._channel, "payload": payload})
+        finally:
+            await engine.dispose()
+
+
+class _NotDelivered(Exception):  # noqa: N818
+    """What was sent to the channel did not arrive."""

@@ -1,0 +1,33 @@
+"""Ids: UUIDv7, so that tables grow at one end, and derived where a repetition has to collide with the first time."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+
+import uuid_utils.compat as uuid_utils
+
+
+def new_id() -> uuid.UUID:
+    """A new UUIDv7."""
+    return uuid_utils.uuid7()
+
+
+def step_key(kind: str, name: str, arguments: str, path: tuple[int | str, ...], occurrence: int) -> uuid.UUID:
+    """The key of a checkpoint: which call of a task it belongs to, the same in every run of the same code."""
+    identity = repr((kind, name, arguments, path, occurrence)).encode("utf-8", "surrogatepass")
+    return uuid.UUID(bytes=hashlib.blake2b(identity, digest_size=16).digest())
+
+
+def child_id(parent: uuid.UUID, key: uuid.UUID) -> uuid.UUID:
+    """The id of the child that a call of a task spawns: a UUIDv7 with the parent's time and the call's hash."""
+    digest = hashlib.blake2b(parent.bytes + key.bytes, digest_size=10).digest()
+    raw = bytearray(parent.bytes[:6] + digest)
+    raw[6] = 0x70 | (raw[6] & 0x0F)
+    raw[8] = 0x80 | (raw[8] & 0x3F)
+    return uuid.UUID(bytes=bytes(raw))
+
+
+def digest(text: str | None) -> str:
+    """A short fingerprint of encoded params."""
+    return hashlib.blake2b((text or "").encode(), digest_size=12).hexdigest()

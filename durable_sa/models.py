@@ -1,0 +1,312 @@
+"""The durable tables as mapped classes, for ``select()`` and joins beside an application's own models.
+
+They have a ``MetaData`` of their own in the schema ``durable``, so that neither their names nor their migrations meet
+the application's. Read them freely; write them through :class:`durable_sa.Durable` only, since every write has to keep
+the fence and the indexes in step.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    DDL,
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    Interval,
+    MetaData,
+    SmallInteger,
+    Text,
+    Uuid,
+    event,
+    insert,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SCHEMA = "durable"
+DEFAULT_QUEUE = "default"
+REVISION = "durable_0001"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    },
+)
+
+
+class Base(DeclarativeBase):
+    """The declarative base of durable's tables; an application's models keep theirs."""
+
+    metadata = metadata
+    type_annotation_map = {
+        str: Text(),
+        datetime: DateTime(timezone=True),
+        timedelta: Interval(),
+        uuid.UUID: Uuid(),
+        float: Float(53),
+        list[str]: ARRAY(Text()),
+    }
+
+
+_now = text("clock_timestamp()")
+
+
+class Queue(Base):
+    """A named queue: tasks, events and schedules belong to one, and it carries their retention."""
+
+    __tablename__ = "queues"
+    __table_args__ = {"comment": f"schema version: {REVISION}"}
+
+    queue_name: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=_now)
+    paused_at: Mapped[datetime | None] = mapped_column(comment="set: nothing is claimed until it is resumed")
+    retention: Mapped[timedelta | None] = mapped_column(comment="age at which finished tasks are deleted; null: never")
+    event_retention: Mapped[timedelta | None] = mapped_column(comment="age at which events are deleted; null: never")
+
+
+class Task(Base):
+    """One row a task, from spawn to its end: input, policy, schedule, lease and outcome."""
+
+    __tablename__ = "tasks"
+
+    task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True, comment="UUIDv7, drawn by the spawning client")
+    queue_name: Mapped[str]
+    task_name: Mapped[str]
+    params: Mapped[Any | None] = mapped_column(JSON(), comment="SQL null: the task takes none")
+    headers: Mapped[dict[str, Any] | None] = mapped_column(JSONB())
+    state: Mapped[str] = mapped_column(
+        server_default="pending", comment="pending, running, sleeping, completed, failed or cancelled"
+    )
+    outcome: Mapped[str | None] = mapped_column(comment="null until the end, then completed, failed or cancelled")
+    priority: Mapped[int] = mapped_column(SmallInteger(), server_default="0", comment="smaller is claimed first")
+    attempt: Mapped[int] = mapped_column(Integer(), server_default="0", comment="attempts begun")
+    run_id: Mapped[uuid.UUID] = mapped_column(comment="of the attempt that runs, or comes next")
+    failures: Mapped[int] = mapped_column(Integer(), server_default="0", comment="failures of the task's own code")
+    lease_losses: Mapped[int] = mapped_column(
+        Integer(), server_default="0", comment="workers lost in a row while running it"
+    )
+    max_attempts: Mapped[int] = mapped_column(Integer(), comment="failures at which it is given up")
+    retry_kind: Mapped[str] = mapped_column(comment="none, fixed or exponential")
+    retry_base_delay: Mapped[float] = mapped_column(comment="seconds")
+    retry_factor: Mapped[float]
+    retry_max_backoff: Mapped[float] = mapped_column(comment="seconds")
+    retry_jitter: Mapped[float] = mapped_column(comment="share of the delay, 0 to 1")
+    max_pending_time: Mapped[timedelta | None] = mapped_column(comment="from available_at to the first start")
+    max_running_time: Mapped[timedelta | None] = mapped_column(comment="from the first start on")
+    cancel_at: Mapped[datetime | None] = mapped_column(comment="when the limit in force now cancels it")
+    parent_task_id: Mapped[uuid.UUID | None]
+    cancelled_by: Mapped[uuid.UUID | None] = mapped_column(comment="the ancestor whose end cancelled it")
+    idempotency_key: Mapped[str | None]
+    fence: Mapped[int] = mapped_column(
+        BigInteger(), server_default="0", comment="rises with every change of hands; a run writes only under its own"
+    )
+    claimed_by: Mapped[uuid.UUID | None] = mapped_column(comment="workers.worker_id that runs it; null: nobody")
+    created_at: Mapped[datetime] = mapped_column(server_default=_now)
+    available_at: Mapped[datetime | None] = mapped_column(comment="when it may be claimed; null: once a wait resolves")
+    first_started_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None] = mapped_column(comment="start of the current attempt")
+    finished_at: Mapped[datetime | None]
+    output: Mapped[Any | None] = mapped_column(JSON())
+    error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
+
+    __table_args__ = (
+        CheckConstraint(
+            "state IN ('pending', 'running', 'sleeping', 'completed', 'failed', 'cancelled')", name="state"
+        ),
+        CheckConstraint("outcome IN ('completed', 'failed', 'cancelled')", name="outcome"),
+        CheckConstraint("(finished_at IS NULL) = (outcome IS NULL)", name="finished"),
+        CheckConstraint("max_attempts >= 1", name="max_attempts"),
+        CheckConstraint("retry_kind IN ('none', 'fixed', 'exponential')", name="retry_kind"),
+        CheckConstraint("retry_base_delay BETWEEN 0 AND 3155760000", name="retry_base_delay"),
+        CheckConstraint("retry_factor BETWEEN 1 AND 1000", name="retry_factor"),
+        CheckConstraint("retry_max_backoff BETWEEN 0 AND 3155760000", name="retry_max_backoff"),
+        CheckConstraint("retry_jitter BETWEEN 0 AND 1", name="retry_jitter"),
+        CheckConstraint("max_pending_time BETWEEN '0' AND '36525 days'", name="max_pending_time"),
+        CheckConstraint("max_running_time BETWEEN '0' AND '36525 days'", name="max_running_time"),
+        CheckConstraint("octet_length(task_name) BETWEEN 1 AND 200", name="task_name"),
+        CheckConstraint("octet_length(idempotency_key) BETWEEN 1 AND 255", name="idempotency_key"),
+        # The claim walks this index and changes none of its columns, so that claiming a task is a heap-only update.
+        Index(
+            "tasks_claim_idx",
+            "queue_name",
+            "priority",
+            "available_at",
+            "task_id",
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+        Index(
+            "tasks_finished_idx",
+            "queue_name",
+            "outcome",
+            "finished_at",
+            postgresql_where=text("finished_at IS NOT NULL"),
+        ),
+        Index(
+            "tasks_cancel_at_idx", "cancel_at", postgresql_where=text("finished_at IS NULL AND cancel_at IS NOT NULL")
+        ),
+        Index("tasks_parent_idx", "parent_task_id", postgresql_where=text("parent_task_id IS NOT NULL")),
+        Index(
+            "tasks_idempotency_idx",
+            "queue_name",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+    )
+
+
+class Run(Base):
+    """One row an ended attempt. ``failed`` also for a lost worker or a release at shutdown: ``error`` says which."""
+
+    __tablename__ = "runs"
+    __table_args__ = (CheckConstraint("state IN ('completed', 'failed', 'cancelled')", name="state"),)
+
+    task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(Integer(), primary_key=True, autoincrement=False)
+    run_id: Mapped[uuid.UUID]
+    state: Mapped[str]
+    worker_id: Mapped[uuid.UUID | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime] = mapped_column(server_default=_now)
+    error: Mapped[Any | None] = mapped_column(JSON())
+
+
+class Checkpoint(Base):
+    """What a call in a task came to, once and for all: a step's result, a child, a payload, a timeout, a wake time."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (
+        CheckConstraint(
+            "kind IN ('step', 'transaction', 'spawn', 'sleep', 'event', 'emit', 'join', 'value')", name="kind"
+        ),
+        CheckConstraint("status IN ('completed', 'failed', 'cancelled', 'timeout')", name="status"),
+    )
+
+    task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[uuid.UUID] = mapped_column(
+        primary_key=True, comment="hash of kind, name, arguments, branch and occurrence"
+    )
+    kind: Mapped[str]
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default="completed")
+    value: Mapped[Any | None] = mapped_column(JSON())
+    child_task_id: Mapped[uuid.UUID | None] = mapped_column(comment="the child that was spawned or joined")
+    created_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class Event(Base):
+    """An emitted event; the first emit of a name in a queue wins."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        CheckConstraint("octet_length(name) BETWEEN 1 AND 200 AND left(name, 1) <> '$'", name="name"),
+        Index("events_undelivered_idx", "emitted_at", postgresql_where=text("delivered_at IS NULL")),
+        Index("events_emitted_at_idx", "queue_name", "emitted_at"),
+    )
+
+    queue_name: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    payload: Mapped[Any | None] = mapped_column(JSON())
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB())
+    emitted_at: Mapped[datetime] = mapped_column(server_default=_now)
+    delivered_at: Mapped[datetime | None] = mapped_column(comment="when workers had handed it to every waiter")
+
+
+class Wait(Base):
+    """A wait of a suspended task that nothing has resolved yet."""
+
+    __tablename__ = "waits"
+    __table_args__ = (
+        CheckConstraint("kind IN ('event', 'join')", name="kind"),
+        CheckConstraint("(kind = 'event') = (event_name IS NOT NULL)", name="event_name"),
+        CheckConstraint("(kind = 'join') = (child_task_id IS NOT NULL)", name="child_task_id"),
+        Index("waits_event_idx", "queue_name", "event_name", postgresql_where=text("event_name IS NOT NULL")),
+        Index("waits_child_idx", "child_task_id", postgresql_where=text("child_task_id IS NOT NULL")),
+    )
+
+    task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[uuid.UUID] = mapped_column(primary_key=True, comment="of the checkpoint that will resolve it")
+    kind: Mapped[str]
+    name: Mapped[str]
+    queue_name: Mapped[str]
+    event_name: Mapped[str | None]
+    child_task_id: Mapped[uuid.UUID | None]
+    due_at: Mapped[datetime | None] = mapped_column(comment="when it times out")
+    created_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class Schedule(Base):
+    """A cron schedule; each tick spawns its task once across the fleet."""
+
+    __tablename__ = "schedules"
+    __table_args__ = (
+        CheckConstraint("name ~ '^[A-Za-z0-9_-]+$' AND octet_length(name) <= 200", name="name"),
+        CheckConstraint("backend IN ('worker', 'pg_cron')", name="backend"),
+        CheckConstraint("misfire IN ('skip', 'run_once', 'run_all')", name="misfire"),
+        CheckConstraint("overlap IN ('allow', 'skip')", name="overlap"),
+        Index("schedules_next_tick_idx", "next_tick_at", postgresql_where=text("paused_at IS NULL")),
+    )
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    queue_name: Mapped[str]
+    task_name: Mapped[str]
+    cron_expression: Mapped[str]
+    timezone: Mapped[str] = mapped_column(server_default="UTC")
+    params: Mapped[Any | None] = mapped_column(JSON())
+    spawn_options: Mapped[dict[str, Any]] = mapped_column(JSONB(), server_default=text("'{}'"))
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB())
+    backend: Mapped[str] = mapped_column(server_default="worker")
+    pgcron_job_name: Mapped[str | None]
+    misfire: Mapped[str] = mapped_column(server_default="run_once")
+    overlap: Mapped[str] = mapped_column(server_default="allow")
+    paused_at: Mapped[datetime | None]
+    next_tick_at: Mapped[datetime | None] = mapped_column(comment="null: the expression never fires again")
+    last_tick_at: Mapped[datetime | None]
+    last_task_id: Mapped[uuid.UUID | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=_now)
+    updated_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class WorkerRow(Base):
+    """One row a worker start; its lease stands for the leases of all runs the worker holds."""
+
+    __tablename__ = "workers"
+
+    worker_id: Mapped[uuid.UUID] = mapped_column(primary_key=True, comment="drawn anew at every start")
+    name: Mapped[str] = mapped_column(comment="a label, host:pid unless given")
+    queue_names: Mapped[list[str]]
+    claim_timeout: Mapped[timedelta] = mapped_column(comment="how long it may be silent before others take over")
+    started_at: Mapped[datetime] = mapped_column(server_default=_now)
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=_now)
+    expires_at: Mapped[datetime]
+    lost_at: Mapped[datetime | None] = mapped_column(comment="when another worker found it silent")
+
+
+FILLFACTOR = {"tasks": 40}
+"""Heap space left free in percent: a row grows when it is claimed, and has to stay on its page to be heap-only."""
+
+for _table, _percent in FILLFACTOR.items():
+    event.listen(
+        metadata.tables[f"{SCHEMA}.{_table}"],
+        "after_create",
+        DDL(f"ALTER TABLE %(fullname)s SET (fillfactor = {_percent})"),
+    )
+
+
+@event.listens_for(Queue.__table__, "after_create")
+def _create_default_queue(target: Any, connection: Connection, **_: Any) -> None:
+    """The queue of a client that names none is there from the start, as after a migration."""
+    connection.execute(insert(target).values(queue_name=DEFAULT_QUEUE))

@@ -1,0 +1,148 @@
+"""What the client does to the database, as sequences of statements that any connection can run."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import Executable
+
+from .errors import DurableError, InvalidState, QueueNotFound, TaskNotFound
+from .hints import Hint
+from .ids import new_id
+from .results import SpawnResult, TaskStatus
+from .sessions import Script
+from .spawns import Prepared, columns, created, explain, wanted
+from .statements import cancelling, queues, spawning, waits
+
+CASCADE_BATCH = 500
+
+Item = tuple[Executable, dict[str, Any]]
+
+
+def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
+    """Insert tasks, all or none: what was passed over is explained, and an error is raised for the first conflict."""
+
+    def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
+        results = yield from insert(prepared, hint)
+        for result in results:
+            if isinstance(result, DurableError):
+                raise result
+        return [result for result in results if isinstance(result, SpawnResult)]
+
+    return script
+
+
+def insert(prepared: Sequence[Prepared], hint: Hint) -> Script[list[SpawnResult[Any] | DurableError]]:
+    """Insert tasks; an item that cannot be is an error in the result, and the others are not."""
+    results: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
+    missing = list(prepared)
+    for _ in range(5):
+        rows = yield spawning.SPAWN, columns(missing)
+        hint.add_rows(rows)
+        found = {row.task_id for row in rows}
+        for item in missing:
+            if item.task_id in found:
+                results[item.task_id] = created(item)
+                if item.values[13] is not None:
+                    hint.limits = True
+        missing = [item for item in missing if item.task_id not in found]
+        if not missing:
+            break
+        rows = yield spawning.EXPLAIN_SPAWN, wanted(missing)
+        for item in missing:
+            explained = explain(item, rows)
+            if explained is not None:
+                results[item.task_id] = explained
+        # What took the key has gone again in the meantime: the next insert will do.
+        missing = [item for item in missing if item.task_id not in results]
+        if not missing:
+            break
+    else:
+        for item in missing:
+            results[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
+    return [results[item.task_id] for item in prepared]
+
+
+def emit(queue_name: str, name: str, payload: str) -> Callable[[Hint], Script[bool]]:
+    """Emit one event."""
+
+    def script(hint: Hint) -> Script[bool]:
+        known = yield queues.KNOWN_QUEUES, {"queue_names": [queue_name]}
+        if not known:
+            raise QueueNotFound(queue_name)
+        rows = yield (
+            waits.EMIT,
+            {"queue_names": [queue_name], "names": [name], "payloads": [payload], "metadata": [None]},
+        )
+        hint.events = bool(rows)
+        return bool(rows)
+
+    return script
+
+
+def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
+    """Cancel a task and, generation by generation, its unfinished descendants."""
+
+    def script(hint: Hint) -> Script[TaskStatus]:
+        rows = yield cancelling.CANCEL, {"task_id": task_id}
+        if not rows:
+            rows = yield cancelling.TASK_STATE, {"task_id": task_id}
+            if not rows:
+                raise TaskNotFound(task_id)
+            return TaskStatus(rows[0].state)
+        cancelled = list(rows)
+        while True:
+            rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH}
+            if not rows:
+                break
+            rows = yield (
+                cancelling.CANCEL_DESCENDANTS,
+                {"task_ids": [row.task_id for row in rows], "origin": task_id},
+            )
+            cancelled.extend(rows)
+            if not rows:
+                # They ended by themselves between the two statements, or a snapshot hides that they have.
+                break
+        hint.taken = any(row.was == "running" for row in cancelled)
+        ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
+        if ended:
+            waiting = yield waits.WAITING_FOR, {"task_ids": ended}
+            if waiting:
+                rows = yield waits.RESOLVE, {"task_ids": sorted({row.task_id for row in waiting})}
+                hint.add_rows(rows)
+        return TaskStatus.CANCELLED
+
+    return script
+
+
+def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Script[TaskStatus]]:
+    """Put an ended task back, with the descendants that its end had cancelled."""
+
+    def script(hint: Hint) -> Script[TaskStatus]:
+        rows = yield cancelling.CANCELLED_BY, {"task_id": task_id}
+        if not rows:
+            raise TaskNotFound(task_id)
+        state, cancelled_by = rows[0]
+        if state not in ("failed", "cancelled"):
+            raise InvalidState(f"Task {task_id}", state, "Only failed and cancelled tasks can be retried.")
+        rows = yield (
+            cancelling.RETRY,
+            {"task_id": task_id, "next_run_id": new_id(), "max_attempts": max_attempts},
+        )
+        hint.add_rows(rows)
+        origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
+        fallen = yield cancelling.FALLEN_DESCENDANTS, {"task_id": task_id, "origins": origins}
+        family = [task_id, *(row.task_id for row in fallen)]
+        if fallen:
+            restored = sorted(row.task_id for row in fallen)
+            rows = yield (
+                cancelling.RETRY_DESCENDANTS,
+                {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]},
+            )
+            hint.add_rows(rows)
+        yield cancelling.FORGET_JOINS, {"task_ids": family}
+        return TaskStatus.PENDING
+
+    return script

@@ -1,0 +1,76 @@
+"""Statements in the caller's transaction, whichever of SQLAlchemy's six executors it is held by.
+
+The asynchronous three (`AsyncSession`, `async_scoped_session`, `AsyncConnection`) give a coroutine; the synchronous three
+(`Session`, `scoped_session`, `Connection`) run at once. Nothing is flushed, committed or closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from sqlalchemy import Executable, Row
+from sqlalchemy.engine import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from .hints import Hint, channel_name, send_after_commit
+from .models import SCHEMA, Task
+
+T = TypeVar("T")
+
+AsyncExecutor: TypeAlias = AsyncSession | async_scoped_session[Any] | AsyncConnection
+SyncExecutor: TypeAlias = Session | scoped_session[Any] | Connection
+Executor: TypeAlias = AsyncExecutor | SyncExecutor
+
+Script = Generator[tuple[Executable, Mapping[str, Any]], Sequence[Row[Any]], T]
+"""Work that yields statements, is sent their rows, and returns its result; so it is written once for both worlds."""
+
+
+def perform(executor: Executor, schema: str, script: Callable[[Hint], Script[T]]) -> T | Coroutine[Any, Any, T]:
+    """Run a script in the caller's transaction; what it adds to the hint is sent after the commit.
+
+    Raises:
+        TypeError: the executor is none of the six.
+    """
+    if isinstance(executor, AsyncSession | async_scoped_session | AsyncConnection):
+        return _perform_async(executor, schema, script)
+    if isinstance(executor, Session | scoped_session | Connection):
+        connection = executor if isinstance(executor, Connection) else _connection(executor)
+        return _run(connection, schema, script)
+    raise TypeError(
+        f"expected a Session, scoped_session, Connection, AsyncSession, async_scoped_session or AsyncConnection, "
+        f"not {type(executor).__name__}"
+    )
+
+
+def _connection(session: Session | scoped_session[Any]) -> Connection:
+    """The session's connection for durable's tables; asking for it does not flush."""
+    return session.connection(bind_arguments={"mapper": Task})
+
+
+async def _perform_async(executor: AsyncExecutor, schema: str, script: Callable[[Hint], Script[T]]) -> T:
+    if isinstance(executor, AsyncConnection):
+        connection = executor
+    else:
+        connection = await executor.connection(bind_arguments={"mapper": Task})
+    return await connection.run_sync(_run, schema, script)
+
+
+def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]]) -> T:
+    options: dict[str, Any] = {}
+    if schema != SCHEMA:
+        applications = connection.get_execution_options().get("schema_translate_map") or {}
+        options["schema_translate_map"] = {**applications, SCHEMA: schema}
+    hint = Hint()
+    steps = script(hint)
+    try:
+        statement, parameters = next(steps)
+        while True:
+            result = connection.execute(statement, parameters, execution_options=options)
+            statement, parameters = steps.send(result.all() if result.returns_rows else ())
+    except StopIteration as end:
+        if hint:
+            send_after_commit(connection, channel_name(schema), hint)
+        value: T = end.value
+        return value

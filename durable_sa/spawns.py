@@ -1,0 +1,140 @@
+"""A spawn, checked and ready to be inserted."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import Row
+
+from .codec import Codec, check_size, codec_for
+from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
+from .ids import new_id
+from .names import validate_name
+from .options import SpawnOptions, TaskOptions, resolve_spawn_options
+from .results import SpawnResult
+from .statements.spawning import SPAWN_COLUMNS
+
+if TYPE_CHECKING:
+    from .client import Durable
+    from .tasks import Task
+
+_PLAIN: Codec[Any] = codec_for(Any)
+
+
+class Prepared(NamedTuple):
+    """One task to insert. Nothing of it has been written yet, and nothing of it can be refused for its form."""
+
+    task_id: uuid.UUID
+    run_id: uuid.UUID
+    task_name: str
+    queue_name: str
+    params: str | None
+    idempotency_key: str | None
+    values: tuple[Any, ...]
+    """In the order of `SPAWN_COLUMNS`."""
+
+
+def prepare(
+    durable: Durable[Any],
+    task: Task[Any, Any] | str,
+    params: Any,
+    options: SpawnOptions,
+    *,
+    task_id: uuid.UUID | None = None,
+    parent_task_id: uuid.UUID | None = None,
+    unchecked: bool = False,
+) -> Prepared:
+    """Check a spawn and encode it.
+
+    Raises:
+        TaskNotRegistered: a name nobody knows here, unless `unchecked`.
+        InvalidTaskParams, PayloadTooLarge: params that do not fit the task, or the limit.
+        InvalidConfiguration, InvalidName, SerializationError: an option that breaks a rule.
+    """
+    if isinstance(task, str):
+        name = validate_name("task", task)
+        known = durable.tasks.get(name) if unchecked else durable.registered(name)
+    else:
+        name, known = task.name, task
+    if known is not None:
+        text = known.encode_params(params)
+        defaults = known.options
+    else:
+        try:
+            text = None if params is None else _PLAIN.encode(params, f"the params of task {name!r}")
+        except SerializationError as error:
+            raise InvalidTaskParams(name, [str(error)]) from error
+        defaults = TaskOptions()
+    if text is not None:
+        check_size(text, durable.max_payload_bytes, f"the params of task {name!r}")
+    resolved = resolve_spawn_options(options, defaults, durable.defaults)
+    task_id, run_id = task_id or new_id(), new_id()
+    strategy, cancellation = resolved.retry_strategy, resolved.cancellation
+    values = (
+        task_id,
+        run_id,
+        resolved.queue_name,
+        name,
+        text,
+        None if resolved.headers == "{}" else resolved.headers,
+        resolved.priority,
+        resolved.max_attempts,
+        strategy.kind,
+        strategy.base_delay,
+        strategy.factor,
+        strategy.max_backoff,
+        strategy.jitter,
+        cancellation.max_pending_time,
+        cancellation.max_running_time,
+        resolved.available_at,
+        resolved.delay,
+        parent_task_id,
+        resolved.idempotency_key,
+    )
+    return Prepared(task_id, run_id, name, resolved.queue_name, text, resolved.idempotency_key, values)
+
+
+def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
+    """The arrays that the insert binds."""
+    arrays = zip(*(item.values for item in prepared), strict=True)
+    return {name: list(array) for name, array in zip(SPAWN_COLUMNS, arrays, strict=True)}
+
+
+def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
+    """What is asked about spawns that an insert has passed over."""
+    items = list(prepared)
+    return {
+        "task_ids": [item.task_id for item in items],
+        "queue_names": [item.queue_name for item in items],
+        "idempotency_keys": [item.idempotency_key for item in items],
+    }
+
+
+def created(item: Prepared) -> SpawnResult[Any]:
+    """The result of a spawn that was inserted."""
+    return SpawnResult(item.task_id, item.run_id, 1, True)
+
+
+def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | DurableError | None:
+    """What a spawn that was not inserted has met: the same one, a conflict, no queue; None if it is gone again."""
+    found = [row for row in rows if row.wanted_id == item.task_id]
+    if found and not found[0].queue_exists:
+        return QueueNotFound(item.queue_name)
+    for row in found:
+        if row.task_id == item.task_id:
+            return SpawnResult(item.task_id, item.run_id, 1, True)
+        if row.task_id is not None:
+            if row.task_name != item.task_name or not _same_params(row.params, item.params):
+                return IdempotencyConflict(str(item.idempotency_key), item.queue_name, row.task_id)
+            return SpawnResult(row.task_id, row.run_id, max(row.attempt, 1), False)
+    return None
+
+
+def _same_params(stored: str | None, given: str | None) -> bool:
+    if stored == given:
+        return True
+    if stored is None or given is None:
+        return False
+    return bool(_PLAIN.decode(stored, "params") == _PLAIN.decode(given, "params"))

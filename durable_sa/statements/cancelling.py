@@ -1,0 +1,216 @@
+"""Cancelling tasks with their descendants, and putting ended ones back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    Integer,
+    Uuid,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.orm import aliased
+from sqlalchemy.sql.selectable import CTE
+
+from ..models import Checkpoint, Task, Wait
+from .expressions import array, clock, constant, rows
+from .outcomes import ended_attempts
+
+_task_id = bindparam("task_id", type_=Uuid())
+
+
+def _cancel(locked: CTE, cancelled_by: Any, error: Any) -> Any:
+    begun = (
+        select(locked)
+        .where(or_(locked.c.state == constant("running"), locked.c.state == constant("sleeping")))
+        .subquery("begun")
+    )
+    ended = ended_attempts(begun, constant("cancelled"), error)
+    waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
+    return (
+        update(Task)
+        .where(Task.task_id == locked.c.task_id)
+        .values(
+            state=constant("cancelled"),
+            outcome=constant("cancelled"),
+            finished_at=clock(),
+            error=func.coalesce(error, Task.error),
+            cancelled_by=cancelled_by,
+            fence=Task.fence + constant(1),
+        )
+        .returning(Task.task_id, Task.parent_task_id, locked.c.state.label("was"))
+        .add_cte(ended, waits)
+    )
+
+
+def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
+    statement = (
+        select(Task.task_id, Task.run_id, Task.attempt, Task.state, Task.claimed_by, Task.started_at)
+        .where(Task.finished_at.is_(None), *conditions)
+        .order_by(Task.task_id)
+        .with_for_update(skip_locked=skip_locked, key_share=True)
+    )
+    if limit is not None:
+        statement = statement.limit(limit)
+    return statement.cte("locked").prefix_with("MATERIALIZED", dialect="postgresql")
+
+
+CANCEL = _cancel(_unfinished(Task.task_id == _task_id, skip_locked=False), null(), null())
+"""Cancel one task, waiting for whoever holds its row. Nothing comes back for a task that has ended."""
+
+_descendant = (
+    select(Task.task_id, Task.finished_at)
+    .where(Task.parent_task_id == func.any(array("ancestor_ids", Uuid())))
+    .cte("descendant", recursive=True)
+)
+_descendant = _descendant.union_all(
+    select(Task.task_id, Task.finished_at).join(_descendant, Task.parent_task_id == _descendant.c.task_id)
+)
+
+DESCENDANTS = (
+    select(_descendant.c.task_id).where(_descendant.c.finished_at.is_(None)).limit(bindparam("wanted", type_=Integer()))
+)
+"""Unfinished descendants, also those below a child that has completed."""
+
+_targets = array("task_ids", Uuid())
+_origin = bindparam("origin", type_=Uuid())
+CANCEL_DESCENDANTS = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=False), _origin, null())
+"""A step of the cascade inside the caller's transaction."""
+
+CASCADE = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=True), _origin, null())
+"""A step of the cascade on its own; rows locked by somebody are left for the next step."""
+
+_line = (
+    select(
+        Task.task_id.label("task_id"),
+        Task.parent_task_id.label("ancestor_id"),
+    )
+    .where(Task.finished_at.is_(None), Task.parent_task_id.is_not(None))
+    .cte("line", recursive=True)
+)
+_ancestor = aliased(Task, name="ancestor")
+_line = _line.union_all(
+    select(_line.c.task_id, _ancestor.parent_task_id).where(
+        _ancestor.task_id == _line.c.ancestor_id,
+        _ancestor.outcome == constant("completed"),
+        _ancestor.parent_task_id.is_not(None),
+    )
+)
+
+LEFT_BEHIND = (
+    select(_line.c.ancestor_id.label("task_id"))
+    .join(_ancestor, _ancestor.task_id == _line.c.ancestor_id)
+    .where(_ancestor.outcome.in_(["failed", "cancelled"]))
+    .distinct()
+    .limit(bindparam("wanted", type_=Integer()))
+)
+"""Ended tasks whose cascade a crash has left incomplete."""
+
+_limit_error = func.json_build_object(
+    constant("name"),
+    constant("CancellationPolicy"),
+    constant("message"),
+    case(
+        (Task.first_started_at.is_(None), constant("max_pending_time was over before the first start")),
+        else_=constant("max_running_time was over"),
+    ),
+)
+_overdue = (
+    select(
+        Task.task_id,
+        Task.run_id,
+        Task.attempt,
+        Task.state,
+        Task.claimed_by,
+        Task.started_at,
+        Task.parent_task_id,
+        _limit_error.label("reason"),
+    )
+    .where(Task.finished_at.is_(None), Task.cancel_at.is_not(None), Task.cancel_at <= clock())
+    .order_by(Task.task_id)
+    .limit(bindparam("wanted", type_=Integer()))
+    .with_for_update(skip_locked=True, key_share=True)
+    .cte("locked")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+
+CANCEL_OVERDUE = _cancel(_overdue, null(), _overdue.c.reason)
+"""Cancel a batch of tasks whose pending or running time is over."""
+
+TASK_STATE = select(Task.task_id, Task.state).where(Task.task_id == _task_id)
+"""Where a task stands."""
+
+_fresh: dict[str, Any] = {
+    "state": constant("pending"),
+    "outcome": null(),
+    "finished_at": null(),
+    "first_started_at": null(),
+    "started_at": null(),
+    "error": null(),
+    "output": null(),
+    "failures": 0,
+    "lease_losses": 0,
+    "cancelled_by": null(),
+    "claimed_by": null(),
+    "available_at": clock(),
+    "cancel_at": clock() + Task.max_pending_time,
+    "fence": Task.fence + constant(1),
+}
+
+RETRY = (
+    update(Task)
+    .where(Task.task_id == _task_id, Task.outcome.in_(["failed", "cancelled"]))
+    .values(
+        **_fresh,
+        run_id=bindparam("next_run_id", type_=Uuid()),
+        max_attempts=func.coalesce(bindparam("max_attempts", type_=Integer()), Task.max_attempts),
+    )
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+)
+"""Put an ended task back with fresh counts and clocks; its checkpoints stay."""
+
+_fallen = (
+    select(Task.task_id, Task.outcome, Task.cancelled_by)
+    .where(Task.parent_task_id == _task_id)
+    .cte("fallen", recursive=True)
+)
+_fallen = _fallen.union_all(
+    select(Task.task_id, Task.outcome, Task.cancelled_by).join(_fallen, Task.parent_task_id == _fallen.c.task_id)
+)
+FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(
+    _fallen.c.outcome == constant("cancelled"), _fallen.c.cancelled_by == func.any(array("origins", Uuid()))
+)
+"""Descendants that a cascade from these origins cancelled."""
+
+CANCELLED_BY = select(Task.state, Task.cancelled_by).where(Task.task_id == _task_id).with_for_update(key_share=True)
+"""An ended task before it is put back, under its lock."""
+
+_restored = rows("restored", task_ids=Uuid(), next_run_ids=Uuid())
+RETRY_DESCENDANTS = (
+    update(Task)
+    .where(Task.task_id == _restored.c.task_ids, Task.outcome == constant("cancelled"))
+    .values(**_fresh, run_id=_restored.c.next_run_ids)
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+)
+"""Put back what the cascade had cancelled."""
+
+_family = array("task_ids", Uuid())
+FORGET_JOINS = delete(Checkpoint).where(
+    Checkpoint.task_id == func.any(_family),
+    Checkpoint.kind == constant("join"),
+    Checkpoint.status.in_(["failed", "cancelled"]),
+    exists().where(
+        Task.parent_task_id == Checkpoint.task_id,
+        Task.finished_at.is_(None),
+        Task.task_id == Checkpoint.child_task_id,
+    ),
+)
+"""Joins that ended badly for children that run again: they are to be awaited once more."""

@@ -1,0 +1,177 @@
+"""Checkpoints: written under the fence for many runs at once, together with the child or event they stand for."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, func, null, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.selectable import CTE, FromClause
+
+from ..models import Checkpoint, Event, Task, Wait
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, rows
+from .outcomes import locked_rows
+from .spawning import SPAWN_COLUMNS, insert_tasks
+
+CHECKPOINT_COLUMNS = {
+    "task_ids": Uuid(),
+    "fences": BigInteger(),
+    "keys": Uuid(),
+    "kinds": Text(),
+    "names": Text(),
+    "statuses": Text(),
+    "values": Text(),
+    "child_ids": Uuid(),
+}
+"""The arrays of a checkpoint write, an element of each a checkpoint."""
+
+
+def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
+    c = source.c
+    return (
+        insert(Checkpoint)
+        .from_select(
+            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+            select(
+                c.task_ids, c["keys"], c.kinds, c.names, c.statuses, as_json(c["values"]), c.child_ids, clock()
+            ).join_from(source, locked, locked.c.task_id == c.task_ids),
+        )
+        .on_conflict_do_nothing()
+        .returning(Checkpoint.task_id, Checkpoint.key)
+        .cte("written")
+    )
+
+
+def _fences(source: FromClause) -> FromClause:
+    return select(source.c.task_ids, source.c.fences).distinct().subquery("fenced")
+
+
+_new = rows("entry", **CHECKPOINT_COLUMNS)
+_locked = locked_rows(_fences(_new))
+_written = _insert_checkpoints(_new, _locked)
+
+RECORD = select(_written.c.task_id, _written.c.key)
+"""Write checkpoints. One that is there already stays as it is; one whose run has lost its fence is not written."""
+
+_child = rows("child", **SPAWN_COLUMNS)
+_new = rows("entry", **CHECKPOINT_COLUMNS)
+_locked = locked_rows(_fences(_new))
+_children = (
+    insert_tasks(select(_child).join(_locked, _locked.c.task_id == _child.c.parent_task_id).subquery("spawnable"))
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .cte("children")
+)
+_with_child = select(_new).join(_children, _children.c.task_id == _new.c.child_ids).subquery("with_child")
+_written = _insert_checkpoints(_with_child, _locked)
+
+RECORD_CHILDREN = select(
+    _written.c.task_id, _written.c.key, _children.c.queue_name, _children.c.priority, _children.c.available_at
+).select_from(
+    _written.join(_new, (_new.c.task_ids == _written.c.task_id) & (_new.c["keys"] == _written.c.key)).join(
+        _children, _children.c.task_id == _new.c.child_ids
+    )
+)
+"""Children and the checkpoints that name them, in one. A child whose key is taken is not made, nor its checkpoint."""
+
+_event = rows("event", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
+_locked = locked_rows(_fences(_event))
+_emitted = (
+    insert(Event)
+    .from_select(
+        ["queue_name", "name", "payload", "metadata", "emitted_at"],
+        select(
+            _locked.c.queue_name, _event.c.event_names, as_json(_event.c.payloads), as_jsonb(_event.c.metadata), clock()
+        )
+        .join_from(_event, _locked, _locked.c.task_id == _event.c.task_ids)
+        .order_by(_locked.c.queue_name, _event.c.event_names),
+    )
+    .on_conflict_do_nothing()
+    .returning(Event.queue_name, Event.name)
+    .cte("emitted")
+)
+_won = (
+    select(
+        *(_event.c[name] for name in CHECKPOINT_COLUMNS if name != "values"),
+        case((_emitted.c.name.is_not(None), constant("true")), else_=constant("false")).label("values"),
+    )
+    .select_from(
+        _event.join(_locked, _locked.c.task_id == _event.c.task_ids).outerjoin(
+            _emitted, (_emitted.c.queue_name == _locked.c.queue_name) & (_emitted.c.name == _event.c.event_names)
+        )
+    )
+    .cte("won")
+)
+_written = _insert_checkpoints(_won, _locked)
+
+RECORD_EVENTS = select(_written.c.task_id, _written.c.key, _won.c["values"].label("value")).join(
+    _won, (_won.c.task_ids == _written.c.task_id) & (_won.c["keys"] == _written.c.key)
+)
+"""Events with the checkpoints that remember whether they were the first of their name."""
+
+_wanted = rows("wanted", task_ids=Uuid(), keys=Uuid())
+READ_CHECKPOINTS = select(
+    Checkpoint.task_id,
+    Checkpoint.key,
+    Checkpoint.status,
+    Checkpoint.child_task_id,
+    as_text(Checkpoint.value).label("value"),
+).join(_wanted, (Checkpoint.task_id == _wanted.c.task_ids) & (Checkpoint.key == _wanted.c["keys"]))
+"""What is stored under keys that a write found taken, or that a journal left in the database for their size."""
+
+LOCK_UNDER_FENCE = (
+    select(Task.task_id)
+    .where(
+        Task.task_id == bindparam("task_id", type_=Uuid()),
+        Task.fence == bindparam("fence", type_=BigInteger()),
+    )
+    .with_for_update(key_share=True)
+)
+"""Hold a run's fence until the transaction ends; the statements that follow see what was committed before."""
+
+RECORD_IN_TRANSACTION = (
+    insert(Checkpoint)
+    .values(
+        task_id=bindparam("task_id", type_=Uuid()),
+        key=bindparam("key", type_=Uuid()),
+        kind="transaction",
+        name=bindparam("name", type_=Text()),
+        value=as_json(bindparam("value", type_=Text())),
+        created_at=clock(),
+    )
+    .on_conflict_do_nothing()
+    .returning(Checkpoint.key)
+)
+"""The checkpoint of a transaction step, as the last write of that transaction."""
+
+INLINE_BYTES = 4 * 1024 * 1024
+"""Stored size up to which a journal is read with its values; what lies beyond is read value by value."""
+
+_page = (
+    select(
+        Checkpoint.task_id,
+        Checkpoint.key,
+        Checkpoint.kind,
+        Checkpoint.name,
+        Checkpoint.status,
+        Checkpoint.child_task_id,
+        Checkpoint.created_at,
+        Checkpoint.value,
+        func.sum(func.coalesce(func.pg_column_size(Checkpoint.value), 0))
+        .over(partition_by=Checkpoint.task_id, order_by=(Checkpoint.created_at, Checkpoint.key), rows=(None, 0))
+        .label("size_so_far"),
+    )
+    .where(Checkpoint.task_id == func.any(array("task_ids", Uuid())))
+    .subquery("page")
+)
+LOAD_CHECKPOINTS = select(
+    _page.c.task_id,
+    _page.c.key,
+    _page.c.kind,
+    _page.c.name,
+    _page.c.status,
+    _page.c.child_task_id,
+    case((_page.c.size_so_far <= INLINE_BYTES, as_text(_page.c.value)), else_=null()).label("value"),
+    (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
+)
+"""The journals of runs that go on: every key, and the values up to a bound on their size."""
+
+LOAD_WAITS = select(Wait.task_id, Wait.key, Wait.due_at).where(Wait.task_id == func.any(array("task_ids", Uuid())))
+"""Waits that are still unresolved when their task is claimed again; they keep the times they were given."""

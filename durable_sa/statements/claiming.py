@@ -1,0 +1,238 @@
+"""The claim, and the leases that stand behind it: workers come, beat, go, and are taken over.
+
+How tasks are claimed
+---------------------
+A worker asks for as many tasks as it has free slots. The statement walks, lane by lane (a lane is a queue and a
+priority), the partial index of unfinished tasks ``(queue_name, priority, available_at, task_id)``. In each lane that is
+one bounded range scan: from the lane's *floor* to the present moment, at most ``wanted`` rows, each locked with ``FOR NO
+KEY UPDATE SKIP LOCKED``, so that two workers never wait for each other, nor for a row that somebody else has locked,
+and so that an application's foreign key to a task neither blocks nor is blocked. The outer limit stops the walk when
+enough is found; lanes further down are not even opened.
+
+Taking a task changes ``state``, ``claimed_by``, ``fence`` and ``attempt``, and none of these is in an index, neither as
+key nor in a predicate: the update is heap-only, which is worth a factor of three. The price is that a claimed task stays
+in the index until it ends, and that dead entries stay until vacuum may remove them, which it may not while any snapshot
+is open anywhere. A claim from the beginning would walk all of them each time. Hence the floor: the worker remembers how
+far each lane has been claimed and starts there. What may lie below (a transaction that committed late, a retry, a task
+that was locked in passing) is found by a claim without floor, now and then, and announced by hints that lower the floor.
+
+``fence`` is what a claim gives its run to write with: it rises here and with every later change of hands, and each write
+of a run names the fence it was given. Time only decides when a silent worker may be taken over, never who may write.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Float,
+    Integer,
+    SmallInteger,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+
+from ..models import Queue, Task, WorkerRow
+from .expressions import array, as_text, clock, constant, interval, rows, statement_time
+
+_worker_id = bindparam("worker_id", type_=Uuid())
+_wanted = bindparam("wanted", type_=Integer())
+
+_lanes = rows(
+    "lane",
+    ordinality="position",
+    queue_names=Text(),
+    priorities=SmallInteger(),
+    floor_times=DateTime(timezone=True),
+    floor_ids=Uuid(),
+)
+_open_lanes = (
+    select(_lanes)
+    .where(
+        ~exists().where(Queue.queue_name == _lanes.c.queue_names, Queue.paused_at.is_not(None)),
+        # A worker that was taken over claims nothing more under its old id.
+        exists().where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None)),
+    )
+    .order_by(_lanes.c.position)
+    .cte("open_lanes")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_next_in_lane = (
+    select(Task.task_id)
+    .where(
+        Task.finished_at.is_(None),
+        Task.queue_name == _open_lanes.c.queue_names,
+        Task.priority == _open_lanes.c.priorities,
+        Task.available_at <= statement_time(),
+        tuple_(Task.available_at, Task.task_id) > tuple_(_open_lanes.c.floor_times, _open_lanes.c.floor_ids),
+        Task.claimed_by.is_(None),
+        Task.task_name == func.any(array("task_names", Text())),
+        or_(Task.cancel_at.is_(None), Task.cancel_at > statement_time()),
+    )
+    .order_by(Task.available_at, Task.task_id)
+    .limit(_wanted)
+    .with_for_update(skip_locked=True, key_share=True)
+    .correlate(_open_lanes)
+    .lateral("next_in_lane")
+)
+_ready = (
+    select(_next_in_lane.c.task_id)
+    .select_from(_open_lanes.join(_next_in_lane, true()))
+    .limit(_wanted)
+    .cte("ready")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+
+CLAIM = (
+    update(Task)
+    .where(Task.task_id == _ready.c.task_id)
+    .values(
+        state=constant("running"),
+        claimed_by=_worker_id,
+        fence=Task.fence + constant(1),
+        # A suspended task goes on with its attempt; anything else begins one.
+        attempt=Task.attempt + case((Task.state == constant("pending"), constant(1)), else_=constant(0)),
+        started_at=case((Task.state == constant("pending"), clock()), else_=Task.started_at),
+        first_started_at=func.coalesce(Task.first_started_at, clock()),
+        cancel_at=case((Task.first_started_at.is_(None), clock() + Task.max_running_time), else_=Task.cancel_at),
+    )
+    .returning(
+        Task.task_id,
+        Task.run_id,
+        Task.queue_name,
+        Task.priority,
+        Task.available_at,
+        Task.task_name,
+        as_text(Task.params).label("params"),
+        as_text(Task.headers).label("headers"),
+        Task.attempt,
+        Task.fence,
+        Task.cancel_at,
+        clock().label("now"),
+    )
+)
+"""Take up to `wanted` ready tasks; the one statement that everything else is built around (see the module's text)."""
+
+_asked = rows("asked", queue_names=Text())
+
+
+def _smallest_priority(queue_name: ColumnElement[str], *above: ColumnElement[int]) -> ColumnElement[Any]:
+    return (
+        select(func.min(Task.priority))
+        .where(Task.finished_at.is_(None), Task.queue_name == queue_name, *(Task.priority > bound for bound in above))
+        .scalar_subquery()
+    )
+
+
+_used = select(
+    _asked.c.queue_names.label("queue_name"), _smallest_priority(_asked.c.queue_names).label("priority")
+).cte("used", recursive=True)
+_used = _used.union_all(
+    select(_used.c.queue_name, _smallest_priority(_used.c.queue_name, _used.c.priority)).where(
+        _used.c.priority.is_not(None)
+    )
+)
+
+SURVEY_LANES = select(
+    _used.c.queue_name,
+    _used.c.priority,
+    select(func.min(Task.available_at))
+    .where(
+        Task.finished_at.is_(None),
+        Task.queue_name == _used.c.queue_name,
+        Task.priority == _used.c.priority,
+        Task.available_at > statement_time(),
+    )
+    .scalar_subquery()
+    .label("next_at"),
+    clock().label("now"),
+).where(_used.c.priority.is_not(None))
+"""Priorities in use in each queue, by skipping from one to the next in the index, and when the next task is due."""
+
+_claim_timeout = interval(bindparam("claim_timeout", type_=Float(53)))
+
+REGISTER_WORKER = (
+    insert(WorkerRow)
+    .values(
+        worker_id=_worker_id,
+        name=bindparam("name", type_=Text()),
+        queue_names=array("queue_names", Text()),
+        claim_timeout=_claim_timeout,
+        expires_at=clock() + _claim_timeout,
+    )
+    .on_conflict_do_update(index_elements=[WorkerRow.worker_id], set_={"heartbeat_at": clock()})
+    .returning(clock().label("now"))
+)
+"""A worker's start. Its id is new, so a conflict can only be this very statement, repeated after a lost reply."""
+
+HEARTBEAT = (
+    update(WorkerRow)
+    .where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None))
+    .values(heartbeat_at=clock(), expires_at=clock() + WorkerRow.claim_timeout)
+    .returning(WorkerRow.worker_id)
+)
+"""One small write for all runs of a worker. No row back: it was taken over."""
+
+STILL_HELD = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None))
+"""Whether a worker that may not beat, because its event loop is stuck, has been taken over."""
+
+REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
+"""A worker's end, after it has given back its runs."""
+
+_silent = (
+    select(WorkerRow.worker_id)
+    .where(WorkerRow.lost_at.is_(None), WorkerRow.expires_at < clock())
+    .order_by(WorkerRow.worker_id)
+    .with_for_update(skip_locked=True)
+    .cte("silent")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+
+DECLARE_LOST = (
+    update(WorkerRow)
+    .where(WorkerRow.worker_id == _silent.c.worker_id, WorkerRow.lost_at.is_(None), WorkerRow.expires_at < clock())
+    .values(lost_at=clock())
+    .returning(WorkerRow.worker_id)
+)
+"""Find silent workers. A beat that commits first wins: the expiry is compared on the row as it is under its lock."""
+
+LOST_WORKERS = select(WorkerRow.worker_id, WorkerRow.name, WorkerRow.queue_names).where(WorkerRow.lost_at.is_not(None))
+"""Workers whose runs are to be taken over; a row stays a while, for runs claimed in its last moment."""
+
+RUNS_OF_LOST = (
+    select(Task.task_id)
+    .where(
+        Task.finished_at.is_(None),
+        Task.queue_name == func.any(array("queue_names", Text())),
+        Task.available_at <= statement_time(),
+        Task.claimed_by == func.any(array("worker_ids", Uuid())),
+    )
+    .limit(_wanted)
+)
+"""Unfinished tasks that lost workers hold; whatever is claimed was available before."""
+
+FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
+"""Drop lost workers that nothing can still refer to."""
+
+_held = rows("held", task_ids=Uuid(), fences=BigInteger())
+
+RUNS_GONE = (
+    select(_held.c.task_ids.label("task_id"), Task.state)
+    .select_from(_held.outerjoin(Task, Task.task_id == _held.c.task_ids))
+    .where(or_(Task.fence != _held.c.fences, Task.task_id.is_(None)))
+)
+"""Which of a worker's runs are no longer its own: cancelled, taken over, or deleted with their queue."""

@@ -1,0 +1,328 @@
+"""How a run ends: completed, failed, suspended, released or taken over. Each is one fenced statement for many runs.
+
+All of them begin alike: the rows are locked in the order of their ids, those whose fence is another are left out, and
+so are those that somebody else has locked at the moment; the writer tells the two apart and repeats the latter. Raising
+the fence is part of the change, so nothing that the run sends afterwards has any effect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    DateTime,
+    Float,
+    Text,
+    Uuid,
+    case,
+    cast,
+    func,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.selectable import CTE, FromClause, TableValuedAlias
+
+from ..models import Checkpoint, Run, Task, Wait
+from .expressions import array, as_json, clock, constant, interval, rows
+
+LEASE_LOSS_LIMIT = 20
+"""Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
+
+
+def locked_rows(source: TableValuedAlias) -> CTE:
+    """The tasks of `source` (task_ids, fences) that are still under those fences, locked in the order of their ids."""
+    return (
+        select(
+            Task.task_id,
+            Task.run_id,
+            Task.attempt,
+            Task.state,
+            Task.claimed_by,
+            Task.started_at,
+            Task.parent_task_id,
+            Task.queue_name,
+        )
+        .join(source, (Task.task_id == source.c.task_ids) & (Task.fence == source.c.fences))
+        .order_by(Task.task_id)
+        .with_for_update(skip_locked=True, key_share=True, of=Task)
+        .cte("locked")
+        .prefix_with("MATERIALIZED", dialect="postgresql")
+    )
+
+
+def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
+    """The row in ``runs`` of each attempt that ends, from the tasks as they were before the change."""
+    c = locked.c
+    return (
+        insert(Run)
+        .from_select(
+            ["task_id", "attempt", "run_id", "state", "worker_id", "started_at", "finished_at", "error"],
+            select(c.task_id, c.attempt, c.run_id, state, c.claimed_by, c.started_at, clock(), error),
+        )
+        .on_conflict_do_nothing()
+        .cte("ended")
+    )
+
+
+_completed = rows("done", task_ids=Uuid(), fences=BigInteger(), outputs=Text())
+_locked = locked_rows(_completed)
+_ended = ended_attempts(_locked, constant("completed"), null())
+
+COMPLETE = (
+    update(Task)
+    .where(Task.task_id == _locked.c.task_id, _completed.c.task_ids == _locked.c.task_id)
+    .values(
+        state=constant("completed"),
+        outcome=constant("completed"),
+        output=as_json(_completed.c.outputs),
+        error=null(),
+        finished_at=clock(),
+        fence=Task.fence + constant(1),
+    )
+    .returning(Task.task_id, Task.parent_task_id)
+    .add_cte(_ended)
+)
+"""Store results. Found by id and fence alone: a condition on the state made the planner walk an index of the running."""
+
+_failed = rows(
+    "fail",
+    task_ids=Uuid(),
+    fences=BigInteger(),
+    errors=Text(),
+    retryable=Boolean(),
+    next_run_ids=Uuid(),
+)
+_locked = locked_rows(_failed)
+_joined = (
+    select(_locked.c.task_id, _failed.c.errors, _failed.c.retryable, _failed.c.next_run_ids)
+    .join(_failed, _failed.c.task_ids == _locked.c.task_id)
+    .cte("failing")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_attempts = (
+    select(_locked, _failed.c.errors).join(_failed, _failed.c.task_ids == _locked.c.task_id).subquery("attempts")
+)
+_ended = ended_attempts(_attempts, constant("failed"), as_json(_attempts.c.errors))
+_again = _joined.c.retryable & (Task.retry_kind != constant("none")) & (Task.failures + constant(1) < Task.max_attempts)
+_growth = func.greatest(Task.retry_base_delay, 1e-9)
+_backoff = case(
+    (Task.retry_kind == constant("fixed"), Task.retry_base_delay),
+    # In logarithms first, as the power itself may be beyond what a number can hold.
+    (
+        func.ln(_growth) + Task.failures * func.ln(Task.retry_factor)
+        >= func.ln(func.greatest(Task.retry_max_backoff, 1e-9)),
+        Task.retry_max_backoff,
+    ),
+    else_=Task.retry_base_delay * func.power(Task.retry_factor, Task.failures),
+)
+_jittered = _backoff * (1 + Task.retry_jitter * (2 * func.random() - 1))
+_delay = func.least(_jittered, Task.retry_max_backoff)
+
+FAIL = (
+    update(Task)
+    .where(Task.task_id == _joined.c.task_id)
+    .values(
+        state=case((_again, constant("pending")), else_=constant("failed")),
+        outcome=case((_again, null()), else_=constant("failed")),
+        error=as_json(_joined.c.errors),
+        failures=Task.failures + constant(1),
+        lease_losses=constant(0),
+        available_at=case((_again, clock() + interval(_delay)), else_=Task.available_at),
+        finished_at=case((_again, null()), else_=clock()),
+        run_id=case((_again, _joined.c.next_run_ids), else_=Task.run_id),
+        claimed_by=null(),
+        fence=Task.fence + constant(1),
+    )
+    .returning(Task.task_id, Task.parent_task_id, Task.state, Task.queue_name, Task.priority, Task.available_at)
+    .add_cte(_ended)
+)
+"""Record failures of user code: the next attempt after the policy's delay, or the end of the task."""
+
+_released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
+_locked = locked_rows(_released)
+_attempts = (
+    select(_locked, _released.c.errors, _released.c.next_run_ids)
+    .join(_released, _released.c.task_ids == _locked.c.task_id)
+    .cte("attempts")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_ended = ended_attempts(_attempts, constant("failed"), as_json(_attempts.c.errors))
+
+RELEASE = (
+    update(Task)
+    .where(Task.task_id == _attempts.c.task_id)
+    .values(
+        state=constant("pending"),
+        run_id=_attempts.c.next_run_ids,
+        available_at=clock(),
+        claimed_by=null(),
+        fence=Task.fence + constant(1),
+    )
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .add_cte(_ended)
+)
+"""Give runs back at shutdown: claimable at once, and no failure of anybody."""
+
+_taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
+_locked = (
+    select(
+        Task.task_id,
+        Task.run_id,
+        Task.attempt,
+        Task.claimed_by,
+        Task.started_at,
+        Task.lease_losses,
+        _taken.c.next_run_ids,
+        array("worker_ids", Uuid()).label("worker_ids"),
+    )
+    .join(_taken, Task.task_id == _taken.c.task_ids)
+    .where(Task.claimed_by == func.any(array("worker_ids", Uuid())), Task.finished_at.is_(None))
+    .order_by(Task.task_id)
+    .with_for_update(skip_locked=True, key_share=True, of=Task)
+    .cte("locked")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_lost = func.json_build_object(
+    constant("name"),
+    constant("LeaseLost"),
+    constant("message"),
+    func.concat(
+        constant("worker "),
+        cast(_locked.c.claimed_by, Text()),
+        constant(" fell silent while it ran attempt "),
+        _locked.c.attempt,
+    ),
+)
+_ended = ended_attempts(_locked, constant("failed"), _lost)
+_given_up = _locked.c.lease_losses + constant(1) >= LEASE_LOSS_LIMIT
+
+TAKE_OVER = (
+    update(Task)
+    .where(Task.task_id == _locked.c.task_id)
+    .values(
+        state=case((_given_up, constant("failed")), else_=constant("pending")),
+        outcome=case((_given_up, constant("failed")), else_=null()),
+        finished_at=case((_given_up, clock()), else_=null()),
+        error=case((_given_up, _lost), else_=Task.error),
+        available_at=case((_given_up, Task.available_at), else_=clock()),
+        run_id=case((_given_up, Task.run_id), else_=_locked.c.next_run_ids),
+        lease_losses=Task.lease_losses + constant(1),
+        claimed_by=null(),
+        fence=Task.fence + constant(1),
+    )
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.parent_task_id, Task.state)
+    .add_cte(_ended)
+)
+"""Take runs from lost workers: a new attempt but no failure, until too many workers in a row were lost with the task."""
+
+SUSPEND_COLUMNS = {
+    "wait_task_ids": Uuid(),
+    "keys": Uuid(),
+    "kinds": Text(),
+    "names": Text(),
+    "event_names": Text(),
+    "child_ids": Uuid(),
+    "due_times": DateTime(timezone=True),
+    "delays": Float(53),
+}
+"""The waits that a statement stores: by an absolute time, or by seconds from now, or with no end."""
+
+_suspended = rows("run", task_ids=Uuid(), fences=BigInteger())
+_waits = rows("wait", **SUSPEND_COLUMNS)
+_locked = locked_rows(_suspended)
+
+
+def _due(locked: CTE) -> CTE:
+    due_at = func.coalesce(_waits.c.due_times, clock() + interval(_waits.c.delays))
+    return (
+        select(_waits, due_at.label("due_at"), locked.c.queue_name)
+        .join(locked, locked.c.task_id == _waits.c.wait_task_ids)
+        .cte("due")
+        .prefix_with("MATERIALIZED", dialect="postgresql")
+    )
+
+
+def _stored(due: CTE) -> tuple[CTE, CTE]:
+    """A sleep's wake time goes straight into its checkpoint; events and children become waits."""
+    sleeps = (
+        insert(Checkpoint)
+        .from_select(
+            ["task_id", "key", "kind", "name", "value", "created_at"],
+            select(
+                due.c.wait_task_ids, due.c["keys"], due.c.kinds, due.c.names, func.to_json(due.c.due_at), clock()
+            ).where(due.c.kinds == constant("sleep")),
+        )
+        .on_conflict_do_nothing()
+        .cte("sleeps")
+    )
+    waits = (
+        insert(Wait)
+        .from_select(
+            ["task_id", "key", "kind", "name", "queue_name", "event_name", "child_task_id", "due_at"],
+            select(
+                due.c.wait_task_ids,
+                due.c["keys"],
+                due.c.kinds,
+                due.c.names,
+                due.c.queue_name,
+                due.c.event_names,
+                due.c.child_ids,
+                due.c.due_at,
+            ).where(due.c.kinds != constant("sleep")),
+        )
+        .on_conflict_do_nothing()
+        .cte("waits_stored")
+    )
+    return sleeps, waits
+
+
+_due_rows = _due(_locked)
+_sleeps, _new_waits = _stored(_due_rows)
+
+SUSPEND = (
+    update(Task)
+    .where(Task.task_id == _locked.c.task_id)
+    .values(
+        state=constant("sleeping"),
+        available_at=select(func.min(_due_rows.c.due_at))
+        .where(_due_rows.c.wait_task_ids == Task.task_id)
+        .scalar_subquery(),
+        claimed_by=null(),
+        lease_losses=constant(0),
+        fence=Task.fence + constant(1),
+    )
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .add_cte(_sleeps, _new_waits)
+)
+"""Put runs to sleep with all that they wait for, until the first of it is due."""
+
+REGISTER_WAITS = select(
+    _due_rows.c.wait_task_ids.label("task_id"),
+    _due_rows.c["keys"].label("key"),
+    _due_rows.c.due_at,
+    clock().label("now"),
+).add_cte(_sleeps, _new_waits)
+"""Store waits of runs that go on in other branches, so that neither crash nor failure starts their time anew."""
+
+_asked = rows("asked", task_ids=Uuid(), fences=BigInteger())
+UNDER_FENCE = select(Task.task_id, Task.fence, Task.state).join(_asked, Task.task_id == _asked.c.task_ids)
+"""Whether rows that a fenced statement passed over were locked by somebody (same fence), or lost."""
+
+__all__ = [
+    "COMPLETE",
+    "FAIL",
+    "LEASE_LOSS_LIMIT",
+    "REGISTER_WAITS",
+    "RELEASE",
+    "SUSPEND",
+    "SUSPEND_COLUMNS",
+    "TAKE_OVER",
+    "UNDER_FENCE",
+    "ended_attempts",
+    "locked_rows",
+]

@@ -1,0 +1,209 @@
+"""Queues, their policies, and what is deleted of them."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    Float,
+    Integer,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import aliased
+
+from ..models import Checkpoint, Event, Queue, Run, Schedule, Task, Wait
+from .expressions import array, clock, constant, interval
+
+_queue_name = bindparam("queue_name", type_=Text())
+_retention = interval(bindparam("retention", type_=Float(53)))
+_event_retention = interval(bindparam("event_retention", type_=Float(53)))
+_creation = insert(Queue).values(queue_name=_queue_name, retention=_retention, event_retention=_event_retention)
+
+CREATE_QUEUE = _creation.on_conflict_do_update(
+    index_elements=[Queue.queue_name],
+    set_={
+        "retention": case(
+            (bindparam("set_retention", type_=Boolean()), _creation.excluded.retention), else_=Queue.retention
+        ),
+        "event_retention": case(
+            (bindparam("set_event_retention", type_=Boolean()), _creation.excluded.event_retention),
+            else_=Queue.event_retention,
+        ),
+    },
+)
+"""Create a queue, or change the policies given of one that is there."""
+
+LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
+"""The names of all queues."""
+
+KNOWN_QUEUES = select(Queue.queue_name).where(Queue.queue_name == func.any(array("queue_names", Text())))
+"""Which of these queues exist."""
+
+DROP_QUEUE = delete(Queue).where(Queue.queue_name == _queue_name).returning(Queue.queue_name)
+"""Remove a queue itself: from here on nothing is spawned into it."""
+
+DROP_SCHEDULES = (
+    delete(Schedule).where(Schedule.queue_name == _queue_name).returning(Schedule.name, Schedule.pgcron_job_name)
+)
+"""Remove the schedules of a queue."""
+
+PAUSE_QUEUE = (
+    update(Queue)
+    .where(Queue.queue_name == _queue_name)
+    .values(paused_at=case((bindparam("paused", type_=Boolean()), func.coalesce(Queue.paused_at, clock()))))
+    .returning(Queue.queue_name)
+)
+"""Stop or resume the claiming of a queue."""
+
+_wanted = bindparam("wanted", type_=Integer())
+_after = tuple_(bindparam("after_time", type_=DateTime(timezone=True)), bindparam("after_id", type_=Uuid()))
+
+FINISHED_BEFORE = (
+    select(Task.task_id, Task.finished_at)
+    .where(
+        Task.queue_name == _queue_name,
+        Task.outcome == bindparam("outcome", type_=Text()),
+        Task.finished_at.is_not(None),
+        Task.finished_at < clock() - interval(bindparam("age", type_=Float(53))),
+        tuple_(Task.finished_at, Task.task_id) > _after,
+    )
+    .order_by(Task.finished_at, Task.task_id)
+    .limit(_wanted)
+)
+"""A page of ended tasks old enough to go, oldest first."""
+
+_candidates = array("task_ids", Uuid())
+_line = (
+    select(Task.task_id.label("task_id"), Task.parent_task_id.label("ancestor_id"))
+    .where(Task.task_id == func.any(_candidates), Task.parent_task_id.is_not(None))
+    .cte("line", recursive=True)
+)
+_ancestor = aliased(Task, name="ancestor")
+_line = _line.union_all(
+    select(_line.c.task_id, _ancestor.parent_task_id).where(
+        _ancestor.task_id == _line.c.ancestor_id, _ancestor.parent_task_id.is_not(None)
+    )
+)
+_needed = (
+    select(_line.c.task_id)
+    .join(_ancestor, _ancestor.task_id == _line.c.ancestor_id)
+    .where(_ancestor.finished_at.is_(None))
+)
+_child = aliased(Task, name="child")
+_gone = (
+    select(Task.task_id)
+    .where(
+        Task.task_id == func.any(_candidates),
+        Task.finished_at.is_not(None),
+        Task.task_id.not_in(_needed),
+        ~exists().where(_child.parent_task_id == Task.task_id),
+        ~exists().where(Wait.child_task_id == Task.task_id),
+    )
+    .order_by(Task.task_id)
+    .with_for_update(skip_locked=True, of=Task)
+    .cte("gone")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+
+DELETE_TASKS = (
+    delete(Task)
+    .where(Task.task_id == _gone.c.task_id)
+    .returning(Task.task_id)
+    .add_cte(
+        delete(Checkpoint).where(Checkpoint.task_id == _gone.c.task_id).cte("gone_checkpoints"),
+        delete(Run).where(Run.task_id == _gone.c.task_id).cte("gone_runs"),
+    )
+)
+"""Delete ended tasks with all that belongs to them; those that a live ancestor, a child or a waiter needs stay."""
+
+_spent = (
+    select(Event.queue_name, Event.name)
+    .where(
+        Event.queue_name == _queue_name,
+        Event.emitted_at < clock() - interval(bindparam("age", type_=Float(53))),
+        Event.delivered_at.is_not(None),
+        ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),
+    )
+    .order_by(Event.emitted_at)
+    .limit(_wanted)
+    .with_for_update(skip_locked=True, of=Event)
+    .cte("spent")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+
+DELETE_EVENTS = (
+    delete(Event).where(Event.queue_name == _spent.c.queue_name, Event.name == _spent.c.name).returning(Event.name)
+)
+"""Delete a batch of old events, delivered and awaited by nobody."""
+
+_some = (
+    select(Task.task_id)
+    .where(Task.queue_name == _queue_name)
+    .order_by(Task.task_id)
+    .limit(_wanted)
+    .with_for_update()
+    .cte("some")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+DELETE_QUEUE_TASKS = (
+    delete(Task)
+    .where(Task.task_id == _some.c.task_id)
+    .returning(Task.task_id)
+    .add_cte(
+        delete(Checkpoint).where(Checkpoint.task_id == _some.c.task_id).cte("gone_checkpoints"),
+        delete(Run).where(Run.task_id == _some.c.task_id).cte("gone_runs"),
+        delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
+    )
+)
+"""Delete a batch of whatever tasks a dropped queue has."""
+
+DELETE_QUEUE_EVENTS = delete(Event).where(Event.queue_name == _queue_name)
+"""Delete the events of a dropped queue."""
+
+RETENTIONS = select(
+    Queue.queue_name,
+    func.extract("epoch", Queue.retention).label("retention"),
+    func.extract("epoch", Queue.event_retention).label("event_retention"),
+).where(Queue.retention.is_not(None) | Queue.event_retention.is_not(None))
+"""Queues that forget, and after how many seconds."""
+
+_ready = Task.finished_at.is_(None) & Task.claimed_by.is_(None)
+QUEUE_STATISTICS = select(
+    Queue.queue_name,
+    Queue.paused_at,
+    select(func.count())
+    .where(_ready, Task.queue_name == Queue.queue_name, Task.available_at <= clock())
+    .scalar_subquery()
+    .label("ready"),
+    select(func.count())
+    .where(
+        Task.finished_at.is_(None),
+        Task.queue_name == Queue.queue_name,
+        (Task.available_at > clock()) | Task.available_at.is_(None),
+    )
+    .scalar_subquery()
+    .label("scheduled"),
+    select(func.count())
+    .where(Task.finished_at.is_(None), Task.queue_name == Queue.queue_name, Task.claimed_by.is_not(None))
+    .scalar_subquery()
+    .label("running"),
+    select(func.count())
+    .where(Task.finished_at.is_not(None), Task.queue_name == Queue.queue_name, Task.outcome == constant("failed"))
+    .scalar_subquery()
+    .label("failed"),
+    select(func.extract("epoch", clock() - func.min(Task.available_at)))
+    .where(_ready, Task.queue_name == Queue.queue_name, Task.available_at <= clock())
+    .scalar_subquery()
+    .label("oldest_ready_seconds"),
+).order_by(Queue.queue_name)
+"""How each queue stands, counted in the index of the unfinished and the index of the ended."""

@@ -1,0 +1,110 @@
+"""Enqueueing tasks, and reading back what an insert ran into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import DateTime, Float, Integer, SmallInteger, Text, Uuid, bindparam, exists, func, or_, select
+from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.sql.selectable import FromClause, Select
+
+from ..models import Queue, Task
+from .expressions import array, as_json, as_jsonb, as_text, clock, interval, rows
+
+SPAWN_COLUMNS = {
+    "task_id": Uuid(),
+    "run_id": Uuid(),
+    "queue_name": Text(),
+    "task_name": Text(),
+    "params": Text(),
+    "headers": Text(),
+    "priority": SmallInteger(),
+    "max_attempts": Integer(),
+    "retry_kind": Text(),
+    "retry_base_delay": Float(53),
+    "retry_factor": Float(53),
+    "retry_max_backoff": Float(53),
+    "retry_jitter": Float(53),
+    "max_pending_seconds": Float(53),
+    "max_running_seconds": Float(53),
+    "available_at": DateTime(timezone=True),
+    "delay_seconds": Float(53),
+    "parent_task_id": Uuid(),
+    "idempotency_key": Text(),
+}
+"""The arrays of a spawn, an element of each a task."""
+
+
+def insert_tasks(source: FromClause) -> Insert:
+    """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone."""
+    available_at = func.coalesce(source.c.available_at, clock() + interval(func.coalesce(source.c.delay_seconds, 0.0)))
+    t = select(source, available_at.label("start_at")).subquery("new").c
+    values: dict[str, Any] = {
+        "task_id": t.task_id,
+        "run_id": t.run_id,
+        "queue_name": t.queue_name,
+        "task_name": t.task_name,
+        "params": as_json(t.params),
+        "headers": as_jsonb(t.headers),
+        "priority": t.priority,
+        "max_attempts": t.max_attempts,
+        "retry_kind": t.retry_kind,
+        "retry_base_delay": t.retry_base_delay,
+        "retry_factor": t.retry_factor,
+        "retry_max_backoff": t.retry_max_backoff,
+        "retry_jitter": t.retry_jitter,
+        "max_pending_time": interval(t.max_pending_seconds),
+        "max_running_time": interval(t.max_running_seconds),
+        "available_at": t.start_at,
+        "cancel_at": t.start_at + interval(t.max_pending_seconds),
+        "parent_task_id": t.parent_task_id,
+        "idempotency_key": t.idempotency_key,
+    }
+    return insert(Task).from_select(list(values), select(*values.values())).on_conflict_do_nothing()
+
+
+def _spawnable() -> Select[Any]:
+    new = rows("new", **SPAWN_COLUMNS)
+    return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
+
+
+SPAWN = insert_tasks(_spawnable().subquery("spawnable")).returning(
+    Task.task_id, Task.queue_name, Task.priority, Task.available_at
+)
+"""Enqueue. A task whose queue does not exist, or whose key is taken, is missing from what comes back."""
+
+_wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text())
+
+EXPLAIN_SPAWN = (
+    select(
+        _wanted.c.task_ids.label("wanted_id"),
+        exists().where(Queue.queue_name == _wanted.c.queue_names).label("queue_exists"),
+        Task.task_id,
+        Task.run_id,
+        Task.attempt,
+        Task.task_name,
+        Task.parent_task_id,
+        as_text(Task.params).label("params"),
+    )
+    .select_from(_wanted)
+    .outerjoin(
+        Task,
+        or_(
+            Task.task_id == _wanted.c.task_ids,
+            (Task.queue_name == _wanted.c.queue_names)
+            & (Task.idempotency_key == _wanted.c.idempotency_keys)
+            & Task.idempotency_key.is_not(None),
+        ),
+    )
+)
+"""Why tasks are missing from a spawn: no such queue, the same key earlier, or this very spawn whose reply was lost."""
+
+COUNT_READY = select(func.count()).where(
+    Task.finished_at.is_(None),
+    Task.queue_name == bindparam("queue_name", type_=Text()),
+    Task.available_at <= clock(),
+    Task.claimed_by.is_(None),
+)
+"""Tasks of a queue that a worker could claim at this moment."""
+
+__all__ = ["COUNT_READY", "EXPLAIN_SPAWN", "SPAWN", "SPAWN_COLUMNS", "array", "insert_tasks"]

@@ -1,0 +1,201 @@
+"""Waits and what resolves them: an event, a child's end, or time.
+
+No statement both stores a wait and looks for what resolves it, since all parts of a statement see one snapshot: of 3,000
+waits stored and emits made at the same time that way, 1,799 never met. A waiter makes its wait visible first and looks
+afterwards, with :data:`RESOLVE`; whoever emits or finishes makes that visible first and then resolves the waits there
+are. Of two that look at each other in this order at least one sees the other.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Float, Integer, Text, Uuid, bindparam, case, delete, exists, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+
+from ..models import Checkpoint, Event, Task, Wait
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, rows
+
+_task_ids = array("task_ids", Uuid())
+
+_waiters = (
+    select(Task.task_id, Task.state)
+    .where(Task.task_id == func.any(_task_ids), Task.finished_at.is_(None))
+    .order_by(Task.task_id)
+    .with_for_update(skip_locked=True, key_share=True)
+    .cte("waiters")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_child = Task.__table__.alias("child")
+_in_time = or_(Wait.due_at.is_(None), Wait.due_at > clock())
+_event_came = Event.name.is_not(None) & (or_(_in_time, Event.emitted_at <= Wait.due_at))
+_child_ended = _child.c.finished_at.is_not(None) & (or_(_in_time, _child.c.finished_at <= Wait.due_at))
+_child_missing = (Wait.kind == constant("join")) & _child.c.task_id.is_(None)
+_timed_out = Wait.due_at <= clock()
+_resolved = (
+    select(
+        Wait.task_id,
+        Wait.key,
+        case(
+            (_event_came, constant("completed")),
+            (_child_ended, _child.c.outcome),
+            (_child_missing, constant("cancelled")),
+            else_=constant("timeout"),
+        ).label("status"),
+        case(
+            (_event_came, as_text(Event.payload)),
+            (_child_ended & (_child.c.outcome == constant("completed")), as_text(_child.c.output)),
+            (_child_ended, as_text(_child.c.error)),
+        ).label("value"),
+    )
+    .join(_waiters, _waiters.c.task_id == Wait.task_id)
+    .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
+    .outerjoin(_child, _child.c.task_id == Wait.child_task_id)
+    .where(or_(_event_came, _child_ended, _child_missing, _timed_out))
+    .cte("resolved")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_removed = (
+    delete(Wait)
+    .where(Wait.task_id == _resolved.c.task_id, Wait.key == _resolved.c.key)
+    .returning(Wait.task_id, Wait.key, Wait.kind, Wait.name, Wait.child_task_id, _resolved.c.status, _resolved.c.value)
+    .cte("removed")
+)
+_recorded = (
+    insert(Checkpoint)
+    .from_select(
+        ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+        select(
+            _removed.c.task_id,
+            _removed.c.key,
+            _removed.c.kind,
+            _removed.c.name,
+            _removed.c.status,
+            as_json(_removed.c.value),
+            _removed.c.child_task_id,
+            clock(),
+        ),
+    )
+    .on_conflict_do_nothing()
+    .cte("recorded")
+)
+_woken_ids = select(_removed.c.task_id, func.count().label("count")).group_by(_removed.c.task_id).subquery("woken_ids")
+_left = (
+    select(func.count()).select_from(Wait).where(Wait.task_id == _woken_ids.c.task_id).scalar_subquery()
+) - _woken_ids.c.count
+
+COALESCING_SECONDS = 0.001
+"""How much later a task wakes for each wait that it still has: a thousand joins must not cost a thousand replays."""
+
+RESOLVE = (
+    update(Task)
+    .where(Task.task_id == _woken_ids.c.task_id, Task.state == constant("sleeping"))
+    .values(
+        available_at=func.least(Task.available_at, clock() + interval(func.least(_left * COALESCING_SECONDS, 1.0))),
+        fence=Task.fence + constant(1),
+    )
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .add_cte(_recorded)
+)
+"""Settle what can be settled of these tasks' waits, each once and for good, and make the sleepers among them claimable.
+
+An event or a child's end counts if it came before the wait's time was over, even when nobody looked until afterwards.
+"""
+
+UNRESOLVED = (
+    select(Wait.task_id)
+    .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
+    .outerjoin(_child, _child.c.task_id == Wait.child_task_id)
+    .where(
+        Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
+        or_(Event.name.is_not(None), _child.c.finished_at.is_not(None), _child_missing),
+    )
+    .limit(bindparam("wanted", type_=Integer()))
+)
+"""Waits that should have been resolved: what a crash between two statements leaves behind."""
+
+EMIT_COLUMNS = {"queue_names": Text(), "names": Text(), "payloads": Text(), "metadata": Text()}
+_emitted = rows("emitted", **EMIT_COLUMNS)
+
+EMIT = (
+    insert(Event)
+    .from_select(
+        ["queue_name", "name", "payload", "metadata", "emitted_at"],
+        select(
+            _emitted.c.queue_names,
+            _emitted.c.names,
+            as_json(_emitted.c.payloads),
+            as_jsonb(_emitted.c.metadata),
+            clock(),
+        ).order_by(_emitted.c.queue_names, _emitted.c.names),
+    )
+    .on_conflict_do_nothing()
+    .returning(Event.queue_name, Event.name)
+)
+"""Emit, in the order of the names, so that two transactions that emit several never deadlock. Delivery comes after."""
+
+_undelivered = (
+    select(Event.queue_name, Event.name)
+    .where(Event.delivered_at.is_(None))
+    .order_by(Event.emitted_at)
+    .limit(bindparam("wanted_events", type_=Integer()))
+    .cte("undelivered")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+UNDELIVERED = select(
+    _undelivered.c.queue_name,
+    _undelivered.c.name,
+    select(
+        func.array_agg(
+            select(Wait.task_id)
+            .where(Wait.queue_name == _undelivered.c.queue_name, Wait.event_name == _undelivered.c.name)
+            .limit(bindparam("wanted_waits", type_=Integer()))
+            .correlate(_undelivered)
+            .subquery("waiting")
+            .c.task_id
+        )
+    )
+    .scalar_subquery()
+    .label("task_ids"),
+)
+"""Events that were not yet handed to all of their waiters, with some of these."""
+
+_marked = rows("marked", queue_names=Text(), names=Text())
+MARK_DELIVERED = (
+    update(Event)
+    .where(
+        Event.queue_name == _marked.c.queue_names,
+        Event.name == _marked.c.names,
+        ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),
+    )
+    .values(delivered_at=clock())
+)
+"""An event without a waiter left is delivered; whoever begins to wait from now on finds it by looking."""
+
+_ended = rows("ended", task_ids=Uuid())
+WAITING_FOR = select(Wait.task_id).join(_ended, Wait.child_task_id == _ended.c.task_ids).distinct()
+"""Tasks that wait for the end of any of these."""
+
+_peek = rows("peek", queue_names=Text(), event_names=Text())
+PEEK_EVENTS = select(Event.queue_name, Event.name, as_text(Event.payload).label("payload")).join(
+    _peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names)
+)
+"""Events that are there already when somebody is about to wait for them."""
+
+PEEK_TASKS = select(
+    Task.task_id,
+    Task.parent_task_id,
+    Task.outcome,
+    Task.task_name,
+    as_text(Task.output).label("output"),
+    as_text(Task.error).label("error"),
+).where(Task.task_id == func.any(_task_ids))
+"""Children that have ended already when somebody is about to join them."""
+
+POLL_TASKS = select(
+    Task.task_id,
+    Task.state,
+    Task.outcome,
+    Task.task_name,
+    case((Task.outcome.is_not(None), as_text(Task.output))).label("output"),
+    case((Task.outcome.is_not(None), as_text(Task.error))).label("error"),
+).where(Task.task_id == func.any(_task_ids))
+"""How tasks stand, for clients that wait for them."""

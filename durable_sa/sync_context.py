@@ -1,0 +1,304 @@
+"""`def` tasks: user code in a thread, its durable calls on the event loop.
+
+The thread of a run and the run's root task take turns: while user code runs, the root waits for its next request; while the
+root carries out a request, the thread waits for the answer. So a `def` task suspends, is cancelled and is resumed by the
+same means as any other. A signal that ends the run reaches the thread as the answer to the call that it is in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+
+from sqlalchemy.orm import Session
+from typing_extensions import Unpack
+
+from .errors import InvalidState, TaskTimeout
+from .failures import is_retryable
+from .policies import Duration
+from .results import TaskHandle
+from .signals import ControlFlow, Suspended
+from .steps import Step, StepOptions, result_codec
+
+if TYPE_CHECKING:
+    from .context import Call, StateT, TaskContext
+    from .options import SpawnOptions
+    from .tasks import Task
+else:
+    from typing_extensions import TypeVar as _TypeVar
+
+    StateT = _TypeVar("StateT", default=Any)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+ParamsT = TypeVar("ParamsT")
+
+
+class _Thread:
+    """The thread of one run."""
+
+    def __init__(self, name: str) -> None:
+        self.requests: asyncio.Queue[tuple[Callable[[], Coroutine[Any, Any, Any]], queue.SimpleQueue[Any]] | None]
+        self.requests = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.name = name
+        self.signal: BaseException | None = None
+        self.ident: int | None = None
+        self.lock = threading.Lock()
+
+    def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """From the thread: have a coroutine run on the loop, and wait for what comes of it."""
+        if threading.get_ident() != self.ident:
+            raise InvalidState(
+                "The context of a `def` task",
+                "used outside of the task's own thread",
+                "Call it from there, or write the task as `async def` and use asyncio.gather.",
+            )
+        answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        with self.lock:
+            if self.signal is not None:
+                raise self.signal
+            self.loop.call_soon_threadsafe(self.requests.put_nowait, (make, answers))
+        succeeded, value = answers.get()
+        if succeeded:
+            return cast(T, value)
+        raise value
+
+
+class SyncTaskContext(Generic[StateT]):
+    """The running `def` task; the methods of :class:`durable_sa.TaskContext`, blocking its thread instead of awaited.
+
+    It belongs to the task's own thread. `def` steps run in that thread, too.
+    """
+
+    __slots__ = ("_context", "_thread")
+
+    def __init__(self, context: TaskContext[StateT]) -> None:
+        self._context = context
+        self._thread: _Thread | None = None
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if self._thread is None:
+            raise InvalidState("The task", "not running")
+        return self._thread.call(make)
+
+    @property
+    def task_id(self) -> uuid.UUID:
+        """The task's id, the same in all attempts."""
+        return self._context.task_id
+
+    @property
+    def run_id(self) -> uuid.UUID:
+        """The id of this attempt; it outlives suspensions."""
+        return self._context.run_id
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1."""
+        return self._context.attempt
+
+    @property
+    def task_name(self) -> str:
+        """The name under which the task was spawned."""
+        return self._context.task_name
+
+    @property
+    def queue_name(self) -> str:
+        """The queue the task was spawned into."""
+        return self._context.queue_name
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """The headers given at spawn; plain JSON."""
+        return self._context.headers
+
+    @property
+    def state(self) -> StateT:
+        """What the worker's `lifespan` yielded, else the client's `state`."""
+        return self._context.state
+
+    @overload
+    def step(self, name: str, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    @overload
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`durable_sa.TaskContext.step`. `def` functions run in this thread, coroutine functions on the loop."""
+        function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, StepOptions())
+        if inspect.iscoroutinefunction(function):
+            return self._call(lambda: cast(Coroutine[Any, Any, Any], self._context.step(name, fn, *args, **kwargs)))
+        begun = self._call(lambda: self._context.begin_step(name, function, options, args, kwargs))
+        if begun.recorded:
+            return begun.value
+        failures = begun.failures
+        while True:
+            try:
+                result = self._execute(begun.call, function, options, args, kwargs)
+            except Exception as error:
+                failures += 1
+                if failures >= options.max_attempts or not is_retryable(error):
+                    raise
+                count = failures
+                self._call(lambda: self._context.pause_step(begun.call, count, options))  # noqa: B023
+            else:
+                codec = result_codec(function)
+                return self._call(lambda: self._context.end_step(begun.call, codec, result))  # noqa: B023
+
+    def _execute(self, call: Call, function: Callable[..., Any], options: StepOptions, args: Any, kwargs: Any) -> Any:
+        if options.timeout is None:
+            return function(*args, **kwargs)
+        # Nothing can interrupt a thread, so a step with a limit gets one that can be left behind.
+        answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        context = contextvars.copy_context()
+
+        def run() -> None:
+            try:
+                answers.put((True, context.run(function, *args, **kwargs)))
+            except BaseException as error:  # noqa: BLE001 - handed over
+                answers.put((False, error))
+
+        threading.Thread(target=run, name=f"durable-step:{call.name}", daemon=True).start()
+        try:
+            succeeded, value = answers.get(timeout=options.timeout)
+        except queue.Empty:
+            raise TaskTimeout(f"step {call.name!r}", options.timeout) from None
+        if succeeded:
+            return value
+        raise value
+
+    def transaction(
+        self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, on the event loop."""
+        return self._call(lambda: cast(Coroutine[Any, Any, T], self._context.transaction(name, fn, *args, **kwargs)))
+
+    @overload
+    def spawn(
+        self, name: str, task: Task[None, T], params: None = None, /, **options: Unpack[SpawnOptions]
+    ) -> TaskHandle[T]: ...
+    @overload
+    def spawn(
+        self, name: str, task: Task[ParamsT, T], params: ParamsT, /, **options: Unpack[SpawnOptions]
+    ) -> TaskHandle[T]: ...
+    def spawn(self, name: str, task: Any, params: Any = None, /, **options: Unpack[SpawnOptions]) -> TaskHandle[Any]:
+        """As :meth:`durable_sa.TaskContext.spawn`."""
+        return self._call(
+            lambda: cast(Coroutine[Any, Any, TaskHandle[Any]], self._context.spawn(name, task, params, **options))
+        )
+
+    def spawn_by_name(
+        self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
+    ) -> TaskHandle[Any]:
+        """As :meth:`durable_sa.TaskContext.spawn_by_name`."""
+        return self._call(lambda: self._context.spawn_by_name(name, task_name, params, **options))
+
+    def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> T:
+        """As :meth:`durable_sa.TaskContext.join`."""
+        return self._call(lambda: self._context.join(handle, timeout=timeout))
+
+    def sleep_for(self, name: str, duration: Duration) -> None:
+        """As :meth:`durable_sa.TaskContext.sleep_for`."""
+        self._call(lambda: self._context.sleep_for(name, duration))
+
+    def sleep_until(self, name: str, when: datetime) -> None:
+        """As :meth:`durable_sa.TaskContext.sleep_until`."""
+        self._call(lambda: self._context.sleep_until(name, when))
+
+    @overload
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
+    @overload
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:
+        """As :meth:`durable_sa.TaskContext.await_event`."""
+        return self._call(
+            lambda: cast(Coroutine[Any, Any, Any], self._context.await_event(name, timeout=timeout, type=type))
+        )
+
+    def emit_event(self, name: str, payload: Any = None) -> bool:
+        """As :meth:`durable_sa.TaskContext.emit_event`."""
+        return self._call(lambda: self._context.emit_event(name, payload))
+
+    def heartbeat(self, duration: Duration | None = None) -> None:
+        """As :meth:`durable_sa.TaskContext.heartbeat`."""
+        self._call(lambda: self._context.heartbeat(duration))
+
+    def rand(self) -> float:
+        """As :meth:`durable_sa.TaskContext.rand`."""
+        return self._call(self._context.rand)
+
+    def now(self) -> datetime:
+        """As :meth:`durable_sa.TaskContext.now`."""
+        return self._call(self._context.now)
+
+    def uuid7(self) -> uuid.UUID:
+        """As :meth:`durable_sa.TaskContext.uuid7`."""
+        return self._call(self._context.uuid7)
+
+
+async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """The body of a `def` task, to be awaited as the root of its run: starts the thread and serves its requests."""
+    thread = context._thread = _Thread(f"durable:{context.task_name}")
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[Any] = loop.create_future()
+    inherited = contextvars.copy_context()
+
+    def finish(succeeded: bool, value: Any) -> None:
+        if not outcome.done():
+            outcome.set_result((succeeded, value))
+        thread.requests.put_nowait(None)
+
+    def run() -> None:
+        thread.ident = threading.get_ident()
+        try:
+            value = inherited.run(function, context, *arguments)
+        except BaseException as error:  # noqa: BLE001 - handed over
+            _tell(loop, finish, False, error)
+        else:
+            _tell(loop, finish, True, value)
+
+    threading.Thread(target=run, name=thread.name, daemon=True).start()
+    answers: queue.SimpleQueue[Any] | None = None
+    try:
+        while (request := await thread.requests.get()) is not None:
+            make, answers = request
+            try:
+                value = await make()
+            except (asyncio.CancelledError, ControlFlow):
+                raise
+            except BaseException as error:  # noqa: BLE001 - handed over
+                answers.put((False, error))
+            else:
+                answers.put((True, value))
+            answers = None
+        succeeded, value = outcome.result()
+        if succeeded:
+            return value
+        raise value
+    except (asyncio.CancelledError, ControlFlow) as error:
+        signal = error if isinstance(error, ControlFlow) else (context._context.signal or Suspended())
+        with thread.lock:
+            thread.signal = signal
+        if answers is not None:
+            answers.put((False, signal))
+        while not thread.requests.empty():
+            if (late := thread.requests.get_nowait()) is not None:
+                late[1].put((False, signal))
+        # The thread unwinds now. Until it has, the run is not over: its code must not run here and elsewhere at once.
+        while not outcome.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(outcome)
+        raise
+
+
+def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        pass  # The loop is closed, and nobody waits any more.

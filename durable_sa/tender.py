@@ -1,0 +1,289 @@
+"""What a worker does besides running tasks: waking, delivering, cascading, taking over, and repairing.
+
+Most of it is asked for by what was just committed. The rest is found by one small look at the database, made when
+something is due and every few seconds; each kind of work goes in bounded batches and skips rows that others have locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Executable, Row
+from sqlalchemy.exc import SQLAlchemyError
+
+from .connections import Channel, backoff, is_transient
+from .hints import Hint
+from .ids import new_id
+from .statements import cancelling, claiming, maintenance, outcomes, waits
+
+logger = logging.getLogger("durable_sa")
+
+BATCH = 500
+DELIVERY_EVENTS = 50
+RECONCILE_INTERVAL = 5.0
+"""Seconds between searches for waits that should have been resolved."""
+RECONCILE_SHARE = 50
+"""And at least so many times as long as the last search took."""
+SWEEP_LOST_INTERVAL = 10.0
+"""Seconds between repeated searches for runs of workers that are already known to be lost."""
+FORGET_LOST_AFTER = 600.0
+
+
+class Tender:
+    """Keeps tasks moving that nobody is running."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        worker_id: uuid.UUID,
+        *,
+        interval: Callable[[], float],
+        announce: Callable[[Hint], None],
+        check_runs: Callable[[], Any],
+        poll_runs: Callable[[], None],
+    ) -> None:
+        self.worker_id = worker_id
+        self._channel = channel
+        self._interval = interval
+        self._announce = announce
+        self._check_runs = check_runs
+        self._poll_runs = poll_runs
+        self._poked = asyncio.Event()
+        self._look_at = 0.0
+        self._resolve: set[uuid.UUID] = set()
+        self._ended: set[uuid.UUID] = set()
+        self._cascade: set[uuid.UUID] = set()
+        self._deliver = False
+        self._check = False
+        self._next_reconcile = time.monotonic() + RECONCILE_INTERVAL
+        self._next_sweep = 0.0
+        self.repaired = 0
+        """Waits that only the search has resolved, since the start."""
+
+    # -- what others ask for ---------------------------------------------------------------------------------------------
+
+    def resolve(self, task_ids: Iterable[uuid.UUID]) -> None:
+        """Look whether the waits of these suspended tasks are resolved already."""
+        self._resolve.update(task_ids)
+        self._poked.set()
+
+    def ended(self, task_ids: Iterable[uuid.UUID], *, cascade: Iterable[uuid.UUID] = ()) -> None:
+        """Tasks with a parent have ended, some of them unhappily."""
+        self._ended.update(task_ids)
+        self._cascade.update(cascade)
+        self._poked.set()
+
+    def deliver(self) -> None:
+        """Events were emitted."""
+        self._deliver = True
+        self._poked.set()
+
+    def check(self) -> None:
+        """Tasks were cancelled: some may be running here."""
+        self._check = True
+        self._poked.set()
+
+    def look_within(self, seconds: float) -> None:
+        """Something is due by then."""
+        self._look_at = min(self._look_at, time.monotonic() + max(0.0, seconds))
+        self._poked.set()
+
+    # -- the loop --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        failures = 0
+        while True:
+            try:
+                await self.work()
+                failures = 0
+                wait = self._look_at - time.monotonic()
+                if wait > 0 and not self._poked.is_set():
+                    try:
+                        async with asyncio.timeout(wait):
+                            await self._poked.wait()
+                    except TimeoutError:
+                        pass
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                if not is_transient(error):
+                    logger.exception("maintenance failed")
+                await asyncio.sleep(backoff(failures))
+                failures += 1
+            except Exception:
+                logger.exception("maintenance failed")
+                await asyncio.sleep(backoff(failures))
+                failures += 1
+
+    async def work(self) -> None:
+        """Do what has been asked for, and look for more if it is time."""
+        self._poked.clear()
+        await self._do_asked()
+        if time.monotonic() >= self._look_at:
+            await self._look()
+            await self._do_asked()
+
+    async def _do_asked(self) -> None:
+        while True:
+            if self._check:
+                self._check = False
+                await self._check_runs()
+            if self._resolve:
+                await self._with(self._resolve, self._resolve_waits)
+            elif self._ended:
+                await self._with(self._ended, self._wake_parents)
+            elif self._deliver:
+                self._deliver = False
+                await self._deliver_events()
+            elif self._cascade:
+                await self._with(self._cascade, self._cascade_from)
+            else:
+                return
+
+    async def _with(self, asked: set[uuid.UUID], work: Callable[[list[uuid.UUID]], Any]) -> None:
+        """Do a batch of what was asked for; what fails stays asked for."""
+        batch = sorted(asked)[:BATCH]
+        await work(batch)
+        asked.difference_update(batch)
+
+    async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
+        return await self._channel.execute(statement, parameters)
+
+    # -- waking ----------------------------------------------------------------------------------------------------------
+
+    async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> None:
+        rows = await self._execute(waits.RESOLVE, {"task_ids": task_ids})
+        self._announce(Hint().add_rows(rows))
+
+    async def _wake_parents(self, task_ids: list[uuid.UUID]) -> None:
+        rows = await self._execute(waits.WAITING_FOR, {"task_ids": task_ids})
+        if rows:
+            self._resolve.update(row.task_id for row in rows)
+            self._poll_runs()
+
+    async def _deliver_events(self) -> None:
+        previous: set[uuid.UUID] = set()
+        while True:
+            rows = await self._execute(waits.UNDELIVERED, {"wanted_events": DELIVERY_EVENTS, "wanted_waits": BATCH})
+            if not rows:
+                break
+            waiting = {task_id for row in rows for task_id in row.task_ids or ()}
+            if waiting:
+                await self._resolve_waits(sorted(waiting))
+            await self._execute(
+                waits.MARK_DELIVERED,
+                {"queue_names": [row.queue_name for row in rows], "names": [row.name for row in rows]},
+            )
+            if waiting and waiting == previous:
+                # Somebody holds these rows locked: they stay undelivered and are looked at again.
+                break
+            previous = waiting
+        self._poll_runs()
+
+    # -- ends ------------------------------------------------------------------------------------------------------------
+
+    async def _cascade_from(self, task_ids: list[uuid.UUID]) -> None:
+        for origin in task_ids:
+            for _ in range(10_000):
+                rows = await self._execute(cancelling.DESCENDANTS, {"ancestor_ids": [origin], "wanted": BATCH})
+                if not rows:
+                    break
+                cancelled = await self._execute(
+                    cancelling.CASCADE, {"task_ids": [row.task_id for row in rows], "origin": origin}
+                )
+                self._were_cancelled(cancelled, cascade=False)
+                if not cancelled:
+                    await asyncio.sleep(0.02)
+
+    def _were_cancelled(self, rows: Sequence[Row[Any]], *, cascade: bool) -> None:
+        if not rows:
+            return
+        self._ended.update(row.task_id for row in rows if row.parent_task_id is not None)
+        if cascade:
+            self._cascade.update(row.task_id for row in rows)
+        if any(row.was == "running" for row in rows):
+            self._check = True
+            self._announce(Hint(taken=True))
+
+    async def _cancel_overdue(self) -> None:
+        while True:
+            rows = await self._execute(cancelling.CANCEL_OVERDUE, {"wanted": BATCH})
+            self._were_cancelled(rows, cascade=True)
+            if len(rows) < BATCH:
+                return
+
+    # -- lost workers ----------------------------------------------------------------------------------------------------
+
+    async def _take_over(self) -> None:
+        await self._execute(claiming.DECLARE_LOST, {})
+        lost = await self._execute(claiming.LOST_WORKERS, {})
+        if not lost:
+            return
+        worker_ids = [row.worker_id for row in lost]
+        queue_names = sorted({name for row in lost for name in row.queue_names})
+        while True:
+            found = await self._execute(
+                claiming.RUNS_OF_LOST, {"worker_ids": worker_ids, "queue_names": queue_names, "wanted": BATCH}
+            )
+            if not found:
+                break
+            task_ids = [row.task_id for row in found]
+            rows = await self._execute(
+                outcomes.TAKE_OVER,
+                {"task_ids": task_ids, "next_run_ids": [new_id() for _ in task_ids], "worker_ids": worker_ids},
+            )
+            if rows:
+                logger.warning("took %d runs over from workers that have fallen silent", len(rows))
+            given_up = [row for row in rows if row.state == "failed"]
+            self._ended.update(row.task_id for row in given_up if row.parent_task_id is not None)
+            self._cascade.update(row.task_id for row in given_up)
+            self._announce(Hint().add_rows(row for row in rows if row.state == "pending"))
+            if len(found) < BATCH and len(rows) == len(found):
+                break
+            if not rows:
+                break
+        await self._execute(claiming.FORGET_WORKERS, {"age": FORGET_LOST_AFTER})
+
+    # -- the look --------------------------------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        interval = self._interval()
+        self._look_at = time.monotonic() + interval
+        await self._check_runs()
+        rows = await self._execute(maintenance.LOOK, {"worker_id": self.worker_id})
+        look = rows[0]
+        now = time.monotonic()
+        if look.undelivered_events:
+            self._deliver = True
+        if _passed(look.next_cancel_at, look.now):
+            await self._cancel_overdue()
+        if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._next_sweep):
+            self._next_sweep = now + SWEEP_LOST_INTERVAL
+            await self._take_over()
+        if now >= self._next_reconcile:
+            await self._reconcile()
+            took = time.monotonic() - now
+            self._next_reconcile = now + max(RECONCILE_INTERVAL, RECONCILE_SHARE * took)
+        for moment in (look.next_cancel_at, look.next_expiry_at, look.next_tick_at):
+            if moment is not None and moment > look.now:
+                due = now + (moment - look.now) / timedelta(seconds=1) + 0.005
+                self._look_at = min(self._look_at, due)
+
+    async def _reconcile(self) -> None:
+        rows = await self._execute(waits.UNRESOLVED, {"age": RECONCILE_INTERVAL, "wanted": BATCH})
+        if rows:
+            found = {row.task_id for row in rows}
+            self.repaired += len(found)
+            logger.info("found %d tasks whose waits were over without anybody having told them", len(found))
+            self._resolve.update(found)
+        for row in await self._execute(cancelling.LEFT_BEHIND, {"wanted": BATCH}):
+            self._cascade.add(row.task_id)
+
+
+def _passed(moment: datetime | None, now: datetime) -> bool:
+    return moment is not None and moment <= now

@@ -1,0 +1,642 @@
+"""The worker: claims tasks, runs them, and lives with a database that comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import logging
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Row
+from sqlalchemy.exc import SQLAlchemyError
+
+from . import branches, task_factory
+from .connections import Channel, Database, backoff, is_transient
+from .context import TaskContext
+from .current import _current as running_context
+from .errors import InvalidConfiguration, QueueNotFound
+from .heartbeat import Heartbeat, Lease
+from .hints import Hint, Listener, channel_name, sender
+from .ids import new_id
+from .journal import Journal
+from .lanes import Lanes
+from .names import validate_name
+from .options import WorkerOptions
+from .policies import integer, seconds
+from .reader import Reader, persistently
+from .run import Claimed, Run
+from .signals import LeaseLost, TaskCancelled
+from .statements import checkpoints, claiming, queues, waits
+from .sync_context import SyncTaskContext, run_in_thread
+from .tender import Tender
+from .writer import Kind, Write, Writer
+
+if TYPE_CHECKING:
+    from .client import Durable
+
+logger = logging.getLogger("durable_sa")
+
+LISTENING_POLL = 5.0
+"""Seconds between polls while hints arrive."""
+TEND_INTERVAL = 2.5
+"""Seconds between looks for maintenance while hints arrive and nothing runs."""
+TEND_INTERVAL_BUSY = 1.0
+CLOSING_DEADLINE = 10.0
+"""Seconds that the last writes and the goodbye get at shutdown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A worker's options, checked and complete."""
+
+    queue_names: tuple[str, ...]
+    concurrency: int
+    batch_size: int | None
+    claim_timeout: float
+    poll_interval: float
+    name: str
+    fatal_on_lease_timeout: bool
+    shutdown_timeout: float
+    listen: bool
+
+    @classmethod
+    def resolve(cls, options: WorkerOptions, queue_name: str) -> Settings:
+        """Check `WorkerOptions`.
+
+        Raises:
+            TypeError: for an option there is not.
+            InvalidConfiguration, InvalidName: for a value that cannot work.
+        """
+        if unknown := options.keys() - WorkerOptions.__annotations__.keys():
+            raise TypeError(f"a worker got an unexpected keyword argument {min(unknown)!r}")
+        names = options.get("queue_names")
+        if isinstance(names, str):
+            raise InvalidConfiguration("queue_names", "it is one str", f"Write queue_names=[{names!r}].")
+        names = [queue_name] if names is None else list(dict.fromkeys(names))
+        if not names:
+            raise InvalidConfiguration("queue_names", "there is no queue in it")
+        batch_size = options.get("batch_size")
+        return cls(
+            tuple(validate_name("queue", name) for name in names),
+            integer(options.get("concurrency", 1), "concurrency", minimum=1, maximum=100_000),
+            None if batch_size is None else integer(batch_size, "batch_size", minimum=1, maximum=100_000),
+            seconds(options.get("claim_timeout", 120.0), "claim_timeout", minimum=1.0),
+            seconds(options.get("poll_interval", 0.25), "poll_interval", minimum=0.001),
+            validate_name("worker", options.get("worker_id") or f"{socket.gethostname()}:{os.getpid()}"),
+            bool(options.get("fatal_on_lease_timeout", False)),
+            seconds(options.get("shutdown_timeout", 30.0), "shutdown_timeout"),
+            bool(options.get("listen", True)),
+        )
+
+
+class Worker:
+    """A running worker. Made by `Durable.start_worker`; ended by :meth:`shutdown`."""
+
+    def __init__(self, durable: Durable[Any], settings: Settings) -> None:
+        self.settings = settings
+        self.worker_id = new_id()
+        self.max_payload_bytes = durable.max_payload_bytes
+        self.executor = ThreadPoolExecutor(max(settings.concurrency, 4), thread_name_prefix="durable-step")
+        self._durable = durable
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._lease = Lease(settings.claim_timeout)
+        self._lanes = Lanes(settings.queue_names)
+        self._runs: dict[tuple[uuid.UUID, int], Run] = {}
+        self._engine_tasks: set[asyncio.Task[Any]] = set()
+        self._services: list[asyncio.Task[Any]] = []
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping = False
+        self._stopped = asyncio.Event()
+        self._renewing = False
+        self._exit = contextlib.AsyncExitStack()
+        self._state: Any = durable.state
+        self._next_poll = 0.0
+        self._survey_at = 0.0
+        self._heartbeat: Heartbeat | None = None
+        self._listener: Listener | None = None
+        self._shutdown_task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.settings.name} on {', '.join(self.settings.queue_names)}>"
+
+    # -- beginning and end -----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Register, and start to claim."""
+        database = self._durable.database
+        self._database: Database = database
+        await self._durable.check_schema()
+        known = await database.execute(queues.KNOWN_QUEUES, {"queue_names": list(self.settings.queue_names)})
+        for name in self.settings.queue_names:
+            if name not in {row.queue_name for row in known}:
+                raise QueueNotFound(name)
+        self._claims = Channel(database)
+        self._writes = Channel(database)
+        self._rest = Channel(database)
+        self.writer = Writer(self._writes, on_commit=self._committed)
+        self.reader = Reader(self._rest)
+        self.tender = Tender(
+            self._rest,
+            self.worker_id,
+            interval=self._tend_interval,
+            announce=self._announce,
+            check_runs=self._check_runs,
+            poll_runs=self._poll_runs,
+        )
+        self._hints = sender(database.engine, channel_name(database.schema))
+        task_factory.install(self._loop)
+        try:
+            self._state = await self._enter_lifespan()
+            await self._register()
+        except BaseException:
+            task_factory.uninstall(self._loop)
+            await self._exit.aclose()
+            raise
+        self._turn()
+        self._serve(self.writer.run(), "durable:writer")
+        self._serve(self.tender.run(), "durable:tender")
+        self._serve(self._claim_loop(), "durable:claims")
+        if self.settings.listen:
+            self._listener = Listener(database.private, channel_name(database.schema), self._hinted)
+            self._serve(self._listener.run(), "durable:listener")
+
+    async def _enter_lifespan(self) -> Any:
+        lifespan = self._durable.lifespan
+        if lifespan is None:
+            return self._durable.state
+        manager = lifespan
+        if not hasattr(lifespan, "__aenter__"):
+            manager = lifespan(self._durable) if inspect.signature(lifespan).parameters else lifespan()
+        return await self._exit.enter_async_context(manager)
+
+    async def _register(self) -> None:
+        sent_at = time.monotonic()
+        parameters = {
+            "worker_id": self.worker_id,
+            "name": self.settings.name,
+            "queue_names": list(self.settings.queue_names),
+            "claim_timeout": self.settings.claim_timeout,
+        }
+        rows = await self._rest.execute(claiming.REGISTER_WORKER, parameters)
+        self._clock = (rows[0].now, time.monotonic())
+        self._lease.renewed(sent_at)
+        self._lease.turned_at = time.monotonic()
+        self.tender.worker_id = self.worker_id
+        self._heartbeat = Heartbeat(
+            self._database,
+            self.worker_id,
+            self._lease,
+            fatal=self.settings.fatal_on_lease_timeout,
+            on_lost=self.lease_lost,
+        )
+        self._heartbeat.start()
+
+    async def shutdown(self) -> None:
+        """Stop claiming, let runs end for up to `shutdown_timeout` seconds, give the others back, and say goodbye.
+
+        Returns in bounded time, also when the database is away. Calling it again waits for the first call.
+        """
+        if self._shutdown_task is None:
+            with branches.detached():
+                self._shutdown_task = self._loop.create_task(self._shut_down(), name="durable:shutdown")
+        await asyncio.shield(self._shutdown_task)
+
+    async def wait(self) -> None:
+        """Wait until the worker has been shut down."""
+        await self._stopped.wait()
+
+    def hurry(self) -> None:
+        """Give runs back at once, instead of waiting for `shutdown_timeout`."""
+        self._stopping = True
+        self._wake.set()
+        for run in list(self._runs.values()):
+            run.release()
+
+    async def _shut_down(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            self.hurry()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_DEADLINE):
+                await self._idle.wait()
+                await self.writer.idle.wait()
+                await self.tender.work()
+                await self._hints.flush()
+                await self._rest.execute(claiming.REMOVE_WORKER, {"worker_id": self.worker_id})
+        await self._close()
+
+    async def _close(self) -> None:
+        self._lease.valid_until = 0.0
+        for service in [*self._services, *self._engine_tasks]:
+            service.cancel()
+        if self._services or self._engine_tasks:
+            await asyncio.wait([*self._services, *self._engine_tasks], timeout=5.0)
+        if self._heartbeat is not None:
+            await self._heartbeat.stop()
+        self._turn_timer.cancel()
+        for channel in (self._claims, self._writes, self._rest):
+            await channel.close()
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        task_factory.uninstall(self._loop)
+        try:
+            await self._exit.aclose()
+        finally:
+            self._durable.forget_worker(self)
+            self._stopped.set()
+
+    def _serve(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.critical("%s has ended", name, exc_info=error)
+
+        task = self._start_task(coroutine, name)
+        task.add_done_callback(ended)
+        self._services.append(task)
+
+    def _start_task(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        with branches.detached():
+            return self._loop.create_task(coroutine, name=name)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Start a task of the engine, outside every run."""
+        task = self._start_task(coroutine, name)
+        self._engine_tasks.add(task)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            self._engine_tasks.discard(done)
+            if not done.cancelled() and (error := done.exception()) is not None and not isinstance(error, LeaseLost):
+                logger.error("%s failed", name, exc_info=error)
+
+        task.add_done_callback(ended)
+        return task
+
+    # -- lease -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def leased(self) -> bool:
+        """Whether the worker's lease still holds by the local clock."""
+        return self._lease.valid
+
+    def _turn(self) -> None:
+        """Show the heartbeat that the event loop turns, and see whether the lease still holds."""
+        self._lease.turned_at = time.monotonic()
+        if not self._lease.valid and not self._renewing:
+            self.lease_lost()
+        interval = min(1.0, self.settings.claim_timeout / 8)
+        self._turn_timer = self._loop.call_later(interval, self._turn)
+
+    def lease_lost(self) -> None:
+        """Others may have taken over: give up all runs, and come back as a new worker."""
+        if self._renewing or self._stopped.is_set():
+            return
+        self._renewing = True
+        self._lease.valid_until = 0.0
+        logger.warning("worker %s has lost its lease: giving up %d runs", self.settings.name, len(self._runs))
+        for run in list(self._runs.values()):
+            run.take_away(LeaseLost())
+        self.writer.abandon()
+        self.spawn(self._come_back(), "durable:come-back")
+
+    async def _come_back(self) -> None:
+        if self._heartbeat is not None:
+            await self._heartbeat.stop()
+        failures = 0
+        while not self._stopping:
+            try:
+                self.worker_id = new_id()
+                await self._register()
+                break
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                if not is_transient(error):
+                    raise
+                await asyncio.sleep(backoff(failures))
+                failures += 1
+        self.writer.resume()
+        self._renewing = False
+        self._lanes.search_soon()
+        self._wake.set()
+
+    # -- claiming --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _free(self) -> int:
+        """How many tasks may be claimed now."""
+        free = self.settings.concurrency - len(self._runs)
+        # Results that wait to be written hold no slot, but there must be an end to them.
+        if self.writer.backlog > 2 * self.settings.concurrency + 100:
+            return 0
+        return min(free, self.settings.batch_size or free)
+
+    @property
+    def _poll_interval(self) -> float:
+        if self._listener is not None and self._listener.working:
+            return LISTENING_POLL
+        return self.settings.poll_interval
+
+    def _tend_interval(self) -> float:
+        if self._runs or not (self._listener is not None and self._listener.working):
+            return TEND_INTERVAL_BUSY
+        return TEND_INTERVAL
+
+    async def _claim_loop(self) -> None:
+        failures = 0
+        while not self._stopping:
+            try:
+                if self._free <= 0 or not self._lease.valid:
+                    await self._wait(1.0)
+                    continue
+                self._wake.clear()
+                wanted = self._free
+                claimed = await self._claim(wanted)
+                failures = 0
+                if claimed >= wanted or self._wake.is_set():
+                    continue
+                due = self._poll_interval
+                if self._lanes.next_due is not None:
+                    due = min(due, max(0.001, self._lanes.next_due - time.monotonic()))
+                await self._wait(due)
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                if not is_transient(error):
+                    logger.exception("claiming failed")
+                elif failures == 3:
+                    logger.warning("claiming fails (%s); trying on", type(error).__name__)
+                await asyncio.sleep(backoff(failures))
+                failures += 1
+            except Exception:
+                logger.exception("claiming failed")
+                await asyncio.sleep(backoff(failures))
+                failures += 1
+
+    async def _wait(self, most: float) -> None:
+        try:
+            async with asyncio.timeout(most):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    async def _claim(self, wanted: int) -> int:
+        now = time.monotonic()
+        search = self._lanes.search_due
+        if search or self._lanes.due:
+            self._lanes.surveyed(
+                await self._claims.execute(claiming.SURVEY_LANES, {"queue_names": list(self.settings.queue_names)})
+            )
+        worker_id = self.worker_id
+        sent_at = time.monotonic()
+        rows = await self._claims.execute(
+            claiming.CLAIM,
+            {
+                "worker_id": worker_id,
+                "wanted": wanted,
+                "task_names": list(self._durable.tasks),
+                **self._lanes.parameters(search=search),
+            },
+        )
+        if rows:
+            self._clock = (rows[0].now, time.monotonic())
+        if search:
+            self._lanes.searched(time.monotonic() - now)
+        runs = [
+            Claimed(
+                row.task_id,
+                row.run_id,
+                row.queue_name,
+                row.priority,
+                row.available_at,
+                row.task_name,
+                row.params,
+                row.headers,
+                row.attempt,
+                row.fence,
+                row.now,
+                sent_at,
+            )
+            for row in rows
+        ]
+        runs.sort(key=lambda run: (run.priority, run.available_at, run.task_id))
+        self._lanes.claimed(runs, search=search, full=len(rows) >= wanted)
+        if worker_id != self.worker_id or not self._lease.valid:
+            # The lease ended while the claim was on its way: those that take over find these runs, too.
+            return 0
+        for row in rows:
+            if row.cancel_at is not None:
+                self.tender.look_within((row.cancel_at - row.now).total_seconds() + 0.005)
+        await self._start_runs(runs)
+        return len(rows)
+
+    async def _start_runs(self, claimed: list[Claimed]) -> None:
+        resumed = []
+        for item in claimed:
+            if item.fresh:
+                self._start_run(item, Journal())
+            else:
+                resumed.append(item)
+                self._reserve(item)
+        if resumed:
+            self.spawn(self._start_resumed(resumed), "durable:resume")
+
+    def _reserve(self, item: Claimed) -> None:
+        """Count a run that is still being loaded."""
+        self._runs[item.task_id, item.fence] = Run(item, self._durable.tasks[item.task_name], self, Journal())
+        self._idle.clear()
+
+    async def _start_resumed(self, claimed: list[Claimed]) -> None:
+        """Load what was recorded, with waits that have come to their end meanwhile, and start."""
+        task_ids = [item.task_id for item in claimed]
+        try:
+            await persistently(lambda: self._rest.execute(waits.RESOLVE, {"task_ids": sorted(task_ids)}))
+            recorded = await persistently(
+                lambda: self._rest.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
+            )
+            waiting = await persistently(lambda: self._rest.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids}))
+        except BaseException:
+            for item in claimed:
+                self._forget(item)
+            raise
+        rows: dict[uuid.UUID, list[Row[Any]]] = {task_id: [] for task_id in task_ids}
+        for row in recorded:
+            rows[row.task_id].append(row)
+        open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
+        for row in waiting:
+            open_waits[row.task_id].append((row.key, row.due_at))
+        for item in claimed:
+            reserved = self._runs.get((item.task_id, item.fence))
+            if reserved is None or reserved.signal is not None or reserved.over:
+                continue
+            self._start_run(item, Journal(rows[item.task_id], open_waits[item.task_id]))
+
+    def _start_run(self, item: Claimed, journal: Journal) -> None:
+        task = self._durable.tasks[item.task_name]
+        run = Run(item, task, self, journal)
+        self._runs[item.task_id, item.fence] = run
+        self._idle.clear()
+        context: TaskContext[Any] = TaskContext(run, self._durable, self._state)
+        try:
+            arguments = (task.decode_params(item.params),) if task.takes_params else ()
+        except Exception as error:  # noqa: BLE001 - what a row holds must not stop the rows beside it
+            run.refuse(error)
+            return
+        inner = self._context.copy()
+        if task.is_async:
+            inner.run(running_context.set, context)
+            run.start(task.function(context, *arguments), inner)
+        else:
+            sync_context: SyncTaskContext[Any] = SyncTaskContext(context)
+            inner.run(running_context.set, sync_context)
+            run.start(run_in_thread(sync_context, task.function, arguments), inner)
+
+    def _forget(self, item: Claimed) -> None:
+        self._runs.pop((item.task_id, item.fence), None)
+        if not self._runs:
+            self._idle.set()
+        self._wake.set()
+
+    # -- what runs tell --------------------------------------------------------------------------------------------------
+
+    def run_ended(self, run: Run) -> None:
+        """User code of the run has come to its end: its slot is free."""
+        self._forget(run.claimed)
+
+    def outcome_stored(self, run: Run, outcome: str, error: BaseException | None) -> None:
+        """What became of the run is committed."""
+        claimed = run.claimed
+        if outcome == "failed" and error is not None:
+            logger.info("task %s (%s) failed: %s", claimed.task_id, claimed.task_name, type(error).__name__)
+        elif outcome == "lost":
+            logger.info("task %s (%s) is no longer ours", claimed.task_id, claimed.task_name)
+        if outcome in ("completed", "failed", "lost"):
+            self._durable.task_changed(claimed.task_id)
+
+    def _committed(self, kind: Kind, writes: list[Write], rows: Sequence[Row[Any]]) -> None:
+        """Follow up on what the writer has just committed."""
+        if kind is Kind.COMPLETION:
+            ended = [row.task_id for row in rows if row.parent_task_id is not None]
+            if ended:
+                self.tender.ended(ended)
+        elif kind is Kind.FAILURE:
+            given_up = [row for row in rows if row.state == "failed"]
+            if given_up:
+                self.tender.ended(
+                    (row.task_id for row in given_up if row.parent_task_id is not None),
+                    cascade=(row.task_id for row in given_up),
+                )
+            self._announce(Hint().add_rows(row for row in rows if row.state != "failed"))
+        elif kind is Kind.SUSPENSION:
+            waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
+            if waiting:
+                self.tender.resolve(row.task_id for row in rows if row.task_id in waiting)
+            self._announce(Hint().add_rows(rows), local=True)
+        elif kind is Kind.EVENT:
+            self.tender.deliver()
+        elif kind in (Kind.CHILD, Kind.RELEASE):
+            self._announce(Hint().add_rows(rows))
+
+    # -- hints -----------------------------------------------------------------------------------------------------------
+
+    def _now(self) -> datetime:
+        """The database's time, as far as it can be told from here; rather too early than too late."""
+        seen, at = self._clock
+        return seen + timedelta(seconds=time.monotonic() - at)
+
+    def _announce(self, hint: Hint, *, local: bool = False) -> None:
+        """Tell this worker, and the others if it cannot take all of it at once."""
+        if not hint:
+            return
+        self._take_hint(hint)
+        if not local and (hint.taken or self._stopping or not self._can_take(hint)):
+            self._hints.send(hint)
+
+    def _can_take(self, hint: Hint) -> bool:
+        return (
+            all(queue_name in self.settings.queue_names for queue_name, _ in hint.lanes)
+            and self._free > len(hint.lanes)
+            and self._free * 2 > self.settings.concurrency
+        )
+
+    def _take_hint(self, hint: Hint) -> None:
+        if self._lanes.lower(hint, self._now()) or hint.lanes:
+            self._wake.set()
+        if hint.events:
+            self.tender.deliver()
+        if hint.taken:
+            self.tender.check()
+        if hint.limits:
+            self.tender.look_within(0.0)
+
+    def _hinted(self, payload: str) -> None:
+        """A hint arrived."""
+        hint = Hint.decode(payload)
+        if hint is None:
+            self._lanes.search_soon()
+            self.tender.look_within(0.0)
+            self._wake.set()
+        else:
+            self._take_hint(hint)
+
+    # -- runs that are no longer ours --------------------------------------------------------------------------------------
+
+    async def _check_runs(self) -> None:
+        held = list(self._runs.items())
+        if not held:
+            return
+        rows = await self._rest.execute(
+            claiming.RUNS_GONE,
+            {"task_ids": [key[0] for key, _ in held], "fences": [key[1] for key, _ in held]},
+        )
+        states = {row.task_id: row.state for row in rows}
+        for (task_id, _), run in held:
+            if task_id in states and not run.over:
+                cancelled = states[task_id] in ("cancelled", None)
+                run.take_away(TaskCancelled() if cancelled else LeaseLost())
+
+    def _poll_runs(self) -> None:
+        for run in list(self._runs.values()):
+            run.poll_soon()
+
+
+@contextlib.asynccontextmanager
+async def signals_handled(worker: Worker) -> AsyncIterator[None]:
+    """Shut the worker down on SIGTERM or SIGINT; a second one gives runs back at once."""
+    loop = asyncio.get_running_loop()
+    received = 0
+
+    def stop() -> None:
+        nonlocal received
+        received += 1
+        if received == 1:
+            worker.spawn(worker.shutdown(), "durable:signal")
+        else:
+            worker.hurry()
+
+    restore: list[Callable[[], object]] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop)
+            restore.append(lambda number=number: loop.remove_signal_handler(number))  # type: ignore[misc]
+        except (NotImplementedError, RuntimeError, ValueError):
+            previous = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+            restore.append(lambda number=number, previous=previous: signal.signal(number, previous))  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for undo in restore:
+            undo()

@@ -1,0 +1,302 @@
+"""Group commit: what all runs of a worker write, in as few statements as there are kinds of writes.
+
+A write goes out at once if the writer is idle; what comes while a statement is on its way gathers for the next. Nothing
+ever waits for a timer or for company. Each write names its run's fence, and its future gets the outcome only after the
+commit has returned. A write may be repeated at will: after a lost reply the repetition finds what was stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+from sqlalchemy import Executable, Row
+from sqlalchemy.exc import SQLAlchemyError
+
+from .connections import Channel, backoff, is_transient
+from .signals import LeaseLost
+from .statements import checkpoints, outcomes
+from .statements.spawning import SPAWN_COLUMNS
+
+logger = logging.getLogger("durable_sa")
+
+FLUSH_WRITES = 1000
+FLUSH_BYTES = 4 * 1024 * 1024
+LOCKED_RETRY = 0.05
+"""Seconds until a row that somebody else has locked is tried again."""
+
+
+class Kind(Enum):
+    """What a write does; one statement each, sent in this order."""
+
+    CHECKPOINT = "checkpoint"
+    CHILD = "child"
+    EVENT = "event"
+    WAITS = "waits"
+    SUSPENSION = "suspension"
+    FAILURE = "failure"
+    RELEASE = "release"
+    COMPLETION = "completion"
+
+
+class Stored(NamedTuple):
+    """What stands in the database under a key, which may be what an earlier run wrote."""
+
+    status: str
+    value: str | None
+    child_task_id: uuid.UUID | None = None
+
+
+class WaitSpec(NamedTuple):
+    """A wait as it is stored: by an absolute time, or by seconds from now, or without end."""
+
+    key: uuid.UUID
+    kind: str
+    name: str
+    event_name: str | None
+    child_task_id: uuid.UUID | None
+    due_at: Any
+    delay: float | None
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """One write of one run."""
+
+    kind: Kind
+    task_id: uuid.UUID
+    fence: int
+    future: asyncio.Future[Any]
+    key: uuid.UUID | None = None
+    values: tuple[Any, ...] = ()
+    waits: Sequence[WaitSpec] = ()
+    size: int = 0
+    tries: int = field(default=0)
+
+
+class Writer:
+    """Takes the writes of a worker's runs and sends them, grouped, on one connection."""
+
+    def __init__(self, channel: Channel, *, on_commit: Callable[[Kind, list[Write], Sequence[Row[Any]]], None]) -> None:
+        self._channel = channel
+        self._on_commit = on_commit
+        self._queue: deque[Write] = deque()
+        self._wanted = asyncio.Event()
+        self._abandoned = False
+        self._flushing = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    @property
+    def backlog(self) -> int:
+        """Writes that have not been committed yet."""
+        return len(self._queue) + self._flushing
+
+    def submit(self, write: Write) -> asyncio.Future[Any]:
+        """Queue a write. The future raises `LeaseLost` where the fence is another by now."""
+        if self._abandoned:
+            write.future.set_exception(LeaseLost())
+            return write.future
+        self._queue.append(write)
+        self._wanted.set()
+        self.idle.clear()
+        return write.future
+
+    def abandon(self) -> None:
+        """Give up all writes that are not committed: the worker has no lease any more."""
+        self._abandoned = True
+        while self._queue:
+            _fail(self._queue.popleft(), LeaseLost())
+        self._wanted.set()
+
+    def resume(self) -> None:
+        """Take writes again: the worker has come back with a lease."""
+        self._abandoned = False
+
+    async def run(self) -> None:
+        """Flush until cancelled."""
+        try:
+            while True:
+                await self._wanted.wait()
+                self._wanted.clear()
+                while batch := self._take():
+                    self._flushing = len(batch)
+                    for kind in Kind:
+                        if writes := [write for write in batch if write.kind is kind]:
+                            await self._send(writes)
+                    self._flushing = 0
+                if not self._queue:
+                    self.idle.set()
+        finally:
+            self.abandon()
+
+    def _take(self) -> list[Write]:
+        batch: list[Write] = []
+        size = 0
+        while self._queue and len(batch) < FLUSH_WRITES and size <= FLUSH_BYTES:
+            write = self._queue.popleft()
+            if write.future.cancelled():
+                continue
+            size += write.size
+            batch.append(write)
+        return batch
+
+    async def _send(self, writes: list[Write]) -> None:
+        """One statement for all of these, repeated until the database answers; halved to find the one it refuses."""
+        failures = 0
+        while not self._abandoned:
+            try:
+                await self._flush(writes)
+                return
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                if is_transient(error):
+                    logger.warning("writing for %d runs failed, trying again: %s", len(writes), type(error).__name__)
+                    await asyncio.sleep(backoff(failures))
+                    failures += 1
+                    continue
+                if len(writes) > 1:
+                    middle = len(writes) // 2
+                    await self._send(writes[:middle])
+                    await self._send(writes[middle:])
+                else:
+                    _fail(writes[0], error)
+                return
+        for write in writes:
+            _fail(write, LeaseLost())
+
+    async def _flush(self, writes: list[Write]) -> None:
+        kind = writes[0].kind
+        statement, parameters = _STATEMENTS[kind](writes)
+        rows = await self._channel.execute(statement, parameters)
+        keyed = kind in (Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT)
+        if kind is Kind.WAITS:
+            for write in writes:
+                own = [row for row in rows if row.task_id == write.task_id]
+                if own:
+                    _resolve(write, own)
+            missing = [write for write in writes if not write.future.done()]
+        elif keyed:
+            written = {(row.task_id, row.key): row for row in rows}
+            missing = []
+            for write in writes:
+                row = written.get((write.task_id, write.key))  # type: ignore[arg-type]
+                if row is None:
+                    missing.append(write)
+                else:
+                    _resolve(write, Stored("completed", row.value) if kind is Kind.EVENT else None)
+        else:
+            found = {row.task_id: row for row in rows}
+            missing = []
+            for write in writes:
+                row = found.get(write.task_id)
+                if row is None:
+                    missing.append(write)
+                else:
+                    _resolve(write, row)
+        if rows:
+            self._on_commit(kind, writes, rows)
+        if missing:
+            await self._settle(missing, keyed)
+
+    async def _settle(self, missing: list[Write], keyed: bool) -> None:
+        """Find out why writes were passed over: lost fence, stored before, or a row that somebody holds locked."""
+        ids = list({write.task_id: write.fence for write in missing}.items())
+        rows = await self._channel.execute(
+            outcomes.UNDER_FENCE, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
+        )
+        fences = {row.task_id: row.fence for row in rows}
+        held: list[Write] = []
+        for write in missing:
+            if fences.get(write.task_id) == write.fence:
+                held.append(write)
+            else:
+                _fail(write, LeaseLost())
+        if held and keyed:
+            stored = await self._channel.execute(
+                checkpoints.READ_CHECKPOINTS,
+                {"task_ids": [write.task_id for write in held], "keys": [write.key for write in held]},
+            )
+            values = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in stored}
+            still: list[Write] = []
+            for write in held:
+                if (entry := values.get((write.task_id, write.key))) is not None:  # type: ignore[arg-type]
+                    _resolve(write, entry)
+                else:
+                    still.append(write)
+            held = still
+        for write in held:
+            write.tries += 1
+            if write.kind is Kind.CHILD and write.tries > 3:
+                # Its row is free and its fence holds: what is taken is the child's idempotency key, or its queue is gone.
+                _resolve(write, Stored("refused", None))
+                continue
+            delay = min(1.0, LOCKED_RETRY * write.tries)
+            asyncio.get_running_loop().call_later(delay, self._again, write)
+
+    def _again(self, write: Write) -> None:
+        if not write.future.done():
+            self.submit(write)
+
+
+def _resolve(write: Write, value: Any) -> None:
+    if not write.future.done():
+        write.future.set_result(value)
+
+
+def _fail(write: Write, error: BaseException) -> None:
+    if not write.future.done():
+        write.future.set_exception(error)
+        write.future.exception()
+
+
+def _columns(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows as the arrays that a statement binds."""
+    columns = list(zip(*rows, strict=True))
+    return {name: list(column) for name, column in zip(names, columns, strict=True)}
+
+
+def _checkpoints(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, write.key, *write.values) for write in writes]
+    return checkpoints.RECORD, _columns(checkpoints.CHECKPOINT_COLUMNS, rows)
+
+
+def _children(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+    parameters = _columns(
+        checkpoints.CHECKPOINT_COLUMNS, [(write.task_id, write.fence, write.key, *write.values[0]) for write in writes]
+    )
+    parameters |= _columns(SPAWN_COLUMNS, [write.values[1] for write in writes])
+    return checkpoints.RECORD_CHILDREN, parameters
+
+
+def _events(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+    names = [*checkpoints.CHECKPOINT_COLUMNS, "event_names", "payloads", "metadata"]
+    return checkpoints.RECORD_EVENTS, _columns(
+        names, [(write.task_id, write.fence, write.key, *write.values) for write in writes]
+    )
+
+
+def _fenced(writes: list[Write], names: Iterable[str] = ()) -> dict[str, list[Any]]:
+    return _columns(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
+
+
+def _wait_columns(writes: list[Write]) -> dict[str, list[Any]]:
+    rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
+    return _columns(outcomes.SUSPEND_COLUMNS, rows)
+
+
+_STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {
+    Kind.CHECKPOINT: _checkpoints,
+    Kind.CHILD: _children,
+    Kind.EVENT: _events,
+    Kind.WAITS: lambda writes: (outcomes.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
+    Kind.SUSPENSION: lambda writes: (outcomes.SUSPEND, _fenced(writes) | _wait_columns(writes)),
+    Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids"))),
+    Kind.RELEASE: lambda writes: (outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))),
+    Kind.COMPLETION: lambda writes: (outcomes.COMPLETE, _fenced(writes, ("outputs",))),
+}
