@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from ..connections import resolve_url
 from ..errors import InvalidConfiguration
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ class TestServer:
     __test__ = False  # not a class of tests
 
     def __init__(self, url: URL | str) -> None:
-        given = make_url(url)
-        is_async = given.drivername in ("postgresql+asyncpg", "postgresql+psycopg")
-        self.url = given if is_async else given.set(drivername="postgresql+asyncpg")
+        self.url = resolve_url(url)
         """The database connected to for `CREATE DATABASE`; tests have no business in it."""
         self._engine = create_async_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="durable-test-server")
