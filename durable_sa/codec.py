@@ -93,8 +93,9 @@ class Codec(Generic[T_co]):
     def decode(self, text: str, what: str) -> T_co:
         """Return the value of which `text` is the JSON form.
 
-        Raises: SerializationError: if the text is no JSON, is nested deeper than about 200 levels, holds an integer
-            of more than 4300 digits, or does not fit the annotation.
+        Raises:
+            SerializationError: if the text is no JSON, is nested deeper than about 200 levels, holds an integer of more
+                than 4300 digits, or does not fit the annotation.
         """
         try:
             if self._adapter is None:

@@ -38,7 +38,7 @@ def current_context() -> Any:
     context = _current.get()
     if context is None:
         remedy = "Call it from a task or one of its steps; unit tests get one from `durable_sa.testing.task_context()`."
-        raise InvalidState("current_context()", "called where no task runs", remedy)
+        raise InvalidState("`current_context()`", "called where no task runs", remedy)
     return context
 
 

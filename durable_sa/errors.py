@@ -265,7 +265,8 @@ class TaskTimeout(TaskError, TimeoutError):
     def __init__(self, what: str, timeout: float) -> None:
         self.what = what
         self.timeout = timeout
-        super().__init__(what, timeout)
+        super().__init__()
+        self.args = (what, timeout)  # not as arguments: an OSError takes the first of two for its errno
 
     def __str__(self) -> str:
         return _sentence(f"{self.what} took longer than {self.timeout:g} s")

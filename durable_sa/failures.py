@@ -1,5 +1,6 @@
 """What is recorded of an exception that ended a step or a task, and whether it is retried."""
 
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ MAX_MESSAGE_BYTES: Final = 32 * 1024
 MAX_TRACEBACK_BYTES: Final = 64 * 1024
 MAX_RAW_BYTES: Final = 1024 * 1024
 
-_PACKAGE: Final = str(Path(__file__).parent) + "/"
+_PACKAGE: Final = str(Path(__file__).parent) + os.sep
 
 _NEVER_RETRIED: Final = (
     UserError,
@@ -65,13 +66,10 @@ def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], .
 
 def describe(error: BaseException) -> Failure:
     """What to record of `error`. Never raises, whatever the exception does when it is asked for its text."""
-    raw = next((inner.raw for inner in _with_members(error) if isinstance(inner, UserError | ChildFailed)), None)
     message = _message(error)
-    try:
-        if len(to_json(raw)) > MAX_RAW_BYTES:
-            raw, message = None, f"{message} (its data is longer than {MAX_RAW_BYTES} bytes as JSON and is not kept)"
-    except Exception:  # noqa: BLE001 - a child's raw is whatever was passed
-        raw = None
+    raw, size = _raw(error)
+    if size > MAX_RAW_BYTES:
+        raw, message = None, f"{message} (its data is longer than {MAX_RAW_BYTES} bytes as JSON and is not kept)"
     return Failure(
         name=_clean(type(error).__name__, MAX_MESSAGE_BYTES),
         message=_clean(message, MAX_MESSAGE_BYTES),
@@ -90,6 +88,16 @@ def _with_members(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         for member in cast(BaseExceptionGroup[BaseException], error).exceptions:
             yield from _with_members(member)
+
+
+def _raw(error: BaseException) -> tuple[Any, int]:
+    for inner in _with_members(error):
+        if isinstance(inner, UserError | ChildFailed):
+            try:
+                return inner.raw, len(to_json(inner.raw))
+            except Exception:  # noqa: BLE001, S112 - subclasses are user code, and a child's raw is whatever was passed
+                continue
+    return None, 0
 
 
 def _message(error: BaseException) -> str:

@@ -51,8 +51,8 @@ def integer(value: object, what: str, *, minimum: int, maximum: int) -> int:
 def seconds(duration: object, what: str, *, minimum: float = 0.0) -> float:
     """Return a duration, `float` seconds or a `timedelta`, as seconds.
 
-    Raises: InvalidConfiguration: for NaN, negative values or values below `minimum`, values above 100 years, and what
-        is no duration.
+    Raises:
+        InvalidConfiguration: for NaN, values below `minimum` or above 100 years, and what is no duration.
     """
     if isinstance(duration, timedelta):
         duration = duration.total_seconds()

@@ -112,6 +112,8 @@ def step(
     """
     if callable(name):
         return _make(name, None, StepOptions())
+    if name is not None:
+        validate_name("step", name)
     limit = None if timeout is None else seconds(timeout, "timeout")
     options = StepOptions(max_attempts, retry_strategy, limit)
     return functools.partial(_make, name=name, options=options)

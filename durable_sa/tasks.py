@@ -184,6 +184,8 @@ def task(
     """
     if callable(name):
         return _make(name, None, TaskOptions(), ())
+    if name is not None:
+        validate_name("task", name)
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
     return functools.partial(_make, name=name, options=options, no_retry_on=_exceptions(no_retry_on))
 
