@@ -1,0 +1,22 @@
+"""What tests of several areas share: waiting for a condition."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def eventually(condition: Callable[[], T | Awaitable[T]], *, within: float = 15.0) -> T:
+    """What `condition` gives as soon as it is true; fails if that takes longer than `within` seconds."""
+    deadline = time.monotonic() + within
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not true within {within} s"
+        await asyncio.sleep(0.01)
