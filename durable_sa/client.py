@@ -62,10 +62,10 @@ class QueuePolicy(TypedDict, total=False):
 class Durable(Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
-    `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process that
-    only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is read; where that is unset too, the
-    embedded Postgres is used. An engine that is given is neither configured nor disposed of; one that is made from a URL
-    is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
+    `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process
+    that only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is read; where that is unset
+    too, the embedded Postgres is used. An engine that is given is neither configured nor disposed of; one that is
+    made from a URL is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
     `ctx.state`, otherwise `state` is. `schema` is where the tables are, if not in ``durable``.
@@ -119,8 +119,6 @@ class Durable(Generic[StateT]):
     def __repr__(self) -> str:
         return f"<Durable queue={self.queue_name!r} tasks={len(self.tasks)}>"
 
-    # -- the database ----------------------------------------------------------------------------------------------------
-
     @property
     def database(self) -> Database:
         """The engine as durable uses it, resolved on first use."""
@@ -156,9 +154,9 @@ class Durable(Generic[StateT]):
 
         For applications without Alembic, for tests and demos. Several processes may call it at once.
         """
-        async with self.database.engine.execution_options(isolation_level="READ COMMITTED").connect() as connection:
-            async with connection.begin():
-                await connection.run_sync(migrations.migrate, self.schema)
+        engine = self.database.engine.execution_options(isolation_level="READ COMMITTED")
+        async with engine.begin() as connection:
+            await connection.run_sync(migrations.migrate, self.schema)
 
     async def check_schema(self) -> None:
         """Compare the tables in the database with what this version of the package needs.
@@ -171,8 +169,6 @@ class Durable(Generic[StateT]):
 
     def _sender(self) -> HintSender:
         return sender(self.database.engine, channel_name(self.schema))
-
-    # -- tasks -----------------------------------------------------------------------------------------------------------
 
     def task(
         self,
@@ -219,8 +215,6 @@ class Durable(Generic[StateT]):
             return self.tasks[name]
         except KeyError:
             raise TaskNotRegistered(name, self.tasks) from None
-
-    # -- spawning --------------------------------------------------------------------------------------------------------
 
     @overload
     async def spawn(
@@ -401,8 +395,6 @@ class Durable(Generic[StateT]):
         self._sender().send(hint)
         return cast("list[SpawnResult[Any] | BaseException]", results)
 
-    # -- events ----------------------------------------------------------------------------------------------------------
-
     async def emit_event(self, name: str, payload: Any = None, *, queue_name: str | None = None) -> bool:
         """Emit an event of a queue. The first of a name wins: False, and no change, for any later one.
 
@@ -443,8 +435,6 @@ class Durable(Generic[StateT]):
         text = _PLAIN.encode(payload, what)
         check_size(text, self.max_payload_bytes, what)
         return scripts.emit(queue, name, text)
-
-    # -- cancelling and retrying -------------------------------------------------------------------------------------------
 
     async def cancel_task(self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> TaskStatus:
         """Cancel a task and its unfinished descendants; a running one is interrupted at its next await.
@@ -508,8 +498,6 @@ class Durable(Generic[StateT]):
         with detached():
             task = asyncio.get_running_loop().create_task(run(), name="durable:client")
         return await asyncio.shield(task)
-
-    # -- results ---------------------------------------------------------------------------------------------------------
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
@@ -589,12 +577,11 @@ class Durable(Generic[StateT]):
         rows = await self.database.execute(spawning.COUNT_READY, {"queue_name": queue})
         return int(rows[0][0])
 
-    # -- queues ----------------------------------------------------------------------------------------------------------
-
     async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
         """Create a queue; if it is there, only the policies that are given change.
 
-        `retention` is the age at which finished tasks are deleted, `event_retention` the age of events; None keeps them.
+        `retention` is the age at which finished tasks are deleted, `event_retention` the age of events; None keeps
+        them.
         """
         if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
             raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
@@ -628,8 +615,6 @@ class Durable(Generic[StateT]):
     def _queue(self, name: str | None) -> str:
         return self.queue_name if name is None else validate_name("queue", name)
 
-    # -- retention -------------------------------------------------------------------------------------------------------
-
     async def cleanup_tasks(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
         """Delete up to `limit` tasks that ended longer ago than `older_than`, with all that belongs to them.
 
@@ -644,8 +629,6 @@ class Durable(Generic[StateT]):
             {"queue_name": self._queue(queue_name), "age": seconds(older_than, "older_than"), "wanted": limit},
         )
         return len(rows)
-
-    # -- workers ---------------------------------------------------------------------------------------------------------
 
     async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
         """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.

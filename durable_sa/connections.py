@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -64,7 +65,7 @@ def is_conflict(error: BaseException) -> bool:
 
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
     """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
-    return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)
+    return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 def resolve_url(url: str | URL) -> URL:
@@ -245,10 +246,8 @@ async def discard(connection: AsyncConnection) -> None:
 
     task = asyncio.ensure_future(close())
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    try:
+    with contextlib.suppress(asyncio.CancelledError):
         await asyncio.wait([task], timeout=5.0)
-    except asyncio.CancelledError:
-        pass
 
 
 class Channel:

@@ -68,8 +68,8 @@ class Begun(NamedTuple):
 class TaskContext(Generic[StateT]):
     """The running task, as its function gets it.
 
-    Every method that waits may raise :class:`durable_sa.signals.ControlFlow`, which is no ``Exception``: the run is then
-    suspended, cancelled or lost, and ``finally`` blocks run as usual.
+    Every method that waits may raise :class:`durable_sa.signals.ControlFlow`, which is no ``Exception``: the run is
+    then suspended, cancelled or lost, and ``finally`` blocks run as usual.
     """
 
     __slots__ = ("_durable", "_headers", "_run", "_state")
@@ -79,8 +79,6 @@ class TaskContext(Generic[StateT]):
         self._durable = durable
         self._state = state
         self._headers: Mapping[str, Any] | None = None
-
-    # -- who runs --------------------------------------------------------------------------------------------------------
 
     @property
     def task_id(self) -> uuid.UUID:
@@ -124,8 +122,6 @@ class TaskContext(Generic[StateT]):
     def signal(self) -> ControlFlow | None:
         """Why the run is coming to its end; None while it goes on."""
         return self._run.signal
-
-    # -- steps -----------------------------------------------------------------------------------------------------------
 
     @overload
     async def step(
@@ -296,8 +292,6 @@ class TaskContext(Generic[StateT]):
         with self._run.branches.busy(), self._run.branches.scope(str(call.key)):
             return await run_transaction(self._run, self._durable, call.key, call.name, codec, fn, args, kwargs)
 
-    # -- children --------------------------------------------------------------------------------------------------------
-
     @overload
     async def spawn(
         self, name: str, task: Task[None, T], params: None = None, /, **options: Unpack[SpawnOptions]
@@ -354,8 +348,9 @@ class TaskContext(Generic[StateT]):
         return TaskHandle(child)
 
     async def _explain_refusal(self, options: SpawnOptions, child: uuid.UUID) -> None:
-        await self._durable.require_queue(options["queue_name"])
-        raise IdempotencyConflict(str(options.get("idempotency_key")), options["queue_name"], child)
+        queue_name = options.get("queue_name") or self.queue_name
+        await self._durable.require_queue(queue_name)
+        raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[Any, Any, T]:
         """The result of a child; suspends until it has ended.
@@ -394,13 +389,11 @@ class TaskContext(Generic[StateT]):
             codec = known.output_codec if known is not None else _PLAIN
             return cast(T, codec.decode(stored.value or _NULL, f"the output of task {child}"))
         if stored.status == "timeout":
-            raise TaskTimeout(f"joining task {child}", timeout)
+            raise TaskTimeout(f"joining task {child}", timeout or 0.0)
         if stored.status == "cancelled":
             raise ChildCancelled(child)
         error = _PLAIN.decode(stored.value or "{}", "a child's error")
         raise ChildFailed(child, str(error.get("name")), str(error.get("message")), raw=error.get("raw"))
-
-    # -- time and events -------------------------------------------------------------------------------------------------
 
     def sleep_for(self, name: str, duration: Duration) -> Coroutine[Any, Any, None]:
         """Suspend for a duration: seconds or a `timedelta`, up to 100 years. Holds no slot and no connection.
@@ -432,7 +425,7 @@ class TaskContext(Generic[StateT]):
     @overload
     async def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
 
-    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """The payload of the queue's event of this name; suspends until it is emitted.
 
         `type` is what the payload is decoded as; without it, plain JSON.
@@ -457,7 +450,7 @@ class TaskContext(Generic[StateT]):
             else:
                 stored = await self._park(call, event_name=call.name, timeout=timeout)
         if stored.status == "timeout":
-            raise TaskTimeout(f"event {call.name!r}", timeout)
+            raise TaskTimeout(f"event {call.name!r}", timeout or 0.0)
         return codec.decode(stored.value or _NULL, f"the payload of event {call.name!r}")
 
     def emit_event(self, name: str, payload: Any = None) -> Coroutine[Any, Any, bool]:
@@ -477,8 +470,6 @@ class TaskContext(Generic[StateT]):
         with self._run.branches.busy():
             stored = await self._run.write(Kind.EVENT, call.key, values, size=len(text))
         return stored is not None and stored.value == "true"
-
-    # -- what differs from run to run ------------------------------------------------------------------------------------
 
     async def rand(self) -> float:
         """A random number in [0, 1), drawn once."""
@@ -502,8 +493,6 @@ class TaskContext(Generic[StateT]):
         await self._run.enter()
         return await self.end_step(call, codec, source())
 
-    # -- signs of life ---------------------------------------------------------------------------------------------------
-
     async def heartbeat(self, duration: Duration | None = None) -> None:
         """Ask whether the run still goes on: raises where the task was cancelled or taken over.
 
@@ -520,10 +509,8 @@ class TaskContext(Generic[StateT]):
             run.take_away(signal)
             raise signal
 
-    # -- the parts that calls have in common -----------------------------------------------------------------------------
-
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
-        """Draw the key of a call, at the moment it is made: by name, arguments, branch and occurrence in that branch."""
+        """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
         if not name.startswith("$") or kind in ("step", "transaction", "spawn", "sleep"):
             validate_name("step", name)
         branch = current_branch()

@@ -120,13 +120,19 @@ class QueueNotFound(DurableError, LookupError):
 
 
 class TaskNotFound(DurableError, LookupError):
-    """Raised when there is no task with an id: it never was committed, or retention has deleted it."""
+    """Raised when there is no task with an id, or, in a join, no child.
 
-    def __init__(self, task_id: UUID) -> None:
+    `reason` says what else it is than not committed or cleaned up.
+    """
+
+    def __init__(self, task_id: UUID, reason: str | None = None) -> None:
         self.task_id = task_id
-        super().__init__(task_id)
+        self.reason = reason
+        super().__init__(task_id, reason)
 
     def __str__(self) -> str:
+        if self.reason is not None:
+            return f"Task {self.task_id} is not to be found here: {self.reason}."
         return f"There is no task {self.task_id}. Its spawn was not committed, or it was cleaned up."
 
 

@@ -66,7 +66,7 @@ class Heartbeat:
         if (stop := self._stopping) is not None:
             stop()
         deadline = time.monotonic() + 5.0
-        while self._thread.is_alive() and time.monotonic() < deadline:
+        while self._thread.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - a thread sets no asyncio.Event
             await asyncio.sleep(0.005)
 
     def _run(self) -> None:

@@ -1,8 +1,8 @@
 """Wake-up hints: NOTIFY after the commit, coalesced, and LISTEN in the worker.
 
-A hint says that something is worth a look, never what to do: one that is lost costs a poll interval and nothing else. It
-is sent after the commit and outside of it, because a NOTIFY inside a transaction makes committers queue up behind each
-other; and what becomes known while one is on its way travels together in the next.
+A hint says that something is worth a look, never what to do: one that is lost costs a poll interval and nothing else.
+It is sent after the commit and outside of it, because a NOTIFY inside a transaction makes committers queue up behind
+each other; and what becomes known while one is on its way travels together in the next.
 """
 
 from __future__ import annotations
@@ -312,7 +312,13 @@ class Listener:
                     receive(notification.payload)
 
             reading = asyncio.create_task(read(), name="durable:notifies")
-            reading.add_done_callback(lambda done: (done.cancelled() or done.exception(), lost.set()))
+
+            def ended(done: asyncio.Task[None]) -> None:
+                if not done.cancelled():
+                    done.exception()
+                lost.set()
+
+            reading.add_done_callback(ended)
         try:
             await self._probe(probe)
             try:

@@ -28,8 +28,9 @@ SEARCH_SHARE = 10
 class Lanes:
     """The lanes of a worker's queues in the order of claiming, with their floors.
 
-    A floor hides what appears below it: a late commit, a task that was locked when the claim passed. Such tasks are found
-    by claims without floor, now and then, and by hints, which carry the earliest time in a lane and lower its floor.
+    A floor hides what appears below it: a late commit, a task that was locked when the claim passed. Such tasks are
+    found by claims without floor, now and then, and by hints, which carry the earliest time in a lane and lower its
+    floor.
     """
 
     def __init__(self, queue_names: Sequence[str]) -> None:

@@ -302,7 +302,7 @@ for _table, _percent in FILLFACTOR.items():
     event.listen(
         metadata.tables[f"{SCHEMA}.{_table}"],
         "after_create",
-        DDL(f"ALTER TABLE %(fullname)s SET (fillfactor = {_percent})"),
+        DDL(f"ALTER TABLE %(fullname)s SET (fillfactor = {_percent})"),  # type: ignore[no-untyped-call]
     )
 
 

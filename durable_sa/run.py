@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -40,7 +40,7 @@ class Host(Protocol):
 
     writer: Writer
     reader: Reader
-    executor: Executor
+    executor: ThreadPoolExecutor
     max_payload_bytes: int
 
     @property
@@ -57,9 +57,8 @@ class Host(Protocol):
     def lease_lost(self) -> None:
         """The local deadline has passed."""
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside every run."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -127,8 +126,6 @@ class Run:
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
 
-    # -- life ----------------------------------------------------------------------------------------------------------
-
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code; what becomes of it is written when it ends."""
         root = self.branches.start(body, context=context, name=f"durable:{self.claimed.task_name}")
@@ -144,13 +141,13 @@ class Run:
         """Cancel user code, steps included, because the run is no longer this worker's: it writes nothing more."""
         if self.signal is None and not self.over:
             self.signal = signal
-            self.host.spawn(self._unwind("lost"), "durable:unwind")
+            self.host.start_task(self._unwind("lost"), "durable:unwind")
 
     def release(self) -> None:
         """Cancel user code and give the run back, for another worker to go on from its checkpoints."""
         if self.signal is None and not self.over:
             self.signal = Suspended()
-            self.host.spawn(self._unwind("released"), "durable:release")
+            self.host.start_task(self._unwind("released"), "durable:release")
 
     def _root_done(self, root: asyncio.Task[Any]) -> None:
         self._stop_timers()
@@ -160,7 +157,7 @@ class Run:
             return
         if any(task is not root for task in self.branches.tasks):
             self.signal = Suspended()
-            self.host.spawn(self._unwind("ended", root), "durable:unwind")
+            self.host.start_task(self._unwind("ended", root), "durable:unwind")
         else:
             self._end(root)
 
@@ -251,8 +248,6 @@ class Run:
         future.add_done_callback(stored)
         self.host.writer.submit(write)
 
-    # -- what the context asks for ---------------------------------------------------------------------------------------
-
     def now(self) -> datetime:
         """The database's time, by the local monotonic clock since the claim."""
         return self.claimed.now + timedelta(seconds=time.monotonic() - self.claimed.received)
@@ -274,10 +269,11 @@ class Run:
 
     async def write(self, kind: Kind, key: uuid.UUID, values: tuple[Any, ...], *, size: int = 0) -> Stored | None:
         """Write a checkpoint under the fence. What comes back is what another run stored under the key, or None."""
-        future = self._loop.create_future()
+        future: asyncio.Future[Stored | None] = self._loop.create_future()
         write = Write(kind, self.claimed.task_id, self.claimed.fence, future, key, values, (), size)
         try:
-            stored: Stored | None = await self.host.writer.submit(write)
+            self.host.writer.submit(write)
+            stored: Stored | None = await future
         except LeaseLost:
             self.take_away(LeaseLost())
             raise
@@ -293,7 +289,7 @@ class Run:
 
     def warn(self, message: str, *arguments: object) -> None:
         """Log something about this run that its author should know."""
-        logger.warning(f"task %s (%s): {message}", self.claimed.task_id, self.claimed.task_name, *arguments)
+        logger.warning("task %s (%s): " + message, self.claimed.task_id, self.claimed.task_name, *arguments)  # noqa: G003
 
     async def park(self, parked: Parked) -> Stored:
         """Block on a durable wait. It is resolved here only while other branches keep the run from suspending."""
@@ -314,9 +310,7 @@ class Run:
         if self.signal is not None or self.over:
             return
         self.signal = Suspended()
-        self.host.spawn(self._unwind("suspended"), "durable:suspend")
-
-    # -- waits of a run that goes on in other branches -------------------------------------------------------------------
+        self.host.start_task(self._unwind("suspended"), "durable:suspend")
 
     def _stop_timers(self) -> None:
         for timer in (self._register_timer, self._poll_timer):
@@ -327,7 +321,7 @@ class Run:
     def _start_registering(self) -> None:
         self._register_timer = None
         if self.signal is None and not self.over and self.parked:
-            self.host.spawn(self._register(), "durable:register")
+            self.host.start_task(self._register(), "durable:register")
 
     async def _register(self) -> None:
         fresh = [parked for parked in self.parked.values() if not parked.registered]
@@ -338,9 +332,8 @@ class Run:
             claimed = self.claimed
             specs = [parked.spec() for parked in fresh]
             try:
-                rows = await self.host.writer.submit(
-                    Write(Kind.WAITS, claimed.task_id, claimed.fence, future, None, (), specs)
-                )
+                self.host.writer.submit(Write(Kind.WAITS, claimed.task_id, claimed.fence, future, None, (), specs))
+                rows = await future
             except LeaseLost:
                 self.take_away(LeaseLost())
                 return

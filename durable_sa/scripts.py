@@ -124,7 +124,7 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
         rows = yield cancelling.CANCELLED_BY, {"task_id": task_id}
         if not rows:
             raise TaskNotFound(task_id)
-        state, cancelled_by = rows[0]
+        state, cancelled_by = rows[0].state, rows[0].cancelled_by
         if state not in ("failed", "cancelled"):
             raise InvalidState(f"Task {task_id}", state, "Only failed and cancelled tasks can be retried.")
         rows = yield (

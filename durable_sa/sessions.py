@@ -1,7 +1,7 @@
 """Statements in the caller's transaction, whichever of SQLAlchemy's six executors it is held by.
 
-The asynchronous three (`AsyncSession`, `async_scoped_session`, `AsyncConnection`) give a coroutine; the synchronous three
-(`Session`, `scoped_session`, `Connection`) run at once. Nothing is flushed, committed or closed.
+The asynchronous three (`AsyncSession`, `async_scoped_session`, `AsyncConnection`) give a coroutine; the synchronous
+three (`Session`, `scoped_session`, `Connection`) run at once. Nothing is flushed, committed or closed.
 """
 
 from __future__ import annotations

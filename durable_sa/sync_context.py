@@ -1,8 +1,9 @@
 """`def` tasks: user code in a thread, its durable calls on the event loop.
 
-The thread of a run and the run's root task take turns: while user code runs, the root waits for its next request; while the
-root carries out a request, the thread waits for the answer. So a `def` task suspends, is cancelled and is resumed by the
-same means as any other. A signal that ends the run reaches the thread as the answer to the call that it is in.
+The thread of a run and the run's root task take turns: while user code runs, the root waits for its next request;
+while the root carries out a request, the thread waits for the answer. So a `def` task suspends, is cancelled and is
+resumed by the same means as any other. A signal that ends the run reaches the thread as the answer to the call that
+it is in.
 """
 
 from __future__ import annotations
@@ -130,10 +131,10 @@ class SyncTaskContext(Generic[StateT]):
     @overload
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`durable_sa.TaskContext.step`. `def` functions run in this thread, coroutine functions on the loop."""
+        """As :meth:`durable_sa.TaskContext.step`; `def` functions run in this thread."""
         function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, StepOptions())
         if inspect.iscoroutinefunction(function):
-            return self._call(lambda: cast(Coroutine[Any, Any, Any], self._context.step(name, fn, *args, **kwargs)))
+            return self._call(lambda: self._context.step(name, fn, *args, **kwargs))
         begun = self._call(lambda: self._context.begin_step(name, function, options, args, kwargs))
         if begun.recorded:
             return begun.value
@@ -189,9 +190,7 @@ class SyncTaskContext(Generic[StateT]):
     ) -> TaskHandle[T]: ...
     def spawn(self, name: str, task: Any, params: Any = None, /, **options: Unpack[SpawnOptions]) -> TaskHandle[Any]:
         """As :meth:`durable_sa.TaskContext.spawn`."""
-        return self._call(
-            lambda: cast(Coroutine[Any, Any, TaskHandle[Any]], self._context.spawn(name, task, params, **options))
-        )
+        return self._call(lambda: self._context.spawn(name, task, params, **options))
 
     def spawn_by_name(
         self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
@@ -215,11 +214,9 @@ class SyncTaskContext(Generic[StateT]):
     def await_event(self, name: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
     @overload
     def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
-    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """As :meth:`durable_sa.TaskContext.await_event`."""
-        return self._call(
-            lambda: cast(Coroutine[Any, Any, Any], self._context.await_event(name, timeout=timeout, type=type))
-        )
+        return self._call(lambda: self._context.await_event(name, timeout=timeout, type=type))
 
     def emit_event(self, name: str, payload: Any = None) -> bool:
         """As :meth:`durable_sa.TaskContext.emit_event`."""
@@ -298,7 +295,5 @@ async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., A
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
         loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:
-        pass  # The loop is closed, and nobody waits any more.

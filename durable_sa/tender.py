@@ -1,7 +1,8 @@
 """What a worker does besides running tasks: waking, delivering, cascading, taking over, and repairing.
 
 Most of it is asked for by what was just committed. The rest is found by one small look at the database, made when
-something is due and every few seconds; each kind of work goes in bounded batches and skips rows that others have locked.
+something is due and every few seconds; each kind of work goes in bounded batches and skips rows that others have
+locked.
 """
 
 from __future__ import annotations
@@ -66,8 +67,6 @@ class Tender:
         self.repaired = 0
         """Waits that only the search has resolved, since the start."""
 
-    # -- what others ask for ---------------------------------------------------------------------------------------------
-
     def resolve(self, task_ids: Iterable[uuid.UUID]) -> None:
         """Look whether the waits of these suspended tasks are resolved already."""
         self._resolve.update(task_ids)
@@ -93,8 +92,6 @@ class Tender:
         """Something is due by then."""
         self._look_at = min(self._look_at, time.monotonic() + max(0.0, seconds))
         self._poked.set()
-
-    # -- the loop --------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -154,8 +151,6 @@ class Tender:
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
         return await self._channel.execute(statement, parameters)
 
-    # -- waking ----------------------------------------------------------------------------------------------------------
-
     async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> None:
         rows = await self._execute(waits.RESOLVE, {"task_ids": task_ids})
         self._announce(Hint().add_rows(rows))
@@ -184,8 +179,6 @@ class Tender:
                 break
             previous = waiting
         self._poll_runs()
-
-    # -- ends ------------------------------------------------------------------------------------------------------------
 
     async def _cascade_from(self, task_ids: list[uuid.UUID]) -> None:
         for origin in task_ids:
@@ -217,8 +210,6 @@ class Tender:
             if len(rows) < BATCH:
                 return
 
-    # -- lost workers ----------------------------------------------------------------------------------------------------
-
     async def _take_over(self) -> None:
         await self._execute(claiming.DECLARE_LOST, {})
         lost = await self._execute(claiming.LOST_WORKERS, {})
@@ -248,8 +239,6 @@ class Tender:
             if not rows:
                 break
         await self._execute(claiming.FORGET_WORKERS, {"age": FORGET_LOST_AFTER})
-
-    # -- the look --------------------------------------------------------------------------------------------------------
 
     async def _look(self) -> None:
         interval = self._interval()

@@ -74,14 +74,14 @@ async def _once(
     async with connection.begin() as transaction:
         if inspect.iscoroutinefunction(fn):
             session = durable.database.session(connection)
-            with _guarded(session.sync_session, name):
+            with _Guard(session.sync_session, name):
                 result = await fn(session, *args, **kwargs)
             await session.flush()
         else:
             session = durable.database.session(connection)
 
             def call(sync_session: Session) -> Any:
-                with _guarded(sync_session, name):
+                with _Guard(sync_session, name):
                     outcome = fn(sync_session, *args, **kwargs)
                 sync_session.flush()
                 return outcome
@@ -95,7 +95,7 @@ async def _once(
         if locked.first() is None:
             await transaction.rollback()
             run.take_away(LeaseLost())
-            raise LeaseLost()
+            raise LeaseLost
         written = await connection.execute(
             checkpoints.RECORD_IN_TRANSACTION,
             {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
@@ -108,7 +108,7 @@ async def _once(
     return codec.decode(stored or "null", what)
 
 
-class _guarded:
+class _Guard:
     """Refuses a commit or rollback of the whole transaction by the code inside; savepoints are its own."""
 
     def __init__(self, session: Session, name: str) -> None:

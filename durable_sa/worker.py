@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import inspect
 import logging
 import os
@@ -133,8 +134,6 @@ class Worker:
     def __repr__(self) -> str:
         return f"<Worker {self.settings.name} on {', '.join(self.settings.queue_names)}>"
 
-    # -- beginning and end -----------------------------------------------------------------------------------------------
-
     async def start(self) -> None:
         """Register, and start to claim."""
         database = self._durable.database
@@ -178,10 +177,10 @@ class Worker:
         lifespan = self._durable.lifespan
         if lifespan is None:
             return self._durable.state
-        manager = lifespan
-        if not hasattr(lifespan, "__aenter__"):
-            manager = lifespan(self._durable) if inspect.signature(lifespan).parameters else lifespan()
-        return await self._exit.enter_async_context(manager)
+        if isinstance(lifespan, contextlib.AbstractAsyncContextManager):
+            return await self._exit.enter_async_context(lifespan)
+        takes_client = bool(inspect.signature(lifespan).parameters)
+        return await self._exit.enter_async_context(lifespan(self._durable) if takes_client else lifespan())
 
     async def _register(self) -> None:
         sent_at = time.monotonic()
@@ -192,7 +191,7 @@ class Worker:
             "claim_timeout": self.settings.claim_timeout,
         }
         rows = await self._rest.execute(claiming.REGISTER_WORKER, parameters)
-        self._clock = (rows[0].now, time.monotonic())
+        self._clock: tuple[datetime, float] = (rows[0].now, time.monotonic())
         self._lease.renewed(sent_at)
         self._lease.turned_at = time.monotonic()
         self.tender.worker_id = self.worker_id
@@ -275,7 +274,7 @@ class Worker:
         with branches.detached():
             return self._loop.create_task(coroutine, name=name)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside every run."""
         task = self._start_task(coroutine, name)
         self._engine_tasks.add(task)
@@ -286,9 +285,6 @@ class Worker:
                 logger.error("%s failed", name, exc_info=error)
 
         task.add_done_callback(ended)
-        return task
-
-    # -- lease -----------------------------------------------------------------------------------------------------------
 
     @property
     def leased(self) -> bool:
@@ -313,7 +309,7 @@ class Worker:
         for run in list(self._runs.values()):
             run.take_away(LeaseLost())
         self.writer.abandon()
-        self.spawn(self._come_back(), "durable:come-back")
+        self.start_task(self._come_back(), "durable:come-back")
 
     async def _come_back(self) -> None:
         if self._heartbeat is not None:
@@ -333,8 +329,6 @@ class Worker:
         self._renewing = False
         self._lanes.search_soon()
         self._wake.set()
-
-    # -- claiming --------------------------------------------------------------------------------------------------------
 
     @property
     def _free(self) -> int:
@@ -452,7 +446,7 @@ class Worker:
                 resumed.append(item)
                 self._reserve(item)
         if resumed:
-            self.spawn(self._start_resumed(resumed), "durable:resume")
+            self.start_task(self._start_resumed(resumed), "durable:resume")
 
     def _reserve(self, item: Claimed) -> None:
         """Count a run that is still being loaded."""
@@ -510,8 +504,6 @@ class Worker:
             self._idle.set()
         self._wake.set()
 
-    # -- what runs tell --------------------------------------------------------------------------------------------------
-
     def run_ended(self, run: Run) -> None:
         """User code of the run has come to its end: its slot is free."""
         self._forget(run.claimed)
@@ -549,8 +541,6 @@ class Worker:
             self.tender.deliver()
         elif kind in (Kind.CHILD, Kind.RELEASE):
             self._announce(Hint().add_rows(rows))
-
-    # -- hints -----------------------------------------------------------------------------------------------------------
 
     def _now(self) -> datetime:
         """The database's time, as far as it can be told from here; rather too early than too late."""
@@ -592,8 +582,6 @@ class Worker:
         else:
             self._take_hint(hint)
 
-    # -- runs that are no longer ours --------------------------------------------------------------------------------------
-
     async def _check_runs(self) -> None:
         held = list(self._runs.items())
         if not held:
@@ -623,7 +611,7 @@ async def signals_handled(worker: Worker) -> AsyncIterator[None]:
         nonlocal received
         received += 1
         if received == 1:
-            worker.spawn(worker.shutdown(), "durable:signal")
+            worker.start_task(worker.shutdown(), "durable:signal")
         else:
             worker.hurry()
 
@@ -631,10 +619,10 @@ async def signals_handled(worker: Worker) -> AsyncIterator[None]:
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
             loop.add_signal_handler(number, stop)
-            restore.append(lambda number=number: loop.remove_signal_handler(number))  # type: ignore[misc]
+            restore.append(functools.partial(loop.remove_signal_handler, number))
         except (NotImplementedError, RuntimeError, ValueError):
             previous = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
-            restore.append(lambda number=number, previous=previous: signal.signal(number, previous))  # type: ignore[misc]
+            restore.append(functools.partial(signal.signal, number, previous))
     try:
         yield
     finally:

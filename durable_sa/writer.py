@@ -98,15 +98,14 @@ class Writer:
         """Writes that have not been committed yet."""
         return len(self._queue) + self._flushing
 
-    def submit(self, write: Write) -> asyncio.Future[Any]:
-        """Queue a write. The future raises `LeaseLost` where the fence is another by now."""
+    def submit(self, write: Write) -> None:
+        """Queue a write. Its future raises `LeaseLost` where the fence is another by now."""
         if self._abandoned:
-            write.future.set_exception(LeaseLost())
-            return write.future
+            _fail(write, LeaseLost())
+            return
         self._queue.append(write)
         self._wanted.set()
         self.idle.clear()
-        return write.future
 
     def abandon(self) -> None:
         """Give up all writes that are not committed: the worker has no lease any more."""
@@ -185,7 +184,7 @@ class Writer:
             written = {(row.task_id, row.key): row for row in rows}
             missing = []
             for write in writes:
-                row = written.get((write.task_id, write.key))  # type: ignore[arg-type]
+                row = written.get((write.task_id, write.key))
                 if row is None:
                     missing.append(write)
                 else:
@@ -225,7 +224,7 @@ class Writer:
             values = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in stored}
             still: list[Write] = []
             for write in held:
-                if (entry := values.get((write.task_id, write.key))) is not None:  # type: ignore[arg-type]
+                if (entry := values.get((write.task_id, write.key))) is not None:
                     _resolve(write, entry)
                 else:
                     still.append(write)
@@ -233,7 +232,8 @@ class Writer:
         for write in held:
             write.tries += 1
             if write.kind is Kind.CHILD and write.tries > 3:
-                # Its row is free and its fence holds: what is taken is the child's idempotency key, or its queue is gone.
+                # Its row is free and its fence holds: what is taken is the child's idempotency key, or its queue is
+                # gone.
                 _resolve(write, Stored("refused", None))
                 continue
             delay = min(1.0, LOCKED_RETRY * write.tries)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, func, null, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
+from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Task, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clock, constant, rows
 from .outcomes import locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
-CHECKPOINT_COLUMNS = {
+CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_ids": Uuid(),
     "fences": BigInteger(),
     "keys": Uuid(),

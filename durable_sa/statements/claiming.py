@@ -3,21 +3,23 @@
 How tasks are claimed
 ---------------------
 A worker asks for as many tasks as it has free slots. The statement walks, lane by lane (a lane is a queue and a
-priority), the partial index of unfinished tasks ``(queue_name, priority, available_at, task_id)``. In each lane that is
-one bounded range scan: from the lane's *floor* to the present moment, at most ``wanted`` rows, each locked with ``FOR NO
-KEY UPDATE SKIP LOCKED``, so that two workers never wait for each other, nor for a row that somebody else has locked,
-and so that an application's foreign key to a task neither blocks nor is blocked. The outer limit stops the walk when
-enough is found; lanes further down are not even opened.
+priority), the partial index of unfinished tasks ``(queue_name, priority, available_at, task_id)``. In each lane that
+is one bounded range scan: from the lane's *floor* to the present moment, at most ``wanted`` rows, each locked with
+``FOR NO KEY UPDATE SKIP LOCKED``, so that two workers never wait for each other, nor for a row that somebody else has
+locked, and so that an application's foreign key to a task neither blocks nor is blocked. The outer limit stops the
+walk when enough is found; lanes further down are not even opened.
 
-Taking a task changes ``state``, ``claimed_by``, ``fence`` and ``attempt``, and none of these is in an index, neither as
-key nor in a predicate: the update is heap-only, which is worth a factor of three. The price is that a claimed task stays
-in the index until it ends, and that dead entries stay until vacuum may remove them, which it may not while any snapshot
-is open anywhere. A claim from the beginning would walk all of them each time. Hence the floor: the worker remembers how
-far each lane has been claimed and starts there. What may lie below (a transaction that committed late, a retry, a task
-that was locked in passing) is found by a claim without floor, now and then, and announced by hints that lower the floor.
+Taking a task changes ``state``, ``claimed_by``, ``fence`` and ``attempt``, and none of these is in an index, neither
+as key nor in a predicate: the update is heap-only, which is worth a factor of three. The price is that a claimed task
+stays in the index until it ends, and that dead entries stay until vacuum may remove them, which it may not while any
+snapshot is open anywhere. A claim from the beginning would walk all of them each time. Hence the floor: the worker
+remembers how far each lane has been claimed and starts there. What may lie below (a transaction that committed late,
+a retry, a task that was locked in passing) is found by a claim without floor, now and then, and announced by hints
+that lower the floor.
 
-``fence`` is what a claim gives its run to write with: it rises here and with every later change of hands, and each write
-of a run names the fence it was given. Time only decides when a silent worker may be taken over, never who may write.
+``fence`` is what a claim gives its run to write with: it rises here and with every later change of hands, and each
+write of a run names the fence it was given. Time only decides when a silent worker may be taken over, never who may
+write.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Queue, Task, WorkerRow
-from .expressions import array, as_text, clock, constant, interval, rows, statement_time
+from .expressions import array, as_text, clock, constant, interval, numbered_rows, rows, statement_time
 
 _worker_id = bindparam("worker_id", type_=Uuid())
 _wanted = bindparam("wanted", type_=Integer())
 
-_lanes = rows(
+_lanes = numbered_rows(
     "lane",
-    ordinality="position",
+    "position",
     queue_names=Text(),
     priorities=SmallInteger(),
     floor_times=DateTime(timezone=True),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
     ARRAY,
     JSON,
+    ColumnClause,
     ColumnElement,
     DateTime,
     Float,
+    Function,
     Integer,
     Interval,
     Text,
@@ -21,40 +24,47 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.types import TypeEngine
 
 
-class clock(FunctionElement[Any]):
-    """The database's time at this very moment, for values that are written."""
-
+class _Clock(FunctionElement[Any]):
     type = DateTime(timezone=True)
     inherit_cache = True
     name = "clock"
 
 
-class statement_time(FunctionElement[Any]):
-    """The database's time at the start of the transaction, for range conditions.
-
-    Every statement of a worker is a transaction of its own, so this is when it began; unlike :class:`clock` it is
-    stable, which lets the planner use it as the bound of an index scan.
-    """
-
+class _StatementTime(FunctionElement[Any]):
     type = DateTime(timezone=True)
     inherit_cache = True
     name = "statement_time"
 
 
 # Both are written with their schema, as nothing else in an application is: time travel in tests finds them by that.
-@compiles(clock)
-def _compile_clock(element: clock, compiler: Any, **_: Any) -> str:
+@compiles(_Clock)
+def _compile_clock(element: _Clock, compiler: Any, **_: Any) -> str:
     return "pg_catalog.clock_timestamp()"
 
 
-@compiles(statement_time)
-def _compile_statement_time(element: statement_time, compiler: Any, **_: Any) -> str:
+@compiles(_StatementTime)
+def _compile_statement_time(element: _StatementTime, compiler: Any, **_: Any) -> str:
     return "pg_catalog.now()"
+
+
+def clock() -> ColumnElement[Any]:
+    """The database's time at this very moment, for values that are written."""
+    return _Clock()
+
+
+def statement_time() -> ColumnElement[Any]:
+    """The database's time at the start of the transaction, for range conditions.
+
+    Every statement of a worker is a transaction of its own, so this is when it began; unlike :func:`clock` it is
+    stable, which lets the planner use it as the bound of an index scan.
+    """
+    return _StatementTime()
 
 
 def constant(value: str | int) -> ColumnElement[Any]:
@@ -64,14 +74,23 @@ def constant(value: str | int) -> ColumnElement[Any]:
     return literal_column(f"'{value}'", Text())
 
 
-def rows(name: str, /, *, ordinality: str | None = None, **columns: TypeEngine[Any]) -> TableValuedAlias:
+def rows(name: str, /, **columns: TypeEngine[Any]) -> TableValuedAlias:
     """Arrays bound under the columns' names, as the rows of a table; a bind may hold nulls."""
-    arrays = [bindparam(key, type_=ARRAY(type_)) for key, type_ in columns.items()]
-    typed = [column(key, type_) for key, type_ in columns.items()]
-    function = func.unnest(*arrays)
-    if ordinality is None:
-        return function.table_valued(*typed, name=name).render_derived(name=name)
-    return function.table_valued(*typed, with_ordinality=ordinality, name=name).render_derived(name=name)
+    return _unnest(columns).table_valued(*_typed(columns), name=name).render_derived(name=name)
+
+
+def numbered_rows(name: str, position: str, /, **columns: TypeEngine[Any]) -> TableValuedAlias:
+    """As :func:`rows`, with a column that counts them from 1."""
+    aliased = _unnest(columns).table_valued(*_typed(columns), with_ordinality=position, name=name)
+    return aliased.render_derived(name=name)
+
+
+def _unnest(columns: Mapping[str, TypeEngine[Any]]) -> Function[Any]:
+    return func.unnest(*(array(name, type_) for name, type_ in columns.items()))
+
+
+def _typed(columns: Mapping[str, TypeEngine[Any]]) -> list[ColumnClause[Any]]:
+    return [column(name, type_) for name, type_ in columns.items()]
 
 
 def array(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
@@ -89,7 +108,7 @@ def as_jsonb(text: ColumnElement[Any]) -> ColumnElement[Any]:
     return cast(text, JSONB(none_as_null=True))
 
 
-def as_text(json: ColumnElement[Any]) -> ColumnElement[Any]:
+def as_text(json: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
     """A JSON column on its way out, as it stands."""
     return cast(json, Text())
 

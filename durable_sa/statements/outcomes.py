@@ -7,7 +7,7 @@ the fence is part of the change, so nothing that the run sends afterwards has an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -25,7 +25,8 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.sql.selectable import CTE, FromClause, TableValuedAlias
+from sqlalchemy.sql.selectable import CTE, FromClause
+from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
 from .expressions import array, as_json, clock, constant, interval, rows
@@ -34,7 +35,7 @@ LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
 
 
-def locked_rows(source: TableValuedAlias) -> CTE:
+def locked_rows(source: FromClause) -> CTE:
     """The tasks of `source` (task_ids, fences) that are still under those fences, locked in the order of their ids."""
     return (
         select(
@@ -87,7 +88,7 @@ COMPLETE = (
     .returning(Task.task_id, Task.parent_task_id)
     .add_cte(_ended)
 )
-"""Store results. Found by id and fence alone: a condition on the state made the planner walk an index of the running."""
+"""Store results. Found by id and fence alone: with a condition on the state the planner walks an index instead."""
 
 _failed = rows(
     "fail",
@@ -145,20 +146,20 @@ FAIL = (
 
 _released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
 _locked = locked_rows(_released)
-_attempts = (
+_given = (
     select(_locked, _released.c.errors, _released.c.next_run_ids)
     .join(_released, _released.c.task_ids == _locked.c.task_id)
     .cte("attempts")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-_ended = ended_attempts(_attempts, constant("failed"), as_json(_attempts.c.errors))
+_ended = ended_attempts(_given, constant("failed"), as_json(_given.c.errors))
 
 RELEASE = (
     update(Task)
-    .where(Task.task_id == _attempts.c.task_id)
+    .where(Task.task_id == _given.c.task_id)
     .values(
         state=constant("pending"),
-        run_id=_attempts.c.next_run_ids,
+        run_id=_given.c.next_run_ids,
         available_at=clock(),
         claimed_by=null(),
         fence=Task.fence + constant(1),
@@ -218,9 +219,9 @@ TAKE_OVER = (
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.parent_task_id, Task.state)
     .add_cte(_ended)
 )
-"""Take runs from lost workers: a new attempt but no failure, until too many workers in a row were lost with the task."""
+"""Take runs from lost workers: a new attempt but no failure, until too many workers in a row were lost with it."""
 
-SUSPEND_COLUMNS = {
+SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "wait_task_ids": Uuid(),
     "keys": Uuid(),
     "kinds": Text(),
@@ -312,17 +313,3 @@ REGISTER_WAITS = select(
 _asked = rows("asked", task_ids=Uuid(), fences=BigInteger())
 UNDER_FENCE = select(Task.task_id, Task.fence, Task.state).join(_asked, Task.task_id == _asked.c.task_ids)
 """Whether rows that a fenced statement passed over were locked by somebody (same fence), or lost."""
-
-__all__ = [
-    "COMPLETE",
-    "FAIL",
-    "LEASE_LOSS_LIMIT",
-    "REGISTER_WAITS",
-    "RELEASE",
-    "SUSPEND",
-    "SUSPEND_COLUMNS",
-    "TAKE_OVER",
-    "UNDER_FENCE",
-    "ended_attempts",
-    "locked_rows",
-]

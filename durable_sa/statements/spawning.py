@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import DateTime, Float, Integer, SmallInteger, Text, Uuid, bindparam, exists, func, or_, select
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.selectable import FromClause, Select
+from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, Task
-from .expressions import array, as_json, as_jsonb, as_text, clock, interval, rows
+from .expressions import as_json, as_jsonb, as_text, clock, interval, rows
 
-SPAWN_COLUMNS = {
+SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_id": Uuid(),
     "run_id": Uuid(),
     "queue_name": Text(),
@@ -106,5 +107,3 @@ COUNT_READY = select(func.count()).where(
     Task.claimed_by.is_(None),
 )
 """Tasks of a queue that a worker could claim at this moment."""
-
-__all__ = ["COUNT_READY", "EXPLAIN_SPAWN", "SPAWN", "SPAWN_COLUMNS", "array", "insert_tasks"]

@@ -1,15 +1,18 @@
 """Waits and what resolves them: an event, a child's end, or time.
 
-No statement both stores a wait and looks for what resolves it, since all parts of a statement see one snapshot: of 3,000
-waits stored and emits made at the same time that way, 1,799 never met. A waiter makes its wait visible first and looks
-afterwards, with :data:`RESOLVE`; whoever emits or finishes makes that visible first and then resolves the waits there
-are. Of two that look at each other in this order at least one sees the other.
+No statement both stores a wait and looks for what resolves it, since all parts of a statement see one snapshot: of
+3,000 waits stored and emits made at the same time that way, 1,799 never met. A waiter makes its wait visible first
+and looks afterwards, with :data:`RESOLVE`; whoever emits or finishes makes that visible first and then resolves the
+waits there are. Of two that look at each other in this order at least one sees the other.
 """
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from sqlalchemy import Float, Integer, Text, Uuid, bindparam, case, delete, exists, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Task, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, rows
@@ -112,7 +115,12 @@ UNRESOLVED = (
 )
 """Waits that should have been resolved: what a crash between two statements leaves behind."""
 
-EMIT_COLUMNS = {"queue_names": Text(), "names": Text(), "payloads": Text(), "metadata": Text()}
+EMIT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    "queue_names": Text(),
+    "names": Text(),
+    "payloads": Text(),
+    "metadata": Text(),
+}
 _emitted = rows("emitted", **EMIT_COLUMNS)
 
 EMIT = (
