@@ -1,0 +1,111 @@
+"""What autogenerate makes of durable's tables: nothing by itself, and a call of `upgrade` when they are too old."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from alembic import util
+from alembic.autogenerate import comparators, renderers
+from alembic.autogenerate.api import AutogenContext
+from alembic.migration import MigrationContext
+from alembic.operations.ops import MigrateOperation, MigrationScript, OpContainer, UpgradeOps
+from alembic.script import ScriptDirectory
+
+from ..models import SCHEMA, metadata
+from .chain import BASE, head, is_known, scripts
+from .running import configured_schema
+from .version import current, downgrade_call, too_new, upgrade_call
+
+_IMPORT: Final = "from durable_sa import migrations as durable"
+_TABLES: Final = frozenset(table.name for table in metadata.tables.values())
+
+
+class Move(MigrateOperation):
+    """A call of `durable.upgrade` in a generated revision, or of `durable.downgrade`."""
+
+    def __init__(self, revision: str, since: str, schema: str, *, down: bool = False) -> None:
+        self.revision = revision
+        self.since = since
+        self.schema = schema
+        self.down = down
+
+    def reverse(self) -> Move:
+        return Move(self.since, self.revision, self.schema, down=not self.down)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """What `alembic check` prints."""
+        return (self.render(),)
+
+    def render(self) -> str:
+        call = downgrade_call if self.down else upgrade_call
+        return call(self.revision, self.since, self.schema)
+
+
+@renderers.dispatch_for(Move)
+def _render(context: AutogenContext, operation: Move) -> str:
+    context.imports.add(_IMPORT)
+    return operation.render()
+
+
+def autogenerate(context: MigrationContext, revision: Any, directives: list[MigrationScript]) -> None:
+    """Have `alembic revision --autogenerate` write the upgrade of durable's tables where one is due.
+
+    Pass it in env.py: `context.configure(..., process_revision_directives=durable.autogenerate)`. The call comes before
+    everything else, so that foreign keys to durable's tables find them, and its reverse at the end of the downgrade.
+    `alembic check` then reports a due upgrade. Where durable's revisions are a branch of the application's history,
+    `alembic upgrade heads` runs them and nothing is written.
+
+    Keep a hook of your own: call this first in it, or chain it to a `Rewriter`, `writer.chain(durable.autogenerate)`.
+
+    Raises:
+        SchemaMismatch: a newer version of the package migrated the database.
+    """
+    connection = context.connection
+    if connection is None or not directives or not _is_autogenerate(context) or _is_branch(context.script):
+        return
+    schema = configured_schema(context) or SCHEMA
+    installed = current(connection, schema) or BASE
+    if installed == head():
+        return
+    if not is_known(installed):
+        raise too_new(installed, schema)
+    move = Move(head(), installed, schema)
+    directives[0].upgrade_ops_list[-1].ops.insert(0, move)
+    directives[0].downgrade_ops_list[-1].ops.append(move.reverse())
+
+
+def _is_autogenerate(context: MigrationContext) -> bool:
+    """Whether database and models are compared, and not an empty revision made (`revision_environment = true`)."""
+    return bool(context.opts["revision_context"].command_args["autogenerate"])
+
+
+def _is_branch(script: ScriptDirectory | None) -> bool:
+    ours = {script.revision for script in scripts()}
+    return script is not None and any(revision.revision in ours for revision in script.walk_revisions())
+
+
+def _register() -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a comparison that comes after Alembic's own; since 1.18 that takes a priority."""
+    if priorities := getattr(util, "DispatchPriority", None):
+        return comparators.dispatch_for("schema", priority=priorities.LAST)
+    return comparators.dispatch_for("schema")
+
+
+@_register()
+def _leave_alone(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Iterable[str | None]) -> None:
+    """Take durable's tables out of what was compared.
+
+    Otherwise `include_schemas=True` would drop them, and durable's metadata in `target_metadata` create them.
+    """
+    schema = configured_schema(context.migration_context)
+    if schema is not None:
+        _without(upgrade_ops, {SCHEMA, schema}, context.dialect.default_schema_name)
+
+
+def _without(container: OpContainer, schemas: set[str], default_schema: str | None) -> None:
+    def is_ours(operation: MigrateOperation) -> bool:
+        schema = getattr(operation, "schema", None) or default_schema
+        return schema in schemas and getattr(operation, "table_name", None) in _TABLES
+
+    container.ops[:] = [operation for operation in container.ops if not is_ours(operation)]

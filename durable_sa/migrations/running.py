@@ -1,0 +1,157 @@
+"""Runs the revisions: from an application's own revision, as a branch of its history, or without Alembic's files."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Final
+
+from alembic import op as alembic_op
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import CreateSchema
+
+from ..connections import sqlstate
+from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
+from ..models import SCHEMA
+from .chain import BASE, head, is_known, position, scripts
+from .version import current, downgrade_call, record, too_new, upgrade_call
+
+SCHEMA_OPTION: Final = "durable_schema"
+"""The keyword of `context.configure()` in an env.py that names another schema than `durable`."""
+
+QUEUE_SECONDS: Final = 60
+LOCK_SECONDS: Final = 5
+
+_LOCK_NOT_AVAILABLE = "55P03"
+_SCHEMA_EXISTS = text("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = :schema")
+
+
+def upgrade(revision: str, *, since: str = BASE, schema: str = SCHEMA) -> None:
+    """Bring durable's tables from the revision `since` to `revision`, in the `upgrade()` of your own revision.
+
+    It is part of that revision's transaction. Revisions that the database has already, for instance from
+    `Durable.migrate()`, are not run again. With `--sql` the database is taken to be at `since`.
+
+    Raises:
+        InvalidConfiguration: this version of the package does not know a revision, or they are in the wrong order.
+        SchemaMismatch: the database is not even at `since`, or a newer version of the package migrated it.
+    """
+    _upgrade(Operations(alembic_op.get_context()), revision, since, schema)
+
+
+def downgrade(revision: str, *, since: str, schema: str = SCHEMA) -> None:
+    """Take durable's tables from the revision `since` back to `revision`, in the `downgrade()` of your own revision.
+
+    It reverses `upgrade(since, since=revision)`. Back to `"base"` all tables are dropped with what is in them; the
+    schema stays, with the grants on it.
+
+    Raises:
+        InvalidConfiguration: this version of the package does not know a revision, or they are in the wrong order.
+        SchemaMismatch: the database is past `since`.
+    """
+    _downgrade(Operations(alembic_op.get_context()), revision, since, schema)
+
+
+def upgrade_branch(revision: str, *, since: str | None) -> None:
+    """As `upgrade`, called by the files in `versions` when Alembic runs them for an application."""
+    op = Operations(alembic_op.get_context())
+    _upgrade(op, revision, since or BASE, configured_schema(op.get_context()) or SCHEMA)
+
+
+def downgrade_branch(revision: str | None, *, since: str) -> None:
+    """As `downgrade`, called by the files in `versions` when Alembic runs them for an application."""
+    op = Operations(alembic_op.get_context())
+    _downgrade(op, revision or BASE, since, configured_schema(op.get_context()) or SCHEMA)
+
+
+def migrate(connection: Connection, schema: str = SCHEMA) -> None:
+    """Bring durable's tables to the newest revision, creating the schema if need be. All or nothing.
+
+    The connection has to be in a READ COMMITTED transaction, which the caller commits. Of several callers at once, in
+    any process, one migrates and the others wait for it, up to a minute. A lock on a table is waited for 5 seconds,
+    so that the application does not queue up behind the migration.
+
+    Raises:
+        SchemaMismatch: a newer version of the package migrated the database.
+        InvalidState: a lock could not be had in time.
+    """
+    # What a DBA has set is meant for the application's statements.
+    connection.execute(text("SET LOCAL statement_timeout = 0"))
+    if current(connection, schema) == head():
+        return
+    op = Operations(MigrationContext.configure(connection))
+    try:
+        connection.execute(text(f"SET LOCAL lock_timeout = '{QUEUE_SECONDS}s'"))
+        _wait_for_turn(connection, schema)
+        connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
+        _upgrade(op, head(), BASE, schema)
+    except DBAPIError as error:
+        if sqlstate(error) != _LOCK_NOT_AVAILABLE:
+            raise
+        raise InvalidState(
+            "The migration of durable's tables",
+            "blocked: another transaction holds a lock that it needs",
+            "Nothing was changed. Run it again once that transaction has ended; "
+            "`SELECT * FROM pg_stat_activity WHERE xact_start < now() - interval '5 s'` shows the long ones.",
+        ) from error
+
+
+def configured_schema(context: MigrationContext) -> str | None:
+    """The schema an env.py has named, None where it says that durable's tables are its own."""
+    schema: str | None = context.opts.get(SCHEMA_OPTION, SCHEMA)
+    return schema
+
+
+def _upgrade(op: Operations, revision: str, since: str, schema: str) -> None:
+    if position(since) > position(revision):
+        correct = upgrade_call(since, revision, schema)
+        raise InvalidConfiguration("revision", f"{revision!r} comes before since={since!r}", f"Write `{correct}`.")
+    installed = _installed(op, since, schema)
+    if position(installed) < position(since):
+        raise SchemaMismatch(
+            None if installed == BASE else installed, since, f"Run the revision first that brings them to {since}."
+        )
+    if installed == BASE:
+        _create_schema(op, schema)
+    for script in scripts()[position(installed) : position(revision)]:
+        script.up(op, schema)
+        record(op, script.revision, schema)
+
+
+def _downgrade(op: Operations, revision: str, since: str, schema: str) -> None:
+    if position(since) < position(revision):
+        correct = downgrade_call(since, revision, schema)
+        raise InvalidConfiguration("revision", f"{revision!r} comes after since={since!r}", f"Write `{correct}`.")
+    installed = _installed(op, since, schema)
+    if position(installed) > position(since):
+        raise SchemaMismatch(installed, since, f"Run the downgrade first that takes them back to {since}.")
+    for script in reversed(scripts()[position(revision) : position(installed)]):
+        script.down(op, schema)
+        if script.down_revision is not None:
+            record(op, script.down_revision, schema)
+
+
+def _installed(op: Operations, since: str, schema: str) -> str:
+    """The revision to start from. A script for `--sql` can ask nobody."""
+    if op.get_context().as_sql:
+        return since
+    connection = op.get_bind()
+    _wait_for_turn(connection, schema)
+    installed = current(connection, schema) or BASE
+    if not is_known(installed):
+        raise too_new(installed, schema)
+    return installed
+
+
+def _wait_for_turn(connection: Connection, schema: str) -> None:
+    """Let one transaction at a time migrate a schema. The lock goes with the transaction, also through a pooler."""
+    key = int.from_bytes(blake2b(f"durable_sa {schema}".encode(), digest_size=8).digest(), signed=True)
+    connection.execute(text("SELECT pg_catalog.pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def _create_schema(op: Operations, schema: str) -> None:
+    # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+    if op.get_context().as_sql or not op.get_bind().execute(_SCHEMA_EXISTS, {"schema": schema}).scalar():
+        op.execute(CreateSchema(schema, if_not_exists=True))
