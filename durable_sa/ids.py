@@ -13,10 +13,22 @@ def new_id() -> uuid.UUID:
     return uuid_utils.uuid7()
 
 
-def step_key(kind: str, name: str, arguments: str, path: tuple[int | str, ...], occurrence: int) -> uuid.UUID:
-    """The key of a checkpoint: which call of a task it belongs to, the same in every run of the same code."""
+def step_key(
+    kind: str, name: str, arguments: str, path: tuple[int | str, ...], occurrence: int, *, part: bool = False
+) -> uuid.UUID:
+    """The key of a checkpoint: which call of a task it belongs to, the same in every run of the same code.
+
+    What is a `part` of a step is not asked for any more once that step is recorded; its last bit says so.
+    """
     identity = repr((kind, name, arguments, path, occurrence)).encode("utf-8", "surrogatepass")
-    return uuid.UUID(bytes=hashlib.blake2b(identity, digest_size=16).digest())
+    raw = bytearray(hashlib.blake2b(identity, digest_size=16).digest())
+    raw[15] = raw[15] & 0xFE | part
+    return uuid.UUID(bytes=bytes(raw))
+
+
+def is_part(key: uuid.UUID) -> bool:
+    """Whether a checkpoint belongs to a part of a step."""
+    return bool(key.bytes[15] & 1)
 
 
 def child_id(parent: uuid.UUID, key: uuid.UUID) -> uuid.UUID:

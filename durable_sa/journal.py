@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import Row
+
+from .ids import is_part
 
 logger = logging.getLogger("durable_sa")
 
@@ -39,15 +41,12 @@ class Journal:
         self._waits = dict(waits)
         self._unused: Counter[tuple[str, str]] | None = None
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def take(self, key: uuid.UUID) -> Entry | None:
         """The checkpoint under this key, if there is one."""
         if not self._entries:
             return None
         entry = self._entries.pop(key, None)
-        if entry is not None and self._unused is not None:
+        if entry is not None and self._unused is not None and not is_part(key):
             self._unused[entry.kind, entry.name] -= 1
         return entry
 
@@ -60,9 +59,17 @@ class Journal:
         if not self._entries:
             return False
         if self._unused is None:
-            self._unused = Counter((entry.kind, entry.name) for entry in self._entries.values())
+            self._unused = Counter((entry.kind, entry.name) for entry in self._whole())
         return self._unused[kind, name] > 0
 
     def unused_names(self) -> list[str]:
         """Names of the calls that are recorded and were never made again."""
-        return sorted({entry.name for entry in self._entries.values()})
+        return sorted({entry.name for entry in self._whole()})
+
+    def _whole(self) -> Iterator[Entry]:
+        """Without the parts of steps, whose results stand for them."""
+        return (entry for key, entry in self._entries.items() if not is_part(key))
+
+
+EMPTY_JOURNAL = Journal()
+"""Of a run that is the first of its task."""

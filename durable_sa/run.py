@@ -7,11 +7,11 @@ import contextvars
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from .branches import Branches
 from .codec import check_size
@@ -84,9 +84,8 @@ class Parked:
         return WaitSpec(self.key, self.kind, self.name, self.event_name, self.child_task_id, self.due_at, delay)
 
 
-@dataclass(slots=True, frozen=True)
-class Claimed:
-    """What a claim says about a run."""
+class Claimed(NamedTuple):
+    """What a claim says about a run, in the order of the statement's columns."""
 
     task_id: uuid.UUID
     run_id: uuid.UUID
@@ -98,8 +97,9 @@ class Claimed:
     headers: str | None
     attempt: int
     fence: int
+    cancel_at: datetime | None
     now: datetime
-    received: float
+    sent: float
     """The local monotonic clock when the claim was sent."""
 
     @property
@@ -228,14 +228,9 @@ class Run:
         outcome: str,
         error: BaseException | None = None,
     ) -> None:
-        future = self._loop.create_future()
         claimed = self.claimed
-        write = Write(kind, claimed.task_id, claimed.fence, future, None, values, waits or (), size)
 
-        def stored(done: asyncio.Future[Any]) -> None:
-            if done.cancelled():
-                return
-            refusal = done.exception()
+        def told(_: Any, refusal: BaseException | None) -> None:
             if refusal is None:
                 self.host.outcome_stored(self, outcome, error)
             elif isinstance(refusal, LeaseLost):
@@ -245,12 +240,11 @@ class Run:
             else:
                 self._write_failure(refusal)
 
-        future.add_done_callback(stored)
-        self.host.writer.submit(write)
+        self.host.writer.submit(Write(kind, claimed.task_id, claimed.fence, told, None, values, waits or (), size))
 
     def now(self) -> datetime:
         """The database's time, by the local monotonic clock since the claim."""
-        return self.claimed.now + timedelta(seconds=time.monotonic() - self.claimed.received)
+        return self.claimed.now + timedelta(seconds=time.monotonic() - self.claimed.sent)
 
     async def enter(self) -> None:
         """The gate before every durable call: nothing more happens in a run that is suspended, cancelled or lost."""
@@ -269,17 +263,32 @@ class Run:
 
     async def write(self, kind: Kind, key: uuid.UUID, values: tuple[Any, ...], *, size: int = 0) -> Stored | None:
         """Write a checkpoint under the fence. What comes back is what another run stored under the key, or None."""
-        future: asyncio.Future[Stored | None] = self._loop.create_future()
-        write = Write(kind, self.claimed.task_id, self.claimed.fence, future, key, values, (), size)
+        claimed = self.claimed
         try:
-            self.host.writer.submit(write)
-            stored: Stored | None = await future
+            stored: Stored | None = await self._written(
+                lambda told: Write(kind, claimed.task_id, claimed.fence, told, key, values, (), size)
+            )
         except LeaseLost:
             self.take_away(LeaseLost())
             raise
         if self.signal is not None:
             await self._refuse()
         return stored
+
+    async def _written(self, make: Callable[[Callable[[Any, BaseException | None], None]], Write]) -> Any:
+        """The outcome of a write. If the caller is cancelled, the write goes out all the same, if it has not yet."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def told(value: Any, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+
+        self.host.writer.submit(make(told))
+        return await future
 
     async def fetch(self, entry: Entry, key: uuid.UUID) -> Entry:
         """The checkpoint with its value, which was too large to load with the others."""
@@ -328,12 +337,12 @@ class Run:
         if fresh:
             for parked in fresh:
                 parked.registered = True
-            future = self._loop.create_future()
             claimed = self.claimed
             specs = [parked.spec() for parked in fresh]
             try:
-                self.host.writer.submit(Write(Kind.WAITS, claimed.task_id, claimed.fence, future, None, (), specs))
-                rows = await future
+                rows = await self._written(
+                    lambda told: Write(Kind.WAITS, claimed.task_id, claimed.fence, told, None, (), specs)
+                )
             except LeaseLost:
                 self.take_away(LeaseLost())
                 return

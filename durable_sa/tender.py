@@ -221,24 +221,25 @@ class Tender:
             found = await self._execute(
                 claiming.RUNS_OF_LOST, {"worker_ids": worker_ids, "queue_names": queue_names, "wanted": BATCH}
             )
-            if not found:
-                break
-            task_ids = [row.task_id for row in found]
-            rows = await self._execute(
-                outcomes.TAKE_OVER,
-                {"task_ids": task_ids, "next_run_ids": [new_id() for _ in task_ids], "worker_ids": worker_ids},
-            )
-            if rows:
-                logger.warning("took %d runs over from workers that have fallen silent", len(rows))
-            given_up = [row for row in rows if row.state == "failed"]
-            self._ended.update(row.task_id for row in given_up if row.parent_task_id is not None)
-            self._cascade.update(row.task_id for row in given_up)
-            self._announce(Hint().add_rows(row for row in rows if row.state == "pending"))
-            if len(found) < BATCH and len(rows) == len(found):
-                break
-            if not rows:
+            taken = await self._take([row.task_id for row in found], worker_ids)
+            if len(found) < BATCH or not taken:
                 break
         await self._execute(claiming.FORGET_WORKERS, {"age": FORGET_LOST_AFTER})
+
+    async def _take(self, task_ids: list[uuid.UUID], worker_ids: list[uuid.UUID]) -> int:
+        if not task_ids:
+            return 0
+        rows = await self._execute(
+            outcomes.TAKE_OVER,
+            {"task_ids": task_ids, "next_run_ids": [new_id() for _ in task_ids], "worker_ids": worker_ids},
+        )
+        if rows:
+            logger.warning("took %d runs over from workers that have fallen silent", len(rows))
+        given_up = [row for row in rows if row.state == "failed"]
+        self._ended.update(row.task_id for row in given_up if row.parent_task_id is not None)
+        self._cascade.update(row.task_id for row in given_up)
+        self._announce(Hint().add_rows(row for row in rows if row.state == "pending"))
+        return len(rows)
 
     async def _look(self) -> None:
         interval = self._interval()
@@ -270,6 +271,8 @@ class Tender:
             self.repaired += len(found)
             logger.info("found %d tasks whose waits were over without anybody having told them", len(found))
             self._resolve.update(found)
+        orphaned = await self._execute(claiming.ORPHANED_RUNS, {"wanted": BATCH})
+        await self._take([row.task_id for row in orphaned], list({row.claimed_by for row in orphaned}))
         for row in await self._execute(cancelling.LEFT_BEHIND, {"wanted": BATCH}):
             self._cascade.add(row.task_id)
 

@@ -8,6 +8,7 @@ import contextvars
 import functools
 import inspect
 import logging
+import operator
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ from .errors import InvalidConfiguration, QueueNotFound
 from .heartbeat import Heartbeat, Lease
 from .hints import Hint, Listener, channel_name, sender
 from .ids import new_id
-from .journal import Journal
+from .journal import EMPTY_JOURNAL, Journal
 from .lanes import Lanes
 from .names import validate_name
 from .options import WorkerOptions
@@ -55,6 +56,9 @@ TEND_INTERVAL = 2.5
 TEND_INTERVAL_BUSY = 1.0
 CLOSING_DEADLINE = 10.0
 """Seconds that the last writes and the goodbye get at shutdown."""
+
+
+_BY_LANE = operator.attrgetter("priority", "available_at", "task_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,31 +413,15 @@ class Worker:
             self._clock = (rows[0].now, time.monotonic())
         if search:
             self._lanes.searched(time.monotonic() - now)
-        runs = [
-            Claimed(
-                row.task_id,
-                row.run_id,
-                row.queue_name,
-                row.priority,
-                row.available_at,
-                row.task_name,
-                row.params,
-                row.headers,
-                row.attempt,
-                row.fence,
-                row.now,
-                sent_at,
-            )
-            for row in rows
-        ]
-        runs.sort(key=lambda run: (run.priority, run.available_at, run.task_id))
+        runs = [Claimed._make((*row, sent_at)) for row in rows]
+        runs.sort(key=_BY_LANE)
         self._lanes.claimed(runs, search=search, full=len(rows) >= wanted)
         if worker_id != self.worker_id or not self._lease.valid:
             # The lease ended while the claim was on its way: those that take over find these runs, too.
             return 0
-        for row in rows:
-            if row.cancel_at is not None:
-                self.tender.look_within((row.cancel_at - row.now).total_seconds() + 0.005)
+        for run in runs:
+            if run.cancel_at is not None:
+                self.tender.look_within((run.cancel_at - run.now).total_seconds() + 0.005)
         await self._start_runs(runs)
         return len(rows)
 
@@ -441,7 +429,7 @@ class Worker:
         resumed = []
         for item in claimed:
             if item.fresh:
-                self._start_run(item, Journal())
+                self._start_run(item, EMPTY_JOURNAL)
             else:
                 resumed.append(item)
                 self._reserve(item)
@@ -450,7 +438,7 @@ class Worker:
 
     def _reserve(self, item: Claimed) -> None:
         """Count a run that is still being loaded."""
-        self._runs[item.task_id, item.fence] = Run(item, self._durable.tasks[item.task_name], self, Journal())
+        self._runs[item.task_id, item.fence] = Run(item, self._durable.tasks[item.task_name], self, EMPTY_JOURNAL)
         self._idle.clear()
 
     async def _start_resumed(self, claimed: list[Claimed]) -> None:

@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -45,6 +45,9 @@ class Kind(Enum):
     COMPLETION = "completion"
 
 
+_ORDER = {kind: position for position, kind in enumerate(Kind)}
+
+
 class Stored(NamedTuple):
     """What stands in the database under a key, which may be what an earlier run wrote."""
 
@@ -67,17 +70,24 @@ class WaitSpec(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """One write of one run."""
+    """One write of one run. `told` is called once with its outcome, a value or an error, after the commit."""
 
     kind: Kind
     task_id: uuid.UUID
     fence: int
-    future: asyncio.Future[Any]
+    told: Callable[[Any, BaseException | None], None]
     key: uuid.UUID | None = None
     values: tuple[Any, ...] = ()
     waits: Sequence[WaitSpec] = ()
     size: int = 0
-    tries: int = field(default=0)
+    tries: int = 0
+    over: bool = False
+
+    def settle(self, value: Any, error: BaseException | None = None) -> None:
+        """Tell the outcome, if it has not been told."""
+        if not self.over:
+            self.over = True
+            self.told(value, error)
 
 
 class Writer:
@@ -90,18 +100,19 @@ class Writer:
         self._wanted = asyncio.Event()
         self._abandoned = False
         self._flushing = 0
+        self._delayed = 0
         self.idle = asyncio.Event()
         self.idle.set()
 
     @property
     def backlog(self) -> int:
         """Writes that have not been committed yet."""
-        return len(self._queue) + self._flushing
+        return len(self._queue) + self._flushing + self._delayed
 
     def submit(self, write: Write) -> None:
-        """Queue a write. Its future raises `LeaseLost` where the fence is another by now."""
+        """Queue a write. Its outcome is `LeaseLost` where the fence is another by now."""
         if self._abandoned:
-            _fail(write, LeaseLost())
+            write.settle(None, LeaseLost())
             return
         self._queue.append(write)
         self._wanted.set()
@@ -111,7 +122,7 @@ class Writer:
         """Give up all writes that are not committed: the worker has no lease any more."""
         self._abandoned = True
         while self._queue:
-            _fail(self._queue.popleft(), LeaseLost())
+            self._queue.popleft().settle(None, LeaseLost())
         self._wanted.set()
 
     def resume(self) -> None:
@@ -126,11 +137,13 @@ class Writer:
                 self._wanted.clear()
                 while batch := self._take():
                     self._flushing = len(batch)
-                    for kind in Kind:
-                        if writes := [write for write in batch if write.kind is kind]:
-                            await self._send(writes)
+                    groups: dict[Kind, list[Write]] = {}
+                    for write in batch:
+                        groups.setdefault(write.kind, []).append(write)
+                    for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
+                        await self._send(groups[kind])
                     self._flushing = 0
-                if not self._queue:
+                if not self.backlog:
                     self.idle.set()
         finally:
             self.abandon()
@@ -140,7 +153,7 @@ class Writer:
         size = 0
         while self._queue and len(batch) < FLUSH_WRITES and size <= FLUSH_BYTES:
             write = self._queue.popleft()
-            if write.future.cancelled():
+            if write.over:
                 continue
             size += write.size
             batch.append(write)
@@ -164,10 +177,10 @@ class Writer:
                     await self._send(writes[:middle])
                     await self._send(writes[middle:])
                 else:
-                    _fail(writes[0], error)
+                    writes[0].settle(None, error)
                 return
         for write in writes:
-            _fail(write, LeaseLost())
+            write.settle(None, LeaseLost())
 
     async def _flush(self, writes: list[Write]) -> None:
         kind = writes[0].kind
@@ -178,8 +191,8 @@ class Writer:
             for write in writes:
                 own = [row for row in rows if row.task_id == write.task_id]
                 if own:
-                    _resolve(write, own)
-            missing = [write for write in writes if not write.future.done()]
+                    write.settle(own)
+            missing = [write for write in writes if not write.over]
         elif keyed:
             written = {(row.task_id, row.key): row for row in rows}
             missing = []
@@ -188,7 +201,7 @@ class Writer:
                 if row is None:
                     missing.append(write)
                 else:
-                    _resolve(write, Stored("completed", row.value) if kind is Kind.EVENT else None)
+                    write.settle(Stored("completed", row.value) if kind is Kind.EVENT else None)
         else:
             found = {row.task_id: row for row in rows}
             missing = []
@@ -197,7 +210,7 @@ class Writer:
                 if row is None:
                     missing.append(write)
                 else:
-                    _resolve(write, row)
+                    write.settle(row)
         if rows:
             self._on_commit(kind, writes, rows)
         if missing:
@@ -215,7 +228,7 @@ class Writer:
             if fences.get(write.task_id) == write.fence:
                 held.append(write)
             else:
-                _fail(write, LeaseLost())
+                write.settle(None, LeaseLost())
         if held and keyed:
             stored = await self._channel.execute(
                 checkpoints.READ_CHECKPOINTS,
@@ -225,7 +238,7 @@ class Writer:
             still: list[Write] = []
             for write in held:
                 if (entry := values.get((write.task_id, write.key))) is not None:
-                    _resolve(write, entry)
+                    write.settle(entry)
                 else:
                     still.append(write)
             held = still
@@ -234,25 +247,15 @@ class Writer:
             if write.kind is Kind.CHILD and write.tries > 3:
                 # Its row is free and its fence holds: what is taken is the child's idempotency key, or its queue is
                 # gone.
-                _resolve(write, Stored("refused", None))
+                write.settle(Stored("refused", None))
                 continue
             delay = min(1.0, LOCKED_RETRY * write.tries)
+            self._delayed += 1
             asyncio.get_running_loop().call_later(delay, self._again, write)
 
     def _again(self, write: Write) -> None:
-        if not write.future.done():
-            self.submit(write)
-
-
-def _resolve(write: Write, value: Any) -> None:
-    if not write.future.done():
-        write.future.set_result(value)
-
-
-def _fail(write: Write, error: BaseException) -> None:
-    if not write.future.done():
-        write.future.set_exception(error)
-        write.future.exception()
+        self._delayed -= 1
+        self.submit(write)
 
 
 def _columns(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:

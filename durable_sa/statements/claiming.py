@@ -227,6 +227,18 @@ RUNS_OF_LOST = (
 )
 """Unfinished tasks that lost workers hold; whatever is claimed was available before."""
 
+ORPHANED_RUNS = (
+    select(Task.task_id, Task.claimed_by)
+    .where(
+        Task.finished_at.is_(None),
+        Task.available_at <= statement_time(),
+        Task.claimed_by.is_not(None),
+        ~exists().where(WorkerRow.worker_id == Task.claimed_by),
+    )
+    .limit(_wanted)
+)
+"""Runs whose worker's row is gone altogether, by whatever accident."""
+
 FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
 """Drop lost workers that nothing can still refer to."""
 
