@@ -99,7 +99,7 @@ class Heartbeat:
                 try:
                     async with asyncio.timeout(deadline):
                         statement = claiming.STILL_HELD if stuck else claiming.HEARTBEAT
-                        rows = await channel.execute(statement, {"worker_id": self._worker_id})
+                        rows = await channel.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     logger.warning("a heartbeat failed: %s", type(error).__name__)
                     pause = min(1.0, interval / 4)

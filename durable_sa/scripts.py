@@ -86,9 +86,9 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
     """Cancel a task and, generation by generation, its unfinished descendants."""
 
     def script(hint: Hint) -> Script[TaskStatus]:
-        rows = yield cancelling.CANCEL, {"task_id": task_id}
+        rows = yield cancelling.CANCEL, {"target_id": task_id}
         if not rows:
-            rows = yield cancelling.TASK_STATE, {"task_id": task_id}
+            rows = yield cancelling.TASK_STATE, {"target_id": task_id}
             if not rows:
                 raise TaskNotFound(task_id)
             return TaskStatus(rows[0].state)
@@ -121,7 +121,7 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
     """Put an ended task back, with the descendants that its end had cancelled."""
 
     def script(hint: Hint) -> Script[TaskStatus]:
-        rows = yield cancelling.CANCELLED_BY, {"task_id": task_id}
+        rows = yield cancelling.CANCELLED_BY, {"target_id": task_id}
         if not rows:
             raise TaskNotFound(task_id)
         state, cancelled_by = rows[0].state, rows[0].cancelled_by
@@ -129,11 +129,11 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
             raise InvalidState(f"Task {task_id}", state, "Only failed and cancelled tasks can be retried.")
         rows = yield (
             cancelling.RETRY,
-            {"task_id": task_id, "next_run_id": new_id(), "max_attempts": max_attempts},
+            {"target_id": task_id, "next_run_id": new_id(), "new_max_attempts": max_attempts},
         )
         hint.add_rows(rows)
         origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
-        fallen = yield cancelling.FALLEN_DESCENDANTS, {"task_id": task_id, "origins": origins}
+        fallen = yield cancelling.FALLEN_DESCENDANTS, {"target_id": task_id, "origins": origins}
         family = [task_id, *(row.task_id for row in fallen)]
         if fallen:
             restored = sorted(row.task_id for row in fallen)

@@ -24,7 +24,8 @@ from ..models import Checkpoint, Task, Wait
 from .expressions import array, clock, constant, rows
 from .outcomes import ended_attempts
 
-_task_id = bindparam("task_id", type_=Uuid())
+# An UPDATE takes parameters that are named as columns for values to set.
+_task_id = bindparam("target_id", type_=Uuid())
 
 
 def _cancel(locked: CTE, cancelled_by: Any, error: Any) -> Any:
@@ -171,7 +172,7 @@ RETRY = (
     .values(
         **_fresh,
         run_id=bindparam("next_run_id", type_=Uuid()),
-        max_attempts=func.coalesce(bindparam("max_attempts", type_=Integer()), Task.max_attempts),
+        max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), Task.max_attempts),
     )
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
 )

@@ -181,15 +181,17 @@ REGISTER_WORKER = (
 )
 """A worker's start. Its id is new, so a conflict can only be this very statement, repeated after a lost reply."""
 
+_beating_id = bindparam("beating_id", type_=Uuid())
+
 HEARTBEAT = (
     update(WorkerRow)
-    .where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None))
+    .where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
     .values(heartbeat_at=clock(), expires_at=clock() + WorkerRow.claim_timeout)
     .returning(WorkerRow.worker_id)
 )
 """One small write for all runs of a worker. No row back: it was taken over."""
 
-STILL_HELD = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None))
+STILL_HELD = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
 """Whether a worker that may not beat, because its event loop is stuck, has been taken over."""
 
 REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)

@@ -59,7 +59,7 @@ DROP_SCHEDULES = (
 
 PAUSE_QUEUE = (
     update(Queue)
-    .where(Queue.queue_name == _queue_name)
+    .where(Queue.queue_name == bindparam("name", type_=Text()))
     .values(paused_at=case((bindparam("paused", type_=Boolean()), func.coalesce(Queue.paused_at, clock()))))
     .returning(Queue.queue_name)
 )
