@@ -21,7 +21,7 @@ from .branches import current_branch
 from .codec import Codec, check_size, codec_for
 from .errors import ChildCancelled, ChildFailed, IdempotencyConflict, InvalidState, TaskNotFound, TaskTimeout
 from .failures import is_retryable
-from .ids import child_id, digest, new_id, step_key
+from .ids import child_id, digest, is_part, new_id, step_key
 from .journal import Entry
 from .names import validate_name
 from .policies import Duration, seconds, timestamp
@@ -57,12 +57,12 @@ class Call(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A step before it is executed: what is recorded of it, or how often it has failed."""
+    """A step before it is executed: what is recorded of it, or how often it was tried in vain."""
 
     call: Call
     recorded: bool
     value: Any
-    failures: int
+    tries: int
 
 
 class TaskContext(Generic[StateT]):
@@ -72,13 +72,14 @@ class TaskContext(Generic[StateT]):
     then suspended, cancelled or lost, and ``finally`` blocks run as usual.
     """
 
-    __slots__ = ("_durable", "_headers", "_run", "_state")
+    __slots__ = ("_durable", "_headers", "_parts", "_run", "_state")
 
     def __init__(self, run: Run, durable: Durable[Any], state: StateT) -> None:
         self._run = run
         self._durable = durable
         self._state = state
         self._headers: Mapping[str, Any] | None = None
+        self._parts: dict[uuid.UUID, Entry] = {}
 
     @property
     def task_id(self) -> uuid.UUID:
@@ -163,17 +164,16 @@ class TaskContext(Generic[StateT]):
         begun = await self._begin(call, function, options)
         if begun.recorded:
             return begun.value
-        failures = begun.failures
+        tries = begun.tries
         while True:
             await run.enter()
             try:
                 with run.branches.busy(), run.branches.scope(str(call.key)):
                     result = await self._execute(call, function, options, args, kwargs)
             except Exception as error:
-                failures += 1
-                if failures >= options.max_attempts or not is_retryable(error):
+                tries += 1
+                if not await self.try_again(call, tries, options, error):
                     raise
-                await self.pause_step(call, failures, options)
             else:
                 return await self.end_step(call, result_codec(function), result)
 
@@ -197,9 +197,9 @@ class TaskContext(Generic[StateT]):
             return Begun(call, True, value, 0)
         if run.journal.holds_other("step", call.name):
             run.warn("step %r is recorded with other arguments than it is now called with, and runs anew", call.name)
-        failures = await self._failed_tries(call) if options.max_attempts > 1 else 0
+        tries = await self._failed_tries(call) if options.max_attempts > 1 else 0
         await run.enter()
-        return Begun(call, False, None, failures)
+        return Begun(call, False, None, tries)
 
     async def _execute(
         self,
@@ -220,28 +220,38 @@ class TaskContext(Generic[StateT]):
             raise TaskTimeout(f"step {call.name!r}", options.timeout) from None
 
     async def _failed_tries(self, call: Call) -> int:
-        """How often the step has failed before, in runs that a crash has ended."""
+        """How often the step has failed before, in earlier runs."""
         tries = 0
         while await self._recall(self._try(call, tries)) is not None:
             tries += 1
         return tries
 
     def _try(self, call: Call, number: int) -> Call:
-        return Call("value", "$try", step_key("try", str(call.key), "", (), number))
+        return Call("value", "$try", step_key("try", str(call.key), "", (), number, part=True))
 
-    async def pause_step(self, call: Call, failures: int, options: StepOptions) -> None:
-        """Remember a failed try, and wait before the next; a long wait suspends the run."""
+    async def try_again(self, call: Call, tries: int, options: StepOptions, error: Exception) -> bool:
+        """Whether a step is to be tried again: remembers that it failed and waits; a long wait suspends the run.
+
+        The last try that it has is remembered, too: the next attempt of the task then begins with a full number of
+        them, whereas after a crash it goes on counting.
+        """
         strategy = options.retry_strategy or self._durable.default_retry_strategy
-        tried = self._try(call, failures - 1)
+        if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
+            return False
+        tried = self._try(call, tries - 1)
         with self._run.branches.busy():
             await self._run.write(Kind.CHECKPOINT, tried.key, (tried.kind, tried.name, "completed", _NULL, None))
+        failures = tries % options.max_attempts
+        if failures == 0:
+            return False
         delay = strategy.delay(failures)
-        if delay < 1.0:
+        if delay < 1.0 or is_part(call.key):
             with self._run.branches.busy():
                 await asyncio.sleep(delay)
         else:
-            key = step_key("pause", str(call.key), "", (), failures)
+            key = step_key("pause", str(call.key), "", (), tries, part=True)
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)
+        return True
 
     async def end_step(self, call: Call, codec: Codec[T], result: T) -> T:
         """Store a result, and give back what is stored."""
@@ -252,6 +262,10 @@ class TaskContext(Generic[StateT]):
             stored = await self._run.write(
                 Kind.CHECKPOINT, call.key, (call.kind, call.name, "completed", text, None), size=len(text)
             )
+        if is_part(call.key):
+            # The step around it may be tried again, and asks for it then.
+            text = text if stored is None else stored.value or _NULL
+            self._parts[call.key] = Entry(call.kind, call.name, "completed", text)
         return value if stored is None else codec.decode(stored.value or _NULL, what)
 
     @overload
@@ -515,13 +529,14 @@ class TaskContext(Generic[StateT]):
             validate_name("step", name)
         branch = current_branch()
         occurrence = branch.occurrence((kind, name, arguments))
-        return Call(kind, name, step_key(kind, name, arguments, branch.path, occurrence))
+        part = _is_inside_step(branch.path)
+        return Call(kind, name, step_key(kind, name, arguments, branch.path, occurrence, part=part))
 
     async def _recall(self, call: Call) -> Entry | None:
         run = self._run
         if run.signal is not None:
             await run.enter()
-        entry = run.journal.take(call.key)
+        entry = run.journal.take(call.key) or self._parts.get(call.key)
         if entry is not None and entry.left_behind:
             return await run.fetch(entry, call.key)
         return entry
@@ -560,7 +575,7 @@ class TaskContext(Generic[StateT]):
         return await self._run.park(parked)
 
     def _refuse_inside_step(self, call: Call) -> None:
-        if any(isinstance(part, str) and not part.startswith("callback-") for part in current_branch().path):
+        if _is_inside_step(current_branch().path):
             raise InvalidState(
                 f"{call.kind} {call.name!r}",
                 "called inside a step or transaction, which cannot be suspended",
@@ -571,6 +586,10 @@ class TaskContext(Generic[StateT]):
 _PLAIN_TIME: Codec[datetime] = codec_for(datetime)
 
 
+def _is_inside_step(path: tuple[int | str, ...]) -> bool:
+    return any(isinstance(part, str) and not part.startswith("callback-") for part in path)
+
+
 async def _invoke(executor: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
     if inspect.iscoroutinefunction(function):
@@ -579,8 +598,15 @@ async def _invoke(executor: Any, function: Callable[..., Any], args: tuple[Any, 
         result = function(*args, **kwargs)
         return await result if inspect.isawaitable(result) else result
     context = contextvars.copy_context()
-    loop = asyncio.get_running_loop()
-    result = await loop.run_in_executor(executor, lambda: context.run(function, *args, **kwargs))
+
+    def call() -> Any:
+        try:
+            return context.run(function, *args, **kwargs)
+        except StopIteration as error:
+            # No future can hold one; where a coroutine raises it, Python does the same.
+            raise RuntimeError("the step raised StopIteration") from error
+
+    result = await asyncio.get_running_loop().run_in_executor(executor, call)
     return await result if inspect.isawaitable(result) else result
 
 

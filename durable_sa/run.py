@@ -198,8 +198,7 @@ class Run:
             cause = error.__cause__ if isinstance(error, BranchExit) else error
             self._write_failure(cause or error)
             return
-        if len(self.journal):
-            names = self.journal.unused_names()
+        if names := self.journal.unused_names():
             logger.warning(
                 "task %s (%s) completed without using what is recorded for: %s. Was its code changed?",
                 self.claimed.task_id,

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import inspect
+import itertools
 import queue
 import threading
 import uuid
@@ -23,7 +25,6 @@ from sqlalchemy.orm import Session
 from typing_extensions import Unpack
 
 from .errors import InvalidState, TaskTimeout
-from .failures import is_retryable
 from .policies import Duration
 from .results import TaskHandle
 from .signals import ControlFlow, Suspended
@@ -138,19 +139,17 @@ class SyncTaskContext(Generic[StateT]):
         begun = self._call(lambda: self._context.begin_step(name, function, options, args, kwargs))
         if begun.recorded:
             return begun.value
-        failures = begun.failures
-        while True:
+        for tries in itertools.count(begun.tries + 1):
             try:
                 result = self._execute(begun.call, function, options, args, kwargs)
-            except Exception as error:
-                failures += 1
-                if failures >= options.max_attempts or not is_retryable(error):
+            except Exception as failure:
+                again = functools.partial(self._context.try_again, begun.call, tries, options, failure)
+                if not self._call(again):
                     raise
-                count = failures
-                self._call(lambda: self._context.pause_step(begun.call, count, options))  # noqa: B023
             else:
                 codec = result_codec(function)
-                return self._call(lambda: self._context.end_step(begun.call, codec, result))  # noqa: B023
+                return self._call(functools.partial(self._context.end_step, begun.call, codec, result))
+        raise AssertionError("unreachable")
 
     def _execute(self, call: Call, function: Callable[..., Any], options: StepOptions, args: Any, kwargs: Any) -> Any:
         if options.timeout is None:
