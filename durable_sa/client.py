@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, cast, overload
 
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
-from . import migrations, scripts
+from . import migrations, schedules, scripts
 from .batches import Batch
 from .branches import detached
 from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
@@ -34,10 +35,11 @@ from .models import DEFAULT_QUEUE, SCHEMA
 from .names import validate_name
 from .options import MAX_ATTEMPTS, Spawn, SpawnOptions, TaskOptions, WorkerOptions
 from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds
-from .results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
+from .results import ScheduleFilter, ScheduleInfo, SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
 from .retention import delete_tasks
+from .schedules import Backend, Misfire, Overlap
 from .sessions import Executor, Script, perform
-from .spawns import Prepared, prepare
+from .spawns import Prepared, at_position, prepare
 from .statements import queues, spawning, waits
 from .tasks import Task
 from .tasks import task as make_task
@@ -332,17 +334,7 @@ class Durable(Generic[StateT]):
         Raises:
             As :meth:`spawn`, for the first item that is at fault, with its position in a note.
         """
-        prepared = self._prepare_many(items)
-        if not prepared:
-            return []
-        hint = Hint()
-        async with self.database.transaction() as connection:
-            results: list[SpawnResult[Any]] = []
-            for start in range(0, len(prepared), 1000):
-                script = scripts.spawn(prepared[start : start + 1000])(hint)
-                results.extend(await _drive(connection, script))
-        self._sender().send(hint)
-        return results
+        return await self._perform(scripts.spawn(self._prepare_many(items)))
 
     @overload
     def spawn_many_with(
@@ -358,15 +350,7 @@ class Durable(Generic[StateT]):
     ) -> list[SpawnResult[Any]]: ...
     def spawn_many_with(self, session: Executor, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> Any:
         """As :meth:`spawn_many`, in the caller's transaction."""
-        prepared = self._prepare_many(items)
-
-        def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
-            results: list[SpawnResult[Any]] = []
-            for start in range(0, len(prepared), 1000):
-                results.extend((yield from scripts.spawn(prepared[start : start + 1000])(hint)))
-            return results
-
-        return perform(session, self.schema, script)
+        return perform(session, self.schema, scripts.spawn(self._prepare_many(items)))
 
     def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
         prepared = []
@@ -378,7 +362,7 @@ class Durable(Generic[StateT]):
                     task, params = item
                     prepared.append(prepare(self, task, params, {}))
             except DurableError as error:
-                error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
+                at_position(error, position)
                 raise
         return prepared
 
@@ -629,6 +613,113 @@ class Durable(Generic[StateT]):
             {"queue_name": self._queue(queue_name), "age": seconds(older_than, "older_than"), "wanted": limit},
         )
         return len(rows)
+
+    async def pause_queue(self, name: str | None = None) -> None:
+        """Let no worker claim from a queue until it is resumed; what runs goes on.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+        """
+        await self._pause(name, paused=True)
+
+    async def resume_queue(self, name: str | None = None) -> None:
+        """Let workers claim from a paused queue again.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+        """
+        await self._pause(name, paused=False)
+
+    async def _pause(self, name: str | None, *, paused: bool) -> None:
+        queue = self._queue(name)
+        if not await self.database.execute(queues.PAUSE_QUEUE, {"name": queue, "paused": paused}):
+            raise QueueNotFound(queue)
+        if not paused:
+            hint = Hint()
+            hint.add(queue, 0, datetime(1970, 1, 1, tzinfo=UTC))
+            self._sender().send(hint)
+
+    async def create_schedule(
+        self,
+        name: str,
+        *,
+        task: Task[Any, Any] | str,
+        cron_expression: str,
+        params: Any = None,
+        timezone: str = "UTC",
+        metadata: Mapping[str, Any] | None = None,
+        backend: Backend = "worker",
+        misfire: Misfire = "run_once",
+        overlap: Overlap = "allow",
+        **options: Unpack[SpawnOptions],
+    ) -> None:
+        """Spawn a task at each tick of a cron expression; defining a name again replaces what it stood for.
+
+        Workers fire it, each tick once across the fleet, in the queue given by `queue_name`. Five fields, or six with
+        seconds first. `misfire` is for ticks that no worker was there to fire within a minute: `skip` them, `run_once`
+        for the latest, or `run_all`, up to the latest hundred. `overlap="skip"` leaves out ticks while the task of
+        the one before has not ended. `backend="pg_cron"` hands the schedule to the extension; see
+        :meth:`setup_pgcron`.
+
+        Raises:
+            InvalidCron: an expression that cannot be read, or never comes true.
+            InvalidName, InvalidTaskParams, InvalidConfiguration, TaskNotRegistered: as for a spawn.
+            QueueNotFound: there is no such queue.
+        """
+        await schedules.create(
+            self,
+            schedules.Definition(
+                validate_name("schedule", name),
+                task,
+                params,
+                cron_expression,
+                timezone,
+                metadata,
+                backend,
+                misfire,
+                overlap,
+                options,
+            ),
+        )
+        self._sender().send(Hint(limits=True))
+
+    async def delete_schedule(self, name: str) -> None:
+        """Remove a schedule; tasks that it has spawned go on.
+
+        Raises:
+            ScheduleNotFound: there is none of that name.
+        """
+        await schedules.delete(self, validate_name("schedule", name))
+
+    async def list_schedules(self, filter: ScheduleFilter | None = None) -> list[ScheduleInfo]:  # noqa: A002
+        """Schedules by name, those that match everything in `filter`."""
+        return await schedules.listed(self, filter or ScheduleFilter())
+
+    async def pause_schedule(self, name: str) -> None:
+        """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for.
+
+        Raises:
+            ScheduleNotFound: there is none of that name.
+        """
+        await schedules.pause(self, validate_name("schedule", name), paused=True)
+
+    async def resume_schedule(self, name: str) -> None:
+        """Let a paused schedule fire again, from its next tick on.
+
+        Raises:
+            ScheduleNotFound: there is none of that name.
+        """
+        await schedules.pause(self, validate_name("schedule", name), paused=False)
+        self._sender().send(Hint(limits=True))
+
+    async def trigger_schedule(self, name: str) -> SpawnResult[Any]:
+        """Spawn a schedule's task now, besides its ticks.
+
+        Raises:
+            ScheduleNotFound: there is none of that name.
+        """
+        prepared = await schedules.triggered(self, validate_name("schedule", name))
+        return await self._spawns(prepared)
 
     async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
         """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.

@@ -47,6 +47,18 @@ async def delete_tasks(database: Executing, queue_name: str, age: float, limit: 
     return deleted
 
 
+async def forget_old(database: Executing) -> None:
+    """Delete a batch of what each queue keeps no longer."""
+    for queue in await database.execute(queues.RETENTIONS):
+        if queue.retention is not None:
+            await delete_tasks(database, queue.queue_name, float(queue.retention), PAGE)
+        if queue.event_retention is not None:
+            await database.execute(
+                queues.DELETE_EVENTS,
+                {"queue_name": queue.queue_name, "age": float(queue.event_retention), "wanted": PAGE},
+            )
+
+
 async def _delete(database: Executing, task_ids: list[uuid.UUID]) -> int:
     try:
         return len(await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids}))

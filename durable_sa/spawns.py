@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Row
@@ -45,6 +45,7 @@ def prepare(
     task_id: uuid.UUID | None = None,
     parent_task_id: uuid.UUID | None = None,
     unchecked: bool = False,
+    internal_headers: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Check a spawn and encode it.
 
@@ -69,7 +70,7 @@ def prepare(
         defaults = TaskOptions()
     if text is not None:
         check_size(text, durable.max_payload_bytes, f"the params of task {name!r}")
-    resolved = resolve_spawn_options(options, defaults, durable.defaults)
+    resolved = resolve_spawn_options(options, defaults, durable.defaults, internal_headers=internal_headers)
     task_id, run_id = task_id or new_id(), new_id()
     strategy, cancellation = resolved.retry_strategy, resolved.cancellation
     values = (
@@ -94,6 +95,12 @@ def prepare(
         resolved.idempotency_key,
     )
     return Prepared(task_id, run_id, name, resolved.queue_name, text, resolved.idempotency_key, values)
+
+
+def at_position(error: DurableError, position: int) -> DurableError:
+    """The error with a note that says which of many spawns it is about."""
+    error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
+    return error
 
 
 def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -34,6 +34,8 @@ RECONCILE_SHARE = 50
 SWEEP_LOST_INTERVAL = 10.0
 """Seconds between repeated searches for runs of workers that are already known to be lost."""
 FORGET_LOST_AFTER = 600.0
+FORGET_INTERVAL = 30.0
+"""Seconds between deletions of what is past its retention."""
 
 
 class Tender:
@@ -48,6 +50,8 @@ class Tender:
         announce: Callable[[Hint], None],
         check_runs: Callable[[], Any],
         poll_runs: Callable[[], None],
+        fire_schedules: Callable[[Channel], Awaitable[Sequence[Row[Any]]]],
+        forget: Callable[[Channel], Awaitable[None]],
     ) -> None:
         self.worker_id = worker_id
         self._channel = channel
@@ -55,6 +59,8 @@ class Tender:
         self._announce = announce
         self._check_runs = check_runs
         self._poll_runs = poll_runs
+        self._fire_schedules = fire_schedules
+        self._forget = forget
         self._poked = asyncio.Event()
         self._look_at = 0.0
         self._resolve: set[uuid.UUID] = set()
@@ -64,6 +70,7 @@ class Tender:
         self._check = False
         self._next_reconcile = time.monotonic() + RECONCILE_INTERVAL
         self._next_sweep = 0.0
+        self._next_forget = time.monotonic() + FORGET_INTERVAL
         self.repaired = 0
         """Waits that only the search has resolved, since the start."""
 
@@ -255,6 +262,12 @@ class Tender:
         if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._next_sweep):
             self._next_sweep = now + SWEEP_LOST_INTERVAL
             await self._take_over()
+        if _passed(look.next_tick_at, look.now):
+            self._announce(Hint().add_rows(await self._fire_schedules(self._channel)))
+            self.look_within(0.0)
+        if now >= self._next_forget:
+            self._next_forget = now + FORGET_INTERVAL
+            await self._forget(self._channel)
         if now >= self._next_reconcile:
             await self._reconcile()
             took = time.monotonic() - now

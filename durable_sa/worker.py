@@ -37,7 +37,9 @@ from .names import validate_name
 from .options import WorkerOptions
 from .policies import integer, seconds
 from .reader import Reader, persistently
+from .retention import forget_old
 from .run import Claimed, Run
+from .schedules import fire_due
 from .signals import LeaseLost, TaskCancelled
 from .statements import checkpoints, claiming, queues, waits
 from .sync_context import SyncTaskContext, run_in_thread
@@ -159,6 +161,8 @@ class Worker:
             announce=self._announce,
             check_runs=self._check_runs,
             poll_runs=self._poll_runs,
+            fire_schedules=functools.partial(fire_due, self._durable),
+            forget=forget_old,
         )
         self._hints = sender(database.engine, channel_name(database.schema))
         task_factory.install(self._loop)

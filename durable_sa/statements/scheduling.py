@@ -1,0 +1,177 @@
+"""Schedules: kept as rows, fired by whichever worker comes first."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    Integer,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+
+from ..models import Schedule, Task
+from .expressions import as_json, as_jsonb, as_text, clock, constant, rows
+from .spawning import SPAWN_COLUMNS, insert_tasks
+
+_name = bindparam("schedule_name", type_=Text())
+
+_new = insert(Schedule).values(
+    name=_name,
+    queue_name=bindparam("schedule_queue", type_=Text()),
+    task_name=bindparam("schedule_task", type_=Text()),
+    cron_expression=bindparam("cron", type_=Text()),
+    timezone=bindparam("zone", type_=Text()),
+    params=as_json(bindparam("encoded_params", type_=Text())),
+    spawn_options=as_jsonb(bindparam("encoded_options", type_=Text())),
+    metadata=as_jsonb(bindparam("encoded_metadata", type_=Text())),
+    backend=bindparam("firing_backend", type_=Text()),
+    pgcron_job_name=bindparam("job_name", type_=Text()),
+    misfire=bindparam("misfire_policy", type_=Text()),
+    overlap=bindparam("overlap_policy", type_=Text()),
+    next_tick_at=bindparam("next_tick", type_=DateTime(timezone=True)),
+)
+_changed = {
+    column: _new.excluded[column]
+    for column in (
+        "queue_name",
+        "task_name",
+        "cron_expression",
+        "timezone",
+        "params",
+        "spawn_options",
+        "metadata",
+        "backend",
+        "pgcron_job_name",
+        "misfire",
+        "overlap",
+    )
+}
+_same_times = (
+    (Schedule.cron_expression == _new.excluded.cron_expression)
+    & (Schedule.timezone == _new.excluded.timezone)
+    & (Schedule.backend == _new.excluded.backend)
+)
+
+PUT_SCHEDULE = _new.on_conflict_do_update(
+    index_elements=[Schedule.name],
+    set_={
+        **_changed,
+        # A deploy that defines the same schedule again must not skip a tick that is due.
+        "next_tick_at": case((_same_times, Schedule.next_tick_at), else_=_new.excluded.next_tick_at),
+        "updated_at": clock(),
+    },
+).returning(Schedule.name)
+"""Define a schedule, or define it anew."""
+
+DELETE_SCHEDULE = delete(Schedule).where(Schedule.name == _name).returning(Schedule.name, Schedule.pgcron_job_name)
+"""Remove a schedule; tasks it has spawned go on."""
+
+LIST_SCHEDULES = (
+    select(
+        Schedule.name,
+        Schedule.task_name,
+        Schedule.queue_name,
+        Schedule.cron_expression,
+        Schedule.timezone,
+        as_text(Schedule.params).label("params"),
+        as_text(Schedule.spawn_options).label("spawn_options"),
+        as_text(Schedule.metadata_).label("metadata"),
+        Schedule.backend,
+        Schedule.pgcron_job_name,
+        Schedule.misfire,
+        Schedule.overlap,
+        Schedule.paused_at,
+        Schedule.next_tick_at,
+        Schedule.last_tick_at,
+        Schedule.created_at,
+        Schedule.updated_at,
+    )
+    .where(
+        or_(bindparam("only_name", type_=Text()).is_(None), Schedule.name == bindparam("only_name", type_=Text())),
+        or_(bindparam("only_task", type_=Text()).is_(None), Schedule.task_name == bindparam("only_task", type_=Text())),
+        or_(
+            bindparam("containing", type_=Text()).is_(None),
+            Schedule.metadata_.contains(as_jsonb(bindparam("containing", type_=Text()))),
+        ),
+    )
+    .order_by(Schedule.name)
+)
+"""Schedules by name, by task and by what their metadata contains."""
+
+PAUSE_SCHEDULE = (
+    update(Schedule)
+    .where(Schedule.name == _name)
+    .values(
+        paused_at=case((bindparam("paused", type_=Boolean()), func.coalesce(Schedule.paused_at, clock()))),
+        next_tick_at=func.coalesce(bindparam("next_tick", type_=DateTime(timezone=True)), Schedule.next_tick_at),
+        updated_at=clock(),
+    )
+    .returning(Schedule.name)
+)
+"""Stop or resume the firing; ticks of the pause are not made up for."""
+
+DATABASE_TIME = select(clock().label("now"))
+"""What time it is, for the next tick."""
+
+DUE_SCHEDULES = (
+    select(
+        Schedule.name,
+        Schedule.queue_name,
+        Schedule.task_name,
+        Schedule.cron_expression,
+        Schedule.timezone,
+        as_text(Schedule.params).label("params"),
+        as_text(Schedule.spawn_options).label("spawn_options"),
+        Schedule.misfire,
+        Schedule.next_tick_at,
+        clock().label("now"),
+    )
+    .where(
+        Schedule.backend == constant("worker"),
+        Schedule.paused_at.is_(None),
+        Schedule.next_tick_at <= clock(),
+    )
+    .order_by(Schedule.next_tick_at)
+    .limit(bindparam("wanted", type_=Integer()))
+)
+"""Schedules whose next tick has come."""
+
+# Parameters that bear the names of columns of an UPDATE would be taken for its new values.
+TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in SPAWN_COLUMNS.items()}
+_tick = rows("tick", **TICK_COLUMNS)
+_advanced = (
+    update(Schedule)
+    .where(
+        Schedule.name == _name,
+        Schedule.next_tick_at == bindparam("fired_tick", type_=DateTime(timezone=True)),
+        Schedule.paused_at.is_(None),
+    )
+    .values(
+        next_tick_at=bindparam("next_tick", type_=DateTime(timezone=True)),
+        last_tick_at=func.coalesce(bindparam("last_tick", type_=DateTime(timezone=True)), Schedule.last_tick_at),
+        last_task_id=func.coalesce(bindparam("last_task", type_=Uuid()), Schedule.last_task_id),
+    )
+    .returning(Schedule.name)
+    .cte("advanced")
+)
+_previous = select(Schedule.last_task_id).where(Schedule.name == _name, Schedule.overlap == constant("skip"))
+_may_fire = ~exists().where(Task.task_id.in_(_previous), Task.finished_at.is_(None))
+_due = (
+    select(*(_tick.c[f"tick_{name}"].label(name) for name in SPAWN_COLUMNS))
+    .where(exists().where(_advanced.c.name.is_not(None)), _may_fire)
+    .subquery("due")
+)
+
+FIRE = insert_tasks(_due).add_cte(_advanced).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+"""Spawn a schedule's ticks and move on to the next one, in one. The tick moves from what was read: of several workers
+that have read the same one, one succeeds, and the others spawn nothing."""
