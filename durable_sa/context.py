@@ -195,8 +195,6 @@ class TaskContext(Generic[StateT]):
         if (entry := await self._recall(call)) is not None:
             value = codec.decode(entry.value or _NULL, f"the result of step {call.name!r}")
             return Begun(call, True, value, 0)
-        if run.journal.holds_other("step", call.name):
-            run.warn("step %r is recorded with other arguments than it is now called with, and runs anew", call.name)
         tries = await self._failed_tries(call) if options.max_attempts > 1 else 0
         await run.enter()
         return Begun(call, False, None, tries)
@@ -262,6 +260,9 @@ class TaskContext(Generic[StateT]):
             stored = await self._run.write(
                 Kind.CHECKPOINT, call.key, (call.kind, call.name, "completed", text, None), size=len(text)
             )
+        if call.kind == "step" and not is_part(call.key) and self._run.journal.holds_other("step", call.name):
+            # Only now: branches that start later than this one have asked for theirs in the meantime.
+            self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)
         if is_part(call.key):
             # The step around it may be tried again, and asks for it then.
             text = text if stored is None else stored.value or _NULL
