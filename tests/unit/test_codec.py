@@ -199,6 +199,12 @@ def test_without_annotation_a_value_comes_back_as_plain_json_the_first_time_too(
     assert exactly(plain.decode(encoded, "It")) == exactly(expected)
 
 
+@pytest.mark.parametrize("annotation", [dict, dict[str, Any], dict[str, list[Any] | int]])
+def test_where_an_annotation_says_any_a_value_is_plain_json(annotation: Any) -> None:
+    value = {"a": [uuid.UUID(int=1), (date(2024, 1, 1),)], "b": 1}
+    assert codec_for(annotation).round_trip(value, "It")[1] == {"a": [str(uuid.UUID(int=1)), ["2024-01-01"]], "b": 1}
+
+
 class Reading(BaseModel):
     value: float | None = None
     anything: Any = None

@@ -55,6 +55,11 @@ EXAMPLES: list[tuple[DurableError, type[Exception], str]] = [
         f"There is no task {task_id}. Its spawn was not committed, or it was cleaned up.",
     ),
     (
+        TaskNotFound(task_id, "it is no child"),
+        LookupError,
+        f"Task {task_id} is not to be found here: it is no child.",
+    ),
+    (
         ScheduleNotFound("s"),
         LookupError,
         "There is no schedule named 's'. `await durable.list_schedules()` lists those there are.",

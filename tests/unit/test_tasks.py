@@ -112,6 +112,7 @@ def test_params_that_do_not_fit_are_refused_without_their_values(params: object,
         ask.encode_params(params)
     assert str(caught.value).startswith(f"The params do not fit task 'ask': {problem}")
     assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
 
 
@@ -213,18 +214,20 @@ def test_a_function_of_elsewhere_keeps_to_its_own_module() -> None:
     assert not isinstance(made.output_codec.decode('{"texts":[]}', "it"), Answer)
 
 
+def decorated_elsewhere(function: Any) -> Task[Any, Any]:
+    return task("elsewhere")(function)
+
+
 def test_types_in_a_closure_are_found() -> None:
     class Local(BaseModel):
         x: int
 
-    def define() -> Task[Local, int]:
-        @task
-        async def made(ctx: Any, local: Local) -> int:
-            return Local(x=local.x).x
+    async def function(ctx: Any, local: Local) -> int:
+        return Local(x=local.x).x
 
-        return made
-
-    assert define().decode_params('{"x":1}') == Local(x=1)
+    made = decorated_elsewhere(function)
+    assert made.local_types == {}
+    assert made.decode_params('{"x":1}') == Local(x=1)
 
 
 def test_a_type_that_is_defined_later_is_looked_for_again() -> None:
