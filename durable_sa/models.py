@@ -64,6 +64,11 @@ class Base(DeclarativeBase):
 _now = text("clock_timestamp()")
 
 
+def _readable(column: str) -> CheckConstraint:
+    """A time that drivers can read: not infinite, and in the years 1 to 9999 in whatever time zone."""
+    return CheckConstraint(f"{column} BETWEEN to_timestamp(-62135510400) AND to_timestamp(253402128000)", name=column)
+
+
 class Queue(Base):
     """A named queue: tasks, events and schedules belong to one, and it carries their retention."""
 
@@ -138,6 +143,8 @@ class Task(Base):
         CheckConstraint("max_running_time BETWEEN '0' AND '36525 days'", name="max_running_time"),
         CheckConstraint("octet_length(task_name) BETWEEN 1 AND 200", name="task_name"),
         CheckConstraint("octet_length(idempotency_key) BETWEEN 1 AND 255", name="idempotency_key"),
+        _readable("available_at"),
+        _readable("cancel_at"),
         # The claim walks this index and changes none of its columns, so that claiming a task is a heap-only update.
         Index(
             "tasks_claim_idx",
@@ -233,6 +240,7 @@ class Wait(Base):
         CheckConstraint("kind IN ('event', 'join')", name="kind"),
         CheckConstraint("(kind = 'event') = (event_name IS NOT NULL)", name="event_name"),
         CheckConstraint("(kind = 'join') = (child_task_id IS NOT NULL)", name="child_task_id"),
+        _readable("due_at"),
         Index("waits_event_idx", "queue_name", "event_name", postgresql_where=text("event_name IS NOT NULL")),
         Index("waits_child_idx", "child_task_id", postgresql_where=text("child_task_id IS NOT NULL")),
     )
@@ -257,6 +265,7 @@ class Schedule(Base):
         CheckConstraint("backend IN ('worker', 'pg_cron')", name="backend"),
         CheckConstraint("misfire IN ('skip', 'run_once', 'run_all')", name="misfire"),
         CheckConstraint("overlap IN ('allow', 'skip')", name="overlap"),
+        _readable("next_tick_at"),
         Index("schedules_next_tick_idx", "next_tick_at", postgresql_where=text("paused_at IS NULL")),
     )
 
@@ -284,6 +293,7 @@ class WorkerRow(Base):
     """One row a worker start; its lease stands for the leases of all runs the worker holds."""
 
     __tablename__ = "workers"
+    __table_args__ = (_readable("expires_at"),)
 
     worker_id: Mapped[uuid.UUID] = mapped_column(primary_key=True, comment="drawn anew at every start")
     name: Mapped[str] = mapped_column(comment="a label, host:pid unless given")

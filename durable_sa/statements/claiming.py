@@ -84,6 +84,9 @@ _next_in_lane = (
         Task.claimed_by.is_(None),
         Task.task_name == func.any(array("task_names", Text())),
         or_(Task.cancel_at.is_(None), Task.cancel_at > statement_time()),
+        # One row whose numbers would overflow must not stop the others.
+        Task.attempt < constant(2**31 - 1),
+        Task.fence < constant(2**62),
     )
     .order_by(Task.available_at, Task.task_id)
     .limit(_wanted)

@@ -200,7 +200,7 @@ _lost = func.json_build_object(
     ),
 )
 _ended = ended_attempts(_locked, constant("failed"), _lost)
-_given_up = _locked.c.lease_losses + constant(1) >= LEASE_LOSS_LIMIT
+_given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
 
 TAKE_OVER = (
     update(Task)
@@ -212,7 +212,7 @@ TAKE_OVER = (
         error=case((_given_up, _lost), else_=Task.error),
         available_at=case((_given_up, Task.available_at), else_=clock()),
         run_id=case((_given_up, Task.run_id), else_=_locked.c.next_run_ids),
-        lease_losses=Task.lease_losses + constant(1),
+        lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=Task.lease_losses + constant(1)),
         claimed_by=null(),
         fence=Task.fence + constant(1),
     )

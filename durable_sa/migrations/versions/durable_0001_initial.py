@@ -16,6 +16,7 @@ depends_on = None
 
 NOW = sa.text("clock_timestamp()")
 TIMESTAMP = sa.DateTime(timezone=True)
+READABLE = "BETWEEN to_timestamp(-62135510400) AND to_timestamp(253402128000)"
 
 
 def upgrade(**_: object) -> None:
@@ -96,6 +97,8 @@ def up(op: Operations, schema: str) -> None:
         sa.Column("finished_at", TIMESTAMP),
         sa.Column("output", sa.JSON()),
         sa.Column("error", sa.JSON(), comment="the last failure: name, message, traceback, raw"),
+        sa.CheckConstraint(f"available_at {READABLE}", name=op.f("tasks_available_at_check")),
+        sa.CheckConstraint(f"cancel_at {READABLE}", name=op.f("tasks_cancel_at_check")),
         sa.CheckConstraint("max_pending_time BETWEEN '0' AND '36525 days'", name=op.f("tasks_max_pending_time_check")),
         sa.CheckConstraint("max_running_time BETWEEN '0' AND '36525 days'", name=op.f("tasks_max_running_time_check")),
         sa.CheckConstraint("outcome IN ('completed', 'failed', 'cancelled')", name=op.f("tasks_outcome_check")),
@@ -227,6 +230,7 @@ def up(op: Operations, schema: str) -> None:
         sa.CheckConstraint("(kind = 'event') = (event_name IS NOT NULL)", name=op.f("waits_event_name_check")),
         sa.CheckConstraint("(kind = 'join') = (child_task_id IS NOT NULL)", name=op.f("waits_child_task_id_check")),
         sa.CheckConstraint("kind IN ('event', 'join')", name=op.f("waits_kind_check")),
+        sa.CheckConstraint(f"due_at {READABLE}", name=op.f("waits_due_at_check")),
         sa.PrimaryKeyConstraint("task_id", "key", name=op.f("waits_pkey")),
         schema=schema,
     )
@@ -271,6 +275,7 @@ def up(op: Operations, schema: str) -> None:
             "name ~ '^[A-Za-z0-9_-]+$' AND octet_length(name) <= 200", name=op.f("schedules_name_check")
         ),
         sa.CheckConstraint("overlap IN ('allow', 'skip')", name=op.f("schedules_overlap_check")),
+        sa.CheckConstraint(f"next_tick_at {READABLE}", name=op.f("schedules_next_tick_at_check")),
         sa.PrimaryKeyConstraint("name", name=op.f("schedules_pkey")),
         schema=schema,
     )
@@ -294,6 +299,7 @@ def up(op: Operations, schema: str) -> None:
         sa.Column("heartbeat_at", TIMESTAMP, server_default=NOW, nullable=False),
         sa.Column("expires_at", TIMESTAMP, nullable=False),
         sa.Column("lost_at", TIMESTAMP, comment="when another worker found it silent"),
+        sa.CheckConstraint(f"expires_at {READABLE}", name=op.f("workers_expires_at_check")),
         sa.PrimaryKeyConstraint("worker_id", name=op.f("workers_pkey")),
         schema=schema,
     )
