@@ -1,0 +1,42 @@
+"""The commands of `durable`, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from .database import cleanup, migrate
+from .demo import demo
+from .doctor import doctor
+from .events import events
+from .invocation import examples
+from .queues import queues
+from .schedules import schedules
+from .tasks import tasks
+from .worker import worker
+
+app = typer.Typer(
+    name="durable",
+    help="Durable tasks on your own Postgres: run workers, look at what there is, and put right what went wrong.",
+    epilog="Exit codes: 0, all is well; 1, something is wrong or was not found; 2, the command was not written right.",
+    no_args_is_help=True,
+    # Tracebacks with local variables would show params and passwords.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command(epilog=examples("durable demo"))(demo)
+app.command(epilog=examples("DURABLE_DATABASE_URL=postgresql://me@host/app durable migrate"))(migrate)
+app.command(
+    epilog=examples(
+        "durable worker app.tasks:durable --concurrency 20",
+        "durable worker app.tasks:durable -q mail -q reports --reload",
+    )
+)(worker)
+app.add_typer(queues, name="queues")
+app.add_typer(tasks, name="tasks")
+app.add_typer(events, name="events")
+app.add_typer(schedules, name="schedules")
+app.command(epilog=examples("durable doctor", "durable doctor --grace 5m --json"))(doctor)
+app.command(epilog=examples("durable cleanup --older-than 30d", "durable cleanup --older-than 90d --events -q mail"))(
+    cleanup
+)

@@ -1,0 +1,205 @@
+"""`durable doctor`: looks for what should not be, and says what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy import Executable, text
+from sqlalchemy.exc import DBAPIError
+
+from .. import migrations
+from ..connections import sqlstate
+from ..errors import SchemaMismatch
+from ..statements import diagnosis, inspection
+from .arguments import duration
+from .invocation import WRONG, Invocation, connected
+from .output import as_dicts, span
+
+_GRACE_SECONDS = 60.0
+_SHOWN = 20
+_SECONDS_A_CHECK = 30
+_SNAPSHOT_SECONDS = 300.0
+_QUERY_CANCELED = "57014"
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something to look for: each row that the statement gives is a problem."""
+
+    subject: str
+    statement: Executable
+    problem: Callable[[Fields], str]
+    remedy: str
+
+
+CHECKS = (
+    Check(
+        "due tasks",
+        diagnosis.UNCLAIMED,
+        lambda row: (
+            f"{row['count']} of {row['task_name']!r} in queue {row['queue_name']!r} are due and unclaimed, "
+            f"the oldest for {span(row['oldest_seconds'])}; "
+            + ("workers serve the queue" if row["served"] else "no worker serves the queue")
+        ),
+        "Start a worker that serves the queue and knows the task, or more of them.",
+    ),
+    Check(
+        "waits",
+        diagnosis.STUCK_WAITS,
+        lambda row: f"task {row['task_id']} waits for {row['kind']} {row['awaited']!r}, but {row['reason']}",
+        "Workers repair such waits within a minute: see whether any runs.",
+    ),
+    Check(
+        "sleepers",
+        diagnosis.SLEEPLESS,
+        lambda row: f"task {row['task_id']} ({row['task_name']}) sleeps and waits for nothing",
+        "This should not be: please report it. `durable tasks cancel`, then `durable tasks retry` wakes it.",
+    ),
+    Check(
+        "events",
+        diagnosis.UNDELIVERED,
+        lambda row: (
+            f"event {row['name']!r} in queue {row['queue_name']!r} has not been delivered for {span(row['seconds'])}"
+        ),
+        "Workers of any queue deliver events: see whether one runs.",
+    ),
+    Check(
+        "time limits",
+        diagnosis.OVERDUE,
+        lambda row: f"task {row['task_id']} ({row['task_name']}) is past its limit by {span(row['seconds'])}",
+        "Workers of any queue cancel such tasks: see whether one runs.",
+    ),
+    Check(
+        "leases",
+        diagnosis.EXPIRED_LEASES,
+        lambda row: (
+            f"{row['runs']} runs are held by worker {row['worker_name'] or row['worker_id']}, "
+            + ("which is unknown" if row["worker_name"] is None else f"whose lease ended {span(row['seconds'])} ago")
+        ),
+        "Workers of any queue take such runs over: see whether one runs.",
+    ),
+    Check(
+        "states",
+        diagnosis.INCONSISTENT,
+        lambda row: f"task {row['task_id']} ({row['task_name']}) is {row['state']}, against what its lease says",
+        "This should not be, unless rows were changed by hand: please report it.",
+    ),
+    Check(
+        "schedules",
+        diagnosis.OVERDUE_TICKS,
+        lambda row: f"schedule {row['name']!r} has been due for {span(row['seconds'])}",
+        "Workers of any queue fire schedules: see whether one runs.",
+    ),
+    Check(
+        "orphans",
+        diagnosis.ORPHANS,
+        lambda row: f"{row['what']}: {row['id']}",
+        "This should not be, unless rows were deleted by hand: please report it.",
+    ),
+)
+
+
+@connected
+async def doctor(
+    invocation: Invocation,
+    grace: Annotated[
+        timedelta | None,
+        typer.Option(parser=duration, metavar="DURATION", help="What may take so long by itself; 1m if absent."),
+    ] = None,
+) -> None:
+    """Look for what should not be: stuck waits, orphans, unclaimed work, expired leases, old snapshots.
+
+    The exit code is 1 if there is anything. Nothing is locked or changed. Each check has 30 seconds.
+    """
+    seconds = _GRACE_SECONDS if grace is None else grace.total_seconds()
+    async with invocation.durable.engine.connect() as connection:
+        revision = await connection.run_sync(migrations.current, invocation.durable.schema)
+    try:
+        await invocation.durable.check_schema()
+    except SchemaMismatch as error:
+        report: dict[str, Any] = {"revision": revision, "findings": [_finding("schema", [str(error)], None)]}
+    else:
+        report = {"revision": revision, **await _examine(invocation, seconds)}
+    report["ok"] = not report["findings"]
+    if invocation.output.as_json:
+        invocation.output.json(report)
+    else:
+        _print(invocation, report)
+    if not report["ok"]:
+        raise typer.Exit(WRONG)
+
+
+async def _examine(invocation: Invocation, grace: float) -> dict[str, Any]:
+    findings: list[dict[str, Any]] = []
+    for check in CHECKS:
+        rows = await _rows(invocation, check.statement, {"grace": grace, "wanted": _SHOWN})
+        if rows is None:
+            findings.append(_finding(check.subject, [f"could not be checked within {_SECONDS_A_CHECK} s"], None))
+        elif rows:
+            findings.append(_finding(check.subject, [check.problem(row) for row in rows], check.remedy))
+    workers = await _rows(invocation, inspection.WORKERS, {})
+    snapshots = await _rows(invocation, diagnosis.OLDEST_SNAPSHOT, {})
+    snapshot = snapshots[0] if snapshots else None
+    if snapshot is not None and snapshot["seconds"] > _SNAPSHOT_SECONDS:
+        remedy = "Vacuum cannot remove dead rows meanwhile, and claims get slower. End that transaction."
+        findings.append(_finding("snapshots", [_snapshot(snapshot)], remedy))
+    return {"findings": findings, "workers": workers or [], "oldest_snapshot": snapshot}
+
+
+async def _rows(
+    invocation: Invocation, statement: Executable, parameters: dict[str, Any]
+) -> list[dict[str, Any]] | None:
+    """What a statement finds; None if it takes too long."""
+    try:
+        async with invocation.durable.database.transaction() as connection:
+            await connection.execute(text(f"SET LOCAL statement_timeout = '{_SECONDS_A_CHECK}s'"))
+            result = await connection.execute(statement, parameters)
+            return as_dicts(result)
+    except DBAPIError as error:
+        if sqlstate(error) != _QUERY_CANCELED:
+            raise
+        return None
+
+
+def _finding(subject: str, problems: list[str], remedy: str | None) -> dict[str, Any]:
+    if len(problems) == _SHOWN:
+        problems.append("and perhaps more")
+    return {"subject": subject, "problems": problems, "remedy": remedy}
+
+
+def _snapshot(row: Fields) -> str:
+    holder = f"process {row['pid']}" if row["pid"] is not None else "nobody connected"
+    return (
+        f"the oldest is {span(row['seconds'])} old: {holder}, application {row['application_name']!r}, "
+        f"role {row['role']!r}, {row['state']}"
+    )
+
+
+def _print(invocation: Invocation, report: Fields) -> None:
+    output = invocation.output
+    found = {finding["subject"]: finding for finding in report["findings"]}
+    if "schema" in found:
+        output.say(f"{'WRONG':<6} {'schema':<12} {found['schema']['problems'][0]}")
+        return
+    live = [row["name"] for row in report["workers"] if row["lost_at"] is None]
+    snapshot = report["oldest_snapshot"]
+    facts = {
+        "schema": f"revision {report['revision']}",
+        "workers": ", ".join(live) or "none",
+        "snapshots": "none is held" if snapshot is None else _snapshot(snapshot),
+    }
+    for subject in ["schema", "workers", *(check.subject for check in CHECKS), "snapshots"]:
+        finding = found.get(subject)
+        if finding is None:
+            output.say(f"{'ok':<6} {subject:<12} {facts.get(subject, '')}".rstrip())
+            continue
+        for problem in finding["problems"]:
+            output.say(f"{'WRONG':<6} {subject:<12} {problem}")
+        if finding["remedy"]:
+            output.say(f"{'':<20}{finding['remedy']}")

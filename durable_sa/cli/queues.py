@@ -1,0 +1,115 @@
+"""`durable queues`: what there is, and how much of it is waiting."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from ..client import QueuePolicy
+from ..errors import QueueNotFound
+from ..models import SCHEMA
+from ..statements import queues as statements
+from .arguments import duration
+from .invocation import AsJson, Invocation, SchemaName, Url, connected, examples
+from .output import as_dicts, span
+
+queues = typer.Typer(
+    help="Queues and how they stand. Alone, it lists them.",
+    epilog=examples("durable queues", "durable queues create mail --retention 7d", "durable queues pause mail"),
+)
+
+Name = Annotated[str, typer.Argument(metavar="QUEUE", show_default=False)]
+Retention = Annotated[
+    timedelta | None, typer.Option(parser=duration, metavar="DURATION", help="Age at which finished tasks are deleted.")
+]
+EventRetention = Annotated[
+    timedelta | None, typer.Option(parser=duration, metavar="DURATION", help="Age at which events are deleted.")
+]
+
+_COLUMNS = {
+    "queue_name": "queue",
+    "status": "status",
+    "ready": "ready",
+    "scheduled": "scheduled",
+    "running": "running",
+    "failed": "failed",
+    "oldest": "oldest ready",
+}
+
+
+@queues.callback(invoke_without_command=True)
+def _alone(context: typer.Context, url: Url = None, schema: SchemaName = SCHEMA, as_json: AsJson = False) -> None:
+    if context.invoked_subcommand is None:
+        connected(_list)(url=url, schema=schema, as_json=as_json)
+
+
+async def _list(invocation: Invocation) -> None:
+    """List the queues with the numbers of their tasks.
+
+    Ready: could be claimed now. Scheduled: due later, or waiting for an event or a child.
+    """
+    rows = as_dicts(await invocation.durable.database.execute(statements.QUEUE_STATISTICS))
+    if not invocation.output.as_json:
+        for row in rows:
+            row["status"] = "open" if row["paused_at"] is None else "paused"
+            row["oldest"] = span(row["oldest_ready_seconds"])
+    invocation.output.table(rows, _COLUMNS, empty="There are no queues. Create one: durable queues create NAME")
+
+
+queues.command("list")(connected(_list))
+
+
+@queues.command("create")
+@connected
+async def create(
+    invocation: Invocation,
+    name: Name,
+    retention: Retention = None,
+    event_retention: EventRetention = None,
+) -> None:
+    """Create a queue. If it is there, only what is given changes."""
+    policy = QueuePolicy()
+    if retention is not None:
+        policy["retention"] = retention
+    if event_retention is not None:
+        policy["event_retention"] = event_retention
+    await invocation.durable.create_queue(name, **policy)
+    invocation.output.say(f"Queue {name!r} is there.", queue_name=name)
+
+
+@queues.command("pause")
+@connected
+async def pause(invocation: Invocation, name: Name) -> None:
+    """Stop claiming from a queue. What runs goes on, and spawning too."""
+    await _set_paused(invocation, name, paused=True)
+    invocation.output.say(f"Queue {name!r} is paused.", queue_name=name, paused=True)
+
+
+@queues.command("resume")
+@connected
+async def resume(invocation: Invocation, name: Name) -> None:
+    """Claim from a paused queue again."""
+    await _set_paused(invocation, name, paused=False)
+    invocation.output.say(f"Queue {name!r} is open.", queue_name=name, paused=False)
+
+
+async def _set_paused(invocation: Invocation, name: str, *, paused: bool) -> None:
+    if not await invocation.durable.database.execute(statements.PAUSE_QUEUE, {"name": name, "paused": paused}):
+        raise QueueNotFound(name)
+
+
+@queues.command("drop", epilog=examples("durable queues drop mail --yes"))
+@connected
+async def drop(
+    invocation: Invocation,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a queue with all its tasks, events and schedules. It asks before."""
+    await invocation.durable.require_queue(name)
+    if not yes:
+        typer.confirm(f"Delete queue {name!r} with everything in it?", abort=True, err=True)
+    await invocation.durable.drop_queue(name)
+    invocation.output.say(f"Queue {name!r} is gone.", queue_name=name)

@@ -1,0 +1,97 @@
+"""`durable worker --reload`: the same command in a child process, started anew when a file changes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from .output import make_console
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 3.0
+_IGNORED = frozenset({"__pycache__", "node_modules", "site-packages"})
+
+
+def supervise(directories: Sequence[Path]) -> int:
+    """Run this very command without `--reload`, again after each change of a Python file below the directories.
+
+    Returns the exit code: 0 once SIGTERM or SIGINT has come. A worker that ends by itself, as one with a syntax error
+    does, is started again at the next change.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stopping.set())
+    console = make_console(stderr=True)
+    command = [sys.executable, "-m", "durable_sa.cli", *(part for part in sys.argv[1:] if part != "--reload")]
+    changes = watch(directories, stopping)
+    while True:
+        child = subprocess.Popen(command)
+        try:
+            changed = next(changes, None)
+        finally:
+            _stop(child)
+        if changed is None:
+            return 0
+        console.print(f"{changed} has changed: starting anew")
+
+
+def watch(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
+    """Give a changed Python file each time there are some, until `stopping` is set."""
+    return _notified(directories, stopping) if find_spec("watchfiles") else _polled(directories, stopping)
+
+
+def _notified(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
+    watchfiles = import_module("watchfiles")
+    for changes in watchfiles.watch(
+        *directories, watch_filter=watchfiles.PythonFilter(), stop_event=stopping, raise_interrupt=False
+    ):
+        yield Path(min(path for _, path in changes))
+
+
+def _polled(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
+    known = _times(directories)
+    while not stopping.wait(_POLL_SECONDS):
+        current = _times(directories)
+        changed = {path for path, _ in known.items() ^ current.items()}
+        known = current
+        if changed:
+            yield min(changed)
+
+
+def _times(directories: Sequence[Path]) -> dict[Path, int]:
+    """When each file was last changed; virtual environments and hidden directories are passed over."""
+    times: dict[Path, int] = {}
+    pending = list(directories)
+    while pending:
+        directory = pending.pop()
+        with contextlib.suppress(OSError):
+            for entry in directory.iterdir():
+                if entry.name.startswith(".") or entry.name in _IGNORED:
+                    continue
+                if entry.is_dir():
+                    if not (entry / "pyvenv.cfg").exists():
+                        pending.append(entry)
+                elif entry.suffix == ".py":
+                    times[entry] = entry.stat().st_mtime_ns
+    return times
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a worker: gently, then with the second signal that gives its runs back at once, then for good."""
+    for end, seconds in ((child.terminate, _GRACE_SECONDS), (child.terminate, _GRACE_SECONDS), (child.kill, None)):
+        _send(end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+            return
+
+
+def _send(end: Callable[[], None]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        end()

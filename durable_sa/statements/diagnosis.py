@@ -1,0 +1,275 @@
+"""What should not be: work nobody does, waits that are over, rows that belong to nothing, what holds vacuum up.
+
+Each statement gives the worst it finds, a bounded number of rows, and takes as `grace` the seconds that the engine may
+need by itself. They read and lock nothing, and are for the operator: some of them walk whole tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Float,
+    Integer,
+    Select,
+    Text,
+    bindparam,
+    case,
+    column,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    table,
+    union_all,
+)
+from sqlalchemy.orm import aliased
+
+from ..models import Checkpoint, Event, Queue, Run, Schedule, Task, Wait, WorkerRow
+from .expressions import clock, constant, interval
+
+_moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
+_wanted = bindparam("wanted", type_=Integer())
+_unfinished = Task.finished_at.is_(None)
+
+
+def _age(moment: ColumnElement[Any] | Any) -> ColumnElement[Any]:
+    return func.extract("epoch", clock() - moment)
+
+
+_paused = exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None))
+_served = exists().where(
+    WorkerRow.lost_at.is_(None),
+    WorkerRow.expires_at > clock(),
+    Task.queue_name == func.any(WorkerRow.queue_names),
+)
+
+UNCLAIMED = (
+    select(
+        Task.queue_name,
+        Task.task_name,
+        func.count().label("count"),
+        _age(func.min(Task.available_at)).label("oldest_seconds"),
+        func.bool_or(_served).label("served"),
+    )
+    .where(_unfinished, Task.claimed_by.is_(None), Task.available_at < _moment_ago, ~_paused)
+    .group_by(Task.queue_name, Task.task_name)
+    .order_by(func.min(Task.available_at))
+    .limit(_wanted)
+)
+"""Tasks that are due and that nobody claims, and whether any worker serves their queue."""
+
+_child = aliased(Task, name="child")
+STUCK_WAITS = (
+    select(
+        Wait.task_id,
+        Wait.kind,
+        func.coalesce(Wait.event_name, func.cast(Wait.child_task_id, Text())).label("awaited"),
+        case(
+            (Event.name.is_not(None), constant("the event was emitted")),
+            (_child.finished_at.is_not(None), constant("the child has ended")),
+            ((Wait.kind == constant("join")) & _child.task_id.is_(None), constant("there is no such child")),
+            else_=constant("its timeout is over"),
+        ).label("reason"),
+        _age(Wait.created_at).label("waiting_seconds"),
+    )
+    .join(Task, (Task.task_id == Wait.task_id) & _unfinished & Task.claimed_by.is_(None))
+    .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
+    .outerjoin(_child, _child.task_id == Wait.child_task_id)
+    .where(
+        Wait.created_at < _moment_ago,
+        or_(
+            Event.emitted_at < _moment_ago,
+            _child.finished_at < _moment_ago,
+            (Wait.kind == constant("join")) & _child.task_id.is_(None),
+            Wait.due_at < _moment_ago,
+        ),
+        ~_paused,
+    )
+    .order_by(Wait.created_at)
+    .limit(_wanted)
+)
+"""Waits that are over, and whose tasks sleep on."""
+
+SLEEPLESS = (
+    select(Task.task_id, Task.task_name, Task.queue_name)
+    .where(
+        _unfinished,
+        Task.available_at.is_(None),
+        Task.claimed_by.is_(None),
+        ~exists().where(Wait.task_id == Task.task_id),
+    )
+    .limit(_wanted)
+)
+"""Tasks that wait for nothing: no time, event or child will ever wake them."""
+
+UNDELIVERED = (
+    select(Event.queue_name, Event.name, _age(Event.emitted_at).label("seconds"))
+    .where(Event.delivered_at.is_(None), Event.emitted_at < _moment_ago)
+    .order_by(Event.emitted_at)
+    .limit(_wanted)
+)
+"""Events that no worker has delivered."""
+
+OVERDUE = (
+    select(Task.task_id, Task.task_name, _age(Task.cancel_at).label("seconds"))
+    .where(_unfinished, Task.cancel_at.is_not(None), Task.cancel_at < _moment_ago)
+    .order_by(Task.cancel_at)
+    .limit(_wanted)
+)
+"""Tasks past their `max_pending_time` or `max_running_time`."""
+
+EXPIRED_LEASES = (
+    select(
+        Task.claimed_by.label("worker_id"),
+        WorkerRow.name.label("worker_name"),
+        func.count().label("runs"),
+        _age(func.max(WorkerRow.expires_at)).label("seconds"),
+    )
+    .outerjoin(WorkerRow, WorkerRow.worker_id == Task.claimed_by)
+    .where(
+        _unfinished,
+        Task.claimed_by.is_not(None),
+        or_(WorkerRow.worker_id.is_(None), WorkerRow.expires_at < _moment_ago, WorkerRow.lost_at < _moment_ago),
+    )
+    .group_by(Task.claimed_by, WorkerRow.name)
+    .limit(_wanted)
+)
+"""Runs that workers hold which are silent, or unknown, and that nobody has taken over."""
+
+INCONSISTENT = (
+    select(Task.task_id, Task.task_name, Task.state)
+    .where(
+        _unfinished,
+        or_(
+            Task.state.not_in(["pending", "running", "sleeping"]),
+            (Task.state == constant("running")) != Task.claimed_by.is_not(None),
+        ),
+    )
+    .limit(_wanted)
+)
+"""Tasks whose columns contradict each other."""
+
+OVERDUE_TICKS = (
+    select(Schedule.name, _age(Schedule.next_tick_at).label("seconds"))
+    .where(Schedule.paused_at.is_(None), Schedule.backend == constant("worker"), Schedule.next_tick_at < _moment_ago)
+    .order_by(Schedule.next_tick_at)
+    .limit(_wanted)
+)
+"""Schedules whose tick no worker has fired."""
+
+_parent = aliased(Task, name="parent")
+
+
+def _orphan(what: str, id_: ColumnElement[Any] | Any, query: Select[Any]) -> Any:
+    found = query.with_only_columns(func.cast(id_, Text()).label("id")).limit(_wanted).subquery()
+    return select(constant(what).label("what"), found.c.id)
+
+
+ORPHANS = union_all(
+    _orphan(
+        "task in a queue that does not exist",
+        Task.task_id,
+        select(Task).where(_unfinished, ~exists().where(Queue.queue_name == Task.queue_name)),
+    ),
+    _orphan(
+        "task whose parent does not exist",
+        Task.task_id,
+        select(Task).where(
+            _unfinished,
+            Task.parent_task_id.is_not(None),
+            ~exists().where(_parent.task_id == Task.parent_task_id),
+        ),
+    ),
+    _orphan(
+        "task whose parent has failed or was cancelled",
+        Task.task_id,
+        select(Task)
+        .join(_parent, _parent.task_id == Task.parent_task_id)
+        .where(
+            _unfinished,
+            _parent.outcome.in_(["failed", "cancelled"]),
+            _parent.finished_at < _moment_ago,
+            Task.created_at < _moment_ago,
+        ),
+    ),
+    _orphan(
+        "wait of a task that has ended or does not exist",
+        Wait.task_id,
+        select(Wait).where(~exists().where(Task.task_id == Wait.task_id, _unfinished), Wait.created_at < _moment_ago),
+    ),
+    _orphan(
+        "checkpoint of a task that does not exist",
+        Checkpoint.task_id,
+        select(Checkpoint).where(~exists().where(Task.task_id == Checkpoint.task_id)),
+    ),
+    _orphan(
+        "run of a task that does not exist",
+        Run.task_id,
+        select(Run).where(~exists().where(Task.task_id == Run.task_id)),
+    ),
+    _orphan(
+        "event of a queue that does not exist",
+        Event.name,
+        select(Event).where(~exists().where(Queue.queue_name == Event.queue_name)),
+    ),
+)
+"""Rows that belong to nothing."""
+
+_activity = table(
+    "pg_stat_activity",
+    column("pid", Integer()),
+    column("application_name", Text()),
+    column("usename", Text()),
+    column("state", Text()),
+    column("xact_start", DateTime(timezone=True)),
+    column("backend_xmin"),
+    column("datname", Text()),
+    schema="pg_catalog",
+)
+_prepared = table(
+    "pg_prepared_xacts",
+    column("gid", Text()),
+    column("owner", Text()),
+    column("prepared", DateTime(timezone=True)),
+    column("database", Text()),
+    schema="pg_catalog",
+)
+_here = func.current_database()
+_snapshots = union_all(
+    select(
+        _activity.c.pid,
+        _activity.c.application_name,
+        _activity.c.usename.label("role"),
+        _activity.c.state,
+        _activity.c.xact_start.label("since"),
+    ).where(
+        _activity.c.backend_xmin.is_not(None),
+        _activity.c.datname == _here,
+        _activity.c.pid != func.pg_backend_pid(),
+    ),
+    select(
+        literal_column("NULL", Integer()),
+        func.concat(constant("prepared transaction "), _prepared.c.gid),
+        _prepared.c.owner,
+        constant("prepared"),
+        _prepared.c.prepared,
+    ).where(_prepared.c.database == _here),
+).subquery("snapshots")
+
+OLDEST_SNAPSHOT = (
+    select(
+        _snapshots.c.pid,
+        _snapshots.c.application_name,
+        _snapshots.c.role,
+        _snapshots.c.state,
+        _age(_snapshots.c.since).label("seconds"),
+    )
+    .where(_snapshots.c.since.is_not(None))
+    .order_by(_snapshots.c.since)
+    .limit(1)
+)
+"""Who has been keeping vacuum from removing dead rows, and for how long."""
