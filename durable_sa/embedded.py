@@ -49,6 +49,15 @@ _USER = "pgserver"
 _START_SECONDS = 60
 _SOCKET_PATH_BYTES = 100  # of 104 on macOS and 108 on Linux
 
+_REMOVE = """
+read -r _
+if pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null); then
+    kill -QUIT "$pid"
+    for _ in 1 2 3 4 5 6 7 8 9 10; do [ -e "$0/data/postmaster.pid" ] && sleep 0.2; done
+fi
+rm -rf "$0"
+"""
+
 _mutex = threading.Lock()
 _joined: dict[Path, EmbeddedServer] = {}
 
@@ -79,27 +88,31 @@ def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
 
 @contextlib.contextmanager
 def temporary_server(
-    *, settings: Mapping[str, str | int] | None = None, listen: str | None = None
+    *, settings: Mapping[str, str | int] | None = None, listen: str | None = None, parent: Path | None = None
 ) -> Generator[EmbeddedServer]:
-    """Run a server of one's own, with its data in a temporary directory that is removed at the end.
+    """Run a server of one's own, with its data in a temporary directory below `parent`.
 
     `settings` go to `postgresql.conf`. With `listen`, an address such as `127.0.0.1`, it takes TCP connections on a
     free port that stays the same over restarts, and asks for the password that `url()` contains; without, it has a
-    unix socket only.
+    unix socket only. Server and data are gone at the end, also if this process is killed.
 
     Raises:
         InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
     """
-    directory = Path(tempfile.mkdtemp(prefix="durable-")).resolve()
-    temporary = EmbeddedServer(
-        directory / "data", settings={"log_checkpoints": "off", **(settings or {})}, listen=listen
+    directory = Path(tempfile.mkdtemp(prefix="durable-", dir=parent)).resolve()
+    # Waits for the end of its input, which comes with the end of this process at the latest.
+    remover = subprocess.Popen(
+        ["/bin/sh", "-c", _REMOVE, str(directory)], stdin=subprocess.PIPE, cwd="/", start_new_session=True
     )
-    try:
-        temporary.start()
-        yield temporary
-    finally:
-        temporary.stop("immediate")
-        shutil.rmtree(directory)
+    with remover:
+        temporary = EmbeddedServer(
+            directory / "data", settings={"log_checkpoints": "off", **(settings or {})}, listen=listen
+        )
+        try:
+            temporary.start()
+            yield temporary
+        finally:
+            temporary.stop("immediate")
 
 
 class EmbeddedServer:
@@ -154,6 +167,7 @@ class EmbeddedServer:
             self._run("pg_ctl", "stop", "-w", "-D", str(self.data_dir), "-m", mode)
             if self._socket_dir != str(self.data_dir):
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
+        self._forget()
 
     def restart(self, mode: StopMode = "fast") -> None:
         """Stop, then start."""
@@ -172,10 +186,7 @@ class EmbeddedServer:
             psutil.wait_procs(processes)
 
     def _launch(self) -> None:
-        # What a killed server leaves behind. PostgreSQL takes it for a running one where the process id is in use
-        # again, which is likely in containers, or not yet reaped.
-        for stale in ("postmaster.pid", f".s.PGSQL.{self._port}", f".s.PGSQL.{self._port}.lock"):
-            (self.data_dir / stale).unlink(missing_ok=True)
+        self._forget()
         options = {
             "unix_socket_directories": self._usable_socket_dir(),
             "listen_addresses": self._listen or "",
@@ -194,6 +205,12 @@ class EmbeddedServer:
             # A start whose process was killed may still have been under way.
             if self._postmaster() is None:
                 raise self._failure("does not start") from None
+
+    def _forget(self) -> None:
+        # What a killed server leaves behind. PostgreSQL takes it for a running one where the process id is in use
+        # again, which is likely in containers, or not yet reaped.
+        for stale in ("postmaster.pid", f".s.PGSQL.{self._port}", f".s.PGSQL.{self._port}.lock"):
+            (self.data_dir / stale).unlink(missing_ok=True)
 
     def _initialise(self) -> None:
         # Renamed into place at the end: a process killed in the middle leaves nothing that looks like a database.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from durable_sa import embedded
 from durable_sa.embedded import EmbeddedServer, temporary_server
 from durable_sa.errors import InvalidConfiguration
+from durable_sa.testing.database import fast_directory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the embedded server needs Linux or macOS")
 
@@ -65,7 +67,7 @@ def postmaster(directory: Path) -> psutil.Process | None:
 @pytest.fixture
 def directory() -> Generator[Path]:
     # Not below pytest's own temporary directory, which is closed to the user that root's server runs as.
-    with tempfile.TemporaryDirectory(prefix="durable-") as name:
+    with tempfile.TemporaryDirectory(prefix="durable-", dir=fast_directory()) as name:
         directory = Path(name).resolve()
         yield directory
         # What a failed test may have left running.
@@ -74,7 +76,7 @@ def directory() -> Generator[Path]:
 
 @pytest.fixture(scope="module")
 def own_server() -> Generator[EmbeddedServer]:
-    with temporary_server(settings={"fsync": "off", "max_connections": 17}) as server:
+    with temporary_server(settings={"fsync": "off", "max_connections": 17}, parent=fast_directory()) as server:
         yield server
 
 
@@ -184,7 +186,7 @@ def test_settings_and_environment(own_server: EmbeddedServer, monkeypatch: pytes
 
 
 def test_tcp_needs_the_password_and_the_port_survives_restarts_and_crashes() -> None:
-    with temporary_server(settings={"fsync": "off"}, listen="127.0.0.1") as server:
+    with temporary_server(settings={"fsync": "off"}, listen="127.0.0.1", parent=fast_directory()) as server:
         url = server.url()
         assert answer(url, "SELECT host(inet_server_addr())") == "127.0.0.1"
         with pytest.raises(sa.exc.OperationalError, match="password authentication failed"):
@@ -198,6 +200,27 @@ def test_tcp_needs_the_password_and_the_port_survives_restarts_and_crashes() -> 
     assert not directory.exists()
 
 
+def test_a_temporary_server_ends_with_a_killed_process() -> None:
+    program = textwrap.dedent("""
+        import time
+        from durable_sa.embedded import temporary_server
+
+        with temporary_server() as server:
+            print(server.data_dir, flush=True)
+            time.sleep(600)
+    """)
+    user = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert user.stdout is not None
+    data = Path(user.stdout.readline().strip())
+    server = psutil.Process(int((data / "postmaster.pid").read_text().splitlines()[0]))
+    user.kill()
+    user.communicate()
+    deadline = time.monotonic() + 60
+    while data.parent.exists() or (server.is_running() and server.status() != psutil.STATUS_ZOMBIE):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_server_that_does_not_start_says_why() -> None:
     with (
         pytest.raises(InvalidConfiguration, match=r"(?s)could not be made.*unrecognized configuration parameter"),
@@ -207,7 +230,7 @@ def test_a_server_that_does_not_start_says_why() -> None:
 
 
 def test_a_start_that_fails_shows_the_log() -> None:
-    with temporary_server(settings={"fsync": "off"}) as server:
+    with temporary_server(settings={"fsync": "off"}, parent=fast_directory()) as server:
         server.stop()
         with (server.data_dir / "postgresql.conf").open("a") as settings:
             settings.write("shared_buffers = -5\n")
