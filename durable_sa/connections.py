@@ -7,9 +7,9 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable, Row, text
 from sqlalchemy.engine import URL, Engine, make_url
@@ -19,6 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 
 from .errors import InvalidConfiguration
 from .models import SCHEMA
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import IsolationLevel
 
 logger = logging.getLogger("durable_sa")
 
@@ -135,10 +138,10 @@ class Database:
             )
         self.options: dict[str, Any] = {}
         if schema != SCHEMA:
-            applications = self.engine.get_execution_options().get("schema_translate_map") or {}
+            applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
             self.options["schema_translate_map"] = {**applications, SCHEMA: schema}
-        self._autocommit: AsyncEngine | None = None
-        self.explicit = False
+        self.explicit: bool | None = None
+        """Whether statements get transactions of their own; None before the first connection."""
 
     async def close(self) -> None:
         """Dispose of the engine if it was made here."""
@@ -151,9 +154,8 @@ class Database:
         An autocommit connection runs at the isolation the server has by default. Where that is another one, the
         statements get transactions of their own instead; see :meth:`execute_on`.
         """
-        if self._autocommit is None:
-            engine = self.engine.execution_options(isolation_level="AUTOCOMMIT", **self.options)
-            connection = await engine.connect()
+        if self.explicit is None:
+            connection = await self._connect("AUTOCOMMIT")
             try:
                 level = (
                     await connection.execute(text("SELECT current_setting('default_transaction_isolation')"))
@@ -161,13 +163,24 @@ class Database:
             except BaseException:
                 await discard(connection)
                 raise
-            if level == "read committed":
-                self._autocommit = engine
+            self.explicit = level != "read committed"
+            if not self.explicit:
                 return connection
             await connection.close()
-            self._autocommit = self.engine.execution_options(isolation_level="READ COMMITTED", **self.options)
-            self.explicit = True
-        return await self._autocommit.connect()
+        return await self._connect("READ COMMITTED" if self.explicit else "AUTOCOMMIT")
+
+    async def _connect(self, isolation_level: IsolationLevel) -> AsyncConnection:
+        """A connection of that level, whatever the level of the application's engine.
+
+        Not by an engine of that level: if the application's engine was itself derived from another with a level, that
+        one would count.
+        """
+        connection = await self.engine.connect()
+        try:
+            return await connection.execution_options(isolation_level=isolation_level, **self.options)
+        except BaseException:
+            await discard(connection)
+            raise
 
     async def execute_on(
         self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None = None
@@ -208,8 +221,20 @@ class Database:
         raise AssertionError("unreachable")
 
     async def transactional(self) -> AsyncConnection:
-        """A connection of the application's engine, at the isolation the application has given it."""
-        return await self.engine.execution_options(**self.options).connect()
+        """A connection of the application's engine, at the isolation the application has given it.
+
+        If that is autocommit, which knows no transactions, at read committed.
+        """
+        connection = await self.engine.connect()
+        try:
+            raw = await connection.get_raw_connection()
+            options = dict(self.options)
+            if connection.dialect.detect_autocommit_setting(raw.dbapi_connection):  # type: ignore[arg-type]
+                options["isolation_level"] = "READ COMMITTED"
+            return await connection.execution_options(**options)
+        except BaseException:
+            await discard(connection)
+            raise
 
     def session(self, connection: AsyncConnection) -> AsyncSession:
         """A session of the application's kind, inside the transaction that `connection` has begun.
@@ -228,11 +253,14 @@ class Database:
         return AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def transaction(self) -> AsyncGenerator[AsyncConnection]:
         """A transaction of several statements, each of which sees what was committed before it."""
-        engine = self.engine.execution_options(isolation_level="READ COMMITTED", **self.options)
-        async with engine.connect() as connection, connection.begin():
-            yield connection
+        connection = await self._connect("READ COMMITTED")
+        try:
+            async with connection.begin():
+                yield connection
+        finally:
+            await connection.close()
 
 
 async def discard(connection: AsyncConnection) -> None:
