@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from types import TracebackType
@@ -23,6 +23,7 @@ from .batches import Batch
 from .branches import detached
 from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
 from .connections import Database, backoff, is_conflict
+from .context import TaskContext
 from .errors import (
     DurableError,
     QueueNotFound,
@@ -30,7 +31,7 @@ from .errors import (
     TaskNotFound,
     TaskNotRegistered,
 )
-from .hints import Hint, HintSender, channel_name, sender
+from .hints import Hint, HintSender, channel_name, flush, sender
 from .models import DEFAULT_QUEUE, SCHEMA
 from .names import validate_name
 from .options import MAX_ATTEMPTS, Spawn, SpawnOptions, TaskOptions, WorkerOptions
@@ -41,7 +42,7 @@ from .schedules import Backend, Misfire, Overlap
 from .sessions import Executor, Script, perform
 from .spawns import Prepared, at_position, prepare
 from .statements import queues, spawning, waits
-from .tasks import Task
+from .tasks import Task, TaskDecorator
 from .tasks import task as make_task
 from .worker import Settings, Worker, signals_handled
 
@@ -52,6 +53,7 @@ StateT = DefaultTypeVar("StateT", default=Any)
 _PLAIN: Codec[Any] = codec_for(Any)
 _FIRST_POLL = 0.002
 _LONGEST_POLL = 0.25
+_TRIES = 5
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -142,11 +144,14 @@ class Durable(Generic[StateT]):
         await self.close()
 
     async def close(self) -> None:
-        """Shut down workers that still run, and dispose of the engine if it was made from a URL."""
+        """Shut down workers that still run, and dispose of the engine if it was made from a URL.
+
+        Wake-up hints on their way are seen off, also over engines of the application: dispose of those afterwards.
+        """
         for worker in list(self._workers):
             await worker.shutdown()
+        await flush(channel_name(self.schema))
         if self._database is not None:
-            await self._sender().flush()
             await self._database.close()
             if self._database.owned:
                 self._database = None
@@ -172,9 +177,28 @@ class Durable(Generic[StateT]):
     def _sender(self) -> HintSender:
         return sender(self.database.engine, channel_name(self.schema))
 
+    @overload
+    def task(self, name: Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, T]], /) -> Task[ParamsT, T]: ...
+    @overload
+    def task(self, name: Callable[[TaskContext[Any]], Coroutine[Any, Any, T]], /) -> Task[None, T]: ...
+    @overload
+    def task(self, name: Callable[[Any, ParamsT], T], /) -> Task[ParamsT, T]: ...
+    @overload
+    def task(self, name: Callable[[Any], T], /) -> Task[None, T]: ...
+    @overload
     def task(
         self,
-        name: Any = None,
+        name: str | None = None,
+        *,
+        max_attempts: int | None = None,
+        retry_strategy: RetryStrategy | None = None,
+        cancellation: CancellationPolicy | None = None,
+        queue_name: str | None = None,
+        no_retry_on: Iterable[type[BaseException]] = (),
+    ) -> TaskDecorator: ...
+    def task(
+        self,
+        name: str | Callable[..., Any] | None = None,
         *,
         max_attempts: int | None = None,
         retry_strategy: RetryStrategy | None = None,
@@ -193,7 +217,11 @@ class Durable(Generic[StateT]):
             queue_name=queue_name,
             no_retry_on=no_retry_on,
         )
-        return lambda function: self.register(decorate(function))
+
+        def registering(function: Callable[..., Any]) -> Task[Any, Any]:
+            return self.register(decorate(function))
+
+        return registering
 
     def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
         """Make a task known: its workers claim it from now on, and it may be spawned by name. Returns the task.
@@ -201,7 +229,7 @@ class Durable(Generic[StateT]):
         Raises:
             TaskAlreadyRegistered: another task has that name.
         """
-        if not isinstance(task, Task):
+        if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
         if self.tasks.setdefault(task.name, task) is not task:
             raise TaskAlreadyRegistered(task.name)
@@ -353,7 +381,7 @@ class Durable(Generic[StateT]):
         return perform(session, self.schema, scripts.spawn(self._prepare_many(items)))
 
     def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
-        prepared = []
+        prepared: list[Prepared] = []
         for position, item in enumerate(items):
             try:
                 if isinstance(item, Spawn):
@@ -465,19 +493,19 @@ class Durable(Generic[StateT]):
         """Run a script in a transaction of its own, again if it loses against another one."""
 
         async def run() -> T:
-            hint = Hint()
-            for attempt in range(5):
+            for attempt in range(_TRIES):
+                hint = Hint()
                 try:
                     async with self.database.transaction() as connection:
                         result = await _drive(connection, script(hint))
-                    break
                 except DBAPIError as error:
-                    if attempt == 4 or not is_conflict(error):
+                    if attempt + 1 == _TRIES or not is_conflict(error):
                         raise
-                    hint = Hint()
                     await asyncio.sleep(backoff(attempt))
-            self._sender().send(hint)
-            return result
+                else:
+                    self._sender().send(hint)
+                    return result
+            raise AssertionError("unreachable")
 
         with detached():
             task = asyncio.get_running_loop().create_task(run(), name="durable:client")
@@ -735,7 +763,7 @@ class Durable(Generic[StateT]):
         return worker
 
     @asynccontextmanager
-    async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncIterator[Worker]:
+    async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncGenerator[Worker]:
         """A worker for the length of an ``async with`` block."""
         worker = await self.start_worker(**options)
         try:
@@ -776,7 +804,7 @@ async def _drive(connection: AsyncConnection, script: Script[T]) -> T:
 def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
     if isinstance(task, SpawnResult | TaskHandle):
         return task.task_id
-    if isinstance(task, uuid.UUID):
+    if isinstance(task, uuid.UUID):  # pyright: ignore[reportUnnecessaryIsInstance]
         return task
     try:
         return uuid.UUID(str(task))

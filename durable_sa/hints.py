@@ -8,6 +8,7 @@ each other; and what becomes known while one is on its way travels together in t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from typing import Any
 from sqlalchemy import Row, event, func, select
 from sqlalchemy.engine import Connection, Engine, RootTransaction
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import Pool
 from sqlalchemy.sql import bindparam
 from sqlalchemy.types import Text
 
@@ -35,6 +37,10 @@ NOTIFY = select(func.pg_notify(bindparam("channel", type_=Text()), bindparam("pa
 
 MAX_PAYLOAD = 7000
 """Bytes; Postgres allows 8,000."""
+
+_SHORTEST_PAUSE = 0.0005
+_LONGEST_PAUSE = 0.01
+"""Seconds between looks whether a transaction is over."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -50,7 +56,7 @@ def channel_name(schema: str) -> str:
 class Hint:
     """What may be worth a look: lanes with the earliest time in each, events, ended runs, limits on time."""
 
-    lanes: dict[tuple[str, int], datetime] = field(default_factory=dict)
+    lanes: dict[tuple[str, int], datetime] = field(default_factory=dict[tuple[str, int], datetime])
     events: bool = False
     taken: bool = False
     limits: bool = False
@@ -106,23 +112,56 @@ class Hint:
             return None
 
 
+class _Outbox:
+    """Hints with the transactions that they wait for."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[RootTransaction | None, Hint]] = []
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def put(self, hint: Hint, after: RootTransaction | None) -> None:
+        with self._lock:
+            self._waiting.append((after, hint))
+
+    def take(self) -> Hint:
+        """All that need not wait any longer, as one."""
+        ready = Hint()
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+            for after, hint in waiting:
+                if after is not None and after.is_active:
+                    self._waiting.append((after, hint))
+                else:
+                    ready.merge(hint)
+        return ready
+
+    def clear(self) -> None:
+        with self._lock:
+            self._waiting.clear()
+
+
 class HintSender:
     """Sends hints for one async engine on one event loop, one NOTIFY at a time."""
 
     def __init__(self, engine: AsyncEngine, channel: str) -> None:
+        self.channel = channel
+        self.loop = asyncio.get_running_loop()
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._channel = channel
-        self._pending = Hint()
+        self._outbox = _Outbox()
         self._task: asyncio.Task[None] | None = None
 
-    def send(self, hint: Hint) -> None:
-        """Send, soon. Call it on the event loop."""
+    def send(self, hint: Hint, after: RootTransaction | None = None) -> None:
+        """Send, soon, and not before the end of a transaction. Call it on the event loop."""
         if not hint:
             return
-        self._pending.merge(hint)
+        self._outbox.put(hint, after)
         if self._task is None:
+            _sending.add(self)
             with detached():
-                self._task = asyncio.get_running_loop().create_task(self._drain(), name="durable:hints")
+                self._task = self.loop.create_task(self._drain(), name="durable:hints")
 
     async def flush(self) -> None:
         """Wait until nothing is on its way."""
@@ -130,69 +169,87 @@ class HintSender:
             await asyncio.wait([task])
 
     async def _drain(self) -> None:
+        pause = _SHORTEST_PAUSE
         try:
-            async with self._engine.connect() as connection:
-                while self._pending:
-                    hint, self._pending = self._pending, Hint()
-                    await connection.execute(NOTIFY, {"channel": self._channel, "payload": hint.encode()})
+            while self._outbox:
+                if not (hint := self._outbox.take()):
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, _LONGEST_PAUSE)
+                    continue
+                async with self._engine.connect() as connection:
+                    while hint:
+                        await connection.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
+                        hint = self._outbox.take()
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
-            self._pending = Hint()
+            self._outbox.clear()
             logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
         finally:
             self._task = None
+            _sending.discard(self)
 
 
 class _ThreadSender:
     """Sends hints for one sync engine from a daemon thread that ends when there is nothing to do."""
 
     def __init__(self, engine: Engine, channel: str) -> None:
-        self._engine = engine
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._channel = channel
-        self._pending: list[tuple[RootTransaction | None, Hint]] = []
+        self._outbox = _Outbox()
         self._lock = threading.Lock()
         self._running = False
 
     def send(self, hint: Hint, after: RootTransaction | None) -> None:
         with self._lock:
-            self._pending.append((after, hint))
+            self._outbox.put(hint, after)
             if self._running:
                 return
             self._running = True
         threading.Thread(target=self._drain, name="durable-hints", daemon=True).start()
 
     def _drain(self) -> None:
+        pause = _SHORTEST_PAUSE
         while True:
             with self._lock:
-                batch, self._pending = self._pending, []
-                if not batch:
+                if not self._outbox:
                     self._running = False
                     return
-            merged = Hint()
-            for transaction, hint in batch:
-                while transaction is not None and transaction.is_active:
-                    time.sleep(0.0005)
-                merged.merge(hint)
+            if not (hint := self._outbox.take()):
+                time.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                continue
             try:
-                with self._engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-                    connection.execute(NOTIFY, {"channel": self._channel, "payload": merged.encode()})
+                with self._engine.connect() as connection:
+                    connection.execute(NOTIFY, {"channel": self._channel, "payload": hint.encode()})
             except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
                 logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
 
 
-_senders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[int, str], HintSender]] = (
-    weakref.WeakKeyDictionary()
-)
-_thread_senders: weakref.WeakKeyDictionary[Engine, dict[str, _ThreadSender]] = weakref.WeakKeyDictionary()
+# By pool, which all variants of an engine share that `execution_options()` makes: applications make one each request.
+_senders: weakref.WeakKeyDictionary[
+    asyncio.AbstractEventLoop, weakref.WeakValueDictionary[tuple[Pool, str], HintSender]
+] = weakref.WeakKeyDictionary()
+_thread_senders: weakref.WeakValueDictionary[tuple[Pool, str], _ThreadSender] = weakref.WeakValueDictionary()
+_sending: set[HintSender] = set()
 _watched: weakref.WeakKeyDictionary[Connection, dict[str, Hint]] = weakref.WeakKeyDictionary()
 
 
 def sender(engine: AsyncEngine, channel: str) -> HintSender:
-    """The sender of an engine on the running event loop."""
-    senders = _senders.setdefault(asyncio.get_running_loop(), {})
-    key = (id(engine.sync_engine), channel)
-    if key not in senders:
-        senders[key] = HintSender(engine, channel)
-    return senders[key]
+    """The sender of an engine on the running event loop. It is kept for as long as somebody has it or it sends."""
+    senders = _senders.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+    key = (engine.sync_engine.pool, channel)
+    found = senders.get(key)
+    if found is None:
+        found = senders[key] = HintSender(engine, channel)
+    return found
+
+
+async def flush(channel: str, *, seconds: float = 5.0) -> None:
+    """Wait, not for long, until nothing is on its way to a channel from the running event loop, over any engine."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            for busy in [busy for busy in _sending if busy.loop is loop and busy.channel == channel]:
+                await busy.flush()
 
 
 def send_after_commit(connection: Connection, channel: str, hint: Hint) -> None:
@@ -225,25 +282,16 @@ def send_after_commit(connection: Connection, channel: str, hint: Hint) -> None:
     pending.setdefault(channel, Hint()).merge(hint)
 
 
-def _send(connection: Connection, channel: str, hint: Hint, after: Any) -> None:
+def _send(connection: Connection, channel: str, hint: Hint, after: RootTransaction | None) -> None:
     engine = connection.engine
-    if not connection.dialect.is_async:
-        by_channel = _thread_senders.setdefault(engine, {})
-        by_channel.setdefault(channel, _ThreadSender(engine, channel)).send(hint, after)
+    if connection.dialect.is_async:
+        sender(AsyncEngine(engine), channel).send(hint, after)
         return
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    target = sender(AsyncEngine(engine), channel)
-
-    def when_over(delay: float = 0.0005) -> None:
-        if after is not None and after.is_active:
-            loop.call_later(delay, when_over, min(delay * 2, 0.01))
-        else:
-            target.send(hint)
-
-    when_over()
+    key = (engine.pool, channel)
+    found = _thread_senders.get(key)
+    if found is None:
+        found = _thread_senders[key] = _ThreadSender(engine, channel)
+    found.send(hint, after)
 
 
 class Listener:
@@ -303,7 +351,11 @@ class Listener:
                 receive(str(payload))
 
             await driver.add_listener(self._channel, received)
-            driver.add_termination_listener(lambda _: lost.set())
+
+            def terminated(_: Any) -> None:
+                lost.set()
+
+            driver.add_termination_listener(terminated)
         else:
             await driver.execute(f'LISTEN "{self._channel}"')
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Executable
@@ -13,56 +13,85 @@ from .hints import Hint
 from .ids import new_id
 from .results import SpawnResult, TaskStatus
 from .sessions import Script
-from .spawns import Prepared, columns, created, explain, wanted
+from .spawns import Prepared, at_position, columns, created, explain, wanted
 from .statements import cancelling, queues, spawning, waits
 
+SPAWN_BATCH = 1000
+SPAWN_BATCH_CHARACTERS = 16 * 1024 * 1024
+"""Of params in one statement; Postgres takes messages of up to 1 GiB."""
 CASCADE_BATCH = 500
 
 Item = tuple[Executable, dict[str, Any]]
 
 
 def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
-    """Insert tasks, all or none: what was passed over is explained, and an error is raised for the first conflict."""
+    """Insert tasks, all or none: those that were inserted are taken back when an error is raised for the first refused.
+
+    The transaction may be the caller's, who may go on with it after the error.
+    """
 
     def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
-        results = yield from insert(prepared, hint)
-        for result in results:
-            if isinstance(result, DurableError):
-                raise result
-        return [result for result in results if isinstance(result, SpawnResult)]
+        outcomes = yield from insert(prepared, hint)
+        results = [outcome for outcome in outcomes if isinstance(outcome, SpawnResult)]
+        for position, outcome in enumerate(outcomes):
+            if isinstance(outcome, DurableError):
+                if inserted := [result.task_id for result in results if result.created]:
+                    yield spawning.WITHDRAW, {"task_ids": inserted}
+                raise at_position(outcome, position) if len(prepared) > 1 else outcome
+        return results
 
     return script
 
 
 def insert(prepared: Sequence[Prepared], hint: Hint) -> Script[list[SpawnResult[Any] | DurableError]]:
     """Insert tasks; an item that cannot be is an error in the result, and the others are not."""
-    results: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
-    missing = list(prepared)
+    outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
+    for portion in _portions(prepared):
+        yield from _insert(portion, hint, outcomes)
+    return [outcomes[item.task_id] for item in prepared]
+
+
+def _insert(
+    missing: list[Prepared], hint: Hint, outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError]
+) -> Script[None]:
     for _ in range(5):
         rows = yield spawning.SPAWN, columns(missing)
         hint.add_rows(rows)
         found = {row.task_id for row in rows}
         for item in missing:
             if item.task_id in found:
-                results[item.task_id] = created(item)
+                outcomes[item.task_id] = created(item)
                 if item.values[13] is not None:
                     hint.limits = True
         missing = [item for item in missing if item.task_id not in found]
         if not missing:
-            break
+            return
         rows = yield spawning.EXPLAIN_SPAWN, wanted(missing)
         for item in missing:
             explained = explain(item, rows)
             if explained is not None:
-                results[item.task_id] = explained
+                outcomes[item.task_id] = explained
         # What took the key has gone again in the meantime: the next insert will do.
-        missing = [item for item in missing if item.task_id not in results]
+        missing = [item for item in missing if item.task_id not in outcomes]
         if not missing:
-            break
-    else:
-        for item in missing:
-            results[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
-    return [results[item.task_id] for item in prepared]
+            return
+    for item in missing:
+        outcomes[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
+
+
+def _portions(prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
+    """What goes into one statement."""
+    portion: list[Prepared] = []
+    size = 0
+    for item in prepared:
+        length = len(item.params or "")
+        if portion and (len(portion) == SPAWN_BATCH or size + length > SPAWN_BATCH_CHARACTERS):
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        size += length
+    if portion:
+        yield portion
 
 
 def emit(queue_name: str, name: str, payload: str) -> Callable[[Hint], Script[bool]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Row
 
+from .arguments import encode_arguments
 from .codec import Codec, check_size, codec_for
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
 from .ids import new_id
@@ -31,6 +32,8 @@ class Prepared(NamedTuple):
     task_name: str
     queue_name: str
     params: str | None
+    codec: Codec[Any]
+    """Of the params."""
     idempotency_key: str | None
     values: tuple[Any, ...]
     """In the order of `SPAWN_COLUMNS`."""
@@ -61,12 +64,14 @@ def prepare(
         name, known = task.name, task
     if known is not None:
         text = known.encode_params(params)
+        codec = known.params_codec if known.takes_params else _PLAIN
         defaults = known.options
     else:
         try:
             text = None if params is None else _PLAIN.encode(params, f"the params of task {name!r}")
         except SerializationError as error:
             raise InvalidTaskParams(name, [str(error)]) from error
+        codec = _PLAIN
         defaults = TaskOptions()
     if text is not None:
         check_size(text, durable.max_payload_bytes, f"the params of task {name!r}")
@@ -94,7 +99,7 @@ def prepare(
         parent_task_id,
         resolved.idempotency_key,
     )
-    return Prepared(task_id, run_id, name, resolved.queue_name, text, resolved.idempotency_key, values)
+    return Prepared(task_id, run_id, name, resolved.queue_name, text, codec, resolved.idempotency_key, values)
 
 
 def at_position(error: DurableError, position: int) -> DurableError:
@@ -133,15 +138,21 @@ def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | Dura
         if row.task_id == item.task_id:
             return SpawnResult(item.task_id, item.run_id, 1, True)
         if row.task_id is not None:
-            if row.task_name != item.task_name or not _same_params(row.params, item.params):
+            if row.task_name != item.task_name or not _same_params(item, row.params):
                 return IdempotencyConflict(str(item.idempotency_key), item.queue_name, row.task_id)
             return SpawnResult(row.task_id, row.run_id, max(row.attempt, 1), False)
     return None
 
 
-def _same_params(stored: str | None, given: str | None) -> bool:
-    if stored == given:
-        return True
-    if stored is None or given is None:
+def _same_params(item: Prepared, stored: str | None) -> bool:
+    """By meaning: entries of an object may come in another order, and so may the members of a set."""
+    if stored is None or item.params is None or stored == item.params:
+        return stored == item.params
+    try:
+        return _canonical(item.codec, stored) == _canonical(item.codec, item.params)
+    except SerializationError:
         return False
-    return bool(_PLAIN.decode(stored, "params") == _PLAIN.decode(given, "params"))
+
+
+def _canonical(codec: Codec[Any], text: str) -> str:
+    return encode_arguments([codec.decode(text, "params")], {}, "params")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import DateTime, Float, Integer, SmallInteger, Text, Uuid, bindparam, exists, func, or_, select
+from sqlalchemy import DateTime, Float, Integer, SmallInteger, Text, Uuid, bindparam, delete, exists, func, or_, select
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, Task
-from .expressions import as_json, as_jsonb, as_text, clock, interval, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, interval, rows
 
 SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_id": Uuid(),
@@ -99,6 +99,9 @@ EXPLAIN_SPAWN = (
     )
 )
 """Why tasks are missing from a spawn: no such queue, the same key earlier, or this very spawn whose reply was lost."""
+
+WITHDRAW = delete(Task).where(Task.task_id == func.any(array("task_ids", Uuid())))
+"""Take back what this very transaction has spawned."""
 
 COUNT_READY = select(func.count()).where(
     Task.finished_at.is_(None),

@@ -1,0 +1,45 @@
+"""An application's tables, its executors, and an ear for wake-up hints."""
+
+import threading
+from collections.abc import AsyncGenerator, Generator
+
+import asyncpg  # type: ignore[import-untyped]
+import pytest
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tests.client.support import Application, Base, Hints
+
+
+@pytest.fixture
+async def orders(engine: AsyncEngine) -> None:
+    """The application's tables."""
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+
+
+@pytest.fixture
+async def application(request: pytest.FixtureRequest, database_url: URL, orders: None) -> AsyncGenerator[Application]:
+    """Engine and executors of the kind that the test is parametrized with."""
+    application = Application(database_url, *request.param)
+    yield application
+    await application.close()
+
+
+@pytest.fixture
+def sync_engine(database_url: URL) -> Generator[Engine]:
+    engine = create_engine(database_url.set(drivername="postgresql+psycopg2"))
+    yield engine
+    for thread in threading.enumerate():
+        if thread.name == "durable-hints":
+            thread.join()
+    engine.dispose()
+
+
+@pytest.fixture
+async def hints(database_url: URL) -> AsyncGenerator[Hints]:
+    """All that is sent to the workers from here on."""
+    heard = Hints(await asyncpg.connect(database_url.set(drivername="postgresql").render_as_string(False)))
+    await heard.connection.add_listener("durable", heard.receive)
+    yield heard
+    await heard.connection.close()

@@ -1,0 +1,330 @@
+"""Spawns with an idempotency key make one task, however many there are and wherever they come from."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from collections import Counter
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from durable_sa import Durable, IdempotencyConflict, InvalidName, Spawn, TaskRow, TaskStatus, task
+from tests.client.support import count
+
+
+@task
+async def ship(ctx: Any, params: Any) -> None: ...
+
+
+@task
+async def bill(ctx: Any, params: Any) -> None: ...
+
+
+class Labels(BaseModel):
+    labels: set[str]
+    weight: float
+
+
+@task
+async def label(ctx: Any, params: Labels) -> None: ...
+
+
+async def test_a_second_spawn_with_the_same_key_returns_the_first_ids(durable: Durable, engine: AsyncEngine) -> None:
+    first = await durable.spawn(ship, {"order": 1}, idempotency_key="order 1", priority=3)
+    second = await durable.spawn(ship, {"order": 1}, idempotency_key="order 1", priority=5, delay=60)
+    assert first.created
+    assert not second.created
+    assert (second.task_id, second.run_id, second.attempt) == (first.task_id, first.run_id, 1)
+    assert await count(engine) == 1
+    assert await count(engine, where="priority = 3 AND available_at <= now()") == 1
+
+
+async def test_the_same_key_in_another_queue_is_another_task(durable: Durable) -> None:
+    await durable.create_queue("mails")
+    first = await durable.spawn(ship, 1, idempotency_key="k")
+    second = await durable.spawn(bill, 2, idempotency_key="k", queue_name="mails")
+    assert second.created
+    assert second.task_id != first.task_id
+
+
+@pytest.mark.parametrize(
+    ("other", "params"),
+    [
+        (bill, {"n": 1}),
+        (ship, {"n": 2}),
+        (ship, {"n": True}),
+        (ship, {"n": 1.0}),
+        (ship, {"n": "1"}),
+        (ship, {"n": 1, "m": None}),
+        (ship, [{"n": 1}]),
+        (ship, None),
+    ],
+)
+async def test_another_name_or_other_params_are_a_conflict(
+    durable: Durable, engine: AsyncEngine, other: Any, params: Any
+) -> None:
+    first = await durable.spawn(ship, {"n": 1}, idempotency_key="order 1")
+    with pytest.raises(IdempotencyConflict, match="'order 1'") as raised:
+        await durable.spawn(other, params, idempotency_key="order 1")
+    assert raised.value.task_id == first.task_id
+    assert str(first.task_id) in str(raised.value)
+    assert "'default'" in str(raised.value)
+    assert await count(engine) == 1
+
+
+async def test_no_params_and_null_are_told_apart(durable: Durable) -> None:
+    @task("optional")
+    async def optional(ctx: Any, params: int | None = None) -> None: ...
+
+    @task("optional")
+    async def without(ctx: Any) -> None: ...
+
+    await durable.spawn(optional, None, idempotency_key="k")
+    assert not (await durable.spawn(optional, None, idempotency_key="k")).created
+    with pytest.raises(IdempotencyConflict):
+        await durable.spawn(without, idempotency_key="k")
+
+
+async def test_params_that_mean_the_same_are_the_same(durable: Durable) -> None:
+    await durable.spawn(ship, {"a": 1, "b": [1.5, None]}, idempotency_key="k")
+    assert not (await durable.spawn(ship, {"b": [1.5, None], "a": 1}, idempotency_key="k")).created
+
+
+async def test_a_set_is_the_same_in_whatever_order_it_was_stored(durable: Durable, engine: AsyncEngine) -> None:
+    labels = {f"label {n}" for n in range(10)}
+    first = await durable.spawn(label, Labels(labels=labels, weight=1), idempotency_key="k")
+    # As another process would have written it, where strings have other hashes.
+    stored = json.dumps({"weight": 1, "labels": sorted(labels)})
+    async with engine.begin() as connection:
+        await connection.execute(
+            sa.text("UPDATE durable.tasks SET params = cast(:params AS json) WHERE task_id = :id"),
+            {"params": stored, "id": first.task_id},
+        )
+    assert not (await durable.spawn(label, Labels(labels=labels, weight=1.0), idempotency_key="k")).created
+    with pytest.raises(IdempotencyConflict):
+        await durable.spawn(label, Labels(labels=labels - {"label 3"}, weight=1), idempotency_key="k")
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2, width=16) | st.sampled_from(["", "1", "é\0"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def test_a_conflict_is_what_differs_as_json(database_url: URL) -> None:
+    async def spawn(one: Any, other: Any) -> None:
+        key = str(uuid.uuid4())
+        await durable.spawn(ship, one, idempotency_key=key)
+        assert not (await durable.spawn(ship, one, idempotency_key=key)).created
+        if json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True):
+            assert not (await durable.spawn(ship, other, idempotency_key=key)).created
+        else:
+            with pytest.raises(IdempotencyConflict):
+                await durable.spawn(ship, other, idempotency_key=key)
+
+    with asyncio.Runner() as runner:
+        durable = Durable(database_url)
+
+        @settings(deadline=None, max_examples=60, derandomize=True)
+        @given(plain, plain)
+        @example([1, {"a": 0.0}], [True, {"a": 0.0}])
+        @example([1, {"a": 0.0}], [1.0, {"a": 0.0}])
+        @example([1, {"a": 0.0}], [1, {"a": -0.0}])
+        def check(one: Any, other: Any) -> None:
+            runner.run(spawn(one, other))
+
+        check()
+        runner.run(durable.close())
+
+
+async def test_the_first_one_counts_also_when_it_has_ended(durable: Durable) -> None:
+    @durable.task("once")
+    async def once(ctx: Any) -> None: ...
+
+    first = await durable.spawn(once, idempotency_key="k")
+    async with durable.worker():
+        await durable.wait_for_result(first, timeout=20)
+    second = await durable.spawn(once, idempotency_key="k")
+    assert (second.task_id, second.created) == (first.task_id, False)
+
+
+async def test_cleanup_gives_the_key_free(durable: Durable) -> None:
+    first = await durable.spawn(ship, 1, idempotency_key="k")
+    await durable.cancel_task(first)
+    assert not (await durable.spawn(ship, 1, idempotency_key="k")).created
+    assert await durable.cleanup_tasks(0) == 1
+    second = await durable.spawn(ship, 2, idempotency_key="k")
+    assert second.created
+    assert second.task_id != first.task_id
+
+
+async def test_a_rolled_back_spawn_gives_the_key_free(durable: Durable, engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        await durable.spawn_with(connection, ship, 1, idempotency_key="k")
+        waiting = asyncio.create_task(durable.spawn(ship, 2, idempotency_key="k"))
+        await asyncio.wait([waiting], timeout=0.2)
+        assert not waiting.done()
+        await connection.rollback()
+    assert (await waiting).created
+
+
+async def test_many_spawns_with_one_key_at_the_same_time_in_one_process(durable: Durable, engine: AsyncEngine) -> None:
+    results = await asyncio.gather(*(durable.spawn(ship, 1, idempotency_key="k") for _ in range(200)))
+    assert len({result.task_id for result in results}) == 1
+    assert Counter(result.created for result in results) == {True: 1, False: 199}
+    assert await count(engine) == 1
+
+
+async def test_a_conflict_is_that_of_its_own_spawn_only(durable: Durable, engine: AsyncEngine) -> None:
+    """Those that come at the same time share a statement, and neither an error nor a transaction."""
+    await durable.spawn(ship, 0, idempotency_key="taken")
+    results = await asyncio.gather(
+        *(durable.spawn(ship, n, idempotency_key="taken" if n % 3 == 1 else str(n)) for n in range(30)),
+        durable.spawn(ship, 1, queue_name="nowhere"),
+        return_exceptions=True,
+    )
+    refused = [result for result in results[:30] if isinstance(result, IdempotencyConflict)]
+    assert len(refused) == 10
+    assert type(results[30]).__name__ == "QueueNotFound"
+    assert await count(engine) == 21
+
+
+async def test_fifty_connections_with_one_key_make_one_task(database_url: URL, engine: AsyncEngine) -> None:
+    app = create_async_engine(database_url, pool_size=50)
+    clients = [Durable(app) for _ in range(50)]
+    results = await asyncio.gather(*(client.spawn(ship, {"n": 1}, idempotency_key="k") for client in clients))
+    await clients[0].close()
+    await app.dispose()
+    assert len({(result.task_id, result.run_id) for result in results}) == 1
+    assert sum(result.created for result in results) == 1
+    assert await count(engine) == 1
+
+
+PROGRAM = """
+import asyncio, sys
+from durable_sa import Durable, task
+
+@task
+async def ship(ctx, params): ...
+
+async def main():
+    async with Durable(sys.argv[1]) as durable:
+        await durable.list_queues()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        result = await durable.spawn(ship, {"n": 1}, idempotency_key="k")
+        print(result.task_id, result.created, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_processes_with_one_key_make_one_task(database_url: URL, engine: AsyncEngine) -> None:
+    pipe = asyncio.subprocess.PIPE
+    url = database_url.render_as_string(hide_password=False)
+    command = (sys.executable, "-W", "error", "-c", PROGRAM, url)
+    processes = await asyncio.gather(
+        *(asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=dict(os.environ)) for _ in range(4))
+    )
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+    said = [output.decode().split() for output, _ in await asyncio.gather(*(p.communicate(b"\n") for p in processes))]
+    assert len({task_id for task_id, _ in said}) == 1
+    assert sorted(created for _, created in said) == ["False"] * 3 + ["True"]
+    assert await count(engine) == 1
+
+
+async def test_bulk_spawns_with_the_same_keys_in_other_orders_do_not_deadlock(database_url: URL) -> None:
+    app = create_async_engine(database_url, pool_size=8)
+    keys = [f"key {n}" for n in range(300)]
+    clients = [Durable(app) for _ in range(8)]
+    batches = [
+        client.spawn_many([Spawn(ship, 1, idempotency_key=key) for key in (keys if n % 2 else keys[::-1])])
+        for n, client in enumerate(clients)
+    ]
+    results = await asyncio.gather(*batches)
+    await clients[0].close()
+    await app.dispose()
+    assert sum(result.created for batch in results for result in batch) == 300
+    assert len({result.task_id for batch in results for result in batch}) == 300
+    for n, batch in enumerate(results):
+        order = batch if n % 2 else batch[::-1]
+        assert [result.task_id for result in order] == [result.task_id for result in results[1]]
+
+
+async def test_a_repeated_statement_after_a_lost_reply_makes_no_second_task(
+    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The insert was committed and nobody heard of it."""
+    from durable_sa.connections import Database
+
+    lost: list[Any] = []
+    execute_on = Database.execute_on
+
+    async def lossy(self: Database, connection: Any, statement: Any, parameters: Any = None) -> Any:
+        rows = await execute_on(self, connection, statement, parameters)
+        if not lost and "INSERT INTO durable.tasks" in str(statement):
+            lost.append(statement)
+            error = sa.exc.DBAPIError("lost", None, ConnectionError(), connection_invalidated=True)
+            raise error
+        return rows
+
+    monkeypatch.setattr(Database, "execute_on", lossy)
+    result = await durable.spawn(ship, 1)
+    assert lost
+    assert result.created
+    assert await count(engine) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"), [("", "empty"), ("k" * 256, "256 bytes"), ("é" * 128, "256"), ("a\nb", "U\\+000A")]
+)
+async def test_keys_that_break_the_rules_are_refused(
+    durable: Durable, engine: AsyncEngine, key: str, reason: str
+) -> None:
+    with pytest.raises(InvalidName, match=f"idempotency key .*{reason}"):
+        await durable.spawn(ship, 1, idempotency_key=key)
+    assert await count(engine) == 0
+
+
+async def test_keys_are_taken_as_they_are(durable: Durable, engine: AsyncEngine) -> None:
+    keys = [
+        "k",
+        "K",
+        " k",
+        "k ",
+        "é",
+        "e\u0301",
+        "%s :x $1",
+        "'; DROP TABLE durable.tasks; --",
+        "k" * 255,
+        "é" * 127,
+        "0",
+        "00",
+    ]
+    results = [await durable.spawn(ship, 1, idempotency_key=key) for key in keys]
+    assert all(result.created for result in results)
+    async with engine.connect() as connection:
+        stored = set(await connection.scalars(sa.select(TaskRow.idempotency_key)))
+    assert stored == set(keys)
+
+
+async def test_what_was_retried_still_has_its_key(durable: Durable) -> None:
+    first = await durable.spawn(ship, 1, idempotency_key="k")
+    assert await durable.cancel_task(first) is TaskStatus.CANCELLED
+    await durable.retry_task(first)
+    again = await durable.spawn(ship, 1, idempotency_key="k")
+    assert (again.task_id, again.created) == (first.task_id, False)
+    assert again.run_id != first.run_id
