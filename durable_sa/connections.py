@@ -127,7 +127,7 @@ class Database:
             if bind.dialect.name != "postgresql":
                 raise InvalidConfiguration("bind", f"durable_sa needs PostgreSQL, not {bind.dialect.name}")
             self.engine = bind
-        elif isinstance(bind, str | URL):
+        elif isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
             self.engine = create_async_engine(resolve_url(bind), hide_parameters=True)
             self.owned = True
         else:

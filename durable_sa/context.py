@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
@@ -16,6 +18,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from .annotations import is_coroutine_function
 from .arguments import encode_arguments
 from .branches import current_branch
 from .codec import Codec, check_size, codec_for
@@ -109,10 +112,12 @@ class TaskContext(Generic[StateT]):
     @property
     def headers(self) -> Mapping[str, Any]:
         """The headers given at spawn; plain JSON."""
-        if self._headers is None:
+        headers: Mapping[str, Any] | None = self._headers
+        if headers is None:
             text = self._run.claimed.headers
-            self._headers = _PLAIN.decode(text, "the task's headers") if text is not None else {}
-        return self._headers
+            headers = {} if text is None else cast("Mapping[str, Any]", _PLAIN.decode(text, "the task's headers"))
+            self._headers = headers
+        return headers
 
     @property
     def state(self) -> StateT:
@@ -209,8 +214,9 @@ class TaskContext(Generic[StateT]):
     ) -> Any:
         if options.timeout is None:
             return await _invoke(self._run.host.executor, function, args, kwargs)
+        deadline = asyncio.timeout(options.timeout)
         try:
-            async with asyncio.timeout(options.timeout) as deadline:
+            async with deadline:
                 return await _invoke(self._run.host.executor, function, args, kwargs)
         except TimeoutError:
             if not deadline.expired():
@@ -591,28 +597,12 @@ def _is_inside_step(path: tuple[int | str, ...]) -> bool:
     return any(isinstance(part, str) and not part.startswith("callback-") for part in path)
 
 
-async def _invoke(executor: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+async def _invoke(
+    executor: ThreadPoolExecutor, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
-    if inspect.iscoroutinefunction(function):
+    if is_coroutine_function(function):
         return await function(*args, **kwargs)
-    if _may_be_asynchronous(function):
-        result = function(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-    context = contextvars.copy_context()
-
-    def call() -> Any:
-        try:
-            return context.run(function, *args, **kwargs)
-        except StopIteration as error:
-            # No future can hold one; where a coroutine raises it, Python does the same.
-            raise RuntimeError("the step raised StopIteration") from error
-
+    call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
     result = await asyncio.get_running_loop().run_in_executor(executor, call)
     return await result if inspect.isawaitable(result) else result
-
-
-def _may_be_asynchronous(function: Callable[..., Any]) -> bool:
-    """Callables that hide a coroutine function: partials of one, and objects whose `__call__` is one."""
-    while hasattr(function, "func"):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

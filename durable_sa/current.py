@@ -22,6 +22,11 @@ def running(context: object) -> Generator[None]:
         _current.reset(token)
 
 
+def enter(context: object) -> None:
+    """Make `context` the current one from here on, for a run that has a `contextvars.Context` of its own."""
+    _current.set(context)
+
+
 def context_or_none() -> Any:
     """Return the `TaskContext` or `SyncTaskContext` of the running task, or None outside one."""
     return _current.get()

@@ -126,6 +126,11 @@ class Run:
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def key(self) -> tuple[uuid.UUID, int]:
+        """What no other run has."""
+        return self.claimed.task_id, self.claimed.fence
+
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code; what becomes of it is written when it ends."""
         root = self.branches.start(body, context=context, name=f"durable:{self.claimed.task_name}")
@@ -137,15 +142,20 @@ class Run:
         self.host.run_ended(self)
         self._write_failure(error)
 
+    @property
+    def _going_on(self) -> bool:
+        """Whether nothing has put an end to it yet."""
+        return self.signal is None and not self.over
+
     def take_away(self, signal: ControlFlow) -> None:
         """Cancel user code, steps included, because the run is no longer this worker's: it writes nothing more."""
-        if self.signal is None and not self.over:
+        if self._going_on:
             self.signal = signal
             self.host.start_task(self._unwind("lost"), "durable:unwind")
 
     def release(self) -> None:
         """Cancel user code and give the run back, for another worker to go on from its checkpoints."""
-        if self.signal is None and not self.over:
+        if self._going_on:
             self.signal = Suspended()
             self.host.start_task(self._unwind("released"), "durable:release")
 
@@ -181,6 +191,8 @@ class Run:
         elif reason == "released":
             error = '{"name":"Released","message":"the worker shut down and gave the run back"}'
             self._submit(Kind.RELEASE, (error, new_id()), outcome="released")
+        else:
+            self.host.outcome_stored(self, "lost", None)
 
     def _over(self) -> None:
         if not self.over:
@@ -315,7 +327,7 @@ class Run:
         return len(self.branches.tasks) == 1
 
     def _quiescent(self) -> None:
-        if self.signal is not None or self.over:
+        if not self._going_on:
             return
         self.signal = Suspended()
         self.host.start_task(self._unwind("suspended"), "durable:suspend")
@@ -328,7 +340,7 @@ class Run:
 
     def _start_registering(self) -> None:
         self._register_timer = None
-        if self.signal is None and not self.over and self.parked:
+        if self._going_on and self.parked:
             self.host.start_task(self._register(), "durable:register")
 
     async def _register(self) -> None:
@@ -352,7 +364,7 @@ class Run:
 
     async def poll(self) -> None:
         """Look whether waits that are registered have been resolved, and let their branches go on."""
-        if self.signal is not None or self.over:
+        if not self._going_on:
             return
         now = self.now()
         registered = {parked.key: parked for parked in self.parked.values() if parked.registered}
@@ -365,7 +377,7 @@ class Run:
             stored = await self.host.reader.resolved(self.claimed.task_id, others)
             for key, entry in stored.items():
                 self._settle(registered[key], entry)
-        if self.signal is None and not self.over and self.parked:
+        if self._going_on and self.parked:
             due = [parked.due_at for parked in self.parked.values() if parked.due_at is not None]
             delay = 1.0
             if due:

@@ -64,7 +64,7 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
         InvalidCron: the expression cannot be read.
     """
     local = zone(timezone)
-    if not isinstance(expression, str):
+    if not isinstance(expression, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidCron(expression, "it is no str")
     try:
         simulated = CronSim(expression, after.astimezone(local))

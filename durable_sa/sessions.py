@@ -35,7 +35,7 @@ def perform(executor: Executor, schema: str, script: Callable[[Hint], Script[T]]
     """
     if isinstance(executor, AsyncSession | async_scoped_session | AsyncConnection):
         return _perform_async(executor, schema, script)
-    if isinstance(executor, Session | scoped_session | Connection):
+    if isinstance(executor, Session | scoped_session | Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
         connection = executor if isinstance(executor, Connection) else _connection(executor)
         return _run(connection, schema, script)
     raise TypeError(
@@ -60,7 +60,7 @@ async def _perform_async(executor: AsyncExecutor, schema: str, script: Callable[
 def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]]) -> T:
     options: dict[str, Any] = {}
     if schema != SCHEMA:
-        applications = connection.get_execution_options().get("schema_translate_map") or {}
+        applications: dict[str, Any] = connection.get_execution_options().get("schema_translate_map") or {}
         options["schema_translate_map"] = {**applications, SCHEMA: schema}
     hint = Hint()
     steps = script(hint)

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import inspect
 import itertools
 import queue
 import threading
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from sqlalchemy.orm import Session
 from typing_extensions import Unpack
 
+from .annotations import is_coroutine_function
 from .errors import InvalidState, TaskTimeout
 from .policies import Duration
 from .results import TaskHandle
@@ -81,51 +81,51 @@ class SyncTaskContext(Generic[StateT]):
     It belongs to the task's own thread. `def` steps run in that thread, too.
     """
 
-    __slots__ = ("_context", "_thread")
+    __slots__ = ("context", "thread")
 
     def __init__(self, context: TaskContext[StateT]) -> None:
-        self._context = context
-        self._thread: _Thread | None = None
+        self.context = context
+        self.thread: _Thread | None = None
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        if self._thread is None:
+        if self.thread is None:
             raise InvalidState("The task", "not running")
-        return self._thread.call(make)
+        return self.thread.call(make)
 
     @property
     def task_id(self) -> uuid.UUID:
         """The task's id, the same in all attempts."""
-        return self._context.task_id
+        return self.context.task_id
 
     @property
     def run_id(self) -> uuid.UUID:
         """The id of this attempt; it outlives suspensions."""
-        return self._context.run_id
+        return self.context.run_id
 
     @property
     def attempt(self) -> int:
         """The number of this attempt, from 1."""
-        return self._context.attempt
+        return self.context.attempt
 
     @property
     def task_name(self) -> str:
         """The name under which the task was spawned."""
-        return self._context.task_name
+        return self.context.task_name
 
     @property
     def queue_name(self) -> str:
         """The queue the task was spawned into."""
-        return self._context.queue_name
+        return self.context.queue_name
 
     @property
     def headers(self) -> Mapping[str, Any]:
         """The headers given at spawn; plain JSON."""
-        return self._context.headers
+        return self.context.headers
 
     @property
     def state(self) -> StateT:
         """What the worker's `lifespan` yielded, else the client's `state`."""
-        return self._context.state
+        return self.context.state
 
     @overload
     def step(self, name: str, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
@@ -133,22 +133,27 @@ class SyncTaskContext(Generic[StateT]):
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`durable_sa.TaskContext.step`; `def` functions run in this thread."""
-        function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, StepOptions())
-        if inspect.iscoroutinefunction(function):
-            return self._call(lambda: self._context.step(name, fn, *args, **kwargs))
-        begun = self._call(lambda: self._context.begin_step(name, function, options, args, kwargs))
+        function: Callable[..., Any] = fn.function if isinstance(fn, Step) else fn
+        options = fn.options if isinstance(fn, Step) else StepOptions()
+        if is_coroutine_function(function):
+            return self._call(
+                lambda: cast(
+                    "Coroutine[Any, Any, Any]", self.context.step(name, cast("Callable[..., Any]", fn), *args, **kwargs)
+                )
+            )
+        begun = self._call(lambda: self.context.begin_step(name, function, options, args, kwargs))
         if begun.recorded:
             return begun.value
         for tries in itertools.count(begun.tries + 1):
             try:
                 result = self._execute(begun.call, function, options, args, kwargs)
             except Exception as failure:
-                again = functools.partial(self._context.try_again, begun.call, tries, options, failure)
+                again = functools.partial(self.context.try_again, begun.call, tries, options, failure)
                 if not self._call(again):
                     raise
             else:
                 codec = result_codec(function)
-                return self._call(functools.partial(self._context.end_step, begun.call, codec, result))
+                return self._call(functools.partial(self.context.end_step, begun.call, codec, result))
         raise AssertionError("unreachable")
 
     def _execute(self, call: Call, function: Callable[..., Any], options: StepOptions, args: Any, kwargs: Any) -> Any:
@@ -177,7 +182,7 @@ class SyncTaskContext(Generic[StateT]):
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, on the event loop."""
-        return self._call(lambda: cast(Coroutine[Any, Any, T], self._context.transaction(name, fn, *args, **kwargs)))
+        return self._call(lambda: cast(Coroutine[Any, Any, T], self.context.transaction(name, fn, *args, **kwargs)))
 
     @overload
     def spawn(
@@ -189,25 +194,25 @@ class SyncTaskContext(Generic[StateT]):
     ) -> TaskHandle[T]: ...
     def spawn(self, name: str, task: Any, params: Any = None, /, **options: Unpack[SpawnOptions]) -> TaskHandle[Any]:
         """As :meth:`durable_sa.TaskContext.spawn`."""
-        return self._call(lambda: self._context.spawn(name, task, params, **options))
+        return self._call(lambda: self.context.spawn(name, task, params, **options))
 
     def spawn_by_name(
         self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
     ) -> TaskHandle[Any]:
         """As :meth:`durable_sa.TaskContext.spawn_by_name`."""
-        return self._call(lambda: self._context.spawn_by_name(name, task_name, params, **options))
+        return self._call(lambda: self.context.spawn_by_name(name, task_name, params, **options))
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> T:
         """As :meth:`durable_sa.TaskContext.join`."""
-        return self._call(lambda: self._context.join(handle, timeout=timeout))
+        return self._call(lambda: self.context.join(handle, timeout=timeout))
 
     def sleep_for(self, name: str, duration: Duration) -> None:
         """As :meth:`durable_sa.TaskContext.sleep_for`."""
-        self._call(lambda: self._context.sleep_for(name, duration))
+        self._call(lambda: self.context.sleep_for(name, duration))
 
     def sleep_until(self, name: str, when: datetime) -> None:
         """As :meth:`durable_sa.TaskContext.sleep_until`."""
-        self._call(lambda: self._context.sleep_until(name, when))
+        self._call(lambda: self.context.sleep_until(name, when))
 
     @overload
     def await_event(self, name: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
@@ -215,32 +220,32 @@ class SyncTaskContext(Generic[StateT]):
     def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
     def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """As :meth:`durable_sa.TaskContext.await_event`."""
-        return self._call(lambda: self._context.await_event(name, timeout=timeout, type=type))
+        return self._call(lambda: self.context.await_event(name, timeout=timeout, type=type))
 
     def emit_event(self, name: str, payload: Any = None) -> bool:
         """As :meth:`durable_sa.TaskContext.emit_event`."""
-        return self._call(lambda: self._context.emit_event(name, payload))
+        return self._call(lambda: self.context.emit_event(name, payload))
 
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""
-        self._call(lambda: self._context.heartbeat(duration))
+        self._call(lambda: self.context.heartbeat(duration))
 
     def rand(self) -> float:
         """As :meth:`durable_sa.TaskContext.rand`."""
-        return self._call(self._context.rand)
+        return self._call(self.context.rand)
 
     def now(self) -> datetime:
         """As :meth:`durable_sa.TaskContext.now`."""
-        return self._call(self._context.now)
+        return self._call(self.context.now)
 
     def uuid7(self) -> uuid.UUID:
         """As :meth:`durable_sa.TaskContext.uuid7`."""
-        return self._call(self._context.uuid7)
+        return self._call(self.context.uuid7)
 
 
 async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """The body of a `def` task, to be awaited as the root of its run: starts the thread and serves its requests."""
-    thread = context._thread = _Thread(f"durable:{context.task_name}")
+    thread = context.thread = _Thread(f"durable:{context.task_name}")
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[Any] = loop.create_future()
     inherited = contextvars.copy_context()
@@ -278,7 +283,7 @@ async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., A
             return value
         raise value
     except (asyncio.CancelledError, ControlFlow) as error:
-        signal = error if isinstance(error, ControlFlow) else (context._context.signal or Suspended())
+        signal = error if isinstance(error, ControlFlow) else (context.context.signal or Suspended())
         with thread.lock:
             thread.signal = signal
         if answers is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import Session, SessionTransaction
 
+from .annotations import is_coroutine_function
 from .codec import Codec, check_size
 from .connections import backoff, discard, is_conflict
 from .errors import InvalidState
@@ -72,7 +72,7 @@ async def _once(
 ) -> T:
     what = f"the result of transaction {name!r}"
     async with connection.begin() as transaction:
-        if inspect.iscoroutinefunction(fn):
+        if is_coroutine_function(fn):
             session = durable.database.session(connection)
             with _Guard(session.sync_session, name):
                 result = await fn(session, *args, **kwargs)
