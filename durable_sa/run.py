@@ -142,20 +142,19 @@ class Run:
         self.host.run_ended(self)
         self._write_failure(error)
 
-    @property
     def _going_on(self) -> bool:
         """Whether nothing has put an end to it yet."""
         return self.signal is None and not self.over
 
     def take_away(self, signal: ControlFlow) -> None:
         """Cancel user code, steps included, because the run is no longer this worker's: it writes nothing more."""
-        if self._going_on:
+        if self._going_on():
             self.signal = signal
             self.host.start_task(self._unwind("lost"), "durable:unwind")
 
     def release(self) -> None:
         """Cancel user code and give the run back, for another worker to go on from its checkpoints."""
-        if self._going_on:
+        if self._going_on():
             self.signal = Suspended()
             self.host.start_task(self._unwind("released"), "durable:release")
 
@@ -327,7 +326,7 @@ class Run:
         return len(self.branches.tasks) == 1
 
     def _quiescent(self) -> None:
-        if not self._going_on:
+        if not self._going_on():
             return
         self.signal = Suspended()
         self.host.start_task(self._unwind("suspended"), "durable:suspend")
@@ -340,7 +339,7 @@ class Run:
 
     def _start_registering(self) -> None:
         self._register_timer = None
-        if self._going_on and self.parked:
+        if self._going_on() and self.parked:
             self.host.start_task(self._register(), "durable:register")
 
     async def _register(self) -> None:
@@ -364,7 +363,7 @@ class Run:
 
     async def poll(self) -> None:
         """Look whether waits that are registered have been resolved, and let their branches go on."""
-        if not self._going_on:
+        if not self._going_on():
             return
         now = self.now()
         registered = {parked.key: parked for parked in self.parked.values() if parked.registered}
@@ -377,7 +376,7 @@ class Run:
             stored = await self.host.reader.resolved(self.claimed.task_id, others)
             for key, entry in stored.items():
                 self._settle(registered[key], entry)
-        if self._going_on and self.parked:
+        if self._going_on() and self.parked:
             due = [parked.due_at for parked in self.parked.values() if parked.due_at is not None]
             delay = 1.0
             if due:
