@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, func, null, select
+from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, exists, func, null, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Event, Task, Wait
+from ..models import Checkpoint, Event, Queue, Task, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clock, constant, rows
 from .outcomes import locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
@@ -58,7 +58,12 @@ _child = rows("child", **SPAWN_COLUMNS)
 _new = rows("entry", **CHECKPOINT_COLUMNS)
 _locked = locked_rows(_fences(_new))
 _children = (
-    insert_tasks(select(_child).join(_locked, _locked.c.task_id == _child.c.parent_task_id).subquery("spawnable"))
+    insert_tasks(
+        select(_child)
+        .join(_locked, _locked.c.task_id == _child.c.parent_task_id)
+        .where(exists().where(Queue.queue_name == _child.c.queue_name))
+        .subquery("spawnable")
+    )
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
     .cte("children")
 )
@@ -72,7 +77,7 @@ RECORD_CHILDREN = select(
         _children, _children.c.task_id == _new.c.child_ids
     )
 )
-"""Children and the checkpoints that name them, in one. A child whose key is taken is not made, nor its checkpoint."""
+"""Children and the checkpoints that name them, in one: neither where a key is taken or the queue is not there."""
 
 _event = rows("event", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
 _locked = locked_rows(_fences(_event))
