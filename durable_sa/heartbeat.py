@@ -19,7 +19,6 @@ from .statements import claiming
 logger = logging.getLogger("durable_sa")
 
 BEATS_PER_LEASE = 3
-TURN_INTERVAL = 1.0
 
 
 class Lease:
@@ -79,7 +78,7 @@ class Heartbeat:
         engine = self._database.private()
         channel = Channel(Database(engine, self._database.schema))
         interval = self._lease.seconds / BEATS_PER_LEASE
-        deadline = max(0.3, min(interval, 10.0))
+        deadline = min(2 * interval, 10.0)
         pause = interval
         stop, own_loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -89,13 +88,13 @@ class Heartbeat:
 
         self._stopping = stop_soon
         try:
-            while not self._stopped:
+            while not self._stopped and not self._loop.is_closed():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await stop.wait()
                         return
                 sent_at = time.monotonic()
-                stuck = sent_at - self._lease.turned_at > max(self._lease.seconds, TURN_INTERVAL * 2)
+                stuck = sent_at - self._lease.turned_at > self._lease.seconds
                 try:
                     async with asyncio.timeout(deadline):
                         statement = claiming.STILL_HELD if stuck else claiming.HEARTBEAT

@@ -14,11 +14,11 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from . import branches, task_factory
 from .connections import Channel, Database, backoff, is_transient
 from .context import TaskContext
-from .current import _current as running_context
+from .current import enter
 from .errors import InvalidConfiguration, QueueNotFound
 from .heartbeat import Heartbeat, Lease
 from .hints import Hint, Listener, channel_name, sender
@@ -58,6 +58,8 @@ TEND_INTERVAL = 2.5
 TEND_INTERVAL_BUSY = 1.0
 CLOSING_DEADLINE = 10.0
 """Seconds that the last writes and the goodbye get at shutdown."""
+DOUBT = 60.0
+"""Seconds after a claim without a reply in which the server may still commit it."""
 
 
 _BY_LANE = operator.attrgetter("priority", "available_at", "task_id")
@@ -121,12 +123,17 @@ class Worker:
         self._lease = Lease(settings.claim_timeout)
         self._lanes = Lanes(settings.queue_names)
         self._runs: dict[tuple[uuid.UUID, int], Run] = {}
+        self._ending: set[tuple[uuid.UUID, int]] = set()
+        """Runs whose outcome is still to be written."""
+        self._doubt_until = 0.0
+        self._next_adoption = 0.0
         self._engine_tasks: set[asyncio.Task[Any]] = set()
         self._services: list[asyncio.Task[Any]] = []
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._stopping = False
+        self._stopping = asyncio.Event()
+        self._hurrying = False
         self._stopped = asyncio.Event()
         self._renewing = False
         self._exit = contextlib.AsyncExitStack()
@@ -174,19 +181,22 @@ class Worker:
             await self._exit.aclose()
             raise
         self._turn()
-        self._serve(self.writer.run(), "durable:writer")
-        self._serve(self.tender.run(), "durable:tender")
-        self._serve(self._claim_loop(), "durable:claims")
+        self._claiming = self._serve(self._claim_loop(), "durable:claims")
+        self._services += [
+            self._claiming,
+            self._serve(self.writer.run(), "durable:writer"),
+            self._serve(self.tender.run(), "durable:tender"),
+        ]
         if self.settings.listen:
             self._listener = Listener(database.private, channel_name(database.schema), self._hinted)
-            self._serve(self._listener.run(), "durable:listener")
+            self._services.append(self._serve(self._listener.run(), "durable:listener"))
 
     async def _enter_lifespan(self) -> Any:
         lifespan = self._durable.lifespan
         if lifespan is None:
             return self._durable.state
         if isinstance(lifespan, contextlib.AbstractAsyncContextManager):
-            return await self._exit.enter_async_context(lifespan)
+            return await self._exit.enter_async_context(cast("contextlib.AbstractAsyncContextManager[Any]", lifespan))
         takes_client = bool(inspect.signature(lifespan).parameters)
         return await self._exit.enter_async_context(lifespan(self._durable) if takes_client else lifespan())
 
@@ -228,29 +238,39 @@ class Worker:
 
     def hurry(self) -> None:
         """Give runs back at once, instead of waiting for `shutdown_timeout`."""
-        self._stopping = True
+        self._stopping.set()
         self._wake.set()
+        self._hurrying = True
         for run in list(self._runs.values()):
             run.release()
 
     async def _shut_down(self) -> None:
-        self._stopping = True
+        self._stopping.set()
         self._wake.set()
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
+                # A claim may be on its way, and what it brings is run, too.
+                await asyncio.wait([self._claiming])
                 await self._idle.wait()
         except TimeoutError:
             self.hurry()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(CLOSING_DEADLINE):
+                await asyncio.wait([self._claiming])
                 await self._idle.wait()
                 await self.writer.idle.wait()
                 await self.tender.work()
-                await self._hints.flush()
                 await self._rest.execute(claiming.REMOVE_WORKER, {"worker_id": self.worker_id})
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            logger.warning(
+                "worker %s ends without having settled everything (%s); others take over when its lease is over",
+                self.settings.name,
+                type(error).__name__,
+            )
         await self._close()
 
     async def _close(self) -> None:
+        self._turn_timer.cancel()
         self._lease.valid_until = 0.0
         for service in [*self._services, *self._engine_tasks]:
             service.cancel()
@@ -258,9 +278,11 @@ class Worker:
             await asyncio.wait([*self._services, *self._engine_tasks], timeout=5.0)
         if self._heartbeat is not None:
             await self._heartbeat.stop()
-        self._turn_timer.cancel()
         for channel in (self._claims, self._writes, self._rest):
             await channel.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                await self._hints.flush()
         self.executor.shutdown(wait=False, cancel_futures=True)
         task_factory.uninstall(self._loop)
         try:
@@ -269,14 +291,14 @@ class Worker:
             self._durable.forget_worker(self)
             self._stopped.set()
 
-    def _serve(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    def _serve(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.critical("%s has ended", name, exc_info=error)
 
         task = self._start_task(coroutine, name)
         task.add_done_callback(ended)
-        self._services.append(task)
+        return task
 
     def _start_task(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         with branches.detached():
@@ -305,6 +327,8 @@ class Worker:
         if not self._lease.valid and not self._renewing:
             self.lease_lost()
         interval = min(1.0, self.settings.claim_timeout / 8)
+        if self._lease.valid:
+            interval = min(interval, self._lease.valid_until - time.monotonic())
         self._turn_timer = self._loop.call_later(interval, self._turn)
 
     def lease_lost(self) -> None:
@@ -323,15 +347,15 @@ class Worker:
         if self._heartbeat is not None:
             await self._heartbeat.stop()
         failures = 0
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 self.worker_id = new_id()
                 await self._register()
                 break
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+            except Exception as error:
                 if not is_transient(error):
-                    raise
-                await asyncio.sleep(backoff(failures))
+                    logger.exception("registering the worker anew failed; trying on")
+                await self._pause(backoff(failures))
                 failures += 1
         self.writer.resume()
         self._renewing = False
@@ -360,12 +384,14 @@ class Worker:
 
     async def _claim_loop(self) -> None:
         failures = 0
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 if self._free <= 0 or not self._lease.valid:
                     await self._wait(1.0)
                     continue
                 self._wake.clear()
+                if self._in_doubt and time.monotonic() >= self._next_adoption:
+                    await self._adopt()
                 wanted = self._free
                 claimed = await self._claim(wanted)
                 failures = 0
@@ -375,17 +401,20 @@ class Worker:
                 if self._lanes.next_due is not None:
                     due = min(due, max(0.001, self._lanes.next_due - time.monotonic()))
                 await self._wait(due)
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+            except Exception as error:
                 if not is_transient(error):
                     logger.exception("claiming failed")
                 elif failures == 3:
                     logger.warning("claiming fails (%s); trying on", type(error).__name__)
-                await asyncio.sleep(backoff(failures))
+                self._doubt()
+                await self._pause(backoff(failures))
                 failures += 1
-            except Exception:
-                logger.exception("claiming failed")
-                await asyncio.sleep(backoff(failures))
-                failures += 1
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before trying again, or until the worker is to stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
 
     async def _wait(self, most: float) -> None:
         try:
@@ -422,6 +451,7 @@ class Worker:
         self._lanes.claimed(runs, search=search, full=len(rows) >= wanted)
         if worker_id != self.worker_id or not self._lease.valid:
             # The lease ended while the claim was on its way: those that take over find these runs, too.
+            self._doubt()
             return 0
         for run in runs:
             if run.cancel_at is not None:
@@ -429,8 +459,33 @@ class Worker:
         await self._start_runs(runs)
         return len(rows)
 
+    @property
+    def _in_doubt(self) -> bool:
+        return time.monotonic() < self._doubt_until
+
+    def _doubt(self) -> None:
+        """A claim may have been committed, or may still be, without our having heard of it."""
+        self._doubt_until = time.monotonic() + DOUBT
+        self._next_adoption = 0.0
+
+    async def _adopt(self) -> None:
+        """Start runs that are this worker's although the reply to their claim was lost: nobody else ever would."""
+        held = [*self._runs, *self._ending]
+        sent_at = time.monotonic()
+        rows = await self._claims.execute(
+            claiming.UNHEARD_CLAIMS,
+            {
+                "worker_id": self.worker_id,
+                "queue_names": list(self.settings.queue_names),
+                "task_ids": [task_id for task_id, _ in held],
+                "fences": [fence for _, fence in held],
+            },
+        )
+        self._next_adoption = sent_at + 1.0
+        await self._start_runs([Claimed._make((*row, sent_at)) for row in rows])
+
     async def _start_runs(self, claimed: list[Claimed]) -> None:
-        resumed = []
+        resumed: list[Claimed] = []
         for item in claimed:
             if item.fresh:
                 self._start_run(item, EMPTY_JOURNAL)
@@ -439,6 +494,8 @@ class Worker:
                 self._reserve(item)
         if resumed:
             self.start_task(self._start_resumed(resumed), "durable:resume")
+        if self._hurrying:
+            self.hurry()
 
     def _reserve(self, item: Claimed) -> None:
         """Count a run that is still being loaded."""
@@ -454,10 +511,13 @@ class Worker:
                 lambda: self._rest.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
             )
             waiting = await persistently(lambda: self._rest.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids}))
-        except BaseException:
-            for item in claimed:
-                self._forget(item)
-            raise
+        except Exception as error:  # noqa: BLE001 - one of them may be at fault
+            if len(claimed) > 1:
+                for item in claimed:
+                    self.start_task(self._start_resumed([item]), "durable:resume")
+            elif (run := self._runs.get((claimed[0].task_id, claimed[0].fence))) is not None:
+                run.refuse(error)
+            return
         rows: dict[uuid.UUID, list[Row[Any]]] = {task_id: [] for task_id in task_ids}
         for row in recorded:
             rows[row.task_id].append(row)
@@ -483,26 +543,28 @@ class Worker:
             return
         inner = self._context.copy()
         if task.is_async:
-            inner.run(running_context.set, context)
+            inner.run(enter, context)
             run.start(task.function(context, *arguments), inner)
         else:
             sync_context: SyncTaskContext[Any] = SyncTaskContext(context)
-            inner.run(running_context.set, sync_context)
+            inner.run(enter, sync_context)
             run.start(run_in_thread(sync_context, task.function, arguments), inner)
 
-    def _forget(self, item: Claimed) -> None:
-        self._runs.pop((item.task_id, item.fence), None)
+    def _forget(self, key: tuple[uuid.UUID, int]) -> None:
+        self._runs.pop(key, None)
         if not self._runs:
             self._idle.set()
         self._wake.set()
 
     def run_ended(self, run: Run) -> None:
         """User code of the run has come to its end: its slot is free."""
-        self._forget(run.claimed)
+        self._ending.add(run.key)
+        self._forget(run.key)
 
     def outcome_stored(self, run: Run, outcome: str, error: BaseException | None) -> None:
         """What became of the run is committed."""
         claimed = run.claimed
+        self._ending.discard(run.key)
         if outcome == "failed" and error is not None:
             logger.info("task %s (%s) failed: %s", claimed.task_id, claimed.task_name, type(error).__name__)
         elif outcome == "lost":
@@ -544,7 +606,7 @@ class Worker:
         if not hint:
             return
         self._take_hint(hint)
-        if not local and (hint.taken or self._stopping or not self._can_take(hint)):
+        if not local and (hint.taken or self._stopping.is_set() or not self._can_take(hint)):
             self._hints.send(hint)
 
     def _can_take(self, hint: Hint) -> bool:
@@ -594,7 +656,7 @@ class Worker:
 
 
 @contextlib.asynccontextmanager
-async def signals_handled(worker: Worker) -> AsyncIterator[None]:
+async def signals_handled(worker: Worker) -> AsyncGenerator[None]:
     """Shut the worker down on SIGTERM or SIGINT; a second one gives runs back at once."""
     loop = asyncio.get_running_loop()
     received = 0
@@ -607,13 +669,16 @@ async def signals_handled(worker: Worker) -> AsyncIterator[None]:
         else:
             worker.hurry()
 
+    def from_thread(_: int, __: object) -> None:
+        loop.call_soon_threadsafe(stop)
+
     restore: list[Callable[[], object]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
             loop.add_signal_handler(number, stop)
             restore.append(functools.partial(loop.remove_signal_handler, number))
         except (NotImplementedError, RuntimeError, ValueError):
-            previous = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+            previous = signal.signal(number, from_thread)
             restore.append(functools.partial(signal.signal, number, previous))
     try:
         yield

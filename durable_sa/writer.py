@@ -17,7 +17,6 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from sqlalchemy import Executable, Row
-from sqlalchemy.exc import SQLAlchemyError
 
 from .connections import Channel, backoff, is_transient
 from .signals import LeaseLost
@@ -166,7 +165,7 @@ class Writer:
             try:
                 await self._flush(writes)
                 return
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever one write meets, the others go out
                 if is_transient(error):
                     logger.warning("writing for %d runs failed, trying again: %s", len(writes), type(error).__name__)
                     await asyncio.sleep(backoff(failures))
@@ -187,6 +186,7 @@ class Writer:
         statement, parameters = _STATEMENTS[kind](writes)
         rows = await self._channel.execute(statement, parameters)
         keyed = kind in (Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT)
+        missing: list[Write]
         if kind is Kind.WAITS:
             for write in writes:
                 own = [row for row in rows if row.task_id == write.task_id]

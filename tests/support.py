@@ -4,11 +4,15 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 T = TypeVar("T")
 
 
+@overload
+async def eventually(condition: Callable[[], Awaitable[T]], *, within: float = 15.0) -> T: ...
+@overload
+async def eventually(condition: Callable[[], T], *, within: float = 15.0) -> T: ...
 async def eventually(condition: Callable[[], T | Awaitable[T]], *, within: float = 15.0) -> T:
     """What `condition` gives as soon as it is true; fails if that takes longer than `within` seconds."""
     deadline = time.monotonic() + within

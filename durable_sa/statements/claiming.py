@@ -102,6 +102,21 @@ _ready = (
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 
+_CLAIMED = (
+    Task.task_id,
+    Task.run_id,
+    Task.queue_name,
+    Task.priority,
+    Task.available_at,
+    Task.task_name,
+    as_text(Task.params).label("params"),
+    as_text(Task.headers).label("headers"),
+    Task.attempt,
+    Task.fence,
+    Task.cancel_at,
+    clock().label("now"),
+)
+
 CLAIM = (
     update(Task)
     .where(Task.task_id == _ready.c.task_id)
@@ -115,22 +130,20 @@ CLAIM = (
         first_started_at=func.coalesce(Task.first_started_at, clock()),
         cancel_at=case((Task.first_started_at.is_(None), clock() + Task.max_running_time), else_=Task.cancel_at),
     )
-    .returning(
-        Task.task_id,
-        Task.run_id,
-        Task.queue_name,
-        Task.priority,
-        Task.available_at,
-        Task.task_name,
-        as_text(Task.params).label("params"),
-        as_text(Task.headers).label("headers"),
-        Task.attempt,
-        Task.fence,
-        Task.cancel_at,
-        clock().label("now"),
-    )
+    .returning(*_CLAIMED)
 )
 """Take up to `wanted` ready tasks; the one statement that everything else is built around (see the module's text)."""
+
+_held = rows("held", task_ids=Uuid(), fences=BigInteger())
+
+UNHEARD_CLAIMS = select(*_CLAIMED).where(
+    Task.finished_at.is_(None),
+    Task.queue_name == func.any(array("queue_names", Text())),
+    Task.available_at <= statement_time(),
+    Task.claimed_by == _worker_id,
+    ~exists().where(Task.task_id == _held.c.task_ids, Task.fence == _held.c.fences),
+)
+"""Runs that a worker has but does not know of: their claim was committed, and its reply was lost."""
 
 _asked = rows("asked", queue_names=Text())
 
@@ -246,8 +259,6 @@ ORPHANED_RUNS = (
 
 FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
 """Drop lost workers that nothing can still refer to."""
-
-_held = rows("held", task_ids=Uuid(), fences=BigInteger())
 
 RUNS_GONE = (
     select(_held.c.task_ids.label("task_id"), Task.state)

@@ -1,0 +1,607 @@
+"""Leases: a live worker keeps its runs however long they take, a silent one loses them, and knows it in time."""
+
+import asyncio
+import math
+import signal
+import threading
+import time
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from durable_sa import Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
+from durable_sa.ids import new_id
+from durable_sa.models import Run, WorkerRow
+from durable_sa.statements import claiming
+from durable_sa.statements.outcomes import LEASE_LOSS_LIMIT
+
+from ..support import eventually
+from . import program
+from .conftest import Ledger, Rows, Start
+from .program import Work
+from .test_claims import Claimer
+
+CLOCK = "extract(epoch FROM clock_timestamp())::float"
+
+
+async def test_a_step_may_take_longer_than_the_claim_timeout(durable: Durable, sql: Rows) -> None:
+    """Asynchronous, in a thread, and in a synchronous task: no worker takes a run from a live one."""
+    calls: list[str] = []
+
+    async def wait() -> None:
+        calls.append("wait")
+        await asyncio.sleep(2.5)
+
+    def block() -> None:
+        calls.append("block")
+        time.sleep(2.5)
+
+    @durable.task
+    async def waiting(ctx: TaskContext) -> None:
+        await ctx.step("wait", wait)
+
+    @durable.task
+    async def threaded(ctx: TaskContext) -> None:
+        await ctx.step("block", block)
+
+    @durable.task
+    def synchronous(ctx: Any) -> None:
+        ctx.step("block", block)
+
+    spawned = [await durable.spawn(task) for task in (waiting, threaded, synchronous)]
+    async with durable.worker(claim_timeout=1, concurrency=3):
+        await eventually(lambda: len(calls) == 3)
+        async with durable.worker(claim_timeout=1, concurrency=3):
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=10)).status == "completed"
+    assert sorted(calls) == ["block", "block", "wait"]
+    assert await sql("SELECT DISTINCT attempt, fence, lease_losses FROM durable.tasks") == [(1, 2, 0)]
+
+
+async def test_a_blocked_event_loop_is_taken_over_and_writes_nothing_more(
+    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
+) -> None:
+    spawned = await durable.spawn(program.block, 5.0)
+    blocked = await start_process("blocked", claim_timeout=1)
+    await eventually(lambda: ledger.entries("begin"))
+    (first_id,) = (await sql("SELECT claimed_by FROM durable.tasks"))[0]
+    other = await start_process("other", claim_timeout=1)
+    result = await durable.wait_for_result(spawned, timeout=20)
+    assert result.output == other.process.pid
+    finished = await _dump(sql)
+    await eventually(lambda: ledger.entries("unblocked"))
+
+    # The first finds out by itself, and goes on as a new worker.
+    async def back() -> bool:
+        rows = await sql(select(WorkerRow.worker_id).where(WorkerRow.name == "blocked", WorkerRow.lost_at.is_(None)))
+        return [row for row in rows if row.worker_id != first_id] != []
+
+    await eventually(back)
+    other.send(signal.SIGTERM)
+    assert await other.exit_code() == 0
+    again = await durable.spawn(program.count)
+    assert (await durable.wait_for_result(again, timeout=10)).output == blocked.process.pid
+
+    assert await _dump(sql, spawned.task_id) == finished
+    # Its step ran where the run was taken over, and nowhere else.
+    assert [entry["pid"] for entry in ledger.entries("end")] == [other.process.pid]
+    (task,) = await sql(select(TaskRow.attempt, TaskRow.failures, TaskRow.state).where(TaskRow.task_id == spawned.task_id))
+    assert task == (2, 0, "completed")
+    runs = await sql(select(Run).where(Run.task_id == spawned.task_id).order_by(Run.attempt))
+    assert [(run.attempt, run.state) for run in runs] == [(1, "failed"), (2, "completed")]
+    assert runs[0].worker_id == first_id
+    assert runs[0].error["name"] == "LeaseLost"
+    assert str(first_id) in runs[0].error["message"]
+
+
+async def _dump(sql: Rows, *task_ids: uuid.UUID) -> list[list[Any]]:
+    """All that stands in the tables about tasks."""
+    chosen = f"WHERE task_id IN ({', '.join(repr(str(task_id)) for task_id in task_ids)})" if task_ids else ""
+    return [
+        await sql(f"SELECT t::text FROM durable.{table} AS t {chosen} ORDER BY 1")
+        for table in ("tasks", "runs", "checkpoints", "waits")
+    ]
+
+
+async def test_a_stopped_process_is_taken_over_and_writes_nothing_after_it_goes_on(
+    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
+) -> None:
+    spawned = await durable.spawn(program.work, Work(steps=8, seconds=0.2))
+    stopped = await start_process("stopped", claim_timeout=1)
+    await eventually(lambda: len(ledger.entries("end")) >= 2)
+    stopped.send(signal.SIGSTOP)
+    began = len(ledger.entries("begin", pid=stopped.process.pid))
+    other = await start_process("other", claim_timeout=1)
+    result = await durable.wait_for_result(spawned, timeout=20)
+    assert set(result.output or ()) == {stopped.process.pid, other.process.pid}
+    finished = await _dump(sql)
+    workers = len(await sql("SELECT worker_id FROM durable.workers"))
+    stopped.send(signal.SIGCONT)
+
+    async def registered() -> bool:
+        return len(await sql("SELECT worker_id FROM durable.workers")) == workers + 1
+
+    await eventually(registered)
+    assert await _dump(sql) == finished
+    assert len(ledger.entries("begin", pid=stopped.process.pid)) == began
+    # No step that was recorded has run again.
+    for number in range(8):
+        entries = ledger.entries("begin", step=number)
+        assert len(entries) == 1 or [entry["attempt"] for entry in entries] == [1, 2]
+    assert len(ledger.entries("begin")) <= 9
+
+    other.end()
+    again = await durable.spawn(program.count)
+    assert (await durable.wait_for_result(again, timeout=10)).output == stopped.process.pid
+
+
+async def test_a_stop_shorter_than_the_lease_changes_nothing(
+    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
+) -> None:
+    spawned = await durable.spawn(program.work, Work(steps=5, seconds=0.2))
+    stopped = await start_process("stopped", claim_timeout=4)
+    await start_process("other", claim_timeout=4)
+    await eventually(lambda: ledger.entries("begin"))
+    holder = ledger.entries("begin")[0]["pid"]
+    processes = {stopped.process.pid: stopped}
+    if holder in processes:
+        processes[holder].send(signal.SIGSTOP)
+        await asyncio.sleep(1.0)
+        processes[holder].send(signal.SIGCONT)
+    await durable.wait_for_result(spawned, timeout=10)
+    assert await sql("SELECT attempt, fence FROM durable.tasks") == [(1, 2)]
+
+
+async def test_a_killed_process_is_taken_over_within_its_lease(
+    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
+) -> None:
+    victim = await start_process("victim", claim_timeout=2, concurrency=20)
+    spawned = [await durable.spawn(program.work, Work(steps=3, seconds=0.5)) for _ in range(10)]
+    await eventually(lambda: len(ledger.entries("begin")) == 10)
+    async with durable.worker(claim_timeout=2, concurrency=20):
+        for task in program.TASKS:
+            durable.register(task)
+        victim.send(signal.SIGKILL)
+        ((killed_at,),) = await sql(f"SELECT {CLOCK}")
+
+        async def taken_over() -> bool:
+            return await sql("SELECT count(*) FROM durable.tasks WHERE attempt = 2") == [(10,)]
+
+        # In this process the tasks need a file to write to; that they were claimed is enough.
+        await eventually(taken_over)
+    rows = await sql("SELECT extract(epoch FROM started_at)::float, failures, lease_losses FROM durable.tasks")
+    assert all((failures, losses) == (0, 1) for _, failures, losses in rows)
+    # The lease, and a moment to find out and to claim.
+    assert max(started_at for started_at, _, _ in rows) < killed_at + 2.0 + 1.5
+    runs = await sql(select(Run).where(Run.attempt == 1))
+    assert {(run.state, run.error["name"]) for run in runs} == {("failed", "LeaseLost")}
+    assert {str(run.worker_id) in run.error["message"] for run in runs} == {True}
+    assert len(spawned) == len(runs)
+
+
+async def test_a_dead_workers_recorded_steps_are_not_run_again(
+    durable: Durable, start_process: Start, ledger: Ledger
+) -> None:
+    victim = await start_process("victim", claim_timeout=1)
+    spawned = await durable.spawn(program.work, Work(steps=4, seconds=0.15))
+    await eventually(lambda: len(ledger.entries("end")) >= 2)
+    victim.send(signal.SIGKILL)
+    recorded = {entry["step"] for entry in ledger.entries("end")}
+    await start_process("other", claim_timeout=1)
+    result = await durable.wait_for_result(spawned, timeout=10)
+    assert result.status == "completed"
+    again = {entry["step"] for entry in ledger.entries("begin", attempt=2)}
+    # The last one may have ended without having been recorded.
+    assert again.isdisjoint(recorded - {max(recorded)})
+
+
+async def test_code_that_kills_its_process_comes_to_an_end(
+    durable: Durable, start_process: Start, sql: Rows
+) -> None:
+    spawned = await durable.spawn(program.die, max_attempts=1)
+    await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LEASE_LOSS_LIMIT - 2)
+    first = await start_process("first", wait=False, claim_timeout=1)
+    assert await first.exit_code() == -signal.SIGKILL
+    await sql("UPDATE durable.workers SET expires_at = clock_timestamp()")
+    second = await start_process("second", wait=False, claim_timeout=1)
+    assert await second.exit_code() == -signal.SIGKILL
+    await start_process("third", claim_timeout=1)
+    result = await durable.wait_for_result(spawned, timeout=10)
+    assert result.status is TaskStatus.FAILED
+    assert result.error is not None
+    assert result.error.name == "LeaseLost"
+    rows = await sql("SELECT attempt, failures, lease_losses FROM durable.tasks")
+    assert rows == [(2, 0, LEASE_LOSS_LIMIT)]
+    assert await sql("SELECT attempt, state FROM durable.runs ORDER BY 1") == [(1, "failed"), (2, "failed")]
+
+
+async def test_twenty_lost_workers_in_a_row_and_not_nineteen_fail_a_task(durable: Durable, sql: Rows) -> None:
+    spawned = await durable.spawn_by_name("lethal", unchecked=True, max_attempts=1)
+    async with durable.worker() as worker:
+        for number in range(1, LEASE_LOSS_LIMIT + 1):
+            claimer = Claimer(durable.database)
+            await claimer.register(seconds=0.05)
+            assert await claimer.claim(1, "lethal") == [spawned.task_id]
+
+            async def taken_over(losses: int = number) -> bool:
+                worker.tender.look_within(0.0)
+                return await sql("SELECT lease_losses FROM durable.tasks") == [(losses,)]
+
+            await eventually(taken_over)
+            state = "failed" if number == LEASE_LOSS_LIMIT else "pending"
+            assert await sql("SELECT state, failures, attempt FROM durable.tasks") == [(state, 0, number)]
+    rows = await sql("SELECT attempt, state, error ->> 'name' FROM durable.runs ORDER BY attempt")
+    assert rows == [(number, "failed", "LeaseLost") for number in range(1, LEASE_LOSS_LIMIT + 1)]
+    # An operator may put it back, with fresh counts.
+    await durable.retry_task(spawned)
+    assert await sql("SELECT state, lease_losses FROM durable.tasks") == [("pending", 0)]
+
+
+@pytest.mark.parametrize("progress", ["suspend", "fail"])
+async def test_only_losses_in_a_row_count(durable: Durable, sql: Rows, progress: str) -> None:
+    @durable.task(max_attempts=3)
+    async def resilient(ctx: TaskContext) -> None:
+        if progress == "suspend":
+            await ctx.sleep_for("long", 3600)
+        raise ValueError
+
+    spawned = await durable.spawn(resilient)
+    await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LEASE_LOSS_LIMIT - 1)
+    async with durable.worker():
+
+        async def counted_anew() -> bool:
+            return await sql("SELECT lease_losses, claimed_by FROM durable.tasks") == [(0, None)]
+
+        await eventually(counted_anew)
+    assert (await durable.get_task_result(spawned)) is not None
+
+
+async def test_a_fatal_lease_timeout_ends_the_process_that_is_stuck(
+    durable: Durable, start_process: Start, ledger: Ledger
+) -> None:
+    spawned = await durable.spawn(program.block, 30.0)
+    stuck = await start_process("stuck", claim_timeout=1, fatal_on_lease_timeout=True)
+    await eventually(lambda: ledger.entries("begin"))
+    other = await start_process("other", claim_timeout=1)
+    assert await stuck.exit_code() == 1
+    assert (await durable.wait_for_result(spawned, timeout=10)).output == other.process.pid
+    assert ledger.entries("unblocked") == []
+
+
+@pytest.mark.parametrize(
+    "claim_timeout", [0.999, 0, -1, math.nan, math.inf, 1e300, timedelta(milliseconds=500), timedelta(days=-1), "2", None]
+)
+async def test_a_claim_timeout_that_cannot_work_is_refused(durable: Durable, claim_timeout: Any) -> None:
+    with pytest.raises((InvalidConfiguration, TypeError), match="claim_timeout"):
+        await durable.start_worker(claim_timeout=claim_timeout)
+
+
+async def test_a_worker_that_cannot_beat_gives_up_its_runs_before_others_may_take_them(
+    durable: Durable, engine: AsyncEngine, sql: Rows
+) -> None:
+    started, given_up_at = asyncio.Event(), 0.0
+
+    @durable.task
+    async def hold(ctx: TaskContext) -> int:
+        nonlocal given_up_at
+        started.set()
+        try:
+            if ctx.attempt == 1:
+                await asyncio.sleep(60)
+        finally:
+            given_up_at = given_up_at or time.time()
+        return ctx.attempt
+
+    spawned = await durable.spawn(hold)
+    async with durable.worker(claim_timeout=1, concurrency=1):
+        await started.wait()
+        async with engine.connect() as connection, connection.begin():
+            # Its heartbeat waits for this row.
+            row = (await connection.execute(select(WorkerRow).with_for_update())).one()
+            ((ahead,),) = await sql(f"SELECT {CLOCK} - {time.time()}")
+            await eventually(lambda: given_up_at)
+            assert given_up_at + ahead < row.expires_at.timestamp() + 0.25
+            assert await sql("SELECT attempt, state FROM durable.tasks") == [(1, "running")]
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == 2
+    assert await sql("SELECT attempt, failures, lease_losses FROM durable.tasks") == [(2, 0, 1)]
+    # It came back under another id, and said goodbye under that.
+    workers = await sql("SELECT worker_id, lost_at IS NOT NULL FROM durable.workers")
+    assert workers == [(row.worker_id, True)]
+
+
+async def test_what_was_written_before_the_lease_ended_is_kept(durable: Durable, engine: AsyncEngine) -> None:
+    calls: list[int] = []
+    gate = asyncio.Event()
+
+    async def once() -> int:
+        calls.append(1)
+        return len(calls)
+
+    @durable.task
+    async def hold(ctx: TaskContext) -> int:
+        number = await ctx.step("once", once)
+        if ctx.attempt == 1:
+            gate.set()
+            await asyncio.sleep(60)
+        return number
+
+    spawned = await durable.spawn(hold)
+    async with durable.worker(claim_timeout=1):
+        await gate.wait()
+        async with engine.connect() as connection, connection.begin():
+            await connection.execute(select(WorkerRow.worker_id).with_for_update())
+            await asyncio.sleep(1.5)
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == 1
+    assert calls == [1]
+
+
+async def test_a_heartbeat_that_was_committed_first_wins_against_the_sweep(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    claimer = Claimer(durable.database)
+    await claimer.register(seconds=0.01)
+    await asyncio.sleep(0.05)
+    async with engine.connect() as connection:
+        transaction = await connection.begin()
+        beaten = await connection.execute(
+            text("UPDATE durable.workers SET expires_at = clock_timestamp() + interval '1 min' RETURNING worker_id")
+        )
+        assert beaten.all()
+        sweep = asyncio.create_task(durable.database.execute(claiming.DECLARE_LOST))
+        await asyncio.sleep(0.1)
+        await transaction.commit()
+        assert list(await sweep) == []
+    assert list(await durable.database.execute(claiming.DECLARE_LOST)) == []
+
+
+async def test_a_sweep_that_was_committed_first_wins_against_the_heartbeat(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    claimer = Claimer(durable.database)
+    await claimer.register(seconds=0.01)
+    await asyncio.sleep(0.05)
+    async with engine.connect() as connection:
+        transaction = await connection.begin()
+        declared = (await connection.execute(claiming.DECLARE_LOST)).all()
+        assert [row.worker_id for row in declared] == [claimer.worker_id]
+        beat = asyncio.create_task(durable.database.execute(claiming.HEARTBEAT, {"beating_id": claimer.worker_id}))
+        await asyncio.sleep(0.1)
+        assert not beat.done()
+        await transaction.commit()
+        assert list(await beat) == []
+
+
+async def test_no_worker_is_declared_lost_whose_lease_has_not_ended(durable: Durable, sql: Rows) -> None:
+    """Hundreds of heartbeats that race hundreds of sweeps, each just when the lease ends."""
+    claimers = [Claimer(durable.database) for _ in range(20)]
+    for claimer in claimers:
+        await claimer.register(seconds=0.03)
+    alive = {claimer.worker_id for claimer in claimers}
+    deadline = time.monotonic() + 3.0
+
+    async def beat(claimer: Claimer) -> None:
+        pause = 0.01
+        while time.monotonic() < deadline:
+            if not await durable.database.execute(claiming.HEARTBEAT, {"beating_id": claimer.worker_id}):
+                alive.discard(claimer.worker_id)
+                claimer.worker_id = new_id()
+                await claimer.register(seconds=0.03)
+                alive.add(claimer.worker_id)
+            await asyncio.sleep(pause)
+            pause = 0.01 + (pause * 7) % 0.03
+
+    async def sweep() -> int:
+        found = 0
+        while time.monotonic() < deadline:
+            found += len(await durable.database.execute(claiming.DECLARE_LOST))
+            await asyncio.sleep(0.001)
+        return found
+
+    *_, lost, also_lost = await asyncio.gather(*(beat(claimer) for claimer in claimers), sweep(), sweep())
+    assert lost + also_lost > 20
+    assert await sql("SELECT count(*) FROM durable.workers WHERE lost_at < expires_at") == [(0,)]
+    assert await sql("SELECT count(*) FROM durable.workers WHERE lost_at IS NOT NULL") == [(lost + also_lost,)]
+    unlost = await sql("SELECT worker_id FROM durable.workers WHERE lost_at IS NULL")
+    assert {worker_id for (worker_id,) in unlost} <= alive
+
+
+async def test_runs_are_taken_over_also_when_the_row_of_their_worker_is_gone(
+    durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.tender.RECONCILE_INTERVAL", 0.2)
+    spawned = await durable.spawn(program.count)
+    claimer = Claimer(durable.database)
+    await claimer.register()
+    assert await claimer.claim(1, "count") == [spawned.task_id]
+    await sql("DELETE FROM durable.workers")
+    durable.register(program.count)
+    async with durable.worker():
+        await durable.wait_for_result(spawned, timeout=10)
+    assert await sql("SELECT attempt, failures, lease_losses FROM durable.tasks") == [(2, 0, 1)]
+
+
+async def test_mass_death_is_taken_over_in_batches(
+    durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.tender.BATCH", 50)
+    for _ in range(3):
+        claimer = Claimer(durable.database)
+        await claimer.register(seconds=0.05)
+        await durable.spawn_many([(program.count, None)] * 120)
+        assert len(await claimer.claim(120, "count")) == 120
+    durable.register(program.count)
+    async with durable.worker(concurrency=100):
+
+        async def finished() -> bool:
+            return await sql("SELECT count(*) FROM durable.tasks WHERE outcome = 'completed'") == [(360,)]
+
+        await eventually(finished)
+    assert await sql("SELECT DISTINCT attempt, failures, lease_losses FROM durable.tasks") == [(2, 0, 1)]
+
+
+async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_taken_over(
+    durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.tender.SWEEP_LOST_INTERVAL", 0.2)
+    spawned = [await durable.spawn(program.count) for _ in range(5)]
+    claimer = Claimer(durable.database)
+    await claimer.register(seconds=0.05)
+    assert len(await claimer.claim(5, "count")) == 5
+    durable.register(program.count)
+    async with engine.connect() as connection, connection.begin():
+        await connection.execute(
+            select(TaskRow.task_id).where(TaskRow.task_id == spawned[2].task_id).with_for_update()
+        )
+        async with durable.worker() as worker:
+            for spawn in spawned[:2] + spawned[3:]:
+                await durable.wait_for_result(spawn, timeout=5)
+            await connection.rollback()
+
+            async def done() -> bool:
+                worker.tender.look_within(0.0)
+                return await sql("SELECT count(*) FROM durable.tasks WHERE outcome = 'completed'") == [(5,)]
+
+            await eventually(done)
+
+
+async def test_the_heartbeat_ends_with_the_event_loop_of_its_worker(durable: Durable) -> None:
+    """An application that never shuts its worker down leaves no thread behind that keeps its runs."""
+    before = set(threading.enumerate())
+
+    def run() -> None:
+        async def start() -> None:
+            other = Durable(durable.engine.url)
+            await other.start_worker(claim_timeout=1, listen=False)
+            await asyncio.sleep(0.6)
+            await other.engine.dispose()
+
+        asyncio.run(start())
+
+    await asyncio.to_thread(run)
+    await eventually(
+        lambda: not [thread for thread in set(threading.enumerate()) - before if "heartbeat" in thread.name]
+    )
+{"what": "begin", "pid": 10034, "at": 1795361788.418228, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.4183545, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.4184039, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.4184532, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.4185095, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.418674, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.418719, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.418763, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.418801, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.4225519, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9231043, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9234273, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9234738, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.923504, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9235303, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9235597, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9235847, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9236078, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9236286, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 0}
+{"what": "end", "pid": 10034, "at": 1795361788.9236507, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 10034, "at": 1795361788.9771736, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9773066, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.977361, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9774082, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9774551, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9775012, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9775455, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9775856, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9776247, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361788.9776685, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4779027, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4781418, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.478185, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4782164, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.478243, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4782672, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4782903, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4783213, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4783468, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 1}
+{"what": "end", "pid": 10034, "at": 1795361789.4783688, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 10034, "at": 1795361789.4807918, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.480893, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.4809415, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.4809875, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.4810297, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.481071, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.48111, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.4811487, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.4811864, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 10034, "at": 1795361789.4812238, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9828076, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.983124, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9831624, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9832048, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9832315, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9832556, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9832788, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.983302, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9833255, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 2}
+{"what": "end", "pid": 10034, "at": 1795361789.9833462, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361893.6440923, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.6442325, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.6442902, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.644343, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.6443992, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.6444426, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.644484, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.644526, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.6445763, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361893.6446214, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.144893, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.1451628, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.145244, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.145284, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.1453152, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.1453378, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.1453586, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.1453788, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.1453972, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 0}
+{"what": "end", "pid": 14592, "at": 1795361894.145426, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 0}
+{"what": "begin", "pid": 14592, "at": 1795361894.1956956, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1958091, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1958601, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.195919, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1959884, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1960442, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.196094, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1961482, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1962013, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.1962607, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6972742, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6975217, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6975777, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6976151, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6976514, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6976864, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6977105, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6977491, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.697784, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 1}
+{"what": "end", "pid": 14592, "at": 1795361894.6978238, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 1}
+{"what": "begin", "pid": 14592, "at": 1795361894.7077906, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7079194, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7079847, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7080576, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7081246, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7081869, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7082546, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7083225, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7083895, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 2}
+{"what": "begin", "pid": 14592, "at": 1795361894.7084525, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2091274, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2095175, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2096155, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2096682, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2097135, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2098088, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2098835, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.209909, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.209935, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 2}
+{"what": "end", "pid": 14592, "at": 1795361895.2099767, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 2}
