@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import inspect
 import random
 import uuid
@@ -603,6 +602,14 @@ async def _invoke(
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
     if is_coroutine_function(function):
         return await function(*args, **kwargs)
-    call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
+    context = contextvars.copy_context()
+
+    def call() -> Any:
+        try:
+            return context.run(function, *args, **kwargs)
+        except StopIteration as error:
+            # No future can hold one. Where a coroutine raises it, Python does the same.
+            raise RuntimeError("the step raised StopIteration") from error
+
     result = await asyncio.get_running_loop().run_in_executor(executor, call)
     return await result if inspect.isawaitable(result) else result

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import SessionTransaction
 
 from .annotations import is_coroutine_function
 from .codec import Codec, check_size
 from .connections import backoff, discard, is_conflict
 from .errors import InvalidState
+from .reader import persistently
 from .signals import LeaseLost
 from .statements import checkpoints
 
@@ -47,7 +49,7 @@ async def run_transaction(
     """
     for attempt in range(ATTEMPTS):
         await run.enter()
-        connection = await durable.database.transactional()
+        connection = await persistently(durable.database.transactional)
         try:
             return await _once(run, durable, connection, key, name, codec, fn, args, kwargs)
         except SQLAlchemyError as error:
@@ -72,21 +74,13 @@ async def _once(
 ) -> T:
     what = f"the result of transaction {name!r}"
     async with connection.begin() as transaction:
-        if is_coroutine_function(fn):
-            session = durable.database.session(connection)
-            with _Guard(session.sync_session, name):
+        session = durable.database.session(connection)
+        with _guarded(session, connection, name):
+            if is_coroutine_function(fn):
                 result = await fn(session, *args, **kwargs)
+            else:
+                result = await session.run_sync(fn, *args, **kwargs)
             await session.flush()
-        else:
-            session = durable.database.session(connection)
-
-            def call(sync_session: Session) -> Any:
-                with _Guard(sync_session, name):
-                    outcome = fn(sync_session, *args, **kwargs)
-                sync_session.flush()
-                return outcome
-
-            result = await session.run_sync(call)
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
         locked = await connection.execute(
@@ -108,37 +102,40 @@ async def _once(
     return codec.decode(stored or "null", what)
 
 
-class _Guard:
+@contextmanager
+def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> Generator[None]:
     """Refuses a commit or rollback of the whole transaction by the code inside; savepoints are its own."""
+    what = f"The session of transaction {name!r}"
 
-    def __init__(self, session: Session, name: str) -> None:
-        self._session = session
-        self._name = name
-
-    def __enter__(self) -> None:
-        event.listen(self._session, "before_commit", self._refuse)
-        event.listen(self._session, "after_soft_rollback", self._refuse_rollback)
-
-    def __exit__(self, *_: object) -> None:
-        event.remove(self._session, "before_commit", self._refuse)
-        event.remove(self._session, "after_soft_rollback", self._refuse_rollback)
-
-    def _refuse(self, session: Session) -> None:
-        if session.in_nested_transaction():
-            return
-        raise InvalidState(
-            f"The session of transaction {self._name!r}",
-            "committed by the engine, together with the checkpoint",
-            "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
-        )
-
-    def _refuse_rollback(self, session: Session, previous: SessionTransaction) -> None:
-        if previous.parent is None:
+    def refuse_commit(*_: object) -> None:
+        if not session.in_nested_transaction():
             raise InvalidState(
-                f"The session of transaction {self._name!r}",
+                what,
+                "committed by the engine, together with the checkpoint",
+                "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
+            )
+
+    def refuse_rollback(_: object, previous: SessionTransaction | None = None) -> None:
+        if previous is None or previous.parent is None:
+            raise InvalidState(
+                what,
                 "rolled back by the engine if its function raises",
                 "Raise an exception instead of calling rollback().",
             )
+
+    listeners: list[tuple[object, str, Callable[..., None]]] = [
+        (session.sync_session, "before_commit", refuse_commit),
+        (session.sync_session, "after_soft_rollback", refuse_rollback),
+        (connection.sync_connection, "commit", refuse_commit),
+        (connection.sync_connection, "rollback", refuse_rollback),
+    ]
+    for target, event_name, refuse in listeners:
+        event.listen(target, event_name, refuse)
+    try:
+        yield
+    finally:
+        for target, event_name, refuse in listeners:
+            event.remove(target, event_name, refuse)
 
 
 async def _give_back(connection: AsyncConnection) -> None:
