@@ -1,0 +1,200 @@
+"""What an asyncio task is blocked on, read from the task itself.
+
+asyncio has no question for this, so the answer comes from `Task._fut_waiter`, the frames of the suspended coroutines
+and the callbacks of futures. What is not recognised, a library's own primitive or that of a Python yet to come, counts
+as an await of something outside: it gets the grace period and a warning, never a wrong suspension at once.
+"""
+
+import asyncio
+import asyncio.tasks
+import functools
+import gc
+import os
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
+from enum import Enum, auto
+from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
+from typing import Any, Final, cast
+
+AnyTask = asyncio.Task[Any]
+AnyFuture = asyncio.Future[Any]
+
+
+class Blocked(Enum):
+    """Whether a task can go on, and if not, who has to move first."""
+
+    NOT = auto()
+    """It is about to run, or runs."""
+    PARKED = auto()
+    """It awaits a durable wait."""
+    INSIDE = auto()
+    """It awaits other tasks of its run, or a lock, event or queue, which they share."""
+    OUTSIDE = auto()
+    """It awaits anything else: a timer, a socket, a thread, a task that is not of the run."""
+
+
+def _codes(*functions: object) -> frozenset[CodeType]:
+    return frozenset(code for function in functions if (code := getattr(function, "__code__", None)) is not None)
+
+
+_ASYNCIO: Final = os.path.dirname(asyncio.__file__) + os.sep  # noqa: PTH120 - compared with code objects' plain strings
+_GATHERING: Final[type[Any]] = getattr(asyncio.tasks, "_GatheringFuture", type(None))
+_RELEASE_WAITER: Final = getattr(asyncio.tasks, "_release_waiter", None)
+_SUSPENDABLE: Final[dict[type[Any], tuple[str, str]]] = {
+    CoroutineType: ("cr_frame", "cr_await"),
+    GeneratorType: ("gi_frame", "gi_yieldfrom"),
+    AsyncGeneratorType: ("ag_frame", "ag_await"),
+}
+
+_WAIT: Final = _codes(getattr(asyncio.tasks, "_wait", None))
+_WAIT_FOR: Final = _codes(asyncio.wait_for)
+_TIMED: Final = _WAIT | _WAIT_FOR
+_TASK_GROUP: Final = _codes(asyncio.TaskGroup.__aexit__, getattr(asyncio.TaskGroup, "_aexit", None))
+_SHARED: Final = _codes(
+    asyncio.Lock.acquire,
+    asyncio.Semaphore.acquire,
+    asyncio.Condition.wait,
+    asyncio.Event.wait,
+    cast(Any, asyncio.Queue).get,
+    cast(Any, asyncio.Queue).put,
+)
+
+
+def examine(task: AnyTask, tasks: Container[object], parked: Container[object]) -> Blocked:
+    """What `task` is blocked on, where `tasks` are those of its run and `parked` the futures of its durable waits."""
+    waiter = getattr(task, "_fut_waiter", None)
+    if waiter is None or waiter.done():
+        return Blocked.NOT
+    if waiter in parked:
+        return Blocked.PARKED
+    stack = list(_frames(task))
+    if any(frame.f_code in _TIMED and frame.f_locals["timeout"] is not None for frame in stack):
+        return Blocked.OUTSIDE
+    awaited: Iterable[AnyFuture] = (waiter,)
+    if stack:
+        code = stack[-1].f_code
+        if code in _SHARED:
+            return Blocked.INSIDE
+        if code in _WAIT:
+            awaited = stack[-1].f_locals["fs"]
+        elif code in _TASK_GROUP:
+            awaited = getattr(stack[-1].f_locals["self"], "_tasks", awaited)
+    leaves = [leaf for future in awaited for leaf in _leaves(future, tasks)]
+    if not leaves:
+        return Blocked.NOT  # all are done, and on their way through gather or the like
+    return Blocked.INSIDE if all(leaf in tasks for leaf in leaves) else Blocked.OUTSIDE
+
+
+def location(task: AnyTask) -> str:
+    """Where `task` is blocked, as `file:line in function`: its innermost frame outside asyncio. No values."""
+    stack = list(_frames(task))
+    if not stack:
+        return f"an unknown place in {task.get_name()}"
+    frame = next((frame for frame in reversed(stack) if not frame.f_code.co_filename.startswith(_ASYNCIO)), stack[-1])
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}()"
+    return place if frame is stack[-1] else f"{place}, in asyncio's {stack[-1].f_code.co_qualname}()"
+
+
+def is_under_wait_for(tasks: Container[object]) -> bool:
+    """Whether an `asyncio.wait_for` with a timeout is around what the running task does at this moment.
+
+    It is, too, if another one of `tasks`, those of the run, waits for this one in there.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        return False
+    outermost = getattr(task.get_coro(), "cr_frame", None)
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        if _is_wait_for(frame):
+            return True
+        frame = frame.f_back if frame is not outermost else None
+    waiting = (waiting for callback in _callbacks(task) for waiting in _woken_by(callback) if waiting in tasks)
+    return any(_is_wait_for(frame) for other in waiting for frame in _frames(other))
+
+
+def is_called_by_wait_for() -> bool:
+    """Whether the task factory, which asks, is at work for `asyncio.wait_for` itself."""
+    frame: FrameType | None = sys._getframe(3)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_filename.startswith(_ASYNCIO):
+        if frame.f_code in _WAIT_FOR:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def outcomes(tasks: Iterable[AnyTask]) -> set[AnyFuture]:
+    """The futures that `asyncio.gather` and `asyncio.shield` have made of `tasks`."""
+    found: set[AnyFuture] = set()
+    pending: list[AnyFuture] = list(tasks)
+    while pending:
+        for callback in _callbacks(pending.pop()):
+            if getattr(callback, "__module__", None) != asyncio.tasks.__name__:
+                continue
+            outer = {value for name, value in _captured(callback) if name == "outer" and asyncio.isfuture(value)}
+            pending.extend(outer - found)
+            found |= outer
+    return found
+
+
+def _frames(task: AnyTask) -> Iterator[FrameType]:
+    """The suspended frames of a task, from the outermost to the innermost."""
+    awaitable: object = task.get_coro()
+    while awaitable is not None:
+        if (attributes := _SUSPENDABLE.get(type(awaitable))) is not None:
+            yield getattr(awaitable, attributes[0])
+            awaitable = getattr(awaitable, attributes[1])
+        else:
+            # The iterators of `async for` and of `__await__` refer to the coroutine they run without naming it.
+            referents: list[object] = gc.get_referents(awaitable)
+            awaitable = next((referent for referent in referents if type(referent) in _SUSPENDABLE), None)
+
+
+def _leaves(future: AnyFuture, tasks: Container[object]) -> Iterator[AnyFuture]:
+    """What has yet to be done for `future` to be done, seen through gather and shield."""
+    if future.done():
+        return
+    if future in tasks:
+        yield future
+    elif isinstance(future, _GATHERING):
+        for child in getattr(future, "_children", ()):
+            yield from _leaves(child, tasks)
+    elif shielded := [inner for callback in _callbacks(future) for inner in _shielded_by(callback)]:
+        for inner in shielded:
+            yield from _leaves(inner, tasks)
+    else:
+        yield future
+
+
+def _callbacks(future: AnyFuture) -> list[Callable[..., object]]:
+    return [callback for callback, _ in getattr(future, "_callbacks", None) or ()]
+
+
+def _shielded_by(callback: Callable[..., object]) -> Iterator[AnyFuture]:
+    """The future that `asyncio.shield` shields, if `callback` is the one it leaves on the future it returns."""
+    if getattr(callback, "__qualname__", "") == "shield.<locals>._outer_done_callback":
+        yield from (value for name, value in _captured(callback) if name == "inner")
+
+
+def _captured(callback: Callable[..., object]) -> Iterator[tuple[str, Any]]:
+    """The names and values that a callback has from the function around it."""
+    names = getattr(getattr(callback, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(callback, "__closure__", None) or (), strict=False):
+        with suppress(ValueError):  # not assigned yet
+            yield name, cell.cell_contents
+
+
+def _is_wait_for(frame: FrameType) -> bool:
+    return frame.f_code in _WAIT_FOR and frame.f_locals["timeout"] is not None
+
+
+def _woken_by(callback: Callable[..., object]) -> Iterator[AnyTask]:
+    """The task that awaits the future which has `callback`."""
+    waiting: AnyTask | None = getattr(callback, "__self__", None)
+    if isinstance(waiting, asyncio.Task):
+        yield waiting
+    elif isinstance(callback, functools.partial) and callback.func is _RELEASE_WAITER:
+        # In Python 3.11 wait_for awaits a future of its own, which is resolved by the one that it is for.
+        for inner in _callbacks(callback.args[0]):
+            yield from _woken_by(inner)

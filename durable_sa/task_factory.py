@@ -1,0 +1,94 @@
+"""The asyncio task factory that gives every asyncio task of a run its branch."""
+
+import asyncio
+import functools
+import weakref
+from collections.abc import Coroutine, Generator
+from typing import Any, TypeVar
+
+from durable_sa import branches
+
+T = TypeVar("T")
+
+
+def install(loop: asyncio.AbstractEventLoop) -> None:
+    """Has `loop` tell runs about their tasks, on top of the task factory it has, which must take a `context`.
+
+    Every call needs an `uninstall`.
+    """
+    factory = _factories.get(loop)
+    if factory is None:
+        factory = _factories[loop] = _TaskFactory(loop.get_task_factory())
+        loop.set_task_factory(factory)
+    factory.users += 1
+
+
+def uninstall(loop: asyncio.AbstractEventLoop) -> None:
+    """Takes one `install` back. The last one restores the task factory from before, unless it was replaced since."""
+    factory = _factories[loop]
+    factory.users -= 1
+    if not factory.users:
+        del _factories[loop]
+        if loop.get_task_factory() is factory:
+            loop.set_task_factory(factory.previous)
+
+
+class BranchExit(BaseException):
+    """Ends a branch in place of its cause, a `SystemExit` or `KeyboardInterrupt`, which would end the event loop."""
+
+
+class _TaskFactory:
+    def __init__(self, previous: Any) -> None:
+        self.previous = previous
+        self.users = 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> Any:
+        create = self.previous or _create
+        context = kwargs.get("context")
+        branch = branches.next_branch(loop, context) if self.users else None
+        if branch is None:
+            return create(loop, coro, **kwargs)
+        guarded = _Guarded(coro) if asyncio.iscoroutine(coro) else coro
+        return branch.start(functools.partial(create, loop, guarded, **kwargs), context)
+
+
+_factories: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _TaskFactory] = weakref.WeakKeyDictionary()
+
+
+class _Guarded(Coroutine[Any, Any, T]):
+    """A coroutine whose `SystemExit` and `KeyboardInterrupt` do not reach the event loop.
+
+    Not an `async def` around it: if cancelled before its first step, that would leave the coroutine never awaited.
+    """
+
+    __slots__ = ("_coro",)
+
+    def __init__(self, coro: Coroutine[Any, Any, T]) -> None:
+        self._coro = coro
+
+    def send(self, value: Any, /) -> Any:
+        try:
+            return self._coro.send(value)
+        except (SystemExit, KeyboardInterrupt) as cause:
+            raise BranchExit(type(cause).__name__) from cause
+
+    def throw(self, *exception: Any) -> Any:
+        try:
+            return self._coro.throw(*exception)
+        except (SystemExit, KeyboardInterrupt) as cause:
+            raise BranchExit(type(cause).__name__) from cause
+        finally:
+            del exception  # which would refer to itself through this frame in its traceback
+
+    def close(self) -> None:
+        self._coro.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._coro.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._coro, name)
+
+
+def _create(loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> asyncio.Task[Any]:
+    return asyncio.Task(coro, loop=loop, **kwargs)
