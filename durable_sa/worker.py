@@ -181,15 +181,15 @@ class Worker:
             await self._exit.aclose()
             raise
         self._turn()
-        self._claiming = self._serve(self._claim_loop(), "durable:claims")
+        self._claiming = self._serve(self._claim_loop, "durable:claims", self._claims)
         self._services += [
             self._claiming,
-            self._serve(self.writer.run(), "durable:writer"),
-            self._serve(self.tender.run(), "durable:tender"),
+            self._serve(self.writer.run, "durable:writer", self._writes),
+            self._serve(self.tender.run, "durable:tender", self._rest),
         ]
         if self.settings.listen:
             self._listener = Listener(database.private, channel_name(database.schema), self._hinted)
-            self._services.append(self._serve(self._listener.run(), "durable:listener"))
+            self._services.append(self._serve(self._listener.run, "durable:listener"))
 
     async def _enter_lifespan(self) -> Any:
         lifespan = self._durable.lifespan
@@ -291,12 +291,23 @@ class Worker:
             self._durable.forget_worker(self)
             self._stopped.set()
 
-    def _serve(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def _serve(
+        self, run: Callable[[], Coroutine[Any, Any, None]], name: str, channel: Channel | None = None
+    ) -> asyncio.Task[None]:
+        """Start a part of the worker. If it is cancelled, by whomever, its connection is closed."""
+
+        async def serve() -> None:
+            try:
+                await run()
+            finally:
+                if channel is not None:
+                    await channel.close()
+
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.critical("%s has ended", name, exc_info=error)
 
-        task = self._start_task(coroutine, name)
+        task = self._start_task(serve(), name)
         task.add_done_callback(ended)
         return task
 

@@ -10,8 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import URL, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
 from durable_sa.ids import new_id
@@ -468,140 +469,26 @@ async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_
             await eventually(done)
 
 
-async def test_the_heartbeat_ends_with_the_event_loop_of_its_worker(durable: Durable) -> None:
-    """An application that never shuts its worker down leaves no thread behind that keeps its runs."""
+async def test_a_worker_whose_event_loop_ends_leaves_neither_a_thread_nor_a_connection(
+    database_url: URL, durable: Durable, sql: Rows
+) -> None:
+    """As in an application that never shuts its worker down, and whose process goes on."""
     before = set(threading.enumerate())
 
-    def run() -> None:
-        async def start() -> None:
-            other = Durable(durable.engine.url)
-            await other.start_worker(claim_timeout=1, listen=False)
-            await asyncio.sleep(0.6)
-            await other.engine.dispose()
+    async def start() -> None:
+        settings = {"server_settings": {"application_name": "abandoned"}}
+        other = Durable(create_async_engine(database_url, poolclass=NullPool, connect_args=settings))
+        await other.start_worker(claim_timeout=1)
+        await asyncio.sleep(0.7)
+        assert await sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'abandoned'") > [(2,)]
 
-        asyncio.run(start())
-
-    await asyncio.to_thread(run)
+    # `asyncio.run` cancels all tasks at its end.
+    await asyncio.to_thread(asyncio.run, start())
     await eventually(
         lambda: not [thread for thread in set(threading.enumerate()) - before if "heartbeat" in thread.name]
     )
-{"what": "begin", "pid": 10034, "at": 1795361788.418228, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.4183545, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.4184039, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.4184532, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.4185095, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.418674, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.418719, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.418763, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.418801, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.4225519, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9231043, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9234273, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9234738, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.923504, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9235303, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9235597, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9235847, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9236078, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9236286, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 0}
-{"what": "end", "pid": 10034, "at": 1795361788.9236507, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 10034, "at": 1795361788.9771736, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9773066, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.977361, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9774082, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9774551, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9775012, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9775455, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9775856, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9776247, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361788.9776685, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4779027, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4781418, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.478185, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4782164, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.478243, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4782672, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4782903, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4783213, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4783468, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 1}
-{"what": "end", "pid": 10034, "at": 1795361789.4783688, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 10034, "at": 1795361789.4807918, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.480893, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.4809415, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.4809875, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.4810297, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.481071, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.48111, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.4811487, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.4811864, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 10034, "at": 1795361789.4812238, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9828076, "task": "01a203e6-ca0b-7078-8cda-e7c72c6a6568", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.983124, "task": "01a203e6-ca4b-74b4-8c49-614d4d5cc2f3", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9831624, "task": "01a203e6-ca6f-7684-9a33-8f05e5458263", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9832048, "task": "01a203e6-ca74-74c8-bf49-af84e72996e2", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9832315, "task": "01a203e6-ca78-7632-a6af-73950a3283e7", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9832556, "task": "01a203e6-ca7f-764a-9e62-4a691d968d64", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9832788, "task": "01a203e6-ca81-732b-b80a-4e2562864c49", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.983302, "task": "01a203e6-ca88-75c9-88fd-8d1b1dfb63cd", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9833255, "task": "01a203e6-ca93-732a-9f61-861f85c2445e", "attempt": 2, "step": 2}
-{"what": "end", "pid": 10034, "at": 1795361789.9833462, "task": "01a203e6-ca97-7758-9f25-6a892ccb2967", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361893.6440923, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.6442325, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.6442902, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.644343, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.6443992, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.6444426, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.644484, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.644526, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.6445763, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361893.6446214, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.144893, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.1451628, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.145244, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.145284, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.1453152, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.1453378, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.1453586, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.1453788, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.1453972, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 0}
-{"what": "end", "pid": 14592, "at": 1795361894.145426, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 0}
-{"what": "begin", "pid": 14592, "at": 1795361894.1956956, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1958091, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1958601, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.195919, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1959884, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1960442, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.196094, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1961482, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1962013, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.1962607, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6972742, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6975217, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6975777, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6976151, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6976514, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6976864, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6977105, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6977491, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.697784, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 1}
-{"what": "end", "pid": 14592, "at": 1795361894.6978238, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 1}
-{"what": "begin", "pid": 14592, "at": 1795361894.7077906, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7079194, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7079847, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7080576, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7081246, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7081869, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7082546, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7083225, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7083895, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 2}
-{"what": "begin", "pid": 14592, "at": 1795361894.7084525, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2091274, "task": "01a203e8-64eb-71e0-9339-6cf0e724a30f", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2095175, "task": "01a203e8-6523-7633-8939-a1c4d7e993f4", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2096155, "task": "01a203e8-6541-7361-bddd-a8cada42f0d5", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2096682, "task": "01a203e8-6543-7606-b4af-5146c64a0628", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2097135, "task": "01a203e8-654f-739b-9dd0-cadec6be9426", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2098088, "task": "01a203e8-6551-7304-a87b-fd885f87f1aa", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2098835, "task": "01a203e8-6557-71d3-a84c-4af9cb85d9a8", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.209909, "task": "01a203e8-6559-70e2-975c-d735b83ee0bf", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.209935, "task": "01a203e8-6560-7401-813c-c7484ce06401", "attempt": 2, "step": 2}
-{"what": "end", "pid": 14592, "at": 1795361895.2099767, "task": "01a203e8-6562-73f1-84da-9745be197001", "attempt": 2, "step": 2}
+
+    async def closed() -> bool:
+        return await sql("SELECT pid FROM pg_stat_activity WHERE application_name = 'abandoned'") == []
+
+    await eventually(closed)
