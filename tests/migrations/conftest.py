@@ -71,9 +71,10 @@ def empty_database(database_test_server: TestServer) -> Generator[URL]:
 
 
 @pytest.fixture
-async def empty_engine(empty_database: URL) -> AsyncGenerator[AsyncEngine]:
+async def empty_engine(request: pytest.FixtureRequest, empty_database: URL) -> AsyncGenerator[AsyncEngine]:
+    url = empty_database.set(drivername=f"postgresql+{getattr(request, 'param', 'asyncpg')}")
     # The server's default may be another one.
-    engine = create_async_engine(empty_database, isolation_level="READ COMMITTED")
+    engine = create_async_engine(url, isolation_level="READ COMMITTED")
     yield engine
     await engine.dispose()
 
