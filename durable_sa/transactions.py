@@ -107,8 +107,8 @@ def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> G
     """Refuses a commit or rollback of the whole transaction by the code inside; savepoints are its own."""
     what = f"The session of transaction {name!r}"
 
-    def refuse_commit(*_: object) -> None:
-        if not session.in_nested_transaction():
+    def refuse_commit(target: object) -> None:
+        if target is connection.sync_connection or not session.in_nested_transaction():
             raise InvalidState(
                 what,
                 "committed by the engine, together with the checkpoint",

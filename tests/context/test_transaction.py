@@ -156,7 +156,8 @@ async def test_in_a_plain_task(run: Runner, ledger: Ledger):
     assert await ledger.entries() == ["s"]
 
 
-@pytest.mark.parametrize("how", ["session", "connection", "begin"])
+@pytest.mark.filterwarnings("ignore:nested transaction already deassociated")
+@pytest.mark.parametrize("how", ["session", "connection", "begin", "connection in a savepoint"])
 async def test_commit_inside_is_refused_and_commits_nothing(run: Runner, ledger: Ledger, how: str):
     async def commits(session: AsyncSession) -> None:
         session.add(Entry(text="x"))
@@ -165,6 +166,9 @@ async def test_commit_inside_is_refused_and_commits_nothing(run: Runner, ledger:
             await session.commit()
         elif how == "connection":
             await (await session.connection()).commit()
+        elif how == "connection in a savepoint":
+            async with session.begin_nested():
+                await (await session.connection()).commit()
         else:
             transaction = (await session.connection()).get_transaction()
             assert transaction is not None
