@@ -156,7 +156,7 @@ class Writer:
                 continue
             size += write.size
             batch.append(write)
-        return batch
+        return _current(batch)
 
     async def _send(self, writes: list[Write]) -> None:
         """One statement for all of these, repeated until the database answers; halved to find the one it refuses."""
@@ -256,6 +256,20 @@ class Writer:
     def _again(self, write: Write) -> None:
         self._delayed -= 1
         self.submit(write)
+
+
+def _current(batch: list[Write]) -> list[Write]:
+    """The batch without writes of runs whose task this worker has claimed anew: a statement knows one fence a task."""
+    fences: dict[uuid.UUID, int] = {}
+    for write in batch:
+        if write.fence > fences.get(write.task_id, -1):
+            fences[write.task_id] = write.fence
+    current = [write for write in batch if write.fence == fences[write.task_id]]
+    if len(current) < len(batch):
+        for write in batch:
+            if write.fence != fences[write.task_id]:
+                write.settle(None, LeaseLost())
+    return current
 
 
 def _columns(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
