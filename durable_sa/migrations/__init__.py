@@ -64,7 +64,9 @@ Without Alembic's files
 -----------------------
 
 `await durable.migrate()` of the client, or `durable migrate` on the command line, takes the tables to the newest
-revision in a transaction of its own. An application may turn to one of the other ways later: they find what is there.
+revision in a transaction of its own. An application may turn to one of the other ways later: revisions that the
+database has are not run again. Autogenerate has nothing to write on such a database; write the call by hand, or
+generate it on an empty one.
 
 Either way
 ----------
@@ -74,7 +76,8 @@ Either way
   `env.py`, or by a revision.
 - Another schema than `durable` is named in `env.py`, for generated calls and for the branch, by
   `context.configure(..., durable_schema="jobs")`; calls have it as `durable.upgrade("durable_0001", schema="jobs")`. It
-  is created where it does not exist; a role that may not create schemas needs one that does.
+  is created where it does not exist; a role that may not create schemas needs one that does. Foreign keys of your
+  models then go to a copy, `tasks = TaskRow.__table__.to_metadata(Base.metadata, schema="jobs")`.
 - A downgrade to `base` drops the tables, and what is in them, and leaves the schema with its grants.
 - A database says at which revision its tables are in the comment of the table `queues`. Workers read it when they
   start and refuse tables that are too old or too new. Keep comments in dumps (no `pg_dump --no-comments`).

@@ -279,13 +279,22 @@ def down(op, schema):
 @pytest.mark.parametrize("branch", [False, True], ids=["own history", "branch"])
 def test_another_schema(application: Application, read_catalog: Catalog, migrated: list[str], branch: bool) -> None:
     schema = 'my "jobs"'
-    application.replace("models.py", r"    task.*TaskRow.*\n", "")
+    application.paste(
+        "models.py",
+        "\n    })\n",
+        f"\n\ndurable_tasks = TaskRow.__table__.to_metadata(Base.metadata, schema={schema!r})\n",
+        documented=False,
+    )
+    application.replace("models.py", r"ForeignKey\(TaskRow\.task_id", "ForeignKey(durable_tasks.c.task_id")
+    application.replace("models.py", r"    task: .*\n", "")
     add_option(application, f"durable_schema={schema!r}")
     add_option(application, "include_schemas=True")
     if branch:
         add_branch(application)
         application.alembic("upgrade", "heads")
-        revision = application.revision("-m", "first", "--head", "base", "--version-path", "alembic/versions")
+        revision = application.revision(
+            "-m", "first", "--head", "base", "--version-path", "alembic/versions", "--depends-on", "durable_0001"
+        )
     else:
         add_hook(application)
         revision = application.revision("-m", "first")
@@ -294,6 +303,7 @@ def test_another_schema(application: Application, read_catalog: Catalog, migrate
     assert revision.count("_table(") == 4
     application.alembic("upgrade", "heads")
     assert on(application.url, lambda connection: read_catalog(connection, schema)) == migrated
+    assert 'REFERENCES "my ""jobs""".tasks(task_id)' in foreign_key(application.url)
     assert "No new upgrade operations" in application.alembic("check")
     application.alembic("downgrade", "base")
     assert on(application.url, lambda connection: read_catalog(connection, schema)) == []

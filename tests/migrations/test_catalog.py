@@ -1,14 +1,18 @@
 """However the tables came about, they are the same."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import Connection
+from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import migrations, models
@@ -94,3 +98,17 @@ async def test_each_revision_can_be_taken_back(empty_engine: AsyncEngine, read_c
 
 def test_the_models_are_those_of_the_newest_revision() -> None:
     assert migrations.head() == models.REVISION
+
+
+def test_the_development_environment_finds_no_difference(empty_database: URL) -> None:
+    for arguments in (["upgrade", "head"], ["check"], ["downgrade", "base"]):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("alembic"), *arguments],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "DURABLE_DATABASE_URL": empty_database.render_as_string(hide_password=False)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ("No new upgrade operations detected.\n" if arguments == ["check"] else "")
