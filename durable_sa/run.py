@@ -10,10 +10,11 @@ import uuid
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from .branches import Branches
+from .clock import LocalClock
 from .codec import check_size
 from .errors import DurableError
 from .failures import encode_error, is_retryable
@@ -41,6 +42,7 @@ class Host(Protocol):
     writer: Writer
     reader: Reader
     executor: ThreadPoolExecutor
+    clock: LocalClock
     max_payload_bytes: int
 
     @property
@@ -99,8 +101,6 @@ class Claimed(NamedTuple):
     fence: int
     cancel_at: datetime | None
     now: datetime
-    sent: float
-    """The local monotonic clock when the claim was sent."""
 
     @property
     def fresh(self) -> bool:
@@ -253,8 +253,8 @@ class Run:
         self.host.writer.submit(Write(kind, claimed.task_id, claimed.fence, told, None, values, waits or (), size))
 
     def now(self) -> datetime:
-        """The database's time, by the local monotonic clock since the claim."""
-        return self.claimed.now + timedelta(seconds=time.monotonic() - self.claimed.sent)
+        """The database's time, or a little before."""
+        return max(self.claimed.now, self.host.clock.now())
 
     async def enter(self) -> None:
         """The gate before every durable call: nothing more happens in a run that is suspended, cancelled or lost."""
@@ -391,6 +391,12 @@ class Run:
         """A hint that something may have been resolved."""
         if self.parked and any(parked.registered for parked in self.parked.values()):
             self._start_registering()
+
+    def clock_moved(self, by: float) -> None:
+        """The database's clock was moved by so many seconds, and the beginning of waits is that much longer ago."""
+        for parked in self.parked.values():
+            parked.called_at -= by
+        self.poll_soon()
 
     def _settle(self, parked: Parked, entry: Stored) -> None:
         if not parked.future.done():

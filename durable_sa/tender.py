@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
 
+from .clock import LocalClock
 from .connections import Channel, backoff, is_transient
 from .hints import Hint
 from .ids import new_id
@@ -45,6 +46,7 @@ class Tender:
         self,
         channel: Channel,
         worker_id: uuid.UUID,
+        clock: LocalClock,
         *,
         interval: Callable[[], float],
         announce: Callable[[Hint], None],
@@ -55,6 +57,7 @@ class Tender:
     ) -> None:
         self.worker_id = worker_id
         self._channel = channel
+        self._clock = clock
         self._interval = interval
         self._announce = announce
         self._check_runs = check_runs
@@ -100,6 +103,10 @@ class Tender:
         self._look_at = min(self._look_at, time.monotonic() + max(0.0, seconds))
         self._poked.set()
 
+    def hurry(self) -> None:
+        """Anything may be due."""
+        self._next_sweep = self._next_reconcile = self._next_forget = 0.0
+        self.look_within(0.0)
     async def run(self) -> None:
         """Work until cancelled."""
         failures = 0
@@ -254,6 +261,7 @@ class Tender:
         await self._check_runs()
         rows = await self._execute(maintenance.LOOK, {"worker_id": self.worker_id})
         look = rows[0]
+        self._clock.set(look.now)
         now = time.monotonic()
         if look.undelivered_events:
             self._deliver = True

@@ -17,13 +17,14 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import branches, task_factory
+from .clock import LocalClock
 from .connections import Channel, Database, backoff, is_transient
 from .context import TaskContext
 from .current import enter
@@ -120,6 +121,7 @@ class Worker:
         self._durable = durable
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
+        self.clock = LocalClock()
         self._lease = Lease(settings.claim_timeout)
         self._lanes = Lanes(settings.queue_names)
         self._runs: dict[tuple[uuid.UUID, int], Run] = {}
@@ -164,6 +166,7 @@ class Worker:
         self.tender = Tender(
             self._rest,
             self.worker_id,
+            self.clock,
             interval=self._tend_interval,
             announce=self._announce,
             check_runs=self._check_runs,
@@ -209,7 +212,7 @@ class Worker:
             "claim_timeout": self.settings.claim_timeout,
         }
         rows = await self._rest.execute(claiming.REGISTER_WORKER, parameters)
-        self._clock: tuple[datetime, float] = (rows[0].now, time.monotonic())
+        self.clock.set(rows[0].now)
         self._lease.renewed(sent_at)
         self._lease.turned_at = time.monotonic()
         self.tender.worker_id = self.worker_id
@@ -443,7 +446,6 @@ class Worker:
                 await self._claims.execute(claiming.SURVEY_LANES, {"queue_names": list(self.settings.queue_names)})
             )
         worker_id = self.worker_id
-        sent_at = time.monotonic()
         rows = await self._claims.execute(
             claiming.CLAIM,
             {
@@ -454,10 +456,10 @@ class Worker:
             },
         )
         if rows:
-            self._clock = (rows[0].now, time.monotonic())
+            self.clock.set(rows[0].now)
         if search:
             self._lanes.searched(time.monotonic() - now)
-        runs = [Claimed._make((*row, sent_at)) for row in rows]
+        runs = [Claimed._make(row) for row in rows]
         runs.sort(key=_BY_LANE)
         self._lanes.claimed(runs, search=search, full=len(rows) >= wanted)
         if worker_id != self.worker_id or not self._lease.valid:
@@ -482,7 +484,7 @@ class Worker:
     async def _adopt(self) -> None:
         """Start runs that are this worker's although the reply to their claim was lost: nobody else ever would."""
         held = [*self._runs, *self._ending]
-        sent_at = time.monotonic()
+        self._next_adoption = time.monotonic() + 1.0
         rows = await self._claims.execute(
             claiming.UNHEARD_CLAIMS,
             {
@@ -492,8 +494,7 @@ class Worker:
                 "fences": [fence for _, fence in held],
             },
         )
-        self._next_adoption = sent_at + 1.0
-        await self._start_runs([Claimed._make((*row, sent_at)) for row in rows])
+        await self._start_runs([Claimed._make(row) for row in rows])
 
     async def _start_runs(self, claimed: list[Claimed]) -> None:
         resumed: list[Claimed] = []
@@ -607,11 +608,6 @@ class Worker:
         elif kind in (Kind.CHILD, Kind.RELEASE):
             self._announce(Hint().add_rows(rows))
 
-    def _now(self) -> datetime:
-        """The database's time, as far as it can be told from here; rather too early than too late."""
-        seen, at = self._clock
-        return seen + timedelta(seconds=time.monotonic() - at)
-
     def _announce(self, hint: Hint, *, local: bool = False) -> None:
         """Tell this worker, and the others if it cannot take all of it at once."""
         if not hint:
@@ -628,7 +624,7 @@ class Worker:
         )
 
     def _take_hint(self, hint: Hint) -> None:
-        if self._lanes.lower(hint, self._now()) or hint.lanes:
+        if self._lanes.lower(hint, self.clock.now()) or hint.lanes:
             self._wake.set()
         if hint.events:
             self.tender.deliver()
@@ -664,6 +660,15 @@ class Worker:
     def _poll_runs(self) -> None:
         for run in list(self._runs.values()):
             run.poll_soon()
+
+    def clock_moved(self, by: timedelta) -> None:
+        """Somebody has set the database's clock, as tests do: look at all that may be due by now."""
+        self.clock.set(self.clock.now() + by)
+        for run in list(self._runs.values()):
+            run.clock_moved(by.total_seconds())
+        self.tender.hurry()
+        self._lanes.search_soon()
+        self._wake.set()
 
 
 @contextlib.asynccontextmanager
