@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -18,7 +19,8 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)?")
 def duration(text: str) -> timedelta:
     """`90`, `90s`, `15m`, `12h`, `7d`, `2w`: seconds where no unit is given."""
     if match := _SPAN.fullmatch(text.strip().lower()):
-        return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
+        with contextlib.suppress(OverflowError):
+            return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
     raise typer.BadParameter(f"{text!r} is no span of time. Write 90s, 15m, 12h or 7d.")
 
 

@@ -127,5 +127,6 @@ def place(url: str | None) -> str:
         parsed = make_url(url)
     except ArgumentError:
         return "the given URL"
-    host = parsed.host or parsed.query.get("host") or ""
-    return URL.create(parsed.drivername, host=str(host), port=parsed.port, database=parsed.database).render_as_string()
+    bare = URL.create(parsed.drivername, host=parsed.host, port=parsed.port, database=parsed.database)
+    socket = f" (in {parsed.query['host']})" if "host" in parsed.query else ""
+    return f"{bare.render_as_string()}{socket}"

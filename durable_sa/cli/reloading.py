@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from .output import make_console
@@ -30,32 +28,19 @@ def supervise(directories: Sequence[Path]) -> int:
         signal.signal(number, lambda _number, _frame: stopping.set())
     console = make_console(stderr=True)
     command = [sys.executable, "-m", "durable_sa.cli", *(part for part in sys.argv[1:] if part != "--reload")]
-    changes = watch(directories, stopping)
-    while True:
-        child = subprocess.Popen(command)
-        try:
-            changed = next(changes, None)
-        finally:
+    child = subprocess.Popen(command)
+    try:
+        for path in changes(directories, stopping):
+            console.print(f"{path} has changed: starting anew", soft_wrap=True)
             _stop(child)
-        if changed is None:
-            return 0
-        console.print(f"{changed} has changed: starting anew")
+            child = subprocess.Popen(command)
+    finally:
+        _stop(child)
+    return 0
 
 
-def watch(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
-    """Give a changed Python file each time there are some, until `stopping` is set."""
-    return _notified(directories, stopping) if find_spec("watchfiles") else _polled(directories, stopping)
-
-
-def _notified(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
-    watchfiles = import_module("watchfiles")
-    for changes in watchfiles.watch(
-        *directories, watch_filter=watchfiles.PythonFilter(), stop_event=stopping, raise_interrupt=False
-    ):
-        yield Path(min(path for _, path in changes))
-
-
-def _polled(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
+def changes(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
+    """Give a changed, new or removed Python file each time there are some, until `stopping` is set."""
     known = _times(directories)
     while not stopping.wait(_POLL_SECONDS):
         current = _times(directories)

