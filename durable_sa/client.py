@@ -135,6 +135,11 @@ class Durable(Generic[StateT]):
         """The engine in use. Resolves `bind`."""
         return self.database.engine
 
+    @property
+    def workers(self) -> frozenset[Worker]:
+        """The workers of this client that have been started and have not ended."""
+        return frozenset(self._workers)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -384,11 +389,16 @@ class Durable(Generic[StateT]):
         prepared: list[Prepared] = []
         for position, item in enumerate(items):
             try:
-                if isinstance(item, Spawn):
-                    prepared.append(prepare(self, item.task, item.params, item.options))
-                else:
-                    task, params = item
-                    prepared.append(prepare(self, task, params, {}))
+                match item:
+                    case Spawn():
+                        prepared.append(prepare(self, item.task, item.params, item.options))
+                    case (task, params):
+                        prepared.append(prepare(self, task, params, {}))
+                    case _:
+                        raise TypeError(
+                            "what is to be spawned is a tuple of a task and its params, or Spawn(task, params, ...), "
+                            f"not {type(item).__name__}"
+                        )
             except DurableError as error:
                 at_position(error, position)
                 raise

@@ -16,10 +16,10 @@ from .names import validate_name
 from .options import SpawnOptions, TaskOptions, resolve_spawn_options
 from .results import SpawnResult
 from .statements.spawning import SPAWN_COLUMNS
+from .tasks import Task
 
 if TYPE_CHECKING:
     from .client import Durable
-    from .tasks import Task
 
 _PLAIN: Codec[Any] = codec_for(Any)
 
@@ -53,6 +53,7 @@ def prepare(
     """Check a spawn and encode it.
 
     Raises:
+        TypeError: no task, or an option there is not.
         TaskNotRegistered: a name nobody knows here, unless `unchecked`.
         InvalidTaskParams, PayloadTooLarge: params that do not fit the task, or the limit.
         InvalidConfiguration, InvalidName, SerializationError: an option that breaks a rule.
@@ -60,8 +61,10 @@ def prepare(
     if isinstance(task, str):
         name = validate_name("task", task)
         known = durable.tasks.get(name) if unchecked else durable.registered(name)
-    else:
+    elif isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
         name, known = task.name, task
+    else:
+        raise TypeError(f"a spawn takes a task, made by @task, not {type(task).__name__}")
     if known is not None:
         text = known.encode_params(params)
         codec = known.params_codec if known.takes_params else _PLAIN

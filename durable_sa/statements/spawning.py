@@ -10,7 +10,7 @@ from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, Task
-from .expressions import array, as_json, as_jsonb, as_text, clock, interval, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, interval, numbered_rows, rows
 
 SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_id": Uuid(),
@@ -37,9 +37,15 @@ SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 
 
 def insert_tasks(source: FromClause) -> Insert:
-    """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone."""
-    available_at = func.coalesce(source.c.available_at, clock() + interval(func.coalesce(source.c.delay_seconds, 0.0)))
-    t = select(source, available_at.label("start_at")).subquery("new").c
+    """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone.
+
+    If the rows are numbered, by a column `position`, they become available in that order; a join forgets it.
+    """
+    timed = select(source, clock().label("now"))
+    if "position" in source.c:
+        timed = timed.order_by(source.c.position)
+    t = timed.subquery("new").c
+    start_at = func.coalesce(t.available_at, t.now + interval(func.coalesce(t.delay_seconds, 0.0)))
     values: dict[str, Any] = {
         "task_id": t.task_id,
         "run_id": t.run_id,
@@ -56,8 +62,9 @@ def insert_tasks(source: FromClause) -> Insert:
         "retry_jitter": t.retry_jitter,
         "max_pending_time": interval(t.max_pending_seconds),
         "max_running_time": interval(t.max_running_seconds),
-        "available_at": t.start_at,
-        "cancel_at": t.start_at + interval(t.max_pending_seconds),
+        "created_at": t.now,
+        "available_at": start_at,
+        "cancel_at": start_at + interval(t.max_pending_seconds),
         "parent_task_id": t.parent_task_id,
         "idempotency_key": t.idempotency_key,
     }
@@ -65,7 +72,7 @@ def insert_tasks(source: FromClause) -> Insert:
 
 
 def _spawnable() -> Select[Any]:
-    new = rows("new", **SPAWN_COLUMNS)
+    new = numbered_rows("spawn", "position", **SPAWN_COLUMNS)
     return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
 
 

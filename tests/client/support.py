@@ -92,8 +92,8 @@ class Caller:
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Any]:
-        nested = self.executor.begin_nested()
-        if inspect.isawaitable(nested) or hasattr(nested, "__aenter__"):
+        nested: Any = self.executor.begin_nested()
+        if hasattr(nested, "__aenter__"):
             async with nested as transaction:
                 yield transaction
         else:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from sqlalchemy import URL
+from sqlalchemy import URL, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import Durable, IdempotencyConflict, InvalidName, Spawn, TaskRow, TaskStatus, task
@@ -277,7 +277,7 @@ async def test_a_repeated_statement_after_a_lost_reply_makes_no_second_task(
         rows = await execute_on(self, connection, statement, parameters)
         if not lost and "INSERT INTO durable.tasks" in str(statement):
             lost.append(statement)
-            error = sa.exc.DBAPIError("lost", None, ConnectionError(), connection_invalidated=True)
+            error = exc.DBAPIError("lost", None, ConnectionError(), connection_invalidated=True)
             raise error
         return rows
 
