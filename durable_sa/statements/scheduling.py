@@ -25,7 +25,7 @@ from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
 
-_new = insert(Schedule).values(
+_new = insert(Schedule.__table__).values(
     name=_name,
     queue_name=bindparam("schedule_queue", type_=Text()),
     task_name=bindparam("schedule_task", type_=Text()),
