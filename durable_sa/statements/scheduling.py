@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from sqlalchemy import (
     Boolean,
     DateTime,
     Integer,
+    Table,
     Text,
     Uuid,
     bindparam,
@@ -25,7 +28,7 @@ from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
 
-_new = insert(Schedule.__table__).values(
+_new = insert(cast("Table", Schedule.__table__)).values(
     name=_name,
     queue_name=bindparam("schedule_queue", type_=Text()),
     task_name=bindparam("schedule_task", type_=Text()),
