@@ -50,6 +50,11 @@ class Journal:
             self._unused[entry.kind, entry.name] -= 1
         return entry
 
+    @property
+    def waiting(self) -> bool:
+        """Whether waits are stored that were not over when the run began."""
+        return bool(self._waits)
+
     def wait(self, key: uuid.UUID) -> tuple[bool, datetime | None]:
         """Whether a wait was stored before, and when it is over; None if it has no end."""
         return key in self._waits, self._waits.get(key)

@@ -121,6 +121,8 @@ class Run:
         self.children: dict[uuid.UUID, Any] = {}
         self.signal: ControlFlow | None = None
         self.over = False
+        self._waited = journal.waiting
+        """Whether waits of the task may be stored."""
         self._ignored = 0
         self._loop = asyncio.get_running_loop()
         self._register_timer: asyncio.TimerHandle | None = None
@@ -186,7 +188,7 @@ class Run:
             return
         self._over()
         if reason == "suspended":
-            self._submit(Kind.SUSPENSION, waits=waits, outcome="suspended")
+            self._submit(Kind.SUSPENSION, (self._waited,), waits=waits, outcome="suspended")
         elif reason == "released":
             error = '{"name":"Released","message":"the worker shut down and gave the run back"}'
             self._submit(Kind.RELEASE, (error, new_id()), outcome="released")
@@ -222,10 +224,10 @@ class Run:
         except DurableError as refusal:
             self._write_failure(refusal)
             return
-        self._submit(Kind.COMPLETION, (output,), size=len(output), outcome="completed")
+        self._submit(Kind.COMPLETION, (output, self._waited), size=len(output), outcome="completed")
 
     def _write_failure(self, error: BaseException) -> None:
-        values = (encode_error(error), is_retryable(error, self.task.no_retry_on), new_id())
+        values = (encode_error(error), is_retryable(error, self.task.no_retry_on), new_id(), self._waited)
         self._submit(Kind.FAILURE, values, size=len(values[0]), outcome="failed", error=error)
 
     def _submit(
@@ -345,6 +347,7 @@ class Run:
     async def _register(self) -> None:
         fresh = [parked for parked in self.parked.values() if not parked.registered]
         if fresh:
+            self._waited = True
             for parked in fresh:
                 parked.registered = True
             claimed = self.claimed

@@ -274,8 +274,8 @@ def _current(batch: list[Write]) -> list[Write]:
 
 def _columns(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
     """Rows as the arrays that a statement binds."""
-    columns = list(zip(*rows, strict=True))
-    return {name: list(column) for name, column in zip(names, columns, strict=True)}
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return dict(zip(names, columns, strict=True)) if columns else {name: [] for name in names}
 
 
 def _checkpoints(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
@@ -312,8 +312,8 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.CHILD: _children,
     Kind.EVENT: _events,
     Kind.WAITS: lambda writes: (outcomes.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
-    Kind.SUSPENSION: lambda writes: (outcomes.SUSPEND, _fenced(writes) | _wait_columns(writes)),
-    Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids"))),
+    Kind.SUSPENSION: lambda writes: (outcomes.SUSPEND, _fenced(writes, ("waited",)) | _wait_columns(writes)),
+    Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))),
     Kind.RELEASE: lambda writes: (outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))),
-    Kind.COMPLETION: lambda writes: (outcomes.COMPLETE, _fenced(writes, ("outputs",))),
+    Kind.COMPLETION: lambda writes: (outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))),
 }

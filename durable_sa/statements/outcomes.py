@@ -19,6 +19,8 @@ from sqlalchemy import (
     Uuid,
     case,
     cast,
+    delete,
+    exists,
     func,
     null,
     select,
@@ -30,6 +32,9 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
 from .expressions import array, as_json, clock, constant, interval, rows
+
+SHORTEST_DELAY = 1e-6
+"""Seconds. What is shorter is nothing to a database's interval."""
 
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
@@ -70,9 +75,14 @@ def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnE
     )
 
 
-_completed = rows("done", task_ids=Uuid(), fences=BigInteger(), outputs=Text())
+_completed = rows("done", task_ids=Uuid(), fences=BigInteger(), outputs=Text(), waited=Boolean())
 _locked = locked_rows(_completed)
 _ended = ended_attempts(_locked, constant("completed"), null())
+_forgotten = (
+    delete(Wait)
+    .where(Wait.task_id == _locked.c.task_id, _completed.c.task_ids == Wait.task_id, _completed.c.waited)
+    .cte("forgotten")
+)
 
 COMPLETE = (
     update(Task)
@@ -86,7 +96,7 @@ COMPLETE = (
         fence=Task.fence + constant(1),
     )
     .returning(Task.task_id, Task.parent_task_id)
-    .add_cte(_ended)
+    .add_cte(_ended, _forgotten)
 )
 """Store results. Found by id and fence alone: with a condition on the state the planner walks an index instead."""
 
@@ -97,10 +107,11 @@ _failed = rows(
     errors=Text(),
     retryable=Boolean(),
     next_run_ids=Uuid(),
+    waited=Boolean(),
 )
 _locked = locked_rows(_failed)
 _joined = (
-    select(_locked.c.task_id, _failed.c.errors, _failed.c.retryable, _failed.c.next_run_ids)
+    select(_locked.c.task_id, _failed.c.errors, _failed.c.retryable, _failed.c.next_run_ids, _failed.c.waited)
     .join(_failed, _failed.c.task_ids == _locked.c.task_id)
     .cte("failing")
     .prefix_with("MATERIALIZED", dialect="postgresql")
@@ -110,13 +121,18 @@ _attempts = (
 )
 _ended = ended_attempts(_attempts, constant("failed"), as_json(_attempts.c.errors))
 _again = _joined.c.retryable & (Task.retry_kind != constant("none")) & (Task.failures + constant(1) < Task.max_attempts)
-_growth = func.greatest(Task.retry_base_delay, 1e-9)
+_forgotten = (
+    delete(Wait)
+    .where(Wait.task_id == _joined.c.task_id, Task.task_id == Wait.task_id, _joined.c.waited, ~_again)
+    .cte("forgotten")
+)
 _backoff = case(
     (Task.retry_kind == constant("fixed"), Task.retry_base_delay),
+    (Task.retry_base_delay < SHORTEST_DELAY, 0.0),
     # In logarithms first, as the power itself may be beyond what a number can hold.
     (
-        func.ln(_growth) + Task.failures * func.ln(Task.retry_factor)
-        >= func.ln(func.greatest(Task.retry_max_backoff, 1e-9)),
+        func.ln(Task.retry_base_delay) + Task.failures * func.ln(Task.retry_factor)
+        >= func.ln(func.greatest(Task.retry_max_backoff, SHORTEST_DELAY)),
         Task.retry_max_backoff,
     ),
     else_=Task.retry_base_delay * func.power(Task.retry_factor, Task.failures),
@@ -140,7 +156,7 @@ FAIL = (
         fence=Task.fence + constant(1),
     )
     .returning(Task.task_id, Task.parent_task_id, Task.state, Task.queue_name, Task.priority, Task.available_at)
-    .add_cte(_ended)
+    .add_cte(_ended, _forgotten)
 )
 """Record failures of user code: the next attempt after the policy's delay, or the end of the task."""
 
@@ -201,6 +217,7 @@ _lost = func.json_build_object(
 )
 _ended = ended_attempts(_locked, constant("failed"), _lost)
 _given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
+_forgotten = delete(Wait).where(Wait.task_id == _locked.c.task_id, _given_up).cte("forgotten")
 
 TAKE_OVER = (
     update(Task)
@@ -217,7 +234,7 @@ TAKE_OVER = (
         fence=Task.fence + constant(1),
     )
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.parent_task_id, Task.state)
-    .add_cte(_ended)
+    .add_cte(_ended, _forgotten)
 )
 """Take runs from lost workers: a new attempt but no failure, until too many workers in a row were lost with it."""
 
@@ -233,9 +250,7 @@ SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 }
 """The waits that a statement stores: by an absolute time, or by seconds from now, or with no end."""
 
-_suspended = rows("run", task_ids=Uuid(), fences=BigInteger())
 _waits = rows("wait", **SUSPEND_COLUMNS)
-_locked = locked_rows(_suspended)
 
 
 def _due(locked: CTE) -> CTE:
@@ -264,7 +279,7 @@ def _stored(due: CTE) -> tuple[CTE, CTE]:
     waits = (
         insert(Wait)
         .from_select(
-            ["task_id", "key", "kind", "name", "queue_name", "event_name", "child_task_id", "due_at"],
+            ["task_id", "key", "kind", "name", "queue_name", "event_name", "child_task_id", "due_at", "created_at"],
             select(
                 due.c.wait_task_ids,
                 due.c["keys"],
@@ -274,6 +289,7 @@ def _stored(due: CTE) -> tuple[CTE, CTE]:
                 due.c.event_names,
                 due.c.child_ids,
                 due.c.due_at,
+                clock(),
             ).where(due.c.kinds != constant("sleep")),
         )
         .on_conflict_do_nothing()
@@ -282,8 +298,20 @@ def _stored(due: CTE) -> tuple[CTE, CTE]:
     return sleeps, waits
 
 
+_suspended = rows("run", task_ids=Uuid(), fences=BigInteger(), waited=Boolean())
+_locked = locked_rows(_suspended)
 _due_rows = _due(_locked)
 _sleeps, _new_waits = _stored(_due_rows)
+_forgotten = (
+    delete(Wait)
+    .where(
+        Wait.task_id == _locked.c.task_id,
+        _suspended.c.task_ids == Wait.task_id,
+        _suspended.c.waited,
+        ~exists().where(_waits.c.wait_task_ids == Wait.task_id, _waits.c["keys"] == Wait.key),
+    )
+    .cte("forgotten")
+)
 
 SUSPEND = (
     update(Task)
@@ -298,9 +326,13 @@ SUSPEND = (
         fence=Task.fence + constant(1),
     )
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
-    .add_cte(_sleeps, _new_waits)
+    .add_cte(_sleeps, _new_waits, _forgotten)
 )
-"""Put runs to sleep with all that they wait for, until the first of it is due."""
+"""Put runs to sleep with all that they wait for, until the first of it is due; they wait for nothing else any more."""
+
+_registering = rows("run", task_ids=Uuid(), fences=BigInteger())
+_due_rows = _due(locked_rows(_registering))
+_sleeps, _new_waits = _stored(_due_rows)
 
 REGISTER_WAITS = select(
     _due_rows.c.wait_task_ids.label("task_id"),
