@@ -99,7 +99,7 @@ class Branches:
     some are blocked on anything else, a timer or a socket, that is another `grace` seconds later and with a warning.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_context", "_loop", "_quiescence", "_root", "_tasks", "_thread", "_unheard")
+    __slots__ = ("__weakref__", "_closed", "_loop", "_quiescence", "_root", "_tasks", "_thread", "_unheard")
 
     def __init__(
         self,
@@ -110,14 +110,13 @@ class Branches:
     ) -> None:
         self._loop = loop or asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._context = contextvars.copy_context()
         self._root: AnyTask | None = None
         """None once it has ended: it would still refer to its context, and so to this object."""
         self._tasks: dict[AnyTask, Branch] = {}
         self._unheard: weakref.WeakSet[AnyTask] | None = weakref.WeakSet()
         """Tasks whose exception nobody has retrieved yet; None as soon as nobody is going to."""
         self._closed = False
-        self._quiescence = Quiescence(self._tasks, on_quiescent, grace=grace, loop=self._loop, context=self._context)
+        self._quiescence = Quiescence(self._tasks, on_quiescent, grace=grace, loop=self._loop)
 
     @property
     def tasks(self) -> set[AnyTask]:
@@ -207,7 +206,7 @@ class Branches:
         branch.bound = True
         _branch_of[task] = branch
         self._tasks[task] = branch
-        task.add_done_callback(self._ended, context=self._context)
+        task.add_done_callback(self._ended)
 
     def _silence(self) -> None:
         """Keeps what `gather` and `shield` make of the tasks from being logged if nobody comes to await it."""

@@ -53,13 +53,12 @@ class Quiescence:
         *,
         grace: float,
         loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context,
     ) -> None:
         self._tasks = tasks
         self._on_quiescent: Callable[[], object] | None = on_quiescent
         self._grace = grace
         self._loop = loop
-        self._context = context
+        self._context = contextvars.copy_context()
         self._parked: set[AnyFuture] = set()
         self._busy = 0
         self._turns = 0
@@ -77,8 +76,6 @@ class Quiescence:
             self._progress()
 
     async def wait(self, future: asyncio.Future[T]) -> T:
-        if future.done():
-            return future.result()
         if awaits.is_under_wait_for(self._tasks):
             raise InvalidState(
                 "A durable wait",
@@ -92,7 +89,6 @@ class Quiescence:
         finally:
             self._parked.discard(future)
             self._progress()
-            del future  # which would refer to itself through the traceback of its cancellation
 
     def look(self) -> None:
         """Has the tasks looked at in the next turn of the loop. To be called when one has ended."""

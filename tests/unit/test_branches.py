@@ -613,7 +613,8 @@ async def test_quiescence_is_told_outside_of_the_run() -> None:
 
     async def body() -> None:
         mark.set("run")
-        await asyncio.gather(run.wait(asyncio.get_running_loop().create_future()), asyncio.sleep(0))
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(run.wait(loop.create_future()), run.wait(loop.create_future()))
 
     run = Branches(on_quiescent=on_quiescent)
     root = run.start(body())
@@ -881,12 +882,13 @@ async def test_a_result_on_its_way_through_callbacks_is_waited_for() -> None:
             event.set()
 
     async def body(run: Run) -> None:
-        waiting = asyncio.create_task(run.wait())
+        waiting = [asyncio.create_task(run.wait()) for _ in range(20)]
         for _ in range(4):
             event = asyncio.Event()
             hop(8, event)
             await event.wait()
-        waiting.cancel()
+        for task in waiting:
+            task.cancel()
 
     run = Run(body)
     await run.root
@@ -940,17 +942,6 @@ async def test_a_wait_resolved_at_the_last_moment_is_not_quiescent() -> None:
 
 
 @on_every_loop
-async def test_a_wait_whose_result_is_there_does_not_wait() -> None:
-    async def body(run: Run) -> int:
-        coroutine = run.wait()
-        run.waits[0].set_result(7)
-        result: int = await coroutine
-        return result
-
-    assert await result_of(body) == 7
-
-
-@on_every_loop
 async def test_a_run_is_quiescent_only_after_its_step_has_ended() -> None:
     end = asyncio.Event()
 
@@ -982,14 +973,16 @@ async def test_nothing_is_looked_at_while_nothing_waits_or_something_is_busy(mon
 
     async def body(run: Run) -> None:
         await asyncio.gather(*(path() for _ in range(10)))
-        await asyncio.sleep(0.01)
-        assert not looks
+        with run.branches.busy():
+            await turns(1)
+        assert run.branches._quiescence._handle is None
         await asyncio.gather(busy(run), run.wait())
 
     run = Run(body)
     await until(lambda: run.waits)
     await asyncio.sleep(0.02)
     assert not looks
+    assert run.branches._quiescence._handle is None
     end.set()
     assert await run.is_quiescent()
     await run.end()
@@ -1020,6 +1013,34 @@ async def test_branches_that_block_without_telling_are_found() -> None:
 
     run = Run(body)
     assert await run.is_quiescent()
+    await run.end()
+
+
+@on_every_loop
+async def test_the_end_of_a_branch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiescence, "SHORTEST_DELAY", 1000)
+    monkeypatch.setattr(quiescence, "LONGEST_DELAY", 1000)
+
+    async def body(run: Run) -> None:
+        await asyncio.gather(run.wait(), asyncio.sleep(0.05))
+
+    run = Run(body, grace=1000)
+    assert await run.is_quiescent()
+    await run.end()
+
+
+@on_every_loop
+async def test_quiescence_is_told_once() -> None:
+    async def body(run: Run) -> None:
+        await run.wait()
+        await asyncio.gather(run.wait(), run.wait())
+
+    run = Run(body)
+    assert await run.is_quiescent()
+    run.waits[0].set_result(None)
+    await turns(50)
+    assert len(run.waits) == 3
+    assert run.calls == 1
     await run.end()
 
 
@@ -1238,9 +1259,6 @@ async def test_wait_for_around_what_is_not_durable_is_left_alone() -> None:
         await asyncio.wait_for(asyncio.sleep(0), 10)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.sleep(1000), 0.01)
-        coroutine = run.wait()
-        run.waits[0].set_result(None)
-        await coroutine
         return await asyncio.wait_for(asyncio.create_task(path()), 10)
 
     assert len(await result_of(body)) == 1
