@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Integer,
     Uuid,
     bindparam,
@@ -18,7 +19,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import aliased
-from sqlalchemy.sql.selectable import CTE
+from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, Task, Wait
 from .expressions import array, clock, constant, rows
@@ -28,13 +29,18 @@ from .outcomes import ended_attempts
 _task_id = bindparam("target_id", type_=Uuid())
 
 
-def _cancel(locked: CTE, cancelled_by: Any, error: Any) -> Any:
+def _cancel(locked: CTE, cancelled_by: Any) -> Any:
+    """Cancel what is locked, with the error that it has as a column `reason`, if it has one."""
+
+    def reason(of: FromClause) -> ColumnElement[Any]:
+        return of.c.reason if "reason" in of.c else null()
+
     begun = (
         select(locked)
         .where(or_(locked.c.state == constant("running"), locked.c.state == constant("sleeping")))
         .subquery("begun")
     )
-    ended = ended_attempts(begun, constant("cancelled"), error)
+    ended = ended_attempts(begun, constant("cancelled"), reason(begun))
     waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
     return (
         update(Task)
@@ -43,7 +49,7 @@ def _cancel(locked: CTE, cancelled_by: Any, error: Any) -> Any:
             state=constant("cancelled"),
             outcome=constant("cancelled"),
             finished_at=clock(),
-            error=func.coalesce(error, Task.error),
+            error=func.coalesce(reason(locked), Task.error),
             cancelled_by=cancelled_by,
             fence=Task.fence + constant(1),
         )
@@ -64,7 +70,7 @@ def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
     return statement.cte("locked").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
-CANCEL = _cancel(_unfinished(Task.task_id == _task_id, skip_locked=False), null(), null())
+CANCEL = _cancel(_unfinished(Task.task_id == _task_id, skip_locked=False), null())
 """Cancel one task, waiting for whoever holds its row. Nothing comes back for a task that has ended."""
 
 _descendant = (
@@ -83,10 +89,10 @@ DESCENDANTS = (
 
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
-CANCEL_DESCENDANTS = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=False), _origin, null())
+CANCEL_DESCENDANTS = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=False), _origin)
 """A step of the cascade inside the caller's transaction."""
 
-CASCADE = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=True), _origin, null())
+CASCADE = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=True), _origin)
 """A step of the cascade on its own; rows locked by somebody are left for the next step."""
 
 _line = (
@@ -143,7 +149,7 @@ _overdue = (
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 
-CANCEL_OVERDUE = _cancel(_overdue, null(), _overdue.c.reason)
+CANCEL_OVERDUE = _cancel(_overdue, null())
 """Cancel a batch of tasks whose pending or running time is over."""
 
 TASK_STATE = select(Task.task_id, Task.state).where(Task.task_id == _task_id)
