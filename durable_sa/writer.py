@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Executable, Row
 
-from .connections import Channel, backoff, is_transient
+from .connections import Channel, backoff, is_transient, sqlstate
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
 from .statements.spawning import SPAWN_COLUMNS
@@ -43,6 +43,10 @@ class Kind(Enum):
     RELEASE = "release"
     COMPLETION = "completion"
 
+
+_CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
+"""What may meet an insert of the same key in a transaction that is still open."""
+LOCK_NOT_AVAILABLE = "55P03"
 
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 
@@ -80,6 +84,7 @@ class Write:
     waits: Sequence[WaitSpec] = ()
     size: int = 0
     tries: int = 0
+    refusals: int = 0
     over: bool = False
 
     def settle(self, value: Any, error: BaseException | None = None) -> None:
@@ -166,7 +171,8 @@ class Writer:
                 await self._flush(writes)
                 return
             except Exception as error:  # noqa: BLE001 - whatever one write meets, the others go out
-                if is_transient(error):
+                contended = writes[0].kind in _CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
+                if is_transient(error) and not contended:
                     logger.warning("writing for %d runs failed, trying again: %s", len(writes), type(error).__name__)
                     await asyncio.sleep(backoff(failures))
                     failures += 1
@@ -175,6 +181,8 @@ class Writer:
                     middle = len(writes) // 2
                     await self._send(writes[:middle])
                     await self._send(writes[middle:])
+                elif contended:
+                    self._delay(writes[0])
                 else:
                     writes[0].settle(None, error)
                 return
@@ -223,6 +231,7 @@ class Writer:
             outcomes.UNDER_FENCE, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
         )
         fences = {row.task_id: row.fence for row in rows}
+        free = {row.task_id for row in rows if row.free}
         held: list[Write] = []
         for write in missing:
             if fences.get(write.task_id) == write.fence:
@@ -243,15 +252,18 @@ class Writer:
                     still.append(write)
             held = still
         for write in held:
-            write.tries += 1
-            if write.kind is Kind.CHILD and write.tries > 3:
-                # Its row is free and its fence holds: what is taken is the child's idempotency key, or its queue is
-                # gone.
+            write.refusals += write.task_id in free
+            if write.kind is Kind.CHILD and write.refusals > 1:
+                # Nothing stood in its way: what is taken is the child's idempotency key, or its queue is gone.
                 write.settle(Stored("refused", None))
-                continue
-            delay = min(1.0, LOCKED_RETRY * write.tries)
-            self._delayed += 1
-            asyncio.get_running_loop().call_later(delay, self._again, write)
+            else:
+                self._delay(write)
+
+    def _delay(self, write: Write) -> None:
+        """Try again in a moment: somebody holds what it needs."""
+        write.tries += 1
+        self._delayed += 1
+        asyncio.get_running_loop().call_later(min(1.0, LOCKED_RETRY * write.tries), self._again, write)
 
     def _again(self, write: Write) -> None:
         self._delayed -= 1

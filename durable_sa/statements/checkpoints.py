@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, exists, func, null, select
+from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, exists, func, null, select, true
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
@@ -54,6 +54,14 @@ _written = _insert_checkpoints(_new, _locked)
 RECORD = select(_written.c.task_id, _written.c.key)
 """Write checkpoints. One that is there already stays as it is; one whose run has lost its fence is not written."""
 
+_impatient = (
+    select(func.pg_catalog.set_config(constant("lock_timeout"), constant("5ms"), true()).label("lock_timeout"))
+    .cte("impatient")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+# For one statement only: it does not wait for a transaction of somebody else that has inserted the same idempotency key
+# or event name and is still open, since that would hold up what all other runs of the worker write.
+
 _child = numbered_rows("child", "position", **SPAWN_COLUMNS)
 _new = rows("entry", **CHECKPOINT_COLUMNS)
 _locked = locked_rows(_fences(_new))
@@ -61,6 +69,7 @@ _children = (
     insert_tasks(
         select(_child)
         .join(_locked, _locked.c.task_id == _child.c.parent_task_id)
+        .join(_impatient, true())
         .where(exists().where(Queue.queue_name == _child.c.queue_name))
         .subquery("spawnable")
     )
@@ -89,6 +98,7 @@ _emitted = (
             _locked.c.queue_name, _event.c.event_names, as_json(_event.c.payloads), as_jsonb(_event.c.metadata), clock()
         )
         .join_from(_event, _locked, _locked.c.task_id == _event.c.task_ids)
+        .join(_impatient, true())
         .order_by(_locked.c.queue_name, _event.c.event_names),
     )
     .on_conflict_do_nothing()

@@ -343,5 +343,16 @@ REGISTER_WAITS = select(
 """Store waits of runs that go on in other branches, so that neither crash nor failure starts their time anew."""
 
 _asked = rows("asked", task_ids=Uuid(), fences=BigInteger())
-UNDER_FENCE = select(Task.task_id, Task.fence, Task.state).join(_asked, Task.task_id == _asked.c.task_ids)
-"""Whether rows that a fenced statement passed over were locked by somebody (same fence), or lost."""
+_free = (
+    select(Task.task_id)
+    .join(_asked, Task.task_id == _asked.c.task_ids)
+    .with_for_update(skip_locked=True, key_share=True, of=Task)
+    .cte("free")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+UNDER_FENCE = (
+    select(Task.task_id, Task.fence, _free.c.task_id.is_not(None).label("free"))
+    .join(_asked, Task.task_id == _asked.c.task_ids)
+    .outerjoin(_free, _free.c.task_id == Task.task_id)
+)
+"""Whether rows that a fenced statement passed over are lost (another fence), or were locked by somebody."""

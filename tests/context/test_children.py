@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from durable_sa import (
     ChildCancelled,
@@ -602,3 +603,37 @@ async def test_child_that_finishes_while_the_parent_begins_to_wait_is_never_miss
         assert [result.output for result in results] == [number * 2 for number in range(500)]
         # By being told, not by the search for what was missed.
         assert all(worker.tender.repaired == 0 for worker in durable._workers)
+
+
+async def test_parent_whose_row_is_locked_spawns_once_it_is_free(run: Runner):
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> int:
+        await ready.wait()
+        return await ctx.join(await ctx.spawn("double", double, 21, idempotency_key="once"))
+
+    ready = asyncio.Event()
+    spawned = await run.spawn(work)
+    await Rows(run.durable, spawned).until("running")
+    async with run.durable.engine.connect() as connection, connection.begin():
+        locking = select(TaskRow.task_id).where(TaskRow.task_id == spawned.task_id).with_for_update()
+        await connection.execute(locking)
+        ready.set()
+        await asyncio.sleep(1)
+    assert (await run.wait(spawned)).output == 42
+
+
+async def test_spawn_whose_key_is_in_an_open_transaction_holds_up_no_other_task(run: Runner):
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext, key: str) -> int:
+        return await ctx.join(await ctx.spawn("double", double, 21, idempotency_key=key))
+
+    async with AsyncSession(run.durable.engine) as session:
+        await run.durable.spawn_with(session, double, 1, idempotency_key="contended")
+        waiting = await run.spawn(work, "contended")
+        await Rows(run.durable, waiting).until("running")
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(8):
+            for number in range(3):
+                assert await run(work, f"free-{number}") == 42
+        await session.rollback()
+    assert (await run.wait(waiting)).output == 42
