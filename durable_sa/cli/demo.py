@@ -33,6 +33,7 @@ _KILLED_IN = "read a book on durable execution"
 _CLAIM_TIMEOUT = 1.5
 _PATIENCE = 60.0
 _KEEP_SECONDS = 3600
+_STYLES = {"worker 1": "cyan", "worker 2": "magenta"}
 
 
 def demo() -> None:
@@ -136,7 +137,8 @@ class Stage:
         """The ledger; what is new in it is shown."""
         entries = read_ledger(self._ledger)
         for entry in entries[self._shown :]:
-            self._tell(f"  {self._workers[entry.pid]}  {entry.step} {entry.event}")
+            name = self._workers[entry.pid]
+            self._tell(f"  {name}  {entry.step} {entry.event}", _STYLES[name])
         self._shown = len(entries)
         return entries
 

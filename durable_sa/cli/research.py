@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from .. import Durable, TaskContext, TaskHandle
 
-STEP_SECONDS = 0.5
+STEP_SECONDS = 0.8
 LEDGER_VARIABLE = "DURABLE_DEMO_LEDGER"
 
 durable: Durable[None] = Durable()
