@@ -114,6 +114,9 @@ class Task(Base):
     cancel_at: Mapped[datetime | None] = mapped_column(comment="when the limit in force now cancels it")
     parent_task_id: Mapped[uuid.UUID | None]
     cancelled_by: Mapped[uuid.UUID | None] = mapped_column(comment="the ancestor whose end cancelled it")
+    parent_fence: Mapped[int | None] = mapped_column(
+        BigInteger(), comment="the parent's when it was put back by hand: that end of the parent is none of its concern"
+    )
     idempotency_key: Mapped[str | None]
     fence: Mapped[int] = mapped_column(
         BigInteger(), server_default="0", comment="rises with every change of hands; a run writes only under its own"

@@ -73,19 +73,30 @@ def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
 CANCEL = _cancel(_unfinished(Task.task_id == _task_id, skip_locked=False), null())
 """Cancel one task, waiting for whoever holds its row. Nothing comes back for a task that has ended."""
 
+_parent = aliased(Task, name="parent")
 _descendant = (
-    select(Task.task_id, Task.finished_at)
-    .where(Task.parent_task_id == func.any(array("ancestor_ids", Uuid())))
+    select(Task.task_id, Task.finished_at, Task.fence)
+    .join(_parent, Task.parent_task_id == _parent.task_id)
+    .where(
+        _parent.task_id == func.any(array("ancestor_ids", Uuid())),
+        Task.parent_fence.is_distinct_from(_parent.fence),
+    )
     .cte("descendant", recursive=True)
 )
 _descendant = _descendant.union_all(
-    select(Task.task_id, Task.finished_at).join(_descendant, Task.parent_task_id == _descendant.c.task_id)
+    select(Task.task_id, Task.finished_at, Task.fence).join(
+        _descendant,
+        (Task.parent_task_id == _descendant.c.task_id) & Task.parent_fence.is_distinct_from(_descendant.c.fence),
+    )
 )
 
 DESCENDANTS = (
     select(_descendant.c.task_id).where(_descendant.c.finished_at.is_(None)).limit(bindparam("wanted", type_=Integer()))
 )
-"""Unfinished descendants, also those below a child that has completed."""
+"""Unfinished descendants, also those below a child that has completed.
+
+Not those below one that was put back by hand after its parent's end, as long as that parent stays as it was then.
+"""
 
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
@@ -99,14 +110,21 @@ _line = (
     select(
         Task.task_id.label("task_id"),
         Task.parent_task_id.label("ancestor_id"),
+        Task.parent_fence.label("ancestor_fence"),
     )
     .where(Task.finished_at.is_(None), Task.parent_task_id.is_not(None))
     .cte("line", recursive=True)
 )
 _ancestor = aliased(Task, name="ancestor")
+
+
+def _next_in(line: CTE) -> ColumnElement[bool]:
+    return (_ancestor.task_id == line.c.ancestor_id) & _ancestor.fence.is_distinct_from(line.c.ancestor_fence)
+
+
 _line = _line.union_all(
-    select(_line.c.task_id, _ancestor.parent_task_id).where(
-        _ancestor.task_id == _line.c.ancestor_id,
+    select(_line.c.task_id, _ancestor.parent_task_id, _ancestor.parent_fence).where(
+        _next_in(_line),
         _ancestor.outcome == constant("completed"),
         _ancestor.parent_task_id.is_not(None),
     )
@@ -114,7 +132,7 @@ _line = _line.union_all(
 
 LEFT_BEHIND = (
     select(_line.c.ancestor_id.label("task_id"))
-    .join(_ancestor, _ancestor.task_id == _line.c.ancestor_id)
+    .join(_ancestor, _next_in(_line))
     .where(_ancestor.outcome.in_(["failed", "cancelled"]))
     .distinct()
     .limit(bindparam("wanted", type_=Integer()))
@@ -166,6 +184,7 @@ _fresh: dict[str, Any] = {
     "failures": 0,
     "lease_losses": 0,
     "cancelled_by": null(),
+    "parent_fence": select(_parent.fence).where(_parent.task_id == Task.parent_task_id).scalar_subquery(),
     "claimed_by": null(),
     "available_at": clock(),
     "cancel_at": clock() + Task.max_pending_time,
@@ -216,8 +235,8 @@ FORGET_JOINS = delete(Checkpoint).where(
     Checkpoint.status.in_(["failed", "cancelled"]),
     exists().where(
         Task.parent_task_id == Checkpoint.task_id,
-        Task.finished_at.is_(None),
         Task.task_id == Checkpoint.child_task_id,
+        or_(Task.finished_at.is_(None), Task.outcome == constant("completed")),
     ),
 )
-"""Joins that ended badly for children that run again: they are to be awaited once more."""
+"""Joins that ended badly for children that run again, or did and came to a good end: they are to be awaited anew."""

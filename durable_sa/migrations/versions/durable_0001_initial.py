@@ -81,6 +81,11 @@ def up(op: Operations, schema: str) -> None:
         sa.Column("cancel_at", TIMESTAMP, comment="when the limit in force now cancels it"),
         sa.Column("parent_task_id", sa.Uuid()),
         sa.Column("cancelled_by", sa.Uuid(), comment="the ancestor whose end cancelled it"),
+        sa.Column(
+            "parent_fence",
+            sa.BigInteger(),
+            comment="the parent's when it was put back by hand: that end of the parent is none of its concern",
+        ),
         sa.Column("idempotency_key", sa.Text()),
         sa.Column(
             "fence",
