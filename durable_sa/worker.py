@@ -134,6 +134,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._held_back = False
         self._stopping = asyncio.Event()
         self._hurrying = False
         self._stopped = asyncio.Event()
@@ -381,7 +382,8 @@ class Worker:
         """How many tasks may be claimed now."""
         free = self.settings.concurrency - len(self._runs)
         # Results that wait to be written hold no slot, but there must be an end to them.
-        if self.writer.backlog > 2 * self.settings.concurrency + 100:
+        self._held_back = self.writer.backlog > 2 * self.settings.concurrency + 100
+        if self._held_back:
             return 0
         return min(free, self.settings.batch_size or free)
 
@@ -586,6 +588,8 @@ class Worker:
 
     def _committed(self, kind: Kind, writes: list[Write], rows: Sequence[Row[Any]]) -> None:
         """Follow up on what the writer has just committed."""
+        if self._held_back:
+            self._wake.set()
         if kind is Kind.COMPLETION:
             ended = [row.task_id for row in rows if row.parent_task_id is not None]
             if ended:
