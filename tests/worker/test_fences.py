@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from durable_sa import Durable, TaskContext
@@ -41,9 +42,7 @@ class Holder:
                 values = ("step", "name", "completed", "1", None)
             case Kind.CHILD:
                 child = child_id(self.task_id, key)
-                prepared = prepare(
-                    self.durable, program.count, None, {}, task_id=child, parent_task_id=self.task_id
-                )
+                prepared = prepare(self.durable, program.count, None, {}, task_id=child, parent_task_id=self.task_id)
                 values = (("spawn", "name", "completed", '"digest"', child), prepared.values)
             case Kind.EVENT:
                 values = ("emit", "name", "completed", None, None, f"event-{key}", "1", None)
@@ -52,12 +51,13 @@ class Holder:
                     WaitSpec(key, "event", "name", "some", None, None, 60.0),
                     WaitSpec(new_id(), "sleep", "nap", None, None, None, 60.0),
                 ]
+                values = (True,) if kind is Kind.SUSPENSION else ()
             case Kind.FAILURE:
-                values = (ERROR, True, new_id())
+                values = (ERROR, True, new_id(), True)
             case Kind.RELEASE:
                 values = (ERROR, new_id())
             case Kind.COMPLETION:
-                values = ("1",)
+                values = ("1", True)
         return Write(kind, self.task_id, fence, told, key, values, waits)
 
     async def send(self, kind: Kind, fence: int = 1) -> BaseException | None:
@@ -78,12 +78,12 @@ class Holder:
 
 
 @pytest.fixture
-async def holder(durable: Durable) -> AsyncGenerator[Holder]:
+async def holder(durable: Durable) -> Holder:
     claimer = Claimer(durable.database)
     await claimer.register()
     spawned = await durable.spawn(program.count, max_attempts=5)
     assert await claimer.claim(1, "count") == [spawned.task_id]
-    yield Holder(durable, claimer, spawned.task_id)
+    return Holder(durable, claimer, spawned.task_id)
 
 
 async def _complete(holder: Holder) -> None:
@@ -238,7 +238,7 @@ async def test_a_transaction_of_a_run_that_was_taken_over_is_rolled_back(durable
     inside, go_on = asyncio.Event(), asyncio.Event()
 
     async def record(session: AsyncSession, attempt: int) -> None:
-        await (await session.connection()).exec_driver_sql("INSERT INTO ledger VALUES (%s)" % attempt)
+        await session.execute(text("INSERT INTO ledger VALUES (:attempt)"), {"attempt": attempt})
         if attempt == 1:
             inside.set()
             await go_on.wait()
