@@ -1,0 +1,245 @@
+"""The clock of tests: what it moves, and what it leaves alone."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from durable_sa import (
+    CancellationPolicy,
+    Durable,
+    InvalidConfiguration,
+    InvalidState,
+    RetryStrategy,
+    TaskContext,
+    TaskRow,
+    TaskStatus,
+    TaskTimeout,
+    task,
+)
+from durable_sa.models import WorkerRow
+from durable_sa.testing import Clock, run_until_idle, time_travel
+
+from ..support import eventually
+
+WEEK = timedelta(days=7)
+
+
+@task
+async def sleeper(ctx: TaskContext, days: float) -> list[datetime]:
+    before = await ctx.now()
+    await ctx.sleep_for("long", timedelta(days=days))
+    return [before, await ctx.now()]
+
+
+@task
+async def waiter(ctx: TaskContext) -> str:
+    try:
+        return str(await ctx.await_event("never", timeout=WEEK))
+    except TaskTimeout:
+        return "timeout"
+
+
+@task
+async def branches(ctx: TaskContext) -> str:
+    """One branch sleeps in the database's time while the other keeps the run from being suspended."""
+
+    async def sleep() -> None:
+        await ctx.sleep_for("a week", WEEK)
+        woken.set()
+
+    woken = asyncio.Event()
+    await asyncio.gather(sleep(), ctx.step("until woken", woken.wait))
+    return "woken"
+
+
+@task(max_attempts=2, retry_strategy=RetryStrategy.fixed(WEEK))
+async def flaky(ctx: TaskContext) -> int:
+    if ctx.attempt == 1:
+        raise ConnectionError
+    return ctx.attempt
+
+
+@task
+async def quick(ctx: TaskContext) -> str:
+    return "done"
+
+
+@pytest.fixture
+async def durable(engine: AsyncEngine) -> AsyncGenerator[Durable]:
+    async with Durable(engine, tasks=[sleeper, waiter, branches, flaky, quick]) as durable:
+        yield durable
+
+
+async def sleeping(durable: Durable, spawned: object) -> None:
+    async def asleep() -> bool:
+        result = await durable.get_task_result(spawned)  # type: ignore[call-overload]
+        return result.status is TaskStatus.SLEEPING
+
+    await eventually(asleep)
+
+
+async def test_a_week_passes_in_a_moment_for_a_running_worker(durable: Durable) -> None:
+    async with durable.worker(), time_travel(durable) as clock:
+        spawned = await durable.spawn(sleeper, 7)
+        await sleeping(durable, spawned)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await clock.advance(WEEK)
+        result = await durable.wait_for_result(spawned, timeout=30)
+        assert loop.time() - began < 5
+    before, after = result.output or []
+    assert WEEK <= after - before < WEEK + timedelta(minutes=1)
+
+
+async def test_a_worker_that_starts_afterwards_goes_by_the_clock(durable: Durable) -> None:
+    spawned = await durable.spawn(sleeper, 7)
+    await run_until_idle(durable)
+    await sleeping(durable, spawned)
+    async with time_travel(durable) as clock:
+        await clock.advance(WEEK - timedelta(minutes=1))
+        await run_until_idle(durable)
+        await sleeping(durable, spawned)
+        await clock.advance(60)
+        await run_until_idle(durable)
+    result = await durable.get_task_result(spawned)
+    assert result is not None
+    assert result.status is TaskStatus.COMPLETED
+
+
+async def test_a_sleep_in_a_branch_ends_while_the_run_goes_on(durable: Durable) -> None:
+    async with durable.worker(), time_travel(durable) as clock:
+        spawned = await durable.spawn(branches)
+
+        async def registered() -> bool:
+            async with durable.engine.connect() as connection:
+                count = sa.text("SELECT count(*) FROM durable.checkpoints WHERE kind = 'sleep'")
+                return bool((await connection.execute(count)).scalar())
+
+        await eventually(registered)
+        await clock.advance(WEEK)
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == "woken"
+
+
+async def test_timeouts_retries_and_limits_come_with_the_clock(durable: Durable) -> None:
+    waiting = await durable.spawn(waiter)
+    failing = await durable.spawn(flaky)
+    late = await durable.spawn(quick, available_at=datetime.now(UTC) + WEEK)
+    limited = await durable.spawn(sleeper, 30, cancellation=CancellationPolicy(max_running_time=WEEK))
+    await run_until_idle(durable)
+    async with time_travel(durable) as clock:
+        await clock.advance(WEEK)
+        await run_until_idle(durable)
+    results = [await durable.get_task_result(spawned) for spawned in (waiting, failing, late, limited)]
+    assert [result.output if result else None for result in results] == ["timeout", 2, "done", None]
+    assert results[3] is not None
+    assert results[3].status is TaskStatus.CANCELLED
+
+
+async def test_schedules_fire_and_queues_forget_by_the_clock(durable: Durable) -> None:
+    await durable.create_queue(retention=timedelta(days=2))
+    await durable.create_schedule("daily", task=quick, cron_expression="0 12 * * *", misfire="run_all")
+
+    async def stored() -> int:
+        async with durable.engine.connect() as connection:
+            return (await connection.execute(sa.select(sa.func.count()).select_from(TaskRow))).scalar_one()
+
+    async with time_travel(durable) as clock, durable.worker():
+        await clock.move_to((await clock.now()).replace(hour=11) + timedelta(days=1))
+        await clock.advance(timedelta(days=2, hours=2))
+        assert await eventually(stored) == 3
+        await clock.advance(timedelta(days=3))
+        # Three new ones, while those from before are too old.
+        await eventually(lambda: forgotten(durable))
+
+
+async def forgotten(durable: Durable) -> bool:
+    async with durable.engine.connect() as connection:
+        finished = sa.select(sa.func.min(TaskRow.finished_at), sa.func.max(TaskRow.finished_at))
+        oldest, newest = (await connection.execute(finished)).one()
+    return bool(newest and newest - oldest < timedelta(days=1) and newest > datetime.now(UTC) + timedelta(days=5))
+
+
+async def test_workers_keep_their_leases(durable: Durable, caplog: pytest.LogCaptureFixture) -> None:
+    async with durable.worker(claim_timeout=1) as first, durable.worker(claim_timeout=1) as second:
+        ids = {first.worker_id, second.worker_id}
+        async with time_travel(durable) as clock:
+            for _ in range(20):
+                await clock.advance(WEEK)
+                await asyncio.sleep(0.02)
+            assert {first.worker_id, second.worker_id} == ids
+            async with durable.engine.connect() as connection:
+                rows = (await connection.execute(sa.select(WorkerRow.expires_at, WorkerRow.lost_at))).all()
+            assert [row.lost_at for row in rows] == [None, None]
+            assert all(row.expires_at > datetime.now(UTC) + 19 * WEEK for row in rows)
+        spawned = await durable.spawn(quick)
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == "done"
+    assert "lease" not in caplog.text
+
+
+async def test_a_lease_that_nobody_holds_any_more_is_over(durable: Durable) -> None:
+    async with durable.engine.begin() as connection:
+        lost = sa.insert(WorkerRow).values(
+            worker_id=sa.func.gen_random_uuid(),
+            name="crashed",
+            queue_names=["default"],
+            claim_timeout=timedelta(hours=1),
+            expires_at=sa.func.now() + timedelta(hours=1),
+        )
+        await connection.execute(lost)
+
+    async def taken_over() -> bool:
+        async with durable.engine.connect() as connection:
+            found = await connection.execute(sa.select(WorkerRow.lost_at).where(WorkerRow.name == "crashed"))
+            return found.scalar_one() is not None
+
+    async with durable.worker(), time_travel(durable) as clock:
+        assert not await taken_over()
+        await clock.advance(timedelta(hours=2))
+        await eventually(taken_over)
+
+
+async def test_only_durables_own_statements_see_it(durable: Durable, engine: AsyncEngine) -> None:
+    async with time_travel(durable) as clock, engine.connect() as connection:
+        kept = await connection.scalar(sa.text("SELECT now()"))
+        await clock.advance(WEEK)
+        assert (await clock.now()) - datetime.now(UTC) > WEEK - timedelta(minutes=1)
+        assert await connection.scalar(sa.text("SELECT now()")) == kept
+        spawned = await durable.spawn(quick)
+        row = (await connection.execute(sa.select(TaskRow).where(TaskRow.task_id == spawned.task_id))).one()
+        assert row.Task.created_at == row.Task.available_at > datetime.now(UTC) + timedelta(days=6)
+    assert abs((await Clock(durable).now()) - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+async def test_a_statement_of_an_open_connection_and_of_a_session_is_moved(durable: Durable) -> None:
+    async with durable.engine.connect() as connection:
+        await connection.execute(sa.text("SELECT 1"))
+        async with time_travel(durable) as clock:
+            await clock.advance(WEEK)
+            spawned = await durable.spawn_with(connection, quick)
+            await connection.commit()
+        row = await connection.execute(sa.select(TaskRow.available_at).where(TaskRow.task_id == spawned.task_id))
+        assert row.scalar_one() > datetime.now(UTC) + timedelta(days=6)
+
+
+async def test_it_moves_to_a_time(durable: Durable) -> None:
+    christmas = datetime(2199, 12, 24, 18, tzinfo=UTC)
+    async with time_travel(durable) as clock:
+        await clock.move_to(christmas)
+        assert christmas <= await clock.now() < christmas + timedelta(minutes=1)
+        with pytest.raises(InvalidConfiguration, match="2199-12-24T17:59:59.* has passed"):
+            await clock.move_to(christmas - timedelta(seconds=1))
+        with pytest.raises(InvalidConfiguration, match="not between 0"):
+            await clock.advance(-1)
+
+
+async def test_there_is_one_clock(durable: Durable) -> None:
+    async with time_travel(durable):
+        with pytest.raises(InvalidState, match="in use already"):
+            async with time_travel(durable):
+                pass
+    async with time_travel(durable):
+        pass
