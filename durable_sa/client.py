@@ -549,8 +549,9 @@ class Durable(Generic[StateT]):
         task_id = _id_of(task)
         changed = asyncio.Event()
         self._changes.setdefault(task_id, set()).add(changed)
+        deadline = asyncio.timeout(limit)
         try:
-            async with asyncio.timeout(limit):
+            async with deadline:
                 pause = _FIRST_POLL
                 while True:
                     changed.clear()
@@ -566,6 +567,8 @@ class Durable(Generic[StateT]):
                         pass
                     pause = min(_LONGEST_POLL, pause * 1.3)
         except TimeoutError:
+            if not deadline.expired():
+                raise  # it is the database's
             raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds") from None
         finally:
             self._changes[task_id].discard(changed)
@@ -615,7 +618,10 @@ class Durable(Generic[StateT]):
         await self.database.execute(queues.CREATE_QUEUE, parameters)
 
     async def drop_queue(self, name: str | None = None) -> None:
-        """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name."""
+        """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
+
+        What open transactions have spawned into it cannot be seen yet: drop it once more when they are over.
+        """
         queue = self._queue(name)
         async with self.database.transaction() as connection:
             await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue})
@@ -640,17 +646,26 @@ class Durable(Generic[StateT]):
     async def cleanup_tasks(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
         """Delete up to `limit` tasks that ended longer ago than `older_than`, with all that belongs to them.
 
-        What a live ancestor, a child or a waiting task still needs stays. Returns the number deleted.
+        What a live ancestor, a child or a waiting task still needs stays, and so does what a foreign key of the
+        application refers to. Returns the number deleted.
         """
-        return await delete_tasks(self.database, self._queue(queue_name), seconds(older_than, "older_than"), limit)
+        queue, age = self._queue(queue_name), seconds(older_than, "older_than")
+        _check_limit(limit)
+        deleted = 0
+        # Parents stay until their children have gone.
+        while deleted < limit and (more := await delete_tasks(self.database, queue, age, limit - deleted)):
+            deleted += more
+        return deleted
 
     async def cleanup_events(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
-        """Delete up to `limit` events emitted longer ago than `older_than`, delivered and awaited by nobody."""
-        rows = await self.database.execute(
-            queues.DELETE_EVENTS,
-            {"queue_name": self._queue(queue_name), "age": seconds(older_than, "older_than"), "wanted": limit},
-        )
-        return len(rows)
+        """Delete up to `limit` events emitted longer ago than `older_than` that nobody waits for.
+
+        Their names are free again. Returns the number deleted.
+        """
+        queue, age = self._queue(queue_name), seconds(older_than, "older_than")
+        _check_limit(limit)
+        parameters = {"queue_name": queue, "age": age, "wanted": limit}
+        return len(await self.database.execute(queues.DELETE_EVENTS, parameters))
 
     async def pause_queue(self, name: str | None = None) -> None:
         """Let no worker claim from a queue until it is resumed; what runs goes on.
@@ -809,6 +824,10 @@ async def _drive(connection: AsyncConnection, script: Script[T]) -> T:
     except StopIteration as end:
         value: T = end.value
         return value
+
+
+def _check_limit(limit: int) -> None:
+    integer(limit, "limit", minimum=1, maximum=2**31 - 1)
 
 
 def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:

@@ -42,7 +42,11 @@ async def delete_tasks(database: Executing, queue_name: str, age: float, limit: 
             )
             if not page:
                 break
-            deleted += await _delete(database, [row.task_id for row in page])
+            left = {row.task_id for row in page}
+            # A parent goes when its children have gone.
+            while left and (gone := await _delete(database, sorted(left))):
+                left.difference_update(gone)
+                deleted += len(gone)
             after = (page[-1].finished_at, page[-1].task_id)
     return deleted
 
@@ -59,12 +63,12 @@ async def forget_old(database: Executing) -> None:
             )
 
 
-async def _delete(database: Executing, task_ids: list[uuid.UUID]) -> int:
+async def _delete(database: Executing, task_ids: list[uuid.UUID]) -> list[uuid.UUID]:
     try:
-        return len(await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids}))
+        return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
     except IntegrityError:
         # An application's foreign key holds one of them. The others need not stay for that.
         if len(task_ids) == 1:
-            return 0
+            return []
         middle = len(task_ids) // 2
         return await _delete(database, task_ids[:middle]) + await _delete(database, task_ids[middle:])

@@ -131,7 +131,6 @@ _spent = (
     .where(
         Event.queue_name == _queue_name,
         Event.emitted_at < clock() - interval(bindparam("age", type_=Float(53))),
-        Event.delivered_at.is_not(None),
         ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),
     )
     .order_by(Event.emitted_at)
@@ -144,7 +143,7 @@ _spent = (
 DELETE_EVENTS = (
     delete(Event).where(Event.queue_name == _spent.c.queue_name, Event.name == _spent.c.name).returning(Event.name)
 )
-"""Delete a batch of old events, delivered and awaited by nobody."""
+"""Delete a batch of old events that nobody waits for. Whoever began to wait before an event came is seen here."""
 
 _some = (
     select(Task.task_id)

@@ -115,5 +115,7 @@ COUNT_READY = select(func.count()).where(
     Task.queue_name == bindparam("queue_name", type_=Text()),
     Task.available_at <= clock(),
     Task.claimed_by.is_(None),
+    or_(Task.cancel_at.is_(None), Task.cancel_at > clock()),
+    ~exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None)),
 )
 """Tasks of a queue that a worker could claim at this moment."""
