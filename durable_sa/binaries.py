@@ -36,11 +36,12 @@ class Binaries:
                 "embedded", "the extra is not installed", "Install durable_sa[embedded], or set DURABLE_DATABASE_URL."
             )
         installation = Path(package.origin).parent
-        self._directory = installation / "pginstall18" / "bin"
+        self.directory = installation / "pginstall18" / "bin"
+        """Where the programs are."""
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
         if self._user is not None:
-            _let_through(self._directory)
-            _let_read(self._directory.parent)
+            _let_through(self.directory)
+            _let_read(self.directory.parent)
             _let_read(installation.with_name(f"{installation.name}.libs"))
 
     def run(self, program: str, *arguments: str) -> None:
@@ -53,7 +54,7 @@ class Binaries:
         if self._user is not None:
             identity = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": ()}
         subprocess.run(
-            [self._directory / program, *arguments],
+            [self.directory / program, *arguments],
             check=True,
             cwd="/",
             env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
