@@ -19,7 +19,6 @@ from typing_extensions import Unpack
 
 from .annotations import is_coroutine_function
 from .arguments import encode_arguments
-from .branches import current_branch
 from .codec import Codec, check_size, codec_for
 from .errors import ChildCancelled, ChildFailed, IdempotencyConflict, InvalidState, TaskNotFound, TaskTimeout
 from .failures import is_retryable
@@ -247,14 +246,17 @@ class TaskContext(Generic[StateT]):
         failures = tries % options.max_attempts
         if failures == 0:
             return False
-        delay = strategy.delay(failures)
+        await self._pause(call, tries, strategy.delay(failures))
+        return True
+
+    async def _pause(self, call: Call, tries: int, delay: float) -> None:
+        """Between two tries of a step."""
         if delay < 1.0 or is_part(call.key):
             with self._run.branches.busy():
                 await asyncio.sleep(delay)
         else:
             key = step_key("pause", str(call.key), "", (), tries, part=True)
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)
-        return True
 
     async def end_step(self, call: Call, codec: Codec[T], result: T) -> T:
         """Store a result, and give back what is stored."""
@@ -533,7 +535,7 @@ class TaskContext(Generic[StateT]):
         """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
         if not name.startswith("$") or kind in ("step", "transaction", "spawn", "sleep"):
             validate_name("step", name)
-        branch = current_branch()
+        branch = self._run.branch()
         occurrence = branch.occurrence((kind, name, arguments))
         part = _is_inside_step(branch.path)
         return Call(kind, name, step_key(kind, name, arguments, branch.path, occurrence, part=part))
@@ -581,7 +583,7 @@ class TaskContext(Generic[StateT]):
         return await self._run.park(parked)
 
     def _refuse_inside_step(self, call: Call) -> None:
-        if _is_inside_step(current_branch().path):
+        if _is_inside_step(self._run.branch().path):
             raise InvalidState(
                 f"{call.kind} {call.name!r}",
                 "called inside a step or transaction, which cannot be suspended",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
-from .branches import Branches
+from .branches import Branch, Branches, current_branch
 from .clock import LocalClock
 from .codec import check_size
 from .errors import DurableError
@@ -257,6 +257,10 @@ class Run:
     def now(self) -> datetime:
         """The database's time, or a little before."""
         return max(self.claimed.now, self.host.clock.now())
+
+    def branch(self) -> Branch:
+        """Where in the run the calling code is."""
+        return current_branch()
 
     async def enter(self) -> None:
         """The gate before every durable call: nothing more happens in a run that is suspended, cancelled or lost."""

@@ -1,41 +1,25 @@
-"""A database for each test, a copy of one that was migrated once."""
+"""A database for each test, and a client for it, by the plugin that applications use."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 
 import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import Durable
-from durable_sa.testing.database import TestServer, database_server
+from durable_sa.testing import TestServer
+
+pytest_plugins = ["pytester"]
 
 
 @pytest.fixture(scope="session")
-def database_test_server() -> Generator[TestServer]:
-    with database_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def database_template(database_test_server: TestServer) -> Generator[URL]:
-    """The URL of a migrated database that nobody is connected to."""
-
-    async def migrate(url: URL) -> None:
-        async with Durable(url) as durable:
-            await durable.migrate()
-
-    template = database_test_server.create_database()
-    asyncio.run(migrate(template))
-    yield template
-    database_test_server.drop_database(template)
+def database_test_server(durable_server: TestServer) -> TestServer:
+    return durable_server
 
 
 @pytest.fixture
-def database_url(database_test_server: TestServer, database_template: URL) -> Generator[URL]:
-    url = database_test_server.create_database(database_template)
-    yield url
-    database_test_server.drop_database(url)
+def database_url(durable_database_url: URL) -> URL:
+    return durable_database_url
 
 
 @pytest.fixture

@@ -190,6 +190,8 @@ REGISTER_WORKER = (
         name=bindparam("name", type_=Text()),
         queue_names=array("queue_names", Text()),
         claim_timeout=_claim_timeout,
+        started_at=clock(),
+        heartbeat_at=clock(),
         expires_at=clock() + _claim_timeout,
     )
     .on_conflict_do_update(index_elements=[WorkerRow.worker_id], set_={"heartbeat_at": clock()})

@@ -1,7 +1,29 @@
-"""For the tests of applications: a database, a clock that can be set, workers that end, and tasks as plain functions."""
+"""For the tests of applications: databases, a clock that can be set, workers that end, and contexts without any."""
 
+from .contexts import (
+    ContextOptions,
+    MemoryContext,
+    MemorySyncContext,
+    Recorded,
+    Slept,
+    SpawnedChild,
+    task_context,
+)
 from .database import TestServer, database_server
 from .idle import run_until_idle
 from .time import Clock, time_travel
 
-__all__ = ["Clock", "TestServer", "database_server", "run_until_idle", "time_travel"]
+__all__ = [
+    "Clock",
+    "ContextOptions",
+    "MemoryContext",
+    "MemorySyncContext",
+    "Recorded",
+    "Slept",
+    "SpawnedChild",
+    "TestServer",
+    "database_server",
+    "run_until_idle",
+    "task_context",
+    "time_travel",
+]

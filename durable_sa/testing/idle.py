@@ -27,7 +27,6 @@ _in_queues = Task.queue_name == func.any(_queue_names)
 _unfinished = Task.finished_at.is_(None)
 _paused = exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None))
 _child = Task.__table__.alias("child")
-_parent = Task.__table__.alias("parent")
 
 # A task that was woken while it has other waits is given a moment for these.
 _waits = select(func.count()).where(Wait.task_id == Task.task_id).scalar_subquery()
@@ -47,11 +46,6 @@ BUSY = union_all(
     ),
     select(Task.task_id, Task.task_name, constant("past its time limit")).where(
         _unfinished, _in_queues, Task.cancel_at <= clock()
-    ),
-    select(Task.task_id, Task.task_name, constant("to be cancelled with its parent")).where(
-        _unfinished,
-        _in_queues,
-        exists().where(_parent.c.task_id == Task.parent_task_id, _parent.c.outcome.in_(["failed", "cancelled"])),
     ),
     select(Wait.task_id, Wait.name, constant("waiting for what has happened")).where(
         Wait.queue_name == func.any(_queue_names),
@@ -74,9 +68,7 @@ BUSY = union_all(
 """What workers of these queues, which know these tasks, have to do at this moment."""
 
 
-async def run_until_idle(
-    durable: Durable[Any], *, timeout: Duration = 30.0, **options: Unpack[WorkerOptions]
-) -> None:
+async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **options: Unpack[WorkerOptions]) -> None:
     """Run a worker until it has nothing to do: nothing can be claimed, nothing runs, all that happened is delivered.
 
     Tasks that sleep, wait for an event that was not emitted, or are due later remain; so do those of queues that are

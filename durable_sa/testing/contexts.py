@@ -1,0 +1,349 @@
+"""Contexts for unit tests of tasks as the plain functions they are: no database, no worker, no waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import random
+import uuid
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, TypeVar, cast, overload
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from typing_extensions import Unpack
+
+from ..annotations import is_coroutine_function
+from ..client import Durable
+from ..codec import Codec, check_size, codec_for
+from ..context import Call, TaskContext
+from ..current import running
+from ..errors import InvalidState
+from ..ids import new_id
+from ..options import SpawnOptions, encode_headers
+from ..policies import timestamp
+from ..results import TaskHandle
+from ..run import Claimed, Run
+from ..steps import result_codec
+from ..sync_context import SyncTaskContext
+from ..tasks import Task
+from .memory import MemoryRun, Recorded, Slept, SpawnedChild
+
+__all__ = [
+    "ContextOptions",
+    "MemoryContext",
+    "MemorySyncContext",
+    "Recorded",
+    "Slept",
+    "SpawnedChild",
+    "task_context",
+]
+
+T = TypeVar("T")
+
+
+class ContextOptions(TypedDict, total=False):
+    """Keywords of `task_context`."""
+
+    state: Any
+    """What `ctx.state` is. None if absent."""
+    headers: Mapping[str, Any]
+    task_name: str
+    queue_name: str
+    attempt: int
+    """1 if absent."""
+    task_id: uuid.UUID
+    run_id: uuid.UUID
+    events: Mapping[str, Any]
+    """Payloads by the names of events; those that the task emits come on top."""
+    results: Mapping[str, Any]
+    """What comes of children, by the name given to `ctx.spawn`, or else by the name of their task: what a join gives,
+    or an exception, which the child has failed with. A `ChildCancelled` stands for a child that was cancelled, a
+    `TaskTimeout` for one that takes longer than the timeout of the join."""
+    session: Session | AsyncSession
+    """For `ctx.transaction`, which is a savepoint of it. Nothing is committed."""
+    now: datetime
+    """The time at which the task starts. It stands still but for sleeps and timeouts."""
+    seed: int
+    """Of `ctx.rand()` and `ctx.uuid7()`, which are different each time if it is absent."""
+
+
+class _Enterable:
+    """Becomes the current context by `with`."""
+
+    def __enter__(self) -> Self:
+        self._running = running(self)
+        self._running.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._running.__exit__(kind, error, traceback)
+
+
+class MemoryContext(TaskContext[Any], _Enterable):
+    """The context of an `async def` task in a unit test. Made by `task_context()`."""
+
+    def __init__(self, options: ContextOptions, events: dict[str, str] | None = None) -> None:
+        durable: Durable[Any] = Durable()
+        now = timestamp(options["now"], "now") if "now" in options else datetime.now(UTC)
+        claimed = Claimed(
+            task_id=options.get("task_id") or new_id(),
+            run_id=options.get("run_id") or new_id(),
+            queue_name=options.get("queue_name", durable.queue_name),
+            priority=0,
+            available_at=now,
+            task_name=options.get("task_name", "task"),
+            params=None,
+            headers=encode_headers(options.get("headers")),
+            attempt=options.get("attempt", 1),
+            fence=1,
+            cancel_at=None,
+            now=now,
+        )
+        if events is None:
+            codec: Codec[Any] = codec_for(Any)
+            given = options.get("events", {}).items()
+            events = {name: codec.encode(payload, f"the payload of event {name!r}") for name, payload in given}
+        self._memory = MemoryRun(
+            claimed, durable.max_payload_bytes, events, options.get("results", {}), self._execute_child
+        )
+        super().__init__(cast(Run, self._memory), durable, options.get("state"))
+        self.session = options.get("session")
+        """What transactions are executed on."""
+        self._options = options
+        self._random = random.Random(options.get("seed"))  # noqa: S311
+
+    @property
+    def recorded(self) -> Recorded:
+        """What the task has done so far."""
+        return self._memory.recorded
+
+    async def _pause(self, call: Call, tries: int, delay: float) -> None:
+        self._memory.pass_until(self._memory.now() + timedelta(seconds=delay))
+
+    async def _spawn(
+        self, call: Call, task: Task[Any, Any] | str, params: Any, options: SpawnOptions, *, unchecked: bool
+    ) -> TaskHandle[Any]:
+        name = task if isinstance(task, str) else task.name
+        if isinstance(task, Task):
+            self._durable.tasks.setdefault(name, task)
+        handle = await super()._spawn(call, task, params, options, unchecked=unchecked)
+        self.recorded.spawned.append(SpawnedChild(call.name, name, params, options, handle))
+        return handle
+
+    async def _execute_child(self, child: SpawnedChild, task: Task[Any, Any]) -> Any:
+        options = self._options | ContextOptions(
+            task_id=child.handle.task_id,
+            run_id=new_id(),
+            task_name=task.name,
+            queue_name=child.options.get("queue_name") or self.queue_name,
+            headers=child.options.get("headers") or {},
+            attempt=1,
+            now=self._memory.now(),
+        )
+        context = MemoryContext(options, self._memory.events)
+        arguments = (task.decode_params(task.encode_params(child.params)),) if task.takes_params else ()
+        if task.is_async:
+            with context:
+                return await task.function(context, *arguments)
+        with MemorySyncContext(context) as sync_context:
+            return task.function(sync_context, *arguments)
+
+    async def _transaction(
+        self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        session = self.session
+        if session is None:
+            raise InvalidState(
+                f"transaction {call.name!r}", "without a session", "Pass one: task_context(session=...)."
+            )
+        if isinstance(session, Session):
+            if is_coroutine_function(fn):
+                raise InvalidState(f"transaction {call.name!r}", "asynchronous", "Pass an AsyncSession.")
+            return self._transact(session, call, fn, args, kwargs)
+        if not is_coroutine_function(fn):
+            return await session.run_sync(self._transact, call, fn, args, kwargs)
+        with self._memory.branches.scope(str(call.key)):
+            async with session.begin_nested() as savepoint:
+                with _guarded(session.sync_session, savepoint.sync_transaction, call.name):
+                    result = await fn(session, *args, **kwargs)
+        return self._stored(call, fn, result)
+
+    def _transact(
+        self, session: Session, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with (
+            self._memory.branches.scope(str(call.key)),
+            session.begin_nested() as savepoint,
+            _guarded(session, savepoint, call.name),
+        ):
+            result = fn(session, *args, **kwargs)
+        return self._stored(call, fn, result)
+
+    def _stored(self, call: Call, fn: Callable[..., Any], result: Any) -> Any:
+        what = f"the result of transaction {call.name!r}"
+        text, value = result_codec(fn).round_trip(result, what)
+        check_size(text, self._memory.max_payload_bytes, what)
+        self.recorded.steps.append(call.name)
+        return value
+
+    async def rand(self) -> float:
+        """A random number in [0, 1), by the seed."""
+        return await self._draw("$rand", codec_for(float), self._random.random)
+
+    def uuid7(self) -> Coroutine[Any, Any, uuid.UUID]:
+        """A UUIDv7, by the seed and the time."""
+        return self._draw("$uuid7", codec_for(uuid.UUID), self._new_uuid)
+
+    def _new_uuid(self) -> uuid.UUID:
+        milliseconds = int(self._memory.now().timestamp() * 1000)
+        bits = milliseconds << 80 | 0x7 << 76 | self._random.getrandbits(12) << 64
+        return uuid.UUID(int=bits | 0b10 << 62 | self._random.getrandbits(62))
+
+
+class MemorySyncContext(SyncTaskContext[Any], _Enterable):
+    """The context of a `def` task in a unit test. Made by `task_context(sync=True)`."""
+
+    def __init__(self, context: MemoryContext) -> None:
+        super().__init__(context)
+        self._memory = context
+
+    @property
+    def recorded(self) -> Recorded:
+        """What the task has done so far."""
+        return self._memory.recorded
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        # In another thread, since the test may have an event loop running in this one.
+        context = contextvars.copy_context()
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(context.run, lambda: asyncio.run(make())).result()
+
+    def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`durable_sa.SyncTaskContext.transaction`, in this thread, to which a session may be bound."""
+        if isinstance(self._memory.session, AsyncSession):
+            raise InvalidState(f"transaction {name!r}", "synchronous", "Pass a Session.")
+        coroutine = self._memory.transaction(name, fn, *args, **kwargs)
+        try:
+            coroutine.send(None)
+        except StopIteration as returned:
+            return returned.value
+        raise AssertionError("unreachable")
+
+
+@contextmanager
+def _guarded(session: Session, savepoint: SessionTransaction | None, name: str) -> Generator[None]:
+    """Refuses what the engine refuses: to end the whole transaction from the inside."""
+
+    def refuse(_: Session, ended: SessionTransaction | None = None) -> None:
+        if savepoint in (ended, session.get_nested_transaction()):
+            raise InvalidState(
+                f"The session of transaction {name!r}",
+                "committed, or rolled back if its function raises, by the engine",
+                "Remove the commit() or rollback(); use begin_nested() for a part that may be rolled back alone.",
+            )
+
+    event.listen(session, "before_commit", refuse)
+    event.listen(session, "after_soft_rollback", refuse)
+    try:
+        yield
+    finally:
+        event.remove(session, "before_commit", refuse)
+        event.remove(session, "after_soft_rollback", refuse)
+
+
+@overload
+def task_context(*, sync: Literal[False] = False, **options: Unpack[ContextOptions]) -> MemoryContext: ...
+@overload
+def task_context(*, sync: Literal[True], **options: Unpack[ContextOptions]) -> MemorySyncContext: ...
+def task_context(*, sync: bool = False, **options: Unpack[ContextOptions]) -> MemoryContext | MemorySyncContext:
+    """A context with which a task can be called as the plain function it is; for `def` tasks with `sync=True`.
+
+    It does in memory what the engine does with a database, and refuses what the engine would refuse. Steps are run,
+    with the retries and timeouts of their decorators; arguments and results take the way through JSON. Sleeps, pauses
+    between tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, and a
+    wait for any other one runs into its timeout. A join gives what `results` says, or else what the child's function
+    returns when it is called with such a context. `ctx.recorded` tells what the task has done:
+
+    ```python
+    from datetime import UTC, datetime, timedelta
+
+    import pytest
+
+    from durable_sa import TaskContext, TaskTimeout, UserError, step, task
+    from durable_sa.testing import task_context
+
+
+    @step(max_attempts=3)
+    async def charge(cents: int) -> str:
+        return f"receipt for {cents} cents"
+
+
+    @task
+    async def order(ctx: TaskContext, cents: int) -> str:
+        try:
+            await ctx.await_event("confirmed", timeout=timedelta(days=1))
+        except TaskTimeout:
+            raise UserError("not confirmed") from None
+        receipt = await ctx.step("charge", charge, cents)
+        await ctx.emit_event("charged", receipt)
+        await ctx.sleep_for("cooling-off period", timedelta(days=14))
+        return receipt
+
+
+    async def test_order():
+        ctx = task_context(events={"confirmed": None}, now=datetime(2030, 1, 1, tzinfo=UTC))
+        assert await order(ctx, 500) == "receipt for 500 cents"
+        assert ctx.recorded.steps == ["charge"]
+        assert ctx.recorded.emitted == {"charged": "receipt for 500 cents"}
+        assert ctx.recorded.sleeps[0].until == datetime(2030, 1, 15, tzinfo=UTC)
+
+
+    async def test_order_that_is_not_confirmed():
+        ctx = task_context()
+        with pytest.raises(UserError):
+            await order(ctx, 500)
+        assert ctx.recorded.steps == []
+    ```
+
+    Entered by `with`, it is also what `current_context()` gives, and what steps go through that are called directly,
+    as `await charge(500)`; such a call is the plain function otherwise:
+
+    ```python
+    from durable_sa import SyncTaskContext, current_context, step, task
+    from durable_sa.testing import task_context
+
+
+    @step(max_attempts=2)
+    def fetch() -> str:
+        tries.append(current_context().task_name)
+        if len(tries) == 1:
+            raise ConnectionError
+        return "data"
+
+
+    @task
+    def load(ctx: SyncTaskContext) -> str:
+        return fetch()
+
+
+    tries = []
+
+
+    def test_second_try():
+        with task_context(sync=True, task_name="load") as ctx:
+            assert load(ctx) == "data"
+        assert tries == ["load", "load"]
+    ```
+    """
+    if unknown := options.keys() - ContextOptions.__annotations__.keys():
+        raise TypeError(f"task_context() got an unexpected keyword argument {min(unknown)!r}")
+    context = MemoryContext(options)
+    return MemorySyncContext(context) if sync else context

@@ -1,0 +1,189 @@
+"""A run without a database: what a context asks of its run, its worker and the tables, answered from memory."""
+
+from __future__ import annotations
+
+import contextvars
+import uuid
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+from ..branches import Branch
+from ..codec import Codec, codec_for
+from ..errors import ChildCancelled, InvalidState, TaskTimeout
+from ..failures import encode_error
+from ..journal import EMPTY_JOURNAL
+from ..options import SpawnOptions
+from ..reader import EndedTask
+from ..results import TaskHandle
+from ..run import Claimed, Parked
+from ..tasks import Task
+from ..writer import Kind, Stored
+
+_PLAIN: Codec[Any] = codec_for(Any)
+
+
+@dataclass(frozen=True)
+class Slept:
+    """A sleep of a task."""
+
+    name: str
+    duration: timedelta
+    until: datetime
+
+
+@dataclass(frozen=True)
+class SpawnedChild:
+    """A child that a task has spawned."""
+
+    name: str
+    """The name given to `ctx.spawn`."""
+    task_name: str
+    params: Any = field(repr=False)
+    options: SpawnOptions = field(repr=False)
+    handle: TaskHandle[Any]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a task has done, each kind in its order."""
+
+    steps: list[str] = field(default_factory=list[str])
+    """Names of the steps and transactions that have come to their end."""
+    sleeps: list[Slept] = field(default_factory=list[Slept])
+    spawned: list[SpawnedChild] = field(default_factory=list[SpawnedChild])
+    emitted: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    """Payloads of the events that the task was the first to emit, as plain JSON."""
+
+
+class _Branches:
+    """Tells code in a step from the task's own."""
+
+    def __init__(self) -> None:
+        self._root = Branch(cast(Any, self), (), bound=True)
+        self._inside: contextvars.ContextVar[Branch] = contextvars.ContextVar("durable_sa_step", default=self._root)
+
+    def current(self) -> Branch:
+        return self._inside.get()
+
+    def busy(self) -> nullcontext[None]:
+        return nullcontext()
+
+    @contextmanager
+    def scope(self, label: str) -> Generator[None]:
+        token = self._inside.set(Branch(cast(Any, self), (*self.current().path, label), bound=True))
+        try:
+            yield
+        finally:
+            self._inside.reset(token)
+
+
+class MemoryRun:
+    """In place of a `Run`, of its worker, and of what that reads."""
+
+    signal = None
+    journal = EMPTY_JOURNAL
+    executor = None
+    """The one of the event loop."""
+
+    def __init__(
+        self,
+        claimed: Claimed,
+        max_payload_bytes: int,
+        events: dict[str, str],
+        results: Mapping[str, Any],
+        execute: Callable[[SpawnedChild, Task[Any, Any]], Awaitable[Any]],
+    ) -> None:
+        self.claimed = claimed
+        self.max_payload_bytes = max_payload_bytes
+        self.events = events
+        self.recorded = Recorded()
+        self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
+        self.branches = _Branches()
+        self.branch = self.branches.current
+        self.host = self.reader = self
+        self._results = results
+        self._execute = execute
+        self._now = claimed.now
+
+    def now(self) -> datetime:
+        """When the task was started, and as long as it has slept."""
+        return self._now
+
+    def pass_until(self, moment: datetime) -> None:
+        """Let time pass."""
+        self._now = max(self._now, moment)
+
+    async def enter(self) -> None:
+        """Nobody takes the run away."""
+
+    async def gone(self, _: object) -> None:
+        """Nobody cancels it."""
+
+    async def write(self, kind: Kind, key: uuid.UUID, values: tuple[Any, ...], *, size: int = 0) -> Stored | None:
+        """Keep what is worth it: nothing is there from before."""
+        if kind is Kind.CHECKPOINT and values[0] == "step":
+            self.recorded.steps.append(values[1])
+        if kind is not Kind.EVENT:
+            return None
+        name, text = values[5], values[6]
+        first = name not in self.events
+        if first:
+            self.events[name] = text
+            self.recorded.emitted[name] = _PLAIN.decode(text, f"the payload of event {name!r}")
+        return Stored("completed", "true" if first else "false")
+
+    async def park(self, parked: Parked) -> Stored:
+        """A wait is over at once, by its time."""
+        due_at = parked.due_at or (None if parked.delay is None else self._now + timedelta(seconds=parked.delay))
+        if due_at is None:
+            given = "events" if parked.kind == "event" else "results"
+            raise InvalidState(
+                f"{parked.kind} {parked.name!r}",
+                "awaited, and would never come",
+                f"Pass task_context({given}={{...}}) with it, or give the call a timeout.",
+            )
+        if parked.kind == "sleep":
+            self.recorded.sleeps.append(Slept(parked.name, due_at - self._now, due_at))
+        self.pass_until(due_at)
+        return Stored("completed" if parked.kind == "sleep" else "timeout", None)
+
+    async def event(self, queue_and_name: tuple[str, str]) -> str | None:
+        """The payload of an event, if it is there."""
+        return self.events.get(queue_and_name[1])
+
+    async def task(self, task_id: uuid.UUID) -> EndedTask | None:
+        """A child, which has ended unless it was said to take too long."""
+        for child in self.recorded.spawned:
+            if child.handle.task_id == task_id:
+                outcome, output, error = await self._outcome(child, self.children.get(task_id))
+                return EndedTask(self.claimed.task_id, child.task_name, outcome, output, error)
+        return None
+
+    async def _outcome(
+        self, child: SpawnedChild, task: Task[Any, Any] | None
+    ) -> tuple[str | None, str | None, str | None]:
+        name = child.name if child.name in self._results else child.task_name
+        if name in self._results:
+            value = self._results[name]
+            if isinstance(value, TaskTimeout):
+                return None, None, None
+            if isinstance(value, ChildCancelled):
+                return "cancelled", None, None
+            if isinstance(value, BaseException):
+                return "failed", None, encode_error(value)
+        elif task is None:
+            raise InvalidState(
+                f"The result of child {child.name!r}",
+                "not known",
+                f"Pass task_context(results={{{child.name!r}: ...}}), as its task is known by name only.",
+            )
+        else:
+            try:
+                value = await self._execute(child, task)
+            except Exception as error:  # noqa: BLE001 - what a child fails with reaches its parent as ChildFailed
+                return "failed", None, encode_error(error)
+        codec: Codec[Any] = _PLAIN if task is None else task.output_codec
+        return "completed", codec.encode(value, f"the result of child {child.name!r}"), None
