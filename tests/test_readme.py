@@ -90,9 +90,9 @@ def test_the_quickstart_prints_what_follows_it(database_url: URL, tmp_path: Path
     assert (result.stdout, result.stderr) == (expected, "")
 
 
-def test_the_test_passes(database_test_server: TestServer, tmp_path: Path) -> None:
+def test_the_test_passes(durable_server: TestServer, tmp_path: Path) -> None:
     (tmp_path / "test_reminders.py").write_text(file("test_reminders.py"))
-    url = database_test_server.url.render_as_string(hide_password=False)
+    url = durable_server.url.render_as_string(hide_password=False)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider"],
         cwd=tmp_path,
@@ -111,10 +111,10 @@ def test_env_py_has_revisions_written() -> None:
     context.configure.assert_called_once_with(process_revision_directives=migrations.autogenerate)
 
 
-async def test_the_revision_makes_the_tables_and_removes_them(database_test_server: TestServer) -> None:
+async def test_the_revision_makes_the_tables_and_removes_them(durable_server: TestServer) -> None:
     revision: dict[str, Any] = {}
     exec(file("alembic/versions/0001_durable_tables.py"), revision)
-    url = database_test_server.create_database()
+    url = durable_server.create_database()
     engine = create_async_engine(url)
 
     def run(connection: Connection) -> None:
@@ -129,7 +129,7 @@ async def test_the_revision_makes_the_tables_and_removes_them(database_test_serv
             await connection.run_sync(run)
     finally:
         await engine.dispose()
-        database_test_server.drop_database(url)
+        durable_server.drop_database(url)
 
 
 def test_its_commands_and_their_options_exist() -> None:

@@ -10,8 +10,8 @@ from durable_sa.testing.database import TestServer
 from tests.cli.support import CommandLine
 
 
-async def test_migrate_makes_the_tables_and_may_be_repeated(database_test_server: TestServer) -> None:
-    url = database_test_server.create_database()
+async def test_migrate_makes_the_tables_and_may_be_repeated(durable_server: TestServer) -> None:
+    url = durable_server.create_database()
     try:
         cli = CommandLine(url)
         missing = await cli("tasks", "list")
@@ -25,7 +25,7 @@ async def test_migrate_makes_the_tables_and_may_be_repeated(database_test_server
         assert len((await cli("tasks", "list", "--json", "--schema", "elsewhere")).json) == 1
         assert (await cli("tasks", "list", "--json")).json == []
     finally:
-        database_test_server.drop_database(url)
+        durable_server.drop_database(url)
 
 
 async def test_the_url_may_be_given_as_an_option(database_url: URL) -> None:

@@ -221,13 +221,13 @@ async def test_many_problems_are_cut_short(cli: CommandLine, durable: Durable) -
     assert problems[-1] == "and perhaps more"
 
 
-async def test_a_database_without_tables(database_test_server: TestServer) -> None:
-    url = database_test_server.create_database()
+async def test_a_database_without_tables(durable_server: TestServer) -> None:
+    url = durable_server.create_database()
     try:
         found = await findings(CommandLine(url))
         assert "durable's tables are not installed" in found["schema"][0]
     finally:
-        database_test_server.drop_database(url)
+        durable_server.drop_database(url)
 
 
 async def test_a_check_that_takes_too_long_is_said_to(

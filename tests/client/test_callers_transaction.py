@@ -310,9 +310,9 @@ async def test_a_flush_spawns_together_with_the_object_that_caused_it(
 
 
 async def test_a_session_with_several_binds_uses_the_one_of_the_durable_tables(
-    database_test_server: Any, database_url: URL, client: Durable, engine: AsyncEngine
+    durable_server: Any, database_url: URL, client: Durable, engine: AsyncEngine
 ) -> None:
-    elsewhere = database_test_server.create_database()
+    elsewhere = durable_server.create_database()
     other, home = create_async_engine(elsewhere), create_async_engine(database_url)
     try:
         async with other.begin() as connection:
@@ -329,7 +329,7 @@ async def test_a_session_with_several_binds_uses_the_one_of_the_durable_tables(
     finally:
         await close(other)
         await close(home)
-        database_test_server.drop_database(elsewhere)
+        durable_server.drop_database(elsewhere)
 
 
 async def test_what_is_no_executor_is_refused_with_the_list_of_those_that_are(
