@@ -1,4 +1,4 @@
-"""A database for each test, and a client for it, by the plugin that applications use."""
+"""A database for each test, a copy of one that was migrated once, with an engine and a client on it."""
 
 from collections.abc import AsyncGenerator
 
@@ -7,14 +7,8 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import Durable
-from durable_sa.testing import TestServer
 
 pytest_plugins = ["pytester"]
-
-
-@pytest.fixture(scope="session")
-def database_test_server(durable_server: TestServer) -> TestServer:
-    return durable_server
 
 
 @pytest.fixture

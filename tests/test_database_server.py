@@ -20,22 +20,22 @@ async def execute(url: URL, statement: str) -> object:
     return value
 
 
-async def test_a_copy_has_what_its_template_has_and_is_apart_from_it(database_test_server: TestServer) -> None:
-    template = database_test_server.create_database()
+async def test_a_copy_has_what_its_template_has_and_is_apart_from_it(durable_server: TestServer) -> None:
+    template = durable_server.create_database()
     await execute(template, "CREATE TABLE things AS SELECT 1 AS thing")
-    copies = [database_test_server.create_database(template) for _ in range(2)]
+    copies = [durable_server.create_database(template) for _ in range(2)]
     await execute(copies[0], "UPDATE things SET thing = 2")
     assert [await execute(url, "SELECT thing FROM things") for url in (template, *copies)] == [1, 2, 1]
     for url in (template, *copies):
-        database_test_server.drop_database(url)
+        durable_server.drop_database(url)
 
 
-async def test_a_database_in_use_is_dropped(database_test_server: TestServer) -> None:
-    url = database_test_server.create_database()
+async def test_a_database_in_use_is_dropped(durable_server: TestServer) -> None:
+    url = durable_server.create_database()
     engine = create_async_engine(url)
     async with engine.connect() as connection:
         await connection.execute(sa.text("SELECT 1"))
-        database_test_server.drop_database(url)
+        durable_server.drop_database(url)
         with pytest.raises(sa.exc.DBAPIError):
             await connection.execute(sa.text("SELECT 1"))
     await engine.dispose()
@@ -43,14 +43,12 @@ async def test_a_database_in_use_is_dropped(database_test_server: TestServer) ->
         await execute(url, "SELECT 1")
 
 
-def test_the_url_in_the_environment_comes_first(
-    database_test_server: TestServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_url_in_the_environment_comes_first(durable_server: TestServer, monkeypatch: pytest.MonkeyPatch) -> None:
     # As other tools write it: without a driver.
-    url = database_test_server.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    url = durable_server.url.set(drivername="postgresql").render_as_string(hide_password=False)
     monkeypatch.setenv("DURABLE_TEST_DATABASE_URL", url)
     with database_server() as server:
-        assert server.url == database_test_server.url.set(drivername="postgresql+asyncpg")
+        assert server.url == durable_server.url.set(drivername="postgresql+asyncpg")
         database = server.create_database()
         assert asyncio.run(execute(database, "SELECT current_database()")) == database.database
         server.drop_database(database)

@@ -64,10 +64,10 @@ def read_catalog() -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def empty_database(database_test_server: TestServer) -> Generator[URL]:
-    url = database_test_server.create_database()
+def empty_database(durable_server: TestServer) -> Generator[URL]:
+    url = durable_server.create_database()
     yield url
-    database_test_server.drop_database(url)
+    durable_server.drop_database(url)
 
 
 @pytest.fixture

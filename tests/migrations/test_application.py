@@ -65,18 +65,18 @@ def execute_script(url: URL, script: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def migrated(database_test_server: TestServer, read_catalog: Catalog) -> list[str]:
+def migrated(durable_server: TestServer, read_catalog: Catalog) -> list[str]:
     """The catalog after `migrate`."""
 
     def read(connection: Connection) -> list[str]:
         migrate(connection)
         return read_catalog(connection)
 
-    url = database_test_server.create_database()
+    url = durable_server.create_database()
     try:
         return on(url, read)
     finally:
-        database_test_server.drop_database(url)
+        durable_server.drop_database(url)
 
 
 def add_hook(application: Application) -> None:
@@ -121,7 +121,7 @@ version_locations = %(here)s/alembic/versions durable_sa:migrations/versions
 
 @both
 def test_in_the_history_of_the_application(
-    application: Application, database_test_server: TestServer, read_catalog: Catalog, migrated: list[str]
+    application: Application, durable_server: TestServer, read_catalog: Catalog, migrated: list[str]
 ) -> None:
     add_hook(application)
     assert 'durable.upgrade("durable_0001")' in application.alembic("check", fails=True)
@@ -137,12 +137,12 @@ def test_in_the_history_of_the_application(
 
     # A script made without a database does the same.
     script = application.alembic("upgrade", "head", "--sql")
-    by_script = database_test_server.create_database()
+    by_script = durable_server.create_database()
     execute_script(by_script, script)
     assert on(by_script, read_catalog) == migrated
     execute_script(by_script, application.alembic("downgrade", "head:base", "--sql"))
     assert on(by_script, read_catalog) == []
-    database_test_server.drop_database(by_script)
+    durable_server.drop_database(by_script)
 
     application.alembic("upgrade", "head")
     assert on(application.url, read_catalog) == migrated

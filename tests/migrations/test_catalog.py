@@ -26,16 +26,16 @@ HOSTILE_NAMES = ['my "durable"', "Durable", "it's", "a.b", "select", "a :b $1 {c
 
 
 @pytest.fixture
-async def created(database_test_server: TestServer, read_catalog: Catalog) -> list[str]:
+async def created(durable_server: TestServer, read_catalog: Catalog) -> list[str]:
     """The catalog as the models make it."""
-    url = database_test_server.create_database()
+    url = durable_server.create_database()
     engine = create_async_engine(url)
     async with engine.begin() as connection:
         await connection.execute(sa.schema.CreateSchema(models.SCHEMA))
         await connection.run_sync(models.metadata.create_all)
         lines = await connection.run_sync(read_catalog)
     await engine.dispose()
-    database_test_server.drop_database(url)
+    durable_server.drop_database(url)
     assert len(lines) > 150
     return lines
 
