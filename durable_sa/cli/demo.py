@@ -13,14 +13,14 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL
 from typer import Exit
 
-from .. import Durable, TaskPollResult, TaskStatus
+from .. import Durable, SpawnResult, TaskPollResult, TaskStatus
 from ..errors import InvalidState, TaskNotFound
 from ..statements import inspection
 from . import history
@@ -31,7 +31,7 @@ from .research import LEDGER_VARIABLE, Entry, Question, Report, read_ledger, res
 _QUEUE_PREFIX = "demo-"
 _KILLED_IN = "read a book on durable execution"
 _CLAIM_TIMEOUT = 1.5
-_PATIENCE = 60.0
+_PATIENCE = 40.0
 _KEEP_SECONDS = 3600
 _STYLES = {"worker 1": "cyan", "worker 2": "magenta"}
 
@@ -91,10 +91,9 @@ class Stage:
         """Run the task with a kill in the middle, and say whether all that was promised came true."""
         spawned = await self.durable.spawn(research, Question(topic="durable execution"))
         self._tell(f"Spawned task {spawned.task_id}: research on durable execution.")
-        waiting = asyncio.ensure_future(self.durable.wait_for_result(spawned, timeout=_PATIENCE))
         with self.output.console.status("Working ..."):
             with self._worker("worker 1") as first:
-                await self._watch(first, lambda: waiting.done() or _begins(self._entries(), _KILLED_IN))
+                await self._watch(first, spawned, _KILLED_IN)
                 await asyncio.sleep(0.2)
                 first.send_signal(signal.SIGKILL)
                 first.wait()
@@ -102,11 +101,12 @@ class Stage:
             self._tell(f"\nworker 1 is killed with SIGKILL in a step, after {len(finished)} finished ones.", "bold red")
             with self._worker("worker 2") as second:
                 self._tell(f"It takes over when worker 1 has been silent for {_CLAIM_TIMEOUT} seconds.\n")
-                await self._watch(second, waiting.done)
+                await self._watch(second, spawned)
+        result = await self.durable.wait_for_result(spawned)
         entries = self._entries()
         await self._show_timeline(spawned.task_id)
         self._show_executions(entries)
-        return self._judge(await waiting, entries, finished)
+        return self._judge(result, entries, finished)
 
     @contextmanager
     def _worker(self, name: str) -> Generator[subprocess.Popen[bytes]]:
@@ -142,13 +142,20 @@ class Stage:
         self._shown = len(entries)
         return entries
 
-    async def _watch(self, worker: subprocess.Popen[bytes], done: Callable[[], bool]) -> None:
-        """Show what the worker does until `done`."""
+    async def _watch(
+        self, worker: subprocess.Popen[bytes], task: SpawnResult[Report], until_step: str | None = None
+    ) -> None:
+        """Show what the worker does, until the step begins or the task has ended."""
         deadline = time.monotonic() + _PATIENCE
-        while not done():
-            self._entries()
+        while True:
+            if any(entry.step == until_step and entry.event == "begins" for entry in self._entries()):
+                return
+            result = await self.durable.get_task_result(task)
+            if result is not None and result.status.finished:
+                return
             if worker.poll() is not None or time.monotonic() > deadline:
                 self._tell(self._log.read_text(errors="replace"))
+                self._show_executions(self._entries())
                 raise InvalidState("the worker", "gone" if worker.poll() is not None else "making no progress")
             await asyncio.sleep(0.05)
 
@@ -199,7 +206,3 @@ class Stage:
 
     def _tell(self, text: str, style: str = "") -> None:
         self.output.console.print(text, style=style, soft_wrap=True)
-
-
-def _begins(entries: Sequence[Entry], step: str) -> bool:
-    return any(entry.step == step and entry.event == "begins" for entry in entries)

@@ -89,12 +89,20 @@ def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any,
 
 
 @contextmanager
-def reported(url: str | None = None) -> Generator[None]:
-    """Turn an error into one message on stderr, without a traceback and without a password, and an exit code."""
+def refused() -> Generator[None]:
+    """Turn an error of this package into one message on stderr, without a traceback, and an exit code."""
     try:
         yield
     except DurableError as error:
         fail(str(error), USAGE if isinstance(error, _USAGE_ERRORS) else WRONG)
+
+
+@contextmanager
+def reported(url: str | None = None) -> Generator[None]:
+    """Do so with errors of the database as well. The message says where it is, without the password."""
+    try:
+        with refused():
+            yield
     except Exception as error:
         if not isinstance(error, SQLAlchemyError | OSError) and sqlstate(error) is None:
             raise

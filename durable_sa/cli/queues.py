@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .. import hints
 from ..client import QueuePolicy
 from ..errors import QueueNotFound
 from ..models import SCHEMA
@@ -96,8 +97,11 @@ async def resume(invocation: Invocation, name: Name) -> None:
 
 
 async def _set_paused(invocation: Invocation, name: str, *, paused: bool) -> None:
-    if not await invocation.durable.database.execute(statements.PAUSE_QUEUE, {"name": name, "paused": paused}):
+    database = invocation.durable.database
+    if not await database.execute(statements.PAUSE_QUEUE, {"name": name, "paused": paused}):
         raise QueueNotFound(name)
+    # No lane is named, so that workers look into all of them.
+    await database.execute(hints.NOTIFY, {"channel": hints.channel_name(database.schema), "payload": ""})
 
 
 @queues.command("drop", epilog=examples("durable queues drop mail --yes"))

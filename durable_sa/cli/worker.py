@@ -19,7 +19,7 @@ import typer
 from .. import Durable, WorkerOptions
 from ..errors import InvalidConfiguration
 from . import reloading
-from .invocation import reported
+from .invocation import refused, reported
 
 
 class LogLevel(StrEnum):
@@ -96,15 +96,19 @@ def worker(
         shutdown_timeout=shutdown_timeout,
         listen=listen,
     )
-    with reported():
+    # What goes wrong in the application itself comes with its traceback.
+    with refused():
         durable = load(target)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_run(durable, options))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_run(durable, options))
 
 
 async def _run(durable: Durable[Any], options: WorkerOptions) -> None:
     async with durable:
-        await durable.run_worker(**options)
+        with reported():
+            await durable.check_schema()
+        with refused():
+            await durable.run_worker(**options)
 
 
 def load(target: str) -> Durable[Any]:

@@ -1,5 +1,6 @@
 """`durable demo` shows what it claims, in a terminal and without one."""
 
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
     begun = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-m", "durable_sa.cli", "demo"],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "DURABLE_EMBEDDED_DIR": str(tmp_path / "server")},
+        env={**os.environ, "DURABLE_EMBEDDED_DIR": str(tmp_path / "server")},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -122,6 +122,22 @@ def test_what_the_application_itself_misses_is_shown_with_its_place(url: str, ap
         assert "No module named 'a_module_that_is_not_there'" in worker.said
 
 
+def test_what_goes_wrong_in_the_lifespan_is_shown_with_its_place(url: str, app: Path) -> None:
+    (app / "app.py").write_text(
+        "from contextlib import asynccontextmanager\n"
+        "from durable_sa import Durable\n"
+        "@asynccontextmanager\n"
+        "async def lifespan():\n"
+        "    raise ConnectionRefusedError('the cache is away')\n"
+        "    yield\n"
+        "durable = Durable(lifespan=lifespan)\n"
+    )
+    with process("worker", "app:durable", url=url, cwd=app) as worker:
+        assert worker.wait() == 1
+        assert worker.said.splitlines()[-1] == "ConnectionRefusedError: the cache is away"
+        assert "error: The database" not in worker.said
+
+
 def test_errors_of_the_worker_are_one_message(url: str, app: Path) -> None:
     for options, code, message in (
         (["--queue", "nope"], 1, "error: There is no queue named 'nope'."),

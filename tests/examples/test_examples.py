@@ -1,5 +1,6 @@
 """Each example runs as it stands and tells the story that it should."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,11 @@ Cleo: nobody has answered: back to the employee
 
 
 def run(name: str, cwd: Path, **environment: str) -> str:
+    inherited = {key: value for key, value in os.environ.items() if key != "DURABLE_DATABASE_URL"}
     result = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
         cwd=cwd,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=False,
