@@ -72,7 +72,7 @@ def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
 
 
 def resolve_url(url: str | URL) -> URL:
-    """A URL as given by a user or a platform, with asyncpg where it names no driver."""
+    """A URL as given by a user or a platform, with asyncpg where it names no driver, which calls `sslmode` `ssl`."""
     try:
         parsed = make_url(url)
     except ArgumentError as error:
@@ -93,6 +93,9 @@ def resolve_url(url: str | URL) -> URL:
             f"{parsed.drivername!r} has no asyncio mode",
             "Use postgresql+asyncpg:// or postgresql+psycopg://.",
         )
+    if parsed.drivername == "postgresql+asyncpg" and "sslmode" in parsed.query:
+        query = dict(parsed.query)
+        parsed = parsed.set(query={"ssl": query.pop("sslmode"), **query})
     return parsed
 
 

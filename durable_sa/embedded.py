@@ -68,6 +68,7 @@ def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
     Raises:
         InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
     """
+    Binaries()  # raises where the extra is missing, which also brings what finds the directory
     directory = Path(data_dir or os.environ.get("DURABLE_EMBEDDED_DIR") or _default_directory()).expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with _mutex, _exclusively(directory):
