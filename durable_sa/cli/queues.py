@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .. import hints
 from ..client import QueuePolicy
-from ..errors import QueueNotFound
 from ..models import SCHEMA
 from ..statements import queues as statements
 from .arguments import duration
@@ -84,7 +82,7 @@ async def create(
 @connected
 async def pause(invocation: Invocation, name: Name) -> None:
     """Stop claiming from a queue. What runs goes on, and spawning too."""
-    await _set_paused(invocation, name, paused=True)
+    await invocation.durable.pause_queue(name)
     invocation.output.say(f"Queue {name!r} is paused.", queue_name=name, paused=True)
 
 
@@ -92,16 +90,8 @@ async def pause(invocation: Invocation, name: Name) -> None:
 @connected
 async def resume(invocation: Invocation, name: Name) -> None:
     """Claim from a paused queue again."""
-    await _set_paused(invocation, name, paused=False)
+    await invocation.durable.resume_queue(name)
     invocation.output.say(f"Queue {name!r} is open.", queue_name=name, paused=False)
-
-
-async def _set_paused(invocation: Invocation, name: str, *, paused: bool) -> None:
-    database = invocation.durable.database
-    if not await database.execute(statements.PAUSE_QUEUE, {"name": name, "paused": paused}):
-        raise QueueNotFound(name)
-    # No lane is named, so that workers look into all of them.
-    await database.execute(hints.NOTIFY, {"channel": hints.channel_name(database.schema), "payload": ""})
 
 
 @queues.command("drop", epilog=examples("durable queues drop mail --yes"))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from ..statements import inspection
-from .invocation import Invocation, connected
+from .invocation import Invocation, connected, examples
 from .output import as_dicts
 
-schedules = typer.Typer(help="Cron schedules.", no_args_is_help=True)
+schedules = typer.Typer(
+    help="Cron schedules.",
+    no_args_is_help=True,
+    epilog=examples("durable schedules list", "durable schedules pause nightly-report"),
+)
+
+Name = Annotated[str, typer.Argument(metavar="SCHEDULE", show_default=False)]
 
 _COLUMNS = {
     "name": "schedule",
@@ -31,3 +39,27 @@ async def list_(invocation: Invocation) -> None:
         for row in rows:
             row["status"] = "open" if row["paused_at"] is None else "paused"
     invocation.output.table(rows, _COLUMNS, empty="There are no schedules.")
+
+
+@schedules.command("pause")
+@connected
+async def pause(invocation: Invocation, name: Name) -> None:
+    """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for."""
+    await invocation.durable.pause_schedule(name)
+    invocation.output.say(f"Schedule {name!r} is paused.", name=name, paused=True)
+
+
+@schedules.command("resume")
+@connected
+async def resume(invocation: Invocation, name: Name) -> None:
+    """Let a paused schedule fire again, from its next tick on."""
+    await invocation.durable.resume_schedule(name)
+    invocation.output.say(f"Schedule {name!r} is open.", name=name, paused=False)
+
+
+@schedules.command("trigger")
+@connected
+async def trigger(invocation: Invocation, name: Name) -> None:
+    """Spawn a schedule's task now, besides its ticks."""
+    spawned = await invocation.durable.trigger_schedule(name)
+    invocation.output.say(f"Task {spawned.task_id} is spawned.", name=name, task_id=spawned.task_id)

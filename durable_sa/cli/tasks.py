@@ -101,7 +101,11 @@ async def spawn(
     max_attempts: MaxAttempts = None,
     header: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A header; may be repeated.")] = None,
 ) -> None:
-    """Spawn a task by its name. Whether the params fit is seen by the worker that runs it."""
+    """Spawn a task by its name.
+
+    The task's own code is not known here: whether the params fit is seen by the worker that runs it, and options that
+    are not given are the general ones.
+    """
     options = SpawnOptions(
         queue_name=queue_name,
         idempotency_key=key,

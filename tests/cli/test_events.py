@@ -1,9 +1,6 @@
-"""`durable events` and `durable schedules`."""
-
-from sqlalchemy import insert
+"""`durable events`: what tasks wait for."""
 
 from durable_sa import Durable, TaskContext
-from durable_sa.models import Schedule
 from tests.cli.support import CommandLine
 
 
@@ -32,14 +29,3 @@ async def test_a_bad_name_is_a_usage_error_and_a_missing_queue_is_not(cli: Comma
     assert bad.code == 2
     assert bad.stderr.startswith("error: The event name '$e' is not valid:")
     assert (await cli("events", "emit", "e", "--queue", "nope")).code == 1
-
-
-async def test_schedules_are_listed_with_their_ticks(cli: CommandLine, durable: Durable) -> None:
-    assert (await cli("schedules", "list")).stdout == "There are no schedules.\n"
-    values = {"name": "nightly", "queue_name": "default", "task_name": "report", "cron_expression": "0 3 * * *"}
-    async with durable.engine.begin() as connection:
-        await connection.execute(insert(Schedule).values(**values))
-    (row,) = (await cli("schedules", "list", "--json")).json
-    assert {key: row[key] for key in values} == values
-    assert (row["timezone"], row["backend"], row["paused_at"], row["next_tick_at"]) == ("UTC", "worker", None, None)
-    assert "nightly    report   default   0 3 * * *   UTC         open" in (await cli("schedules", "list")).stdout

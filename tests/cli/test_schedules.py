@@ -1,0 +1,56 @@
+"""`durable schedules`: list, pause, resume, trigger."""
+
+import uuid
+
+from durable_sa import Durable, TaskContext
+from tests.cli.support import CommandLine
+
+
+async def schedule(durable: Durable, name: str = "nightly") -> None:
+    @durable.task("report")
+    async def report(ctx: TaskContext, day: str) -> str:
+        return f"the report of {day}"
+
+    await durable.create_schedule(name, task=report, cron_expression="0 3 1 1 *", params="Monday")
+
+
+async def test_schedules_are_listed_with_their_ticks(cli: CommandLine, durable: Durable) -> None:
+    assert (await cli("schedules", "list")).stdout == "There are no schedules.\n"
+    await schedule(durable)
+    (row,) = (await cli("schedules", "list", "--json")).json
+    assert row.pop("next_tick_at").endswith("-01-01T03:00:00Z")
+    assert row == {
+        "name": "nightly",
+        "task_name": "report",
+        "queue_name": "default",
+        "cron_expression": "0 3 1 1 *",
+        "timezone": "UTC",
+        "backend": "worker",
+        "paused_at": None,
+        "last_tick_at": None,
+        "last_task_id": None,
+    }
+    assert "nightly    report   default   0 3 1 1 *   UTC         open" in (await cli("schedules", "list")).stdout
+
+
+async def test_a_schedule_is_paused_and_resumed(cli: CommandLine, durable: Durable) -> None:
+    await schedule(durable)
+    assert (await cli("schedules", "pause", "nightly", "--json")).json == {"name": "nightly", "paused": True}
+    assert (await cli("schedules", "list", "--json")).json[0]["paused_at"] is not None
+    assert "paused" in (await cli("schedules", "list")).stdout
+    assert (await cli("schedules", "resume", "nightly")).stdout == "Schedule 'nightly' is open.\n"
+    assert (await cli("schedules", "list", "--json")).json[0]["paused_at"] is None
+
+
+async def test_a_schedule_is_triggered(cli: CommandLine, durable: Durable) -> None:
+    await schedule(durable)
+    task_id = uuid.UUID((await cli("schedules", "trigger", "nightly", "--json")).json["task_id"])
+    async with durable.worker():
+        assert (await durable.wait_for_result(task_id, timeout=10)).output == "the report of Monday"
+
+
+async def test_an_unknown_schedule_is_said_to_be_unknown(cli: CommandLine) -> None:
+    for command in ("pause", "resume", "trigger"):
+        result = await cli("schedules", command, "nope")
+        assert (result.code, result.stdout) == (1, "")
+        assert result.stderr.startswith("error: There is no schedule named 'nope'.")
