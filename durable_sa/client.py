@@ -33,7 +33,7 @@ from .errors import (
 )
 from .hints import Hint, HintSender, channel_name, flush, sender
 from .models import DEFAULT_QUEUE, SCHEMA
-from .names import validate_name
+from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, Spawn, SpawnOptions, TaskOptions, WorkerOptions
 from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds
 from .results import ScheduleFilter, ScheduleInfo, SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
@@ -100,7 +100,7 @@ class Durable(Generic[StateT]):
         self.state = state
         """What `ctx.state` is without a lifespan."""
         self.lifespan = lifespan
-        self.schema = schema
+        self.schema = validate_schema(schema)
         self.max_payload_bytes = integer(max_payload_bytes, "max_payload_bytes", minimum=1, maximum=2**30)
         self.default_retry_strategy = default_retry_strategy or RetryStrategy.fixed(5)
         self.defaults = TaskOptions(

@@ -3,12 +3,14 @@
 import re
 from typing import Final, Literal
 
-from durable_sa.errors import InvalidName
+from durable_sa.errors import InvalidConfiguration, InvalidName
 
 NameKind = Literal["queue", "task", "step", "event", "schedule", "worker", "header", "idempotency key"]
 
 MAX_NAME_BYTES: Final = 200
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 255
+MAX_SCHEMA_BYTES: Final = 63
+"""What Postgres keeps of an identifier; it cuts off the rest in silence."""
 
 _RESERVED_PREFIX: Final[dict[str, str]] = {"step": "$", "event": "$", "header": "durable::"}
 _CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -45,3 +47,25 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
     if prefix is not None and not internal and name.startswith(prefix):
         raise InvalidName(kind, name, f"names that start with {prefix!r} are reserved")
     return name
+
+
+def validate_schema(value: object) -> str:
+    """Return `value` if a schema of the database may have that name.
+
+    Raises:
+        InvalidConfiguration: with the value and the rule it breaks.
+    """
+    if not isinstance(value, str):
+        raise InvalidConfiguration("schema", f"it must be a str, not {type(value).__name__}")
+    size = len(value.encode(errors="surrogatepass"))
+    if not value:
+        problem = "it is empty"
+    elif found := _CONTROL_CHARACTER.search(value):
+        problem = f"{value!r} contains the control character U+{ord(found.group()):04X}"
+    elif size > MAX_SCHEMA_BYTES:
+        problem = f"{value!r} has {size} bytes of UTF-8 and at most {MAX_SCHEMA_BYTES} are allowed"
+    elif value.startswith("pg_"):
+        problem = f"{value!r} starts with 'pg_', which Postgres keeps to itself"
+    else:
+        return value
+    raise InvalidConfiguration("schema", problem)
