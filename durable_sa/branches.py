@@ -158,7 +158,7 @@ class Branches:
         The body does not run when its step is replayed, so the tasks it creates must not shift the numbers of others.
         """
         branch = Branch(self, (*current_branch().path, label), bound=True)
-        with _entered(branch):
+        with entered(branch):
             yield branch
 
     async def unwind(self, *, grace: float = 5.0) -> list[AnyTask]:
@@ -269,7 +269,7 @@ def next_branch(loop: asyncio.AbstractEventLoop, context: contextvars.Context | 
 @contextmanager
 def detached() -> Generator[None]:
     """Inside, asyncio tasks are created outside of the run: they live on when it is suspended, and take no number."""
-    with _entered(None):
+    with entered(None):
         yield
 
 
@@ -277,7 +277,7 @@ _SET_FACTORY_BEFORE: Final = "Call loop.set_task_factory() before workers are st
 
 
 @contextmanager
-def _entered(branch: Branch | None) -> Generator[None]:
+def entered(branch: Branch | None) -> Generator[None]:
     """Makes `branch` the one of the running task."""
     task = _current_task()
     outer = _branch_at(task)

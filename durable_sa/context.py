@@ -47,6 +47,7 @@ StateT = DefaultTypeVar("StateT", default=Any)
 
 _PLAIN: Codec[Any] = codec_for(Any)
 _NULL = "null"
+_NO_KEY = uuid.UUID(int=0)
 
 
 class Call(NamedTuple):
@@ -535,6 +536,9 @@ class TaskContext(Generic[StateT]):
         """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
         if not name.startswith("$") or kind in ("step", "transaction", "spawn", "sleep"):
             validate_name("step", name)
+        if self._run.signal is not None:
+            # It has no place in the run any more, and is refused as soon as it is awaited.
+            return Call(kind, name, _NO_KEY)
         branch = self._run.branch()
         occurrence = branch.occurrence((kind, name, arguments))
         part = _is_inside_step(branch.path)

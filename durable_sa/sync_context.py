@@ -16,7 +16,7 @@ import itertools
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import Unpack
 
 from .annotations import is_coroutine_function
+from .branches import Branch, current_branch, entered
 from .errors import InvalidState, TaskTimeout
 from .policies import Duration
 from .results import TaskHandle
@@ -44,8 +45,14 @@ T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
 
 
+UNWINDING_GRACE = 6.0
+"""Seconds that a thread gets to come to its end once its run has; longer than the branches of a run get."""
+
+_RAISED_BEFORE_PARKING = 5
+
+
 class _Thread:
-    """The thread of one run."""
+    """The thread of one run. Made in the run's root."""
 
     def __init__(self, name: str) -> None:
         self.requests: asyncio.Queue[tuple[Callable[[], Coroutine[Any, Any, Any]], queue.SimpleQueue[Any]] | None]
@@ -55,6 +62,9 @@ class _Thread:
         self.signal: BaseException | None = None
         self.ident: int | None = None
         self.lock = threading.Lock()
+        self.ignored = 0
+        self.branch = current_branch()
+        """The root's branch; while the body of a step runs in the thread, one of its own."""
 
     def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """From the thread: have a coroutine run on the loop, and wait for what comes of it."""
@@ -66,13 +76,28 @@ class _Thread:
             )
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         with self.lock:
-            if self.signal is not None:
-                raise self.signal
-            self.loop.call_soon_threadsafe(self.requests.put_nowait, (make, answers))
+            if self.signal is None:
+                request = functools.partial(_perform, self.branch, make)
+                self.loop.call_soon_threadsafe(self.requests.put_nowait, (request, answers))
+            else:
+                self.ignored += 1
+                if self.ignored <= _RAISED_BEFORE_PARKING:
+                    raise self.signal
+        # Code that swallows the signal and calls again would spin: it waits here until the process ends.
         succeeded, value = answers.get()
         if succeeded:
             return cast(T, value)
         raise value
+
+    @contextlib.contextmanager
+    def step(self, call: Call) -> Generator[None]:
+        """From the thread: while the body of a step runs, what it calls is part of that step."""
+        outer = self.branch
+        self.branch = Branch(outer.branches, (*outer.path, str(call.key)), bound=True)
+        try:
+            yield
+        finally:
+            self.branch = outer
 
 
 class SyncTaskContext(Generic[StateT]):
@@ -87,10 +112,14 @@ class SyncTaskContext(Generic[StateT]):
         self.context = context
         self.thread: _Thread | None = None
 
-    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    @property
+    def _own_thread(self) -> _Thread:
         if self.thread is None:
             raise InvalidState("The task", "not running")
-        return self.thread.call(make)
+        return self.thread
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return self._own_thread.call(make)
 
     @property
     def task_id(self) -> uuid.UUID:
@@ -146,7 +175,8 @@ class SyncTaskContext(Generic[StateT]):
             return begun.value
         for tries in itertools.count(begun.tries + 1):
             try:
-                result = self._execute(begun.call, function, options, args, kwargs)
+                with self._own_thread.step(begun.call):
+                    result = self._execute(begun.call, function, options, args, kwargs)
             except Exception as failure:
                 again = functools.partial(self.context.try_again, begun.call, tries, options, failure)
                 if not self._call(again):
@@ -243,6 +273,11 @@ class SyncTaskContext(Generic[StateT]):
         return self._call(self.context.uuid7)
 
 
+async def _perform(branch: Branch, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    with entered(branch):
+        return await make()
+
+
 async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """The body of a `def` task, to be awaited as the root of its run: starts the thread and serves its requests."""
     thread = context.thread = _Thread(f"durable:{context.task_name}")
@@ -292,9 +327,10 @@ async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., A
             if (late := thread.requests.get_nowait()) is not None:
                 late[1].put((False, signal))
         # The thread unwinds now. Until it has, the run is not over: its code must not run here and elsewhere at once.
-        while not outcome.done():
+        deadline = loop.time() + UNWINDING_GRACE
+        while not outcome.done() and (remaining := deadline - loop.time()) > 0:
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.shield(outcome)
+                await asyncio.wait([outcome], timeout=remaining)
         raise
 
 
