@@ -1,0 +1,134 @@
+"""What was measured: samples by workload, variant, system and metric, and all that is needed to read them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+FORMAT: Final = 1
+
+METRICS: Final[dict[str, tuple[str, bool]]] = {
+    "throughput": ("/s", True),
+    "wal": ("bytes WAL a task", False),
+    "dead": ("dead tuples a task", False),
+    "hot": ("% of updates heap-only", True),
+    "start p50": ("ms", False),
+    "start p99": ("ms", False),
+    "result p50": ("ms", False),
+    "result p99": ("ms", False),
+    "megabytes": ("MB/s", True),
+    "statements": ("statements/s", False),
+    "memory": ("KB a task", False),
+    "claim p50": ("ms", False),
+    "claim p99": ("ms", False),
+    "last tenth over first": ("", True),
+    "rate": ("spawns/s", True),
+    "database growth": ("KB a task", False),
+    "resident growth": ("MB", False),
+    "connections": ("", False),
+}
+"""Unit of each metric, and whether more of it is better."""
+
+
+@dataclass
+class Measurement:
+    """The samples of one metric of one system in one variant of a workload."""
+
+    workload: str
+    variant: str
+    system: str
+    metric: str
+    samples: list[float] = field(default_factory=list)
+    tasks: int = 0
+    """How many tasks each run had."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half of the range of the samples, over the median."""
+        return (max(self.samples) - min(self.samples)) / 2 / self.median if self.median else 0.0
+
+
+@dataclass
+class Failure:
+    """A run that gave no figures."""
+
+    workload: str
+    variant: str
+    system: str
+    round: int
+    error: str
+
+
+@dataclass
+class Results:
+    """Everything about a run of the benchmarks; as JSON in a file."""
+
+    profile: str
+    machine: dict[str, Any]
+    server: dict[str, Any]
+    systems: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    series: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, workload: str, variant: str, system: str, figures: dict[str, float], tasks: int) -> None:
+        """Note the figures of a run."""
+        for metric, value in figures.items():
+            found = self.find(workload, variant, system, metric)
+            if found is None:
+                found = Measurement(workload, variant, system, metric, tasks=tasks)
+                self.measurements.append(found)
+            found.samples.append(value)
+
+    def find(self, workload: str, variant: str, system: str, metric: str = "throughput") -> Measurement | None:
+        for each in self.measurements:
+            if (each.workload, each.variant, each.system, each.metric) == (workload, variant, system, metric):
+                return each
+        return None
+
+    def value(self, workload: str, variant: str, system: str, metric: str = "throughput") -> float | None:
+        """The median, where it was measured."""
+        found = self.find(workload, variant, system, metric)
+        return None if found is None else found.median
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Workload, variant and metric of all that was measured, in the order of measuring."""
+        return list(dict.fromkeys((each.workload, each.variant, each.metric) for each in self.measurements))
+
+    def save(self, path: Path) -> None:
+        data = {"format": FORMAT, **asdict(self)}
+        for each, measurement in zip(data["measurements"], self.measurements, strict=True):
+            each["median"], each["spread"] = measurement.median, measurement.spread
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """The results in a file.
+
+        Raises:
+            ValueError: another version wrote it.
+        """
+        data = json.loads(path.read_text())
+        if data.pop("format") != FORMAT:
+            raise ValueError(f"{path} is not of format {FORMAT}")
+        measurements = [
+            Measurement(**{key: value for key, value in each.items() if key not in ("median", "spread")})
+            for each in data.pop("measurements")
+        ]
+        failures = [Failure(**each) for each in data.pop("failures")]
+        return cls(**data, measurements=measurements, failures=failures)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that so large a share of all does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]

@@ -1,0 +1,148 @@
+"""dbos: workflows on a queue, enqueued by a `DBOSClient`, and run after `DBOS.launch()`."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import sqlalchemy as sa
+from dbos import DBOS, DBOSClient, DBOSConfig, EnqueueOptions
+
+from .base import QUEUE, Params, Settings, System, noop_step
+
+VERSION = "bench"
+PATIENCE = 3600.0
+
+
+async def filler(size: int) -> str:
+    """A step's result of a given length."""
+    return "x" * size
+
+
+class DbosSystem(System):
+    """Waits of a workflow are held in memory, in the process that runs it."""
+
+    distribution = "dbos"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register()
+
+    def _register(self) -> None:
+        @DBOS.workflow(name="noop")
+        async def noop(params: Params) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        @DBOS.workflow(name="stamp")
+        async def stamp(params: Params) -> None:
+            self.probe.note(params["i"])
+            self.probe.end()
+
+        @DBOS.workflow(name="steps")
+        async def steps(params: Params) -> None:
+            self.probe.begin()
+            for number in range(params["steps"]):
+                await DBOS.run_step_async({"name": f"step-{number}"}, filler, params.get("size", 0))
+            self.probe.end()
+
+        @DBOS.workflow(name="wait")
+        async def wait(params: Params) -> None:
+            self.probe.begin()
+            for number in range(params.get("steps", 0)):
+                await DBOS.run_step_async({"name": f"step-{number}"}, noop_step)
+            self.probe.wait()
+            await DBOS.get_event_async("emitter", "go", timeout_seconds=PATIENCE)
+            self.probe.end()
+
+        @DBOS.workflow(name="emit")
+        async def emit(name: str) -> None:
+            await DBOS.set_event_async(name, value=True)
+
+        @DBOS.workflow(name="child")
+        async def child(params: Params) -> int:
+            return int(params["i"])
+
+        @DBOS.workflow(name="parent")
+        async def parent(params: Params) -> int:
+            self.probe.begin()
+            handles = [await DBOS.enqueue_workflow_async(QUEUE, child, {"i": i}) for i in range(params["children"])]
+            results = await asyncio.gather(*(handle.get_result(polling_interval_sec=0.05) for handle in handles))
+            self.probe.end()
+            return sum(results)
+
+        @DBOS.workflow(name="hold")
+        async def hold(params: Params) -> None:
+            self.probe.begin()
+            await self.probe.hold()
+            self.probe.end()
+
+        @DBOS.workflow(name="nap")
+        async def nap(params: Params) -> None:
+            self.probe.wait()
+            await DBOS.sleep_async(PATIENCE)
+
+    async def install(self, url: str) -> None:
+        await asyncio.to_thread(DBOS.migrate, url)
+
+    async def open(self, url: str, connections: int, settings: Settings) -> None:
+        self._client = await asyncio.to_thread(
+            partial(DBOSClient, system_database_url=url, system_database_pool_size=connections)
+        )
+        engine_url = sa.make_url(url).set(drivername="postgresql+psycopg")
+        self._engine = sa.create_engine(engine_url, pool_size=connections, max_overflow=0)
+        self._result_poll: float = settings.get("result_poll", 1.0)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._client.destroy)
+        self._engine.dispose()
+
+    async def work(self, url: str, settings: Settings) -> None:
+        config: DBOSConfig = {
+            "name": "bench",
+            "system_database_url": url,
+            "application_version": VERSION,
+            "run_migrations": False,
+            "log_level": "WARNING",
+        }
+        if "pool" in settings:
+            config["sys_db_pool_size"] = settings["pool"]
+        queue = {
+            name: settings[key]
+            for key, name in (("concurrency", "worker_concurrency"), ("poll_interval", "polling_interval_sec"))
+            if key in settings
+        }
+
+        def launch() -> None:
+            DBOS(config=config)
+            DBOS.launch()
+            DBOS.register_queue(QUEUE, **queue)
+
+        await asyncio.to_thread(launch)
+
+    async def rest(self) -> None:
+        await asyncio.to_thread(DBOS.destroy)
+
+    def _options(self, task: str) -> EnqueueOptions:
+        return {"workflow_name": task, "queue_name": QUEUE, "app_version": VERSION}
+
+    async def spawn_one(self, slot: int, task: str, params: Params) -> Any:
+        return await self._client.enqueue_async(self._options(task), params)
+
+    async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
+        def enqueue() -> None:
+            with self._engine.begin() as connection:
+                connection.execute(sa.text("INSERT INTO orders (note) VALUES ('x')"))
+                self._client.enqueue_in_transaction(connection, self._options(task), params)
+
+        await asyncio.to_thread(enqueue)
+
+    async def result(self, handle: Any) -> None:
+        await handle.get_result(polling_interval_sec=self._result_poll)
+
+    async def emit(self, name: str) -> None:
+        await self._client.enqueue_async({**self._options("emit"), "workflow_id": "emitter"}, name)
+
+
+SYSTEM = DbosSystem

@@ -1,0 +1,163 @@
+"""durable_sa: `Durable`, a worker in the same event loop, sessions of SQLAlchemy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+
+from durable_sa import Durable, SpawnResult, TaskContext, Worker, task
+
+from .base import QUEUE, Params, Settings, System, noop_step
+
+_ORDER = text("INSERT INTO orders (note) VALUES ('x')")
+
+
+async def filler(size: int) -> str:
+    """A step's result of a given length."""
+    return "x" * size
+
+
+def engine_for(url: str, connections: int | None = None) -> AsyncEngine:
+    """An engine as an application makes it; with a pool of the library's default size if none is given."""
+    options: dict[str, Any] = {} if connections is None else {"pool_size": connections, "max_overflow": 0}
+    return create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **options)
+
+
+class DurableSystem(System):
+    """The tasks are closures over the system, as its numbers are kept there."""
+
+    distribution = "durable_sa"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tasks = self._make_tasks()
+        self._claims: list[float] = []
+
+    def _make_tasks(self) -> dict[str, Any]:
+        @task
+        async def noop(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        @task
+        async def stamp(ctx: TaskContext, params: Params) -> None:
+            self.probe.note(params["i"])
+            self.probe.end()
+
+        @task
+        async def steps(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            for number in range(params["steps"]):
+                await ctx.step(f"step-{number}", filler, params.get("size", 0))
+            self.probe.end()
+
+        @task
+        async def wait(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            for number in range(params.get("steps", 0)):
+                await ctx.step(f"step-{number}", noop_step)
+            self.probe.wait()
+            await ctx.await_event("go")
+            self.probe.end()
+
+        @task
+        async def child(ctx: TaskContext, params: Params) -> int:
+            return int(params["i"])
+
+        @task
+        async def parent(ctx: TaskContext, params: Params) -> int:
+            self.probe.begin()
+            numbers = range(params["children"])
+            handles = await asyncio.gather(*(ctx.spawn(f"child-{i}", child, {"i": i}) for i in numbers))
+            results = await asyncio.gather(*(ctx.join(handle) for handle in handles))
+            self.probe.end()
+            return sum(results)
+
+        @task
+        async def hold(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            await self.probe.hold()
+            self.probe.end()
+
+        @task
+        async def nap(ctx: TaskContext, params: Params) -> None:
+            self.probe.wait()
+            await ctx.sleep_for("nap", 3600)
+
+        return {each.name: each for each in (noop, stamp, steps, wait, child, parent, hold, nap)}
+
+    def _client(self, engine: AsyncEngine) -> Durable:
+        return Durable(engine, queue_name=QUEUE, tasks=self._tasks.values())
+
+    async def install(self, url: str) -> None:
+        engine = engine_for(url)
+        async with self._client(engine) as client:
+            await client.migrate()
+            await client.create_queue()
+            await client.create_queue("elsewhere")
+        await engine.dispose()
+
+    async def open(self, url: str, connections: int, settings: Settings) -> None:
+        self._engine = engine_for(url, connections)
+        self._durable = self._client(self._engine)
+
+    async def close(self) -> None:
+        await self._durable.close()
+        await self._engine.dispose()
+
+    async def work(self, url: str, settings: Settings) -> None:
+        settings = dict(settings)
+        timed = settings.pop("timed", False)
+        self._worker_engine = engine_for(url)
+        if timed:
+            self._time_claims(self._worker_engine)
+        self._worker_client = self._client(self._worker_engine)
+        self._worker: Worker = await self._worker_client.start_worker(**settings)
+
+    async def rest(self) -> None:
+        await self._worker_client.close()
+        await self._worker_engine.dispose()
+
+    def _time_claims(self, engine: AsyncEngine) -> None:
+        def before(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+            if "open_lanes" in statement:
+                connection.info["claim"] = time.monotonic()
+
+        def after(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+            if "open_lanes" in statement:
+                self._claims.append(time.monotonic() - connection.info["claim"])
+
+        event.listen(engine.sync_engine, "before_cursor_execute", before)
+        event.listen(engine.sync_engine, "after_cursor_execute", after)
+
+    async def claim_times(self) -> list[float]:
+        times, self._claims = self._claims, []
+        return times
+
+    async def spawn_one(self, slot: int, task: str, params: Params) -> SpawnResult[Any]:
+        result: SpawnResult[Any] = await self._durable.spawn(self._tasks[task], params)
+        return result
+
+    async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
+        async with AsyncSession(self._engine) as session, session.begin():
+            await session.execute(_ORDER)
+            await self._durable.spawn_with(session, self._tasks[task], params)
+
+    async def spawn_many(self, task: str, params: Sequence[Params]) -> None:
+        registered = self._tasks[task]
+        await self._durable.spawn_many([(registered, item) for item in params])
+
+    async def result(self, handle: Any) -> None:
+        await self._durable.wait_for_result(handle)
+
+    async def emit(self, name: str) -> None:
+        await self._durable.emit_event(name)
+
+
+SYSTEM = DurableSystem

@@ -1,0 +1,99 @@
+"""pgqueuer: `Queries` over a pool of asyncpg connections, and a `PgQueuer` worker on one connection, as in its docs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+from pgqueuer import AsyncpgDriver, AsyncpgPoolDriver, PgQueuer, Queries
+from pgqueuer.core.completion import CompletionWatcher
+from pgqueuer.models import Job
+
+from .base import Params, Settings, System
+
+
+def encoded(params: Params) -> bytes:
+    """The payload of a job."""
+    return json.dumps(params).encode()
+
+
+class PgQueuerSystem(System):
+    """A queue without steps. Jobs that are done are deleted and leave a row in a log."""
+
+    distribution = "pgqueuer"
+
+    async def install(self, url: str) -> None:
+        connection = await asyncpg.connect(url)
+        queries = Queries(AsyncpgDriver(connection))
+        await queries.install()
+        await queries.optimize_autovacuum()
+        await connection.close()
+
+    async def open(self, url: str, connections: int, settings: Settings) -> None:
+        self._pool = await asyncpg.create_pool(url, min_size=2, max_size=max(2, connections))
+        self._queries = Queries(AsyncpgPoolDriver(self._pool))
+        # Completions are asked for on a connection of their own, which also listens.
+        self._listening = await asyncpg.connect(url)
+        driver = AsyncpgDriver(self._listening)
+        waits = {} if "debounce" not in settings else {"debounce": timedelta(seconds=settings["debounce"])}
+        self._watcher = CompletionWatcher(driver, queries=Queries(driver), **waits)
+        await self._watcher.__aenter__()
+
+    async def close(self) -> None:
+        await self._watcher.__aexit__(None)
+        await self._listening.close()
+        await self._pool.close()
+
+    async def work(self, url: str, settings: Settings) -> None:
+        settings = dict(settings)
+        if (concurrency := settings.pop("concurrency", None)) is not None:
+            # It takes no more than half of its running jobs at once.
+            settings["batch_size"] = max(1, concurrency // 2)
+            settings["max_concurrent_tasks"] = max(2, concurrency)
+        settings.pop("debounce", None)
+        self._worker_connection = await asyncpg.connect(url)
+        self._worker = PgQueuer(AsyncpgDriver(self._worker_connection))
+
+        @self._worker.entrypoint("noop")
+        async def noop(job: Job) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        @self._worker.entrypoint("stamp")
+        async def stamp(job: Job) -> None:
+            self.probe.note(json.loads(job.payload or b"")["i"])
+            self.probe.end()
+
+        @self._worker.entrypoint("hold")
+        async def hold(job: Job) -> None:
+            self.probe.begin()
+            await self.probe.hold()
+            self.probe.end()
+
+        self._running = asyncio.create_task(self._worker.run(**settings))
+
+    async def rest(self) -> None:
+        self._worker.shutdown.set()
+        await asyncio.wait([self._running], timeout=10)
+        await self._worker_connection.close()
+
+    async def spawn_one(self, slot: int, task: str, params: Params) -> Any:
+        return (await self._queries.enqueue(task, encoded(params)))[0]
+
+    async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute("INSERT INTO orders (note) VALUES ('x')")
+            await Queries(AsyncpgDriver(connection)).enqueue(task, encoded(params))
+
+    async def spawn_many(self, task: str, params: Sequence[Params]) -> None:
+        await self._queries.enqueue([task] * len(params), [encoded(item) for item in params], [0] * len(params))
+
+    async def result(self, handle: Any) -> None:
+        await self._watcher.wait_for(handle)
+
+
+SYSTEM = PgQueuerSystem

@@ -1,0 +1,31 @@
+"""The workloads, in the order they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from ..profiles import Profile
+from . import draining, growth, latency, resources, soak, spawning, stepping, waiting
+from .common import Case
+
+GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
+    "spawning": spawning.cases,
+    "draining": draining.cases,
+    "latency": latency.cases,
+    "stepping": stepping.cases,
+    "waiting": waiting.cases,
+    "resources": resources.cases,
+    "growth": growth.cases,
+    "soak": soak.cases,
+}
+
+
+def cases(profile: Profile, only: frozenset[str]) -> list[list[Case]]:
+    """The cases of each group; with `only`, those whose workload or group is named."""
+    found = []
+    for group, make in GROUPS.items():
+        chosen = [case for case in make(profile) if not only or {group, case.workload} & only]
+        if chosen:
+            found.append(chosen)
+    return found

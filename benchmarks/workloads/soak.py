@@ -1,0 +1,103 @@
+"""A long run at half of what the system can do, and what becomes of tables, memory, connections and latency."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from ..bench import Bench
+from ..catalogue import REFERENCE, System
+from ..driver import Driver
+from ..profiles import Profile
+from ..results import percentile
+from ..server import Database
+from .common import Case, Outcome, client, working
+
+WARM_UP_TASKS = 2_000
+
+
+async def soak(bench: Bench, system: System) -> Outcome:
+    """Tasks are spawned one by one at a fixed rate, whatever becomes of them."""
+    profile = bench.profile
+    settings = system.worker("best")
+    loop = settings["loop"]
+    async with (
+        bench.server.database(system) as database,
+        client(bench, system, database, loop=loop, connections=8) as spawner,
+    ):
+        worker = await bench.driver(system, loop, 1)
+        await worker.call("forget")
+        async with working(worker, database, settings):
+            rate = await _most(spawner, worker) / 2
+            series = await _run(profile, database, spawner, worker, rate)
+    bench.results.series["soak"] = series
+    first, last = series[0], series[-1]
+    tasks = int(rate * profile.soak_seconds)
+    return Outcome(
+        {
+            "rate": rate,
+            "start p50": percentile([point["p50"] for point in series], 0.5),
+            "start p99": percentile([point["p99"] for point in series], 0.5),
+            "database growth": (last["bytes"] - first["bytes"]) / max(1, last["spawned"] - first["spawned"]) / 1000,
+            "resident growth": (last["resident"] - first["resident"]) / 1e6,
+            "connections": max(point["connections"] for point in series),
+        },
+        tasks,
+    )
+
+
+async def _most(spawner: Driver, worker: Driver) -> float:
+    """Tasks a second that can be spawned and run at the same time: eight callers, each waiting for its commits."""
+    began = time.monotonic()
+    await spawner.call("spawn", mode="single", count=WARM_UP_TASKS, spawners=8)
+    while (await worker.call("progress"))["ended"] < WARM_UP_TASKS:
+        await asyncio.sleep(0.01)
+    return WARM_UP_TASKS / (time.monotonic() - began)
+
+
+async def _run(
+    profile: Profile, database: Database, spawner: Driver, worker: Driver, rate: float
+) -> list[dict[str, float]]:
+    series: list[dict[str, float]] = []
+    began = time.monotonic()
+    spawned = 0
+    while time.monotonic() - began < profile.soak_seconds:
+        times = await spawner.call("stream", rate=rate, seconds=profile.soak_sample, first=spawned)
+        when = {spawned + number: at for number, at in enumerate(times["spawned"])}
+        spawned += len(when)
+        waits = await _starts(worker, when)
+        series.append(
+            {
+                "seconds": time.monotonic() - began,
+                "spawned": spawned,
+                "p50": 1000 * percentile(waits, 0.5),
+                "p99": 1000 * percentile(waits, 0.99),
+                "resident": worker.resident_bytes,
+                **await _size(database),
+            }
+        )
+    return series
+
+
+async def _starts(worker: Driver, when: dict[int, float]) -> list[float]:
+    """How long each of these tasks has waited; all must have started."""
+    started: dict[int, float] = {}
+    while len(started) < len(when):
+        await asyncio.sleep(0.01)
+        started |= {int(number): at for number, at in (await worker.call("numbered")).items()}
+    return [started[number] - at for number, at in when.items()]
+
+
+async def _size(database: Database) -> dict[str, Any]:
+    row = await database.connection.fetchrow(
+        "SELECT pg_database_size(current_database())::float AS bytes,"
+        " (SELECT coalesce(sum(n_dead_tup), 0)::float FROM pg_stat_user_tables) AS dead_tuples,"
+        " (SELECT count(*)::float FROM pg_stat_activity WHERE datname = current_database()) AS connections"
+    )
+    return dict(row)
+
+
+def cases(profile: Profile) -> list[Case]:
+    name = f"{profile.soak_seconds / 60:g} minutes at half of the maximum"
+    return [Case("soak", name, "drain", soak, systems=frozenset({REFERENCE}), once=True)]

@@ -1,0 +1,57 @@
+"""Steps: many in one workflow, in many at once, of any size, and again from their checkpoints."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from ..bench import Bench
+from ..catalogue import System
+from ..profiles import KIB, Profile
+from .common import Case, Outcome, client, drain, load, until_ended, until_suspended, working
+
+REPLAYING = frozenset({"durable", "absurd"})
+"""dbos holds waits in memory and replays nothing when they end."""
+
+
+async def run_steps(bench: Bench, system: System, *, workflows: int, steps: int, size: int, variant: str) -> Outcome:
+    settings = system.worker(variant)
+    params = {"steps": steps, "size": size}
+    async with bench.server.database(system) as database:
+        drained = await drain(bench, system, database, settings, task="steps", count=workflows, params=params)
+    figures = {"throughput": workflows * steps / drained.seconds}
+    if size:
+        figures["megabytes"] = workflows * steps * size / drained.seconds / 1e6
+    return Outcome(figures, workflows)
+
+
+async def replay(bench: Bench, system: System, *, steps: int) -> Outcome:
+    """Workflows that have taken their steps wait for an event; from its emit until all of them have ended."""
+    settings = system.worker("best")
+    loop, count = settings["loop"], bench.profile.replayed_workflows
+    async with bench.server.database(system) as database:
+        driver = await load(bench, system, database, "wait", count, {"steps": steps}, loop)
+        async with working(driver, database, settings), client(bench, system, database, loop=loop, index=1) as emitter:
+            await until_suspended(driver, system, database, count)
+            began = time.monotonic()
+            await emitter.call("emit", name="go")
+            await until_ended([driver], database, count)
+            seconds = time.monotonic() - began
+    return Outcome({"throughput": count * steps / seconds}, count)
+
+
+def cases(profile: Profile) -> list[Case]:
+    found = []
+    for workflows, steps in profile.workflows:
+        name = f"{workflows} workflow{'s' if workflows > 1 else ''} x {steps} steps"
+        for variant in ("default", "best") if workflows == 1 else ("best",):
+            run = partial(run_steps, workflows=workflows, steps=steps, size=0, variant=variant)
+            found.append(Case("steps", f"{name}, {variant} settings", "steps", run))
+    for steps in profile.replayed_steps:
+        run_replay = partial(replay, steps=steps)
+        found.append(Case("replay", f"{steps} steps from checkpoints", "steps", run_replay, systems=REPLAYING))
+    for size, (workflows, steps) in profile.checkpoints.items():
+        run = partial(run_steps, workflows=workflows, steps=steps, size=size, variant="best")
+        name = f"{size // KIB} KB" if size < KIB * KIB else f"{size // KIB // KIB} MB"
+        found.append(Case("checkpoints", f"{name} each, {workflows} workflows", "steps", run))
+    return found
