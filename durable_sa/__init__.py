@@ -25,6 +25,7 @@ from .errors import (
     TaskTimeout,
     UserError,
 )
+from .hooks import Hooks, OutgoingSpawn
 from .models import Task as TaskRow
 from .options import Spawn, SpawnOptions, WorkerOptions
 from .policies import CancellationPolicy, RetryStrategy
@@ -48,12 +49,14 @@ __all__ = [
     "ChildFailed",
     "Durable",
     "DurableError",
+    "Hooks",
     "IdempotencyConflict",
     "InvalidConfiguration",
     "InvalidCron",
     "InvalidName",
     "InvalidState",
     "InvalidTaskParams",
+    "OutgoingSpawn",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",

@@ -32,6 +32,7 @@ from .errors import (
     TaskNotRegistered,
 )
 from .hints import Hint, HintSender, channel_name, flush, sender
+from .hooks import HookChain, Hooks
 from .models import DEFAULT_QUEUE, SCHEMA
 from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, Spawn, SpawnOptions, TaskOptions, WorkerOptions
@@ -72,7 +73,8 @@ class Durable(Generic[StateT]):
     made from a URL is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
-    `ctx.state`, otherwise `state` is. `schema` is where the tables are, if not in ``durable``.
+    `ctx.state`, otherwise `state` is. `schema` is where the tables are, if not in ``durable``. `hooks` go around all
+    spawns, runs and steps of the client; see :class:`durable_sa.Hooks`.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -93,6 +95,7 @@ class Durable(Generic[StateT]):
         default_retry_strategy: RetryStrategy | None = None,
         default_cancellation: CancellationPolicy | None = None,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        hooks: Iterable[Hooks] = (),
         tasks: Iterable[Task[Any, Any]] = (),
     ) -> None:
         self.queue_name = validate_name("queue", queue_name)
@@ -109,6 +112,7 @@ class Durable(Generic[StateT]):
             default_cancellation,
             self.queue_name,
         )
+        self.hooks = HookChain(hooks)
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self._bind = bind

@@ -22,6 +22,7 @@ from .arguments import encode_arguments
 from .codec import Codec, check_size, codec_for
 from .errors import ChildCancelled, ChildFailed, IdempotencyConflict, InvalidState, TaskNotFound, TaskTimeout
 from .failures import is_retryable
+from .hooks import Hooks, around_step
 from .ids import child_id, digest, is_part, new_id, step_key
 from .journal import Entry
 from .names import validate_name
@@ -128,6 +129,11 @@ class TaskContext(Generic[StateT]):
         """Why the run is coming to its end; None while it goes on."""
         return self._run.signal
 
+    @property
+    def step_hooks(self) -> tuple[Hooks, ...]:
+        """The client's hooks that go around steps."""
+        return self._run.host.hooks.around_step
+
     @overload
     async def step(
         self, name: str, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
@@ -172,7 +178,11 @@ class TaskContext(Generic[StateT]):
         while True:
             await run.enter()
             try:
-                with run.branches.busy(), run.branches.scope(str(call.key)):
+                with (
+                    run.branches.busy(),
+                    run.branches.scope(str(call.key)),
+                    around_step(self.step_hooks, self, call.name),
+                ):
                     result = await self._execute(call, function, options, args, kwargs)
             except Exception as error:
                 tries += 1
@@ -312,7 +322,11 @@ class TaskContext(Generic[StateT]):
         codec = result_codec(fn)
         if (entry := await self._recall(call)) is not None:
             return codec.decode(entry.value or _NULL, f"the result of transaction {call.name!r}")
-        with self._run.branches.busy(), self._run.branches.scope(str(call.key)):
+        with (
+            self._run.branches.busy(),
+            self._run.branches.scope(str(call.key)),
+            around_step(self.step_hooks, self, call.name),
+        ):
             return await run_transaction(self._run, self._durable, call.key, call.name, codec, fn, args, kwargs)
 
     @overload
@@ -352,11 +366,18 @@ class TaskContext(Generic[StateT]):
         run = self._run
         options.setdefault("queue_name", self.queue_name)
         child = child_id(self.task_id, call.key)
+        entry = await self._recall(call)
         prepared = prepare(
-            self._durable, task, params, options, task_id=child, parent_task_id=self.task_id, unchecked=unchecked
+            self._durable,
+            task,
+            params,
+            options,
+            task_id=child,
+            parent_task_id=self.task_id,
+            unchecked=unchecked,
+            hooked=entry is None,
         )
         fingerprint = f'"{digest(prepared.params)}"'
-        entry = await self._recall(call)
         if entry is None:
             values = ("spawn", call.name, "completed", fingerprint, child)
             with run.branches.busy():

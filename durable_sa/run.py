@@ -18,6 +18,7 @@ from .clock import LocalClock
 from .codec import check_size
 from .errors import DurableError
 from .failures import encode_error, is_retryable
+from .hooks import HookChain
 from .ids import new_id
 from .journal import Entry, Journal
 from .signals import ControlFlow, LeaseLost, Suspended
@@ -43,6 +44,7 @@ class Host(Protocol):
     reader: Reader
     executor: ThreadPoolExecutor
     clock: LocalClock
+    hooks: HookChain
     max_payload_bytes: int
 
     @property

@@ -212,7 +212,7 @@ async def create(durable: Durable[Any], definition: Definition) -> None:
     for key in ("idempotency_key", "available_at"):
         if options.get(key) is not None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
-    prepared = prepare(durable, definition.task, definition.params, options)
+    prepared = prepare(durable, definition.task, definition.params, options, hooked=False)
     await durable.require_queue(prepared.queue_name)
     now = (await durable.database.execute(scheduling.DATABASE_TIME))[0].now
     first = next_tick(definition.cron_expression, definition.timezone, now)

@@ -11,6 +11,7 @@ from sqlalchemy import Row
 from .arguments import encode_arguments
 from .codec import Codec, check_size, codec_for
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
+from .hooks import OutgoingSpawn, outgoing_headers
 from .ids import new_id
 from .names import validate_name
 from .options import SpawnOptions, TaskOptions, resolve_spawn_options
@@ -49,8 +50,9 @@ def prepare(
     parent_task_id: uuid.UUID | None = None,
     unchecked: bool = False,
     internal_headers: Mapping[str, Any] | None = None,
+    hooked: bool = True,
 ) -> Prepared:
-    """Check a spawn and encode it.
+    """Check a spawn and encode it. Without `hooked` that is all that will happen, so hooks do not hear of it.
 
     Raises:
         TypeError: no task, or an option there is not.
@@ -80,6 +82,18 @@ def prepare(
         check_size(text, durable.max_payload_bytes, f"the params of task {name!r}")
     resolved = resolve_spawn_options(options, defaults, durable.defaults, internal_headers=internal_headers)
     task_id, run_id = task_id or new_id(), new_id()
+    headers = resolved.headers
+    if hooked and (hooks := durable.hooks.on_spawn):
+        outgoing = OutgoingSpawn(
+            task_id,
+            name,
+            resolved.queue_name,
+            options,
+            parent_task_id,
+            dict(options.get("headers") or {}),
+            dict(internal_headers or {}),
+        )
+        headers = outgoing_headers(hooks, outgoing)
     strategy, cancellation = resolved.retry_strategy, resolved.cancellation
     values = (
         task_id,
@@ -87,7 +101,7 @@ def prepare(
         resolved.queue_name,
         name,
         text,
-        None if resolved.headers == "{}" else resolved.headers,
+        None if headers == "{}" else headers,
         resolved.priority,
         resolved.max_attempts,
         strategy.kind,

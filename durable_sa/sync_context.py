@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 from .annotations import is_coroutine_function
 from .branches import Branch, current_branch, entered
 from .errors import InvalidState, TaskTimeout
+from .hooks import around_step
 from .policies import Duration
 from .results import TaskHandle
 from .signals import ControlFlow, Suspended
@@ -121,6 +122,10 @@ class SyncTaskContext(Generic[StateT]):
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._own_thread.call(make)
 
+    def _inside(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        """While a step is executed in this thread."""
+        return self._own_thread.step(call)
+
     @property
     def task_id(self) -> uuid.UUID:
         """The task's id, the same in all attempts."""
@@ -175,7 +180,7 @@ class SyncTaskContext(Generic[StateT]):
             return begun.value
         for tries in itertools.count(begun.tries + 1):
             try:
-                with self._own_thread.step(begun.call):
+                with self._inside(begun.call), around_step(self.context.step_hooks, self.context, name):
                     result = self._execute(begun.call, function, options, args, kwargs)
             except Exception as failure:
                 again = functools.partial(self.context.try_again, begun.call, tries, options, failure)

@@ -31,6 +31,7 @@ from .current import enter
 from .errors import InvalidConfiguration, QueueNotFound
 from .heartbeat import Heartbeat, Lease
 from .hints import Hint, Listener, channel_name, sender
+from .hooks import around_task
 from .ids import new_id
 from .journal import EMPTY_JOURNAL, Journal
 from .lanes import Lanes
@@ -117,6 +118,7 @@ class Worker:
         self.settings = settings
         self.worker_id = new_id()
         self.max_payload_bytes = durable.max_payload_bytes
+        self.hooks = durable.hooks
         self.executor = ThreadPoolExecutor(max(settings.concurrency, 4), thread_name_prefix="durable-step")
         self._durable = durable
         self._loop = asyncio.get_running_loop()
@@ -558,11 +560,13 @@ class Worker:
         inner = self._context.copy()
         if task.is_async:
             inner.run(enter, context)
-            run.start(task.function(context, *arguments), inner)
+            body = functools.partial(task.function, context, *arguments)
         else:
             sync_context: SyncTaskContext[Any] = SyncTaskContext(context)
             inner.run(enter, sync_context)
-            run.start(run_in_thread(sync_context, task.function, arguments), inner)
+            body = functools.partial(run_in_thread, sync_context, task.function, arguments)
+        hooks = self.hooks.around_task
+        run.start(around_task(hooks, context, body) if hooks else body(), inner)
 
     def _forget(self, key: tuple[uuid.UUID, int]) -> None:
         self._runs.pop(key, None)

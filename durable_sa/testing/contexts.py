@@ -8,7 +8,7 @@ import random
 import uuid
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, cast, overload
@@ -125,6 +125,10 @@ class MemoryContext(TaskContext[Any], _Enterable):
         """What the task has done so far."""
         return self._memory.recorded
 
+    def inside(self, call: Call) -> AbstractContextManager[None]:
+        """While a step is executed."""
+        return self._memory.branches.scope(str(call.key))
+
     async def _pause(self, call: Call, tries: int, delay: float) -> None:
         self._memory.pass_until(self._memory.now() + timedelta(seconds=delay))
 
@@ -170,7 +174,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
             return self._transact(session, call, fn, args, kwargs)
         if not is_coroutine_function(fn):
             return await session.run_sync(self._transact, call, fn, args, kwargs)
-        with self._memory.branches.scope(str(call.key)):
+        with self.inside(call):
             async with session.begin_nested() as savepoint:
                 with _guarded(session.sync_session, savepoint.sync_transaction, call.name):
                     result = await fn(session, *args, **kwargs)
@@ -180,7 +184,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
         self, session: Session, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         with (
-            self._memory.branches.scope(str(call.key)),
+            self.inside(call),
             session.begin_nested() as savepoint,
             _guarded(session, savepoint, call.name),
         ):
@@ -225,6 +229,9 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(context.run, lambda: asyncio.run(make())).result()
+
+    def _inside(self, call: Call) -> AbstractContextManager[None]:
+        return self._memory.inside(call)
 
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`durable_sa.SyncTaskContext.transaction`, in this thread, to which a session may be bound."""

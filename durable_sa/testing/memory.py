@@ -14,6 +14,7 @@ from ..branches import Branch
 from ..codec import Codec, codec_for
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
 from ..failures import encode_error
+from ..hooks import HookChain
 from ..journal import EMPTY_JOURNAL
 from ..options import SpawnOptions
 from ..reader import EndedTask
@@ -87,6 +88,7 @@ class MemoryRun:
     journal = EMPTY_JOURNAL
     executor = None
     """The one of the event loop."""
+    hooks = HookChain()
 
     def __init__(
         self,

@@ -266,6 +266,12 @@ def test_a_def_task_blocks() -> None:
     assert ctx.recorded.steps == ["flaky", "asynchronous"]
 
 
+def test_a_step_of_a_def_task_is_not_suspended() -> None:
+    ctx = task_context(sync=True)
+    with pytest.raises(InvalidState, match="inside a step"):
+        ctx.step("asleep", lambda: ctx.sleep_for("here", 1))
+
+
 async def test_a_def_task_can_be_called_where_an_event_loop_runs() -> None:
     ctx = task_context(sync=True)
     assert ctx.step("one", lambda: 1) == 1
