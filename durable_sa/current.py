@@ -1,10 +1,11 @@
 """The task that the current code runs in."""
 
-from collections.abc import Generator
+import asyncio
+from collections.abc import Awaitable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from inspect import isawaitable
-from typing import Any
+from inspect import iscoroutinefunction
+from typing import Any, Final
 
 from durable_sa.errors import InvalidState
 from durable_sa.policies import Duration
@@ -47,11 +48,35 @@ def current_context() -> Any:
     return context
 
 
-async def heartbeat(duration: Duration | None = None) -> None:
+def heartbeat(duration: Duration | None = None) -> Awaitable[None]:
     """Report progress of the running task, from anywhere below it. Does nothing outside a task.
 
-    It raises, and so ends the run, if the task was cancelled or taken over. A lease never depends on it.
+    It raises, and so ends the run, if the task was cancelled or taken over. A lease never depends on it. Coroutines
+    await it; in a `def` task or step the call does it, and what it gives need not be awaited.
     """
     context = _current.get()
-    if context is not None and isawaitable(reported := context.heartbeat(duration)):
-        await reported
+    if context is None:
+        return _NOTHING
+    if iscoroutinefunction(context.heartbeat) and not in_event_loop():
+        # The thread of a step, from which nothing can be awaited.
+        if context.signal is not None:
+            raise context.signal
+        return _NOTHING
+    return context.heartbeat(duration) or _NOTHING
+
+
+def in_event_loop() -> bool:
+    """Whether the calling thread is one in which an event loop runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Nothing:
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from ()
+
+
+_NOTHING: Final = _Nothing()

@@ -1,6 +1,5 @@
 """The `step` decorator: a function that is remembered when a task calls it, and a plain function elsewhere."""
 
-import asyncio
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from durable_sa.annotations import local_types, plain_function, resolve
 from durable_sa.codec import Codec, codec_for
-from durable_sa.current import context_or_none
+from durable_sa.current import context_or_none, in_event_loop
 from durable_sa.errors import InvalidConfiguration
 from durable_sa.names import validate_name
 from durable_sa.options import MAX_ATTEMPTS
@@ -63,7 +62,7 @@ class Step(Generic[P, R_co]):
         wait for steps of its own: there it is the plain function.
         """
         context = context_or_none()
-        if context is None or (_is_async(context) and not _in_event_loop()):
+        if context is None or (_is_async(context) and not in_event_loop()):
             return self.function(*args, **kwargs)
         return cast(R_co, context.step(self.name, self, *args, **kwargs))
 
@@ -153,11 +152,3 @@ def _is_async(context: object) -> bool:
     from durable_sa.context import TaskContext  # contexts import steps
 
     return isinstance(context, TaskContext)
-
-
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 
 from .annotations import is_coroutine_function
 from .branches import Branch, current_branch, entered
+from .current import running
 from .errors import InvalidState, TaskTimeout
 from .hooks import around_step
 from .policies import Duration
@@ -170,11 +171,7 @@ class SyncTaskContext(Generic[StateT]):
         function: Callable[..., Any] = fn.function if isinstance(fn, Step) else fn
         options = fn.options if isinstance(fn, Step) else StepOptions()
         if is_coroutine_function(function):
-            return self._call(
-                lambda: cast(
-                    "Coroutine[Any, Any, Any]", self.context.step(name, cast("Callable[..., Any]", fn), *args, **kwargs)
-                )
-            )
+            return self._call(functools.partial(self._step_on_loop, name, fn, args, kwargs))
         begun = self._call(lambda: self.context.begin_step(name, function, options, args, kwargs))
         if begun.recorded:
             return begun.value
@@ -190,6 +187,12 @@ class SyncTaskContext(Generic[StateT]):
                 codec = result_codec(function)
                 return self._call(functools.partial(self.context.end_step, begun.call, codec, result))
         raise AssertionError("unreachable")
+
+    async def _step_on_loop(
+        self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with running(self.context):
+            return await cast("Coroutine[Any, Any, Any]", self.context.step(name, fn, *args, **kwargs))
 
     def _execute(self, call: Call, function: Callable[..., Any], options: StepOptions, args: Any, kwargs: Any) -> Any:
         if options.timeout is None:
@@ -263,7 +266,11 @@ class SyncTaskContext(Generic[StateT]):
 
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""
-        self._call(lambda: self.context.heartbeat(duration))
+        if threading.get_ident() == self._own_thread.ident:
+            self._call(lambda: self.context.heartbeat(duration))
+        elif self.context.signal is not None:
+            # The thread of a step that has a timeout.
+            raise self.context.signal
 
     def rand(self) -> float:
         """As :meth:`durable_sa.TaskContext.rand`."""
