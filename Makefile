@@ -3,11 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: $(READY)
 	$(BIN)/durable demo
@@ -20,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # pip knows dependency groups from 25.1 on.
 $(READY): pyproject.toml uv.lock

@@ -107,6 +107,7 @@ class Tender:
         """Anything may be due."""
         self._next_sweep = self._next_reconcile = self._next_forget = 0.0
         self.look_within(0.0)
+
     async def run(self) -> None:
         """Work until cancelled."""
         failures = 0

@@ -3,7 +3,7 @@
 import uuid
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import func, select, text
+from sqlalchemy import select, text
 
 from durable_sa import Durable, SpawnResult, Task, TaskPollResult, TaskRow, TaskStatus
 from durable_sa.models import Checkpoint, Run, Wait

@@ -411,7 +411,7 @@ async def test_emit_of_a_name_that_an_open_transaction_emits_holds_up_no_other_t
 
 
 async def test_wait_that_was_left_behind_is_forgotten_with_its_task(run: Runner):
-    """The loser of a race that the task itself has held is no wait any more, and keeps no event from being delivered."""
+    """The loser of a race that the task has held is no wait any more, and keeps no event from being delivered."""
     registered = asyncio.Event()
 
     async def until_registered() -> None:

@@ -1,4 +1,4 @@
-"""Suspension, cancellation and loss of a run, whatever its code does about them: caught, swallowed, cleaned up after."""
+"""Suspension, cancellation and loss of a run, whatever its code does: catch, swallow, clean up."""
 
 import asyncio
 import contextlib
