@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy import Row, event, func, select
 from sqlalchemy.engine import Connection, Engine, RootTransaction
@@ -28,6 +28,7 @@ from sqlalchemy.sql import bindparam
 from sqlalchemy.types import Text
 
 from .branches import detached
+from .connections import is_autocommit
 from .models import SCHEMA
 
 logger = logging.getLogger("durable_sa")
@@ -259,7 +260,7 @@ def send_after_commit(connection: Connection, channel: str, hint: Hint) -> None:
     with savepoints, in two phases, of sessions that joined an outer transaction; and never for a rollback. It fires
     just before the COMMIT is sent.
     """
-    if connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection):  # type: ignore[arg-type]
+    if is_autocommit(connection):
         _send(connection, channel, hint, None)
         return
     pending = _watched.get(connection)
@@ -312,26 +313,28 @@ class Listener:
             try:
                 async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
                     await self._listen(connection)
-                failures = 0
-            except asyncio.CancelledError:
-                raise
             except _NotDelivered:
                 self._say("LISTEN has no effect here (a connection pooler in transaction mode?): polling instead")
-                failures = 8
+                pause = 60.0
             except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
                 self._say(f"LISTEN is interrupted ({type(error).__name__}): polling until it works again")
-                failures += 1
+                failures = 0 if self.working else failures + 1
+                pause = min(15.0, 0.5 * 2**failures)
             finally:
-                self.working = False
+                worked, self.working = self.working, False
                 await asyncio.shield(engine.dispose())
-            await asyncio.sleep(min(60.0, 0.5 * 2**failures))
+            if worked:
+                # What was sent meanwhile is lost, and from now on there is polling to do.
+                self._on_payload("")
+            await asyncio.sleep(pause)
 
     def _say(self, message: str) -> None:
         if not self._said:
             logger.warning(message)
             self._said = True
 
-    async def _listen(self, connection: AsyncConnection) -> None:
+    async def _listen(self, connection: AsyncConnection) -> NoReturn:
+        """Listen until the connection is lost."""
         raw = await connection.get_raw_connection()
         driver: Any = raw.driver_connection
         arrived = asyncio.Event()

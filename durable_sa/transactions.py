@@ -15,7 +15,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from .annotations import is_coroutine_function
 from .codec import Codec, check_size
-from .connections import backoff, discard, is_conflict
+from .connections import backoff, discard, is_conflict, is_transient
 from .errors import InvalidState
 from .reader import persistently
 from .signals import LeaseLost
@@ -47,18 +47,21 @@ async def run_transaction(
     as `fn` takes. After a lost commit nobody knows what happened, so the next try looks for the checkpoint, under the
     lock, before it commits another one.
     """
-    for attempt in range(ATTEMPTS):
+    attempt = interruptions = 0
+    while True:
         await run.enter()
         connection = await persistently(durable.database.transactional)
         try:
             return await _once(run, durable, connection, key, name, codec, fn, args, kwargs)
+        except _Interrupted:
+            interruptions += 1
         except SQLAlchemyError as error:
-            if attempt + 1 == ATTEMPTS or not is_conflict(error):
+            attempt += 1
+            if attempt == ATTEMPTS or not is_conflict(error):
                 raise
         finally:
             await _give_back(connection)
-        await asyncio.sleep(backoff(attempt))
-    raise AssertionError("unreachable")
+        await asyncio.sleep(backoff(attempt + interruptions))
 
 
 async def _once(
@@ -83,23 +86,32 @@ async def _once(
             await session.flush()
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
-        locked = await connection.execute(
-            checkpoints.LOCK_UNDER_FENCE, {"task_id": run.claimed.task_id, "fence": run.claimed.fence}
-        )
-        if locked.first() is None:
-            await transaction.rollback()
-            run.take_away(LeaseLost())
-            raise LeaseLost
-        written = await connection.execute(
-            checkpoints.RECORD_IN_TRANSACTION,
-            {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
-        )
+        try:
+            locked = await connection.execute(
+                checkpoints.LOCK_UNDER_FENCE, {"task_id": run.claimed.task_id, "fence": run.claimed.fence}
+            )
+            if locked.first() is None:
+                await transaction.rollback()
+                run.take_away(LeaseLost())
+                raise LeaseLost
+            written = await connection.execute(
+                checkpoints.RECORD_IN_TRANSACTION,
+                {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
+            )
+        except SQLAlchemyError as error:
+            if is_transient(error):
+                raise _Interrupted from error
+            raise
         if written.first() is not None:
             return value
         # The commit of an earlier try went through although its reply was lost: what it stored counts, not this try.
         await transaction.rollback()
     stored = await run.host.reader.checkpoint(run.claimed.task_id, key)
     return codec.decode(stored or "null", what)
+
+
+class _Interrupted(Exception):  # noqa: N818
+    """The engine's own statements met the database in a bad moment: no fault of `fn`, however often."""
 
 
 @contextmanager
