@@ -69,7 +69,7 @@ def examine(task: AnyTask, tasks: Container[object], parked: Container[object]) 
     if waiter in parked:
         return Blocked.PARKED
     stack = list(_frames(task))
-    if any(frame.f_code in _TIMED and frame.f_locals["timeout"] is not None for frame in stack):
+    if any(_has_timeout(frame, _TIMED) for frame in stack):
         return Blocked.OUTSIDE
     awaited: Iterable[AnyFuture] = (waiter,)
     if stack:
@@ -77,13 +77,10 @@ def examine(task: AnyTask, tasks: Container[object], parked: Container[object]) 
         if code in _SHARED:
             return Blocked.INSIDE
         if code in _WAIT:
-            awaited = stack[-1].f_locals["fs"]
+            awaited = stack[-1].f_locals.get("fs", awaited)
         elif code in _TASK_GROUP:
-            awaited = getattr(stack[-1].f_locals["self"], "_tasks", awaited)
-    leaves = [leaf for future in awaited for leaf in _leaves(future, tasks)]
-    if not leaves:
-        return Blocked.NOT  # all are done, and on their way through gather or the like
-    return Blocked.INSIDE if all(leaf in tasks for leaf in leaves) else Blocked.OUTSIDE
+            awaited = getattr(stack[-1].f_locals.get("self"), "_tasks", awaited)
+    return _blocked_on(awaited, tasks)
 
 
 def location(task: AnyTask) -> str:
@@ -107,11 +104,11 @@ def is_under_wait_for(tasks: Container[object]) -> bool:
     outermost = getattr(task.get_coro(), "cr_frame", None)
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
-        if _is_wait_for(frame):
+        if _has_timeout(frame, _WAIT_FOR):
             return True
         frame = frame.f_back if frame is not outermost else None
     waiting = (waiting for callback in _callbacks(task) for waiting in _woken_by(callback) if waiting in tasks)
-    return any(_is_wait_for(frame) for other in waiting for frame in _frames(other))
+    return any(_has_timeout(frame, _WAIT_FOR) for other in waiting for frame in _frames(other))
 
 
 def is_called_by_wait_for() -> bool:
@@ -143,7 +140,8 @@ def _frames(task: AnyTask) -> Iterator[FrameType]:
     awaitable: object = task.get_coro()
     while awaitable is not None:
         if (attributes := _SUSPENDABLE.get(type(awaitable))) is not None:
-            yield getattr(awaitable, attributes[0])
+            if (frame := getattr(awaitable, attributes[0])) is not None:
+                yield frame
             awaitable = getattr(awaitable, attributes[1])
         else:
             # The iterators of `async for` and of `__await__` refer to the coroutine they run without naming it.
@@ -151,20 +149,23 @@ def _frames(task: AnyTask) -> Iterator[FrameType]:
             awaitable = next((referent for referent in referents if type(referent) in _SUSPENDABLE), None)
 
 
-def _leaves(future: AnyFuture, tasks: Container[object]) -> Iterator[AnyFuture]:
-    """What has yet to be done for `future` to be done, seen through gather and shield."""
-    if future.done():
-        return
-    if future in tasks:
-        yield future
-    elif isinstance(future, _GATHERING):
-        for child in getattr(future, "_children", ()):
-            yield from _leaves(child, tasks)
-    elif shielded := [inner for callback in _callbacks(future) for inner in _shielded_by(callback)]:
-        for inner in shielded:
-            yield from _leaves(inner, tasks)
-    else:
-        yield future
+def _blocked_on(futures: Iterable[AnyFuture], tasks: Container[object]) -> Blocked:
+    """What holds up a task that awaits `futures`, seen through gather and shield."""
+    blocked = Blocked.NOT  # if all of them are done, and their results on the way
+    pending = list(futures)
+    while pending:
+        future = pending.pop()
+        if future.done():
+            continue
+        if future in tasks:
+            blocked = Blocked.INSIDE
+        elif isinstance(future, _GATHERING):
+            pending.extend(getattr(future, "_children", ()))
+        elif shielded := [inner for callback in _callbacks(future) for inner in _shielded_by(callback)]:
+            pending.extend(shielded)
+        else:
+            return Blocked.OUTSIDE
+    return blocked
 
 
 def _callbacks(future: AnyFuture) -> list[Callable[..., object]]:
@@ -185,8 +186,9 @@ def _captured(callback: Callable[..., object]) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
 
 
-def _is_wait_for(frame: FrameType) -> bool:
-    return frame.f_code in _WAIT_FOR and frame.f_locals["timeout"] is not None
+def _has_timeout(frame: FrameType, functions: Container[CodeType]) -> bool:
+    """Whether `frame` is of one of asyncio's `functions` and was given a timeout."""
+    return frame.f_code in functions and frame.f_locals.get("timeout") is not None
 
 
 def _woken_by(callback: Callable[..., object]) -> Iterator[AnyTask]:
