@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import random
@@ -12,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable, Row, text
-from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -33,6 +32,9 @@ STATEMENT_DEADLINE = 30.0
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
 _CACHED_PLAN_STATES = frozenset({"0A000", "26000"})
+
+_EXPLICIT = "durable_explicit"
+"""Key in a connection's `info`: whether statements need transactions of their own on it."""
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -64,6 +66,11 @@ def is_conflict(error: BaseException) -> bool:
     """Whether a transaction lost against another one, or its connection, and may be run again from its beginning."""
     code = sqlstate(error)
     return code in ("40001", "40P01") or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """Whether every statement commits by itself. All drivers of Postgres say so in the same way."""
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
@@ -143,8 +150,6 @@ class Database:
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
             self.options["schema_translate_map"] = {**applications, SCHEMA: schema}
-        self.explicit: bool | None = None
-        """Whether statements get transactions of their own; None before the first connection."""
 
     async def close(self) -> None:
         """Dispose of the engine if it was made here."""
@@ -157,20 +162,18 @@ class Database:
         An autocommit connection runs at the isolation the server has by default. Where that is another one, the
         statements get transactions of their own instead; see :meth:`execute_on`.
         """
-        if self.explicit is None:
-            connection = await self._connect("AUTOCOMMIT")
-            try:
-                level = (
-                    await connection.execute(text("SELECT current_setting('default_transaction_isolation')"))
-                ).scalar()
-            except BaseException:
-                await discard(connection)
-                raise
-            self.explicit = level != "read committed"
-            if not self.explicit:
-                return connection
-            await connection.close()
-        return await self._connect("READ COMMITTED" if self.explicit else "AUTOCOMMIT")
+        connection = await self._connect("AUTOCOMMIT")
+        try:
+            if _EXPLICIT not in connection.info:
+                query = text("SELECT current_setting('default_transaction_isolation')")
+                connection.info[_EXPLICIT] = (await connection.execute(query)).scalar() != "read committed"
+                await connection.rollback()
+            if connection.info[_EXPLICIT]:
+                await connection.execution_options(isolation_level="READ COMMITTED")
+        except BaseException:
+            await discard(connection)
+            raise
+        return connection
 
     async def _connect(self, isolation_level: IsolationLevel) -> AsyncConnection:
         """A connection of that level, whatever the level of the application's engine.
@@ -189,7 +192,7 @@ class Database:
         self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[Row[Any]]:
         """Run one statement as a transaction of its own."""
-        if not self.explicit:
+        if not connection.info[_EXPLICIT]:
             result = await connection.execute(statement, parameters)
             return result.all() if result.returns_rows else ()
         async with connection.begin():
@@ -230,9 +233,8 @@ class Database:
         """
         connection = await self.engine.connect()
         try:
-            raw = await connection.get_raw_connection()
             options = dict(self.options)
-            if connection.dialect.detect_autocommit_setting(raw.dbapi_connection):  # type: ignore[arg-type]
+            if await connection.run_sync(is_autocommit):
                 options["isolation_level"] = "READ COMMITTED"
             return await connection.execution_options(**options)
         except BaseException:
@@ -267,7 +269,7 @@ class Database:
 
 
 async def discard(connection: AsyncConnection) -> None:
-    """Get rid of a connection in an unknown state. Never raises, never takes long."""
+    """Get rid of a connection in an unknown state. Takes no longer than 5 seconds, and raises only when cancelled."""
 
     async def close() -> None:
         try:
@@ -277,8 +279,7 @@ async def discard(connection: AsyncConnection) -> None:
 
     task = asyncio.ensure_future(close())
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.wait([task], timeout=5.0)
+    await asyncio.wait([task], timeout=5.0)
 
 
 class Channel:
@@ -306,6 +307,12 @@ class Channel:
                 if connection is not None:
                     await discard(connection)
                 raise
+
+    async def open(self) -> None:
+        """Take a connection from the pool, now rather than with the first statement."""
+        async with self._lock:
+            if self._connection is None:
+                self._connection = await self._database.connect()
 
     async def close(self) -> None:
         """Give the connection back to the pool."""
