@@ -169,7 +169,7 @@ class Database:
                 connection.info[_EXPLICIT] = (await connection.execute(query)).scalar() != "read committed"
                 await connection.rollback()
             if connection.info[_EXPLICIT]:
-                await connection.execution_options(isolation_level="READ COMMITTED")
+                connection = await connection.execution_options(isolation_level="READ COMMITTED")
         except BaseException:
             await discard(connection)
             raise

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from . import branches, task_factory
 from .clock import LocalClock
@@ -180,10 +181,12 @@ class Worker:
         self._hints = sender(database.engine, channel_name(database.schema))
         task_factory.install(self._loop)
         try:
+            await self._connect()
             self._state = await self._enter_lifespan()
             await self._register()
         except BaseException:
             task_factory.uninstall(self._loop)
+            await self._disconnect()
             await self._exit.aclose()
             raise
         self._turn()
@@ -196,6 +199,21 @@ class Worker:
         if self.settings.listen:
             self._listener = Listener(database.private, channel_name(database.schema), self._hinted)
             self._services.append(self._serve(self._listener.run, "durable:listener"))
+
+    async def _connect(self) -> None:
+        try:
+            for channel in (self._claims, self._writes, self._rest):
+                await channel.open()
+        except PoolTimeout as error:
+            raise InvalidConfiguration(
+                "bind",
+                "its pool does not give a worker the three connections that it keeps",
+                "Raise pool_size or max_overflow.",
+            ) from error
+
+    async def _disconnect(self) -> None:
+        for channel in (self._claims, self._writes, self._rest):
+            await channel.close()
 
     async def _enter_lifespan(self) -> Any:
         lifespan = self._durable.lifespan
@@ -284,8 +302,7 @@ class Worker:
             await asyncio.wait([*self._services, *self._engine_tasks], timeout=5.0)
         if self._heartbeat is not None:
             await self._heartbeat.stop()
-        for channel in (self._claims, self._writes, self._rest):
-            await channel.close()
+        await self._disconnect()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 await self._hints.flush()

@@ -33,9 +33,6 @@ from sqlalchemy.types import TypeEngine
 from ..models import Checkpoint, Run, Task, Wait
 from .expressions import array, as_json, clock, constant, interval, rows
 
-SHORTEST_DELAY = 1e-6
-"""Seconds. What is shorter is nothing to a database's interval."""
-
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
 
@@ -126,18 +123,24 @@ _forgotten = (
     .where(Wait.task_id == _joined.c.task_id, Task.task_id == Wait.task_id, _joined.c.waited, ~_again)
     .cte("forgotten")
 )
+_half = func.power(Task.retry_factor, Task.failures / 2.0)
 _backoff = case(
     (Task.retry_kind == constant("fixed"), Task.retry_base_delay),
-    (Task.retry_base_delay < SHORTEST_DELAY, 0.0),
-    # In logarithms first, as the power itself may be beyond what a number can hold.
+    (Task.retry_base_delay == 0.0, 0.0),
+    # In logarithms first, as the product itself may be beyond what a number can hold.
     (
         func.ln(Task.retry_base_delay) + Task.failures * func.ln(Task.retry_factor)
-        >= func.ln(func.greatest(Task.retry_max_backoff, SHORTEST_DELAY)),
+        >= func.ln(func.greatest(Task.retry_max_backoff, 1e-300)),
         Task.retry_max_backoff,
     ),
-    else_=Task.retry_base_delay * func.power(Task.retry_factor, Task.failures),
+    else_=Task.retry_base_delay * _half * _half,
 )
-_jittered = _backoff * (1 + Task.retry_jitter * (2 * func.random() - 1))
+_jittered = case(
+    # What is shorter is nothing to an interval, and Postgres refuses products that are too small for a number.
+    (_backoff < 1e-6, 0.0),
+    (Task.retry_jitter < 1e-6, _backoff),
+    else_=_backoff * (1 + Task.retry_jitter * (2 * func.random() - 1)),
+)
 _delay = func.least(_jittered, Task.retry_max_backoff)
 
 FAIL = (
