@@ -1,0 +1,270 @@
+"""Whatever a DBA has set for the role or the database, and however many connections the pool has."""
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, select
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+
+from durable_sa import Durable, InvalidConfiguration, TaskContext, TaskRow
+
+from ..support import eventually
+from .conftest import Rows
+from .stories import Parts, Story, assert_stories_ended_well, create_bookings, named
+
+SETTINGS = {
+    "serializable": {"default_transaction_isolation": "serializable"},
+    "repeatable read": {"default_transaction_isolation": "repeatable read"},
+    "short timeouts": {"lock_timeout": "50ms", "statement_timeout": "2s"},
+    "impatience": {"idle_session_timeout": "150ms", "idle_in_transaction_session_timeout": "150ms"},
+    "other formats": {
+        "timezone": "Asia/Kathmandu",
+        "datestyle": "German, DMY",
+        "intervalstyle": "sql_standard",
+        "bytea_output": "escape",
+        "extra_float_digits": "0",
+        "standard_conforming_strings": "off",
+        "search_path": "nowhere",
+    },
+    "a planner without plans": {"enable_indexscan": "off", "plan_cache_mode": "force_generic_plan", "jit": "on"},
+    "deferred": {"default_transaction_deferrable": "on", "default_transaction_isolation": "serializable"},
+}
+
+
+async def alter_database(sql: Rows, url: URL, settings: dict[str, str]) -> None:
+    for name, value in settings.items():
+        await sql(f"""ALTER DATABASE "{url.database}" SET {name} = '{value}'""")
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+async def test_the_settings_of_the_database_change_nothing(
+    database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, settings: dict[str, str], driver: str
+) -> None:
+    await create_bookings(engine)
+    if driver == "psycopg":
+        # It reads no other than the default.
+        settings = {name: value for name, value in settings.items() if name != "datestyle"}
+    await alter_database(sql, database_url, settings)
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    clients = [Durable(create_async_engine(url)) for _ in range(2)]
+    try:
+        stories = [Story(client) for client in clients]
+        async with clients[0].worker(concurrency=20), clients[1].worker(concurrency=20):
+            spawned = [await clients[0].spawn(stories[0].task, Parts(steps=2)) for _ in range(20)]
+            for spawn in spawned:
+                result = await clients[0].wait_for_result(spawn, timeout=30)
+                assert result.output == 1, result
+    finally:
+        for client in clients:
+            await client.close()
+            await client.engine.dispose()
+    await assert_stories_ended_well(sql, spawned)
+    assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+
+
+LEVELS = (
+    "CREATE TABLE public.levels (level text)",
+    """
+    CREATE FUNCTION public.note_level() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN INSERT INTO public.levels VALUES (current_setting('transaction_isolation')); RETURN NULL; END $$
+    """,
+    "CREATE TRIGGER note_level AFTER INSERT OR UPDATE ON durable.tasks EXECUTE FUNCTION public.note_level()",
+)
+
+
+async def test_an_isolation_that_is_set_while_the_worker_runs_changes_nothing(
+    database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
+) -> None:
+    await create_bookings(engine)
+    async with named(database_url, "victim") as victim:
+        story = Story(victim)
+        async with victim.worker(concurrency=20):
+            await victim.wait_for_result(await durable.spawn(story.task, Parts()), timeout=10)
+            for statement in LEVELS:
+                await sql(statement)
+            await alter_database(sql, database_url, {"default_transaction_isolation": "serializable"})
+            await sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND pid <> pg_backend_pid()"
+            )
+
+            spawned = [await durable.spawn(story.task, Parts(steps=2)) for _ in range(30)]
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=30)).output == 1
+    assert await sql("SELECT DISTINCT level FROM public.levels") == [("read committed",)]
+    assert await sql("SELECT DISTINCT failures, attempt, lease_losses FROM durable.tasks") == [(0, 1, 0)]
+
+
+async def test_a_row_that_somebody_holds_is_waited_for_beyond_any_lock_timeout(
+    database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
+) -> None:
+    """By steps, transactions, suspensions and completions; and the other runs of the worker do not wait with it."""
+    await create_bookings(engine)
+    await alter_database(sql, database_url, {"lock_timeout": "20ms"})
+    started = {name: asyncio.Event() for name in ("step", "transaction", "suspension", "completion", "failure")}
+    go_on = asyncio.Event()
+
+    async def one(*_: Any) -> int:
+        return 1
+
+    async with named(database_url, "victim") as victim:
+
+        @victim.task(max_attempts=1)
+        async def held(ctx: TaskContext, what: str) -> int:
+            started[what].set()
+            await go_on.wait()
+            match what:
+                case "step":
+                    return await ctx.step("one", one)
+                case "transaction":
+                    return await ctx.transaction("one", _book)
+                case "suspension":
+                    await ctx.sleep_for("nap", 0.05)
+                case "failure":
+                    raise ValueError("as it should")
+            return 1
+
+        @victim.task
+        async def other(ctx: TaskContext) -> int:
+            return await ctx.step("one", one)
+
+        async with victim.worker(concurrency=10):
+            spawned = {what: await victim.spawn(held, what) for what in started}
+            for event in started.values():
+                await event.wait()
+            async with engine.connect() as connection, connection.begin():
+                await connection.execute(select(TaskRow.task_id).with_for_update())
+                go_on.set()
+                for _ in range(20):
+                    assert (await victim.wait_for_result(await victim.spawn(other), timeout=5)).output == 1
+                await asyncio.sleep(0.5)
+                ended = "SELECT count(*) FROM durable.tasks WHERE task_name = 'held' AND outcome IS NOT NULL"
+                assert await sql(ended) == [(0,)]
+            for what, spawn in spawned.items():
+                result = await victim.wait_for_result(spawn, timeout=10)
+                if what == "failure":
+                    assert result.error is not None
+                    assert result.error.message == "as it should"
+                else:
+                    assert result.output == 1, result
+    assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+    assert await sql("SELECT count(*) FROM public.bookings") == [(1,)]
+
+
+async def _book(session: AsyncSession) -> int:
+    await (await session.connection()).exec_driver_sql("INSERT INTO public.bookings VALUES ('once')")
+    return 1
+
+
+@pytest.mark.parametrize(("size", "overflow"), [(1, 0), (2, 0), (1, 1)])
+async def test_a_pool_without_three_connections_is_refused(database_url: URL, size: int, overflow: int) -> None:
+    engine = create_async_engine(database_url, pool_size=size, max_overflow=overflow, pool_timeout=0.3)
+    try:
+        with pytest.raises(InvalidConfiguration, match="pool_size"):
+            await Durable(engine).start_worker()
+        assert isinstance(engine.pool, AsyncAdaptedQueuePool)
+        assert engine.pool.checkedout() == 0
+    finally:
+        await engine.dispose()
+
+
+@pytest.mark.parametrize(("size", "overflow"), [(3, 0), (1, 2)])
+async def test_a_pool_of_three_connections_does(
+    database_url: URL, durable: Durable, sql: Rows, size: int, overflow: int
+) -> None:
+    async with named(database_url, "victim", pool_size=size, max_overflow=overflow, pool_timeout=1) as victim:
+
+        @victim.task
+        async def parent(ctx: TaskContext) -> int:
+            handle = await ctx.spawn("child", child)
+            await ctx.sleep_for("nap", 0.05)
+            await ctx.emit_event(f"event-{ctx.task_id}")
+            await ctx.await_event(f"event-{ctx.task_id}")
+            return await ctx.join(handle)
+
+        @victim.task
+        async def child(ctx: TaskContext) -> int:
+            return await ctx.step("one", _one)
+
+        async with victim.worker(concurrency=5):
+            spawned = [await durable.spawn(parent) for _ in range(10)]
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=15)).output == 1
+    assert await sql("SELECT worker_id FROM durable.workers") == []
+
+
+async def _one() -> int:
+    return 1
+
+
+async def test_an_engine_without_a_pool_does(
+    database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
+) -> None:
+    await create_bookings(engine)
+    async with named(database_url, "victim", poolclass=NullPool) as victim:
+        story = Story(victim)
+        async with victim.worker(concurrency=20):
+            spawned = [await durable.spawn(story.task, Parts()) for _ in range(20)]
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=15)).output == 3
+    await assert_stories_ended_well(sql, spawned)
+
+
+async def test_a_pool_that_the_application_has_exhausted_does_not_stop_a_worker(
+    database_url: URL, durable: Durable, sql: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with named(database_url, "victim", pool_size=5, max_overflow=0, pool_timeout=0.3) as victim:
+
+        @victim.task
+        async def step(ctx: TaskContext) -> int:
+            return await ctx.step("one", _one)
+
+        async with victim.worker(concurrency=5, claim_timeout=2):
+            taken = [await victim.engine.connect() for _ in range(2)]
+            try:
+                with pytest.raises(PoolTimeout):
+                    taken.append(await victim.engine.connect())
+                await asyncio.sleep(2.5)
+                spawned = [await durable.spawn(step) for _ in range(10)]
+                for spawn in spawned:
+                    assert (await durable.wait_for_result(spawn, timeout=5)).output == 1
+            finally:
+                for connection in taken:
+                    await connection.close()
+    assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+    assert [record for record in caplog.records if record.levelno > logging.WARNING] == []
+
+
+async def test_a_worker_keeps_within_its_budget_of_connections(database_url: URL, durable: Durable, sql: Rows) -> None:
+    async with named(database_url, "victim", pool_size=20) as victim:
+
+        @victim.task
+        async def step(ctx: TaskContext) -> None:
+            for _ in range(3):
+                await ctx.step("one", _one)
+
+        pool = victim.engine.pool
+        assert isinstance(pool, AsyncAdaptedQueuePool)
+        pooled, connected = [], []
+        async with victim.worker(concurrency=100):
+            await eventually(lambda: _listens(sql))
+            spawned = await durable.spawn_many([(step, None)] * 500)
+            for spawn in spawned:
+                pooled.append(pool.checkedout())
+                await durable.wait_for_result(spawn, timeout=30)
+                if len(pooled) % 25 == 0:
+                    ((count,),) = await sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'victim'")
+                    connected.append(count)
+        # Claims, writes and the rest; besides these, now and then a hint, and of their own the heartbeat and LISTEN.
+        assert max(pooled) <= 4
+        assert max(connected) <= 6
+
+
+async def _listens(sql: Rows) -> bool:
+    rows = await sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'victim' AND query ILIKE 'LISTEN%'")
+    return bool(rows)
