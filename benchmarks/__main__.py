@@ -74,6 +74,7 @@ async def run(profile: Profile, only: frozenset[str], systems: list[System], con
                     **await bench.install(system),
                     "default": dict(system.default),
                     "best": dict(system.best),
+                    "quick": dict(system.quick),
                 }
                 taking_part.append(system)
             except Exception as error:  # noqa: BLE001 - the others are measured all the same

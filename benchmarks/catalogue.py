@@ -16,8 +16,9 @@ REFERENCE: Final = "durable"
 class System:
     """A system under test.
 
-    `default` is a worker as the system's documentation starts it; `best` the fastest found for it on two cores. Both
-    are arguments of its driver's `work`, besides `loop`, which is the kind of event loop of the process.
+    `default` is a worker as the system's documentation starts it; `best` the one that drains fastest on two cores of
+    those that were tried; `quick` the one that answers soonest when idle. They are arguments of the driver's `work` and
+    `open`, besides `loop`, which is the kind of event loop of the process.
     """
 
     name: str
@@ -28,12 +29,13 @@ class System:
     """SQL: how many tasks are ready or run."""
     default: Settings = field(default_factory=dict)
     best: Settings = field(default_factory=dict)
+    quick: Settings = field(default_factory=dict)
     suspended: str | None = None
     """SQL: how many tasks wait, held by nobody."""
     share: float = 1.0
     """Of the number of tasks of a workload: slow systems are given less to do, for the same figure."""
-    idle_polls: tuple[float, float] = (0.0, 0.0)
-    """Seconds between the polls of an idle worker, by default and at best; the pauses of latency runs span them."""
+    default_poll: float = 0.0
+    """Seconds between the polls of an idle worker; the pauses of latency runs span them."""
 
     def worker(self, variant: str | int) -> dict[str, Any]:
         """The settings of a worker: `default`, `best`, or the best with that concurrency."""
@@ -55,6 +57,7 @@ SYSTEMS: Final = {
             " AND queue_name = 'bench' AND priority = 0 AND available_at <= now()",
             default={"loop": "asyncio"},
             best={"loop": "uvloop", "concurrency": 200},
+            quick={"loop": "uvloop"},
             suspended="SELECT count(*) FROM durable.tasks WHERE finished_at IS NULL AND state = 'sleeping'",
         ),
         System(
@@ -64,10 +67,11 @@ SYSTEMS: Final = {
             frozenset({"spawn", "session", "drain", "results", "steps", "events", "children", "memory", "nap"}),
             "SELECT count(*) FROM absurd.t_bench WHERE state NOT IN ('completed', 'failed', 'cancelled')",
             default={"loop": "asyncio", "sync": True},
-            best={"loop": "uvloop", "workers": 4, "concurrency": 100, "poll_interval": 0.01, "result_poll": 0.002},
+            best={"loop": "uvloop", "workers": 4, "concurrency": 100, "poll_interval": 0.01},
+            quick={"loop": "uvloop", "poll_interval": 0.01, "result_poll": 0.002},
             suspended="SELECT count(*) FROM absurd.t_bench WHERE state = 'sleeping'",
             share=0.1,
-            idle_polls=(0.25, 0.01),
+            default_poll=0.25,
         ),
         System(
             "dbos",
@@ -76,9 +80,10 @@ SYSTEMS: Final = {
             frozenset({"spawn", "session", "drain", "results", "steps", "events", "children", "memory", "nap"}),
             "SELECT count(*) FROM dbos.workflow_status WHERE status IN ('ENQUEUED', 'PENDING')",
             default={"loop": "asyncio"},
-            best={"loop": "uvloop", "pool": 40, "poll_interval": 0.01, "result_poll": 0.005},
+            best={"loop": "uvloop", "pool": 40, "poll_interval": 0.01},
+            quick={"loop": "uvloop", "poll_interval": 0.01, "result_poll": 0.005},
             share=0.05,
-            idle_polls=(1.0, 0.01),
+            default_poll=1.0,
         ),
         System(
             "procrastinate",
@@ -88,6 +93,7 @@ SYSTEMS: Final = {
             "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')",
             default={"loop": "asyncio"},
             best={"loop": "uvloop", "concurrency": 50, "pool": 20},
+            quick={"loop": "uvloop"},
             share=0.1,
         ),
         System(
@@ -98,7 +104,9 @@ SYSTEMS: Final = {
             "SELECT count(*) FROM pgqueuer",
             # `pgq run` runs in uvloop.
             default={"loop": "uvloop"},
-            best={"loop": "uvloop", "batch_size": 200, "debounce": 0.001},
+            best={"loop": "uvloop", "batch_size": 200},
+            # Results are written when so many have gathered, or after a tenth of a second.
+            quick={"loop": "uvloop", "batch_size": 1, "debounce": 0.001},
         ),
         System(
             "raw",

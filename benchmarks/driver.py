@@ -63,7 +63,7 @@ class Driver:
         """The memory of the process."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
-    async def call(self, name: str, **arguments: Any) -> Any:
+    async def call(self, name: str, /, **arguments: Any) -> Any:
         """Let the driver call a method of its system, and wait for what it returns.
 
         Raises:

@@ -61,19 +61,18 @@ def _over_best(workload: str, variant: str) -> Callable[[Results], float | None]
 
 
 def _below_all(metric: str) -> Callable[[Results], float | None]:
-    """The lowest latency of the peers, whatever their settings, over durable_sa's with default settings."""
+    """The lowest latency of the peers over durable_sa's lowest, each at the better of its settings."""
 
     def ratio(results: Results) -> float | None:
-        own = results.value("latency", "default settings", REFERENCE, metric)
-        others = [
-            value
-            for peer in PEERS
-            for variant in ("default settings", "best settings")
-            if (value := results.value("latency", variant, peer, metric)) is not None
-        ]
-        return None if not own or not others else min(others) / own
+        own, others = _lowest(results, REFERENCE, metric), [_lowest(results, peer, metric) for peer in PEERS]
+        return None if own is None else min((other / own for other in others if other is not None), default=None)
 
     return ratio
+
+
+def _lowest(results: Results, system: str, metric: str) -> float | None:
+    values = [results.value("latency", variant, system, metric) for variant in ("default settings", "best settings")]
+    return min((value for value in values if value is not None), default=None)
 
 
 def _levels(results: Results) -> float | None:

@@ -54,7 +54,6 @@ class PgQueuerSystem(System):
             # It takes no more than half of its running jobs at once.
             settings["batch_size"] = max(1, concurrency // 2)
             settings["max_concurrent_tasks"] = max(2, concurrency)
-        settings.pop("debounce", None)
         self._worker_connection = await asyncpg.connect(url)
         self._worker = PgQueuer(AsyncpgDriver(self._worker_connection))
 

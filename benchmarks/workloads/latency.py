@@ -14,16 +14,12 @@ from .common import Case, Outcome, client, working
 async def ping(bench: Bench, system: System, *, variant: str) -> Outcome:
     """The client is in one process and the worker in another."""
     profile = bench.profile
-    settings = system.worker(variant)
-    if variant == "best":
-        # The many slots that a drain is fastest with are of no use here, and pollers would only poll more for them.
-        settings |= {"concurrency": 1} if "concurrency" in settings else {}
-    loop = settings["loop"]
-    pause = 0.05 if variant == "best" else max(0.05, system.idle_polls[0])
-    hints = {key: settings.pop(key) for key in ("result_poll", "debounce") if key in settings}
+    settings = dict(system.default if variant == "default" else system.quick)
+    loop, pause = settings["loop"], max(0.05, system.default_poll if variant == "default" else 0.0)
+    waits = {key: settings.pop(key) for key in ("result_poll", "debounce") if key in settings}
     async with (
         bench.server.database(system) as database,
-        client(bench, system, database, loop=loop, **hints) as driver,
+        client(bench, system, database, loop=loop, **waits) as driver,
     ):
         worker = await bench.driver(system, loop, 1)
         await worker.call("forget")
@@ -47,6 +43,6 @@ async def ping(bench: Bench, system: System, *, variant: str) -> Outcome:
 
 def cases(profile: Profile) -> list[Case]:
     return [
-        Case("latency", f"{variant} settings", "results", partial(ping, variant=variant))
-        for variant in ("default", "best")
+        Case("latency", name, "results", partial(ping, variant=variant))
+        for variant, name in (("default", "default settings"), ("quick", "best settings"))
     ]

@@ -10,7 +10,7 @@ from ..bench import Bench
 from ..catalogue import System
 from ..driver import Driver
 from ..profiles import Profile
-from .common import Case, Outcome, client, load, share, until_suspended, working
+from .common import Case, Outcome, client, drain, until_suspended, working
 
 SETTLING_SECONDS = 2.0
 """After a worker's start, before its statements are counted."""
@@ -32,37 +32,28 @@ async def idle(bench: Bench, system: System, *, workers: int) -> Outcome:
     return Outcome({"statements": statements / profile.idle_seconds}, 0)
 
 
-async def running(bench: Bench, system: System) -> Outcome:
-    """Tasks that all run at once, each waiting for the same thing in memory."""
-    count = share(bench.profile.held, system)
+async def memory(bench: Bench, system: System, *, task: str) -> Outcome:
+    """Tasks that were there before the worker, which has run as many that did nothing before."""
+    count = bench.profile.held
     settings = {**system.worker(count), "loop": "asyncio"}
+    if "workers" in settings:
+        # One that claims all at once: it does not fill a slot again before all that it claimed have ended.
+        settings["workers"] = 1
     async with bench.server.database(system) as database:
-        driver = await load(bench, system, database, "noop", count, {}, "asyncio")
+        await drain(bench, system, database, settings, count=count)
+        driver = await bench.driver(system, "asyncio")
+        before = driver.resident_bytes
+        async with client(bench, system, database, loop="asyncio", connections=8, index=1) as spawner:
+            await spawner.call("load", task=task, count=count, params={})
         async with working(driver, database, settings):
-            await _until(driver, "ended", count)
-            before = driver.resident_bytes
-            async with client(bench, system, database, loop="asyncio", index=1) as spawner:
-                await spawner.call("load", task="hold", count=count, params={})
-            await _until(driver, "started", 2 * count)
+            if task == "nap":
+                await until_suspended(driver, system, database, count)
+            else:
+                await _until(driver, "started", 2 * count)
             grown = driver.resident_bytes - before
             await driver.call("release")
-            await _until(driver, "ended", 2 * count)
-    return Outcome({"memory": grown / count / 1000}, count)
-
-
-async def sleeping(bench: Bench, system: System) -> Outcome:
-    """Tasks that sleep for an hour."""
-    count = share(bench.profile.held, system)
-    settings = {**system.worker(100), "loop": "asyncio"}
-    async with bench.server.database(system) as database:
-        driver = await load(bench, system, database, "noop", count, {}, "asyncio")
-        async with working(driver, database, settings):
-            await _until(driver, "ended", count)
-            before = driver.resident_bytes
-            async with client(bench, system, database, loop="asyncio", index=1) as spawner:
-                await spawner.call("load", task="nap", count=count, params={})
-            await until_suspended(driver, system, database, count)
-            grown = driver.resident_bytes - before
+            if task == "hold":
+                await _until(driver, "ended", 2 * count)
     return Outcome({"memory": grown / count / 1000}, count)
 
 
@@ -77,6 +68,6 @@ def cases(profile: Profile) -> list[Case]:
             Case("idle", f"{workers} worker{'s' if workers > 1 else ''}", "results", partial(idle, workers=workers))
             for workers in profile.idle_workers
         ),
-        Case("memory", "running", "memory", running),
-        Case("memory", "sleeping", "nap", sleeping),
+        Case("memory", "running", "memory", partial(memory, task="hold")),
+        Case("memory", "sleeping", "nap", partial(memory, task="nap")),
     ]

@@ -99,5 +99,6 @@ async def _size(database: Database) -> dict[str, Any]:
 
 
 def cases(profile: Profile) -> list[Case]:
-    name = f"{profile.soak_seconds / 60:g} minutes at half of the maximum"
-    return [Case("soak", name, "drain", soak, systems=frozenset({REFERENCE}), once=True)]
+    seconds = profile.soak_seconds
+    length = f"{seconds:g} seconds" if seconds < 120 else f"{seconds / 60:g} minutes"
+    return [Case("soak", f"{length} at half of the maximum", "drain", soak, systems=frozenset({REFERENCE}), once=True)]
