@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, cast, overload
 
 from sqlalchemy import URL, Row
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar as DefaultTypeVar
@@ -22,7 +22,7 @@ from . import migrations, schedules, scripts
 from .batches import Batch
 from .branches import detached
 from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
-from .connections import Database, backoff, is_conflict
+from .connections import Database, backoff, is_conflict, is_transient
 from .context import TaskContext
 from .errors import (
     DurableError,
@@ -545,6 +545,8 @@ class Durable(Generic[StateT]):
     ) -> Any:
         """Wait until a task has ended, however it did. Holds no connection while waiting.
 
+        Once the database has answered, it may go away and come back.
+
         Raises:
             TaskNotFound: there is no such task.
             TimeoutError: it has not ended after `timeout` seconds.
@@ -556,20 +558,19 @@ class Durable(Generic[StateT]):
         deadline = asyncio.timeout(limit)
         try:
             async with deadline:
+                row = await self._polls(task_id)
                 pause = _FIRST_POLL
-                while True:
-                    changed.clear()
-                    row = await self._polls(task_id)
-                    if row is None:
-                        raise TaskNotFound(task_id)
-                    if row.outcome is not None:
-                        return self._poll_result(row)
-                    try:
+                while row is not None and row.outcome is None:
+                    with suppress(TimeoutError):
                         async with asyncio.timeout(pause):
                             await changed.wait()
-                    except TimeoutError:
-                        pass
+                    changed.clear()
                     pause = min(_LONGEST_POLL, pause * 1.3)
+                    try:
+                        row = await self._polls(task_id)
+                    except (SQLAlchemyError, OSError) as error:
+                        if not is_transient(error):
+                            raise
         except TimeoutError:
             if not deadline.expired():
                 raise  # it is the database's
@@ -578,6 +579,9 @@ class Durable(Generic[StateT]):
             self._changes[task_id].discard(changed)
             if not self._changes[task_id]:
                 del self._changes[task_id]
+        if row is None:
+            raise TaskNotFound(task_id)
+        return self._poll_result(row)
 
     def task_changed(self, task_id: uuid.UUID) -> None:
         """A worker of this client has seen a task end: whoever waits for it here may look."""

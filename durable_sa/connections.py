@@ -31,6 +31,7 @@ STATEMENT_DEADLINE = 30.0
 
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
+_CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
 _CACHED_PLAN_STATES = frozenset({"0A000", "26000"})
 
 _EXPLICIT = "durable_explicit"
@@ -64,8 +65,10 @@ def is_transient(error: BaseException) -> bool:
 
 def is_conflict(error: BaseException) -> bool:
     """Whether a transaction lost against another one, or its connection, and may be run again from its beginning."""
-    code = sqlstate(error)
-    return code in ("40001", "40P01") or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    if not isinstance(error, DBAPIError):
+        return False
+    code = sqlstate(error) or ""
+    return error.connection_invalidated or code[:2] == "08" or code in _CONFLICT_STATES
 
 
 def is_autocommit(connection: Connection) -> bool:
@@ -219,9 +222,8 @@ class Database:
                 await connection.close()
                 return rows
             except (SQLAlchemyError, OSError) as error:
-                code = sqlstate(error)
-                repeatable = is_conflict(error) or code in _CACHED_PLAN_STATES
-                if attempt == 2 or not repeatable:
+                lost = isinstance(error, ConnectionError) or is_conflict(error)
+                if attempt == 2 or not (lost or sqlstate(error) in _CACHED_PLAN_STATES):
                     raise
                 await asyncio.sleep(backoff(attempt))
         raise AssertionError("unreachable")

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from tests.client.support import Application, Base, Hints
+from tests.client.support import Application, Base, Gate, Hints
 
 
 @pytest.fixture
@@ -43,3 +43,11 @@ async def hints(database_url: URL) -> AsyncGenerator[Hints]:
     await heard.connection.add_listener("durable", heard.receive)
     yield heard
     await heard.connection.close()
+
+
+@pytest.fixture
+async def gate(database_url: URL) -> AsyncGenerator[Gate]:
+    gate = Gate(database_url)
+    await gate.open()
+    yield gate
+    await gate.shut()

@@ -146,6 +146,61 @@ async def close(engine: Any) -> None:
     await settle(engine.dispose())
 
 
+class Gate:
+    """A way to the database that can be shut, or lose the reply to a statement that was executed."""
+
+    def __init__(self, url: URL) -> None:
+        self._target = url
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._port = 0
+        self.lose_reply_to: bytes | None = None
+
+    @property
+    def url(self) -> URL:
+        return self._target.set(host="127.0.0.1", port=self._port, query={})
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def shut(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for connection in self._connections:
+            connection.transport.abort()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        socket = self._target.query.get("host")
+        if socket is not None:
+            there = await asyncio.open_unix_connection(f"{socket}/.s.PGSQL.{self._target.query['port']}")
+        else:
+            there = await asyncio.open_connection(self._target.host, self._target.port)
+        losing = asyncio.Event()
+        self._connections |= {writer, there[1]}
+        await asyncio.gather(
+            self._forward(reader, there[1], losing, asks=True),
+            self._forward(there[0], writer, losing, asks=False),
+            return_exceptions=True,
+        )
+        for each in (writer, there[1]):
+            self._connections.discard(each)
+            each.transport.abort()
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, losing: asyncio.Event, *, asks: bool
+    ) -> None:
+        while data := await reader.read(65536):
+            if asks and self.lose_reply_to is not None and self.lose_reply_to in data:
+                self.lose_reply_to = None
+                losing.set()
+            if not asks and losing.is_set():
+                break
+            writer.write(data)
+        writer.transport.abort()
+
+
 class Hints:
     """What a connection of its own hears on the channel, which is in the order of the commits."""
 

@@ -15,11 +15,11 @@ import sqlalchemy as sa
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from sqlalchemy import URL, exc
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import Durable, IdempotencyConflict, InvalidName, Spawn, TaskRow, TaskStatus, task
-from tests.client.support import count
+from tests.client.support import Gate, count
 
 
 @task
@@ -264,28 +264,30 @@ async def test_bulk_spawns_with_the_same_keys_in_other_orders_do_not_deadlock(da
         assert [result.task_id for result in order] == [result.task_id for result in results[1]]
 
 
-async def test_a_repeated_statement_after_a_lost_reply_makes_no_second_task(
-    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The insert was committed and nobody heard of it."""
-    from durable_sa.connections import Database
-
-    lost: list[Any] = []
-    execute_on = Database.execute_on
-
-    async def lossy(self: Database, connection: Any, statement: Any, parameters: Any = None) -> Any:
-        rows = await execute_on(self, connection, statement, parameters)
-        if not lost and "INSERT INTO durable.tasks" in str(statement):
-            lost.append(statement)
-            error = exc.DBAPIError("lost", None, ConnectionError(), connection_invalidated=True)
-            raise error
-        return rows
-
-    monkeypatch.setattr(Database, "execute_on", lossy)
-    result = await durable.spawn(ship, 1)
-    assert lost
-    assert result.created
-    assert await count(engine) == 1
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_lost_reply_makes_no_second_task(gate: Gate, engine: AsyncEngine, driver: str) -> None:
+    """The database has committed and nobody hears of it: the client does it again."""
+    async with Durable(gate.url.set(drivername=f"postgresql+{driver}")) as client:
+        await client.list_queues()
+        gate.lose_reply_to = b"one of a kind"
+        single = await client.spawn(ship, "one of a kind")
+        assert gate.lose_reply_to is None
+        assert single.created
+        gate.lose_reply_to = b"COMMIT"
+        many = await client.spawn_many([(ship, number) for number in range(3)])
+        assert gate.lose_reply_to is None
+        assert [each.created for each in many] == [True] * 3
+        gate.lose_reply_to = b"COMMIT"
+        assert await client.cancel_task(single) is TaskStatus.CANCELLED
+        assert gate.lose_reply_to is None
+        keyed = await client.spawn(ship, 2, idempotency_key="key of many")
+        gate.lose_reply_to = b"key of many"
+        again = await client.spawn(ship, 2, idempotency_key="key of many")
+        assert gate.lose_reply_to is None
+        assert (again.task_id, again.created) == (keyed.task_id, False)
+    async with engine.connect() as connection:
+        stored = set(await connection.scalars(sa.select(TaskRow.task_id)))
+    assert stored == {single.task_id, keyed.task_id, *(each.task_id for each in many)}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from durable_sa import (
     UserError,
     task,
 )
-from tests.client.support import read
+from tests.client.support import Gate, read
 from tests.support import eventually
 
 
@@ -175,7 +175,7 @@ async def test_a_wait_is_over_after_its_timeout(durable: Durable, timeout: Any) 
     with pytest.raises(TimeoutError, match=f"task {spawned.task_id} has not ended within 0") as raised:
         await durable.wait_for_result(spawned, timeout=timeout)
     assert type(raised.value) is TimeoutError
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 3
     result = await durable.get_task_result(spawned)
     assert result is not None
     assert result.status is TaskStatus.PENDING
@@ -229,24 +229,28 @@ async def test_cancelling_a_waiter_ends_its_wait_and_no_other(durable: Durable, 
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
-async def test_a_wait_survives_the_loss_of_its_connections(durable: Durable, engine: AsyncEngine) -> None:
+async def test_a_wait_outlasts_an_outage_of_the_database(gate: Gate, durable: Durable) -> None:
     spawned = await durable.spawn(idle)
-    waiting = asyncio.create_task(durable.wait_for_result(spawned, timeout=20))
-    others = create_async_engine(engine.url)
-    for _ in range(5):
-        await asyncio.sleep(0.05)
-        async with others.connect() as connection:
-            await connection.execute(
-                sa.text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                )
-            )
-    await Durable(others).cancel_task(spawned)
-    assert (await waiting).status is TaskStatus.CANCELLED
-    async with Durable(others):
-        pass
-    await others.dispose()
+    async with Durable(gate.url) as client:
+        waiting = asyncio.create_task(client.wait_for_result(spawned, timeout=20))
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            await gate.shut()
+            await asyncio.sleep(0.3)
+            await gate.open()
+        assert not waiting.done()
+        await durable.cancel_task(spawned)
+        assert (await waiting).status is TaskStatus.CANCELLED
+        # Its deadline holds while the database is away.
+        other = await durable.spawn(idle)
+        waiting = asyncio.create_task(client.wait_for_result(other, timeout=0.5))
+        await asyncio.sleep(0.1)
+        await gate.shut()
+        with pytest.raises(TimeoutError, match="has not ended within 0.5 seconds"):
+            await waiting
+        with pytest.raises(OSError, match="Connect"):
+            await client.wait_for_result(other, timeout=20)
+        await gate.open()
 
 
 async def test_a_timeout_of_the_database_is_not_one_of_the_wait() -> None:
@@ -287,4 +291,4 @@ async def test_another_process_ends_the_wait_soon(durable: Durable, database_url
         await other.wait_for_result(spawned, timeout=20)
         begun = time.monotonic()
         await waiting
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
