@@ -627,18 +627,18 @@ class Worker:
             waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
             if waiting:
                 self.tender.resolve(row.task_id for row in rows if row.task_id in waiting)
-            self._announce(Hint().add_rows(rows), local=True)
+            self._announce(Hint().add_rows(rows))
         elif kind is Kind.EVENT:
             self.tender.deliver()
         elif kind in (Kind.CHILD, Kind.RELEASE):
             self._announce(Hint().add_rows(rows))
 
-    def _announce(self, hint: Hint, *, local: bool = False) -> None:
+    def _announce(self, hint: Hint) -> None:
         """Tell this worker, and the others if it cannot take all of it at once."""
         if not hint:
             return
         self._take_hint(hint)
-        if not local and (hint.taken or self._stopping.is_set() or not self._can_take(hint)):
+        if hint.taken or self._stopping.is_set() or not self._can_take(hint):
             self._hints.send(hint)
 
     def _can_take(self, hint: Hint) -> bool:

@@ -1,0 +1,416 @@
+"""Wake-ups: LISTEN where it works, polling where it does not, and nothing that depends on either."""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
+
+from durable_sa import Durable, RetryStrategy, Spawn, TaskContext
+from durable_sa.hints import Hint, HintSender
+
+from ..support import eventually
+from .conftest import Rows
+from .stories import Parts, Story, assert_stories_ended_well, create_bookings, named
+
+LISTENING = "SELECT pid FROM pg_stat_activity WHERE application_name = 'victim' AND query ILIKE 'LISTEN%'"
+
+
+async def listener(sql: Rows, *, other_than: int = 0) -> int:
+    """The backend of the worker that listens."""
+
+    async def found() -> list[Any]:
+        return [pid for (pid,) in await sql(LISTENING) if pid != other_than]
+
+    return int((await eventually(found))[0])
+
+
+async def latencies(sql: Rows) -> list[float]:
+    """How long tasks waited for their first start."""
+    rows = await sql(
+        "SELECT extract(epoch FROM first_started_at - available_at)::float FROM durable.tasks"
+        " WHERE task_name = 'quick' ORDER BY created_at"
+    )
+    return [late for (late,) in rows]
+
+
+@pytest.fixture
+async def quick(durable: Durable) -> Any:
+    @durable.task
+    async def quick(ctx: TaskContext) -> None:
+        return None
+
+    return quick
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("sender", ["client", "connection", "session", "emission"])
+async def test_an_idle_worker_is_woken_within_a_tenth_of_a_second(
+    database_url: URL, engine: AsyncEngine, durable: Durable, quick: Any, sql: Rows, sender: str, driver: str
+) -> None:
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    victim = Durable(create_async_engine(url), tasks=[quick])
+
+    @victim.task
+    async def waiting(ctx: TaskContext, name: str) -> None:
+        await ctx.await_event(name)
+        await ctx.spawn("quick", quick)
+
+    sync_engine = create_engine(database_url.set(drivername="postgresql+psycopg2"))
+    # Far beyond what is measured, so that it is not a poll that finds them.
+    async with victim.worker(poll_interval=10) as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        for number in range(7):
+            await asyncio.sleep(0.05)
+            match sender:
+                case "client":
+                    await durable.spawn(quick)
+                case "connection":
+                    async with engine.begin() as connection:
+                        await durable.spawn_with(connection, quick)
+                case "session":
+                    with Session(sync_engine) as session:
+                        durable.spawn_with(session, quick)
+                        session.commit()
+                case "emission":
+                    spawned = await durable.spawn(waiting, f"event-{number}")
+                    await eventually(lambda: _sleeps(sql, spawned.task_id))  # noqa: B023 - awaited here
+                    emitted = time.monotonic()
+                    await durable.emit_event(f"event-{number}")
+                    await durable.wait_for_result(spawned, timeout=3)
+                    assert time.monotonic() - emitted < 1.0
+
+        async def all_started() -> bool:
+            rows = await sql("SELECT count(*) FROM durable.tasks WHERE task_name = 'quick' AND outcome IS NOT NULL")
+            return rows == [(7,)]
+
+        await eventually(all_started, within=5)
+    sync_engine.dispose()
+    await victim.engine.dispose()
+    assert median(await latencies(sql)) < 0.1
+
+
+async def _sleeps(sql: Rows, task_id: uuid.UUID) -> bool:
+    return bool(await sql("SELECT 1 FROM durable.tasks WHERE task_id = :id AND state = 'sleeping'", id=task_id))
+
+
+async def test_a_lost_listen_connection_is_replaced_each_time(
+    database_url: URL, durable: Durable, quick: Any, sql: Rows
+) -> None:
+    async with named(database_url, "victim") as victim:
+        victim.register(quick)
+        async with victim.worker(poll_interval=10) as worker:
+            pid = await listener(sql)
+            for _ in range(4):
+                await sql("SELECT pg_terminate_backend(:pid)", pid=pid)
+                lost = time.monotonic()
+                pid = await listener(sql, other_than=pid)
+                await eventually(lambda: worker._listener is not None and worker._listener.working)
+                assert time.monotonic() - lost < 3.0
+                spawned = await durable.spawn(quick)
+                await durable.wait_for_result(spawned, timeout=2)
+
+
+async def test_polling_begins_as_soon_as_listen_is_lost(
+    database_url: URL, durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with named(database_url, "victim") as victim:
+        victim.register(quick)
+        async with victim.worker(poll_interval=0.1) as worker:
+            pid = await listener(sql)
+            await eventually(lambda: worker._listener is not None and worker._listener.working)
+
+            async def never(*_: Any) -> None:
+                await asyncio.sleep(60)
+
+            monkeypatch.setattr(worker._listener, "_listen", never)
+            await sql("SELECT pg_terminate_backend(:pid)", pid=pid)
+            await eventually(lambda: not worker._listener or not worker._listener.working)
+            for _ in range(3):
+                await durable.wait_for_result(await durable.spawn(quick), timeout=1)
+
+
+async def test_hints_that_are_lost_cost_a_poll_interval(
+    durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.worker.LISTENING_POLL", 0.5)
+    monkeypatch.setattr(HintSender, "send", lambda *_: None)
+    async with durable.worker() as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        for _ in range(3):
+            await durable.wait_for_result(await durable.spawn(quick), timeout=3)
+    assert max(await latencies(sql)) < 1.5
+
+
+async def test_a_hint_of_more_lanes_than_it_can_name_still_finds_them_all(durable: Durable, quick: Any) -> None:
+    priorities = range(-1000, 1000, 3)
+    assert len(Hint({("default", priority): _now() for priority in priorities}).encode()) < 8000
+    async with durable.worker(concurrency=50) as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        other = Durable(durable.engine)
+        spawned = await other.spawn_many([Spawn(quick, priority=priority) for priority in priorities])
+        for spawn in spawned:
+            await durable.wait_for_result(spawn, timeout=10)
+
+
+def _now() -> Any:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "",
+        "garbage",
+        "null",
+        "[]",
+        "[[],0,0]",
+        '[[["default",0]],0,0,0]',
+        '[[["default","x",1]],0,0,0]',
+        '[[["default",0,1e300]],1,1,1]',
+        '[[["default",0,-9000000000000000000]],1,1,1]',
+        "[[[null,99999999,null]],0,0,0]",
+        '[{"a":1},1,1,1]',
+        "[" * 3000,
+        '[[["default",123456,0]],0,0,0]',
+        '[[["other",0,0]],0,0,0]',
+        "\N{SNOWMAN}" * 1000,
+    ],
+)
+async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
+    durable: Durable, quick: Any, sql: Rows, payload: str
+) -> None:
+    async with durable.worker(poll_interval=10) as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        for _ in range(3):
+            await sql("SELECT pg_notify('durable', :payload)", payload=payload)
+        await asyncio.sleep(0.05)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
+        assert worker._listener is not None
+        assert worker._listener.working
+        assert not [service for service in worker._services if service.done()]
+
+
+async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durable, quick: Any, sql: Rows) -> None:
+    async with durable.worker() as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        flood = "SELECT pg_notify('durable', json_build_array(null, 1, 1, 1, number)::text)"
+        await sql(f"{flood} FROM generate_series(1, 10000) AS number")
+        hint = Hint({("default", number): _now() for number in range(50)}).encode()
+        await sql("SELECT pg_notify('durable', :hint || repeat(' ', n)) FROM generate_series(1, 500) AS n", hint=hint)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=5)
+
+
+async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in_time(
+    durable: Durable, engine: AsyncEngine, sql: Rows
+) -> None:
+    release = asyncio.Event()
+    idle = Durable(engine)
+
+    @durable.task
+    async def nap(ctx: TaskContext) -> None:
+        await ctx.sleep_for("nap", 1.0)
+
+    @durable.task
+    async def hold(ctx: TaskContext) -> None:
+        await release.wait()
+
+    async with durable.worker(concurrency=1) as full, idle.worker(poll_interval=10) as other:
+        for worker in (full, other):
+            await eventually(lambda: worker._listener is not None and worker._listener.working)  # noqa: B023
+        naps, holds = await durable.spawn_many([Spawn(nap), Spawn(hold, priority=1)])
+        await eventually(lambda: _is(sql, "hold", "running"))
+        await eventually(lambda: _is(sql, "nap", "sleeping"))
+        # From now on both might run it, but the one that it was put to sleep by has something else to do.
+        idle.register(nap)
+        await durable.wait_for_result(naps, timeout=8)
+        release.set()
+        await durable.wait_for_result(holds, timeout=5)
+    ((late,),) = await sql(
+        "SELECT extract(epoch FROM finished_at - available_at)::float FROM durable.tasks WHERE task_name = 'nap'"
+    )
+    assert late < 1.0
+
+
+async def _is(sql: Rows, task_name: str, state: str) -> bool:
+    return await sql("SELECT state FROM durable.tasks WHERE task_name = :name", name=task_name) == [(state,)]
+
+
+async def test_a_retry_is_made_in_time(durable: Durable, sql: Rows) -> None:
+    @durable.task(max_attempts=2, retry_strategy=RetryStrategy.fixed(0.3))
+    async def second_time_lucky(ctx: TaskContext) -> int:
+        if ctx.attempt == 1:
+            raise ValueError
+        return ctx.attempt
+
+    async with durable.worker(concurrency=1) as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        for _ in range(3):
+            spawned = await durable.spawn(second_time_lucky)
+            assert (await durable.wait_for_result(spawned, timeout=2)).output == 2
+    late = await sql(
+        "SELECT extract(epoch FROM b.started_at - a.finished_at)::float - 0.3 FROM durable.runs a"
+        " JOIN durable.runs b ON a.task_id = b.task_id AND a.attempt = 1 AND b.attempt = 2"
+    )
+    assert len(late) == 3
+    assert all(0 <= seconds < 0.3 for (seconds,) in late), late
+
+
+class PgBouncer:
+    """A pooler in transaction mode in front of a server."""
+
+    PROGRAM = "/usr/sbin/pgbouncer"
+
+    def __init__(self, url: URL) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = URL.create("postgresql+asyncpg", "postgres", None, "127.0.0.1", self.port, url.database)
+        self._directory = Path(tempfile.mkdtemp(prefix="durable-pgbouncer-", dir="/tmp"))
+        host = str(url.query.get("host") or url.host)
+        target = {"host": host, "port": url.query.get("port") or url.port or 5432, "user": url.username}
+        if url.password:
+            target["password"] = url.password
+        (self._directory / "pgbouncer.ini").write_text(
+            f"""
+            [databases]
+            * = {" ".join(f"{key}={value}" for key, value in target.items())}
+            [pgbouncer]
+            listen_addr = 127.0.0.1
+            listen_port = {self.port}
+            unix_socket_dir =
+            auth_type = any
+            pool_mode = transaction
+            default_pool_size = 3
+            max_client_conn = 100
+            ignore_startup_parameters = extra_float_digits
+            """.replace("\n            ", "\n")
+        )
+        # It refuses to run as root, and has to reach the server's socket.
+        self._user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            owner = Path(host).stat().st_uid if host.startswith("/") else 65534
+            self._user = {"user": owner, "group": owner, "extra_groups": ()}
+            os.chown(self._directory, owner, owner)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self.PROGRAM, str(self._directory / "pgbouncer.ini")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                **self._user,
+            )
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                assert self._process.poll() is None, (self._directory / "log").read_text()
+                assert time.monotonic() < deadline, (self._directory / "log").read_text()
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(10)
+            self._process = None
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self._directory)
+
+
+@pytest.fixture
+def bouncer(database_url: URL) -> Generator[PgBouncer]:
+    if not Path(PgBouncer.PROGRAM).exists():
+        pytest.skip("pgbouncer is not installed")
+    bouncer = PgBouncer(database_url)
+    try:
+        bouncer.start()
+        yield bouncer
+    finally:
+        bouncer.remove()
+
+
+def pooled_engine(bouncer: PgBouncer, driver: str) -> AsyncEngine:
+    """As the documentation of the drivers says for poolers in transaction mode."""
+    url = bouncer.url.set(drivername=f"postgresql+{driver}")
+    if driver == "psycopg":
+        return create_async_engine(url, connect_args={"prepare_threshold": None})
+    arguments = {
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+        "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__",
+    }
+    return create_async_engine(url, connect_args=arguments)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_is_replaced_by_polling(
+    engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await create_bookings(engine)
+    caplog.set_level(logging.WARNING, "durable_sa")
+    pooled = pooled_engine(bouncer, driver)
+    async with Durable(pooled) as first, Durable(pooled) as second:
+        stories = [Story(client) for client in (first, second)]
+        async with first.worker(concurrency=10, poll_interval=0.1) as worker, second.worker(poll_interval=0.1):
+            spawned = [await first.spawn(stories[0].task, Parts()) for _ in range(20)]
+            for spawn in spawned:
+                assert (await first.wait_for_result(spawn, timeout=20)).output == 3
+            # Whether what is sent arrives is known after a few seconds.
+            await eventually(lambda: [record for record in caplog.records if "LISTEN" in record.getMessage()])
+            assert worker._listener is not None
+            assert not worker._listener.working
+            began = time.monotonic()
+            spawned.append(await first.spawn(stories[0].task, Parts(steps=1, sleep=0)))
+            await first.wait_for_result(spawned[-1], timeout=5)
+            assert time.monotonic() - began < 3.0
+    await pooled.dispose()
+    await assert_stories_ended_well(sql, spawned)
+    said = [record.getMessage() for record in caplog.records if "LISTEN" in record.getMessage()]
+    # One line a worker.
+    assert len(said) <= 2
+    assert all("polling" in message for message in said)
+
+
+async def test_a_restart_of_the_pooler_fails_no_task(
+    engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer
+) -> None:
+    await create_bookings(engine)
+    pooled = pooled_engine(bouncer, "asyncpg")
+    async with Durable(pooled) as victim:
+        story = Story(victim)
+        async with victim.worker(concurrency=10, poll_interval=0.1):
+            spawned = await durable.spawn_many([(story.task, Parts(steps=20, pause=0.02))] * 10)
+            await eventually(lambda: len(story.executed) > 40)
+            await asyncio.to_thread(bouncer.stop)
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(bouncer.start)
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=20)).output == sum(range(20))
+    await pooled.dispose()
+    await assert_stories_ended_well(sql, spawned)
+    assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
