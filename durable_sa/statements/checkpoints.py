@@ -88,18 +88,35 @@ RECORD_CHILDREN = select(
 )
 """Children and the checkpoints that name them, in one: neither where a key is taken or the queue is not there."""
 
-_event = rows("event", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
+_event = numbered_rows("event", "position", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
 _locked = locked_rows(_fences(_event))
+_ranked = (
+    select(
+        _event,
+        _locked.c.queue_name,
+        func.row_number()
+        .over(partition_by=(_locked.c.queue_name, _event.c.event_names), order_by=_event.c.position)
+        .label("rank"),
+    )
+    .join(_locked, _locked.c.task_id == _event.c.task_ids)
+    .cte("ranked")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+_first = _ranked.c.rank == constant(1)
 _emitted = (
     insert(Event)
     .from_select(
         ["queue_name", "name", "payload", "metadata", "emitted_at"],
         select(
-            _locked.c.queue_name, _event.c.event_names, as_json(_event.c.payloads), as_jsonb(_event.c.metadata), clock()
+            _ranked.c.queue_name,
+            _ranked.c.event_names,
+            as_json(_ranked.c.payloads),
+            as_jsonb(_ranked.c.metadata),
+            clock(),
         )
-        .join_from(_event, _locked, _locked.c.task_id == _event.c.task_ids)
         .join(_impatient, true())
-        .order_by(_locked.c.queue_name, _event.c.event_names),
+        .where(_first)
+        .order_by(_ranked.c.queue_name, _ranked.c.event_names),
     )
     .on_conflict_do_nothing()
     .returning(Event.queue_name, Event.name)
@@ -107,13 +124,13 @@ _emitted = (
 )
 _won = (
     select(
-        *(_event.c[name] for name in CHECKPOINT_COLUMNS if name != "values"),
-        case((_emitted.c.name.is_not(None), constant("true")), else_=constant("false")).label("values"),
+        *(_ranked.c[name] for name in CHECKPOINT_COLUMNS if name != "values"),
+        case((_first & _emitted.c.name.is_not(None), constant("true")), else_=constant("false")).label("values"),
     )
-    .select_from(
-        _event.join(_locked, _locked.c.task_id == _event.c.task_ids).outerjoin(
-            _emitted, (_emitted.c.queue_name == _locked.c.queue_name) & (_emitted.c.name == _event.c.event_names)
-        )
+    .outerjoin_from(
+        _ranked,
+        _emitted,
+        (_emitted.c.queue_name == _ranked.c.queue_name) & (_emitted.c.name == _ranked.c.event_names),
     )
     .cte("won")
 )
@@ -122,7 +139,7 @@ _written = _insert_checkpoints(_won, _locked)
 RECORD_EVENTS = select(_written.c.task_id, _written.c.key, _won.c["values"].label("value")).join(
     _won, (_won.c.task_ids == _written.c.task_id) & (_won.c["keys"] == _written.c.key)
 )
-"""Events with the checkpoints that remember whether they were the first of their name."""
+"""Events with the checkpoints that remember whether they were the first of their name, also within this statement."""
 
 _wanted = rows("wanted", task_ids=Uuid(), keys=Uuid())
 READ_CHECKPOINTS = select(

@@ -682,3 +682,24 @@ async def test_races_between_emit_and_timeout_end_in_one_of_the_two_for_good(eng
         results = [(await durable.wait_for_result(each, timeout=30)).output for each in spawned]
     for number, found in enumerate(results):
         assert found in ([number, number], ["timeout", number])
+
+
+async def test_of_many_that_emit_a_name_at_the_same_time_one_is_the_first(engine: Any):
+    everybody = asyncio.Barrier(20)
+
+    async def meet() -> None:
+        await everybody.wait()
+
+    async with Durable(engine) as durable, durable.worker(concurrency=20):
+
+        @durable.task
+        async def emit(ctx: TaskContext, number: int) -> list[list[int]]:
+            await ctx.step("meet", meet)
+            won = await asyncio.gather(*(ctx.emit_event("race", [number, attempt]) for attempt in range(2)))
+            return [[number, attempt] for attempt, first in enumerate(won) if first]
+
+        spawned = await durable.spawn_many([(emit, number) for number in range(20)])
+        winners = [(await durable.wait_for_result(each, timeout=30)).output for each in spawned]
+        async with durable.engine.connect() as connection:
+            stored = await connection.scalar(select(Event.payload))
+    assert [winner for winner in winners if winner] == [[stored]]
