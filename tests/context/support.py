@@ -26,7 +26,7 @@ class Runner:
         """The output of the task, which must complete."""
         result = await self.result(task, params, **options)
         assert result.status is TaskStatus.COMPLETED, result.error
-        return result.output  # type: ignore[return-value]
+        return result.output
 
     async def failure(self, task: Task[Any, Any], params: Any = None, **options: Any) -> Any:
         """The error of the task, which must fail."""

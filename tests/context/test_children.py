@@ -477,13 +477,13 @@ async def test_first_failed_join_of_a_gather_decides_and_the_other_children_are_
     assert result.error.name == "ChildFailed"
     children = {row.task_name: row for row in await Rows(run.durable, spawned).children()}
     await Rows(run.durable, children["endless"].task_id).until("cancelled")
-    assert (await run.durable.get_task_result(children["bad"].task_id)).status is TaskStatus.FAILED  # type: ignore[union-attr]
+    assert (await run.durable.get_task_result(children["bad"].task_id)).status is TaskStatus.FAILED
 
 
 async def test_params_that_do_not_fit_fail_the_parent_at_once(run: Runner):
     @task
     async def work(ctx: TaskContext) -> None:
-        await ctx.spawn("think", think, {"wrong": 1})  # type: ignore[call-overload]
+        await ctx.spawn("think", think, {"wrong": 1})
 
     spawned = await run.spawn(work)
     assert (await run.wait(spawned)).error.name == "InvalidTaskParams"

@@ -361,7 +361,7 @@ async def test_event_in_an_open_transaction_is_delivered_on_its_commit_and_holds
         await Rows(run.durable, late).until("sleeping")
         await run.durable.emit_event("quick", 2)
         assert (await run.wait(other)).output == 2
-        assert (await run.durable.get_task_result(waiting)).status == "sleeping"  # type: ignore[union-attr]
+        assert (await run.durable.get_task_result(waiting)).status == "sleeping"
         await session.commit()
     assert (await run.wait(waiting)).output == 1
     assert (await run.wait(late)).output == 1
@@ -405,7 +405,7 @@ async def test_emit_of_a_name_that_an_open_transaction_emits_holds_up_no_other_t
         async with asyncio.timeout(8):
             for _ in range(3):
                 assert await run(others) == 3
-        assert (await run.durable.get_task_result(emitting)).status == "running"  # type: ignore[union-attr]
+        assert (await run.durable.get_task_result(emitting)).status == "running"
         await session.commit()
     assert (await run.wait(emitting)).output is False
 
@@ -507,7 +507,7 @@ async def test_wait_row_of_something_else_neither_wakes_nor_answers(run: Runner)
         await connection.execute(statement, {"id": spawned.task_id})
     await run.durable.emit_event("stray", "wrong")
     await asyncio.sleep(0.3)
-    assert (await run.durable.get_task_result(spawned)).status == "sleeping"  # type: ignore[union-attr]
+    assert (await run.durable.get_task_result(spawned)).status == "sleeping"
     await run.durable.emit_event("wanted", "right")
     assert (await run.wait(spawned)).output == "right"
 
@@ -623,7 +623,7 @@ async def test_row_that_somebody_holds_locked_is_woken_once_it_is_free(run: Runn
         await connection.execute(update(TaskRow).where(TaskRow.task_id == locked.task_id).values(priority=0))
         await run.durable.emit_event("go", 1)
         assert (await run.wait(free)).output == 1
-        assert (await run.durable.get_task_result(locked)).status == "sleeping"  # type: ignore[union-attr]
+        assert (await run.durable.get_task_result(locked)).status == "sleeping"
     assert (await run.wait(locked)).output == 1
 
 

@@ -180,7 +180,7 @@ async def test_as_many_run_side_by_side_as_the_worker_has_slots(engine: Any):
     async with Durable(engine, tasks=[work]) as durable, durable.worker(concurrency=8):
         spawned = await durable.spawn_many([(work, None)] * 8)
         found = [(await durable.wait_for_result(each, timeout=20)).output for each in spawned]
-    assert sorted(found) == list(range(8))  # type: ignore[type-var]
+    assert sorted(found) == list(range(8))
 
 
 async def test_blocking_code_does_not_hold_up_the_event_loop(run: Runner):

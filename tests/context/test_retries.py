@@ -36,7 +36,7 @@ async def failing(ctx: TaskContext, params: str) -> None:
     if params == "InvalidName":
         await ctx.emit_event("$mine")
     if params == "InvalidTaskParams":
-        await ctx.spawn("child", typed, "no number")  # type: ignore[arg-type]
+        await ctx.spawn("child", typed, "no number")
     if params == "PayloadTooLarge":
         await ctx.emit_event("large", "x" * 17_000_000)
     if params == "ChildFailed":

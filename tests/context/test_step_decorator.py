@@ -36,7 +36,7 @@ async def test_inside_a_task_a_call_is_remembered_under_the_functions_name(run: 
 
     @task
     async def work(ctx: TaskContext) -> list[int]:
-        found = [await charge(1), await charge(2), await cancel(5)]  # type: ignore[misc]
+        found = [await charge(1), await charge(2), await cancel(5)]
         if ctx.attempt == 1:
             raise Crash
         return found
@@ -231,7 +231,7 @@ async def test_timeout_of_a_plain_function_does_not_wait_for_its_thread(run: Run
 
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> None:
-        await stuck()  # type: ignore[func-returns-value, misc]
+        await stuck()
 
     started = time.monotonic()
     assert (await run.failure(work)).name == "TaskTimeout"
@@ -288,7 +288,7 @@ async def test_steps_that_call_steps_keep_what_those_gave(run: Runner, tally: Ta
 def test_options_that_cannot_work_are_refused_where_they_are_written():
     for options in ({"max_attempts": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"retry_strategy": "fixed"}):
         with pytest.raises(ValueError, match="|".join(options)):
-            step("name", **options)  # type: ignore[call-overload]
+            step("name", **options)
 
 
 @pytest.mark.parametrize("timeout", [None, 20])

@@ -408,7 +408,7 @@ class Lossy:
         self.lost: list[str] = []
         dialect = engine.sync_engine.dialect
         self._commit = dialect.do_commit
-        dialect.do_commit = self.commit  # type: ignore[method-assign]
+        dialect.do_commit = self.commit
 
     def commit(self, dbapi_connection: Any) -> None:
         what = self.plan.pop(0) if self.plan else "commit"
@@ -488,7 +488,7 @@ async def test_task_that_was_cancelled_commits_nothing_more(run: Runner, ledger:
     ready.set()
     assert (await run.wait(spawned)).status == "cancelled"
     await began.wait()
-    await eventually(lambda: run.durable.engine.pool.checkedout() <= 4)  # type: ignore[attr-defined]
+    await eventually(lambda: run.durable.engine.pool.checkedout() <= 4)
     assert await ledger.entries() == []
     assert await Rows(run.durable, spawned).checkpoints() == []
 

@@ -1,0 +1,115 @@
+"""Connections that break while a statement is on its way, before it is executed or after: the task never knows."""
+
+import random
+from collections import Counter
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from durable_sa import Durable, RetryStrategy, TaskContext, task
+from tests.context import crashing
+from tests.context.support import Rows
+
+
+class Unreliable:
+    """An engine whose connections break now and then, during a statement or a commit."""
+
+    def __init__(self, engine: AsyncEngine, seed: int) -> None:
+        self.engine = engine
+        self.share = 0.0
+        self.broken = 0
+        self._chance = random.Random(seed)
+        self._dialect = engine.sync_engine.dialect
+        self._execute, self._commit = self._dialect.do_execute, self._dialect.do_commit
+        self._dialect.do_execute = self.execute
+        self._dialect.do_commit = self.commit
+
+    def execute(self, cursor: Any, *arguments: Any) -> None:
+        self._perhaps(lambda: self._execute(cursor, *arguments), cursor._adapt_connection)
+
+    def commit(self, connection: Any) -> None:
+        self._perhaps(lambda: self._commit(connection), connection)
+
+    def _perhaps(self, perform: Any, connection: Any) -> None:
+        lost = self._chance.random() < self.share
+        if not lost or self._chance.random() < 0.5:
+            perform()
+        if lost:
+            self.broken += 1
+            connection.terminate()
+            raise self._dialect.loaded_dbapi.InterfaceError("connection is closed")
+
+
+@pytest.fixture
+async def unreliable(engine: AsyncEngine, request: pytest.FixtureRequest) -> AsyncGenerator[Unreliable]:
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE ledger (id serial, task_id uuid, what text)"))
+    own = create_async_engine(engine.url, pool_size=20)
+    yield Unreliable(own, request.param)
+    await own.dispose()
+
+
+@pytest.mark.parametrize("unreliable", range(2), indirect=True)
+async def test_no_break_of_a_connection_is_seen_by_the_task(
+    engine: AsyncEngine, unreliable: Unreliable, tmp_path: Path
+):
+    crashing.Process.ledger = tmp_path / "steps"
+    client = Durable(engine, tasks=crashing.TASKS)
+    async with Durable(unreliable.engine, tasks=crashing.TASKS) as durable, durable.worker(concurrency=10):
+        unreliable.share = 0.1
+        spawned = [(await client.spawn(crashing.work, number), number) for number in range(15)]
+        spawned += [(await client.spawn(crashing.plain_work, number), number) for number in range(15)]
+        results = [await client.wait_for_result(each, timeout=60) for each, _ in spawned]
+        unreliable.share = 0.0
+    assert unreliable.broken > 50
+
+    async with engine.connect() as connection:
+        written = (await connection.execute(text("SELECT task_id, what, id FROM ledger"))).all()
+    steps = Counter(line for line in (tmp_path / "steps").read_text().splitlines())
+    for (each, number), result in zip(spawned, results, strict=True):
+        rows = Rows(client, each)
+        assert result.error is None
+        row = await rows.task()
+        assert (row.failures, row.attempt, row.lease_losses) == (0, 1, 0)
+        [child] = await rows.children()
+        own = {what: number for task_id, what, number in written if task_id == each.task_id}
+        [of_child] = [number for task_id, _, number in written if task_id == child.task_id]
+        assert Counter(task_id for task_id, _, _ in written)[each.task_id] == len(own)
+        output: Any = result.output
+        if row.task_name == "work":
+            events = [number, "timeout", number + 1, own["write 2"]]
+            assert output[:-1] == [number + 1, own["write 1"], of_child, *events]
+            assert steps[f"{each.task_id} plain"] == 2
+        else:
+            assert output[:-1] == [number + 2, own["write 1"], of_child]
+            assert steps[f"{each.task_id} threaded"] == 1
+        assert await rows.waits() == []
+
+
+@pytest.mark.parametrize("unreliable", range(1), indirect=True)
+async def test_failures_of_the_task_are_counted_once_each(engine: AsyncEngine, unreliable: Unreliable):
+    """The report of a failure whose reply is lost is repeated, and is still one failure."""
+    client = Durable(engine, default_retry_strategy=RetryStrategy.fixed(0.01))
+    async with Durable(unreliable.engine) as durable, durable.worker(concurrency=10):
+
+        @task(max_attempts=4)
+        async def work(ctx: TaskContext) -> None:
+            raise ValueError(str(ctx.attempt))
+
+        durable.register(work)
+        client.register(work)
+        unreliable.share = 0.15
+        spawned = [await client.spawn(work) for _ in range(20)]
+        results = [await client.wait_for_result(each, timeout=60) for each in spawned]
+        unreliable.share = 0.0
+    assert unreliable.broken > 8
+    for each, result in zip(spawned, results, strict=True):
+        assert result.error is not None
+        assert result.error.message == "4"
+        rows = Rows(client, each)
+        assert (await rows.task()).failures == 4
+        assert [run.error["message"] for run in await rows.runs()] == ["1", "2", "3", "4"]
