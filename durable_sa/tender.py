@@ -28,8 +28,10 @@ logger = logging.getLogger("durable_sa")
 
 BATCH = 500
 DELIVERY_EVENTS = 50
-RECONCILE_INTERVAL = 5.0
+RECONCILE_INTERVAL = 10.0
 """Seconds between searches for waits that should have been resolved."""
+REPAIR_AGE = 5.0
+"""Seconds after which a wait that should have been resolved is taken to have been forgotten."""
 RECONCILE_SHARE = 50
 """And at least so many times as long as the last search took."""
 SWEEP_LOST_INTERVAL = 10.0
@@ -287,7 +289,7 @@ class Tender:
                 self._look_at = min(self._look_at, due)
 
     async def _reconcile(self) -> None:
-        rows = await self._execute(waits.UNRESOLVED, {"age": RECONCILE_INTERVAL, "wanted": BATCH})
+        rows = await self._execute(waits.UNRESOLVED, {"age": REPAIR_AGE, "wanted": BATCH})
         if rows:
             found = {row.task_id for row in rows}
             self.repaired += len(found)

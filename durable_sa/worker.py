@@ -56,7 +56,7 @@ logger = logging.getLogger("durable_sa")
 
 LISTENING_POLL = 5.0
 """Seconds between polls while hints arrive."""
-TEND_INTERVAL = 2.5
+TEND_INTERVAL = 5.0
 """Seconds between looks for maintenance while hints arrive and nothing runs."""
 TEND_INTERVAL_BUSY = 1.0
 CLOSING_DEADLINE = 10.0

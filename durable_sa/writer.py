@@ -140,17 +140,20 @@ class Writer:
                 await self._wanted.wait()
                 self._wanted.clear()
                 while batch := self._take():
-                    self._flushing = len(batch)
-                    groups: dict[Kind, list[Write]] = {}
-                    for write in batch:
-                        groups.setdefault(write.kind, []).append(write)
-                    for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
-                        await self._send(groups[kind])
-                    self._flushing = 0
+                    await self._send_all(batch)
                 if not self.backlog:
                     self.idle.set()
         finally:
             self.abandon()
+
+    async def _send_all(self, batch: list[Write]) -> None:
+        self._flushing = len(batch)
+        groups: dict[Kind, list[Write]] = {}
+        for write in batch:
+            groups.setdefault(write.kind, []).append(write)
+        for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
+            await self._send(groups[kind])
+        self._flushing = 0
 
     def _take(self) -> list[Write]:
         batch: list[Write] = []
