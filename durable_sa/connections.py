@@ -32,7 +32,9 @@ STATEMENT_DEADLINE = 30.0
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
-_CACHED_PLAN_STATES = frozenset({"0A000", "26000"})
+_CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
+_POOLER_STATES = frozenset({"26000", "42P05"})
+"""A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
 
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
@@ -150,6 +152,7 @@ class Database:
                 "Give an AsyncEngine, an async_sessionmaker or a URL.",
             )
         self.options: dict[str, Any] = {}
+        self._pooled = False
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
             self.options["schema_translate_map"] = {**applications, SCHEMA: schema}
@@ -171,6 +174,8 @@ class Database:
                 query = text("SELECT current_setting('default_transaction_isolation')")
                 connection.info[_EXPLICIT] = (await connection.execute(query)).scalar() != "read committed"
                 await connection.rollback()
+            if self._pooled:
+                connection.info[_EXPLICIT] = True
             if connection.info[_EXPLICIT]:
                 connection = await connection.execution_options(isolation_level="READ COMMITTED")
         except BaseException:
@@ -194,9 +199,18 @@ class Database:
     async def execute_on(
         self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[Row[Any]]:
-        """Run one statement as a transaction of its own."""
+        """Run one statement as a transaction of its own.
+
+        A pooler in transaction mode may prepare a statement on one server connection and run it on another, unless a
+        transaction holds the two together. Where that is seen to happen, statements get transactions from then on.
+        """
         if not connection.info[_EXPLICIT]:
-            result = await connection.execute(statement, parameters)
+            try:
+                result = await connection.execute(statement, parameters)
+            except DBAPIError as error:
+                if sqlstate(error) in _POOLER_STATES:
+                    self._pooled = True
+                raise
             return result.all() if result.returns_rows else ()
         async with connection.begin():
             result = await connection.execute(statement, parameters)

@@ -405,12 +405,22 @@ class Listener:
 
     async def _probe(self, payload: str) -> None:
         """Send something to ourselves, over another connection."""
-        engine = self._connect()
+
+        async def send() -> None:
+            engine = self._connect()
+            try:
+                async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                    await connection.execute(NOTIFY, {"channel": self._channel, "payload": payload})
+            finally:
+                await engine.dispose()
+
+        # Cancelled in the middle of opening or closing, a driver would leave its connection open.
+        sending = asyncio.ensure_future(send())
         try:
-            async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-                await connection.execute(NOTIFY, {"channel": self._channel, "payload": payload})
-        finally:
-            await engine.dispose()
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait([sending], timeout=2.0)
+            raise
 
 
 class _NotDelivered(Exception):  # noqa: N818

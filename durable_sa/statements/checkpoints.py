@@ -179,6 +179,7 @@ RECORD_IN_TRANSACTION = (
 INLINE_BYTES = 4 * 1024 * 1024
 """Stored size up to which a journal is read with its values; what lies beyond is read value by value."""
 
+_resumed = rows("resumed", task_ids=Uuid())
 _page = (
     select(
         Checkpoint.task_id,
@@ -187,14 +188,14 @@ _page = (
         Checkpoint.name,
         Checkpoint.status,
         Checkpoint.child_task_id,
-        Checkpoint.created_at,
         Checkpoint.value,
         func.sum(func.coalesce(func.pg_column_size(Checkpoint.value), 0))
-        .over(partition_by=Checkpoint.task_id, order_by=(Checkpoint.created_at, Checkpoint.key), rows=(None, 0))
+        .over(order_by=(Checkpoint.created_at, Checkpoint.key), rows=(None, 0))
         .label("size_so_far"),
     )
-    .where(Checkpoint.task_id == func.any(array("task_ids", Uuid())))
-    .subquery("page")
+    .where(Checkpoint.task_id == _resumed.c.task_ids)
+    .correlate(_resumed)
+    .lateral("page")
 )
 LOAD_CHECKPOINTS = select(
     _page.c.task_id,
@@ -205,8 +206,11 @@ LOAD_CHECKPOINTS = select(
     _page.c.child_task_id,
     case((_page.c.size_so_far <= INLINE_BYTES, as_text(_page.c.value)), else_=null()).label("value"),
     (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
-)
-"""The journals of runs that go on: every key, and the values up to a bound on their size."""
+).select_from(_resumed.join(_page, true()))
+"""The journals of runs that go on: every key, and the values up to a bound on their size.
+
+Task by task: for many ids at once the planner reads the whole table as long as it has no statistics of it.
+"""
 
 LOAD_WAITS = select(Wait.task_id, Wait.key, Wait.due_at).where(Wait.task_id == func.any(array("task_ids", Uuid())))
 """Waits that are still unresolved when their task is claimed again; they keep the times they were given."""
