@@ -433,9 +433,9 @@ async def test_a_paused_queue_yields_nothing_until_it_is_resumed(durable: Durabl
         spawned = await durable.spawn(hidden.task)
         await asyncio.sleep(0.3)
         assert await durable.count_unclaimed_ready_tasks() == 0
-            waiting = await durable.get_task_result(spawned)
-            assert waiting is not None
-            assert waiting.status == "pending"
+        waiting = await durable.get_task_result(spawned)
+        assert waiting is not None
+        assert waiting.status == "pending"
         await sql("UPDATE durable.queues SET paused_at = NULL")
         await durable.wait_for_result(spawned, timeout=2)
 
