@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
 
 from .annotations import is_coroutine_function
@@ -76,7 +76,7 @@ async def _once(
     kwargs: dict[str, Any],
 ) -> T:
     what = f"the result of transaction {name!r}"
-    async with connection.begin() as transaction:
+    async with _transaction(connection) as transaction:
         session = durable.database.session(connection)
         with _guarded(session, connection, name):
             if is_coroutine_function(fn):
@@ -91,7 +91,6 @@ async def _once(
                 checkpoints.LOCK_UNDER_FENCE, {"task_id": run.claimed.task_id, "fence": run.claimed.fence}
             )
             if locked.first() is None:
-                await transaction.rollback()
                 run.take_away(LeaseLost())
                 raise LeaseLost
             written = await connection.execute(
@@ -114,25 +113,46 @@ class _Interrupted(Exception):  # noqa: N818
     """The engine's own statements met the database in a bad moment: no fault of `fn`, however often."""
 
 
+@asynccontextmanager
+async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTransaction]:
+    """A transaction that leaves nothing open, also if its commit or rollback was refused.
+
+    SQLAlchemy then takes it for ended although nothing was sent, and the pool would hand the connection on as it is:
+    with the writes of this transaction, for another one to commit.
+    """
+    async with connection.begin() as transaction:
+        try:
+            yield transaction
+        except BaseException:
+            if not transaction.is_active:
+                await discard(connection)
+            raise
+
+
 @contextmanager
 def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> Generator[None]:
-    """Refuses a commit or rollback of the whole transaction by the code inside; savepoints are its own."""
+    """Refuses a commit or rollback of the whole transaction by the code inside, also if that catches the refusal.
+
+    Savepoints are its own.
+    """
     what = f"The session of transaction {name!r}"
+    refusals: list[InvalidState] = []
+
+    def refuse(state: str, remedy: str) -> NoReturn:
+        refusals.append(InvalidState(what, state, remedy))
+        raise refusals[0]
 
     def refuse_commit(target: object) -> None:
         if target is connection.sync_connection or not session.in_nested_transaction():
-            raise InvalidState(
-                what,
+            refuse(
                 "committed by the engine, together with the checkpoint",
                 "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
             )
 
     def refuse_rollback(_: object, previous: SessionTransaction | None = None) -> None:
         if previous is None or previous.parent is None:
-            raise InvalidState(
-                what,
-                "rolled back by the engine if its function raises",
-                "Raise an exception instead of calling rollback().",
+            refuse(
+                "rolled back by the engine if its function raises", "Raise an exception instead of calling rollback()."
             )
 
     listeners: list[tuple[object, str, Callable[..., None]]] = [
@@ -141,13 +161,15 @@ def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> G
         (connection.sync_connection, "commit", refuse_commit),
         (connection.sync_connection, "rollback", refuse_rollback),
     ]
-    for target, event_name, refuse in listeners:
-        event.listen(target, event_name, refuse)
+    for target, event_name, listener in listeners:
+        event.listen(target, event_name, listener)
     try:
         yield
+        if refusals:
+            raise refusals[0]
     finally:
-        for target, event_name, refuse in listeners:
-            event.remove(target, event_name, refuse)
+        for target, event_name, listener in listeners:
+            event.remove(target, event_name, listener)
 
 
 async def _give_back(connection: AsyncConnection) -> None:

@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, String, event, select, text
+from sqlalchemy import URL, Connection, String, event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from durable_sa import Durable, RetryStrategy, SyncTaskContext, TaskContext, task
+from durable_sa import Durable, InvalidState, RetryStrategy, SyncTaskContext, TaskContext, task
 from tests.context.support import Crash, Rows, Runner, Tally
 from tests.support import eventually
 
@@ -181,6 +181,38 @@ async def test_commit_inside_is_refused_and_commits_nothing(run: Runner, ledger:
     error = await run.failure(work)
     assert error.name == "InvalidState"
     assert "'commits'" in error.message
+    assert await ledger.entries() == []
+
+
+@pytest.mark.filterwarnings("ignore:nested transaction already deassociated")
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("how", ["session", "connection"])
+async def test_nothing_is_left_open_where_the_end_was_refused(
+    run: Runner, ledger: Ledger, database_url: URL, how: str, end: str, swallowed: bool
+):
+    """Otherwise the next user of the connection would commit it."""
+
+    async def ends(session: AsyncSession) -> None:
+        session.add(Entry(text="x"))
+        await session.flush()
+        ending: Any = session if how == "session" else await session.connection()
+        try:
+            await getattr(ending, end)()
+        except InvalidState:
+            if not swallowed:
+                raise
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> None:
+        await ctx.transaction("ends", ends)
+
+    assert (await run.failure(work)).name == "InvalidState"
+    onlooker = create_async_engine(database_url)
+    async with onlooker.connect() as connection:
+        idle = text("SELECT query FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in %'")
+        assert (await connection.execute(idle)).scalars().all() == []
+    await onlooker.dispose()
     assert await ledger.entries() == []
 
 
