@@ -32,6 +32,7 @@ STATEMENT_DEADLINE = 30.0
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
+_LOST_STATES = frozenset({"57P01", "57P02"})
 _CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 _POOLER_STATES = frozenset({"26000", "42P05"})
 """A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
@@ -69,8 +70,15 @@ def is_conflict(error: BaseException) -> bool:
     """Whether a transaction lost against another one, or its connection, and may be run again from its beginning."""
     if not isinstance(error, DBAPIError):
         return False
+    return is_lost(error) or sqlstate(error) in _CONFLICT_STATES
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the connection was lost, or ended by an administrator or a crash of the server."""
+    if not isinstance(error, DBAPIError):
+        return False
     code = sqlstate(error) or ""
-    return error.connection_invalidated or code[:2] == "08" or code in _CONFLICT_STATES
+    return error.connection_invalidated or code[:2] == "08" or code in _LOST_STATES
 
 
 def is_autocommit(connection: Connection) -> bool:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from .annotations import is_coroutine_function
 from .codec import Codec, check_size
-from .connections import backoff, discard, is_conflict, is_transient
+from .connections import backoff, discard, is_conflict, is_lost, is_transient
 from .errors import InvalidState
 from .reader import persistently
 from .signals import LeaseLost
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ATTEMPTS = 5
-"""How often a transaction is run again from its beginning, after losing against another or losing its connection."""
+"""How often a transaction is run that loses against another one."""
+LOST_CONNECTIONS = 20
+"""How many connections in a row `fn` may lose, which is hardly its fault; unless its query crashes the server."""
 
 
 async def run_transaction(
@@ -47,7 +49,7 @@ async def run_transaction(
     as `fn` takes. After a lost commit nobody knows what happened, so the next try looks for the checkpoint, under the
     lock, before it commits another one.
     """
-    attempt = interruptions = 0
+    attempt = lost = interruptions = 0
     while True:
         await run.enter()
         connection = await persistently(durable.database.transactional)
@@ -56,12 +58,15 @@ async def run_transaction(
         except _Interrupted:
             interruptions += 1
         except SQLAlchemyError as error:
-            attempt += 1
-            if attempt == ATTEMPTS or not is_conflict(error):
+            if is_lost(error):
+                lost += 1
+            else:
+                attempt += 1
+            if lost == LOST_CONNECTIONS or attempt == ATTEMPTS or not is_conflict(error):
                 raise
         finally:
             await _give_back(connection)
-        await asyncio.sleep(backoff(attempt + interruptions))
+        await asyncio.sleep(backoff(attempt + lost + interruptions))
 
 
 async def _once(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from durable_sa import Durable, RetryStrategy, TaskContext, task
 from tests.context import crashing
@@ -113,3 +113,34 @@ async def test_failures_of_the_task_are_counted_once_each(engine: AsyncEngine, u
         rows = Rows(client, each)
         assert (await rows.task()).failures == 4
         assert [run.error["message"] for run in await rows.runs()] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("times", "failures"), [(10, 0), (20, 1)])
+async def test_a_transaction_outlasts_many_lost_connections_but_not_any_number(
+    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, times: int, failures: int
+):
+    """A query that crashes the server each time must come to an end."""
+    monkeypatch.setattr("durable_sa.transactions.backoff", lambda _: 0.0)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE ledger (id serial)"))
+    tries = 0
+
+    async def write(session: AsyncSession) -> int:
+        nonlocal tries
+        tries += 1
+        await session.execute(text("INSERT INTO ledger DEFAULT VALUES"))
+        if tries <= times:
+            await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        return tries
+
+    @durable.task(max_attempts=2, retry_strategy=RetryStrategy.fixed(0))
+    async def work(ctx: TaskContext) -> int:
+        return await ctx.transaction("write", write)
+
+    async with durable.worker():
+        spawned = await durable.spawn(work)
+        result = await durable.wait_for_result(spawned, timeout=30)
+    assert result.output == times + 1
+    assert (await Rows(durable, spawned).task()).failures == failures
+    async with engine.connect() as connection:
+        assert (await connection.execute(text("SELECT count(*) FROM ledger"))).scalar() == 1
