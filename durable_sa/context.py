@@ -26,7 +26,7 @@ from .hooks import Hooks, around_step
 from .ids import child_id, digest, is_part, new_id, step_key
 from .journal import Entry
 from .names import validate_name
-from .policies import Duration, seconds, timestamp
+from .policies import Duration, RetryStrategy, seconds, timestamp
 from .results import TaskHandle
 from .run import Parked
 from .signals import ControlFlow, LeaseLost, TaskCancelled
@@ -211,6 +211,9 @@ class TaskContext(Generic[StateT]):
             return Begun(call, True, value, 0)
         tries = await self._failed_tries(call) if options.max_attempts > 1 else 0
         await run.enter()
+        if failures := tries % options.max_attempts:
+            # What has woken the run may have been something else.
+            await self._pause(call, tries, self._strategy(options).delay(failures))
         return Begun(call, False, None, tries)
 
     async def _execute(
@@ -248,7 +251,7 @@ class TaskContext(Generic[StateT]):
         The last try that it has is remembered, too: the next attempt of the task then begins with a full number of
         them, whereas after a crash it goes on counting.
         """
-        strategy = options.retry_strategy or self._durable.default_retry_strategy
+        strategy = self._strategy(options)
         if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
             return False
         tried = self._try(call, tries - 1)
@@ -259,6 +262,9 @@ class TaskContext(Generic[StateT]):
             return False
         await self._pause(call, tries, strategy.delay(failures))
         return True
+
+    def _strategy(self, options: StepOptions) -> RetryStrategy:
+        return options.retry_strategy or self._durable.default_retry_strategy
 
     async def _pause(self, call: Call, tries: int, delay: float) -> None:
         """Between two tries of a step."""

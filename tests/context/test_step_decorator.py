@@ -185,6 +185,26 @@ async def test_long_pause_between_tries_suspends_the_run_and_is_not_begun_anew(r
     assert 1.2 <= tally[1] - tally[0] < 4
 
 
+async def test_pause_between_tries_is_not_cut_short_by_what_else_wakes_the_run(run: Runner, tally: Tally):
+    @step(max_attempts=2, retry_strategy=RetryStrategy.fixed(1.5))
+    async def flaky() -> str:
+        tally.add(time.monotonic())
+        if len(tally) == 1:
+            raise ConnectionError
+        return "done"
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> list[object]:
+        return await asyncio.gather(flaky(), ctx.await_event("go"))
+
+    spawned = await run.spawn(work)
+    await Rows(run.durable, spawned).until("sleeping")
+    await run.durable.emit_event("go", 1)
+    assert (await run.wait(spawned)).output == ["done", 1]
+    assert len(tally) == 2
+    assert tally[1] - tally[0] >= 1.5
+
+
 async def test_step_past_its_timeout_is_cancelled_and_raises_task_timeout(run: Runner, tally: Tally):
     @step(timeout=0.05)
     async def slow() -> None:
