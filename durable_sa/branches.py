@@ -190,8 +190,9 @@ class Branches:
         self._root = None
         for task in live:
             del self._tasks[task], _branch_of[task]
-            # The garbage collector may come across it, then.
+            # The garbage collector may come across it, then, and the end of the event loop does not wait for it.
             task._log_destroy_pending = False  # type: ignore[attr-defined]
+            asyncio._unregister_task(task)
         return list(live)
 
     def takes(self, loop: asyncio.AbstractEventLoop) -> bool:

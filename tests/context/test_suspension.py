@@ -78,6 +78,8 @@ async def test_code_that_swallows_everything_for_ever_does_not_spin_and_gives_it
         while counts[0] >= 0:
             try:
                 await ctx.sleep_for("nap", 3600)
+            except GeneratorExit:
+                raise
             except BaseException:  # noqa: BLE001
                 counts[0] += 1
 
