@@ -58,10 +58,7 @@ async def _perform_async(executor: AsyncExecutor, schema: str, script: Callable[
 
 
 def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]]) -> T:
-    options: dict[str, Any] = {}
-    if schema != SCHEMA:
-        applications: dict[str, Any] = connection.get_execution_options().get("schema_translate_map") or {}
-        options["schema_translate_map"] = {**applications, SCHEMA: schema}
+    options: dict[str, Any] = {} if schema == SCHEMA else {"schema_translate_map": {SCHEMA: schema}}
     hint = Hint()
     steps = script(hint)
     try:

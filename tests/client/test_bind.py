@@ -185,6 +185,7 @@ async def test_settings_of_the_session_do_not_matter(database_url: URL, engine: 
         "default_transaction_deferrable": "on",
         "statement_timeout": "5s",
         "lock_timeout": "2s",
+        "durable.fake_now": "1999-01-01",
     }
     async with engine.begin() as connection:
         for name, value in settings.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import uuid
 from datetime import UTC, datetime
 from typing import Any
@@ -34,6 +36,7 @@ from tests.client.support import (
     Application,
     Base,
     Caller,
+    Gate,
     Order,
     close,
     count,
@@ -307,6 +310,39 @@ async def test_a_flush_spawns_together_with_the_object_that_caused_it(
     await settle(session.close())
     assert (await count(engine), await count(engine, "orders")) == (1, 1)
     await close(app)
+
+
+async def test_a_connection_that_is_cut_at_any_moment_leaves_both_or_neither(
+    gate: Gate, orders: None, client: Durable, engine: AsyncEngine
+) -> None:
+    app = create_async_engine(gate.url)
+    numbers = random.Random(1)
+    acknowledged = []
+
+    async def buy(number: int) -> None:
+        async with AsyncSession(app) as session:
+            session.add(Order(item=str(number)))
+            await client.spawn_with(session, ship, {"order": number})
+            await session.commit()
+            acknowledged.append(str(number))
+
+    for number in range(60):
+        buying = asyncio.create_task(buy(number))
+        await asyncio.sleep(numbers.random() * 0.012)
+        if number % 2:
+            await gate.shut()
+            await gate.open()
+        await asyncio.wait([buying])
+        error = buying.exception()
+        assert error is None or isinstance(error, DBAPIError | OSError), error
+    await close(app)
+    async with engine.connect() as connection:
+        ordered = await connection.scalars(sa.select(Order.item))
+        spawned = await connection.scalars(sa.select(sa.cast(TaskRow.params["order"], sa.Text)))
+        found = sorted(ordered)
+        assert found == sorted(spawned)
+    assert set(acknowledged) <= set(found)
+    assert 30 <= len(acknowledged) < 60
 
 
 async def test_a_session_with_several_binds_uses_the_one_of_the_durable_tables(

@@ -172,6 +172,25 @@ async def test_a_child_stays_until_all_its_ancestors_have_ended(durable: Durable
     assert await counts(engine) == [0, 0, 0, 0, 1]
 
 
+async def test_a_parent_stays_as_long_as_it_has_children(durable: Durable, engine: AsyncEngine) -> None:
+    @durable.task("child")
+    async def child(ctx: TaskContext) -> None: ...
+
+    @durable.task("parent")
+    async def parent(ctx: TaskContext) -> None:
+        await ctx.spawn("child", child, delay=3600)
+
+    async with durable.worker():
+        spawned = await durable.spawn(parent)
+        await durable.wait_for_result(spawned, timeout=20)
+    assert await durable.cleanup_tasks(0) == 0
+    async with engine.connect() as connection:
+        child_id = await connection.scalar(sa.select(TaskRow.task_id).where(TaskRow.parent_task_id.is_not(None)))
+    assert child_id is not None
+    await durable.cancel_task(child_id)
+    assert await durable.cleanup_tasks(0) == 2
+
+
 async def test_what_a_task_waits_for_stays(durable: Durable, engine: AsyncEngine) -> None:
     """Also where it is nobody's child."""
 

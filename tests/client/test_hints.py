@@ -24,6 +24,7 @@ from durable_sa import Durable, task
 from durable_sa.embedded import temporary_server
 from durable_sa.hints import Hint
 from tests.client.support import (
+    ASYNC,
     Application,
     Caller,
     Hints,
@@ -58,7 +59,7 @@ async def test_one_hint_after_the_commit_and_none_after_a_rollback(
 ) -> None:
     await durable.create_queue("mails")
     async with application.caller() as caller:
-        await caller.call(client.spawn_with, ship)
+        await caller.call(client.spawn_with, ship, priority=9)
         await caller.rollback()
         await caller.call(client.spawn_with, ship, priority=2)
         await caller.call(client.spawn_with, ship, priority=2)
@@ -77,6 +78,28 @@ async def test_one_hint_after_the_commit_and_none_after_a_rollback(
         await caller.call(client.spawn_with, ship)
     await application.close()
     assert await hints.so_far() == [first]
+
+
+@with_some_callers
+async def test_no_hint_comes_before_what_it_is_about(
+    application: Application, client: Durable, engine: AsyncEngine, hints: Hints
+) -> None:
+    """A worker that looked too early would not look again for long."""
+    async with engine.begin() as connection:
+        for statement in (
+            "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END'",
+            """CREATE CONSTRAINT TRIGGER dawdle AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED
+               FOR EACH ROW EXECUTE FUNCTION dawdle()""",
+        ):
+            await connection.execute(sa.text(statement))
+    async with application.caller() as caller:
+        await caller.insert("book")
+        await caller.call(client.spawn_with, ship)
+        commit = caller.executor.commit
+        committing = asyncio.create_task(commit() if application.kind in ASYNC else asyncio.to_thread(commit))
+        await hints.next()
+        assert await count(engine) == 1
+        await committing
 
 
 @with_some_callers

@@ -1,0 +1,237 @@
+"""The plans of the hot statements on tables with a past: they touch what they change, however much lies beside it."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, Generator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg  # type: ignore[import-untyped]
+import pytest
+from sqlalchemy import URL
+from sqlalchemy.dialects.postgresql.asyncpg import dialect
+from sqlalchemy.sql import ClauseElement
+
+from durable_sa.lanes import BOTTOM
+from durable_sa.statements import checkpoints, claiming, outcomes, waits
+from durable_sa.testing.database import TestServer
+
+FINISHED = range(1, 200_001)
+SLEEPING = range(200_001, 225_001)
+WAITING = range(225_001, 250_001)
+RUNNING = range(250_001, 250_201)
+READY = range(250_201, 251_201)
+
+WORKER = uuid.UUID(int=7)
+BATCH = 100
+LARGE = {"tasks", "runs", "checkpoints", "waits"}
+
+FILL = """
+CREATE FUNCTION pg_temp.id(number bigint) RETURNS uuid IMMUTABLE LANGUAGE sql AS
+    $$ SELECT ('00000000-0000-7000-8000-' || lpad(to_hex(number), 12, '0'))::uuid $$;
+ALTER TABLE durable.tasks SET (autovacuum_enabled = false);
+ALTER TABLE durable.runs SET (autovacuum_enabled = false);
+ALTER TABLE durable.checkpoints SET (autovacuum_enabled = false);
+ALTER TABLE durable.waits SET (autovacuum_enabled = false);
+INSERT INTO durable.workers (worker_id, name, queue_names, claim_timeout, expires_at)
+    VALUES ('{worker}', 'worker', '{{default}}', '120 s', now() + interval '1 day');
+INSERT INTO durable.tasks (
+    task_id, queue_name, task_name, state, outcome, attempt, run_id, max_attempts, retry_kind, retry_base_delay,
+    retry_factor, retry_max_backoff, retry_jitter, fence, claimed_by, available_at, finished_at
+)
+SELECT pg_temp.id(number), 'default', 'work', state, outcome, 1, pg_temp.id(number), 5, 'fixed', 5, 2, 300, 0, 1,
+    CASE state WHEN 'running' THEN '{worker}'::uuid END,
+    CASE
+        WHEN number BETWEEN {waiting.start} AND {waiting.stop} - 1 THEN NULL
+        WHEN state = 'sleeping' THEN now() + interval '1 day' + number * interval '1 s'
+        ELSE now() - interval '1 day' + number * interval '1 ms'
+    END,
+    CASE WHEN outcome IS NOT NULL THEN now() END
+FROM (
+    SELECT number, 'completed' AS state, 'completed' AS outcome
+        FROM generate_series({finished.start}, {finished.stop} - 1) AS number
+    UNION ALL SELECT number, 'sleeping', NULL FROM generate_series({sleeping.start}, {waiting.stop} - 1) AS number
+    UNION ALL SELECT number, 'running', NULL FROM generate_series({running.start}, {running.stop} - 1) AS number
+    UNION ALL SELECT number, 'pending', NULL FROM generate_series({ready.start}, {ready.stop} - 1) AS number
+) AS numbered;
+INSERT INTO durable.runs (task_id, attempt, run_id, state)
+    SELECT task_id, attempt, run_id, 'completed' FROM durable.tasks WHERE finished_at IS NOT NULL;
+INSERT INTO durable.checkpoints (task_id, key, kind, name, value)
+    SELECT task_id, pg_temp.id(1), 'step', 'step', '1' FROM durable.tasks WHERE state <> 'pending';
+INSERT INTO durable.waits (task_id, key, kind, name, queue_name, event_name)
+    SELECT task_id, pg_temp.id(2), 'event', 'event', 'default', 'event-' || task_id
+    FROM durable.tasks WHERE available_at IS NULL;
+INSERT INTO durable.events (queue_name, name, payload) SELECT queue_name, event_name, '1' FROM durable.waits;
+"""
+
+
+def task_id(number: int) -> uuid.UUID:
+    return uuid.UUID(int=(0x7000 << 64) | (0x8000 << 48) | number)
+
+
+def task_ids(numbers: range) -> list[uuid.UUID]:
+    return [task_id(number) for number in numbers[:BATCH]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A statement with parameters as a worker has them, what it has to use, and how much it may touch."""
+
+    statement: ClauseElement
+    parameters: dict[str, Any]
+    indexes: frozenset[str]
+    blocks: int
+    """Buffers touched at most; reading all of `tasks` touches many thousands."""
+    rows: int = BATCH
+
+
+def claim(floor: tuple[datetime, uuid.UUID], rows: int = BATCH) -> Case:
+    parameters = {
+        "worker_id": WORKER,
+        "queue_names": ["default", "default"],
+        "priorities": [-1, 0],
+        "floor_times": [floor[0]] * 2,
+        "floor_ids": [floor[1]] * 2,
+        "task_names": ["work"],
+        "wanted": BATCH,
+    }
+    return Case(claiming.CLAIM, parameters, frozenset({"tasks_claim_idx", "tasks_pkey"}), 3_000, rows)
+
+
+RUNS_HELD = {"task_ids": task_ids(RUNNING), "fences": [1] * BATCH}
+CASES = {
+    "claim": claim((datetime(2024, 1, 1, tzinfo=UTC), uuid.UUID(int=0))),
+    "claim without floor": claim(BOTTOM),
+    "claim of nothing": claim((datetime.now(UTC) - timedelta(hours=1), uuid.UUID(int=0)), rows=0),
+    "survey": Case(
+        claiming.SURVEY_LANES, {"queue_names": ["default", "other"]}, frozenset({"tasks_claim_idx"}), 100, 1
+    ),
+    "complete": Case(
+        outcomes.COMPLETE,
+        {**RUNS_HELD, "outputs": ["1"] * BATCH, "waited": [True] * BATCH},
+        frozenset({"tasks_pkey"}),
+        7_000,
+    ),
+    "record": Case(
+        checkpoints.RECORD,
+        {
+            **RUNS_HELD,
+            "keys": [uuid.UUID(int=9)] * BATCH,
+            "kinds": ["step"] * BATCH,
+            "names": ["other step"] * BATCH,
+            "statuses": ["completed"] * BATCH,
+            "values": ["1"] * BATCH,
+            "child_ids": [None] * BATCH,
+        },
+        frozenset({"tasks_pkey"}),
+        3_000,
+    ),
+    "resolve": Case(
+        waits.RESOLVE, {"task_ids": task_ids(WAITING)}, frozenset({"tasks_pkey", "waits_pkey", "events_pkey"}), 7_000
+    ),
+    "load checkpoints": Case(
+        checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
+    ),
+    "poll": Case(waits.POLL_TASKS, {"task_ids": task_ids(FINISHED)}, frozenset({"tasks_pkey"}), 1_000),
+}
+
+
+@pytest.fixture(scope="module")
+def large_database(durable_server: TestServer, durable_template_url: URL) -> Generator[str]:
+    url = durable_server.create_database(durable_template_url)
+    plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+    async def fill() -> None:
+        connection = await asyncpg.connect(plain)
+        await connection.execute(
+            FILL.format(
+                worker=WORKER, finished=FINISHED, sleeping=SLEEPING, waiting=WAITING, running=RUNNING, ready=READY
+            )
+        )
+        await connection.close()
+
+    asyncio.run(fill())
+    yield plain
+    durable_server.drop_database(url)
+
+
+@pytest.fixture(scope="module", params=["no statistics", "statistics"])
+def planned_database(large_database: str, request: pytest.FixtureRequest) -> str:
+    """As it is right after a bulk of inserts, and then as autovacuum leaves it."""
+
+    async def analyze() -> None:
+        connection = await asyncpg.connect(large_database)
+        await connection.execute("ANALYZE")
+        await connection.close()
+
+    if request.param == "statistics":
+        asyncio.run(analyze())
+    return large_database
+
+
+@pytest.fixture(params=["custom", "generic"])
+async def connection(planned_database: str, request: pytest.FixtureRequest) -> AsyncGenerator[Any]:
+    """The plans for these very parameters, and for any: prepared statements go from the one to the other by themselves."""
+    connection = await asyncpg.connect(planned_database)
+    await connection.execute(f"SET plan_cache_mode = force_{request.param}_plan")
+    yield connection
+    await connection.close()
+
+
+def literal(value: Any) -> str:
+    match value:
+        case None:
+            return "NULL"
+        case list():
+            elements = ("NULL" if element is None else f'"{element}"' for element in value)
+            return "'{" + ",".join(elements) + "}'"
+        case _:
+            return f"'{value}'"
+
+
+async def explained(connection: Any, case: Case) -> dict[str, Any]:
+    """The plan with what it did; without a trace in the database."""
+    compiled: Any = case.statement.compile(dialect=dialect())  # type: ignore[no-untyped-call]
+    parameters = {**compiled.params, **case.parameters}
+    values = ", ".join(literal(parameters[name]) for name in compiled.positiontup or ())
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute(f"PREPARE statement AS {compiled}")
+    plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement({values})")
+    await transaction.rollback()
+    await connection.execute("DEALLOCATE statement")
+    found: dict[str, Any] = json.loads(plan)[0]["Plan"]
+    return found
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from nodes(child)
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_statement_touches_little_of_large_tables(connection: Any, name: str) -> None:
+    case = CASES[name]
+    plan = await explained(connection, case)
+    assert plan["Actual Rows"] == case.rows
+    found = list(nodes(plan))
+    scanned = {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"}
+    assert not scanned & LARGE
+    assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
+    wasted = sum(node.get("Rows Removed by Filter", 0) * node["Actual Loops"] for node in found)
+    assert wasted <= 2 * len(RUNNING)
+
+
+@pytest.mark.parametrize("connection", ["custom"], indirect=True)
+async def test_a_claim_takes_what_is_asked_for_and_is_expected_to(connection: Any) -> None:
+    """The planner knows the limit: were it to expect all that is ready, it would join by reading the whole table."""
+    plan = await explained(connection, CASES["claim"])
+    (scan,) = (node for node in nodes(plan) if node.get("Index Name") == "tasks_claim_idx")
+    assert scan["Actual Rows"] * scan["Actual Loops"] == BATCH
+    bounded = [plan, *(node for node in nodes(plan) if node["Node Type"] == "Limit")]
+    assert len(bounded) == 3
+    assert all(node["Plan Rows"] <= BATCH for node in bounded)
