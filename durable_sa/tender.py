@@ -220,15 +220,19 @@ class Tender:
             self._check = True
             self._announce(Hint(taken=True))
 
-    async def _cancel_overdue(self) -> None:
+    async def _cancel_overdue(self) -> bool:
+        some = False
         while True:
             rows = await self._execute(cancelling.CANCEL_OVERDUE, {"wanted": BATCH})
             self._were_cancelled(rows, cascade=True)
+            some = some or bool(rows)
             if len(rows) < BATCH:
-                return
+                return some
 
     async def _take_over(self) -> None:
-        await self._execute(claiming.DECLARE_LOST, {})
+        if await self._execute(claiming.DECLARE_LOST, {}):
+            # What was the earliest has hidden when the next lease ends.
+            self.look_within(0.0)
         lost = await self._execute(claiming.LOST_WORKERS, {})
         if not lost:
             return
@@ -268,8 +272,9 @@ class Tender:
         now = time.monotonic()
         if look.undelivered_events:
             self._deliver = True
-        if _passed(look.next_cancel_at, look.now):
-            await self._cancel_overdue()
+        if _passed(look.next_cancel_at, look.now) and await self._cancel_overdue():
+            # What was the earliest has hidden when the next one is due.
+            self.look_within(0.0)
         if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._next_sweep):
             self._next_sweep = now + SWEEP_LOST_INTERVAL
             await self._take_over()

@@ -235,6 +235,21 @@ async def test_max_pending_time_is_kept_for_tasks_that_nobody_here_knows(durable
             assert (await durable.wait_for_result(spawn, timeout=5)).status is TaskStatus.CANCELLED
 
 
+async def test_each_of_several_limits_is_kept_when_it_is_over(durable: Durable, sql: Rows) -> None:
+    """A worker that looks around every second or so does it in between for the limits that it has seen."""
+    for seconds in (1.0, 1.3, 1.6, 1.9):
+        policy = CancellationPolicy(max_pending_time=seconds)
+        await durable.spawn_by_name("unknown", unchecked=True, cancellation=policy)
+
+    async def cancelled() -> bool:
+        return await sql("SELECT count(*) FROM durable.tasks WHERE outcome = 'cancelled'") == [(4,)]
+
+    async with durable.worker():
+        await eventually(cancelled)
+    late = await sql("SELECT extract(epoch FROM finished_at - cancel_at)::float FROM durable.tasks")
+    assert sum(seconds < 0.2 for (seconds,) in late) >= 3, late
+
+
 async def test_a_task_whose_pending_time_is_over_is_not_started(durable: Durable, sql: Rows) -> None:
     spawned = await durable.spawn_by_name(
         "late", unchecked=True, cancellation=CancellationPolicy(max_pending_time=0.05)
