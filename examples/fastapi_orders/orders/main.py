@@ -1,0 +1,13 @@
+"""The application put together: `uvicorn orders.main:app` and `durable worker orders.main:durable`."""
+
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+from .app import create_app
+from .carrier import carrier
+from .settings import DATABASE_URL
+from .tasks import make_durable
+
+engine = create_async_engine(DATABASE_URL, hide_parameters=True)
+sessions = async_sessionmaker(engine, expire_on_commit=False)
+durable = make_durable(sessions, carrier)
+app = create_app(sessions, durable)

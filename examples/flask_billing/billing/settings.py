@@ -1,0 +1,6 @@
+"""What differs from one deployment to the next."""
+
+import os
+
+DATABASE_URL = os.environ.get("BILLING_DATABASE_URL", "postgresql+psycopg://localhost/billing")
+TRIAL_DAYS = float(os.environ.get("BILLING_TRIAL_DAYS", "14"))

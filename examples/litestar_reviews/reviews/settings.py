@@ -1,0 +1,6 @@
+"""What differs from one deployment to the next."""
+
+import os
+
+DATABASE_URL = os.environ.get("REVIEWS_DATABASE_URL", "postgresql+psycopg://localhost/reviews")
+DURABLE_SCHEMA = "jobs"
