@@ -27,6 +27,7 @@ from .outcomes import ended_attempts
 
 # An UPDATE takes parameters that are named as columns for values to set.
 _task_id = bindparam("target_id", type_=Uuid())
+_UNHAPPY = ("failed", "cancelled")
 
 
 def _cancel(locked: CTE, cancelled_by: Any) -> Any:
@@ -79,6 +80,7 @@ _descendant = (
     .join(_parent, Task.parent_task_id == _parent.task_id)
     .where(
         _parent.task_id == func.any(array("ancestor_ids", Uuid())),
+        _parent.outcome.in_(_UNHAPPY),
         Task.parent_fence.is_distinct_from(_parent.fence),
     )
     .cte("descendant", recursive=True)
@@ -93,18 +95,30 @@ _descendant = _descendant.union_all(
 DESCENDANTS = (
     select(_descendant.c.task_id).where(_descendant.c.finished_at.is_(None)).limit(bindparam("wanted", type_=Integer()))
 )
-"""Unfinished descendants, also those below a child that has completed.
+"""Unfinished descendants of what has failed or was cancelled, also those below a child that has completed.
 
 Not those below one that was put back by hand after its parent's end, as long as that parent stays as it was then.
 """
 
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
+_still_ended = (
+    select(Task.task_id)
+    .where(Task.task_id == _origin, Task.outcome.in_(_UNHAPPY))
+    .with_for_update(skip_locked=True, key_share=True)
+    .cte("still_ended")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
 CANCEL_DESCENDANTS = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=False), _origin)
 """A step of the cascade inside the caller's transaction."""
 
-CASCADE = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=True), _origin)
-"""A step of the cascade on its own; rows locked by somebody are left for the next step."""
+CASCADE = _cancel(
+    _unfinished(Task.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True), _origin
+)
+"""A step of the cascade on its own; rows locked by somebody are left for the next step.
+
+Nothing is cancelled for a task that was put back in the meantime: its descendants go on with it.
+"""
 
 _line = (
     select(
@@ -133,7 +147,7 @@ _line = _line.union_all(
 LEFT_BEHIND = (
     select(_line.c.ancestor_id.label("task_id"))
     .join(_ancestor, _next_in(_line))
-    .where(_ancestor.outcome.in_(["failed", "cancelled"]))
+    .where(_ancestor.outcome.in_(_UNHAPPY))
     .distinct()
     .limit(bindparam("wanted", type_=Integer()))
 )
@@ -193,7 +207,7 @@ _fresh: dict[str, Any] = {
 
 RETRY = (
     update(Task)
-    .where(Task.task_id == _task_id, Task.outcome.in_(["failed", "cancelled"]))
+    .where(Task.task_id == _task_id, Task.outcome.in_(_UNHAPPY))
     .values(
         **_fresh,
         run_id=bindparam("next_run_id", type_=Uuid()),
