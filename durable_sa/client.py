@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mappi
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Generic, Self, TypedDict, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypedDict, TypeVar, cast, overload
 
 from sqlalchemy import URL, Row
 from sqlalchemy.engine import Connection
@@ -37,6 +37,7 @@ from .models import DEFAULT_QUEUE, SCHEMA
 from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, Spawn, SpawnOptions, TaskOptions, WorkerOptions
 from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds
+from .providers import automatic
 from .results import ScheduleFilter, ScheduleInfo, SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
 from .retention import delete_tasks
 from .schedules import Backend, Misfire, Overlap
@@ -46,6 +47,9 @@ from .statements import queues, spawning, waits
 from .tasks import Task, TaskDecorator
 from .tasks import task as make_task
 from .worker import Settings, Worker, signals_handled
+
+if TYPE_CHECKING:
+    from .telemetry import Telemetry
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -74,7 +78,9 @@ class Durable(Generic[StateT]):
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
     `ctx.state`, otherwise `state` is. `schema` is where the tables are, if not in ``durable``. `hooks` go around all
-    spawns, runs and steps of the client; see :class:`durable_sa.Hooks`.
+    spawns, runs and steps of the client; see :class:`durable_sa.Hooks`. Spans and metrics go to `telemetry`, a
+    :class:`durable_sa.telemetry.Telemetry`; if none is given, to OpenTelemetry's global providers as soon as the
+    application has set these up; False is never.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -96,6 +102,7 @@ class Durable(Generic[StateT]):
         default_cancellation: CancellationPolicy | None = None,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         hooks: Iterable[Hooks] = (),
+        telemetry: Telemetry | Literal[False] | None = None,
         tasks: Iterable[Task[Any, Any]] = (),
     ) -> None:
         self.queue_name = validate_name("queue", queue_name)
@@ -113,6 +120,7 @@ class Durable(Generic[StateT]):
             self.queue_name,
         )
         self.hooks = HookChain(hooks)
+        self._telemetry: Telemetry | Literal[False] | None = telemetry
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self._bind = bind
@@ -138,6 +146,13 @@ class Durable(Generic[StateT]):
     def engine(self) -> AsyncEngine:
         """The engine in use. Resolves `bind`."""
         return self.database.engine
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        """Where spans and metrics go; None as long as that is nowhere."""
+        if self._telemetry is None:
+            self._telemetry = automatic()
+        return None if self._telemetry is False else self._telemetry
 
     @property
     def workers(self) -> frozenset[Worker]:
@@ -327,7 +342,7 @@ class Durable(Generic[StateT]):
         Nothing is flushed: if the params need `order.id`, flush before. Nothing is committed or closed either.
 
         Raises:
-            As :meth:`spawn`; the transaction is then still usable.
+            DurableError: whatever :meth:`spawn` raises; the transaction is then still usable.
         """
         prepared = prepare(self, task, params, options)
         return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
@@ -369,7 +384,8 @@ class Durable(Generic[StateT]):
         """Enqueue many tasks, all or none, with one statement a thousand. Results come in the order of the items.
 
         Raises:
-            As :meth:`spawn`, for the first item that is at fault, with its position in a note.
+            DurableError: whatever :meth:`spawn` raises, for the first item that is at fault, with its position in a
+                note.
         """
         return await self._perform(scripts.spawn(self._prepare_many(items)))
 
@@ -391,20 +407,24 @@ class Durable(Generic[StateT]):
 
     def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
         prepared: list[Prepared] = []
+        spawning = None if (telemetry := self.telemetry) is None else telemetry.spawn()
         for position, item in enumerate(items):
             try:
                 match item:
                     case Spawn():
-                        prepared.append(prepare(self, item.task, item.params, item.options))
+                        prepared.append(prepare(self, item.task, item.params, item.options, spawning=spawning))
                     case (task, params):
-                        prepared.append(prepare(self, task, params, {}))
+                        prepared.append(prepare(self, task, params, {}, spawning=spawning))
                     case _:
                         raise TypeError(
                             "what is to be spawned is a tuple of a task and its params, or Spawn(task, params, ...), "
                             f"not {type(item).__name__}"
                         )
-            except DurableError as error:
-                at_position(error, position)
+            except Exception as error:
+                if spawning is not None:
+                    spawning.over((), error)
+                if isinstance(error, DurableError):
+                    at_position(error, position)
                 raise
         return prepared
 
@@ -460,7 +480,8 @@ class Durable(Generic[StateT]):
         what = f"the payload of event {name!r}"
         text = _PLAIN.encode(payload, what)
         check_size(text, self.max_payload_bytes, what)
-        return scripts.emit(queue, name, text)
+        telemetry = self.telemetry
+        return scripts.emit(queue, name, text, None if telemetry is None else telemetry.emit(name, queue))
 
     async def cancel_task(self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> TaskStatus:
         """Cancel a task and its unfinished descendants; a running one is interrupted at its next await.

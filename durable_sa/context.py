@@ -9,6 +9,7 @@ import random
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
@@ -28,9 +29,9 @@ from .journal import Entry
 from .names import validate_name
 from .policies import Duration, RetryStrategy, seconds, timestamp
 from .results import TaskHandle
-from .run import Parked
+from .run import Claimed, Parked
 from .signals import ControlFlow, LeaseLost, TaskCancelled
-from .spawns import prepare
+from .spawns import over, prepare
 from .steps import Step, StepOptions, result_codec
 from .transactions import run_transaction
 from .writer import Kind, Stored
@@ -128,6 +129,11 @@ class TaskContext(Generic[StateT]):
     def signal(self) -> ControlFlow | None:
         """Why the run is coming to its end; None while it goes on."""
         return self._run.signal
+
+    @property
+    def claimed(self) -> Claimed:
+        """What the claim of the run said."""
+        return self._run.claimed
 
     @property
     def step_hooks(self) -> tuple[Hooks, ...]:
@@ -386,12 +392,17 @@ class TaskContext(Generic[StateT]):
         fingerprint = f'"{digest(prepared.params)}"'
         if entry is None:
             values = ("spawn", call.name, "completed", fingerprint, child)
-            with run.branches.busy():
-                stored = await run.write(
-                    Kind.CHILD, call.key, (values, prepared.values), size=len(prepared.params or "")
-                )
-            if stored is not None and stored.status == "refused":
-                await self._explain_refusal(options, child)
+            try:
+                with run.branches.busy():
+                    stored = await run.write(
+                        Kind.CHILD, call.key, (values, prepared.values), size=len(prepared.params or "")
+                    )
+                if stored is not None and stored.status == "refused":
+                    await self._explain_refusal(options, child)
+            except BaseException as error:
+                over([prepared], (), error)
+                raise
+            over([prepared], {child} if stored is None else ())
         elif entry.value is not None and entry.value != fingerprint:
             run.warn("subtask %r was spawned with other params than it is now; the first one counts", call.name)
         run.children[child] = self._durable.tasks.get(prepared.task_name)
@@ -421,16 +432,17 @@ class TaskContext(Generic[StateT]):
         stored = await self._recorded(call)
         if stored is None:
             await run.enter()
-            with run.branches.busy():
-                ended = await run.host.reader.task(child)
-            if ended is None or ended.parent_task_id != self.task_id:
-                raise TaskNotFound(child, "it is not a child of the task that joins it")
-            known = known or self._durable.tasks.get(ended.task_name)
-            if ended.outcome is not None:
-                value = ended.output if ended.outcome == "completed" else ended.error
-                stored = await self._settle(call, Stored(ended.outcome, value, child))
-            else:
-                stored = await self._park(call, child_task_id=child, timeout=timeout)
+            with self._observed("join", child=child):
+                with run.branches.busy():
+                    ended = await run.host.reader.task(child)
+                if ended is None or ended.parent_task_id != self.task_id:
+                    raise TaskNotFound(child, "it is not a child of the task that joins it")
+                known = known or self._durable.tasks.get(ended.task_name)
+                if ended.outcome is not None:
+                    value = ended.output if ended.outcome == "completed" else ended.error
+                    stored = await self._settle(call, Stored(ended.outcome, value, child))
+                else:
+                    stored = await self._park(call, child_task_id=child, timeout=timeout)
         elif known is None:
             with run.branches.busy():
                 ended = await run.host.reader.task(child)
@@ -468,7 +480,8 @@ class TaskContext(Generic[StateT]):
             return
         self._refuse_inside_step(call)
         future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
-        await run.park(Parked(future, call.key, "sleep", call.name, due_at=due_at, delay=delay))
+        with self._observed("sleep", call.name):
+            await run.park(Parked(future, call.key, "sleep", call.name, due_at=due_at, delay=delay))
 
     @overload
     async def await_event(self, name: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
@@ -493,12 +506,13 @@ class TaskContext(Generic[StateT]):
         stored = await self._recorded(call)
         if stored is None:
             await run.enter()
-            with run.branches.busy():
-                payload = await run.host.reader.event((self.queue_name, call.name))
-            if payload is not None:
-                stored = await self._settle(call, Stored("completed", payload))
-            else:
-                stored = await self._park(call, event_name=call.name, timeout=timeout)
+            with self._observed("await", event=call.name):
+                with run.branches.busy():
+                    payload = await run.host.reader.event((self.queue_name, call.name))
+                if payload is not None:
+                    stored = await self._settle(call, Stored("completed", payload))
+                else:
+                    stored = await self._park(call, event_name=call.name, timeout=timeout)
         if stored.status == "timeout":
             raise TaskTimeout(f"event {call.name!r}", timeout or 0.0)
         return codec.decode(stored.value or _NULL, f"the payload of event {call.name!r}")
@@ -515,11 +529,16 @@ class TaskContext(Generic[StateT]):
     async def _emit(self, call: Call, text: str) -> bool:
         if (entry := await self._recall(call)) is not None:
             return entry.value == "true"
-        values = ("emit", call.name, "completed", None, None, call.name, text, None)
         await self._run.enter()
-        with self._run.branches.busy():
+        telemetry = self._run.host.telemetry
+        with self._observed("emit", event=call.name), self._run.branches.busy():
+            metadata = None if telemetry is None else telemetry.metadata()
+            values = ("emit", call.name, "completed", None, None, call.name, text, metadata)
             stored = await self._run.write(Kind.EVENT, call.key, values, size=len(text))
-        return stored is not None and stored.value == "true"
+        first = stored is not None and stored.value == "true"
+        if first and telemetry is not None:
+            telemetry.emitted(self.queue_name)
+        return first
 
     async def rand(self) -> float:
         """A random number in [0, 1), drawn once."""
@@ -552,12 +571,17 @@ class TaskContext(Generic[StateT]):
             seconds(duration, "duration")
         run = self._run
         await run.enter()
-        with run.branches.busy():
+        with self._observed("heartbeat"), run.branches.busy():
             state = await run.host.reader.gone((self.task_id, run.claimed.fence))
         if state is not None:
             signal: ControlFlow = TaskCancelled() if state == "cancelled" else LeaseLost()
             run.take_away(signal)
             raise signal
+
+    def _observed(self, kind: str, name: str | None = None, **more: Any) -> AbstractContextManager[object]:
+        """In a span of the call, if anybody wants to see it."""
+        telemetry = self._run.host.telemetry
+        return _UNOBSERVED if telemetry is None else telemetry.call(kind, name, self._run.claimed, **more)
 
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
         """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
@@ -623,6 +647,7 @@ class TaskContext(Generic[StateT]):
 
 
 _PLAIN_TIME: Codec[datetime] = codec_for(datetime)
+_UNOBSERVED = nullcontext()
 
 
 def _is_inside_step(path: tuple[int | str, ...]) -> bool:

@@ -115,6 +115,10 @@ class HookChain:
         self.around_task = self._overriding("around_task")
         self.around_step = self._overriding("around_step")
 
+    def within(self, hook: Hooks) -> HookChain:
+        """These hooks, inside of another one."""
+        return HookChain((hook, *self.all))
+
     def _overriding(self, method: str) -> tuple[Hooks, ...]:
         return tuple(hook for hook in self.all if getattr(type(hook), method) is not getattr(Hooks, method))
 

@@ -28,6 +28,7 @@ from .writer import Kind, Stored, WaitSpec, Write, Writer
 if TYPE_CHECKING:
     from .reader import Reader
     from .tasks import Task
+    from .telemetry import Telemetry
 
 logger = logging.getLogger("durable_sa")
 
@@ -45,6 +46,7 @@ class Host(Protocol):
     executor: ThreadPoolExecutor
     clock: LocalClock
     hooks: HookChain
+    telemetry: Telemetry | None
     max_payload_bytes: int
 
     @property
@@ -105,6 +107,17 @@ class Claimed(NamedTuple):
     now: datetime
 
     @property
+    def log_fields(self) -> dict[str, Any]:
+        """Which run a line in the log is about, as attributes of its record."""
+        return {
+            "task_id": str(self.task_id),
+            "task_name": self.task_name,
+            "run_id": str(self.run_id),
+            "attempt": self.attempt,
+            "queue_name": self.queue_name,
+        }
+
+    @property
     def fresh(self) -> bool:
         """Whether nothing can have been recorded yet: nobody had it before."""
         return self.fence == 1
@@ -113,8 +126,12 @@ class Claimed(NamedTuple):
 class Run:
     """The execution of one claimed run."""
 
-    def __init__(self, claimed: Claimed, task: Task[Any, Any], host: Host, journal: Journal) -> None:
+    def __init__(
+        self, claimed: Claimed, task: Task[Any, Any], host: Host, journal: Journal, wakers: str | None = None
+    ) -> None:
         self.claimed = claimed
+        self.wakers = wakers
+        """The trace contexts of what it was woken by."""
         self.task = task
         self.host = host
         self.journal = journal
@@ -184,6 +201,7 @@ class Run:
                 self.claimed.task_id,
                 self.claimed.task_name,
                 len(abandoned),
+                extra=self.claimed.log_fields,
             )
         if root is not None:
             self._end(root)
@@ -219,6 +237,7 @@ class Run:
                 self.claimed.task_id,
                 self.claimed.task_name,
                 ", ".join(names[:10]),
+                extra=self.claimed.log_fields,
             )
         try:
             output = self.task.output_codec.encode(root.result(), f"the output of task {self.claimed.task_name!r}")
@@ -244,13 +263,19 @@ class Run:
     ) -> None:
         claimed = self.claimed
 
-        def told(_: Any, refusal: BaseException | None) -> None:
+        def told(stored: Any, refusal: BaseException | None) -> None:
             if refusal is None:
-                self.host.outcome_stored(self, outcome, error)
+                again = kind is Kind.FAILURE and stored.state != "failed"
+                self.host.outcome_stored(self, "retried" if again else outcome, error)
             elif isinstance(refusal, LeaseLost):
                 self.host.outcome_stored(self, "lost", None)
             elif kind is Kind.FAILURE:
-                logger.error("the failure of task %s cannot be stored", claimed.task_id, exc_info=refusal)
+                logger.error(
+                    "the failure of task %s cannot be stored",
+                    claimed.task_id,
+                    exc_info=refusal,
+                    extra=claimed.log_fields,
+                )
             else:
                 self._write_failure(refusal)
 
@@ -282,6 +307,8 @@ class Run:
     async def write(self, kind: Kind, key: uuid.UUID, values: tuple[Any, ...], *, size: int = 0) -> Stored | None:
         """Write a checkpoint under the fence. What comes back is what another run stored under the key, or None."""
         claimed = self.claimed
+        telemetry = self.host.telemetry
+        began = 0.0 if telemetry is None else time.perf_counter()
         try:
             stored: Stored | None = await self._written(
                 lambda told: Write(kind, claimed.task_id, claimed.fence, told, key, values, (), size)
@@ -289,6 +316,8 @@ class Run:
         except LeaseLost:
             self.take_away(LeaseLost())
             raise
+        if telemetry is not None:
+            telemetry.checkpointed(claimed, time.perf_counter() - began)
         if self.signal is not None:
             await self._refuse()
         return stored
@@ -316,7 +345,9 @@ class Run:
 
     def warn(self, message: str, *arguments: object) -> None:
         """Log something about this run that its author should know."""
-        logger.warning("task %s (%s): " + message, self.claimed.task_id, self.claimed.task_name, *arguments)  # noqa: G003
+        claimed = self.claimed
+        message = f"task %s (%s): {message}"
+        logger.warning(message, claimed.task_id, claimed.task_name, *arguments, extra=claimed.log_fields)
 
     async def park(self, parked: Parked) -> Stored:
         """Block on a durable wait. It is resolved here only while other branches keep the run from suspending."""

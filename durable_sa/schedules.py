@@ -17,7 +17,7 @@ from .errors import InvalidConfiguration, InvalidCron, ScheduleNotFound
 from .options import SpawnOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .results import ScheduleFilter, ScheduleInfo
-from .spawns import Prepared, columns, prepare
+from .spawns import Prepared, columns, over, prepare
 from .statements import scheduling
 from .statements.spawning import SPAWN_COLUMNS
 
@@ -295,19 +295,21 @@ async def fire_due(durable: Durable[Any], channel: Executing) -> list[Row[Any]]:
         prepared = [prepare_tick(durable, row, tick) for tick in fired]
         last: uuid.UUID | None = prepared[-1].task_id if prepared else None
         arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
-        spawned.extend(
-            await channel.execute(
-                scheduling.FIRE,
-                {
-                    "schedule_name": row.name,
-                    "fired_tick": row.next_tick_at,
-                    "next_tick": following,
-                    "last_tick": fired[-1] if fired else None,
-                    "last_task": last,
-                    **{f"tick_{name}": list(array) for name, array in arrays.items()},
-                },
-            )
-        )
+        parameters = {
+            "schedule_name": row.name,
+            "fired_tick": row.next_tick_at,
+            "next_tick": following,
+            "last_tick": fired[-1] if fired else None,
+            "last_task": last,
+            **{f"tick_{name}": list(array) for name, array in arrays.items()},
+        }
+        try:
+            rows = await channel.execute(scheduling.FIRE, parameters)
+        except BaseException as error:
+            over(prepared, (), error)
+            raise
+        over(prepared, {row.task_id for row in rows})
+        spawned.extend(rows)
     return spawned
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable
 
@@ -13,8 +14,11 @@ from .hints import Hint
 from .ids import new_id
 from .results import SpawnResult, TaskStatus
 from .sessions import Script
-from .spawns import Prepared, at_position, columns, created, explain, wanted
+from .spawns import Prepared, at_position, columns, created, explain, over, wanted
 from .statements import cancelling, queues, spawning, waits
+
+if TYPE_CHECKING:
+    from .telemetry.operations import Emission
 
 SPAWN_BATCH = 1000
 SPAWN_BATCH_CHARACTERS = 16 * 1024 * 1024
@@ -46,9 +50,23 @@ def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnRes
 def insert(prepared: Sequence[Prepared], hint: Hint) -> Script[list[SpawnResult[Any] | DurableError]]:
     """Insert tasks; an item that cannot be is an error in the result, and the others are not."""
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
-    for portion in _portions(prepared):
-        yield from _insert(portion, hint, outcomes)
+    try:
+        for portion in _portions(prepared):
+            yield from _insert(portion, hint, outcomes)
+    finally:
+        if any(item.spawning is not None for item in prepared):
+            _tell(prepared, outcomes)
     return [outcomes[item.task_id] for item in prepared]
+
+
+def _tell(prepared: Sequence[Prepared], outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError]) -> None:
+    """Tell the spans of these spawns what came of them."""
+    refused = [outcome for outcome in outcomes.values() if isinstance(outcome, DurableError)]
+    created = [task_id for task_id, outcome in outcomes.items() if isinstance(outcome, SpawnResult) and outcome.created]
+    error: BaseException | None = refused[0] if refused else None
+    if len(outcomes) < len(prepared):
+        error = error or sys.exc_info()[1]
+    over(prepared, set(created), error)
 
 
 def _insert(
@@ -94,16 +112,29 @@ def _portions(prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
         yield portion
 
 
-def emit(queue_name: str, name: str, payload: str) -> Callable[[Hint], Script[bool]]:
-    """Emit one event."""
+def emit(queue_name: str, name: str, payload: str, emission: Emission | None = None) -> Callable[[Hint], Script[bool]]:
+    """Emit one event, with the span that it is emitted in."""
 
     def script(hint: Hint) -> Script[bool]:
+        if emission is None:
+            return (yield from insert_event(hint, None))
+        first, error = False, None
+        try:
+            first = yield from insert_event(hint, emission.metadata)
+            return first
+        except BaseException as refusal:
+            error = refusal
+            raise
+        finally:
+            emission.over(first, error)
+
+    def insert_event(hint: Hint, metadata: str | None) -> Script[bool]:
         known = yield queues.KNOWN_QUEUES, {"queue_names": [queue_name]}
         if not known:
             raise QueueNotFound(queue_name)
         rows = yield (
             waits.EMIT,
-            {"queue_names": [queue_name], "names": [name], "payloads": [payload], "metadata": [None]},
+            {"queue_names": [queue_name], "names": [name], "payloads": [payload], "metadata": [metadata]},
         )
         hint.events = bool(rows)
         return bool(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Row
@@ -14,13 +14,14 @@ from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueN
 from .hooks import OutgoingSpawn, outgoing_headers
 from .ids import new_id
 from .names import validate_name
-from .options import SpawnOptions, TaskOptions, resolve_spawn_options
+from .options import SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
 from .statements.spawning import SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
     from .client import Durable
+    from .telemetry.operations import Spawning
 
 _PLAIN: Codec[Any] = codec_for(Any)
 
@@ -38,6 +39,10 @@ class Prepared(NamedTuple):
     idempotency_key: str | None
     values: tuple[Any, ...]
     """In the order of `SPAWN_COLUMNS`."""
+    known: bool
+    """Whether the task is registered here."""
+    spawning: Spawning | None
+    """The span of the call that spawns it."""
 
 
 def prepare(
@@ -51,8 +56,11 @@ def prepare(
     unchecked: bool = False,
     internal_headers: Mapping[str, Any] | None = None,
     hooked: bool = True,
+    spawning: Spawning | None = None,
 ) -> Prepared:
     """Check a spawn and encode it. Without `hooked` that is all that will happen, so hooks do not hear of it.
+
+    Its span begins here, unless it belongs to that of many, `spawning`; who sends it tells what came of it.
 
     Raises:
         TypeError: no task, or an option there is not.
@@ -83,6 +91,11 @@ def prepare(
     resolved = resolve_spawn_options(options, defaults, durable.defaults, internal_headers=internal_headers)
     task_id, run_id = task_id or new_id(), new_id()
     headers = resolved.headers
+    if spawning is None and hooked and (telemetry := durable.telemetry) is not None:
+        spawning = telemetry.spawn(name, resolved.queue_name)
+    if spawning is not None:
+        internal_headers = {**(internal_headers or {}), **spawning.headers}
+        headers = encode_headers(options.get("headers"), internal_headers)
     if hooked and (hooks := durable.hooks.on_spawn):
         outgoing = OutgoingSpawn(
             task_id,
@@ -93,7 +106,12 @@ def prepare(
             dict(options.get("headers") or {}),
             dict(internal_headers or {}),
         )
-        headers = outgoing_headers(hooks, outgoing)
+        try:
+            headers = outgoing_headers(hooks, outgoing)
+        except BaseException as error:
+            if spawning is not None:
+                spawning.over((), error)
+            raise
     strategy, cancellation = resolved.retry_strategy, resolved.cancellation
     values = (
         task_id,
@@ -116,7 +134,18 @@ def prepare(
         parent_task_id,
         resolved.idempotency_key,
     )
-    return Prepared(task_id, run_id, name, resolved.queue_name, text, codec, resolved.idempotency_key, values)
+    return Prepared(
+        task_id,
+        run_id,
+        name,
+        resolved.queue_name,
+        text,
+        codec,
+        resolved.idempotency_key,
+        values,
+        name in durable.tasks,
+        spawning,
+    )
 
 
 def at_position(error: DurableError, position: int) -> DurableError:
@@ -144,6 +173,18 @@ def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
 def created(item: Prepared) -> SpawnResult[Any]:
     """The result of a spawn that was inserted."""
     return SpawnResult(item.task_id, item.run_id, 1, True)
+
+
+def over(prepared: Sequence[Prepared], created: Collection[uuid.UUID], error: BaseException | None = None) -> None:
+    """Tell the spans what came of these spawns: which tasks are there now that were not, and what went wrong."""
+    spawnings: dict[Spawning, list[tuple[str, str | None]]] = {}
+    for item in prepared:
+        if item.spawning is not None:
+            tasks = spawnings.setdefault(item.spawning, [])
+            if item.task_id in created:
+                tasks.append((item.queue_name, item.task_name if item.known else None))
+    for spawning, tasks in spawnings.items():
+        spawning.over(tasks, error)
 
 
 def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | DurableError | None:

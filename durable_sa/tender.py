@@ -56,6 +56,7 @@ class Tender:
         poll_runs: Callable[[], None],
         fire_schedules: Callable[[Channel], Awaitable[Sequence[Row[Any]]]],
         forget: Callable[[Channel], Awaitable[None]],
+        gave_up: Callable[[Sequence[Row[Any]]], None],
     ) -> None:
         self.worker_id = worker_id
         self._channel = channel
@@ -66,6 +67,7 @@ class Tender:
         self._poll_runs = poll_runs
         self._fire_schedules = fire_schedules
         self._forget = forget
+        self._gave_up = gave_up
         self._poked = asyncio.Event()
         self._look_at = 0.0
         self._resolve: set[uuid.UUID] = set()
@@ -257,6 +259,7 @@ class Tender:
         if rows:
             logger.warning("took %d runs over from workers that have fallen silent", len(rows))
         given_up = [row for row in rows if row.state == "failed"]
+        self._gave_up(given_up)
         self._ended.update(row.task_id for row in given_up if row.parent_task_id is not None)
         self._cascade.update(row.task_id for row in given_up)
         self._announce(Hint().add_rows(row for row in rows if row.state == "pending"))

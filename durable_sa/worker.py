@@ -59,6 +59,10 @@ LISTENING_POLL = 5.0
 TEND_INTERVAL = 5.0
 """Seconds between looks for maintenance while hints arrive and nothing runs."""
 TEND_INTERVAL_BUSY = 1.0
+SAMPLE_INTERVAL = 15.0
+"""Seconds between counts of what is ready, where there are metrics."""
+SAMPLE_SHARE = 50
+"""And at least so many times as long as the last count took."""
 CLOSING_DEADLINE = 10.0
 """Seconds that the last writes and the goodbye get at shutdown."""
 DOUBT = 60.0
@@ -119,7 +123,10 @@ class Worker:
         self.settings = settings
         self.worker_id = new_id()
         self.max_payload_bytes = durable.max_payload_bytes
-        self.hooks = durable.hooks
+        self.telemetry = durable.telemetry
+        self.hooks = durable.hooks if self.telemetry is None else durable.hooks.within(self.telemetry.step_hook)
+        self.queue_samples: dict[str, tuple[float, float]] = {}
+        """How many tasks were ready in each queue when they were last counted, and the age of the oldest."""
         self.executor = ThreadPoolExecutor(max(settings.concurrency, 4), thread_name_prefix="durable-step")
         self._durable = durable
         self._loop = asyncio.get_running_loop()
@@ -177,6 +184,7 @@ class Worker:
             poll_runs=self._poll_runs,
             fire_schedules=functools.partial(fire_due, self._durable),
             forget=forget_old,
+            gave_up=self._gave_up,
         )
         self._hints = sender(database.engine, channel_name(database.schema))
         task_factory.install(self._loop)
@@ -196,6 +204,9 @@ class Worker:
             self._serve(self.writer.run, "durable:writer", self._writes),
             self._serve(self.tender.run, "durable:tender", self._rest),
         ]
+        if self.telemetry is not None:
+            self.telemetry.watch(self)
+            self._services.append(self._serve(self._sample_queues, "durable:samples"))
         if self.settings.listen:
             self._listener = Listener(database.private, channel_name(database.schema), self._hinted)
             self._services.append(self._serve(self._listener.run, "durable:listener"))
@@ -295,6 +306,8 @@ class Worker:
 
     async def _close(self) -> None:
         self._turn_timer.cancel()
+        if self.telemetry is not None:
+            self.telemetry.forget(self)
         self._lease.valid_until = 0.0
         for service in [*self._services, *self._engine_tasks]:
             service.cancel()
@@ -481,6 +494,8 @@ class Worker:
         if search:
             self._lanes.searched(time.monotonic() - now)
         runs = [Claimed._make(row) for row in rows]
+        if self.telemetry is not None:
+            self.telemetry.claimed(self.settings.queue_names, runs, time.monotonic() - now)
         runs.sort(key=_BY_LANE)
         self._lanes.claimed(runs, search=search, full=len(rows) >= wanted)
         if worker_id != self.worker_id or not self._lease.valid:
@@ -544,6 +559,9 @@ class Worker:
                 lambda: self._rest.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
             )
             waiting = await persistently(lambda: self._rest.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids}))
+            wakers: Sequence[Row[Any]] = ()
+            if self.telemetry is not None:
+                wakers = await persistently(lambda: self._rest.execute(waits.WAKERS, {"task_ids": task_ids}))
         except Exception as error:  # noqa: BLE001 - one of them may be at fault
             if len(claimed) > 1:
                 for item in claimed:
@@ -557,15 +575,16 @@ class Worker:
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
         for row in waiting:
             open_waits[row.task_id].append((row.key, row.due_at))
+        links = {row.task_id: row.carriers for row in wakers}
         for item in claimed:
             reserved = self._runs.get((item.task_id, item.fence))
             if reserved is None or reserved.signal is not None or reserved.over:
                 continue
-            self._start_run(item, Journal(rows[item.task_id], open_waits[item.task_id]))
+            self._start_run(item, Journal(rows[item.task_id], open_waits[item.task_id]), links.get(item.task_id))
 
-    def _start_run(self, item: Claimed, journal: Journal) -> None:
+    def _start_run(self, item: Claimed, journal: Journal, wakers: str | None = None) -> None:
         task = self._durable.tasks[item.task_name]
-        run = Run(item, task, self, journal)
+        run = Run(item, task, self, journal, wakers)
         self._runs[item.task_id, item.fence] = run
         self._idle.clear()
         context: TaskContext[Any] = TaskContext(run, self._durable, self._state)
@@ -583,7 +602,8 @@ class Worker:
             inner.run(enter, sync_context)
             body = functools.partial(run_in_thread, sync_context, task.function, arguments)
         hooks = self.hooks.around_task
-        run.start(around_task(hooks, context, body) if hooks else body(), inner)
+        start = functools.partial(around_task, hooks, context, body) if hooks else body
+        run.start(start() if self.telemetry is None else self.telemetry.execute(run, start), inner)
 
     def _forget(self, key: tuple[uuid.UUID, int]) -> None:
         self._runs.pop(key, None)
@@ -600,12 +620,45 @@ class Worker:
         """What became of the run is committed."""
         claimed = run.claimed
         self._ending.discard(run.key)
-        if outcome == "failed" and error is not None:
-            logger.info("task %s (%s) failed: %s", claimed.task_id, claimed.task_name, type(error).__name__)
+        if outcome in ("failed", "retried") and error is not None:
+            what = "failed" if outcome == "failed" else f"failed in attempt {claimed.attempt}"
+            logger.info(
+                "task %s (%s) %s: %s",
+                claimed.task_id,
+                claimed.task_name,
+                what,
+                type(error).__name__,
+                extra=claimed.log_fields,
+            )
         elif outcome == "lost":
-            logger.info("task %s (%s) is no longer ours", claimed.task_id, claimed.task_name)
+            logger.info("task %s (%s) is no longer ours", claimed.task_id, claimed.task_name, extra=claimed.log_fields)
+        if self.telemetry is not None:
+            self.telemetry.ended(claimed.queue_name, claimed.task_name, outcome)
         if outcome in ("completed", "failed", "lost"):
             self._durable.task_changed(claimed.task_id)
+
+    def _gave_up(self, rows: Sequence[Row[Any]]) -> None:
+        """Tasks have failed because too many workers were lost with them."""
+        if self.telemetry is not None:
+            for row in rows:
+                self.telemetry.ended(row.queue_name, row.task_name, "failed")
+
+    def running_in(self) -> list[str]:
+        """The queue of each run in progress. May be asked for by any thread."""
+        return [run.claimed.queue_name for run in list(self._runs.values())]
+
+    async def _sample_queues(self) -> None:
+        """Count what is ready, now and then, for the gauges."""
+        while True:
+            began = time.monotonic()
+            try:
+                parameters = {"queue_names": list(self.settings.queue_names)}
+                rows = await self._rest.execute(queues.QUEUE_STATISTICS, parameters)
+                self.queue_samples = {row.queue_name: (row.ready, row.oldest_ready_seconds or 0.0) for row in rows}
+            except Exception as error:
+                if not is_transient(error):
+                    logger.exception("counting the queues failed")
+            await asyncio.sleep(max(SAMPLE_INTERVAL, SAMPLE_SHARE * (time.monotonic() - began)))
 
     def _committed(self, kind: Kind, writes: list[Write], rows: Sequence[Row[Any]]) -> None:
         """Follow up on what the writer has just committed."""

@@ -49,7 +49,7 @@ async def _list(invocation: Invocation) -> None:
 
     Ready: could be claimed now. Scheduled: due later, or waiting for an event or a child.
     """
-    rows = as_dicts(await invocation.durable.database.execute(statements.QUEUE_STATISTICS))
+    rows = as_dicts(await invocation.durable.database.execute(statements.QUEUE_STATISTICS, {"queue_names": None}))
     if not invocation.output.as_json:
         for row in rows:
             row["status"] = "open" if row["paused_at"] is None else "paused"

@@ -236,7 +236,15 @@ TAKE_OVER = (
         claimed_by=null(),
         fence=Task.fence + constant(1),
     )
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.parent_task_id, Task.state)
+    .returning(
+        Task.task_id,
+        Task.queue_name,
+        Task.task_name,
+        Task.priority,
+        Task.available_at,
+        Task.parent_task_id,
+        Task.state,
+    )
     .add_cte(_ended, _forgotten)
 )
 """Take runs from lost workers: a new attempt but no failure, until too many workers in a row were lost with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     Boolean,
+    ColumnElement,
     DateTime,
     Float,
     Integer,
@@ -14,7 +15,9 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    or_,
     select,
+    true,
     tuple_,
     update,
 )
@@ -22,7 +25,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import aliased
 
 from ..models import Checkpoint, Event, Queue, Run, Schedule, Task, Wait
-from .expressions import array, clock, constant, interval
+from .expressions import array, clock, constant, interval, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
 _retention = interval(bindparam("retention", type_=Float(53)))
@@ -176,33 +179,45 @@ RETENTIONS = select(
 ).where(Queue.retention.is_not(None) | Queue.event_retention.is_not(None))
 """Queues that forget, and after how many seconds."""
 
-_ready = Task.finished_at.is_(None) & Task.claimed_by.is_(None)
-QUEUE_STATISTICS = select(
-    Queue.queue_name,
-    Queue.paused_at,
-    select(func.count())
-    .where(_ready, Task.queue_name == Queue.queue_name, Task.available_at <= clock())
-    .scalar_subquery()
-    .label("ready"),
-    select(func.count())
-    .where(
-        Task.finished_at.is_(None),
-        Task.queue_name == Queue.queue_name,
-        (Task.available_at > clock()) | Task.available_at.is_(None),
+_unfinished = (Task.finished_at.is_(None), Task.queue_name == Queue.queue_name)
+_unclaimed = Task.claimed_by.is_(None)
+_now = (
+    select(
+        func.count().filter(_unclaimed).label("ready"),
+        func.count().filter(~_unclaimed).label("running"),
+        func.min(Task.available_at).filter(_unclaimed).label("oldest_at"),
     )
-    .scalar_subquery()
-    .label("scheduled"),
-    select(func.count())
-    .where(Task.finished_at.is_(None), Task.queue_name == Queue.queue_name, Task.claimed_by.is_not(None))
-    .scalar_subquery()
-    .label("running"),
-    select(func.count())
-    .where(Task.finished_at.is_not(None), Task.queue_name == Queue.queue_name, Task.outcome == constant("failed"))
-    .scalar_subquery()
-    .label("failed"),
-    select(func.extract("epoch", clock() - func.min(Task.available_at)))
-    .where(_ready, Task.queue_name == Queue.queue_name, Task.available_at <= clock())
-    .scalar_subquery()
-    .label("oldest_ready_seconds"),
-).order_by(Queue.queue_name)
-"""How each queue stands, counted in the index of the unfinished and the index of the ended."""
+    # The start of the statement, for that can be the bound of an index scan. What runs was available before.
+    .where(*_unfinished, Task.available_at <= statement_time())
+    .correlate(Queue)
+    .lateral("now")
+)
+
+
+def _count(*conditions: ColumnElement[bool]) -> ColumnElement[int]:
+    return select(func.count()).select_from(Task).where(*conditions).correlate(Queue).scalar_subquery()
+
+
+_chosen = array("queue_names", Text())
+
+QUEUE_STATISTICS = (
+    select(
+        Queue.queue_name,
+        Queue.paused_at,
+        _now.c.ready,
+        (
+            _count(*_unfinished, Task.available_at > statement_time())
+            + _count(*_unfinished, Task.available_at.is_(None))
+        ).label("scheduled"),
+        _now.c.running,
+        _count(
+            Task.finished_at.is_not(None), Task.queue_name == Queue.queue_name, Task.outcome == constant("failed")
+        ).label("failed"),
+        func.extract("epoch", statement_time() - _now.c.oldest_at).label("oldest_ready_seconds"),
+    )
+    .select_from(Queue)
+    .join(_now, true())
+    .where(or_(_chosen.is_(None), Queue.queue_name == func.any(_chosen)))
+    .order_by(Queue.queue_name)
+)
+"""How each of these queues stands, or all: counted in the index of the unfinished and the index of the ended."""

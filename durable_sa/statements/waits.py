@@ -10,7 +10,22 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Float, Integer, Text, Uuid, bindparam, case, delete, exists, func, or_, select, update
+from sqlalchemy import (
+    Float,
+    Integer,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.types import TypeEngine
 
@@ -181,6 +196,31 @@ MARK_DELIVERED = (
 _ended = rows("ended", task_ids=Uuid())
 WAITING_FOR = select(Wait.task_id).join(_ended, Wait.child_task_id == _ended.c.task_ids).distinct()
 """Tasks that wait for the end of any of these."""
+
+_awoken = rows("awoken", task_ids=Uuid())
+_sleeper = Task.__table__.alias("sleeper")
+# What has woken a task was recorded by the statement that made it available, at most a second later than that.
+_latest = (Checkpoint.task_id == _awoken.c.task_ids) & (
+    Checkpoint.created_at >= _sleeper.c.available_at - interval(literal_column("1.1"))
+)
+_came_from = union_all(
+    select(Checkpoint.task_id, Event.metadata_["durable::otel_context"].label("carrier"))
+    .select_from(_awoken)
+    .join(_sleeper, _sleeper.c.task_id == _awoken.c.task_ids)
+    .join(Checkpoint, _latest & (Checkpoint.kind == constant("event")) & (Checkpoint.status == constant("completed")))
+    .join(Event, (Event.queue_name == _sleeper.c.queue_name) & (Event.name == Checkpoint.name)),
+    select(Checkpoint.task_id, _child.c.headers["durable::otel_context"])
+    .select_from(_awoken)
+    .join(_sleeper, _sleeper.c.task_id == _awoken.c.task_ids)
+    .join(Checkpoint, _latest & (Checkpoint.kind == constant("join")) & (Checkpoint.status != constant("timeout")))
+    .join(_child, _child.c.task_id == Checkpoint.child_task_id),
+).subquery("came_from")
+WAKERS = (
+    select(_came_from.c.task_id, as_text(func.jsonb_agg(_came_from.c.carrier)).label("carriers"))
+    .where(_came_from.c.carrier.is_not(None))
+    .group_by(_came_from.c.task_id)
+)
+"""The trace contexts of the events and children that tasks were woken by."""
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
 PEEK_EVENTS = select(Event.queue_name, Event.name, as_text(Event.payload).label("payload")).join(

@@ -91,7 +91,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
     """The context of an `async def` task in a unit test. Made by `task_context()`."""
 
     def __init__(self, options: ContextOptions, events: dict[str, str] | None = None) -> None:
-        durable: Durable[Any] = Durable()
+        durable: Durable[Any] = Durable(telemetry=False)
         now = timestamp(options["now"], "now") if "now" in options else datetime.now(UTC)
         claimed = Claimed(
             task_id=options.get("task_id") or new_id(),

@@ -89,6 +89,7 @@ class MemoryRun:
     executor = None
     """The one of the event loop."""
     hooks = HookChain()
+    telemetry = None
 
     def __init__(
         self,

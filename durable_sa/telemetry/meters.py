@@ -1,0 +1,108 @@
+"""The metrics, and a bound on their series: queues and tasks that are known, and one series for the rest."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+if TYPE_CHECKING:
+    from ..worker import Worker
+
+MOST_QUEUES: Final = 100
+"""Queues that have series of their own, in the order in which they are met."""
+OTHER: Final = "other"
+"""Stands for all further queues, and for tasks that are not registered."""
+
+Labels = dict[str, str]
+
+
+class Meters:
+    """The instruments of one meter."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._queues: set[str] = set()
+        self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+        """Those that the gauges show."""
+        self.spawned = meter.create_counter("durable_tasks_spawned_total", description="Tasks spawned")
+        self.claimed = meter.create_counter("durable_tasks_claimed_total", description="Runs claimed by workers")
+        self.completed = meter.create_counter("durable_tasks_completed_total", description="Tasks completed")
+        self.failed = meter.create_counter("durable_tasks_failed_total", description="Tasks that failed for good")
+        self.emitted = meter.create_counter("durable_events_emitted_total", description="Events emitted")
+        self.executions = meter.create_histogram(
+            "durable_task_execution_duration_seconds", "s", "From the start of a run to its end or suspension"
+        )
+        self.claims = meter.create_histogram("durable_task_claim_duration_seconds", "s", "One claim, of many tasks")
+        self.checkpoints = meter.create_histogram(
+            "durable_checkpoint_duration_seconds", "s", "From a step's result to its commit"
+        )
+        meter.create_observable_gauge(
+            "durable_worker_concurrent_tasks", [self._gauge(_running)], description="Runs in progress here"
+        )
+        meter.create_observable_gauge(
+            "durable_worker_active", [self._gauge(_serving)], description="Workers of this process"
+        )
+        meter.create_observable_gauge(
+            "durable_queue_depth", [self._sample(0)], description="Tasks that could be claimed, as last counted"
+        )
+        meter.create_observable_gauge(
+            "durable_queue_oldest_ready_age_seconds",
+            [self._sample(1)],
+            "s",
+            "For how long the oldest of these could have been claimed",
+        )
+
+    def labels(self, queue_name: str | None, task_name: str | None = None) -> Labels:
+        """The series of a queue and a task; None is any that is not known."""
+        return {"queue": self._known(queue_name), "task_name": task_name or OTHER}
+
+    def queue(self, queue_name: str | None) -> Labels:
+        """The series of a queue."""
+        return {"queue": self._known(queue_name)}
+
+    def _known(self, name: str | None) -> str:
+        if name is None:
+            return OTHER
+        if name not in self._queues:
+            if len(self._queues) >= MOST_QUEUES:
+                return OTHER
+            self._queues.add(name)
+        return name
+
+    def _gauge(self, count: Callable[[Worker], Iterable[str]]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            totals: Counter[str] = Counter()
+            for worker in list(self.workers):
+                for queue_name in worker.settings.queue_names:
+                    totals[self._known(queue_name)] += 0
+                totals.update(map(self._known, count(worker)))
+            return [Observation(total, {"queue": queue}) for queue, total in totals.items()]
+
+        return observe
+
+    def _sample(self, position: int) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            latest = {name: sample for worker in list(self.workers) for name, sample in worker.queue_samples.items()}
+            folded: dict[str, float] = {}
+            for name, sample in latest.items():
+                queue = self._known(name)
+                value = sample[position]
+                folded[queue] = value if queue not in folded else _fold(position, folded[queue], value)
+            return [Observation(value, {"queue": queue}) for queue, value in folded.items()]
+
+        return observe
+
+
+def _fold(position: int, one: float, another: float) -> float:
+    return one + another if position == 0 else max(one, another)
+
+
+def _running(worker: Worker) -> Iterable[str]:
+    return worker.running_in()
+
+
+def _serving(worker: Worker) -> Iterable[str]:
+    return worker.settings.queue_names

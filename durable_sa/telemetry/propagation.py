@@ -1,0 +1,51 @@
+"""The W3C trace context on its way through the database: in the headers of tasks and the metadata of events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from opentelemetry.context import Context
+from opentelemetry.trace import Link, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from ..codec import Codec, codec_for
+
+OTEL_CONTEXT: Final = "durable::otel_context"
+"""The key of an object with `traceparent` and, where there is one, `tracestate`."""
+
+_PLAIN: Codec[Any] = codec_for(Any)
+_PROPAGATOR: Final = TraceContextTextMapPropagator()
+
+
+def carried(context: Context | None = None) -> dict[str, str]:
+    """The trace context as it is stored, by default that of the calling code; empty outside of any span."""
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier, context)
+    return carrier
+
+
+def encoded(carrier: Mapping[str, str]) -> str | None:
+    """The metadata of an event."""
+    return _PLAIN.encode({OTEL_CONTEXT: dict(carrier)}, "the metadata of an event") if carrier else None
+
+
+def context_of(headers: str | None) -> Context:
+    """The trace context that a task carries; an empty one, which makes a span the first of its trace, if none."""
+    found: Any = {} if headers is None or OTEL_CONTEXT not in headers else _PLAIN.decode(headers, "headers")
+    return _extracted(found.get(OTEL_CONTEXT))
+
+
+def links_to(wakers: str | None) -> list[Link]:
+    """Links to what has woken a task, from an array of such objects."""
+    stored: Any = [] if wakers is None else _PLAIN.decode(wakers, "wakers")
+    contexts = [get_current_span(_extracted(carrier)).get_span_context() for carrier in stored]
+    return [Link(context) for context in contexts if context.is_valid]
+
+
+def _extracted(carrier: object) -> Context:
+    """What anybody may have written there by hand is read with care."""
+    if not isinstance(carrier, dict):
+        return Context()
+    fields = {key: value for key, value in cast("dict[str, Any]", carrier).items() if isinstance(value, str)}
+    return _PROPAGATOR.extract(fields, Context())

@@ -1,0 +1,127 @@
+"""Spans that begin and end with what they are about, whatever becomes of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from opentelemetry import context as current
+from opentelemetry.context import Context
+from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger("durable_sa")
+
+_failed: set[str] = set()
+
+
+def harmless(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Log what goes wrong in a function, once for each, instead of raising it: nobody fails for want of a span."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if function.__qualname__ not in _failed:
+                _failed.add(function.__qualname__)
+                # The error of a task that is being handled stays out of the log: it may quote values.
+                error.__context__ = None
+                logger.warning(
+                    "telemetry failed in %s; it will not be said again", function.__qualname__, exc_info=error
+                )
+            return None
+
+    return call
+
+
+class Scope:
+    """A span around a block of code, which finds it current. Exceptions pass through it."""
+
+    def __init__(self, begin: Callable[[], Span]) -> None:
+        self._begin = begin
+        self._span: Span = INVALID_SPAN
+        self._context: Context | None = None
+        self._token: Any = None
+
+    @harmless
+    def set(self, attribute: str, value: str) -> None:
+        """Set an attribute."""
+        self._span.set_attribute(attribute, value)
+
+    def __enter__(self) -> Self:
+        self._enter()
+        return self
+
+    @harmless
+    def _enter(self) -> None:
+        self._span = self._begin()
+        self._context = set_span_in_context(self._span)
+        self._token = current.attach(self._context)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._exit(error)
+
+    @harmless
+    def _exit(self, error: BaseException | None) -> None:
+        # A coroutine that was left behind is closed by the garbage collector, in whatever context.
+        if self._token is not None and current.get_current() is self._context:
+            current.detach(self._token)
+        if isinstance(error, Exception):
+            mark_failed(self._span, error)
+        elif error is not None:
+            self._span.set_attribute("durable.interrupted", True)
+        self._span.end()
+
+
+class Tracing:
+    """Makes the spans."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def begin(self, name: str, kind: SpanKind, attributes: Mapping[str, Any]) -> Span:
+        """A span below that of the calling code, and not current."""
+        return self._start(name, kind=kind, attributes=dict(attributes)) or INVALID_SPAN
+
+    def scope(
+        self,
+        name: str,
+        kind: SpanKind,
+        attributes: Mapping[str, Any],
+        *,
+        parent: Callable[[], Context | None] = lambda: None,
+        links: Callable[[], Sequence[Link]] = tuple,
+    ) -> Scope:
+        """A span to be entered, below `parent` or else that of the calling code."""
+        return Scope(
+            lambda: self._tracer.start_span(
+                name, context=parent(), kind=kind, attributes=dict(attributes), links=links()
+            )
+        )
+
+    def past(self, name: str, attributes: Mapping[str, Any], seconds: float) -> None:
+        """A span that ends now and began so many seconds ago, the first of its trace."""
+        began = time.time_ns() - int(seconds * 1_000_000_000)
+        span = self._tracer.start_span(name, context=Context(), attributes=dict(attributes), start_time=began)
+        span.end()
+
+    @harmless
+    def _start(self, name: str, **options: Any) -> Span:
+        return self._tracer.start_span(name, **options)
+
+
+def mark_failed(span: Span, error: BaseException) -> None:
+    """The class says what went wrong. The message, which may quote values, is in the database."""
+    # A script of statements learns of an error of the database by not being continued.
+    kind = "_OTHER" if isinstance(error, GeneratorExit) else type(error).__qualname__
+    span.set_attribute("error.type", kind)
+    span.set_status(Status(StatusCode.ERROR, kind))
