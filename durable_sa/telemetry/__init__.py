@@ -66,7 +66,7 @@ class Telemetry:
 
     def emit(self, name: str, queue_name: str) -> Emission:
         """An event is about to be emitted by a client."""
-        attributes = {"durable.event.name": name, "durable.queue": queue_name}
+        attributes = {"durable.event": name, "durable.queue": queue_name}
         return Emission(self._tracing.begin("emit", trace.SpanKind.PRODUCER, attributes), self._meters, queue_name)
 
     def call(self, kind: str, name: str | None, claimed: Claimed, **more: Any) -> Scope:

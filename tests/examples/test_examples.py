@@ -39,6 +39,15 @@ after a rollback there is no task either: None
 packed: lamp
 order 1: lamp is packed
 """,
+    "prometheus_metrics": """\
+durable_worker_active{queue="metrics"} 1.0
+durable_events_emitted_total{queue="metrics"} 2.0
+durable_tasks_completed_total{queue="metrics",task_name="publish"} 2.0
+durable_tasks_completed_total{queue="metrics",task_name="resize"} 2.0
+durable_tasks_failed_total{queue="metrics",task_name="publish"} 1.0
+durable_tasks_spawned_total{queue="metrics",task_name="publish"} 3.0
+durable_tasks_spawned_total{queue="metrics",task_name="resize"} 2.0
+""",
     "human_approval": """\
 mail to the manager: may Ada spend 40?
 paying 40 to Ada
