@@ -28,6 +28,8 @@ logger = logging.getLogger("durable_sa")
 
 BATCH = 500
 DELIVERY_EVENTS = 50
+LOCKED_PAUSE = 0.1
+"""Seconds until waits of tasks that somebody had locked are looked at again."""
 RECONCILE_INTERVAL = 10.0
 """Seconds between searches for waits that should have been resolved."""
 REPAIR_AGE = 5.0
@@ -72,6 +74,7 @@ class Tender:
         self._look_at = 0.0
         self._resolve: set[uuid.UUID] = set()
         self._ended: set[uuid.UUID] = set()
+        self._ended_unheard: set[uuid.UUID] = set()
         self._cascade: set[uuid.UUID] = set()
         self._deliver = False
         self._check = False
@@ -176,9 +179,14 @@ class Tender:
 
     async def _wake_parents(self, task_ids: list[uuid.UUID]) -> None:
         rows = await self._execute(waits.WAITING_FOR, {"task_ids": task_ids})
-        if rows:
-            self._resolve.update(row.task_id for row in rows)
-            self._poll_runs()
+        if not rows:
+            return
+        await self._resolve_waits(sorted({row.task_id for row in rows}))
+        self._poll_runs()
+        if await self._execute(waits.WAITING_FOR, {"task_ids": task_ids}):
+            # Somebody had a row locked, perhaps to look at the same wait, but just before the end it is waiting for.
+            self._ended_unheard.update(task_ids)
+            self.look_within(LOCKED_PAUSE)
 
     async def _deliver_events(self) -> None:
         previous: set[uuid.UUID] = set()
@@ -195,6 +203,7 @@ class Tender:
             )
             if waiting and waiting == previous:
                 # Somebody holds these rows locked: they stay undelivered and are looked at again.
+                self.look_within(LOCKED_PAUSE)
                 break
             previous = waiting
         self._poll_runs()
@@ -268,6 +277,8 @@ class Tender:
     async def _look(self) -> None:
         interval = self._interval()
         self._look_at = time.monotonic() + interval
+        self._ended |= self._ended_unheard
+        self._ended_unheard.clear()
         await self._check_runs()
         rows = await self._execute(maintenance.LOOK, {"worker_id": self.worker_id})
         look = rows[0]
