@@ -26,6 +26,7 @@ from .connections import Database, backoff, is_conflict, is_transient
 from .context import TaskContext
 from .errors import (
     DurableError,
+    InvalidConfiguration,
     QueueNotFound,
     TaskAlreadyRegistered,
     TaskNotFound,
@@ -194,9 +195,17 @@ class Durable(Generic[StateT]):
 
         Raises:
             SchemaMismatch: they are not there, older or newer; the message says what to do.
+            InvalidConfiguration: there is a connection pooler that does not let transactions through.
         """
-        async with self.database.engine.connect() as connection:
-            await connection.run_sync(migrations.check, self.schema)
+        try:
+            async with self.database.engine.connect() as connection:
+                await connection.run_sync(migrations.check, self.schema)
+        except DBAPIError as error:
+            if "statement pooling" in str(error.orig):
+                raise InvalidConfiguration(
+                    "bind", "there is a connection pooler in statement mode", "Set its pool_mode to transaction."
+                ) from error
+            raise
 
     def _sender(self) -> HintSender:
         return sender(self.database.engine, channel_name(self.schema))

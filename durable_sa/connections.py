@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool, Pool
 
 from .errors import InvalidConfiguration
 from .models import SCHEMA
@@ -39,6 +41,9 @@ _POOLER_STATES = frozenset({"26000", "42P05"})
 
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
+
+_mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
+"""Pools whose connections lead to a pooler that has been seen to do so."""
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -91,25 +96,25 @@ def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
     return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
 
 
-def resolve_url(url: str | URL) -> URL:
+def resolve_url(url: str | URL, what: str = "bind") -> URL:
     """A URL as given by a user or a platform, with asyncpg where it names no driver, which calls `sslmode` `ssl`."""
     try:
         parsed = make_url(url)
     except ArgumentError as error:
         raise InvalidConfiguration(
-            "bind", "it is not a database URL", "Write postgresql://user:password@host/database."
+            what, "it is not a database URL", "Write postgresql://user:password@host/database."
         ) from error
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+asyncpg")
     if not parsed.drivername.startswith("postgresql+"):
         raise InvalidConfiguration(
-            "bind",
+            what,
             f"{parsed.drivername!r} is no PostgreSQL driver",
             "Use postgresql+asyncpg:// or postgresql+psycopg://.",
         )
     if parsed.drivername not in ("postgresql+asyncpg", "postgresql+psycopg", "postgresql+psycopg_async"):
         raise InvalidConfiguration(
-            "bind",
+            what,
             f"{parsed.drivername!r} has no asyncio mode",
             "Use postgresql+asyncpg:// or postgresql+psycopg://.",
         )
@@ -126,6 +131,11 @@ def default_bind() -> str | URL:
     from .embedded import server
 
     return server().url()
+
+
+def direct_engine(url: str | URL) -> AsyncEngine:
+    """An engine with a connection of its own for LISTEN, to be disposed of by the caller."""
+    return create_async_engine(resolve_url(url), poolclass=NullPool, hide_parameters=True)
 
 
 class Database:
@@ -160,7 +170,7 @@ class Database:
                 "Give an AsyncEngine, an async_sessionmaker or a URL.",
             )
         self.options: dict[str, Any] = {}
-        self._pooled = False
+        self._said = False
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
             self.options["schema_translate_map"] = {**applications, SCHEMA: schema}
@@ -178,18 +188,28 @@ class Database:
         """
         connection = await self._connect("AUTOCOMMIT")
         try:
-            if _EXPLICIT not in connection.info:
+            if self._mixed_up:
+                connection.info[_EXPLICIT] = True
+            elif _EXPLICIT not in connection.info:
                 query = text("SELECT current_setting('default_transaction_isolation')")
                 connection.info[_EXPLICIT] = (await connection.execute(query)).scalar() != "read committed"
                 await connection.rollback()
-            if self._pooled:
-                connection.info[_EXPLICIT] = True
             if connection.info[_EXPLICIT]:
                 connection = await connection.execution_options(isolation_level="READ COMMITTED")
+        except DBAPIError as error:
+            await discard(connection)
+            if self._mixed_up or sqlstate(error) not in _POOLER_STATES:
+                raise
+            _mixed_up.add(self.engine.sync_engine.pool)
+            return await self.connect()
         except BaseException:
             await discard(connection)
             raise
         return connection
+
+    @property
+    def _mixed_up(self) -> bool:
+        return self.engine.sync_engine.pool in _mixed_up
 
     async def _connect(self, isolation_level: IsolationLevel) -> AsyncConnection:
         """A connection of that level, whatever the level of the application's engine.
@@ -209,20 +229,34 @@ class Database:
     ) -> Sequence[Row[Any]]:
         """Run one statement as a transaction of its own.
 
-        A pooler in transaction mode may prepare a statement on one server connection and run it on another, unless a
-        transaction holds the two together. Where that is seen to happen, statements get transactions from then on.
+        A pooler in transaction mode may prepare a statement on one server connection and look for it on another, unless
+        a transaction holds the two together. Where that is seen to happen, nothing has been executed, and statements
+        get transactions from then on.
         """
         if not connection.info[_EXPLICIT]:
             try:
                 result = await connection.execute(statement, parameters)
+                return result.all() if result.returns_rows else ()
             except DBAPIError as error:
-                if sqlstate(error) in _POOLER_STATES:
-                    self._pooled = True
-                raise
-            return result.all() if result.returns_rows else ()
-        async with connection.begin():
-            result = await connection.execute(statement, parameters)
-            return result.all() if result.returns_rows else ()
+                if sqlstate(error) not in _POOLER_STATES:
+                    raise
+            _mixed_up.add(self.engine.sync_engine.pool)
+            await connection.rollback()
+            connection.info[_EXPLICIT] = True
+            connection = await connection.execution_options(isolation_level="READ COMMITTED")
+        try:
+            async with connection.begin():
+                result = await connection.execute(statement, parameters)
+                return result.all() if result.returns_rows else ()
+        except DBAPIError as error:
+            if sqlstate(error) in _POOLER_STATES and not self._said:
+                self._said = True
+                logger.warning(
+                    "a connection pooler mixes up prepared statements: keep the driver from reusing them; by connect_args, "
+                    "with asyncpg statement_cache_size=0, prepared_statement_cache_size=0 and a "
+                    "prepared_statement_name_func that gives unique names, with psycopg prepare_threshold=None"
+                )
+            raise
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Run one statement on a connection of the pool, again once if the pool had kept a dead one.
@@ -279,7 +313,10 @@ class Database:
     def private(self) -> AsyncEngine:
         """An engine with connections of its own, made as the application's are; for another thread, or to keep."""
         engine = self.engine.sync_engine
-        return AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
+        pool = engine.pool.recreate()
+        if self._mixed_up:
+            _mixed_up.add(pool)
+        return AsyncEngine(Engine(pool, engine.dialect, engine.url))
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[AsyncConnection]:

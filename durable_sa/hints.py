@@ -1,4 +1,4 @@
-"""Wake-up hints: NOTIFY after the commit, coalesced, and LISTEN in the worker.
+"""Wake-up hints: NOTIFY after the commit, coalesced.
 
 A hint says that something is worth a look, never what to do: one that is lost costs a poll interval and nothing else.
 It is sent after the commit and outside of it, because a NOTIFY inside a transaction makes committers queue up behind
@@ -15,20 +15,20 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any
 
 from sqlalchemy import Row, event, func, select
 from sqlalchemy.engine import Connection, Engine, RootTransaction
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 from sqlalchemy.sql import bindparam
 from sqlalchemy.types import Text
 
 from .branches import detached
-from .connections import is_autocommit
+from .connections import Database, is_autocommit
 from .models import SCHEMA
 
 logger = logging.getLogger("durable_sa")
@@ -150,7 +150,7 @@ class HintSender:
     def __init__(self, engine: AsyncEngine, channel: str) -> None:
         self.channel = channel
         self.loop = asyncio.get_running_loop()
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._database = Database(engine)
         self._outbox = _Outbox()
         self._task: asyncio.Task[None] | None = None
 
@@ -177,10 +177,7 @@ class HintSender:
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
-                async with self._engine.connect() as connection:
-                    while hint:
-                        await connection.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
-                        hint = self._outbox.take()
+                await self._database.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
             self._outbox.clear()
             logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
@@ -293,135 +290,3 @@ def _send(connection: Connection, channel: str, hint: Hint, after: RootTransacti
     if found is None:
         found = _thread_senders[key] = _ThreadSender(engine, channel)
     found.send(hint, after)
-
-
-class Listener:
-    """LISTEN on a connection of its own, replaced when it is lost, checked that what is sent arrives."""
-
-    def __init__(self, connect: Callable[[], AsyncEngine], channel: str, on_payload: Callable[[str], None]) -> None:
-        self._connect = connect
-        self._channel = channel
-        self._on_payload = on_payload
-        self.working = False
-        self._said = False
-
-    async def run(self) -> None:
-        """Listen until cancelled."""
-        failures = 0
-        while True:
-            engine = self._connect()
-            try:
-                async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-                    await self._listen(connection)
-            except _NotDelivered:
-                self._say("LISTEN has no effect here (a connection pooler in transaction mode?): polling instead")
-                pause = 60.0
-            except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
-                self._say(f"LISTEN is interrupted ({type(error).__name__}): polling until it works again")
-                failures = 0 if self.working else failures + 1
-                pause = min(15.0, 0.5 * 2**failures)
-            finally:
-                worked, self.working = self.working, False
-                await asyncio.shield(engine.dispose())
-            if worked:
-                # What was sent meanwhile is lost, and from now on there is polling to do.
-                self._on_payload("")
-            await asyncio.sleep(pause)
-
-    def _say(self, message: str) -> None:
-        if not self._said:
-            logger.warning(message)
-            self._said = True
-
-    async def _listen(self, connection: AsyncConnection) -> NoReturn:
-        """Listen until the connection is lost."""
-        raw = await connection.get_raw_connection()
-        driver: Any = raw.driver_connection
-        arrived = asyncio.Event()
-        lost = asyncio.Event()
-        probe = f"probe:{id(self)}:{time.monotonic_ns()}"
-
-        def receive(payload: str) -> None:
-            if payload == probe:
-                arrived.set()
-            elif not payload.startswith("probe:"):
-                self._on_payload(payload)
-
-        reading: asyncio.Task[None] | None = None
-        if hasattr(driver, "add_listener"):
-
-            def received(_: Any, __: int, ___: str, payload: Any) -> None:
-                receive(str(payload))
-
-            await driver.add_listener(self._channel, received)
-
-            def terminated(_: Any) -> None:
-                lost.set()
-
-            driver.add_termination_listener(terminated)
-        else:
-            await driver.execute(f'LISTEN "{self._channel}"')
-
-            async def read() -> None:
-                async for notification in driver.notifies():
-                    receive(notification.payload)
-
-            reading = asyncio.create_task(read(), name="durable:notifies")
-
-            def ended(done: asyncio.Task[None]) -> None:
-                if not done.cancelled():
-                    done.exception()
-                lost.set()
-
-            reading.add_done_callback(ended)
-        try:
-            await self._probe(probe)
-            try:
-                async with asyncio.timeout(5.0):
-                    await arrived.wait()
-            except TimeoutError:
-                raise _NotDelivered from None
-            self.working = True
-            self._said = False
-            self._on_payload("")
-            while not lost.is_set():
-                try:
-                    async with asyncio.timeout(30.0):
-                        await lost.wait()
-                except TimeoutError:
-                    if reading is None:
-                        async with asyncio.timeout(5.0):
-                            await driver.fetchval("SELECT 1")
-                    else:
-                        arrived.clear()
-                        await self._probe(probe)
-                        async with asyncio.timeout(5.0):
-                            await arrived.wait()
-            raise ConnectionError("the connection was closed")
-        finally:
-            if reading is not None:
-                reading.cancel()
-                await asyncio.wait([reading])
-
-    async def _probe(self, payload: str) -> None:
-        """Send something to ourselves, over another connection."""
-
-        async def send() -> None:
-            engine = self._connect()
-            try:
-                async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-                    await connection.execute(NOTIFY, {"channel": self._channel, "payload": payload})
-            finally:
-                await engine.dispose()
-
-        # Cancelled in the middle of opening or closing, a driver would leave its connection open.
-        sending = asyncio.ensure_future(send())
-        try:
-            await asyncio.shield(sending)
-        except asyncio.CancelledError:
-            await asyncio.wait([sending], timeout=2.0)
-            raise
-
-
-class _NotDelivered(Exception):  # noqa: N818
-    """What was sent to the channel did not arrive."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast, overload
 
+from sqlalchemy import URL
 from typing_extensions import Unpack
 
 from durable_sa.codec import check_size, codec_for
@@ -66,6 +67,9 @@ class WorkerOptions(TypedDict, total=False):
     """Seconds that runs get to come to their end at shutdown. 30 if absent."""
     listen: bool
     """Whether to LISTEN for wake-up hints. True if absent."""
+    listen_url: URL | str | None
+    """Where to LISTEN, if not where the client's engine connects to: around a pooler in transaction mode, behind which
+    nothing arrives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,22 +20,23 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Row
+from sqlalchemy import URL, Row
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from . import branches, task_factory
 from .clock import LocalClock
-from .connections import Channel, Database, backoff, is_transient
+from .connections import Channel, Database, backoff, is_transient, resolve_url
 from .context import TaskContext
 from .current import enter
 from .errors import InvalidConfiguration, QueueNotFound
 from .heartbeat import Heartbeat, Lease
-from .hints import Hint, Listener, channel_name, sender
+from .hints import Hint, channel_name, sender
 from .hooks import around_task
 from .ids import new_id
 from .journal import EMPTY_JOURNAL, Journal
 from .lanes import Lanes
+from .listener import Listener
 from .names import validate_name
 from .options import WorkerOptions
 from .policies import integer, seconds
@@ -85,6 +86,7 @@ class Settings:
     fatal_on_lease_timeout: bool
     shutdown_timeout: float
     listen: bool
+    listen_url: URL | None
 
     @classmethod
     def resolve(cls, options: WorkerOptions, queue_name: str) -> Settings:
@@ -102,7 +104,7 @@ class Settings:
         names = [queue_name] if names is None else list(dict.fromkeys(names))
         if not names:
             raise InvalidConfiguration("queue_names", "there is no queue in it")
-        batch_size = options.get("batch_size")
+        batch_size, listen_url = options.get("batch_size"), options.get("listen_url")
         return cls(
             tuple(validate_name("queue", name) for name in names),
             integer(options.get("concurrency", 1), "concurrency", minimum=1, maximum=100_000),
@@ -113,6 +115,7 @@ class Settings:
             bool(options.get("fatal_on_lease_timeout", False)),
             seconds(options.get("shutdown_timeout", 30.0), "shutdown_timeout"),
             bool(options.get("listen", True)),
+            None if listen_url is None else resolve_url(listen_url, "listen_url"),
         )
 
 
@@ -208,7 +211,7 @@ class Worker:
             self.telemetry.watch(self)
             self._services.append(self._serve(self._sample_queues, "durable:samples"))
         if self.settings.listen:
-            self._listener = Listener(database.private, channel_name(database.schema), self._hinted)
+            self._listener = Listener(database, self.settings.listen_url, self._hinted)
             self._services.append(self._serve(self._listener.run, "durable:listener"))
 
     async def _connect(self) -> None:

@@ -52,6 +52,14 @@ Fatal = Annotated[
 ]
 ShutdownTimeout = Annotated[float, typer.Option(help="Seconds that runs get to end when the worker is stopped.")]
 Listen = Annotated[bool, typer.Option("--listen/--no-listen", help="Use LISTEN for wake-up hints.")]
+ListenUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="A URL for LISTEN that leads around a connection pooler. Rather set the variable.",
+        envvar="DURABLE_LISTEN_URL",
+        show_default=False,
+    ),
+]
 Reload = Annotated[bool, typer.Option("--reload", help="For development: start anew when a Python file changes.")]
 ReloadDir = Annotated[
     list[Path] | None,
@@ -71,6 +79,7 @@ def worker(
     fatal: Fatal = False,
     shutdown_timeout: ShutdownTimeout = 30,
     listen: Listen = True,
+    listen_url: ListenUrl = None,
     reload: Reload = False,
     reload_dirs: ReloadDir = None,
     log_level: Level = LogLevel.INFO,
@@ -95,6 +104,7 @@ def worker(
         fatal_on_lease_timeout=fatal,
         shutdown_timeout=shutdown_timeout,
         listen=listen,
+        listen_url=listen_url,
     )
     # What goes wrong in the application itself comes with its traceback.
     with refused():

@@ -1,6 +1,7 @@
 """Wake-ups: LISTEN where it works, polling where it does not, and nothing that depends on either."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -17,10 +18,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, create_engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
-from durable_sa import Durable, RetryStrategy, Spawn, TaskContext
+from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext
 from durable_sa.hints import Hint, HintSender
 
 from ..support import eventually
@@ -331,6 +333,13 @@ class PgBouncer:
                 assert time.monotonic() < deadline, (self._directory / "log").read_text()
                 time.sleep(0.02)
 
+    def restart(self, **settings: str) -> None:
+        """With other settings."""
+        self.stop()
+        with (self._directory / "pgbouncer.ini").open("a") as file:
+            file.writelines(f"{name} = {value}\n" for name, value in settings.items())
+        self.start()
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
@@ -369,8 +378,15 @@ def pooled_engine(bouncer: PgBouncer, driver: str) -> AsyncEngine:
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_is_replaced_by_polling(
-    engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer, driver: str, caplog: pytest.LogCaptureFixture
+    engine: AsyncEngine,
+    durable: Durable,
+    sql: Rows,
+    bouncer: PgBouncer,
+    driver: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("durable_sa.listener.ARRIVAL_DEADLINE", 0.5)
     await create_bookings(engine)
     caplog.set_level(logging.WARNING, "durable_sa")
     pooled = pooled_engine(bouncer, driver)
@@ -380,8 +396,7 @@ async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_
             spawned = [await first.spawn(stories[0].task, Parts()) for _ in range(20)]
             for spawn in spawned:
                 assert (await first.wait_for_result(spawn, timeout=20)).output == 3
-            # Whether what is sent arrives is known after a few seconds.
-            await eventually(lambda: [record for record in caplog.records if "LISTEN" in record.getMessage()])
+            await eventually(lambda: len(_warnings(caplog)) == 2)
             assert worker._listener is not None
             assert not worker._listener.working
             began = time.monotonic()
@@ -390,10 +405,82 @@ async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_
             assert time.monotonic() - began < 3.0
     await pooled.dispose()
     await assert_stories_ended_well(sql, spawned)
-    said = [record.getMessage() for record in caplog.records if "LISTEN" in record.getMessage()]
-    # One line a worker.
-    assert len(said) <= 2
-    assert all("polling" in message for message in said)
+    # One line a worker, and not a word of anything else.
+    said = _warnings(caplog)
+    assert len(said) == 2
+    assert all("LISTEN has no effect" in message and "listen_url" in message for message in said), said
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "durable_sa"]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_url_that_leads_around_the_pooler_is_used_to_listen(
+    database_url: URL, durable: Durable, quick: Any, bouncer: PgBouncer, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "durable_sa")
+    pooled = pooled_engine(bouncer, driver)
+    direct = database_url.set(drivername=f"postgresql+{driver}")
+    async with Durable(pooled, tasks=[quick]) as victim, Durable(pooled) as other:
+        # Far beyond what is waited for, so that it is not a poll that finds them.
+        async with victim.worker(poll_interval=30, listen_url=direct) as worker:
+            await eventually(lambda: worker._listener is not None and worker._listener.working)
+            for _ in range(5):
+                # Hints are sent through the pooler, and none of them gets lost there.
+                await other.wait_for_result(await other.spawn(quick), timeout=2)
+    await pooled.dispose()
+    assert _warnings(caplog) == []
+
+
+async def test_a_url_that_leads_elsewhere_is_noticed(
+    database_url: URL,
+    durable: Durable,
+    quick: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("durable_sa.listener.ARRIVAL_DEADLINE", 0.3)
+    elsewhere = database_url.set(database="postgres").render_as_string(hide_password=False)
+    async with durable.worker(listen_url=elsewhere, poll_interval=0.05):
+        await eventually(lambda: _warnings(caplog))
+        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
+    (message,) = _warnings(caplog)
+    assert "another database" in message
+
+
+async def test_a_url_to_listen_that_cannot_be_is_refused(durable: Durable) -> None:
+    with pytest.raises(InvalidConfiguration, match="listen_url"):
+        await durable.start_worker(listen_url="mysql://localhost/other")
+
+
+async def test_statements_that_the_driver_keeps_behind_a_pooler_are_explained(
+    durable: Durable, quick: Any, bouncer: PgBouncer, caplog: pytest.LogCaptureFixture
+) -> None:
+    unprepared = create_async_engine(bouncer.url)
+    busy = [await unprepared.connect() for _ in range(2)]
+    async with Durable(unprepared) as victim:
+        for _ in range(20):
+            if _warnings(caplog):
+                break
+            with contextlib.suppress(DBAPIError):
+                await asyncio.gather(
+                    *(victim.spawn(quick) for _ in range(5)), *(victim.list_queues() for _ in range(5))
+                )
+    for connection in busy:
+        await connection.close()
+    await unprepared.dispose()
+    (message,) = _warnings(caplog)
+    assert "statement_cache_size=0" in message
+
+
+async def test_a_pooler_in_statement_mode_is_refused(durable: Durable, bouncer: PgBouncer) -> None:
+    await asyncio.to_thread(bouncer.restart, pool_mode="statement")
+    pooled = pooled_engine(bouncer, "asyncpg")
+    async with Durable(pooled) as victim:
+        with pytest.raises(InvalidConfiguration, match="pool_mode"):
+            await victim.start_worker()
+    await pooled.dispose()
 
 
 async def test_a_restart_of_the_pooler_fails_no_task(
