@@ -422,13 +422,16 @@ async def test_a_url_that_leads_around_the_pooler_is_used_to_listen(
     caplog.set_level(logging.WARNING, "durable_sa")
     pooled = pooled_engine(bouncer, driver)
     direct = database_url.set(drivername=f"postgresql+{driver}")
-    async with Durable(pooled, tasks=[quick]) as victim, Durable(pooled) as other:
+    async with (
+        Durable(pooled, tasks=[quick]) as victim,
+        Durable(pooled) as other,
         # Far beyond what is waited for, so that it is not a poll that finds them.
-        async with victim.worker(poll_interval=30, listen_url=direct) as worker:
-            await eventually(lambda: worker._listener is not None and worker._listener.working)
-            for _ in range(5):
-                # Hints are sent through the pooler, and none of them gets lost there.
-                await other.wait_for_result(await other.spawn(quick), timeout=2)
+        victim.worker(poll_interval=30, listen_url=direct) as worker,
+    ):
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        for _ in range(5):
+            # Hints are sent through the pooler, and none of them gets lost there.
+            await other.wait_for_result(await other.spawn(quick), timeout=2)
     await pooled.dispose()
     assert _warnings(caplog) == []
 
