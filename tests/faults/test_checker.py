@@ -1,0 +1,224 @@
+"""The checker finds what it is there to find: each invariant, in a history that is forged to break it."""
+
+import asyncio
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from .evidence import Change, Evidence
+from .invariants import INVARIANTS, violations
+from .nursery import Nursery
+from .rounds import Plan, Verdict, fight
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    """Of some seconds in which nothing went wrong."""
+
+    async def observe() -> Verdict:
+        async with Nursery() as nursery:
+            plan = Plan((), "quiet", 3.0, workers=2, rate=100.0, operations=80)
+            return await fight(plan, tmp_path_factory.mktemp("quiet"), nursery, [])
+
+    verdict = asyncio.run(observe())
+    assert verdict.violations == {}
+    return verdict.evidence
+
+
+FORGERIES: dict[str, Callable[[Evidence], Evidence]] = {}
+
+
+def forging(function: Callable[[Evidence], Evidence]) -> Callable[[Evidence], Evidence]:
+    FORGERIES[function.__name__] = function
+    return function
+
+
+def find(evidence: Evidence, relation: str, wanted: Callable[[Change], Any]) -> int:
+    """The position of the first change like that; a history without one proves nothing."""
+    return next(
+        index for index, change in enumerate(evidence.changes) if change.relation == relation and wanted(change)
+    )
+
+
+def with_row(evidence: Evidence, index: int, **values: Any) -> Evidence:
+    changes = list(evidence.changes)
+    change = changes[index]
+    changes[index] = change._replace(became={**(change.became or {}), **values})
+    return replace(evidence, changes=changes)
+
+
+def without(evidence: Evidence, unwanted: Callable[[Change], Any]) -> Evidence:
+    return replace(evidence, changes=[change for change in evidence.changes if not unwanted(change)])
+
+
+def with_change(evidence: Evidence, index: int, **values: Any) -> Evidence:
+    changes = list(evidence.changes)
+    changes[index] = changes[index]._replace(**values)
+    return replace(evidence, changes=changes)
+
+
+def with_table(evidence: Evidence, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> Evidence:
+    tables = copy.deepcopy(evidence.tables)
+    change(tables[name])
+    return replace(evidence, tables=tables)
+
+
+def ended(change: Change) -> bool:
+    return bool(change.became and change.became["outcome"] == "completed")
+
+
+def inserted(kind: str) -> Callable[[Change], bool]:
+    return lambda change: bool(change.was is None and change.became and change.became["kind"] == kind)
+
+
+@forging
+def every_acknowledged_spawn_has_one_task(e: Evidence) -> Evidence:
+    lost = e.changes[find(e, "tasks", lambda change: change.row["task_name"] == "tour")].row["task_id"]
+    return without(e, lambda change: change.relation == "tasks" and change.row["task_id"] == lost)
+
+
+@forging
+def orders_and_their_tasks_stand_or_fall_together(e: Evidence) -> Evidence:
+    return with_table(e, "orders", lambda rows: rows.pop())
+
+
+@forging
+def attempts_are_numbered_without_gaps(e: Evidence) -> Evidence:
+    return with_row(e, find(e, "runs", lambda _: True), attempt=2)
+
+
+@forging
+def fences_only_rise(e: Evidence) -> Evidence:
+    return with_row(e, find(e, "tasks", ended), fence=0)
+
+
+@forging
+def only_the_holder_of_a_run_writes_for_it(e: Evidence) -> Evidence:
+    return with_change(e, find(e, "checkpoints", inserted("step")), application="zombie")
+
+
+@forging
+def a_checkpoint_is_written_once_and_never_changes(e: Evidence) -> Evidence:
+    change = e.changes[find(e, "checkpoints", inserted("value"))]
+    return replace(e, changes=[*e.changes, change._replace(was=change.became)])
+
+
+@forging
+def transactions_happen_exactly_once(e: Evidence) -> Evidence:
+    return with_table(e, "effects", lambda rows: rows.append(dict(rows[0])))
+
+
+@forging
+def steps_run_once_an_attempt_and_never_after_their_checkpoint(e: Evidence) -> Evidence:
+    return replace(e, ledger=[*e.ledger, next(iter(e.noted("step")))])
+
+
+@forging
+def every_run_sees_the_same(e: Evidence) -> Evidence:
+    return replace(e, ledger=[*e.ledger, {**next(iter(e.noted("seen"))), "value": "something else"}])
+
+
+@forging
+def waits_end_with_what_was_first(e: Evidence) -> Evidence:
+    return with_row(
+        e, find(e, "events", lambda change: change.row["name"].startswith("toured")), payload="something else"
+    )
+
+
+@forging
+def no_wait_is_left(e: Evidence) -> Evidence:
+    waiting = {"task_id": next(iter(e.tasks)), "name": "never"}
+    return with_table(e, "waits", lambda rows: rows.append(waiting))
+
+
+@forging
+def each_spawn_in_a_task_has_one_child(e: Evidence) -> Evidence:
+    return without(e, lambda change: change.relation == "checkpoints" and change.row["kind"] == "spawn")
+
+
+@forging
+def joins_give_what_the_child_came_to(e: Evidence) -> Evidence:
+    return with_row(e, find(e, "checkpoints", inserted("join")), value="something else")
+
+
+@forging
+def no_descendant_outlives_a_failure(e: Evidence) -> Evidence:
+    index = find(
+        e,
+        "tasks",
+        lambda change: change.row["task_name"] == "nap" and change.row["parent_task_id"] and change.row["outcome"],
+    )
+    return with_row(e, index, outcome="completed", state="completed")
+
+
+@forging
+def states_agree_with_claims(e: Evidence) -> Evidence:
+    return with_row(e, find(e, "tasks", lambda change: change.row["state"] == "running"), claimed_by=None)
+
+
+@forging
+def what_has_ended_stays_so(e: Evidence) -> Evidence:
+    change = e.changes[find(e, "tasks", ended)]
+    return replace(e, changes=[*e.changes, change._replace(was=change.became)])
+
+
+@forging
+def nothing_starts_before_its_time(e: Evidence) -> Evidence:
+    index = find(
+        e, "tasks", lambda change: change.was and change.was["state"] == "pending" and change.became["claimed_by"]
+    )
+    was = {**(e.changes[index].was or {}), "available_at": "2999-01-01T00:00:00+00:00"}
+    return with_change(e, index, was=was)
+
+
+@forging
+def each_tick_has_one_task(e: Evidence) -> Evidence:
+    ticks = sorted(row["idempotency_key"] for row in e.inserted("tasks") if row["task_name"] == "tick")
+    assert len(ticks) > 2
+    return without(e, lambda change: change.row.get("idempotency_key") == ticks[1])
+
+
+@forging
+def no_money_is_made_or_lost(e: Evidence) -> Evidence:
+    return with_table(e, "accounts", lambda rows: rows[0].update(balance=rows[0]["balance"] + 1))
+
+
+@forging
+def outputs_are_what_they_should_be(e: Evidence) -> Evidence:
+    index = find(e, "tasks", lambda change: ended(change) and change.row["task_name"] == "transfer")
+    return with_row(e, index, output="something else")
+
+
+@forging
+def workers_claim_from_their_queues(e: Evidence) -> Evidence:
+    return with_row(e, find(e, "workers", lambda change: change.became), queue_names=["nowhere"])
+
+
+@forging
+def only_what_is_over_is_deleted(e: Evidence) -> Evidence:
+    change = e.changes[find(e, "tasks", lambda change: change.row["outcome"] is None)]
+    return replace(e, changes=[*e.changes, change._replace(was=change.became, became=None)])
+
+
+@forging
+def only_failures_of_the_code_count(e: Evidence) -> Evidence:
+    index = find(e, "tasks", lambda change: ended(change) and change.row["task_name"] == "tour")
+    return with_row(e, index, failures=1)
+
+
+@forging
+def no_secret_is_said(e: Evidence) -> Evidence:
+    return replace(e, logs={"w0.log": f"params: {e.secrets[0]}"})
+
+
+@forging
+def nobody_complains(e: Evidence) -> Evidence:
+    return replace(e, logs={"w0.log": "2026-01-01 00:00:00,000 ERROR durable_sa claiming failed\n"})
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in INVARIANTS])
+def test_a_forged_history_is_told(history: Evidence, name: str) -> None:
+    assert name in violations(FORGERIES[name](history))
