@@ -252,7 +252,7 @@ class Database:
             if sqlstate(error) in _POOLER_STATES and not self._said:
                 self._said = True
                 logger.warning(
-                    "a connection pooler mixes up prepared statements; keep the driver from reusing them by connect_args: "
+                    "a connection pooler mixes up prepared statements; let the driver reuse none, by connect_args: "
                     "statement_cache_size=0, prepared_statement_cache_size=0 and a prepared_statement_name_func that "
                     "gives unique names with asyncpg, prepare_threshold=None with psycopg"
                 )
