@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench docs
+.PHONY: demo test lint soak bench docs
 
 demo: $(READY)
 	$(BIN)/durable demo
@@ -24,6 +24,10 @@ lint: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# SOAK_SECONDS and SOAK_SEED in the environment choose its length and what happens in it.
+soak: $(READY)
+	$(BIN)/python -m tests.faults
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
