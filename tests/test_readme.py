@@ -1,16 +1,11 @@
 """The README's code runs as it stands, and prints what the README says."""
 
-import ast
-import contextlib
-import io
 import os
 import re
 import subprocess
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,68 +16,32 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import migrations
 from durable_sa.testing.database import TestServer
-from tests.cli.support import CommandLine
+from tests.docs import snippets
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"# ([\w/]+\.py)\n")
-PRINTED = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
-
-
-class Block(NamedTuple):
-    language: str
-    text: str
-    line: int
-
-    @property
-    def file(self) -> str | None:
-        """The path in the first line, of a block that is a file; other blocks are typed in one after another."""
-        found = FILE.match(self.text)
-        return found[1] if found else None
-
-
-def blocks() -> Iterator[Block]:
-    text = README.read_text()
-    for found in BLOCK.finditer(text):
-        yield Block(found[1], found[2], text.count("\n", 0, found.start()) + 1)
+README = snippets.ROOT / "README.md"
+BLOCKS = list(snippets.blocks(README))
 
 
 def file(path: str) -> str:
-    (found,) = [block for block in blocks() if block.file == path]
-    return found.text
-
-
-def environment(url: URL) -> dict[str, str]:
-    return {**os.environ, "DURABLE_DATABASE_URL": url.render_as_string(hide_password=False)}
+    return snippets.file(README, path)
 
 
 async def test_snippets_run_one_after_another_and_print_what_they_say(database_url: URL) -> None:
-    snippets = [block for block in blocks() if block.language == "python" and block.file is None]
-    assert len(snippets) > 10
-    module = types.ModuleType("readme")
-    with mock.patch.dict(os.environ, environment(database_url)), mock.patch.dict(sys.modules, readme=module):
-        try:
-            for block in snippets:
-                # Compiled at its place in the file, so that errors say where they are.
-                source = "\n" * block.line + block.text
-                code = compile(source, str(README), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-                out = io.StringIO()
-                with contextlib.redirect_stdout(out):
-                    done = eval(code, vars(module))
-                    if done is not None:
-                        await done
-                assert out.getvalue().splitlines() == PRINTED.findall(block.text), f"line {block.line}"
-        finally:
-            await vars(module)["durable"].close()
+    typed = [block for block in BLOCKS if block.language == "python" and block.file is None]
+    assert len(typed) > 10
+    with mock.patch.dict(os.environ, snippets.environment(DURABLE_DATABASE_URL=database_url)):
+        async with snippets.module("readme") as module:
+            for block in typed:
+                await snippets.run_python(README, block, module)
 
 
 def test_the_quickstart_prints_what_follows_it(database_url: URL, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(file("app.py"))
-    (expected,) = [block.text for block in blocks() if block.language == "text"]
+    (expected,) = [block.text for block in BLOCKS if block.language == "text"]
     result = subprocess.run(
         [sys.executable, "-W", "error", "app.py"],
         cwd=tmp_path,
-        env=environment(database_url),
+        env=snippets.environment(DURABLE_DATABASE_URL=database_url),
         capture_output=True,
         text=True,
         check=False,
@@ -92,11 +51,10 @@ def test_the_quickstart_prints_what_follows_it(database_url: URL, tmp_path: Path
 
 def test_the_test_passes(durable_server: TestServer, tmp_path: Path) -> None:
     (tmp_path / "test_reminders.py").write_text(file("test_reminders.py"))
-    url = durable_server.url.render_as_string(hide_password=False)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider"],
         cwd=tmp_path,
-        env={**os.environ, "DURABLE_TEST_DATABASE_URL": url},
+        env=snippets.environment(DURABLE_TEST_DATABASE_URL=durable_server.url),
         capture_output=True,
         text=True,
         check=False,
@@ -133,14 +91,10 @@ async def test_the_revision_makes_the_tables_and_removes_them(durable_server: Te
 
 
 def test_its_commands_and_their_options_exist() -> None:
-    consoles = "".join(block.text for block in blocks() if block.language == "console")
-    commands = [line for line in consoles.splitlines() if line.startswith("durable ")]
+    commands = list(snippets.durable_commands(BLOCKS))
     assert len(commands) > 5
     for line in commands:
-        words = [word for word in line.split()[1:3] if re.fullmatch("[a-z]+", word)]
-        shown = CommandLine("unused").run(*words, "--help")
-        assert shown.code == 0, line
-        assert all(option in shown.stdout for option in re.findall(r" (--[a-z-]+)", line)), line
+        snippets.check_durable_command(line)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()))

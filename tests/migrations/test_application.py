@@ -1,9 +1,13 @@
-"""Applications with an Alembic history of their own, driven by the `alembic` command."""
+"""Applications with an Alembic history of their own, driven by the `alembic` command, as the documentation says.
+
+What is pasted and typed are the lines of the page on adopting, and they have to stand in the package's docstring, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from durable_sa.migrations import current, migrate
 from durable_sa.testing.database import TestServer
+from tests.docs import snippets
 
 if TYPE_CHECKING:
     from .conftest import Application
@@ -26,7 +31,15 @@ Catalog = Callable[..., list[str]]
 both = pytest.mark.parametrize("template", ["generic", "async"], indirect=True)
 generic = pytest.mark.parametrize("template", ["generic"], indirect=True)
 
-IMPORT = "from durable_sa import migrations as durable"
+PAGE = snippets.DOCS / "guides/adopting.md"
+IMPORT, _, CONFIGURE = snippets.file(PAGE, "alembic/env.py").partition("\n\n")
+COMMANDS = [
+    shlex.split(line)[1:]
+    for block in snippets.blocks(PAGE)
+    if block.language == "sh"
+    for line in block.text.splitlines()
+    if line.startswith("alembic ")
+]
 SEPARATOR_HAS_NEWLINE = tuple(int(part) for part in alembic.__version__.split(".")[:2]) >= (1, 16)
 
 
@@ -79,15 +92,16 @@ def migrated(durable_server: TestServer, read_catalog: Catalog) -> list[str]:
         durable_server.drop_database(url)
 
 
+def command(first: str, *others: str) -> list[str]:
+    """The one command of the page that begins like this and has these words."""
+    (found,) = [words for words in COMMANDS if words[0] == first and set(others) <= set(words)]
+    return found
+
+
 def add_hook(application: Application) -> None:
     application.paste("alembic/env.py", "from alembic import context", f"\n{IMPORT}")
-    application.paste(
-        "alembic/env.py",
-        "context.configure(",
-        """
-        process_revision_directives=durable.autogenerate,
-""",
-    )
+    (argument,) = [line for line in CONFIGURE.splitlines() if "=" in line]
+    application.paste("alembic/env.py", "context.configure(", f"\n    {argument}\n")
 
 
 def add_option(application: Application, option: str) -> None:
@@ -97,16 +111,8 @@ def add_option(application: Application, option: str) -> None:
 def add_branch(application: Application) -> None:
     application.replace("alembic.ini", r"^(version_)?path_separator = os.*\n", "")
     if SEPARATOR_HAS_NEWLINE:
-        application.paste(
-            "alembic.ini",
-            "[alembic]",
-            """
-path_separator = newline
-version_locations =
-    %(here)s/alembic/versions
-    durable_sa:migrations/versions
-""",
-        )
+        section, _, settings = snippets.file(PAGE, "alembic.ini").partition("\n")
+        application.paste("alembic.ini", section, f"\n{settings}")
     else:
         application.paste(
             "alembic.ini",
@@ -126,7 +132,8 @@ def test_in_the_history_of_the_application(
     add_hook(application)
     assert 'durable.upgrade("durable_0001")' in application.alembic("check", fails=True)
 
-    revision = application.revision("-m", "durable tables")
+    application.alembic(*command("revision", "durable tables"))
+    revision = (application.directory / application.latest).read_text()
     assert revision.count(IMPORT) == 1
     upgrade, downgrade = revision.split("def downgrade()")
     assert upgrade.index('durable.upgrade("durable_0001")') < upgrade.index("op.create_table('a_orders'")
@@ -144,7 +151,7 @@ def test_in_the_history_of_the_application(
     assert on(by_script, read_catalog) == []
     durable_server.drop_database(by_script)
 
-    application.alembic("upgrade", "head")
+    application.alembic(*command("upgrade", "head"))
     assert on(application.url, read_catalog) == migrated
     assert tables(application.url) == ["a_orders", "alembic_version", "tasks"]
     assert foreign_key(application.url) == (
@@ -162,11 +169,10 @@ def test_in_the_history_of_the_application(
 @both
 def test_as_a_branch(application: Application, read_catalog: Catalog, migrated: list[str]) -> None:
     add_branch(application)
-    application.alembic("upgrade", "heads")
+    application.alembic(*command("upgrade", "heads"))
     assert on(application.url, read_catalog) == migrated
-    revision = application.revision(
-        "-m", "orders", "--head", "base", "--version-path", "alembic/versions", "--depends-on", "durable_0001"
-    )
+    application.alembic(*command("revision", "orders"))
+    revision = (application.directory / application.latest).read_text()
     assert "durable_0001" in revision
     assert revision.count("_table(") == 4
     application.replace(application.latest, r"^branch_labels(.*)= None", r"branch_labels\1= ('app',)")
@@ -176,7 +182,8 @@ def test_as_a_branch(application: Application, read_catalog: Catalog, migrated: 
     assert set(re.findall(r"\((\w+)\)", application.alembic("heads"))) == {"app", "durable", "head"}
 
     application.paste("models.py", "title: Mapped[str]", "\n    done: Mapped[bool]", documented=False)
-    assert "durable" not in application.revision("-m", "more orders", "--head", "app@head")
+    application.alembic(*command("revision", "more orders"))
+    assert "durable" not in (application.directory / application.latest).read_text()
     application.alembic("upgrade", "heads")
 
     application.alembic("downgrade", "app@base")
@@ -360,7 +367,9 @@ def test_tables_that_were_there_before_alembic_are_taken_over(
         add_branch(application)
     else:
         application.alembic("revision", "-m", "by hand")
-        application.replace(application.latest, r"    pass\n", '    durable.upgrade("durable_0001")\n', count=1)
+        by_hand = snippets.file(PAGE, "alembic/versions/0001_durable_tables.py")
+        (upgrade,) = re.findall(r"    durable\.upgrade\(.*\n", by_hand)
+        application.replace(application.latest, r"    pass\n", upgrade, count=1)
         application.paste(application.latest, "from alembic import op", f"\n{IMPORT}")
     application.alembic("upgrade", "heads")
     assert on(application.url, read_catalog) == migrated
