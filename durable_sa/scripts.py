@@ -166,6 +166,8 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
                 # They ended by themselves between the two statements, or a snapshot hides that they have.
                 break
         hint.taken = any(row.was == "running" for row in cancelled)
+        if begun := [row.task_id for row in cancelled if row.was != "pending"]:
+            yield waits.FORGET_WAITS, {"task_ids": begun}
         ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
         if ended:
             waiting = yield waits.WAITING_FOR, {"task_ids": ended}

@@ -56,7 +56,7 @@ class Tender:
         announce: Callable[[Hint], None],
         check_runs: Callable[[], Any],
         poll_runs: Callable[[], None],
-        fire_schedules: Callable[[Channel], Awaitable[Sequence[Row[Any]]]],
+        fire_schedules: Callable[[Channel], Awaitable[tuple[Sequence[Row[Any]], bool]]],
         forget: Callable[[Channel], Awaitable[None]],
         gave_up: Callable[[Sequence[Row[Any]]], None],
     ) -> None:
@@ -293,8 +293,10 @@ class Tender:
             self._next_sweep = now + SWEEP_LOST_INTERVAL
             await self._take_over()
         if _passed(look.next_tick_at, look.now):
-            self._announce(Hint().add_rows(await self._fire_schedules(self._channel)))
-            self.look_within(0.0)
+            spawned, moved = await self._fire_schedules(self._channel)
+            self._announce(Hint().add_rows(spawned))
+            if moved:
+                self.look_within(0.0)
         if now >= self._next_forget:
             self._next_forget = now + FORGET_INTERVAL
             await self._forget(self._channel)
@@ -314,6 +316,7 @@ class Tender:
             self.repaired += len(found)
             logger.info("found %d tasks whose waits were over without anybody having told them", len(found))
             self._resolve.update(found)
+        await self._execute(waits.FORGET_STRAY_WAITS, {"age": REPAIR_AGE})
         orphaned = await self._execute(claiming.ORPHANED_RUNS, {"wanted": BATCH})
         await self._take([row.task_id for row in orphaned], list({row.claimed_by for row in orphaned}))
         for row in await self._execute(cancelling.LEFT_BEHIND, {"wanted": BATCH}):

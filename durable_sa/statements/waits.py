@@ -130,6 +130,15 @@ UNRESOLVED = (
 )
 """Waits that should have been resolved: what a crash between two statements leaves behind."""
 
+FORGET_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
+"""Waits of tasks that have been cancelled, those included that were stored while the cancel waited for its lock."""
+
+FORGET_STRAY_WAITS = delete(Wait).where(
+    Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
+    ~exists().where(Task.task_id == Wait.task_id, Task.finished_at.is_(None)),
+)
+"""Waits of tasks that have ended: stored at the very moment of the end, which did not see them."""
+
 EMIT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "queue_names": Text(),
     "names": Text(),

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from types import SimpleNamespace
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Engine, Executable, Row, event
+from sqlalchemy.exc import DBAPIError
 
 from durable_sa import Durable
 from durable_sa.clock import LocalClock
+from durable_sa.connections import sqlstate
 from durable_sa.ids import child_id, new_id, step_key
 from durable_sa.lanes import BOTTOM
 from durable_sa.retention import delete_tasks
-from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
-from durable_sa.statements import claiming, queues
+from durable_sa.statements import checkpoints, claiming, queues
 from durable_sa.tender import Tender
 from durable_sa.worker import Worker
-from durable_sa.writer import Kind, WaitSpec, Write, Writer
+from durable_sa.writer import LOCK_NOT_AVAILABLE, Kind, WaitSpec, Write, Writer
 
 T = TypeVar("T")
 
@@ -60,15 +61,19 @@ class SteppedChannel:
 
 def steps(coroutine: Coroutine[Any, Any, T]) -> Steps[T]:
     """The statements of a coroutine whose channels are stepped."""
-    rows: Any = None
+    resume: Callable[[Any], Any] = coroutine.send
+    outcome: Any = None
     try:
         while True:
-            step = coroutine.send(rows)
+            step = resume(outcome)
             if isinstance(step, asyncio.Future):
                 # A pause, such as between two tries: whoever drives decides how long it is.
                 step.set_result(None)
                 step = HELD
-            rows = yield step
+            try:
+                resume, outcome = coroutine.send, (yield step)
+            except DBAPIError as error:
+                resume, outcome = coroutine.throw, error
     except StopIteration as end:
         return cast("T", end.value)
     finally:
@@ -102,6 +107,18 @@ async def _nothing(*_: Any) -> Any:
     return ()
 
 
+class _Silent:
+    """Takes any call and does nothing."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+    def __call__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> _Silent:
+        return self
+
+
 class SimulatedWorker:
     """A worker without user code: what it claims, writes and tends is what it is told to."""
 
@@ -109,19 +126,14 @@ class SimulatedWorker:
         self.durable = durable
         self.claim_timeout = claim_timeout
         self.worker_id = new_id()
-        self.tender = Tender(
-            cast("Any", SteppedChannel()),
-            self.worker_id,
-            LocalClock(),
-            interval=lambda: 5.0,
-            announce=lambda hint: None,
-            check_runs=_nothing,
-            poll_runs=lambda: None,
-            fire_schedules=_nothing,
-            forget=_nothing,
-        )
+        # Of what a tender tells its worker, nothing matters here.
+        told: dict[str, Any] = {
+            name: _Silent() for name, p in signature(Tender).parameters.items() if p.kind is p.KEYWORD_ONLY
+        }
+        told |= {"interval": lambda: 5.0, "check_runs": _nothing, "fire_schedules": _nothing, "forget": _nothing}
+        self.tender = Tender(cast("Any", SteppedChannel()), self.worker_id, LocalClock(), **told)
         # What a worker follows its commits up with, without the rest of a worker.
-        follower = SimpleNamespace(tender=self.tender, _announce=lambda hint: None, _held_back=False)
+        follower = _Silent(tender=self.tender, _held_back=False)
         self._writer = _SteppedWriter(
             cast("Any", SteppedChannel()),
             on_commit=lambda kind, writes, rows: Worker._committed(cast("Any", follower), kind, writes, rows),
@@ -154,6 +166,12 @@ class SimulatedWorker:
         )
         return sorted((row.task_id, row.fence) for row in rows)
 
+    def claim_at_last(self) -> Steps[list[tuple[uuid.UUID, int]]]:
+        """Claim until there is something."""
+        while not (claimed := (yield from self.claim())):
+            yield HELD
+        return claimed
+
     def heartbeat(self) -> Steps[bool]:
         rows = yield claiming.HEARTBEAT, {"beating_id": self.worker_id}
         return bool(rows)
@@ -181,7 +199,11 @@ class SimulatedWorker:
 
         async def flush() -> None:
             while not write.over:
-                await self._writer._flush([write])
+                try:
+                    await self._writer._flush([write])
+                except DBAPIError as error:
+                    if sqlstate(error) != LOCK_NOT_AVAILABLE:
+                        raise
                 if not write.over:
                     await _Awaited(HELD)
 
@@ -221,9 +243,26 @@ class SimulatedWorker:
     def release(self, task_id: uuid.UUID, fence: int) -> Steps[Any]:
         return self.write(Kind.RELEASE, task_id, fence, values=('{"name": "Released"}', new_id()))
 
+    def book(self, task_id: uuid.UUID, fence: int, name: str) -> Steps[bool]:
+        """What a transaction step adds to the transaction of its function, at its end."""
+        held = yield checkpoints.LOCK_UNDER_FENCE, {"task_id": task_id, "fence": fence}
+        if not held:
+            return False
+        key = step_key("transaction", name, "", (), 0)
+        rows = yield (
+            checkpoints.RECORD_IN_TRANSACTION,
+            {"task_id": task_id, "key": key, "name": name, "value": "1"},
+        )
+        return bool(rows)
+
     def tend(self) -> Steps[None]:
         """Follow up on what was committed."""
         return steps(self.tender._do_asked())
+
+    def deliver(self) -> Steps[None]:
+        """What a hint about an emitted event leads to."""
+        self.tender.deliver()
+        return self.tend()
 
     def take_over(self) -> Steps[None]:
         return steps(self.tender._take_over())
@@ -231,15 +270,24 @@ class SimulatedWorker:
     def cancel_overdue(self) -> Steps[None]:
         return steps(self.tender._cancel_overdue())
 
-    def repair(self) -> Steps[None]:
-        """Everything that a worker looks for by itself, whatever was asked of it."""
+    def look_at_waits(self, *task_ids: uuid.UUID) -> Steps[None]:
+        """What a worker does before it starts runs that it has claimed again."""
+        self.tender.resolve(task_ids)
+        return self.tend()
+
+    def look(self) -> Steps[None]:
+        """What a worker looks for every few seconds."""
 
         async def look() -> None:
-            self.tender.hurry()
             await self.tender._look()
             await self.tender._do_asked()
 
         return steps(look())
+
+    def repair(self) -> Steps[None]:
+        """Everything that a worker ever looks for."""
+        self.tender.hurry()
+        return self.look()
 
 
 def wait_for_event(name: str, *, due_at: datetime | None = None, timeout: float | None = None) -> WaitSpec:
@@ -274,8 +322,3 @@ def clean_up_events(queue_name: str, age: float) -> Steps[int]:
 
 def pause(queue_name: str, *, paused: bool) -> Steps[None]:
     yield queues.PAUSE_QUEUE, {"name": queue_name, "paused": paused}
-
-
-def lost(outcome: Any) -> bool:
-    """Whether a write's run was told that it is no longer the task's."""
-    return outcome is LeaseLost
