@@ -63,10 +63,12 @@ _TRIES = 5
 
 
 class QueuePolicy(TypedDict, total=False):
-    """What a queue keeps, and for how long."""
+    """What a queue keeps, and for how long. None, as at the start, keeps it for ever."""
 
     retention: Duration | None
+    """Age, since their end, at which finished tasks are deleted: seconds or a `timedelta`."""
     event_retention: Duration | None
+    """Age at which emitted events are deleted."""
 
 
 class Durable(Generic[StateT]):
@@ -78,7 +80,10 @@ class Durable(Generic[StateT]):
     made from a URL is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
-    `ctx.state`, otherwise `state` is. `schema` is where the tables are, if not in ``durable``. `hooks` go around all
+    `ctx.state`, otherwise `state` is. `queue_name` is the queue of spawns and workers that name none, and
+    `default_max_attempts`, `default_retry_strategy` (5 seconds between attempts) and `default_cancellation` (never) are
+    for tasks that say nothing of their own. A value may have `max_payload_bytes` as JSON, 16 MiB if not given and at
+    most 1 GiB. `schema` is where the tables are, if not in ``durable``. `hooks` go around all
     spawns, runs and steps of the client; see :class:`durable_sa.Hooks`. Spans and metrics go to `telemetry`, a
     :class:`durable_sa.telemetry.Telemetry`; if none is given, to OpenTelemetry's global providers as soon as the
     application has set these up; False is never.
@@ -635,7 +640,10 @@ class Durable(Generic[StateT]):
         return TaskPollResult(row.task_id, TaskStatus(row.state), output, error)
 
     async def count_unclaimed_ready_tasks(self, queue_name: str | None = None) -> int:
-        """How many tasks of a queue a worker could claim at this moment."""
+        """How many tasks of a queue a worker could claim at this moment; 0 for one that is paused or not there.
+
+        It counts rows: ask every few seconds, not with every request.
+        """
         queue = self.queue_name if queue_name is None else validate_name("queue", queue_name)
         rows = await self.database.execute(spawning.COUNT_READY, {"queue_name": queue})
         return int(rows[0][0])
@@ -643,8 +651,12 @@ class Durable(Generic[StateT]):
     async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
         """Create a queue; if it is there, only the policies that are given change.
 
-        `retention` is the age at which finished tasks are deleted, `event_retention` the age of events; None keeps
-        them.
+        `retention` is the age at which finished tasks are deleted, `event_retention` the age of events, in seconds or
+        as a `timedelta`; None keeps them. Workers delete in the background.
+
+        Raises:
+            InvalidName: a name that breaks the rules.
+            InvalidConfiguration: an age below 0 or above 100 years.
         """
         if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
             raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
@@ -685,7 +697,10 @@ class Durable(Generic[StateT]):
         """Delete up to `limit` tasks that ended longer ago than `older_than`, with all that belongs to them.
 
         What a live ancestor, a child or a waiting task still needs stays, and so does what a foreign key of the
-        application refers to. Returns the number deleted.
+        application refers to. Returns the number deleted: fewer than `limit` when nothing more is to go.
+
+        Raises:
+            InvalidConfiguration: an age below 0 or above 100 years, a `limit` below 1.
         """
         queue, age = self._queue(queue_name), seconds(older_than, "older_than")
         _check_limit(limit)
@@ -827,7 +842,7 @@ class Durable(Generic[StateT]):
 
     @asynccontextmanager
     async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncGenerator[Worker]:
-        """A worker for the length of an ``async with`` block."""
+        """A worker for the length of an ``async with`` block; at its end it is shut down. As :meth:`start_worker`."""
         worker = await self.start_worker(**options)
         try:
             yield worker
@@ -835,7 +850,11 @@ class Durable(Generic[StateT]):
             await worker.shutdown()
 
     async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
-        """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them."""
+        """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them.
+
+        Raises:
+            DurableError: whatever :meth:`start_worker` raises.
+        """
         worker = await self.start_worker(**options)
         try:
             async with signals_handled(worker):

@@ -30,17 +30,21 @@ class SpawnOptions(TypedDict, total=False):
     max_attempts: int | None
     """How often the task's own code may fail, 1 to 2147483647. Lost workers and deploys do not count."""
     retry_strategy: RetryStrategy | None
+    """How long to wait between attempts."""
     headers: Mapping[str, Any] | None
     """JSON values that travel with the task, at most 16 KiB encoded. Keys that start with `durable::` are
     reserved."""
     cancellation: CancellationPolicy | None
+    """When to give the task up by itself."""
     queue_name: str | None
+    """The queue, which has to exist. Subtasks go to their parent's if it is absent."""
     idempotency_key: str | None
-    """A second spawn with the same key in a queue gives the first one's task. At most 255 bytes of UTF-8."""
+    """A second spawn with the same key in a queue gives the first one's task, for as long as that is kept. At most 255
+    bytes of UTF-8."""
     available_at: datetime | None
-    """No worker takes the task before. Not together with `delay`."""
+    """No worker takes the task before: a time with a time zone. Not together with `delay`."""
     delay: Duration | None
-    """As `available_at`, counted from the spawn on by the database's clock."""
+    """As `available_at`, in seconds or as a `timedelta`, counted from the spawn on by the database's clock."""
     priority: int | None
     """Smaller comes first, -32768 to 32767. 0 if absent."""
 

@@ -116,14 +116,17 @@ class RetryStrategy:
 
     @classmethod
     def fixed(cls, base_delay: Duration = 5, jitter: float = 0) -> "RetryStrategy":
-        """The same delay before each retry."""
+        """The same delay before each retry, in seconds or as a `timedelta`; `jitter` is a share of it, 0 to 1."""
         return cls("fixed", seconds(base_delay, "base_delay"), jitter=jitter)
 
     @classmethod
     def exponential(
         cls, base_delay: Duration = 5, factor: float = 2, max_backoff: Duration = 300, jitter: float = 0
     ) -> "RetryStrategy":
-        """`base_delay` before the first retry, `factor` times longer before each further one, up to `max_backoff`."""
+        """`base_delay` before the first retry, `factor` times longer before each further one, up to `max_backoff`.
+
+        Both are seconds or a `timedelta`; `jitter` is a share of the delay, 0 to 1, by which it varies at random.
+        """
         return cls(
             "exponential", seconds(base_delay, "base_delay"), factor, seconds(max_backoff, "max_backoff"), jitter
         )
