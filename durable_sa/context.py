@@ -319,7 +319,8 @@ class TaskContext(Generic[StateT]):
         What it writes happens exactly once, or not at all. The session comes from the client's sessionmaker or engine;
         `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if it is a
         plain function, called with a `Session` on the event loop, so it should do nothing slow besides its statements.
-        It may be called again, from the beginning, after a serialization failure or a lost connection.
+        It may be called again, from the beginning: up to 5 times after serialization failures and deadlocks, up to 20
+        times after lost connections. Savepoints are its own.
 
         Raises:
             InvalidState: `fn` commits or rolls back the whole transaction by itself.
@@ -461,12 +462,16 @@ class TaskContext(Generic[StateT]):
         """Suspend for a duration: seconds or a `timedelta`, up to 100 years. Holds no slot and no connection.
 
         When it ends is fixed the first time, by the database's clock; replays and retries do not move it.
+
+        Raises:
+            InvalidConfiguration: the duration is negative or too long.
+            InvalidName: a name that breaks the rules for steps.
         """
         call = self._call("sleep", name)
         return self._sleep(call, delay=seconds(duration, "duration"), due_at=None)
 
     def sleep_until(self, name: str, when: datetime) -> Coroutine[Any, Any, None]:
-        """Suspend until a time, timezone-aware; as :meth:`sleep_for`."""
+        """Suspend until a time, timezone-aware; not at all if it has passed. As :meth:`sleep_for`."""
         call = self._call("sleep", name)
         return self._sleep(call, delay=None, due_at=timestamp(when, "when"))
 
@@ -491,9 +496,11 @@ class TaskContext(Generic[StateT]):
     def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """The payload of the queue's event of this name; suspends until it is emitted.
 
-        `type` is what the payload is decoded as; without it, plain JSON.
+        `type` is what the payload is decoded as; without it, plain JSON. The event may have been emitted before.
 
         Raises:
+            InvalidName: a name that breaks the rules for events.
+            SerializationError: the payload is not of that type.
             TaskTimeout: it was not emitted within `timeout` seconds; remembered, so a replay takes the same way.
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
@@ -518,7 +525,11 @@ class TaskContext(Generic[StateT]):
         return codec.decode(stored.value or _NULL, f"the payload of event {call.name!r}")
 
     def emit_event(self, name: str, payload: Any = None) -> Coroutine[Any, Any, bool]:
-        """Emit an event in this task's queue, once. False if the name had been emitted before; then nothing changes."""
+        """Emit an event in this task's queue, once. False if the name had been emitted before; then nothing changes.
+
+        Raises:
+            InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.
+        """
         validate_name("event", name)
         call = self._call("emit", name)
         what = f"the payload of event {name!r}"
