@@ -10,6 +10,7 @@ from .doctor import doctor
 from .events import events
 from .invocation import examples
 from .queues import queues
+from .roles import roles
 from .schedules import schedules
 from .tasks import tasks
 from .worker import worker
@@ -26,6 +27,12 @@ app = typer.Typer(
 
 app.command(epilog=examples("durable demo"))(demo)
 app.command(epilog=examples("DURABLE_DATABASE_URL=postgresql://me@host/app durable migrate"))(migrate)
+app.command(
+    epilog=examples(
+        "durable roles --producer web --worker jobs | psql app",
+        "durable roles --producer web --worker jobs --apply",
+    )
+)(roles)
 app.command(
     epilog=examples(
         "durable worker app.tasks:durable --concurrency 20",
