@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .connections import Channel, Database
+from .connections import Channel, Database, is_transient
 from .statements import claiming
 
 logger = logging.getLogger("durable_sa")
@@ -100,7 +100,10 @@ class Heartbeat:
                         statement = claiming.STILL_HELD if stuck else claiming.HEARTBEAT
                         rows = await channel.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
-                    logger.warning("a heartbeat failed: %s", type(error).__name__)
+                    if is_transient(error):
+                        logger.warning("a heartbeat failed: %s", type(error).__name__)
+                    else:
+                        logger.exception("a heartbeat failed")
                     pause = min(1.0, interval / 4)
                     continue
                 pause = interval
@@ -114,6 +117,9 @@ class Heartbeat:
             await engine.dispose()
 
     def _lost(self) -> None:
+        if self._stopped:
+            # The worker has noticed by itself, and may be back under another id.
+            return
         if self._fatal:
             logger.critical("another worker has taken this one's runs over; ending the process")
             logging.shutdown()

@@ -386,7 +386,8 @@ class Worker:
         if self._renewing or self._stopped.is_set():
             return
         self._renewing = True
-        self._lease.valid_until = 0.0
+        # Another one, as a heartbeat that is still on its way may be committed and would bring the old one to life.
+        self._lease = Lease(self.settings.claim_timeout)
         logger.warning("worker %s has lost its lease: giving up %d runs", self.settings.name, len(self._runs))
         for run in list(self._runs.values()):
             run.take_away(LeaseLost())
@@ -524,16 +525,18 @@ class Worker:
         """Start runs that are this worker's although the reply to their claim was lost: nobody else ever would."""
         held = [*self._runs, *self._ending]
         self._next_adoption = time.monotonic() + 1.0
+        worker_id = self.worker_id
         rows = await self._claims.execute(
             claiming.UNHEARD_CLAIMS,
             {
-                "worker_id": self.worker_id,
+                "worker_id": worker_id,
                 "queue_names": list(self.settings.queue_names),
                 "task_ids": [task_id for task_id, _ in held],
                 "fences": [fence for _, fence in held],
             },
         )
-        await self._start_runs([Claimed._make(row) for row in rows])
+        if worker_id == self.worker_id and self._lease.valid:
+            await self._start_runs([Claimed._make(row) for row in rows])
 
     async def _start_runs(self, claimed: list[Claimed]) -> None:
         resumed: list[Claimed] = []

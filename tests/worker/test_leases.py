@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
+from durable_sa.heartbeat import Heartbeat
 from durable_sa.ids import new_id
 from durable_sa.models import Run, WorkerRow
 from durable_sa.statements import claiming
@@ -339,6 +340,38 @@ async def test_what_was_written_before_the_lease_ended_is_kept(durable: Durable,
             await asyncio.sleep(1.5)
         assert (await durable.wait_for_result(spawned, timeout=10)).output == 1
     assert calls == [1]
+
+
+async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
+    durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker would then find the runs that it has given up, under its old id, and start them a second time."""
+    executed: list[int] = []
+    stop = Heartbeat.stop
+
+    @durable.task
+    async def hold(ctx: TaskContext) -> int:
+        executed.append(ctx.attempt)
+        if ctx.attempt == 1:
+            await asyncio.sleep(60)
+        return ctx.attempt
+
+    async def stop_slowly(heartbeat: Heartbeat) -> None:
+        heartbeat._lease.renewed(time.monotonic())
+        worker._doubt()
+        worker._wake.set()
+        await asyncio.sleep(0.5)
+        await stop(heartbeat)
+
+    spawned = await durable.spawn(hold)
+    async with durable.worker(claim_timeout=1) as worker:
+        await eventually(lambda: executed)
+        with monkeypatch.context() as patch:
+            patch.setattr(Heartbeat, "stop", stop_slowly)
+            worker.lease_lost()
+            assert not worker.leased
+            assert (await durable.wait_for_result(spawned, timeout=10)).output == 2
+    assert executed == [1, 2]
 
 
 async def test_a_heartbeat_that_was_committed_first_wins_against_the_sweep(
