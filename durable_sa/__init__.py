@@ -28,6 +28,7 @@ from .errors import (
 from .hooks import Hooks, OutgoingSpawn
 from .models import Task as TaskRow
 from .options import Spawn, SpawnOptions, WorkerOptions
+from .pgcron import setup_pgcron
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
     ScheduleFilter,
@@ -87,6 +88,7 @@ __all__ = [
     "WorkerOptions",
     "current_context",
     "heartbeat",
+    "setup_pgcron",
     "step",
     "task",
 ]

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
-from . import migrations, schedules, scripts
+from . import migrations, pgcron, schedules, scripts
 from .batches import Batch
 from .branches import detached
 from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
@@ -41,12 +41,13 @@ from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seco
 from .providers import automatic
 from .results import ScheduleFilter, ScheduleInfo, SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
 from .retention import delete_tasks
-from .schedules import Backend, Misfire, Overlap
+from .schedules import Backend, Overlap
 from .sessions import Executor, Script, perform
 from .spawns import Prepared, at_position, prepare
 from .statements import queues, spawning, waits
 from .tasks import Task, TaskDecorator
 from .tasks import task as make_task
+from .ticks import Misfire
 from .worker import Settings, Worker, signals_handled
 
 if TYPE_CHECKING:
@@ -674,7 +675,8 @@ class Durable(Generic[StateT]):
         """
         queue = self._queue(name)
         async with self.database.transaction() as connection:
-            await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue})
+            for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
+                await pgcron.remove_job(connection, row.pgcron_job_name)
             await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
         while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
@@ -755,7 +757,7 @@ class Durable(Generic[StateT]):
         timezone: str = "UTC",
         metadata: Mapping[str, Any] | None = None,
         backend: Backend = "worker",
-        misfire: Misfire = "run_once",
+        misfire: Misfire | None = None,
         overlap: Overlap = "allow",
         **options: Unpack[SpawnOptions],
     ) -> None:
@@ -763,9 +765,12 @@ class Durable(Generic[StateT]):
 
         Workers fire it, each tick once across the fleet, in the queue given by `queue_name`. Five fields, or six with
         seconds first. `misfire` is for ticks that no worker was there to fire within a minute: `skip` them, `run_once`
-        for the latest, or `run_all`, up to the latest hundred. `overlap="skip"` leaves out ticks while the task of
-        the one before has not ended. `backend="pg_cron"` hands the schedule to the extension; see
-        :meth:`setup_pgcron`.
+        for the latest, which is what happens if nothing is said, or `run_all`, up to the latest hundred.
+        `overlap="skip"` leaves out ticks while the task of the one before has not ended. The options of the task and
+        of this client are stored with it; those of the process that fires it do not count.
+
+        `backend="pg_cron"` hands the schedule to the extension; see :func:`durable_sa.setup_pgcron`. It goes by the
+        server's time zone and by minutes, knows five fields without `L`, `W` and `#`, and makes up for no ticks.
 
         Raises:
             InvalidCron: an expression that cannot be read, or never comes true.

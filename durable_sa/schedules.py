@@ -1,17 +1,15 @@
-"""Cron schedules: when they fire, what a missed tick means, and the firing itself."""
+"""Cron schedules: defined by a client, kept as rows, fired by workers or by pg_cron."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from itertools import islice
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from cronsim import CronSim, CronSimError
 from sqlalchemy import Executable, Row
 
+from . import pgcron
 from .codec import Codec, codec_for
 from .errors import InvalidConfiguration, InvalidCron, ScheduleNotFound
 from .options import SpawnOptions
@@ -20,95 +18,21 @@ from .results import ScheduleFilter, ScheduleInfo
 from .spawns import Prepared, columns, over, prepare
 from .statements import scheduling
 from .statements.spawning import SPAWN_COLUMNS
+from .ticks import Misfire, due_ticks, next_tick
 
 if TYPE_CHECKING:
     from .client import Durable
     from .tasks import Task
 
-Misfire = Literal["skip", "run_once", "run_all"]
 Overlap = Literal["allow", "skip"]
 Backend = Literal["worker", "pg_cron"]
-
-MISSED_AFTER = timedelta(seconds=60)
-"""A tick that is later than this was missed, and the misfire policy decides."""
-
-MOST_MISSED = 100
-"""Ticks that `run_all` makes up for, at most: the latest."""
 
 SCHEDULED_BY = "durable::scheduled_by"
 CRON = "durable::cron"
 
+logger = logging.getLogger("durable_sa")
+
 _PLAIN: Codec[Any] = codec_for(Any)
-
-
-def zone(name: str) -> ZoneInfo:
-    """The time zone of that IANA name.
-
-    Raises:
-        InvalidConfiguration: there is none.
-    """
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
-        raise InvalidConfiguration(
-            "timezone", f"there is no time zone {str(name)[:80]!r}", "Give an IANA name such as 'Europe/Paris'."
-        ) from None
-
-
-def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]:
-    """The times at which an expression fires after `after`, in UTC. They end if it never fires again.
-
-    Local times that a change of the clocks skips or repeats fire once.
-
-    Raises:
-        InvalidCron: the expression cannot be read.
-    """
-    local = zone(timezone)
-    if not isinstance(expression, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidCron(expression, "it is no str")
-    try:
-        simulated = CronSim(expression, after.astimezone(local))
-    except CronSimError as error:
-        raise InvalidCron(expression, str(error) or "it cannot be read") from None
-    for moment in simulated:
-        yield moment.astimezone(UTC)
-
-
-def next_tick(expression: str, timezone: str, after: datetime) -> datetime | None:
-    """The first tick after `after`; None if there is none within the next fifty years.
-
-    Raises:
-        InvalidCron: the expression cannot be read.
-    """
-    return next(ticks(expression, timezone, after), None)
-
-
-def due_ticks(
-    expression: str, timezone: str, first: datetime, now: datetime, misfire: str
-) -> tuple[list[datetime], datetime | None]:
-    """The ticks to fire now, and the next one, for a schedule whose next tick was `first`."""
-    due = [first]
-    following: datetime | None = None
-    for moment in ticks(expression, timezone, first):
-        if moment > now:
-            following = moment
-            break
-        due.append(moment)
-        if len(due) > MOST_MISSED * 2:
-            due = due[-MOST_MISSED:]
-        if moment < now - timedelta(days=400):
-            # Far behind: what matters is the recent past.
-            return due_ticks(expression, timezone, _recent(expression, timezone, now) or first, now, misfire)
-    if misfire == "run_all":
-        return due[-MOST_MISSED:], following
-    latest = due[-1]
-    if misfire == "skip" and now - latest > MISSED_AFTER:
-        return [], following
-    return [latest], following
-
-
-def _recent(expression: str, timezone: str, now: datetime) -> datetime | None:
-    return next_tick(expression, timezone, now - timedelta(days=366))
 
 
 def encode_options(options: SpawnOptions) -> str:
@@ -168,20 +92,14 @@ def tick_key(name: str, tick: datetime) -> str:
 
 
 def prepare_tick(durable: Durable[Any], row: Row[Any], tick: datetime | None) -> Prepared:
-    """A schedule's spawn; without a tick, one that was asked for by hand."""
+    """A schedule's spawn, the same in whatever process; without a tick, one that was asked for by hand."""
     options = decode_options(row.spawn_options)
     options["queue_name"] = row.queue_name
     if tick is not None:
         options["idempotency_key"] = tick_key(row.name, tick)
     params = None if row.params is None else _PLAIN.decode(row.params, "the params of a schedule")
-    return prepare(
-        durable,
-        row.task_name,
-        params,
-        options,
-        unchecked=True,
-        internal_headers={SCHEDULED_BY: row.name, CRON: row.cron_expression},
-    )
+    headers = {SCHEDULED_BY: row.name, CRON: row.cron_expression}
+    return prepare(durable, row.task_name, params, options, as_stored=True, internal_headers=headers)
 
 
 class Definition(NamedTuple):
@@ -194,31 +112,39 @@ class Definition(NamedTuple):
     timezone: str
     metadata: Mapping[str, Any] | None
     backend: Backend
-    misfire: Misfire
+    misfire: Misfire | None
     overlap: Overlap
     options: SpawnOptions
 
 
 async def create(durable: Durable[Any], definition: Definition) -> None:
-    """Check a definition and store it."""
+    """Check a definition and store it, with its job if the extension is to fire it."""
+    misfire = definition.misfire or ("run_once" if definition.backend == "worker" else "skip")
     for what, value, known in (
-        ("misfire", definition.misfire, ("skip", "run_once", "run_all")),
+        ("misfire", misfire, ("skip", "run_once", "run_all")),
         ("overlap", definition.overlap, ("allow", "skip")),
         ("backend", definition.backend, ("worker", "pg_cron")),
     ):
         if value not in known:
             raise InvalidConfiguration(what, f"{str(value)[:40]!r} is none of {', '.join(known)}")
-    options = definition.options.copy()
     for key in ("idempotency_key", "available_at"):
-        if options.get(key) is not None:
+        if definition.options.get(key) is not None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
-    prepared = prepare(durable, definition.task, definition.params, options, hooked=False)
+    headers = {SCHEDULED_BY: definition.name, CRON: definition.cron_expression}
+    prepared = prepare(
+        durable, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
+    )
     await durable.require_queue(prepared.queue_name)
     now = (await durable.database.execute(scheduling.DATABASE_TIME))[0].now
     first = next_tick(definition.cron_expression, definition.timezone, now)
     if first is None:
         raise InvalidCron(definition.cron_expression, "it never comes true")
-    options.pop("queue_name", None)
+    job = pgcron.job_name(definition.name, durable.schema) if definition.backend == "pg_cron" else None
+    if job is not None:
+        pgcron.check_expression(definition.cron_expression)
+        if misfire != "skip":
+            remedy = "Leave misfire out, or leave the schedule to the workers: backend='worker'."
+            raise InvalidConfiguration("misfire", f"pg_cron makes up for no ticks, so not {misfire!r}", remedy)
     values = {
         "schedule_name": definition.name,
         "schedule_queue": prepared.queue_name,
@@ -226,21 +152,56 @@ async def create(durable: Durable[Any], definition: Definition) -> None:
         "cron": definition.cron_expression,
         "zone": definition.timezone,
         "encoded_params": prepared.params,
-        "encoded_options": encode_options(options),
+        "encoded_options": encode_options(_complete(definition.options, prepared)),
         "encoded_metadata": _PLAIN.encode(dict(definition.metadata or {}), "the metadata of a schedule"),
         "firing_backend": definition.backend,
-        "job_name": None,
-        "misfire_policy": definition.misfire,
+        "job_name": job,
+        "misfire_policy": misfire,
         "overlap_policy": definition.overlap,
-        "next_tick": first,
+        # The extension decides by itself.
+        "next_tick": first if job is None else None,
     }
-    await durable.database.execute(scheduling.PUT_SCHEDULE, values)
+    async with durable.database.transaction() as connection:
+        if job is not None:
+            await pgcron.require_extension(connection, definition.timezone)
+        before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": definition.name})).one_or_none()
+        stored = (await connection.execute(scheduling.PUT_SCHEDULE, values)).one()
+        if job is not None:
+            await pgcron.put_job(connection, durable, definition.name, definition.cron_expression, prepared)
+            await pgcron.activate_job(connection, job, active=stored.paused_at is None)
+        elif before is not None:
+            await pgcron.remove_job(connection, before.pgcron_job_name)
+
+
+def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
+    """All that the task and this client have to say about a spawn, so that no other process's opinion counts."""
+    values = dict(zip(SPAWN_COLUMNS, prepared.values, strict=True))
+    complete: SpawnOptions = {
+        "headers": options.get("headers"),
+        "delay": options.get("delay"),
+        "priority": values["priority"],
+        "max_attempts": values["max_attempts"],
+        "retry_strategy": RetryStrategy(
+            values["retry_kind"],
+            base_delay=values["retry_base_delay"],
+            factor=values["retry_factor"],
+            max_backoff=values["retry_max_backoff"],
+            jitter=values["retry_jitter"],
+        ),
+        "cancellation": CancellationPolicy(
+            max_pending_time=values["max_pending_seconds"], max_running_time=values["max_running_seconds"]
+        ),
+    }
+    return complete
 
 
 async def delete(durable: Durable[Any], name: str) -> None:
-    """Remove a schedule."""
-    if not await durable.database.execute(scheduling.DELETE_SCHEDULE, {"schedule_name": name}):
-        raise ScheduleNotFound(name)
+    """Remove a schedule, with its job."""
+    async with durable.database.transaction() as connection:
+        row = (await connection.execute(scheduling.DELETE_SCHEDULE, {"schedule_name": name})).one_or_none()
+        if row is None:
+            raise ScheduleNotFound(name)
+        await pgcron.remove_job(connection, row.pgcron_job_name)
 
 
 async def _rows(durable: Durable[Any], name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
@@ -266,12 +227,16 @@ async def pause(durable: Durable[Any], name: str, *, paused: bool) -> None:
     """Stop a schedule, or let it go on from its next tick."""
     row = await _stored(durable, name)
     following: datetime | None = None
-    if not paused:
+    if not paused and row.backend == "worker":
         now = (await durable.database.execute(scheduling.DATABASE_TIME))[0].now
         following = next_tick(row.cron_expression, row.timezone, now)
-    await durable.database.execute(
-        scheduling.PAUSE_SCHEDULE, {"schedule_name": name, "paused": paused, "next_tick": following}
-    )
+    values = {"schedule_name": name, "paused": paused, "next_tick": following}
+    async with durable.database.transaction() as connection:
+        changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
+        if changed is None:
+            raise ScheduleNotFound(name)
+        if changed.pgcron_job_name is not None:
+            await pgcron.activate_job(connection, changed.pgcron_job_name, active=not paused)
 
 
 async def triggered(durable: Durable[Any], name: str) -> Prepared:
@@ -287,32 +252,44 @@ class Executing(Protocol):
         ...
 
 
-async def fire_due(durable: Durable[Any], channel: Executing) -> list[Row[Any]]:
-    """Fire all schedules that are due; gives the tasks spawned. Any number of workers may do it at the same time."""
+async def fire_due(durable: Durable[Any], channel: Executing) -> tuple[list[Row[Any]], bool]:
+    """Fire all schedules that are due; any number of workers may do it at the same time.
+
+    Gives the tasks spawned, and whether any schedule has moved on. One that cannot be fired here, for its time zone or
+    for a hook, keeps none of the others from firing.
+    """
     spawned: list[Row[Any]] = []
+    moved = False
     for row in await channel.execute(scheduling.DUE_SCHEDULES, {"wanted": 100}):
-        fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
-        prepared = [prepare_tick(durable, row, tick) for tick in fired]
-        last: uuid.UUID | None = prepared[-1].task_id if prepared else None
-        arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
-        parameters = {
-            "schedule_name": row.name,
-            "fired_tick": row.next_tick_at,
-            "next_tick": following,
-            "last_tick": fired[-1] if fired else None,
-            "last_task": last,
-            **{f"tick_{name}": list(array) for name, array in arrays.items()},
-        }
+        prepared: list[Prepared] = []
         try:
-            rows = await channel.execute(scheduling.FIRE, parameters)
-        except BaseException as error:
+            fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
+            prepared.extend(prepare_tick(durable, row, tick) for tick in fired)
+        except Exception as error:
+            logger.exception("schedule %s cannot be fired by this worker", row.name)
             over(prepared, (), error)
-            raise
-        over(prepared, {row.task_id for row in rows})
-        spawned.extend(rows)
-    return spawned
+            continue
+        spawned.extend(await _fire(channel, row, fired, following, prepared))
+        moved = True
+    return spawned, moved
 
 
-def preview(expression: str, timezone: str, after: datetime, count: int) -> list[datetime]:
-    """The next `count` ticks after `after`, in UTC."""
-    return list(islice(ticks(expression, timezone, after), count))
+async def _fire(
+    channel: Executing, row: Row[Any], fired: list[datetime], following: datetime | None, prepared: list[Prepared]
+) -> Sequence[Row[Any]]:
+    arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
+    parameters = {
+        "schedule_name": row.name,
+        "fired_tick": row.next_tick_at,
+        "next_tick": following,
+        "last_tick": fired[-1] if fired else None,
+        "last_task": prepared[-1].task_id if prepared else None,
+        **{f"tick_{name}": list(array) for name, array in arrays.items()},
+    }
+    try:
+        rows = await channel.execute(scheduling.FIRE, parameters)
+    except BaseException as error:
+        over(prepared, (), error)
+        raise
+    over(prepared, {row.task_id for row in rows})
+    return rows

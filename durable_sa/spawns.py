@@ -56,9 +56,12 @@ def prepare(
     unchecked: bool = False,
     internal_headers: Mapping[str, Any] | None = None,
     hooked: bool = True,
+    as_stored: bool = False,
     spawning: Spawning | None = None,
 ) -> Prepared:
     """Check a spawn and encode it. Without `hooked` that is all that will happen, so hooks do not hear of it.
+
+    With `as_stored` all that the task would have added is in the params and options already: it need not be known.
 
     Its span begins here, unless it belongs to that of many, `spawning`; who sends it tells what came of it.
 
@@ -70,7 +73,7 @@ def prepare(
     """
     if isinstance(task, str):
         name = validate_name("task", task)
-        known = durable.tasks.get(name) if unchecked else durable.registered(name)
+        known = None if as_stored else durable.tasks.get(name) if unchecked else durable.registered(name)
     elif isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
         name, known = task.name, task
     else:

@@ -56,7 +56,7 @@ class Tender:
         announce: Callable[[Hint], None],
         check_runs: Callable[[], Any],
         poll_runs: Callable[[], None],
-        fire_schedules: Callable[[Channel], Awaitable[Sequence[Row[Any]]]],
+        fire_schedules: Callable[[Channel], Awaitable[tuple[Sequence[Row[Any]], bool]]],
         forget: Callable[[Channel], Awaitable[None]],
         gave_up: Callable[[Sequence[Row[Any]]], None],
     ) -> None:
@@ -293,8 +293,10 @@ class Tender:
             self._next_sweep = now + SWEEP_LOST_INTERVAL
             await self._take_over()
         if _passed(look.next_tick_at, look.now):
-            self._announce(Hint().add_rows(await self._fire_schedules(self._channel)))
-            self.look_within(0.0)
+            spawned, moved = await self._fire_schedules(self._channel)
+            self._announce(Hint().add_rows(spawned))
+            if moved:
+                self.look_within(0.0)
         if now >= self._next_forget:
             self._next_forget = now + FORGET_INTERVAL
             await self._forget(self._channel)

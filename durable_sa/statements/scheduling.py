@@ -73,8 +73,11 @@ PUT_SCHEDULE = _new.on_conflict_do_update(
         "next_tick_at": case((_same_times, Schedule.next_tick_at), else_=_new.excluded.next_tick_at),
         "updated_at": clock(),
     },
-).returning(Schedule.name)
+).returning(Schedule.paused_at)
 """Define a schedule, or define it anew."""
+
+JOB_NAME = select(Schedule.pgcron_job_name).where(Schedule.name == _name).with_for_update()
+"""The job of a schedule as it was defined before."""
 
 DELETE_SCHEDULE = delete(Schedule).where(Schedule.name == _name).returning(Schedule.name, Schedule.pgcron_job_name)
 """Remove a schedule; tasks it has spawned go on."""
@@ -119,7 +122,7 @@ PAUSE_SCHEDULE = (
         next_tick_at=func.coalesce(bindparam("next_tick", type_=DateTime(timezone=True)), Schedule.next_tick_at),
         updated_at=clock(),
     )
-    .returning(Schedule.name)
+    .returning(Schedule.pgcron_job_name)
 )
 """Stop or resume the firing; ticks of the pause are not made up for."""
 

@@ -1,0 +1,155 @@
+"""The pg_cron extension: its jobs, and the statement that one of them runs at every tick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    DateTime,
+    Integer,
+    Table,
+    Text,
+    Uuid,
+    bindparam,
+    column,
+    exists,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    table,
+    text,
+    true,
+    update,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects import postgresql
+
+from ..models import SCHEMA, Queue, Schedule, Task
+from .expressions import constant, statement_time
+from .spawning import SPAWN_COLUMNS, insert_tasks
+
+_job = table(
+    "job", column("jobid", BigInteger()), column("jobname", Text()), column("active", Boolean()), schema="cron"
+)
+_job_name = bindparam("job_name", type_=Text())
+
+CREATE_EXTENSION = text("CREATE EXTENSION IF NOT EXISTS pg_cron")
+"""Install the extension into this database."""
+
+INSTALLED = select(
+    exists()
+    .select_from(table("pg_extension", column("extname", Text())))
+    .where(column("extname") == "pg_cron")
+    .label("installed"),
+    func.coalesce(func.current_setting("cron.timezone", true()), "GMT").label("timezone"),
+)
+"""Whether the extension is there, and the time zone that it goes by."""
+
+SCHEDULE_JOB = select(
+    func.cron.schedule(_job_name, bindparam("job_schedule", type_=Text()), bindparam("command", type_=Text()))
+)
+"""Make a job, or change the one of that name."""
+
+UNSCHEDULE_JOB = select(func.cron.unschedule(_job.c.jobid)).where(_job.c.jobname == _job_name)
+"""Remove a job, if it is there."""
+
+ACTIVATE_JOB = select(
+    func.cron.alter_job(
+        _job.c.jobid, null(), null(), null(), null(), sql_cast(bindparam("active", type_=Boolean()), Boolean())
+    )
+).where(_job.c.jobname == _job_name)
+"""Let a job run at its times, or not."""
+
+
+def quoted(value: str) -> str:
+    """A literal that means `value`, however the server takes backslashes."""
+    escaped = value.replace("'", "''")
+    if "\\" not in value:
+        return f"'{escaped}'"
+    return "E'" + escaped.replace("\\", "\\\\") + "'"
+
+
+def _literal(value: Any, name: str) -> ColumnElement[Any]:
+    """A value of a spawn in the text of a statement."""
+    if value is None:
+        written: ColumnElement[Any] = null()
+    elif isinstance(value, int | float):
+        written = literal_column(repr(value))
+    else:
+        written = literal_column(quoted(str(value)))
+    return sql_cast(written, SPAWN_COLUMNS[name])
+
+
+def _new_id() -> ColumnElement[Any]:
+    """A UUIDv7, which the server has a function for from version 18 on: a random one with the time in front."""
+    milliseconds = "floor(extract(epoch FROM pg_catalog.clock_timestamp()) * 1000)::bigint"
+    timed = f"overlay(uuid_send(gen_random_uuid()) PLACING substring(int8send({milliseconds}) FROM 3) FROM 1 FOR 6)"
+    return literal_column(f"encode(set_bit(set_bit({timed}, 52, 1), 53, 1), 'hex')::uuid", Uuid())
+
+
+# The extension does not say for which tick it runs a job. It looks at the clock once a minute.
+_TICK: Final = func.date_trunc(constant("minute"), statement_time(), type_=DateTime(timezone=True))
+_KEY_TIME: Final = constant('YYYY-MM-DD"T"HH24:MI:SS"+00:00"')
+_DIALECT: Final = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+"""Of the server, and of no driver, for which percent signs would be doubled."""
+
+
+def firing(schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, schema: str, channel: str) -> str:
+    """The statement of a job: spawns the task with these values of `SPAWN_COLUMNS`, unless the tick has one already.
+
+    The schedule's row is locked and compared, so that of two jobs that fire the same tick one spawns.
+    """
+    name = literal_column(quoted(schedule_name), Text())
+    unfinished = exists().where(Task.task_id == Schedule.last_task_id, Task.finished_at.is_(None))
+    advanced = (
+        update(cast(Table, Schedule.__table__))
+        .where(
+            Schedule.name == name,
+            Schedule.backend == constant("pg_cron"),
+            Schedule.paused_at.is_(None),
+            or_(Schedule.last_tick_at.is_(None), Schedule.last_tick_at < _TICK),
+            or_(Schedule.overlap == constant("allow"), ~unfinished),
+            exists().where(Queue.queue_name == Schedule.queue_name),
+        )
+        .values(last_tick_at=_TICK, last_task_id=_new_id())
+        .returning(Schedule.last_tick_at, Schedule.last_task_id)
+        .cte("advanced")
+    )
+    key = literal_column(quoted(key_prefix), Text()) + func.to_char(
+        func.timezone(constant("UTC"), advanced.c.last_tick_at), _KEY_TIME
+    )
+    drawn = {"task_id": advanced.c.last_task_id, "run_id": _new_id(), "idempotency_key": key}
+    spawn = select(
+        *(
+            (drawn[column_name] if column_name in drawn else _literal(values[column_name], column_name)).label(
+                column_name
+            )
+            for column_name in SPAWN_COLUMNS
+        )
+    ).subquery("spawn")
+    spawned = (
+        insert_tasks(spawn).returning(Task.queue_name, Task.priority, Task.available_at, Task.cancel_at).cte("spawned")
+    )
+    lane = func.json_build_array(
+        spawned.c.queue_name,
+        spawned.c.priority,
+        sql_cast(func.extract("epoch", spawned.c.available_at) * constant(1_000_000), BigInteger()),
+    )
+    limits = sql_cast(sql_cast(spawned.c.cancel_at.is_not(None), Boolean()), Integer())
+    hint = func.json_build_array(func.json_build_array(lane), constant(0), constant(0), limits)
+    statement = select(func.pg_notify(literal_column(quoted(channel), Text()), sql_cast(hint, Text()))).select_from(
+        spawned
+    )
+    compiled = statement.compile(
+        dialect=_DIALECT,
+        schema_translate_map={SCHEMA: schema},
+        render_schema_translate=True,
+        compile_kwargs={"literal_binds": True},
+    )
+    return str(compiled)
