@@ -22,7 +22,7 @@ from . import migrations, pgcron, schedules, scripts
 from .batches import Batch
 from .branches import detached
 from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
-from .connections import Database, backoff, is_conflict, is_transient
+from .connections import Database, backoff, is_conflict, is_lost, is_transient
 from .context import TaskContext
 from .errors import (
     DurableError,
@@ -44,7 +44,7 @@ from .retention import delete_tasks
 from .schedules import Backend, Overlap
 from .sessions import Executor, Script, perform
 from .spawns import Prepared, at_position, prepare
-from .statements import queues, spawning, waits
+from .statements import maintenance, queues, spawning, waits
 from .tasks import Task, TaskDecorator
 from .tasks import task as make_task
 from .ticks import Misfire
@@ -61,6 +61,7 @@ _PLAIN: Codec[Any] = codec_for(Any)
 _FIRST_POLL = 0.002
 _LONGEST_POLL = 0.25
 _TRIES = 5
+_STATUS_TRIES = 12
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -544,22 +545,39 @@ class Durable(Generic[StateT]):
 
         async def run() -> T:
             for attempt in range(_TRIES):
-                hint = Hint()
+                hint, transaction_id = Hint(), None
                 try:
                     async with self.database.transaction() as connection:
                         result = await _drive(connection, script(hint))
+                        transaction_id = (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
                 except DBAPIError as error:
-                    if attempt + 1 == _TRIES or not is_conflict(error):
+                    status: str | None = "aborted"
+                    if transaction_id is not None and is_lost(error):
+                        # Run again after a commit without a reply, it would take its own work for somebody else's.
+                        status = await self._status(transaction_id)
+                    if status == "aborted" and is_conflict(error) and attempt + 1 < _TRIES:
+                        await asyncio.sleep(backoff(attempt))
+                        continue
+                    if status != "committed":
                         raise
-                    await asyncio.sleep(backoff(attempt))
-                else:
-                    self._sender().send(hint)
-                    return result
+                self._sender().send(hint)
+                return result
             raise AssertionError("unreachable")
 
         with detached():
             task = asyncio.get_running_loop().create_task(run(), name="durable:client")
         return await asyncio.shield(task)
+
+    async def _status(self, transaction_id: str) -> str | None:
+        """What became of a transaction that nobody was told about: "committed", "aborted", or not known."""
+        status: str | None = None
+        for attempt in range(_STATUS_TRIES):
+            rows = await self.database.execute(maintenance.TRANSACTION_STATUS, {"transaction_id": transaction_id})
+            status = rows[0].status
+            if status != "in progress":
+                break
+            await asyncio.sleep(backoff(attempt))
+        return status
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...

@@ -34,7 +34,7 @@ STATEMENT_DEADLINE = 30.0
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
-_LOST_STATES = frozenset({"57P01", "57P02"})
+_LOST_STATES = frozenset({"57P01", "57P02", "25006"})
 _CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 _POOLER_STATES = frozenset({"26000", "42P05"})
 """A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
@@ -79,7 +79,10 @@ def is_conflict(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether the connection was lost, or ended by an administrator or a crash of the server."""
+    """Whether the connection was lost, ended by an administrator or a crash, or leads where nothing can be written.
+
+    That is a server that is no longer, or not yet, the primary: another connection may lead to the one that is.
+    """
     if not isinstance(error, DBAPIError):
         return False
     code = sqlstate(error) or ""
@@ -325,6 +328,10 @@ class Database:
         try:
             async with connection.begin():
                 yield connection
+        except SQLAlchemyError as error:
+            if is_lost(error):
+                await discard(connection)
+            raise
         finally:
             await connection.close()
 

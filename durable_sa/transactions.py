@@ -60,6 +60,7 @@ async def run_transaction(
         except SQLAlchemyError as error:
             if is_lost(error):
                 lost += 1
+                await discard(connection)
             else:
                 attempt += 1
             if lost == LOST_CONNECTIONS or attempt == ATTEMPTS or not is_conflict(error):

@@ -1,8 +1,8 @@
-"""What is due for maintenance, in one look."""
+"""What is due for maintenance, in one look; and what became of a transaction."""
 
 from __future__ import annotations
 
-from sqlalchemy import Uuid, bindparam, exists, func, select
+from sqlalchemy import Text, Uuid, bindparam, cast, exists, func, literal_column, select
 
 from ..models import Event, Schedule, Task, WorkerRow
 from .expressions import clock
@@ -25,3 +25,11 @@ LOOK = select(
     clock().label("now"),
 )
 """When the next limit, lease or schedule is over, and whether events or lost workers are waiting to be dealt with."""
+
+TRANSACTION_ID = select(cast(func.pg_current_xact_id_if_assigned(), Text()))
+"""What this transaction is called, if it has written anything."""
+
+TRANSACTION_STATUS = select(
+    func.pg_xact_status(bindparam("transaction_id", type_=Text()).op("::")(literal_column("xid8"))).label("status")
+)
+"""Whether a transaction was committed, aborted, or is in progress."""
