@@ -1,6 +1,6 @@
 """What the reference has that is no page: the commands' help texts, the table of errors, and docstrings as Markdown.
 
-mkdocs calls `on_page_markdown` for each page; a page asks for a part by a comment, `<!-- commands -->`.
+mkdocs calls `on_page_markdown` for each page; a page asks for a part by a comment, such as `<!-- commands -->`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import griffe
 import typer.main
+from sqlalchemy.dialects import postgresql
 
-from durable_sa import errors
+from durable_sa import errors, models
 from durable_sa.cli.app import app
 from durable_sa.failures import is_retryable
 
@@ -24,10 +25,13 @@ WIDTH = 96
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the generated parts where a page asks for them."""
-    for comment, generate in (("<!-- commands -->", commands), ("<!-- errors -->", table_of_errors)):
-        if comment in markdown:
-            markdown = markdown.replace(comment, "\n".join(generate()))
-    return markdown
+    parts = {"commands": commands, "errors": table_of_errors, "columns": columns}
+
+    def generated(found: re.Match[str]) -> str:
+        name, *arguments = found[1].split()
+        return "\n".join(parts[name](*arguments))
+
+    return re.sub(r"<!-- (\w+(?: \w+)*) -->", generated, markdown)
 
 
 def commands() -> Iterator[str]:
@@ -59,6 +63,15 @@ def table_of_errors() -> Iterator[str]:
         summary = " ".join((inspect.getdoc(error) or "").split("\n\n")[0].split())
         retried = "" if error.__subclasses__() else "yes" if is_retryable(error.__new__(error)) else "no"
         yield f"| [`{name}`][durable_sa.{name}] | {others} | {summary} | {retried} |"
+
+
+def columns(model: str) -> Iterator[str]:
+    """The columns of a mapped class, with the comments they have in the database."""
+    yield "| column | type | |\n| --- | --- | --- |"
+    for column in getattr(models, model).__table__.columns:
+        kind = column.type.compile(dialect=postgresql.dialect()).lower()
+        yield f"| `{column.name}` | {kind}{', null' if column.nullable else ''} | {column.comment or ''} |"
+    yield ""
 
 
 class Roles(griffe.Extension):

@@ -33,7 +33,9 @@ def inventory(site: Path) -> set[str]:
 
 def test_the_reference_has_every_public_name(site: Path) -> None:
     documented = inventory(site)
-    public = {f"durable_sa.{name}" for name in durable_sa.__all__}
+    # There is a module called heartbeat, too, for which the name alone would be taken.
+    public = {f"durable_sa.{name}" for name in durable_sa.__all__} - {"durable_sa.heartbeat"}
+    public |= {"durable_sa.current.heartbeat"}
     public |= {f"durable_sa.testing.{name}" for name in testing.__all__}
     public |= {f"durable_sa.migrations.{name}" for name in migrations.__all__}
     public |= {f"durable_sa.Durable.{name}" for name in vars(durable_sa.Durable) if name.endswith("_with")}
