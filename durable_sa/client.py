@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypedDict, TypeVar, cast, overload
 
-from sqlalchemy import URL, Row
+from sqlalchemy import URL, Executable, Row
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
@@ -22,7 +22,7 @@ from . import migrations, pgcron, schedules, scripts
 from .batches import Batch
 from .branches import detached
 from .codec import DEFAULT_MAX_PAYLOAD_BYTES, Codec, check_size, codec_for
-from .connections import Database, backoff, is_conflict, is_lost, is_transient
+from .connections import LOCK_NOT_AVAILABLE, Database, backoff, is_conflict, is_lost, is_transient, sqlstate
 from .context import TaskContext
 from .errors import (
     DurableError,
@@ -136,6 +136,7 @@ class Durable(Generic[StateT]):
         self._workers: set[Worker] = set()
         self._changes: dict[uuid.UUID, set[asyncio.Event]] = {}
         self._spawns: Batch[Prepared, SpawnResult[Any]] = Batch(self._spawn_batch)
+        self._keyed_spawns: Batch[Prepared, SpawnResult[Any] | None] = Batch(self._spawn_keyed)
         self._polls: Batch[uuid.UUID, Row[Any] | None] = Batch(self._poll_batch)
         for task in tasks:
             self.register(task)
@@ -305,7 +306,7 @@ class Durable(Generic[StateT]):
             QueueNotFound: there is no such queue.
             IdempotencyConflict: the idempotency key belongs to a task of another name or with other params.
         """
-        return await self._spawns(prepare(self, task, params, options))
+        return await self._spawn(prepare(self, task, params, options))
 
     async def spawn_by_name(
         self, name: str, params: Any = None, *, unchecked: bool = False, **options: Unpack[SpawnOptions]
@@ -315,7 +316,7 @@ class Durable(Generic[StateT]):
         Raises:
             TaskNotRegistered: nobody here knows the name, and `unchecked` is not set.
         """
-        return await self._spawns(prepare(self, name, params, options, unchecked=unchecked))
+        return await self._spawn(prepare(self, name, params, options, unchecked=unchecked))
 
     @overload
     def spawn_with(
@@ -444,10 +445,34 @@ class Durable(Generic[StateT]):
                 raise
         return prepared
 
-    async def _spawn_batch(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException]:
+    async def _spawn(self, prepared: Prepared) -> SpawnResult[Any]:
+        """Together with others, but none waits for a transaction that has the idempotency key of another one."""
+        if prepared.idempotency_key is None:
+            return await self._spawns(prepared)
+        attempt = 0
+        while (spawned := await self._keyed_spawns(prepared)) is None:
+            await asyncio.sleep(backoff(attempt, most=0.5))
+            attempt += 1
+        return spawned
+
+    async def _spawn_keyed(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException | None]:
+        """As `_spawn_batch`, with None for those whose key is in somebody's open transaction."""
+        try:
+            return await self._spawn_batch(prepared, spawning.SPAWN_KEYED)
+        except DBAPIError as error:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+                raise
+        if len(prepared) == 1:
+            return [None]
+        middle = len(prepared) // 2
+        return [*await self._spawn_keyed(prepared[:middle]), *await self._spawn_keyed(prepared[middle:])]
+
+    async def _spawn_batch(
+        self, prepared: list[Prepared], insert: Executable = spawning.SPAWN
+    ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawns of callers that came at the same time: one statement, an outcome each."""
         hint = Hint()
-        script = scripts.insert(prepared, hint)
+        script = scripts.insert(prepared, hint, insert)
         try:
             statement, parameters = next(script)
             while True:
@@ -848,7 +873,7 @@ class Durable(Generic[StateT]):
             ScheduleNotFound: there is none of that name.
         """
         prepared = await schedules.triggered(self, validate_name("schedule", name))
-        return await self._spawns(prepared)
+        return await self._spawn(prepared)
 
     async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
         """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.

@@ -31,8 +31,9 @@ Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
 STATEMENT_DEADLINE = 30.0
 """Seconds after which a statement's connection is taken for dead."""
 
+LOCK_NOT_AVAILABLE = "55P03"
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
-_TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "25006", "25P03", "XX000"})
+_TRANSIENT_STATES = frozenset({"40001", "40P01", LOCK_NOT_AVAILABLE, "25006", "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
 _LOST_STATES = frozenset({"57P01", "57P02", "25006"})
 _CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})

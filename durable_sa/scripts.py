@@ -47,12 +47,14 @@ def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnRes
     return script
 
 
-def insert(prepared: Sequence[Prepared], hint: Hint) -> Script[list[SpawnResult[Any] | DurableError]]:
+def insert(
+    prepared: Sequence[Prepared], hint: Hint, statement: Executable = spawning.SPAWN
+) -> Script[list[SpawnResult[Any] | DurableError]]:
     """Insert tasks; an item that cannot be is an error in the result, and the others are not."""
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
     try:
         for portion in _portions(prepared):
-            yield from _insert(portion, hint, outcomes)
+            yield from _insert(portion, hint, statement, outcomes)
     finally:
         if any(item.spawning is not None for item in prepared):
             _tell(prepared, outcomes)
@@ -70,10 +72,13 @@ def _tell(prepared: Sequence[Prepared], outcomes: dict[uuid.UUID, SpawnResult[An
 
 
 def _insert(
-    missing: list[Prepared], hint: Hint, outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError]
+    missing: list[Prepared],
+    hint: Hint,
+    statement: Executable,
+    outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError],
 ) -> Script[None]:
     for _ in range(5):
-        rows = yield spawning.SPAWN, columns(missing)
+        rows = yield statement, columns(missing)
         hint.add_rows(rows)
         found = {row.task_id for row in rows}
         for item in missing:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Executable, Row
 
-from .connections import Channel, backoff, is_transient, sqlstate
+from .connections import LOCK_NOT_AVAILABLE, Channel, backoff, is_transient, sqlstate
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
 from .statements.spawning import SPAWN_COLUMNS
@@ -46,7 +46,6 @@ class Kind(Enum):
 
 _CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
 """What may meet an insert of the same key in a transaction that is still open."""
-LOCK_NOT_AVAILABLE = "55P03"
 
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 

@@ -10,7 +10,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Queue, Task, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, numbered_rows, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, numbered_rows, rows
 from .outcomes import locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
@@ -54,14 +54,7 @@ _written = _insert_checkpoints(_new, _locked)
 RECORD = select(_written.c.task_id, _written.c.key)
 """Write checkpoints. One that is there already stays as it is; one whose run has lost its fence is not written."""
 
-_impatient = (
-    select(func.pg_catalog.set_config(constant("lock_timeout"), constant("5ms"), true()).label("lock_timeout"))
-    .cte("impatient")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
-)
-# For one statement only: it does not wait for a transaction of somebody else that has inserted the same idempotency key
-# or event name and is still open, since that would hold up what all other runs of the worker write.
-
+_impatient = impatient()
 _child = numbered_rows("child", "position", **SPAWN_COLUMNS)
 _new = rows("entry", **CHECKPOINT_COLUMNS)
 _locked = locked_rows(_fences(_new))

@@ -21,12 +21,14 @@ from sqlalchemy import (
     column,
     func,
     literal_column,
+    select,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.expression import FunctionElement
-from sqlalchemy.sql.selectable import TableValuedAlias
+from sqlalchemy.sql.selectable import CTE, TableValuedAlias
 from sqlalchemy.types import TypeEngine
 
 
@@ -117,3 +119,13 @@ def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
     """Seconds, with their fraction, as an interval."""
     zero = constant(0)
     return func.make_interval(zero, zero, zero, zero, zero, zero, cast(seconds, Float(53)), type_=Interval())
+
+
+def impatient() -> CTE:
+    """Joined to the source of an insert, lets that one statement fail with 55P03 instead of waiting for a lock.
+
+    It does not wait then for an open transaction of somebody else that has inserted the same key, which would hold up
+    what others send in the same statement.
+    """
+    setting = func.pg_catalog.set_config(constant("lock_timeout"), constant("5ms"), true())
+    return select(setting.label("lock_timeout")).cte("impatient").prefix_with("MATERIALIZED", dialect="postgresql")

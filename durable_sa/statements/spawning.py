@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import DateTime, Float, Integer, SmallInteger, Text, Uuid, bindparam, delete, exists, func, or_, select
+from sqlalchemy import (
+    DateTime,
+    Float,
+    Integer,
+    SmallInteger,
+    Text,
+    Uuid,
+    bindparam,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, Task
-from .expressions import array, as_json, as_jsonb, as_text, clock, interval, numbered_rows, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, impatient, interval, numbered_rows, rows
 
 SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_id": Uuid(),
@@ -80,6 +94,11 @@ SPAWN = insert_tasks(_spawnable().subquery("spawnable")).returning(
     Task.task_id, Task.queue_name, Task.priority, Task.available_at
 )
 """Enqueue. A task whose queue does not exist, or whose key is taken, is missing from what comes back."""
+
+SPAWN_KEYED = insert_tasks(_spawnable().join(impatient(), true()).subquery("spawnable")).returning(
+    Task.task_id, Task.queue_name, Task.priority, Task.available_at
+)
+"""As `SPAWN`, but 55P03 at once if one of the keys is in somebody's open transaction."""
 
 _wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text())
 

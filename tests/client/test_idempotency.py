@@ -330,3 +330,28 @@ async def test_what_was_retried_still_has_its_key(durable: Durable) -> None:
     again = await durable.spawn(ship, 1, idempotency_key="k")
     assert (again.task_id, again.created) == (first.task_id, False)
     assert again.run_id != first.run_id
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+async def test_a_key_in_an_open_transaction_holds_up_its_own_spawn_only(
+    durable: Durable, engine: AsyncEngine, end: str
+) -> None:
+    @durable.task
+    async def work(ctx: Any, number: int) -> None: ...
+
+    async with engine.connect() as connection:
+        transaction = await connection.begin()
+        first = await durable.spawn_with(connection, work, 0, idempotency_key="contended")
+        contended = asyncio.create_task(durable.spawn(work, 0, idempotency_key="contended"))
+        others = [
+            durable.spawn(work, number, **({"idempotency_key": f"key-{number}"} if number % 2 else {}))
+            for number in range(20)
+        ]
+        async with asyncio.timeout(10):
+            spawned = await asyncio.gather(*others)
+        assert all(each.created for each in spawned)
+        assert not contended.done()
+        await getattr(transaction, end)()
+    result = await contended
+    assert result.created == (end == "rollback")
+    assert (result.task_id == first.task_id) == (end == "commit")
