@@ -18,6 +18,7 @@ from durable_sa.hints import Hint
 from durable_sa.models import Checkpoint, Event, Run, Task, Wait
 from durable_sa.results import SpawnResult
 from durable_sa.scripts import cancel, emit, insert, retry
+from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
 from durable_sa.statements import diagnosis
 
@@ -49,13 +50,24 @@ WRONG = {
 SEEN = {
     "tasks": select(
         *(Task.task_id, Task.state, Task.outcome, Task.attempt, Task.failures, Task.lease_losses),
-        *(Task.claimed_by, Task.available_at, Task.cancelled_by, Task.output),
+        *(Task.claimed_by, Task.available_at, Task.cancelled_by, Task.output, Task.error["name"].as_string()),
     ),
     "runs": select(Run.task_id, Run.attempt, Run.state, Run.worker_id),
     "checkpoints": select(Checkpoint.task_id, Checkpoint.kind, Checkpoint.status, Checkpoint.value),
     "waits": select(Wait.task_id, Wait.kind, Wait.due_at),
     "events": select(Event.name, Event.payload, Event.delivered_at),
 }
+
+
+WRITTEN = {
+    "complete": ("tasks", "'completed'"),
+    "fail": ("tasks", "'ValueError'"),
+    "suspend": ("checkpoints", "'sleep'"),
+    "checkpoint": ("checkpoints", "'step'"),
+    "emit": ("checkpoints", "'emit'"),
+    "book": ("checkpoints", "'transaction'"),
+}
+"""Where one sees what a run has written."""
 
 
 class Stage:
@@ -130,6 +142,14 @@ class Stage:
             "book": lambda: worker.book(*run, "book"),
         }
         return Operation(what, make[what], transaction=what == "book", then=worker.tend)
+
+    @staticmethod
+    def written_or_lost(what: str, orders: Sequence[Order]) -> None:
+        """Of each order: what the run wrote is there, or the run was told that it had lost its task."""
+        table, sign = WRITTEN[what]
+        for order in orders:
+            lost = order.outcome["results"][0] in (str(LeaseLost), "False")
+            assert lost is not any(sign in row for row in order.outcome[table]), order.told
 
     async def expire(self) -> None:
         """Let the lease of the first worker end."""
@@ -352,7 +372,7 @@ async def test_cancel_and_what_a_run_writes(stage: Stage, outcome: str) -> None:
             Operation("cancel", lambda: cancel(run[0])(Hint()), transaction=True),
         ]
 
-    await stage.only_serial(begin)
+    stage.written_or_lost(outcome, await stage.only_serial(begin))
 
 
 async def test_cancel_and_spawn_of_a_child(stage: Stage) -> None:
@@ -456,12 +476,12 @@ async def test_heartbeat_and_takeover(stage: Stage) -> None:
     async def begin() -> list[Operation]:
         one, two = stage.workers
         await stage.claimed("task")
-        stage.clock.advance(19)
-        await stage.drive(two.heartbeat())
-        stage.clock.advance(2)
+        await stage.expire()
         return [Operation("beat", one.heartbeat), Operation("take over", two.take_over)]
 
-    await stage.only_serial(begin)
+    for order in await stage.only_serial(begin):
+        beaten = order.outcome["results"][0] == "True"
+        assert beaten is any("'running'" in row for row in order.outcome["tasks"]), order.told
 
 
 @pytest.mark.parametrize("outcome", ["complete", "fail", "suspend", "checkpoint", "emit", "book"])
@@ -472,7 +492,7 @@ async def test_takeover_and_what_a_run_writes(stage: Stage, outcome: str) -> Non
         await stage.expire()
         return [stage.writing(one, run, outcome), Operation("take over", two.take_over)]
 
-    await stage.only_serial(begin)
+    stage.written_or_lost(outcome, await stage.only_serial(begin))
 
 
 async def test_claim_by_a_worker_that_is_taken_over(stage: Stage) -> None:

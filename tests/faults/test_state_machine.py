@@ -4,7 +4,8 @@ Each operation runs on the database and on the model; afterwards all rows are co
 they ever had, so most sequences contain writes of runs that were lost long ago. The clock is moved by hand.
 
 The sequences are the same in every run. ``DURABLE_MACHINE_EXAMPLES=5000`` tries that many others instead; what fails
-prints how to repeat it, and ``--hypothesis-seed`` repeats all of them.
+prints how to repeat it, and ``--hypothesis-seed`` repeats all of them. With ``DURABLE_MACHINE_SHRINK=0`` it is shown as
+it was found, at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import URL, Executable, Row, create_engine, select, text
@@ -510,6 +511,9 @@ def test_whatever_happens_the_tables_hold_what_they_must(
             database=None,
             deadline=None,
             print_blob=True,
+            phases=[Phase.generate]
+            if os.environ.get("DURABLE_MACHINE_SHRINK") == "0"
+            else [Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         ),
     )
