@@ -196,8 +196,11 @@ def durable_commands(found: Sequence[Block]) -> Iterator[str]:
     """The lines in which the `durable` command is called, wherever they are."""
     for block in found:
         if block.language in ("sh", "console", "ini", "yaml"):
-            for line in block.text.replace("\\\n", " ").splitlines():
-                if call := re.search(r"\bdurable ((?:[a-z]|--).*)", line):
+            text = block.text.replace("\\\n", " ")
+            if block.language == "yaml":  # where arguments are a list
+                text = re.sub(r"[\"\[\],]+", "", text)
+            for line in text.splitlines():
+                if call := re.search(r"(?<!\")\bdurable ((?:[a-z]|--).*)", line):
                     yield call[0]
 
 
