@@ -57,6 +57,9 @@ with an s. There are two heads, so new revisions of yours name the one they foll
     alembic revision --autogenerate -m "orders" --head base --version-path alembic/versions
     alembic revision --autogenerate -m "more orders" --head <your latest revision>
 
+While a revision of durable's is due, `alembic check` says `Target database is not up to date`, as for any other that was
+not run, and `alembic heads` beside `alembic current` shows which.
+
 A label makes that `--head app@head`: `branch_labels = ("app",)` in your first revision. A revision with foreign keys to
 durable's tables says on which revision it builds, `--depends-on durable_0001`.
 
@@ -80,7 +83,8 @@ Either way
   models then go to a copy, `tasks = TaskRow.__table__.to_metadata(Base.metadata, schema="jobs")`.
 - A downgrade to `base` drops the tables, and what is in them, and leaves the schema with its grants.
 - A database says at which revision its tables are in the comment of the table `queues`. Workers read it when they
-  start and refuse tables that are too old or too new. Keep comments in dumps (no `pg_dump --no-comments`).
+  start and refuse tables that are too old or too new. Newer ones that say they are for the workers' version as well
+  they accept, so that a deploy may migrate first. Keep comments in dumps (no `pg_dump --no-comments`).
 """
 
 from .chain import head

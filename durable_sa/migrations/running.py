@@ -16,7 +16,7 @@ from ..connections import sqlstate
 from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
 from .chain import BASE, head, is_known, position, scripts
-from .version import current, downgrade_call, record, too_new, upgrade_call
+from .version import current, downgrade_call, record, too_new, upgrade_call, works_with
 
 SCHEMA_OPTION: Final = "durable_schema"
 """The keyword of `context.configure()` in an env.py that names another schema than `durable`."""
@@ -69,6 +69,8 @@ def downgrade_branch(revision: str | None, *, since: str) -> None:
 def migrate(connection: Connection, schema: str = SCHEMA) -> None:
     """Bring durable's tables to the newest revision, creating the schema if need be. All or nothing.
 
+    Nothing happens to newer tables that are for this version of the package, too.
+
     The connection has to be in a READ COMMITTED transaction, which the caller commits. Of several callers at once, in
     any process, one migrates and the others wait for it, up to a minute. A lock on a table is waited for 5 seconds,
     so that the application does not queue up behind the migration.
@@ -79,7 +81,7 @@ def migrate(connection: Connection, schema: str = SCHEMA) -> None:
     """
     # What a DBA has set is meant for the application's statements.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
-    if current(connection, schema) == head():
+    if works_with(connection, schema):
         return
     op = Operations(MigrationContext.configure(connection))
     try:
@@ -117,7 +119,7 @@ def _upgrade(op: Operations, revision: str, since: str, schema: str) -> None:
         _create_schema(op, schema)
     for script in scripts()[position(installed) : position(revision)]:
         script.up(op, schema)
-        record(op, script.revision, schema)
+        record(op, script, schema)
 
 
 def _downgrade(op: Operations, revision: str, since: str, schema: str) -> None:
@@ -127,10 +129,11 @@ def _downgrade(op: Operations, revision: str, since: str, schema: str) -> None:
     installed = _installed(op, since, schema)
     if position(installed) > position(since):
         raise SchemaMismatch(installed, since, f"Run the downgrade first that takes them back to {since}.")
-    for script in reversed(scripts()[position(revision) : position(installed)]):
-        script.down(op, schema)
-        if script.down_revision is not None:
-            record(op, script.down_revision, schema)
+    chain = scripts()
+    for number in range(position(installed), position(revision), -1):
+        chain[number - 1].down(op, schema)
+        if number > 1:
+            record(op, chain[number - 2], schema)
 
 
 def _installed(op: Operations, since: str, schema: str) -> str:

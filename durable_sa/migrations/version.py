@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from ..errors import InvalidState, SchemaMismatch
 from ..models import SCHEMA, Queue
-from .chain import BASE, head, is_known
+from .chain import BASE, Script, head, is_known
 from .sql import quoted
 
 TABLE: Final = Queue.__tablename__
@@ -36,10 +36,10 @@ def current(connection: Connection, schema: str = SCHEMA) -> str | None:
     Raises:
         InvalidState: there are tables, but the comment that says at which revision has been lost.
     """
-    row = connection.execute(_COMMENT, {"schema": schema, "table": TABLE}).one_or_none()
-    if row is None:
+    comment = _comment(connection, schema)
+    if comment is None:
         return None
-    if match := re.match(rf"{_PREFIX}(\S+)", row.description or ""):
+    if match := re.match(rf"{_PREFIX}(\S+)", comment):
         return match[1]
     table = f"{quoted(schema)}.{TABLE}"
     raise InvalidState(
@@ -50,9 +50,32 @@ def current(connection: Connection, schema: str = SCHEMA) -> str | None:
     )
 
 
-def record(op: Operations, revision: str, schema: str) -> None:
-    """Write down the revision that the tables now are at."""
-    op.create_table_comment(TABLE, f"{_PREFIX}{revision}", schema=schema)
+def _comment(connection: Connection, schema: str) -> str | None:
+    """None where there is no table."""
+    row = connection.execute(_COMMENT, {"schema": schema, "table": TABLE}).one_or_none()
+    return None if row is None else row.description or ""
+
+
+def record(op: Operations, script: Script, schema: str) -> None:
+    """Write down the revision that the tables now are at, and the oldest that a version may need to work with them."""
+    oldest: str = getattr(script, "oldest", script.revision)
+    suffix = "" if oldest == script.revision else f" (for {oldest} and later)"
+    op.create_table_comment(TABLE, f"{_PREFIX}{script.revision}{suffix}", schema=schema)
+
+
+def works_with(connection: Connection, schema: str = SCHEMA) -> bool:
+    """Whether the tables are those of this version of the package, or newer ones that say they are for it, too.
+
+    So workers of the version before go on, and may be started anew, while a deploy is under way.
+
+    Raises:
+        InvalidState: the comment that says at which revision they are has been lost.
+    """
+    installed = current(connection, schema)
+    if installed is None or is_known(installed):
+        return installed == head()
+    match = re.search(r"\(for (\S+) and later\)", _comment(connection, schema) or "")
+    return match is not None and is_known(match[1])
 
 
 def check(connection: Connection, schema: str = SCHEMA) -> None:
@@ -61,11 +84,11 @@ def check(connection: Connection, schema: str = SCHEMA) -> None:
     On an `AsyncConnection`: `await connection.run_sync(check)`.
 
     Raises:
-        SchemaMismatch: they are older, newer or not there. The message has the lines to paste.
+        SchemaMismatch: they are older, not there, or newer and not for this version. It has the lines to paste.
         InvalidState: the comment that says at which revision they are has been lost.
     """
-    installed, required = current(connection, schema), head()
-    if installed != required:
+    if not works_with(connection, schema):
+        installed, required = current(connection, schema), head()
         raise SchemaMismatch(installed, required, _remedy(installed, required, schema))
 
 
@@ -98,10 +121,13 @@ def _literal(value: str) -> str:
 def _remedy(installed: str | None, required: str, schema: str) -> str:
     since = installed or BASE
     if not is_known(since):
-        return (
-            "A newer version of durable_sa migrated them. Install that version here as well "
-            "(`pip install --upgrade durable_sa`), or downgrade the tables with it."
-        )
+        return f"""\
+A newer version of durable_sa migrated them. Install that version here as well:
+
+    pip install --upgrade durable_sa
+
+Or go back with that version: `alembic downgrade -1` where the latest revision of your application upgraded them, \
+`alembic downgrade durable@{required}` where durable's revisions are a branch of your own."""
     return f"""\
 Run `alembic revision --autogenerate`, or paste this into a revision of your application, and `alembic upgrade head`:
 

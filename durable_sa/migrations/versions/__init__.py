@@ -11,5 +11,7 @@ A new one is made in the repository's own environment, on a database that is at 
 - It runs in the application's transaction, while workers of the version before are at work and go on afterwards: new
   columns are nullable or have a constant default, nothing is rewritten, constraints are added `NOT VALID`, and what is
   no longer used is dropped by a later release.
+- While that holds, `oldest` in it is the revision whose versions of the package may go on with the tables: workers that
+  are started with such a version accept them. Without it they accept their own revision only.
 - A released one is never changed.
 """
