@@ -38,6 +38,8 @@ RECONCILE_SHARE = 50
 """And at least so many times as long as the last search took."""
 SWEEP_LOST_INTERVAL = 10.0
 """Seconds between repeated searches for runs of workers that are already known to be lost."""
+LOCKED_INTERVAL = 0.5
+"""Seconds until another look for those of them that somebody held locked."""
 FORGET_LOST_AFTER = 600.0
 FORGET_INTERVAL = 30.0
 """Seconds between deletions of what is past its retention."""
@@ -254,6 +256,10 @@ class Tender:
                 claiming.RUNS_OF_LOST, {"worker_ids": worker_ids, "queue_names": queue_names, "wanted": BATCH}
             )
             taken = await self._take([row.task_id for row in found], worker_ids)
+            if taken < len(found):
+                # Somebody holds the rest locked, perhaps what the server has not yet noticed to be gone.
+                self._next_sweep = 0.0
+                self.look_within(LOCKED_INTERVAL)
             if len(found) < BATCH or not taken:
                 break
         await self._execute(claiming.FORGET_WORKERS, {"age": FORGET_LOST_AFTER})
