@@ -57,8 +57,8 @@ with an s. There are two heads, so new revisions of yours name the one they foll
     alembic revision --autogenerate -m "orders" --head base --version-path alembic/versions
     alembic revision --autogenerate -m "more orders" --head <your latest revision>
 
-While a revision of durable's is due, `alembic check` says `Target database is not up to date`, as for any other that was
-not run, and `alembic heads` beside `alembic current` shows which.
+While a revision of durable's is due, `alembic check` says `Target database is not up to date`, as for any that is not
+run yet, and `alembic heads` beside `alembic current` shows which.
 
 A label makes that `--head app@head`: `branch_labels = ("app",)` in your first revision. A revision with foreign keys to
 durable's tables says on which revision it builds, `--depends-on durable_0001`.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import migrations
 from durable_sa.testing.database import TestServer
+
+from .command import alembic
 
 CATALOG = [
     # Relations of any kind, so that a stray sequence or view is seen.
@@ -140,17 +139,9 @@ class Application:
 
     def alembic(self, *arguments: str, fails: bool = False) -> str:
         """Run the command and give what it printed."""
-        command = Path(sys.executable).with_name("alembic")
-        done = subprocess.run(
-            [command, *arguments],
-            cwd=self.directory,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "error"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert bool(done.returncode) == fails, f"{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr if fails else done.stdout
+        code, out, err = alembic(self.directory, arguments)
+        assert bool(code) == fails, f"{out}\n{err}"
+        return out + err if fails else out
 
     def revision(self, *arguments: str) -> str:
         """Autogenerate a revision and give its text."""

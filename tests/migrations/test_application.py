@@ -373,3 +373,39 @@ def test_tables_that_were_there_before_alembic_are_taken_over(
         application.paste(application.latest, "from alembic import op", f"\n{IMPORT}")
     application.alembic("upgrade", "heads")
     assert on(application.url, read_catalog) == migrated
+
+
+@generic
+def test_after_an_upgrade_of_the_library_as_a_branch(application: Application) -> None:
+    add_branch(application)
+    application.alembic("upgrade", "heads")
+
+    later = application.directory / "later"
+    later.mkdir()
+    (later / "durable_0002_later.py").write_text(f"{LATER}\n{LATER_IN_A_BRANCH}")
+    application.replace("alembic.ini", r"(\s+)(durable_sa:migrations/versions)$", rf"\1\2\1{later}")
+    application.paste(
+        "alembic/env.py",
+        "from alembic import context",
+        f"\nfrom durable_sa.migrations import versions\nversions.__path__.append({str(later)!r})",
+        documented=False,
+    )
+    assert "Target database is not up to date" in application.alembic("check", fails=True)
+    assert "durable_0002" in application.alembic("heads")
+    application.alembic("upgrade", "heads")
+    assert on(application.url, current) == "durable_0002"
+    assert "later" in tables(application.url, "durable")
+    # As a worker of the version before says where it finds these tables.
+    application.alembic("downgrade", "durable@durable_0001")
+    assert on(application.url, current) == "durable_0001"
+
+
+LATER_IN_A_BRANCH = """
+from durable_sa.migrations import running
+
+def upgrade(**_):
+    running.upgrade_branch(revision, since=down_revision)
+
+def downgrade(**_):
+    running.downgrade_branch(down_revision, since=revision)
+"""
