@@ -103,7 +103,7 @@ class Shell:
         self._variables = {**variables, "PATH": path, "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
         self._bash: asyncio.subprocess.Process | None = None
 
-    async def run(self, commands: str, *, within: float = 30) -> str:
+    async def run(self, commands: str, *, within: float = 60) -> str:
         """What the commands print, without what goes to stderr. Each has to succeed."""
         if self._bash is None:
             with (self._directory / "stderr.log").open("w") as log:
