@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable
@@ -119,6 +120,7 @@ def _portions(prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
 
 def emit(queue_name: str, name: str, payload: str, emission: Emission | None = None) -> Callable[[Hint], Script[bool]]:
     """Emit one event, with the span that it is emitted in."""
+    emitted_at: datetime | None = None
 
     def script(hint: Hint) -> Script[bool]:
         if emission is None:
@@ -134,6 +136,7 @@ def emit(queue_name: str, name: str, payload: str, emission: Emission | None = N
             emission.over(first, error)
 
     def insert_event(hint: Hint, metadata: str | None) -> Script[bool]:
+        nonlocal emitted_at
         known = yield queues.KNOWN_QUEUES, {"queue_names": [queue_name]}
         if not known:
             raise QueueNotFound(queue_name)
@@ -141,6 +144,12 @@ def emit(queue_name: str, name: str, payload: str, emission: Emission | None = N
             waits.EMIT,
             {"queue_names": [queue_name], "names": [name], "payloads": [payload], "metadata": [metadata]},
         )
+        if rows:
+            emitted_at = rows[0].emitted_at
+        elif emitted_at is not None:
+            # The script is run again: if the commit was only not heard of, the event that is there is its own.
+            stored = yield waits.PEEK_EVENTS, {"queue_names": [queue_name], "event_names": [name]}
+            rows = [row for row in stored if row.emitted_at == emitted_at]
         hint.events = bool(rows)
         return bool(rows)
 
@@ -186,17 +195,22 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
 
 def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Script[TaskStatus]]:
     """Put an ended task back, with the descendants that its end had cancelled."""
+    run_id = new_id()
 
     def script(hint: Hint) -> Script[TaskStatus]:
-        rows = yield cancelling.CANCELLED_BY, {"target_id": task_id}
+        rows = yield cancelling.BEFORE_RETRY, {"target_id": task_id}
         if not rows:
             raise TaskNotFound(task_id)
+        if rows[0].run_id == run_id:
+            # This very retry, whose commit was not heard of.
+            hint.add_rows(rows)
+            return TaskStatus.PENDING
         state, cancelled_by = rows[0].state, rows[0].cancelled_by
         if state not in ("failed", "cancelled"):
             raise InvalidState(f"Task {task_id}", state, "Only failed and cancelled tasks can be retried.")
         rows = yield (
             cancelling.RETRY,
-            {"target_id": task_id, "next_run_id": new_id(), "new_max_attempts": max_attempts},
+            {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
         )
         hint.add_rows(rows)
         origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]

@@ -230,7 +230,11 @@ FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(
 )
 """Descendants that a cascade from these origins cancelled."""
 
-CANCELLED_BY = select(Task.state, Task.cancelled_by).where(Task.task_id == _task_id).with_for_update(key_share=True)
+BEFORE_RETRY = (
+    select(Task.state, Task.cancelled_by, Task.run_id, Task.queue_name, Task.priority, Task.available_at)
+    .where(Task.task_id == _task_id)
+    .with_for_update(key_share=True)
+)
 """An ended task before it is put back, under its lock."""
 
 _restored = rows("restored", task_ids=Uuid(), next_run_ids=Uuid())

@@ -160,7 +160,7 @@ EMIT = (
         ).order_by(_emitted.c.queue_names, _emitted.c.names),
     )
     .on_conflict_do_nothing()
-    .returning(Event.queue_name, Event.name)
+    .returning(Event.queue_name, Event.name, Event.emitted_at)
 )
 """Emit, in the order of the names, so that two transactions that emit several never deadlock. Delivery comes after."""
 
@@ -232,7 +232,7 @@ WAKERS = (
 """The trace contexts of the events and children that tasks were woken by."""
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
-PEEK_EVENTS = select(Event.queue_name, Event.name, as_text(Event.payload).label("payload")).join(
+PEEK_EVENTS = select(Event.queue_name, Event.name, as_text(Event.payload).label("payload"), Event.emitted_at).join(
     _peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names)
 )
 """Events that are there already when somebody is about to wait for them."""

@@ -29,7 +29,7 @@ from durable_sa import (
 )
 from durable_sa.ids import new_id
 from durable_sa.models import Run
-from tests.client.support import Application, count, read, with_some_callers
+from tests.client.support import Application, Gate, count, read, with_some_callers
 from tests.support import eventually
 
 
@@ -381,6 +381,21 @@ async def test_only_what_ended_badly_is_retried(durable: Durable, engine: AsyncE
         with pytest.raises(InvalidConfiguration, match="max_attempts"):
             await durable.retry_task(pending, max_attempts=wrong)  # type: ignore[arg-type]
     assert await state(engine, pending.task_id) == "cancelled"
+
+
+async def test_a_retry_whose_commit_was_not_heard_of_is_no_error(
+    durable: Durable, gate: Gate, engine: AsyncEngine
+) -> None:
+    (parent,), (child,) = await family(engine, 1)
+    await durable.cancel_task(parent)
+    async with Durable(gate.url) as client:
+        await client.list_queues()
+        gate.lose_reply_to = b"COMMIT"
+        assert await client.retry_task(parent) is TaskStatus.PENDING
+        assert gate.lose_reply_to is None
+    assert await states(engine) == {parent: "pending", child: "pending"}
+    with pytest.raises(InvalidState):
+        await durable.retry_task(parent)
 
 
 async def test_of_many_retries_at_once_one_counts(durable: Durable, engine: AsyncEngine) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import Durable, InvalidName, QueueNotFound, SerializationError, TaskContext
 from durable_sa.models import Event
-from tests.client.support import Application, count, with_some_callers
+from tests.client.support import Application, Gate, count, with_some_callers
 
 
 class Payment(BaseModel):
@@ -73,6 +73,18 @@ async def test_of_many_emits_at_once_one_counts(database_url: Any, engine: Async
     assert await payload(engine, "paid") == str(emitted.index(True))
     await client.close()
     await app.dispose()
+
+
+async def test_an_emit_whose_commit_was_not_heard_of_was_the_first(durable: Durable, gate: Gate) -> None:
+    async with Durable(gate.url) as client:
+        await client.list_queues()
+        gate.lose_reply_to = b"COMMIT"
+        assert await client.emit_event("payment", 1)
+        assert gate.lose_reply_to is None
+        assert not await client.emit_event("payment", 1)
+        assert await durable.emit_event("refund", 1)
+        gate.lose_reply_to = b"COMMIT"
+        assert not await client.emit_event("refund", 1)
 
 
 @with_some_callers

@@ -52,7 +52,7 @@ SEEN = {
         *(Task.task_id, Task.state, Task.outcome, Task.attempt, Task.failures, Task.lease_losses),
         *(Task.claimed_by, Task.available_at, Task.cancelled_by, Task.output, Task.error["name"].as_string()),
     ),
-    "runs": select(Run.task_id, Run.attempt, Run.state, Run.worker_id),
+    "runs": select(Run.task_id, Run.attempt, Run.state, Run.worker_id, Run.error["name"].as_string()),
     "checkpoints": select(Checkpoint.task_id, Checkpoint.kind, Checkpoint.status, Checkpoint.value),
     "waits": select(Wait.task_id, Wait.kind, Wait.due_at),
     "events": select(Event.name, Event.payload, Event.delivered_at),
@@ -145,11 +145,16 @@ class Stage:
 
     @staticmethod
     def written_or_lost(what: str, orders: Sequence[Order]) -> None:
-        """Of each order: what the run wrote is there, or the run was told that it had lost its task."""
+        """Of each order: what the run wrote is there, or the run was told that it had lost its task by then."""
         table, sign = WRITTEN[what]
         for order in orders:
             lost = order.outcome["results"][0] in (str(LeaseLost), "False")
             assert lost is not any(sign in row for row in order.outcome[table]), order.told
+            if order.chosen[0] == 1 and not order.interruptions():
+                assert lost, "the other one had come to its end before"
+            if what in ("complete", "fail"):
+                taken = any("'LeaseLost'" in row or "'cancelled'" in row for row in order.outcome["runs"])
+                assert lost is taken, order.told
 
     async def expire(self) -> None:
         """Let the lease of the first worker end."""
@@ -452,11 +457,13 @@ async def test_claim_and_pause(stage: Stage) -> None:
 async def test_two_spawns_with_one_key(stage: Stage) -> None:
     async def begin() -> list[Operation]:
         return [
-            Operation("one", lambda: stage.spawning("task", idempotency_key="x"), transaction=True),
-            Operation("two", lambda: stage.spawning("task", idempotency_key="x")),
+            Operation("one", lambda: stage.spawning("one", idempotency_key="x"), transaction=True),
+            Operation("two", lambda: stage.spawning("two", idempotency_key="x")),
         ]
 
-    await stage.only_serial(begin)
+    for order in await stage.only_serial(begin):
+        assert sorted(created for ((_, created),) in order.outcome["results"]) == ["False", "True"], order.told
+        assert len({name for ((name, _),) in order.outcome["results"]}) == 1, order.told
 
 
 async def test_spawn_with_a_key_and_retention_of_the_one_that_has_it(stage: Stage) -> None:
