@@ -317,7 +317,8 @@ async def test_join_and_retention(stage: Stage) -> None:
             Operation("clean up", lambda: clean_up_tasks("one", 0)),
         ]
 
-    await stage.only_serial(begin)
+    for order in await stage.only_serial(begin):
+        assert any("'join', 'completed'" in row for row in order.outcome["checkpoints"]), order.told
 
 
 async def test_complete_and_retention_of_its_children(stage: Stage) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import URL, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from durable_sa import Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
+from durable_sa import ChildFailed, Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
 from durable_sa.heartbeat import Heartbeat
 from durable_sa.ids import new_id
 from durable_sa.models import Run, WorkerRow
@@ -241,6 +241,38 @@ async def test_twenty_lost_workers_in_a_row_and_not_nineteen_fail_a_task(durable
     # An operator may put it back, with fresh counts.
     await durable.retry_task(spawned)
     assert await sql("SELECT state, lease_losses FROM durable.tasks") == [("pending", 0)]
+
+
+async def test_a_task_given_up_for_its_lost_workers_tells_its_parent_and_takes_its_children_along(
+    durable: Durable, sql: Rows
+) -> None:
+    @durable.task
+    async def parent(ctx: TaskContext) -> str:
+        try:
+            await ctx.join(await ctx.spawn_by_name("child", "lethal"))
+        except ChildFailed as error:
+            return error.name
+        return "joined"
+
+    spawned = await durable.spawn(parent)
+    async with durable.worker() as worker:
+        claimer = Claimer(durable.database)
+        await claimer.register()
+
+        async def claimed() -> list[uuid.UUID]:
+            return await claimer.claim(1, "lethal")
+
+        (child,) = await eventually(claimed)
+        grandchild = await durable.spawn_by_name("unknown", unchecked=True)
+        await sql(
+            "UPDATE durable.tasks SET parent_task_id = :child WHERE task_id = :id", child=child, id=grandchild.task_id
+        )
+        await sql("UPDATE durable.tasks SET lease_losses = :losses WHERE task_id = :child", losses=19, child=child)
+        await sql("UPDATE durable.workers SET expires_at = now() WHERE worker_id = :id", id=claimer.worker_id)
+        worker.tender.look_within(0.0)
+        # At once: a search for what was forgotten would find them as well, but many seconds later.
+        assert (await durable.wait_for_result(spawned, timeout=6)).output == "LeaseLost"
+        assert (await durable.wait_for_result(grandchild, timeout=6)).status is TaskStatus.CANCELLED
 
 
 @pytest.mark.parametrize("progress", ["suspend", "fail"])

@@ -6,8 +6,18 @@ import threading
 import time
 
 import pytest
+from sqlalchemy import select
 
-from durable_sa import CancellationPolicy, Durable, RetryStrategy, SyncTaskContext, TaskContext, TaskStatus
+from durable_sa import (
+    CancellationPolicy,
+    ChildCancelled,
+    Durable,
+    RetryStrategy,
+    SyncTaskContext,
+    TaskContext,
+    TaskRow,
+    TaskStatus,
+)
 
 from ..support import eventually
 from .conftest import Rows
@@ -357,3 +367,39 @@ async def test_cancelling_a_parent_interrupts_its_running_descendants(durable: D
         await durable.cancel_task(spawned)
         await eventually(lambda: interrupted == running)
         assert await sql("SELECT state, count(*) FROM durable.tasks GROUP BY 1") == [("cancelled", 13)]
+
+
+async def test_a_task_whose_time_is_over_takes_its_descendants_along_and_its_parent_is_told(durable: Durable) -> None:
+    """At once: a search for what was forgotten would find them as well, but many seconds later."""
+
+    @durable.task
+    async def leaf(ctx: TaskContext) -> None:
+        await ctx.sleep_for("long", 3600)
+
+    @durable.task(cancellation=CancellationPolicy(max_running_time=0.3))
+    async def branch(ctx: TaskContext) -> None:
+        await ctx.join(await ctx.spawn("leaf", leaf))
+
+    @durable.task
+    async def root(ctx: TaskContext) -> str:
+        try:
+            await ctx.join(await ctx.spawn("branch", branch))
+        except ChildCancelled as error:
+            return str(error)
+        return "joined"
+
+    spawned = await durable.spawn(root)
+    async with durable.worker():
+        result = await durable.wait_for_result(spawned, timeout=6)
+        assert result.output is not None
+        assert "cancelled" in result.output
+
+        async def leaf_cancelled() -> bool:
+            return await _states(durable) == {"completed", "cancelled"}
+
+        await eventually(leaf_cancelled, within=6)
+
+
+async def _states(durable: Durable) -> set[str]:
+    async with durable.engine.connect() as connection:
+        return set(await connection.scalars(select(TaskRow.state)))
