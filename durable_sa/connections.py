@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Executable, Row, text
+from sqlalchemy import Executable, Row, event, text
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -137,6 +137,22 @@ def default_bind() -> str | URL:
     return server().url()
 
 
+def _date_style(driver_connection: Any) -> str | None:
+    """The style that psycopg gets times in, and reads no other than ISO; None of a driver that reads all."""
+    connection = getattr(driver_connection, "pgconn", None)
+    return None if connection is None else str(connection.parameter_status(b"DateStyle").decode())
+
+
+def _set_date_style(connection: Any, _: Any) -> None:
+    """Have a new connection of an engine of ours give times as the driver reads them, whatever the server's default."""
+    style = _date_style(connection.driver_connection)
+    if style is not None and not style.startswith("ISO"):
+        cursor = connection.cursor()
+        cursor.execute("SET datestyle = ISO")
+        cursor.close()
+        connection.commit()
+
+
 def direct_engine(url: str | URL) -> AsyncEngine:
     """An engine with a connection of its own for LISTEN, to be disposed of by the caller."""
     return create_async_engine(resolve_url(url), poolclass=NullPool, hide_parameters=True)
@@ -166,6 +182,7 @@ class Database:
             self.engine = bind
         elif isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
             self.engine = create_async_engine(resolve_url(bind), hide_parameters=True)
+            event.listen(self.engine.sync_engine, "connect", _set_date_style)
             self.owned = True
         else:
             raise InvalidConfiguration(
@@ -195,6 +212,7 @@ class Database:
             if self._mixed_up:
                 connection.info[_EXPLICIT] = True
             elif _EXPLICIT not in connection.info:
+                self._check_date_style(connection)
                 query = text("SELECT current_setting('default_transaction_isolation')")
                 connection.info[_EXPLICIT] = (await connection.execute(query)).scalar() != "read committed"
                 await connection.rollback()
@@ -210,6 +228,15 @@ class Database:
             await discard(connection)
             raise
         return connection
+
+    def _check_date_style(self, connection: AsyncConnection) -> None:
+        style = _date_style(connection.sync_connection and connection.sync_connection.connection.driver_connection)
+        if style is not None and not style.startswith("ISO"):
+            raise InvalidConfiguration(
+                "bind",
+                f"its connections have the DateStyle {style!r}, in which psycopg cannot read times",
+                "Give the engine connect_args={'options': '-c datestyle=ISO'}.",
+            )
 
     @property
     def _mixed_up(self) -> bool:

@@ -46,12 +46,9 @@ async def test_the_settings_of_the_database_change_nothing(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, settings: dict[str, str], driver: str
 ) -> None:
     await create_bookings(engine)
-    if driver == "psycopg":
-        # It reads no other than the default.
-        settings = {name: value for name, value in settings.items() if name != "datestyle"}
     await alter_database(sql, database_url, settings)
     url = database_url.set(drivername=f"postgresql+{driver}")
-    clients = [Durable(create_async_engine(url)) for _ in range(2)]
+    clients = [Durable(url) for _ in range(2)]
     try:
         stories = [Story(client) for client in clients]
         async with clients[0].worker(concurrency=20), clients[1].worker(concurrency=20):
@@ -62,9 +59,22 @@ async def test_the_settings_of_the_database_change_nothing(
     finally:
         for client in clients:
             await client.close()
-            await client.engine.dispose()
     await assert_stories_ended_well(sql, spawned)
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+
+
+async def test_times_that_the_driver_cannot_read_are_refused(database_url: URL, durable: Durable, sql: Rows) -> None:
+    await alter_database(sql, database_url, {"datestyle": "German, DMY"})
+    url = database_url.set(drivername="postgresql+psycopg")
+    engine = create_async_engine(url)
+    with pytest.raises(InvalidConfiguration, match="'German, DMY'.*options"):
+        await Durable(engine).start_worker()
+    await engine.dispose()
+    # As the message says.
+    engine = create_async_engine(url, connect_args={"options": "-c datestyle=ISO"})
+    worker = await Durable(engine).start_worker()
+    await worker.shutdown()
+    await engine.dispose()
 
 
 LEVELS = (
