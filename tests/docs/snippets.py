@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import codeop
 import configparser
 import contextlib
 import io
@@ -92,6 +93,21 @@ async def module(name: str) -> AsyncGenerator[types.ModuleType]:
             for value in list(vars(made).values()):
                 if isinstance(value, Durable):
                     await value.close()
+
+
+def check_typed(page: Path, block: Block) -> None:
+    """Whether a prompt takes the block line by line: there a blank line ends what is indented, and nothing else does."""
+    compile_so_far = codeop.CommandCompiler()
+    compile_so_far.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    statement: list[str] = []
+    for number, line in enumerate([*block.text.splitlines(), ""], start=block.line + 1):
+        statement.append(line)
+        try:
+            if compile_so_far("\n".join(statement), str(page), "single") is not None:
+                statement = []
+        except SyntaxError as error:
+            raise AssertionError(f"{page.name}, line {number}: {error.msg}") from error
+    assert not any(statement)
 
 
 class Shell:

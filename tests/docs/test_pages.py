@@ -7,8 +7,9 @@ from sqlalchemy import URL
 
 from durable_sa.testing.database import TestServer
 
-from .snippets import DOCS, blocks, check_durable_command, durable_commands, run_page
+from .snippets import DOCS, ROOT, blocks, check_durable_command, check_typed, durable_commands, run_page
 
+README = ROOT / "README.md"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if any(blocks(path)))
 COMMANDS = {line for page in PAGES for line in durable_commands(list(blocks(page)))}
 
@@ -18,6 +19,13 @@ async def test_a_page_runs_and_prints_what_it_says(
     page: Path, database_url: URL, durable_server: TestServer, tmp_path: Path
 ) -> None:
     await run_page(page, tmp_path, DURABLE_DATABASE_URL=database_url, DURABLE_TEST_DATABASE_URL=durable_server.url)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_what_is_typed_can_be_typed(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "python" and block.file is None:
+            check_typed(page, block)
 
 
 def test_commands_and_their_options_exist() -> None:
