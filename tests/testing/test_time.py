@@ -166,6 +166,38 @@ async def test_timeouts_retries_and_limits_come_with_the_clock(durable: Durable)
     assert results[3].status is TaskStatus.CANCELLED
 
 
+async def test_a_machine_whose_clock_is_a_week_behind_makes_no_difference(durable: Durable) -> None:
+    """All times are the database's: what begins there and then ends there and then."""
+    async with time_travel(durable) as clock:
+        await clock.advance(WEEK)
+        spawned = [
+            await durable.spawn(waiter),
+            await durable.spawn(flaky),
+            await durable.spawn(sleeper, 7),
+            await durable.spawn(branches),
+            await durable.spawn(quick, delay=WEEK),
+            await durable.spawn(sleeper, 30, cancellation=CancellationPolicy(max_running_time=WEEK)),
+        ]
+        async with durable.worker(concurrency=10, shutdown_timeout=1):
+
+            async def all_are_under_way() -> bool:
+                async with durable.engine.connect() as connection:
+                    rows = await connection.scalars(sa.select(TaskRow.available_at))
+                    return sum(moment > datetime.now(UTC) + 1.9 * WEEK for moment in rows) == 5
+
+            await eventually(all_are_under_way)
+            await clock.advance(WEEK - timedelta(minutes=1))
+            await asyncio.sleep(0.3)
+            for each in spawned:
+                result = await durable.get_task_result(each)
+                assert result is not None
+                assert not result.status.finished
+            await clock.advance(120)
+            results = [await durable.wait_for_result(each, timeout=10) for each in spawned]
+    statuses = [TaskStatus.COMPLETED] * 5 + [TaskStatus.CANCELLED]
+    assert [result.status for result in results] == statuses
+
+
 async def test_schedules_fire_and_queues_forget_by_the_clock(durable: Durable) -> None:
     await durable.create_queue(retention=timedelta(days=2))
     await durable.create_schedule("daily", task=quick, cron_expression="0 12 * * *", misfire="run_all")
