@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint soak bench docs
+.PHONY: demo test lint soak mutants bench docs
 
 demo: $(READY)
 	$(BIN)/durable demo
@@ -28,6 +28,10 @@ docs: $(READY)
 # SOAK_SECONDS and SOAK_SEED in the environment choose its length and what happens in it.
 soak: $(READY)
 	$(BIN)/python -m tests.faults
+
+# Weakened engines that the tests must notice; MUTANTS names some of them. Takes minutes.
+mutants: $(READY)
+	$(BIN)/python -m tests.faults.mutants $(MUTANTS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
