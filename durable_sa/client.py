@@ -65,7 +65,7 @@ _STATUS_TRIES = 12
 
 
 class QueuePolicy(TypedDict, total=False):
-    """What a queue keeps, and for how long. None, as at the start, keeps it for ever."""
+    """What a queue keeps, and for how long: 30 days, unless said otherwise. None keeps it for ever."""
 
     retention: Duration | None
     """Age, since their end, at which finished tasks are deleted: seconds or a `timedelta`."""
@@ -696,7 +696,7 @@ class Durable(Generic[StateT]):
         """Create a queue; if it is there, only the policies that are given change.
 
         `retention` is the age at which finished tasks are deleted, `event_retention` the age of events, in seconds or
-        as a `timedelta`; None keeps them. Workers delete in the background.
+        as a `timedelta`: 30 days for a new queue unless given. None keeps them. Workers delete in the background.
 
         Raises:
             InvalidName: a name that breaks the rules.

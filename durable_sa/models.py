@@ -37,6 +37,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
 REVISION = "durable_0001"
+RETENTION = "30 days"
+"""For how long a queue keeps ended tasks and events if nothing else is said."""
 
 metadata = MetaData(
     schema=SCHEMA,
@@ -78,8 +80,12 @@ class Queue(Base):
     queue_name: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
     paused_at: Mapped[datetime | None] = mapped_column(comment="set: nothing is claimed until it is resumed")
-    retention: Mapped[timedelta | None] = mapped_column(comment="age at which finished tasks are deleted; null: never")
-    event_retention: Mapped[timedelta | None] = mapped_column(comment="age at which events are deleted; null: never")
+    retention: Mapped[timedelta | None] = mapped_column(
+        server_default=RETENTION, comment="age at which finished tasks are deleted; null: never"
+    )
+    event_retention: Mapped[timedelta | None] = mapped_column(
+        server_default=RETENTION, comment="age at which events are deleted; null: never"
+    )
 
 
 class Task(Base):

@@ -8,7 +8,7 @@ import re
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
@@ -22,6 +22,11 @@ def duration(text: str) -> timedelta:
         with contextlib.suppress(OverflowError):
             return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
     raise typer.BadParameter(f"{text!r} is no span of time. Write 90s, 15m, 12h or 7d.")
+
+
+def retention(text: str) -> timedelta | Literal["never"]:
+    """A span of time, or `never`."""
+    return "never" if text.strip().lower() == "never" else duration(text)
 
 
 def moment(text: str) -> datetime | timedelta:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..client import QueuePolicy
 from ..models import SCHEMA
 from ..statements import queues as statements
-from .arguments import duration
+from .arguments import retention
 from .invocation import AsJson, Invocation, SchemaName, Url, connected, examples
 from .output import as_dicts, span
 
@@ -21,10 +20,22 @@ queues = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="QUEUE", show_default=False)]
 Retention = Annotated[
-    timedelta | None, typer.Option(parser=duration, metavar="DURATION", help="Age at which finished tasks are deleted.")
+    Any,
+    typer.Option(
+        parser=retention,
+        metavar="DURATION",
+        help="Age at which ended tasks are deleted, or never. 30d for a new queue.",
+        show_default=False,
+    ),
 ]
 EventRetention = Annotated[
-    timedelta | None, typer.Option(parser=duration, metavar="DURATION", help="Age at which events are deleted.")
+    Any,
+    typer.Option(
+        parser=retention,
+        metavar="DURATION",
+        help="Age at which events are deleted, or never. 30d for a new queue.",
+        show_default=False,
+    ),
 ]
 
 _COLUMNS = {
@@ -60,20 +71,20 @@ async def _list(invocation: Invocation) -> None:
 queues.command("list")(connected(_list))
 
 
-@queues.command("create")
+@queues.command(
+    "create",
+    epilog=examples("durable queues create mail --retention 7d", "durable queues create audit --retention never"),
+)
 @connected
 async def create(
-    invocation: Invocation,
-    name: Name,
-    retention: Retention = None,
-    event_retention: EventRetention = None,
+    invocation: Invocation, name: Name, retention: Retention = None, event_retention: EventRetention = None
 ) -> None:
     """Create a queue. If it is there, only what is given changes."""
     policy = QueuePolicy()
     if retention is not None:
-        policy["retention"] = retention
+        policy["retention"] = None if retention == "never" else retention
     if event_retention is not None:
-        policy["event_retention"] = event_retention
+        policy["event_retention"] = None if event_retention == "never" else event_retention
     await invocation.durable.create_queue(name, **policy)
     invocation.output.say(f"Queue {name!r} is there.", queue_name=name)
 

@@ -8,6 +8,7 @@ from sqlalchemy import (
     DateTime,
     Float,
     Integer,
+    Interval,
     Text,
     Uuid,
     bindparam,
@@ -21,26 +22,29 @@ from sqlalchemy import (
     tuple_,
     update,
 )
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import aliased
 
-from ..models import Checkpoint, Event, Queue, Run, Schedule, Task, Wait
+from ..models import RETENTION, Checkpoint, Event, Queue, Run, Schedule, Task, Wait
 from .expressions import array, clock, constant, interval, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
-_retention = interval(bindparam("retention", type_=Float(53)))
-_event_retention = interval(bindparam("event_retention", type_=Float(53)))
-_creation = insert(Queue).values(queue_name=_queue_name, retention=_retention, event_retention=_event_retention)
+_set_retention = bindparam("set_retention", type_=Boolean())
+_set_event_retention = bindparam("set_event_retention", type_=Boolean())
+_kept = sql_cast(constant(RETENTION), Interval())
+_creation = insert(Queue).values(
+    queue_name=_queue_name,
+    retention=case((_set_retention, interval(bindparam("retention", type_=Float(53)))), else_=_kept),
+    event_retention=case((_set_event_retention, interval(bindparam("event_retention", type_=Float(53)))), else_=_kept),
+)
 
 CREATE_QUEUE = _creation.on_conflict_do_update(
     index_elements=[Queue.queue_name],
     set_={
-        "retention": case(
-            (bindparam("set_retention", type_=Boolean()), _creation.excluded.retention), else_=Queue.retention
-        ),
+        "retention": case((_set_retention, _creation.excluded.retention), else_=Queue.retention),
         "event_retention": case(
-            (bindparam("set_event_retention", type_=Boolean()), _creation.excluded.event_retention),
-            else_=Queue.event_retention,
+            (_set_event_retention, _creation.excluded.event_retention), else_=Queue.event_retention
         ),
     },
 )
@@ -77,7 +81,7 @@ FINISHED_BEFORE = (
         Task.queue_name == _queue_name,
         Task.outcome == bindparam("outcome", type_=Text()),
         Task.finished_at.is_not(None),
-        Task.finished_at < clock() - interval(bindparam("age", type_=Float(53))),
+        Task.finished_at < statement_time() - interval(bindparam("age", type_=Float(53))),
         tuple_(Task.finished_at, Task.task_id) > _after,
     )
     .order_by(Task.finished_at, Task.task_id)
@@ -133,7 +137,7 @@ _spent = (
     select(Event.queue_name, Event.name)
     .where(
         Event.queue_name == _queue_name,
-        Event.emitted_at < clock() - interval(bindparam("age", type_=Float(53))),
+        Event.emitted_at < statement_time() - interval(bindparam("age", type_=Float(53))),
         ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),
     )
     .order_by(Event.emitted_at)
@@ -172,12 +176,26 @@ DELETE_QUEUE_TASKS = (
 DELETE_QUEUE_EVENTS = delete(Event).where(Event.queue_name == _queue_name)
 """Delete the events of a dropped queue."""
 
+_old_task = or_(
+    *(
+        exists().where(
+            Task.queue_name == Queue.queue_name,
+            Task.outcome == constant(outcome),
+            Task.finished_at.is_not(None),
+            Task.finished_at < statement_time() - Queue.retention,
+        )
+        for outcome in ("completed", "cancelled", "failed")
+    )
+)
+_old_event = exists().where(
+    Event.queue_name == Queue.queue_name, Event.emitted_at < statement_time() - Queue.event_retention
+)
 RETENTIONS = select(
     Queue.queue_name,
-    func.extract("epoch", Queue.retention).label("retention"),
-    func.extract("epoch", Queue.event_retention).label("event_retention"),
-).where(Queue.retention.is_not(None) | Queue.event_retention.is_not(None))
-"""Queues that forget, and after how many seconds."""
+    func.extract("epoch", case((_old_task, Queue.retention))).label("retention"),
+    func.extract("epoch", case((_old_event, Queue.event_retention))).label("event_retention"),
+).where(or_(_old_task, _old_event))
+"""Queues that have something to forget, and after how many seconds; null where there is nothing."""
 
 _unfinished = (Task.finished_at.is_(None), Task.queue_name == Queue.queue_name)
 _unclaimed = Task.claimed_by.is_(None)

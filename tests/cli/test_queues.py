@@ -57,8 +57,16 @@ async def test_a_queue_is_created_with_what_it_forgets(cli: CommandLine, durable
                 text("SELECT retention, event_retention FROM durable.queues WHERE queue_name = 'mail'")
             )
         ).one()
-    assert row.retention.days == 7
-    assert row.event_retention is None
+    assert (row.retention.days, row.event_retention.days) == (7, 30)
+    assert (await cli("queues", "create", "mail", "--retention", "never")).code == 0
+    async with durable.engine.connect() as connection:
+        row = (
+            await connection.execute(
+                text("SELECT retention, event_retention FROM durable.queues WHERE queue_name = 'mail'")
+            )
+        ).one()
+    assert (row.retention, row.event_retention.days) == (None, 30)
+    assert (await cli("queues", "create", "mail", "--retention", "soon")).code == 2
 
 
 async def test_a_paused_queue_is_not_claimed_from_until_it_is_resumed(cli: CommandLine, durable: Durable) -> None:

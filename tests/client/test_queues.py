@@ -74,16 +74,29 @@ async def test_policies_change_only_when_they_are_given(durable: Durable, engine
             return tuple((await connection.execute(row)).one())
 
     await durable.create_queue("mails", retention=1.5)
-    assert await policies() == (timedelta(seconds=1.5), None)
+    assert await policies() == (timedelta(seconds=1.5), timedelta(days=30))
     await durable.create_queue("mails", event_retention=timedelta(days=2))
     assert await policies() == (timedelta(seconds=1.5), timedelta(days=2))
     await durable.create_queue("mails", retention=None)
+    await durable.create_queue("mails")
     assert await policies() == (None, timedelta(days=2))
     with pytest.raises(InvalidConfiguration, match="retention"):
         await durable.create_queue("mails", retention=-1)
     with pytest.raises(TypeError, match="'retentoin'"):
         await durable.create_queue("mails", retentoin=1)  # type: ignore[call-arg]
     assert await policies() == (None, timedelta(days=2))
+
+
+async def test_queues_keep_what_has_ended_for_thirty_days_unless_told_otherwise(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    await durable.create_queue("kept", retention=None, event_retention=None)
+    await durable.create_queue("mails")
+    async with engine.connect() as connection:
+        rows = await connection.execute(sa.select(Queue.queue_name, Queue.retention, Queue.event_retention))
+        policies = {row.queue_name: (row.retention, row.event_retention) for row in rows}
+    month = timedelta(days=30)
+    assert policies == {"default": (month, month), "mails": (month, month), "kept": (None, None)}
 
 
 NAMES = [

@@ -33,8 +33,18 @@ def up(op: Operations, schema: str) -> None:
         sa.Column("queue_name", sa.Text(), nullable=False),
         sa.Column("created_at", TIMESTAMP, server_default=NOW, nullable=False),
         sa.Column("paused_at", TIMESTAMP, comment="set: nothing is claimed until it is resumed"),
-        sa.Column("retention", sa.Interval(), comment="age at which finished tasks are deleted; null: never"),
-        sa.Column("event_retention", sa.Interval(), comment="age at which events are deleted; null: never"),
+        sa.Column(
+            "retention",
+            sa.Interval(),
+            server_default="30 days",
+            comment="age at which finished tasks are deleted; null: never",
+        ),
+        sa.Column(
+            "event_retention",
+            sa.Interval(),
+            server_default="30 days",
+            comment="age at which events are deleted; null: never",
+        ),
         sa.PrimaryKeyConstraint("queue_name", name=op.f("queues_pkey")),
         schema=schema,
     )
