@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import time
 import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -41,6 +42,10 @@ _POOLER_STATES = frozenset({"26000", "42P05"})
 """A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
 
 _EXPLICIT = "durable_explicit"
+_REPLAN = "durable_replan"
+REPLAN_INTERVAL = 1.0
+REPLAN_STATEMENTS = 10
+"""How long, and for how many statements at least, a connection may go on with plans that were made for other tables."""
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
 
 _mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -266,6 +271,7 @@ class Database:
         """
         if not connection.info[_EXPLICIT]:
             try:
+                await _renew_plans(connection)
                 result = await connection.execute(statement, parameters)
                 return result.all() if result.returns_rows else ()
             except DBAPIError as error:
@@ -277,6 +283,7 @@ class Database:
             connection = await connection.execution_options(isolation_level="READ COMMITTED")
         try:
             async with connection.begin():
+                await _renew_plans(connection)
                 result = await connection.execute(statement, parameters)
                 return result.all() if result.returns_rows else ()
         except DBAPIError as error:
@@ -362,6 +369,19 @@ class Database:
             raise
         finally:
             await connection.close()
+
+
+async def _renew_plans(connection: AsyncConnection) -> None:
+    """Have the statements that are prepared on a connection planned anew, now and then.
+
+    The server keeps one plan for whatever values, which is right for tables of the size that they had when it was made.
+    Queues grow from nothing to millions sooner than autovacuum looks at them.
+    """
+    count, since = connection.info.get(_REPLAN, (0, time.monotonic()))
+    if count >= REPLAN_STATEMENTS and time.monotonic() - since >= REPLAN_INTERVAL:
+        await connection.exec_driver_sql("DISCARD PLANS")
+        count, since = 0, time.monotonic()
+    connection.info[_REPLAN] = count + 1, since
 
 
 async def discard(connection: AsyncConnection) -> None:

@@ -196,16 +196,22 @@ class Writer:
         statement, parameters = _STATEMENTS[kind](writes)
         rows = await self._channel.execute(statement, parameters)
         keyed = kind in (Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT)
-        missing: list[Write]
+        missing: list[Write] = []
         if kind is Kind.WAITS:
             for write in writes:
                 own = [row for row in rows if row.task_id == write.task_id]
                 if own:
                     write.settle(own)
             missing = [write for write in writes if not write.over]
+        elif kind is Kind.CHILD:
+            born = {row.child_task_id for row in rows}
+            for write in writes:
+                if write.values[0][-1] in born:
+                    write.settle(None)
+                else:
+                    missing.append(write)
         elif keyed:
             written = {(row.task_id, row.key): row for row in rows}
-            missing = []
             for write in writes:
                 row = written.get((write.task_id, write.key))
                 if row is None:
@@ -214,7 +220,6 @@ class Writer:
                     write.settle(Stored("completed", row.value) if kind is Kind.EVENT else None)
         else:
             found = {row.task_id: row for row in rows}
-            missing = []
             for write in writes:
                 row = found.get(write.task_id)
                 if row is None:
@@ -321,12 +326,27 @@ def _wait_columns(writes: list[Write]) -> dict[str, list[Any]]:
     return _columns(outcomes.SUSPEND_COLUMNS, rows)
 
 
+def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+    rows = [
+        (
+            write.task_id,
+            write.fence,
+            *write.values,
+            min((wait.due_at for wait in write.waits if wait.due_at is not None), default=None),
+            min((wait.delay for wait in write.waits if wait.delay is not None), default=None),
+        )
+        for write in writes
+    ]
+    names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
+    return outcomes.SUSPEND, _columns(names, rows) | _wait_columns(writes)
+
+
 _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {
     Kind.CHECKPOINT: _checkpoints,
     Kind.CHILD: _children,
     Kind.EVENT: _events,
     Kind.WAITS: lambda writes: (outcomes.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
-    Kind.SUSPENSION: lambda writes: (outcomes.SUSPEND, _fenced(writes, ("waited",)) | _wait_columns(writes)),
+    Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))),
     Kind.RELEASE: lambda writes: (outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))),
     Kind.COMPLETION: lambda writes: (outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))),

@@ -11,7 +11,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Queue, Task, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, numbered_rows, rows
-from .outcomes import locked_rows
+from .outcomes import is_one_of, locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -35,7 +35,7 @@ def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
             ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
             select(
                 c.task_ids, c["keys"], c.kinds, c.names, c.statuses, as_json(c["values"]), c.child_ids, clock()
-            ).join_from(source, locked, locked.c.task_id == c.task_ids),
+            ).where(is_one_of(c.task_ids, locked)),
         )
         .on_conflict_do_nothing()
         .returning(Checkpoint.task_id, Checkpoint.key)
@@ -61,37 +61,33 @@ _locked = locked_rows(_fences(_new))
 _children = (
     insert_tasks(
         select(_child)
-        .join(_locked, _locked.c.task_id == _child.c.parent_task_id)
         .join(_impatient, true())
-        .where(exists().where(Queue.queue_name == _child.c.queue_name))
+        .where(is_one_of(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
         .subquery("spawnable")
     )
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
     .cte("children")
 )
-_with_child = select(_new).join(_children, _children.c.task_id == _new.c.child_ids).subquery("with_child")
+_with_child = select(_new).where(is_one_of(_new.c.child_ids, _children)).subquery("with_child")
 _written = _insert_checkpoints(_with_child, _locked)
 
 RECORD_CHILDREN = select(
-    _written.c.task_id, _written.c.key, _children.c.queue_name, _children.c.priority, _children.c.available_at
-).select_from(
-    _written.join(_new, (_new.c.task_ids == _written.c.task_id) & (_new.c["keys"] == _written.c.key)).join(
-        _children, _children.c.task_id == _new.c.child_ids
-    )
-)
+    _children.c.task_id.label("child_task_id"), _children.c.queue_name, _children.c.priority, _children.c.available_at
+).add_cte(_written)
 """Children and the checkpoints that name them, in one: neither where a key is taken or the queue is not there."""
 
 _event = numbered_rows("event", "position", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
 _locked = locked_rows(_fences(_event))
+_queue_name = select(Task.queue_name).where(Task.task_id == _event.c.task_ids).scalar_subquery()
 _ranked = (
     select(
         _event,
-        _locked.c.queue_name,
+        _queue_name.label("queue_name"),
         func.row_number()
-        .over(partition_by=(_locked.c.queue_name, _event.c.event_names), order_by=_event.c.position)
+        .over(partition_by=(_queue_name, _event.c.event_names), order_by=_event.c.position)
         .label("rank"),
     )
-    .join(_locked, _locked.c.task_id == _event.c.task_ids)
+    .where(is_one_of(_event.c.task_ids, _locked))
     .cte("ranked")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )

@@ -49,10 +49,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Queue, Task, WorkerRow
-from .expressions import array, as_text, clock, constant, interval, numbered_rows, rows, statement_time
+from .expressions import array, as_text, clock, constant, interval, numbered_rows, rows, statement_time, unseen
 
 _worker_id = bindparam("worker_id", type_=Uuid())
-_wanted = bindparam("wanted", type_=Integer())
+_wanted = unseen(bindparam("wanted", type_=Integer()))
 
 _lanes = numbered_rows(
     "lane",
@@ -94,13 +94,7 @@ _next_in_lane = (
     .correlate(_open_lanes)
     .lateral("next_in_lane")
 )
-_ready = (
-    select(_next_in_lane.c.task_id)
-    .select_from(_open_lanes.join(_next_in_lane, true()))
-    .limit(_wanted)
-    .cte("ready")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
-)
+_ready = select(_next_in_lane.c.task_id).select_from(_open_lanes.join(_next_in_lane, true())).limit(_wanted)
 
 _CLAIMED = (
     Task.task_id,
@@ -119,7 +113,8 @@ _CLAIMED = (
 
 CLAIM = (
     update(Task)
-    .where(Task.task_id == _ready.c.task_id)
+    # As an array: a join with what the planner expects to be many rows would read the whole table.
+    .where(Task.task_id == func.any(func.array(_ready.scalar_subquery())))
     .values(
         state=constant("running"),
         claimed_by=_worker_id,

@@ -88,11 +88,21 @@ def numbered_rows(name: str, position: str, /, **columns: TypeEngine[Any]) -> Ta
 
 
 def _unnest(columns: Mapping[str, TypeEngine[Any]]) -> Function[Any]:
-    return func.unnest(*(array(name, type_) for name, type_ in columns.items()))
+    return func.unnest(*(unseen(array(name, type_)) for name, type_ in columns.items()))
 
 
 def _typed(columns: Mapping[str, TypeEngine[Any]]) -> list[ColumnClause[Any]]:
     return [column(name, type_) for name, type_ in columns.items()]
+
+
+def unseen(bind: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A bind whose value the planner does not look at.
+
+    What it would learn is the length of a batch, which says little, and costs much: each execution would be planned
+    anew, which takes longer than a statement for a single task, and a long batch on a short table would be joined by
+    reading that table as a whole.
+    """
+    return select(bind).scalar_subquery()
 
 
 def array(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:

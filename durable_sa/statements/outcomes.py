@@ -24,6 +24,7 @@ from sqlalchemy import (
     func,
     null,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -31,14 +32,18 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
-from .expressions import array, as_json, clock, constant, interval, rows
+from .expressions import array, as_json, clock, constant, interval, rows, statement_time
 
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
 
 
 def locked_rows(source: FromClause) -> CTE:
-    """The tasks of `source` (task_ids, fences) that are still under those fences, locked in the order of their ids."""
+    """The tasks of `source` (task_ids, fences) that are still under those fences, locked in the order of their ids.
+
+    What else `source` has comes along, for the planner has no idea how many rows are left here: it would join them with
+    their source once more in nested loops, which take as long as the square of the batch.
+    """
     return (
         select(
             Task.task_id,
@@ -49,6 +54,7 @@ def locked_rows(source: FromClause) -> CTE:
             Task.started_at,
             Task.parent_task_id,
             Task.queue_name,
+            *(each for each in source.c if each.key not in ("task_ids", "fences")),
         )
         .join(source, (Task.task_id == source.c.task_ids) & (Task.fence == source.c.fences))
         .order_by(Task.task_id)
@@ -75,19 +81,15 @@ def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnE
 _completed = rows("done", task_ids=Uuid(), fences=BigInteger(), outputs=Text(), waited=Boolean())
 _locked = locked_rows(_completed)
 _ended = ended_attempts(_locked, constant("completed"), null())
-_forgotten = (
-    delete(Wait)
-    .where(Wait.task_id == _locked.c.task_id, _completed.c.task_ids == Wait.task_id, _completed.c.waited)
-    .cte("forgotten")
-)
+_forgotten = delete(Wait).where(Wait.task_id == _locked.c.task_id, _locked.c.waited).cte("forgotten")
 
 COMPLETE = (
     update(Task)
-    .where(Task.task_id == _locked.c.task_id, _completed.c.task_ids == _locked.c.task_id)
+    .where(Task.task_id == _locked.c.task_id)
     .values(
         state=constant("completed"),
         outcome=constant("completed"),
-        output=as_json(_completed.c.outputs),
+        output=as_json(_locked.c.outputs),
         error=null(),
         finished_at=clock(),
         fence=Task.fence + constant(1),
@@ -107,20 +109,11 @@ _failed = rows(
     waited=Boolean(),
 )
 _locked = locked_rows(_failed)
-_joined = (
-    select(_locked.c.task_id, _failed.c.errors, _failed.c.retryable, _failed.c.next_run_ids, _failed.c.waited)
-    .join(_failed, _failed.c.task_ids == _locked.c.task_id)
-    .cte("failing")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
-)
-_attempts = (
-    select(_locked, _failed.c.errors).join(_failed, _failed.c.task_ids == _locked.c.task_id).subquery("attempts")
-)
-_ended = ended_attempts(_attempts, constant("failed"), as_json(_attempts.c.errors))
-_again = _joined.c.retryable & (Task.retry_kind != constant("none")) & (Task.failures + constant(1) < Task.max_attempts)
+_ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+_again = _locked.c.retryable & (Task.retry_kind != constant("none")) & (Task.failures + constant(1) < Task.max_attempts)
 _forgotten = (
     delete(Wait)
-    .where(Wait.task_id == _joined.c.task_id, Task.task_id == Wait.task_id, _joined.c.waited, ~_again)
+    .where(Wait.task_id == _locked.c.task_id, Task.task_id == Wait.task_id, _locked.c.waited, ~_again)
     .cte("forgotten")
 )
 _half = func.power(Task.retry_factor, Task.failures / 2.0)
@@ -145,16 +138,16 @@ _delay = func.least(_jittered, Task.retry_max_backoff)
 
 FAIL = (
     update(Task)
-    .where(Task.task_id == _joined.c.task_id)
+    .where(Task.task_id == _locked.c.task_id)
     .values(
         state=case((_again, constant("pending")), else_=constant("failed")),
         outcome=case((_again, null()), else_=constant("failed")),
-        error=as_json(_joined.c.errors),
+        error=as_json(_locked.c.errors),
         failures=Task.failures + constant(1),
         lease_losses=constant(0),
         available_at=case((_again, clock() + interval(_delay)), else_=Task.available_at),
         finished_at=case((_again, null()), else_=clock()),
-        run_id=case((_again, _joined.c.next_run_ids), else_=Task.run_id),
+        run_id=case((_again, _locked.c.next_run_ids), else_=Task.run_id),
         claimed_by=null(),
         fence=Task.fence + constant(1),
     )
@@ -165,20 +158,14 @@ FAIL = (
 
 _released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
 _locked = locked_rows(_released)
-_given = (
-    select(_locked, _released.c.errors, _released.c.next_run_ids)
-    .join(_released, _released.c.task_ids == _locked.c.task_id)
-    .cte("attempts")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
-)
-_ended = ended_attempts(_given, constant("failed"), as_json(_given.c.errors))
+_ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
 
 RELEASE = (
     update(Task)
-    .where(Task.task_id == _given.c.task_id)
+    .where(Task.task_id == _locked.c.task_id)
     .values(
         state=constant("pending"),
-        run_id=_given.c.next_run_ids,
+        run_id=_locked.c.next_run_ids,
         available_at=clock(),
         claimed_by=null(),
         fence=Task.fence + constant(1),
@@ -264,11 +251,20 @@ SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 _waits = rows("wait", **SUSPEND_COLUMNS)
 
 
+def is_one_of(column: ColumnElement[Any], found: CTE) -> ColumnElement[bool]:
+    """Whether it is in the only column of `found`, looked up in a hash table.
+
+    A join, and what is in a plain `IN` becomes one, is done in nested loops where the planner expects few rows.
+    """
+    return column.in_(select(found.c.task_id)).is_(true())
+
+
 def _due(locked: CTE) -> CTE:
-    due_at = func.coalesce(_waits.c.due_times, clock() + interval(_waits.c.delays))
+    due_at = func.coalesce(_waits.c.due_times, statement_time() + interval(_waits.c.delays))
+    queue_name = select(Task.queue_name).where(Task.task_id == _waits.c.wait_task_ids).scalar_subquery()
     return (
-        select(_waits, due_at.label("due_at"), locked.c.queue_name)
-        .join(locked, locked.c.task_id == _waits.c.wait_task_ids)
+        select(_waits, due_at.label("due_at"), queue_name.label("queue_name"))
+        .where(is_one_of(_waits.c.wait_task_ids, locked))
         .cte("due")
         .prefix_with("MATERIALIZED", dialect="postgresql")
     )
@@ -309,7 +305,14 @@ def _stored(due: CTE) -> tuple[CTE, CTE]:
     return sleeps, waits
 
 
-_suspended = rows("run", task_ids=Uuid(), fences=BigInteger(), waited=Boolean())
+_suspended = rows(
+    "run",
+    task_ids=Uuid(),
+    fences=BigInteger(),
+    waited=Boolean(),
+    earliest_times=DateTime(timezone=True),
+    earliest_delays=Float(53),
+)
 _locked = locked_rows(_suspended)
 _due_rows = _due(_locked)
 _sleeps, _new_waits = _stored(_due_rows)
@@ -317,8 +320,7 @@ _forgotten = (
     delete(Wait)
     .where(
         Wait.task_id == _locked.c.task_id,
-        _suspended.c.task_ids == Wait.task_id,
-        _suspended.c.waited,
+        _locked.c.waited,
         ~exists().where(_waits.c.wait_task_ids == Wait.task_id, _waits.c["keys"] == Wait.key),
     )
     .cte("forgotten")
@@ -329,9 +331,7 @@ SUSPEND = (
     .where(Task.task_id == _locked.c.task_id)
     .values(
         state=constant("sleeping"),
-        available_at=select(func.min(_due_rows.c.due_at))
-        .where(_due_rows.c.wait_task_ids == Task.task_id)
-        .scalar_subquery(),
+        available_at=func.least(_locked.c.earliest_times, statement_time() + interval(_locked.c.earliest_delays)),
         claimed_by=null(),
         lease_losses=constant(0),
         fence=Task.fence + constant(1),

@@ -359,7 +359,9 @@ async def test_argument_that_cannot_be_encoded_fails_the_task_at_once_and_is_nam
 
 
 @pytest.mark.parametrize(
-    "value", [object(), float("nan"), float("-inf"), "\ud800", {"nested": [float("inf")]}], ids=repr
+    "value",
+    [object(), float("nan"), float("-inf"), "\ud800", {"nested": [float("inf")]}],
+    ids=["object", "nan", "infinity", "surrogate", "nested"],
 )
 async def test_result_that_cannot_be_encoded_is_not_repeated(run: Runner, tally: Tally, value: object):
     async def step():

@@ -177,7 +177,6 @@ class Maker:
         (len, "Codec(plain JSON)"),
         ([].append, "Codec(plain JSON)"),
     ],
-    ids=repr,
 )
 def test_the_codec_of_a_result(function: Callable[..., Any], expected: str) -> None:
     assert repr(result_codec(function)) == expected
