@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -146,10 +147,17 @@ class Shell:
         return printed.removesuffix(f"{end}\n")
 
     async def close(self) -> None:
-        if self._bash is not None and self._bash.stdin is not None:
-            self._bash.stdin.close()
+        """End what runs in the background, by force if a command hangs."""
+        if self._bash is None or self._bash.stdin is None:
+            return
+        self._bash.stdin.close()
+        try:
             async with asyncio.timeout(20):
                 await self._bash.wait()
+        except TimeoutError:
+            os.killpg(self._bash.pid, signal.SIGKILL)
+            await self._bash.wait()
+            raise
 
 
 async def run_page(page: Path, directory: Path, **urls: URL) -> None:
