@@ -191,6 +191,7 @@ class _ThreadSender:
 
     def __init__(self, engine: Engine, channel: str) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._pool = engine.pool
         self._channel = channel
         self._outbox = _Outbox()
         self._lock = threading.Lock()
@@ -218,6 +219,9 @@ class _ThreadSender:
             try:
                 with self._engine.connect() as connection:
                     connection.execute(NOTIFY, {"channel": self._channel, "payload": hint.encode()})
+                    if self._engine.pool is not self._pool:
+                        # The application has disposed of it: nobody would ever close what is given back.
+                        connection.detach()
             except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
                 logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
 
