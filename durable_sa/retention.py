@@ -13,6 +13,14 @@ from sqlalchemy.exc import IntegrityError
 from .statements import queues
 
 PAGE = 1000
+PAGES = 3
+"""Pages that a worker looks at in one go, of each outcome in each queue; where many tasks are still needed, it goes on
+from there the next time."""
+OUTCOMES = ("completed", "cancelled", "failed")
+
+Position = tuple[datetime, uuid.UUID]
+"""Of an ended task, by the time of its end."""
+_BEGINNING: Position = (datetime(1, 1, 2, tzinfo=UTC), uuid.UUID(int=0))
 
 
 class Executing(Protocol):
@@ -26,41 +34,64 @@ class Executing(Protocol):
 async def delete_tasks(database: Executing, queue_name: str, age: float, limit: int) -> int:
     """Delete up to `limit` tasks that ended more than `age` seconds ago; those still needed are passed over."""
     deleted = 0
-    for outcome in ("completed", "cancelled", "failed"):
-        after: tuple[datetime, uuid.UUID] = (datetime(1, 1, 2, tzinfo=UTC), uuid.UUID(int=0))
-        while deleted < limit:
-            page = await database.execute(
-                queues.FINISHED_BEFORE,
-                {
-                    "queue_name": queue_name,
-                    "outcome": outcome,
-                    "age": age,
-                    "after_time": after[0],
-                    "after_id": after[1],
-                    "wanted": min(PAGE, limit - deleted),
-                },
-            )
-            if not page:
-                break
-            left = {row.task_id for row in page}
-            # A parent goes when its children have gone.
-            while left and (gone := await _delete(database, sorted(left))):
-                left.difference_update(gone)
-                deleted += len(gone)
-            after = (page[-1].finished_at, page[-1].task_id)
+    for outcome in OUTCOMES:
+        after: Position | None = _BEGINNING
+        while after is not None and deleted < limit:
+            gone, after = await _delete_page(database, queue_name, outcome, age, limit - deleted, after)
+            deleted += gone
     return deleted
 
 
-async def forget_old(database: Executing) -> None:
-    """Delete a batch of what each queue keeps no longer."""
-    for queue in await database.execute(queues.RETENTIONS):
-        if queue.retention is not None:
-            await delete_tasks(database, queue.queue_name, float(queue.retention), PAGE)
-        if queue.event_retention is not None:
-            await database.execute(
-                queues.DELETE_EVENTS,
-                {"queue_name": queue.queue_name, "age": float(queue.event_retention), "wanted": PAGE},
-            )
+class Retention:
+    """Deletes what queues keep no longer, a bounded batch at each call."""
+
+    def __init__(self) -> None:
+        self._reached: dict[tuple[str, str], Position] = {}
+
+    async def __call__(self, database: Executing) -> None:
+        """Delete a batch of each queue."""
+        for queue in await database.execute(queues.RETENTIONS):
+            if queue.retention is not None:
+                for outcome in OUTCOMES:
+                    await self._delete_tasks(database, queue.queue_name, outcome, float(queue.retention))
+            if queue.event_retention is not None:
+                await database.execute(
+                    queues.DELETE_EVENTS,
+                    {"queue_name": queue.queue_name, "age": float(queue.event_retention), "wanted": PAGE},
+                )
+
+    async def _delete_tasks(self, database: Executing, queue_name: str, outcome: str, age: float) -> None:
+        after = self._reached.pop((queue_name, outcome), _BEGINNING)
+        for _ in range(PAGES):
+            _, following = await _delete_page(database, queue_name, outcome, age, PAGE, after)
+            if following is None:
+                return
+            after = following
+        self._reached[queue_name, outcome] = after
+
+
+async def _delete_page(
+    database: Executing, queue_name: str, outcome: str, age: float, limit: int, after: Position
+) -> tuple[int, Position | None]:
+    """Delete what can be of a page of ended tasks; how many, and where the next page begins, if there is one."""
+    page = await database.execute(
+        queues.FINISHED_BEFORE,
+        {
+            "queue_name": queue_name,
+            "outcome": outcome,
+            "age": age,
+            "after_time": after[0],
+            "after_id": after[1],
+            "wanted": min(PAGE, limit),
+        },
+    )
+    if not page:
+        return 0, None
+    left = {row.task_id for row in page}
+    # A parent goes when its children have gone.
+    while left and (gone := await _delete(database, sorted(left))):
+        left.difference_update(gone)
+    return len(page) - len(left), (page[-1].finished_at, page[-1].task_id)
 
 
 async def _delete(database: Executing, task_ids: list[uuid.UUID]) -> list[uuid.UUID]:

@@ -30,6 +30,7 @@ from .connections import Channel, Database, backoff, is_transient, resolve_url
 from .context import TaskContext
 from .current import enter
 from .errors import InvalidConfiguration, QueueNotFound
+from .health import STUCK_AFTER, HealthServer, VitalSigns
 from .heartbeat import Heartbeat, Lease
 from .hints import Hint, channel_name, sender
 from .hooks import around_task
@@ -41,7 +42,7 @@ from .names import validate_name
 from .options import WorkerOptions
 from .policies import integer, seconds
 from .reader import Reader, persistently
-from .retention import forget_old
+from .retention import Retention
 from .run import Claimed, Run
 from .schedules import fire_due
 from .signals import LeaseLost, TaskCancelled
@@ -87,6 +88,7 @@ class Settings:
     shutdown_timeout: float
     listen: bool
     listen_url: URL | None
+    health_port: int | None
 
     @classmethod
     def resolve(cls, options: WorkerOptions, queue_name: str) -> Settings:
@@ -105,6 +107,7 @@ class Settings:
         if not names:
             raise InvalidConfiguration("queue_names", "there is no queue in it")
         batch_size, listen_url = options.get("batch_size"), options.get("listen_url")
+        health_port = options.get("health_port")
         return cls(
             tuple(validate_name("queue", name) for name in names),
             integer(options.get("concurrency", 1), "concurrency", minimum=1, maximum=100_000),
@@ -116,6 +119,7 @@ class Settings:
             seconds(options.get("shutdown_timeout", 30.0), "shutdown_timeout"),
             bool(options.get("listen", True)),
             None if listen_url is None else resolve_url(listen_url, "listen_url"),
+            None if health_port is None else integer(health_port, "health_port", minimum=0, maximum=65535),
         )
 
 
@@ -158,6 +162,9 @@ class Worker:
         self._survey_at = 0.0
         self._heartbeat: Heartbeat | None = None
         self._listener: Listener | None = None
+        self._health: HealthServer | None = None
+        self.health_port: int | None = None
+        """Where probes are answered."""
         self._shutdown_task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -186,7 +193,7 @@ class Worker:
             check_runs=self._check_runs,
             poll_runs=self._poll_runs,
             fire_schedules=functools.partial(fire_due, self._durable),
-            forget=forget_old,
+            forget=Retention(),
             gave_up=self._gave_up,
         )
         self._hints = sender(database.engine, channel_name(database.schema))
@@ -194,9 +201,14 @@ class Worker:
         try:
             await self._connect()
             self._state = await self._enter_lifespan()
+            if self.settings.health_port is not None:
+                self._health = HealthServer(database, self.settings.health_port, self.vital_signs)
+                self.health_port = await self._health.start()
             await self._register()
         except BaseException:
             task_factory.uninstall(self._loop)
+            if self._health is not None:
+                await self._health.stop()
             await self._disconnect()
             await self._exit.aclose()
             raise
@@ -318,6 +330,8 @@ class Worker:
             await asyncio.wait([*self._services, *self._engine_tasks], timeout=5.0)
         if self._heartbeat is not None:
             await self._heartbeat.stop()
+        if self._health is not None:
+            await self._health.stop()
         await self._disconnect()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
@@ -370,6 +384,15 @@ class Worker:
     def leased(self) -> bool:
         """Whether the worker's lease still holds by the local clock."""
         return self._lease.valid
+
+    def vital_signs(self) -> VitalSigns:
+        """How the worker is. May be asked by any thread."""
+        return VitalSigns(
+            time.monotonic() - self._lease.turned_at,
+            min(STUCK_AFTER, self.settings.claim_timeout),
+            self._lease.age,
+            self._stopping.is_set(),
+        )
 
     def _turn(self) -> None:
         """Show the heartbeat that the event loop turns, and see whether the lease still holds."""

@@ -25,6 +25,7 @@ from durable_sa import (
     task,
 )
 from durable_sa.models import Event
+from durable_sa.retention import PAGES, Retention
 from tests.client.support import count, read
 from tests.support import eventually
 
@@ -292,3 +293,40 @@ async def test_an_event_stays_while_somebody_waits_for_it(durable: Durable, engi
     async with durable.worker():
         assert (await durable.wait_for_result(spawned, timeout=20)).status is TaskStatus.COMPLETED
     assert await durable.cleanup_events(0) == 1
+
+
+async def test_tasks_that_are_still_needed_are_passed_over_a_few_pages_at_a_time(
+    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers do not look at all of them in each cycle, and come to what lies behind them all the same."""
+    monkeypatch.setattr("durable_sa.retention.PAGE", 2)
+
+    @durable.task
+    async def leaf(ctx: TaskContext) -> None: ...
+
+    @durable.task
+    async def family(ctx: TaskContext) -> None:
+        for _ in range(8):
+            await ctx.join(await ctx.spawn("leaf", leaf))
+        await ctx.await_event("go")
+
+    await durable.create_queue(retention=0)
+    async with durable.worker():
+        await durable.spawn(family)
+        await eventually(lambda: waiting(engine))
+        await durable.wait_for_result(await durable.spawn(leaf), timeout=10)
+
+    statements: list[str] = []
+    sa.event.listen(
+        engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(str(arguments[2]))
+    )
+    retention = Retention()
+    await retention(durable.database)
+    assert len([statement for statement in statements if "DELETE" in statement]) == PAGES
+    assert await count(engine) == 10
+    await retention(durable.database)
+    assert await count(engine) == 9
+
+
+async def waiting(engine: AsyncEngine) -> bool:
+    return bool(await count(engine, "durable.waits"))
