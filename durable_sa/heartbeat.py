@@ -34,6 +34,12 @@ class Lease:
         """Whether nobody can have taken over yet."""
         return time.monotonic() < self.valid_until
 
+    @property
+    def age(self) -> float | None:
+        """Seconds since the heartbeat that it stands on was sent; None if it is over."""
+        valid_until, now = self.valid_until, time.monotonic()
+        return now - valid_until + self.seconds if now < valid_until else None
+
     def renewed(self, sent_at: float) -> None:
         """A heartbeat that was sent at `sent_at` has been committed."""
         self.valid_until = max(self.valid_until, sent_at + self.seconds)

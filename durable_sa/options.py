@@ -71,6 +71,8 @@ class WorkerOptions(TypedDict, total=False):
     """Seconds that runs get to come to their end at shutdown. 30 if absent."""
     listen: bool
     """Whether to LISTEN for wake-up hints. True if absent."""
+    health_port: int | None
+    """Serve `GET /live` and `GET /ready` on this port of all interfaces, for probes. Not at all if absent."""
     listen_url: URL | str | None
     """Where to LISTEN, if not where the client's engine connects to: around a pooler in transaction mode, behind which
     nothing arrives."""

@@ -51,6 +51,13 @@ Fatal = Annotated[
     bool, typer.Option("--fatal-on-lease-timeout", help="Exit with code 1 when others have taken the runs over.")
 ]
 ShutdownTimeout = Annotated[float, typer.Option(help="Seconds that runs get to end when the worker is stopped.")]
+HealthPort = Annotated[
+    int | None,
+    typer.Option(
+        help="Answer GET /live and GET /ready on this port, for probes: 503 if the event loop is stuck, or if the "
+        "database is away."
+    ),
+]
 Listen = Annotated[bool, typer.Option("--listen/--no-listen", help="Use LISTEN for wake-up hints.")]
 ListenUrl = Annotated[
     str | None,
@@ -80,6 +87,7 @@ def worker(
     shutdown_timeout: ShutdownTimeout = 30,
     listen: Listen = True,
     listen_url: ListenUrl = None,
+    health_port: HealthPort = None,
     reload: Reload = False,
     reload_dirs: ReloadDir = None,
     log_level: Level = LogLevel.INFO,
@@ -105,6 +113,7 @@ def worker(
         shutdown_timeout=shutdown_timeout,
         listen=listen,
         listen_url=listen_url,
+        health_port=health_port,
     )
     # What goes wrong in the application itself comes with its traceback.
     with refused():
