@@ -374,6 +374,32 @@ async def test_what_was_written_before_the_lease_ended_is_kept(durable: Durable,
     assert calls == [1]
 
 
+async def test_a_claim_whose_reply_comes_after_the_lease_starts_nothing(
+    durable: Durable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    @durable.task
+    async def work(ctx: TaskContext) -> None:
+        started.append(ctx.attempt)
+
+    async with durable.worker(claim_timeout=1) as worker:
+        execute = worker._claims.execute
+
+        async def late(statement: Any, parameters: Any) -> Any:
+            rows = await execute(statement, parameters)
+            if statement is claiming.CLAIM and rows and not lost:
+                lost.append(True)
+                worker.lease_lost()
+            return rows
+
+        lost: list[bool] = []
+        monkeypatch.setattr(worker._claims, "execute", late)
+        spawned = await durable.spawn(work)
+        await durable.wait_for_result(spawned, timeout=10)
+    assert started == [2]
+
+
 async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
     durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 from durable_sa import Durable, SpawnResult, TaskContext
 from durable_sa.embedded import EmbeddedServer, temporary_server
 
+from ..client.support import Gate
 from ..support import eventually
 from .conftest import Rows
 from .stories import Parts, Story, assert_stories_ended_well, create_bookings, named
@@ -48,6 +49,51 @@ async def test_any_connection_of_a_worker_may_be_terminated_at_any_time(
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
     # In a run that goes on, a step whose result could not be stored at first is not run again.
     assert set(story.executed.values()) == {1}
+
+
+class Route(Gate):
+    """A way to the database that can be lost without anybody being told: what was connected hears nothing any more."""
+
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        self._dead: set[asyncio.StreamWriter] = set()
+
+    def lose(self) -> None:
+        self._dead = set(self._connections)
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, losing: asyncio.Event, *, asks: bool
+    ) -> None:
+        while data := await reader.read(65536):
+            if writer not in self._dead:
+                writer.write(data)
+        writer.transport.abort()
+
+
+async def test_connections_that_answer_nothing_are_given_up_and_no_lease_is_lost(
+    database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.connections.STATEMENT_DEADLINE", 0.5)
+    route = Route(database_url)
+    await route.open()
+    async with Durable(create_async_engine(route.url, poolclass=NullPool)) as client:
+
+        @client.task(max_attempts=1)
+        async def work(ctx: TaskContext, number: int) -> int:
+            total = 0
+            for part in range(number):
+                total += await ctx.step("part", asyncio.sleep, 0.02, part)
+            return total
+
+        async with client.worker(concurrency=10, claim_timeout=15, listen=False):
+            running = await durable.spawn_by_name("work", 20, unchecked=True)
+            await eventually(lambda: sql("SELECT 1 FROM durable.tasks WHERE state = 'running'"))
+            route.lose()
+            pending = await durable.spawn_by_name("work", 2, unchecked=True)
+            for each in (running, pending):
+                await durable.wait_for_result(each, timeout=14)
+    await route.shut()
+    assert await sql("SELECT DISTINCT state, attempt, failures FROM durable.tasks") == [("completed", 1, 0)]
 
 
 async def test_statements_may_be_cancelled_at_any_time(
