@@ -225,9 +225,10 @@ class Proxy:
         raise EOFError
 
     async def _pass(self, writer: asyncio.StreamWriter, data: bytes) -> None:
-        for start in range(0, len(data), self.slice or len(data)):
+        size = self.slice or len(data)
+        for start in range(0, len(data), size):
             if self.latency:
                 await asyncio.sleep(self.latency)
             await self._open.wait()
-            writer.write(data[start : start + (self.slice or len(data))])
+            writer.write(data[start : start + size])
             await writer.drain()
