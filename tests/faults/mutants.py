@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(
         "checkpoints without a fence",
         "statements/checkpoints.py",
-        ((").join_from(source, locked, locked.c.task_id == c.task_ids),", ").select_from(source),"),),
+        ((").where(is_one_of(c.task_ids, locked)),", "),"),),
         (f"{RACES}test_takeover_and_what_a_run_writes", "tests/worker/test_fences.py"),
     ),
     Mutant(
@@ -87,12 +87,7 @@ MUTANTS = (
     Mutant(
         "children whose parent is not looked at",
         "statements/checkpoints.py",
-        (
-            (
-                "        .join(_locked, _locked.c.task_id == _child.c.parent_task_id)\n        .join(_impatient",
-                "        .join(_impatient",
-            ),
-        ),
+        (("is_one_of(_child.c.parent_task_id, _locked), exists()", "exists()"),),
         (f"{RACES}test_cancel_and_spawn_of_a_child", "tests/worker/test_fences.py"),
     ),
     Mutant(
