@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     Boolean,
     ColumnElement,
@@ -24,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from ..models import RETENTION, Checkpoint, Event, Queue, Run, Schedule, Task, Wait
 from .expressions import array, clock, constant, interval, statement_time
@@ -133,12 +135,20 @@ DELETE_TASKS = (
 )
 """Delete ended tasks with all that belongs to them; those that a live ancestor, a child or a waiter needs stay."""
 
+# Looked up for each event, where the planner may take all waits for a join.
+_waiter = (
+    select(Wait.task_id)
+    .where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name)
+    .limit(1)
+    .correlate(Event)
+    .scalar_subquery()
+)
 _spent = (
     select(Event.queue_name, Event.name)
     .where(
         Event.queue_name == _queue_name,
         Event.emitted_at < statement_time() - interval(bindparam("age", type_=Float(53))),
-        ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),
+        _waiter.is_(None),
     )
     .order_by(Event.emitted_at)
     .limit(_wanted)
@@ -176,24 +186,34 @@ DELETE_QUEUE_TASKS = (
 DELETE_QUEUE_EVENTS = delete(Event).where(Event.queue_name == _queue_name)
 """Delete the events of a dropped queue."""
 
-_old_task = or_(
-    *(
-        exists().where(
-            Task.queue_name == Queue.queue_name,
-            Task.outcome == constant(outcome),
-            Task.finished_at.is_not(None),
-            Task.finished_at < statement_time() - Queue.retention,
-        )
-        for outcome in ("completed", "cancelled", "failed")
+
+def _oldest(moment: InstrumentedAttribute[Any], *conditions: ColumnElement[bool]) -> ColumnElement[Any]:
+    """The first entry of an index."""
+    return select(func.min(moment)).where(moment.is_not(None), *conditions).correlate(Queue).scalar_subquery()
+
+
+_ages = (
+    select(
+        Queue.queue_name,
+        Queue.retention,
+        Queue.event_retention,
+        func.least(
+            *(
+                _oldest(Task.finished_at, Task.queue_name == Queue.queue_name, Task.outcome == constant(outcome))
+                for outcome in ("completed", "cancelled", "failed")
+            )
+        ).label("oldest_task"),
+        _oldest(Event.emitted_at, Event.queue_name == Queue.queue_name).label("oldest_event"),
     )
+    .cte("ages")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-_old_event = exists().where(
-    Event.queue_name == Queue.queue_name, Event.emitted_at < statement_time() - Queue.event_retention
-)
+_old_task = _ages.c.oldest_task < statement_time() - _ages.c.retention
+_old_event = _ages.c.oldest_event < statement_time() - _ages.c.event_retention
 RETENTIONS = select(
-    Queue.queue_name,
-    func.extract("epoch", case((_old_task, Queue.retention))).label("retention"),
-    func.extract("epoch", case((_old_event, Queue.event_retention))).label("event_retention"),
+    _ages.c.queue_name,
+    func.extract("epoch", case((_old_task, _ages.c.retention))).label("retention"),
+    func.extract("epoch", case((_old_event, _ages.c.event_retention))).label("event_retention"),
 ).where(or_(_old_task, _old_event))
 """Queues that have something to forget, and after how many seconds; null where there is nothing."""
 

@@ -17,7 +17,7 @@ from sqlalchemy.sql import ClauseElement
 from durable_sa import Durable, TaskContext
 from durable_sa.connections import Channel
 from durable_sa.lanes import BOTTOM
-from durable_sa.statements import checkpoints, claiming, outcomes, waits
+from durable_sa.statements import checkpoints, claiming, outcomes, queues, waits
 from durable_sa.testing.database import TestServer
 
 FINISHED = range(1, 200_001)
@@ -50,7 +50,7 @@ SELECT pg_temp.id(number), 'default', 'work', state, outcome, 1, pg_temp.id(numb
         WHEN state = 'sleeping' THEN now() + interval '1 day' + number * interval '1 s'
         ELSE now() - interval '1 day' + number * interval '1 ms'
     END,
-    CASE WHEN outcome IS NOT NULL THEN now() END
+    CASE WHEN outcome IS NOT NULL THEN now() - interval '1 hour' + number * interval '1 ms' END
 FROM (
     SELECT number, 'completed' AS state, 'completed' AS outcome
         FROM generate_series({finished.start}, {finished.stop} - 1) AS number
@@ -167,6 +167,34 @@ CASES = {
     "load checkpoints": Case(
         checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
     ),
+    "statistics of queues": Case(
+        queues.QUEUE_STATISTICS,
+        {"queue_names": ["default"]},
+        frozenset({"tasks_claim_idx", "tasks_finished_idx"}),
+        12_000,
+        1,
+    ),
+    "what is past its retention": Case(queues.RETENTIONS, {}, frozenset({"tasks_finished_idx"}), 100, 0),
+    "ended tasks past their retention": Case(
+        queues.FINISHED_BEFORE,
+        {
+            "queue_name": "default",
+            "outcome": "completed",
+            "age": 0.0,
+            "after_time": datetime(2024, 1, 1, tzinfo=UTC),
+            "after_id": uuid.UUID(int=0),
+            "wanted": BATCH,
+        },
+        frozenset({"tasks_finished_idx"}),
+        1_000,
+    ),
+    "events past their retention": Case(
+        queues.DELETE_EVENTS,
+        {"queue_name": "default", "age": 3600.0, "wanted": BATCH},
+        frozenset({"events_emitted_at_idx"}),
+        100,
+        0,
+    ),
     "poll": Case(waits.POLL_TASKS, {"task_ids": task_ids(FINISHED)}, frozenset({"tasks_pkey"}), 1_000),
 }
 
@@ -232,7 +260,8 @@ async def explained(connection: Any, case: Case) -> dict[str, Any]:
     transaction = connection.transaction()
     await transaction.start()
     await connection.execute(f"PREPARE statement AS {compiled}")
-    plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement({values})")
+    arguments = f"({values})" if values else ""
+    plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement{arguments}")
     await transaction.rollback()
     await connection.execute("DEALLOCATE statement")
     found: dict[str, Any] = json.loads(plan)[0]["Plan"]
