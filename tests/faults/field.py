@@ -21,7 +21,7 @@ from . import audit, workload
 from .nursery import Child, Nursery
 from .pooler import Pooler
 from .proxy import Proxy
-from .server import Server, private_server
+from .server import CONTROL, Server, private_server
 
 DATABASE = "faults"
 
@@ -107,7 +107,7 @@ class Field:
             password=url.password,
             database=url.database,
             timeout=2,
-            server_settings={"application_name": "control"},
+            server_settings=CONTROL,
         )
 
     async def prepare(self, *, retention: bool) -> None:

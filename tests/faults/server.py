@@ -32,6 +32,10 @@ SETTINGS: dict[str, str | int] = {
 }
 
 
+CONTROL = {"application_name": "control", "default_transaction_read_only": "off"}
+"""What tells the connections of whoever controls the server from others."""
+
+
 class Server:
     """A server with a connection for whoever controls it, which is made anew when it is lost."""
 
@@ -66,7 +70,7 @@ class Server:
                         password=url.password,
                         database=database,
                         timeout=5,
-                        server_settings={"application_name": "control"},
+                        server_settings=CONTROL,
                     )
                 except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
                     await asyncio.sleep(0.1)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from sqlalchemy import URL
 
 
 class WorkerProcess:
-    """One run of `tests.worker.program`; `name` is the label of its row in `workers`."""
+    """One run of `tests.worker.program`; `name` is the label of its row in `workers`.
 
-    def __init__(self, url: URL, ledger: Path, name: str, **options: Any) -> None:
+    `under` is a command that it runs under, in another network or with another clock.
+    """
+
+    def __init__(self, url: URL, ledger: Path, name: str, *, under: Sequence[str] = (), **options: Any) -> None:
         self.name = name
         self.log = ledger.with_name(f"{name}.log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-W", "error", "-m", "tests.worker.program"),
+                    *(*under, sys.executable, "-W", "error", "-m", "tests.worker.program"),
                     *(str(ledger), json.dumps({"worker_id": name, **options})),
                 ],
                 env={
