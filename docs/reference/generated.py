@@ -28,10 +28,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     parts = {"commands": commands, "errors": table_of_errors, "columns": columns}
 
     def generated(found: re.Match[str]) -> str:
-        name, *arguments = found[1].split()
-        return "\n".join(parts[name](*arguments))
+        return "\n".join(parts[found[1]](*found[2].split()))
 
-    return re.sub(r"<!-- (\w+(?: \w+)*) -->", generated, markdown)
+    return re.sub(rf"<!-- ({'|'.join(parts)})((?: \w+)*) -->", generated, markdown)
 
 
 def commands() -> Iterator[str]:
