@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,10 @@ async def soak(seed: int, seconds: float, only: str | None, keep: Path) -> dict[
                 directory = Path(scratch)
                 # The pooler runs as another user.
                 os.chmod(scratch, 0o755)  # noqa: PTH101 - a path of its own would be a blocking call here
-                verdict = await fight(plan, directory, nursery, skewed)
+                try:
+                    verdict = await fight(plan, directory, nursery, skewed)
+                except Exception:  # noqa: BLE001 - the other rounds are worth running
+                    verdict = Verdict(plan, violations={"the_round_itself": [traceback.format_exc()]})
                 if verdict.violations:
                     _keep(directory, keep / plan.seed.replace(":", "-"), verdict)
             totals += verdict.counts

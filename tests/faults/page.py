@@ -14,11 +14,14 @@ BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
 def summary(report: dict[str, Any]) -> str:
     """The report as Markdown: a paragraph and a table."""
     held = "no invariant was violated" if not report["broken_rounds"] else f"{report['broken_rounds']} rounds failed"
-    lines = [
+    text = (
         f"The last soak ran for {report['seconds'] / 60:.0f} minutes with seed {report['seed']}: "
         f"{report['injected_total']:,} faults in {report['rounds']} rounds, with {report['tasks']:,} tasks; {held}. "
         f"After the last fault of a round, everything had come to its end within {report['heal_seconds_most']:.0f} s "
-        "at most.",
+        "at most."
+    )
+    lines = [
+        text,
         "",
         "| Fault | Injected |",
         "| --- | ---: |",
