@@ -71,6 +71,26 @@ async def test_first_emit_of_a_name_wins(run: Runner):
     assert await run(work) == [False, True, False, 1, 4]
 
 
+async def test_event_that_was_cleaned_up_is_awaited_anew_and_what_was_delivered_stays(run: Runner):
+    @task
+    async def work(ctx: TaskContext) -> list[Any]:
+        found = [await ctx.await_event("order")]
+        if ctx.attempt == 1:
+            # Not in a step: the event is gone when the second attempt begins.
+            assert await run.durable.cleanup_events(0) == 1
+            raise Crash
+        try:
+            found.append(await ctx.await_event("order", timeout=0.05))
+        except TaskTimeout:
+            found.append("timeout")
+        return found
+
+    assert await run.durable.emit_event("order", 1)
+    assert await run(work) == [1, "timeout"]
+    # Its name is free again.
+    assert await run.durable.emit_event("order", 2)
+
+
 async def test_payload_that_is_null_is_not_a_timeout(run: Runner):
     @task
     async def work(ctx: TaskContext) -> list[Any]:
