@@ -14,18 +14,20 @@ from typing import Any
 
 import griffe
 import typer.main
+from opentelemetry.metrics import Meter
 from sqlalchemy.dialects import postgresql
 
 from durable_sa import errors, models
 from durable_sa.cli.app import app
 from durable_sa.failures import is_retryable
+from durable_sa.telemetry.meters import Meters
 
 WIDTH = 96
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the generated parts where a page asks for them."""
-    parts = {"commands": commands, "errors": table_of_errors, "columns": columns}
+    parts = {"commands": commands, "errors": table_of_errors, "columns": columns, "metrics": metrics}
 
     def generated(found: re.Match[str]) -> str:
         return "\n".join(parts[found[1]](*found[2].split()))
@@ -73,15 +75,35 @@ def columns(model: str) -> Iterator[str]:
     yield ""
 
 
+def metrics() -> Iterator[str]:
+    """The instruments that are made on a meter."""
+    rows: list[str] = []
+
+    class Listing:
+        def __getattr__(self, method: str) -> Any:
+            signature = inspect.signature(getattr(Meter, method))
+
+            def create(*args: Any, **options: Any) -> None:
+                given = signature.bind(self, *args, **options).arguments
+                kind = method.removeprefix("create_").removeprefix("observable_")
+                rows.append(f"| `{given['name']}` | {kind} | {given.get('unit', '')} | {given['description']} |")
+
+            return create
+
+    meter: Any = Listing()
+    Meters(meter)
+    yield "| metric | kind | unit | |\n| --- | --- | --- | --- |"
+    yield from rows
+
+
 class Roles(griffe.Extension):
     """Turns the roles in docstrings, such as ``:meth:`spawn```, into what Markdown has for them."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of an object."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r":(?:meth|class|func):`([^`]+)`", _link, obj.docstring.value).replace(
-                "``", "`"
-            )
+            text = re.sub(r":(?:meth|class|func):`([^`]+)`", _link, obj.docstring.value)
+            obj.docstring.value = re.sub(r"(?<!`)``(?!`)", "`", text)
 
 
 def _link(found: re.Match[str]) -> str:

@@ -1,6 +1,7 @@
 """The site builds without a warning, and its reference has everything that is public."""
 
 import inspect
+import re
 import subprocess
 import sys
 import zlib
@@ -48,3 +49,8 @@ def test_it_has_each_error_and_each_command(site: Path) -> None:
     assert len(public) > 15
     assert [name for name in public if f">{name}<" not in table] == []
     assert "durable schedules trigger" in (site / "reference/cli/index.html").read_text()
+
+
+def test_docstrings_have_become_markdown(site: Path) -> None:
+    for page in (site / "reference").rglob("index.html"):
+        assert re.findall(r"``|:(?:meth|class|func):", page.read_text()) == [], page
