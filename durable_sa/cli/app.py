@@ -37,6 +37,7 @@ app.command(
     epilog=examples(
         "durable worker app.tasks:durable --concurrency 20",
         "durable worker app.tasks:durable -q mail -q reports --reload",
+        "durable worker app.tasks:durable --health-port 8080",
     )
 )(worker)
 app.add_typer(queues, name="queues")

@@ -68,7 +68,7 @@ async def _list(invocation: Invocation) -> None:
     invocation.output.table(rows, _COLUMNS, empty="There are no queues. Create one: durable queues create NAME")
 
 
-queues.command("list")(connected(_list))
+queues.command("list", epilog=examples("durable queues list --json"))(connected(_list))
 
 
 @queues.command(
@@ -89,7 +89,7 @@ async def create(
     invocation.output.say(f"Queue {name!r} is there.", queue_name=name)
 
 
-@queues.command("pause")
+@queues.command("pause", epilog=examples("durable queues pause mail"))
 @connected
 async def pause(invocation: Invocation, name: Name) -> None:
     """Stop claiming from a queue. What runs goes on, and spawning too."""
@@ -97,7 +97,7 @@ async def pause(invocation: Invocation, name: Name) -> None:
     invocation.output.say(f"Queue {name!r} is paused.", queue_name=name, paused=True)
 
 
-@queues.command("resume")
+@queues.command("resume", epilog=examples("durable queues resume mail"))
 @connected
 async def resume(invocation: Invocation, name: Name) -> None:
     """Claim from a paused queue again."""

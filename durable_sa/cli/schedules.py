@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from ..statements import inspection
+from ..ticks import next_tick
 from .invocation import Invocation, connected, examples
 from .output import as_dicts
 
@@ -30,18 +32,22 @@ _COLUMNS = {
 }
 
 
-@schedules.command("list")
+@schedules.command("list", epilog=examples("durable schedules list --json"))
 @connected
 async def list_(invocation: Invocation) -> None:
     """List the schedules with their last and next ticks."""
     rows = as_dicts(await invocation.durable.database.execute(inspection.SCHEDULES))
+    for row in rows:
+        if row["backend"] == "pg_cron" and row["paused_at"] is None:
+            # The extension keeps it to itself.
+            row["next_tick_at"] = next_tick(row["cron_expression"], row["timezone"], datetime.now(UTC))
     if not invocation.output.as_json:
         for row in rows:
             row["status"] = "open" if row["paused_at"] is None else "paused"
     invocation.output.table(rows, _COLUMNS, empty="There are no schedules.")
 
 
-@schedules.command("pause")
+@schedules.command("pause", epilog=examples("durable schedules pause nightly-report"))
 @connected
 async def pause(invocation: Invocation, name: Name) -> None:
     """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for."""
@@ -49,7 +55,7 @@ async def pause(invocation: Invocation, name: Name) -> None:
     invocation.output.say(f"Schedule {name!r} is paused.", name=name, paused=True)
 
 
-@schedules.command("resume")
+@schedules.command("resume", epilog=examples("durable schedules resume nightly-report"))
 @connected
 async def resume(invocation: Invocation, name: Name) -> None:
     """Let a paused schedule fire again, from its next tick on."""
@@ -57,7 +63,7 @@ async def resume(invocation: Invocation, name: Name) -> None:
     invocation.output.say(f"Schedule {name!r} is open.", name=name, paused=False)
 
 
-@schedules.command("trigger")
+@schedules.command("trigger", epilog=examples("durable schedules trigger nightly-report"))
 @connected
 async def trigger(invocation: Invocation, name: Name) -> None:
     """Spawn a schedule's task now, besides its ticks."""

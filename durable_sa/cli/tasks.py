@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from sqlalchemy import Select, func, select
 
 from .. import SpawnOptions, TaskStatus
 from ..errors import InvalidState, TaskNotFound
@@ -21,6 +23,7 @@ from .output import as_dicts
 tasks = typer.Typer(help="Tasks, one by one and in bulk.", no_args_is_help=True)
 
 _PAGE = 500
+_MOST = 2**31 - 1
 _COLUMNS = {
     "task_id": "task",
     "task_name": "name",
@@ -32,7 +35,7 @@ _COLUMNS = {
     "error_name": "error",
 }
 
-TaskIds = Annotated[list[uuid.UUID], typer.Argument(metavar="TASK_ID", show_default=False)]
+TaskIds = Annotated[list[uuid.UUID] | None, typer.Argument(metavar="TASK_ID", show_default=False)]
 Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only of this queue.")]
 States = Annotated[list[TaskStatus] | None, typer.Option("--state", "-s", help="Only in this state; may be repeated.")]
 Name = Annotated[str | None, typer.Option("--name", "-n", help="Only tasks of this name.")]
@@ -119,12 +122,37 @@ async def spawn(
     invocation.output.say(message, task_id=spawned.task_id, run_id=spawned.run_id, created=spawned.created)
 
 
-@tasks.command("cancel", epilog=examples("durable tasks cancel 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa"))
+@tasks.command(
+    "cancel",
+    epilog=examples(
+        "durable tasks cancel 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa",
+        "durable tasks cancel --all --name send --state pending --since 2h",
+    ),
+)
 @connected
-async def cancel(invocation: Invocation, task_ids: TaskIds) -> None:
+async def cancel(
+    invocation: Invocation,
+    task_ids: TaskIds = None,
+    every: Annotated[bool, typer.Option("--all", help="All unfinished tasks that the other options choose.")] = False,
+    queue_name: Queue = None,
+    states: States = None,
+    name: Name = None,
+    since: Since = None,
+) -> None:
     """Cancel tasks with their unfinished descendants. One that has ended already stays as it is."""
+    chosen = Choice(queue_name, states or (), name, since)
+    if every == bool(task_ids) or chosen.anything != every:
+        fail("Give the ids of tasks, or --all with --queue, --name, --state or --since.", USAGE)
+    if every:
+        if any(state.finished for state in chosen.states):
+            fail("Only unfinished tasks can be cancelled: --state pending, running or sleeping.", USAGE)
+        unfinished = [state for state in TaskStatus if not state.finished]
+        await _do_all(
+            invocation, chosen.among(unfinished), "Cancelling", "cancelled", "cancelled", invocation.durable.cancel_task
+        )
+        return
     results: list[dict[str, Any]] = []
-    for task_id in task_ids:
+    for task_id in task_ids or ():
         status = await invocation.durable.cancel_task(task_id)
         results.append({"task_id": task_id, "state": status})
     invocation.output.table(results, {"task_id": "task", "state": "state"}, empty="")
@@ -139,7 +167,7 @@ async def cancel(invocation: Invocation, task_ids: TaskIds) -> None:
 @connected
 async def retry(
     invocation: Invocation,
-    task_ids: Annotated[list[uuid.UUID] | None, typer.Argument(metavar="TASK_ID", show_default=False)] = None,
+    task_ids: TaskIds = None,
     every: Annotated[bool, typer.Option("--all", help="All failed tasks, or what the other options choose.")] = False,
     queue_name: Queue = None,
     states: States = None,
@@ -148,14 +176,14 @@ async def retry(
     max_attempts: MaxAttempts = None,
 ) -> None:
     """Put failed or cancelled tasks back, with their checkpoints and a fresh count of failures."""
-    chosen = (queue_name, states, name, since) != (None, None, None, None)
-    if every == bool(task_ids) or (chosen and not every):
+    chosen = Choice(queue_name, states or (), name, since)
+    if every == bool(task_ids) or (chosen.anything and not every):
         fail("Give the ids of tasks, or --all with --queue, --name, --state or --since.", USAGE)
     if every:
-        wanted = states or [TaskStatus.FAILED]
-        if set(wanted) - {TaskStatus.FAILED, TaskStatus.CANCELLED}:
+        if set(chosen.states) - {TaskStatus.FAILED, TaskStatus.CANCELLED}:
             fail("Only failed and cancelled tasks can be retried: --state failed, --state cancelled.", USAGE)
-        await _retry_all(invocation, queue_name, wanted, name, since, max_attempts)
+        put_back = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)
+        await _do_all(invocation, chosen.among([TaskStatus.FAILED]), "Retrying", "put back", "retried", put_back)
         return
     results: list[dict[str, Any]] = []
     for task_id in task_ids or ():
@@ -164,41 +192,64 @@ async def retry(
     invocation.output.table(results, {"task_id": "task", "state": "state"}, empty="")
 
 
-async def _retry_all(
+class Choice(NamedTuple):
+    """What tasks to do something with."""
+
+    queue_name: str | None
+    states: Sequence[TaskStatus]
+    name: str | None
+    since: datetime | timedelta | None
+
+    @property
+    def anything(self) -> bool:
+        """Whether any of it is said."""
+        return self != (None, (), None, None)
+
+    def among(self, states: Sequence[TaskStatus]) -> Choice:
+        """In these states, if none is said."""
+        return self._replace(states=self.states or states)
+
+    def query(self, *, before: uuid.UUID | None = None, limit: int) -> Select[Any]:
+        """A page of them, the newest first."""
+        return inspection.tasks(
+            queue_name=self.queue_name,
+            states=self.states,
+            task_name=self.name,
+            since=self.since,
+            before=before,
+            limit=limit,
+        )
+
+
+async def _do_all(
     invocation: Invocation,
-    queue_name: str | None,
-    states: Sequence[str],
-    name: str | None,
-    since: datetime | timedelta | None,
-    max_attempts: int | None,
+    chosen: Choice,
+    doing: str,
+    done: str,
+    key: str,
+    act: Callable[[uuid.UUID], Awaitable[object]],
 ) -> None:
-    retried, passed_over = 0, 0
-    with invocation.output.progress("Retrying", None) as advance:
-        async for task_id in _matching(invocation, queue_name, states, name, since):
+    """Do the same with all that are chosen, and say how many they were."""
+    changed, passed_over = 0, 0
+    every = chosen.query(limit=_MOST).order_by(None).subquery()
+    rows = await invocation.durable.database.execute(select(func.count()).select_from(every))
+    with invocation.output.progress(doing, rows[0][0]) as advance:
+        async for task_id in _matching(invocation, chosen):
             try:
-                await invocation.durable.retry_task(task_id, max_attempts=max_attempts)
-                retried += 1
+                await act(task_id)
+                changed += 1
             except (InvalidState, TaskNotFound):
                 # Somebody else was faster, or it went with the parent that was put back before.
                 passed_over += 1
             advance(1)
-    invocation.output.say(f"{retried} tasks are put back.", retried=retried, passed_over=passed_over)
+    invocation.output.say(f"{changed} tasks are {done}.", **{key: changed, "passed_over": passed_over})
 
 
-async def _matching(
-    invocation: Invocation,
-    queue_name: str | None,
-    states: Sequence[str],
-    name: str | None,
-    since: datetime | timedelta | None,
-) -> AsyncIterator[uuid.UUID]:
+async def _matching(invocation: Invocation, chosen: Choice) -> AsyncIterator[uuid.UUID]:
     """Page by page, each task once: one that fails again meanwhile does not come back."""
     before: uuid.UUID | None = None
     while True:
-        query = inspection.tasks(
-            queue_name=queue_name, states=states, task_name=name, since=since, before=before, limit=_PAGE
-        )
-        rows = await invocation.durable.database.execute(query)
+        rows = await invocation.durable.database.execute(chosen.query(before=before, limit=_PAGE))
         for row in rows:
             yield row.task_id
         if len(rows) < _PAGE:

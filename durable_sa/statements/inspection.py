@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Boolean, ColumnElement, Executable, Float, Integer, Text, Uuid, bindparam, case, func, select
+from sqlalchemy import Boolean, ColumnElement, Float, Integer, Select, Text, Uuid, bindparam, case, func, select
 
 from ..models import Checkpoint, Queue, Run, Schedule, Task, Wait, WorkerRow
 from .expressions import as_text, clock, interval
@@ -50,7 +50,7 @@ def tasks(
     since: datetime | timedelta | None = None,
     before: uuid.UUID | None = None,
     limit: int,
-) -> Executable:
+) -> Select[Any]:
     """Tasks that meet all that is given, the newest first; `before` is where the next page begins.
 
     `since` is when they were spawned, or how long ago. The conditions name what the two partial indexes hold, so that

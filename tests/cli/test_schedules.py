@@ -2,6 +2,8 @@
 
 import uuid
 
+from sqlalchemy import text
+
 from durable_sa import Durable, TaskContext
 from tests.cli.support import CommandLine
 
@@ -31,6 +33,14 @@ async def test_schedules_are_listed_with_their_ticks(cli: CommandLine, durable: 
         "last_task_id": None,
     }
     assert "nightly    report   default   0 3 1 1 *   UTC         open" in (await cli("schedules", "list")).stdout
+
+
+async def test_the_next_tick_of_an_extension_is_reckoned(cli: CommandLine, durable: Durable) -> None:
+    await schedule(durable)
+    async with durable.engine.begin() as connection:
+        await connection.execute(text("UPDATE durable.schedules SET backend = 'pg_cron', next_tick_at = NULL"))
+    (row,) = (await cli("schedules", "list", "--json")).json
+    assert row["next_tick_at"].endswith("-01-01T03:00:00Z")
 
 
 async def test_a_schedule_is_paused_and_resumed(cli: CommandLine, durable: Durable) -> None:

@@ -5,6 +5,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from durable_sa import Durable, TaskContext, TaskStatus, UserError, task
 from tests.cli.support import CommandLine
@@ -257,6 +258,28 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
 )
 async def test_bulk_retry_is_never_a_slip(cli: CommandLine, durable: Durable, arguments: list[str]) -> None:
     assert (await cli("tasks", "retry", *arguments)).code == 2
+
+
+async def test_bulk_cancel_takes_unfinished_tasks_that_match(cli: CommandLine, durable: Durable) -> None:
+    await spawn_names(durable, "a", "a", "b")
+    async with durable.engine.begin() as connection:
+        await connection.execute(
+            text("UPDATE durable.tasks SET available_at = NULL, state = 'sleeping' WHERE task_name = 'b'")
+        )
+    result = (await cli("tasks", "cancel", "--all", "--name", "a", "--json")).json
+    assert result == {"cancelled": 2, "passed_over": 0}
+    states = sorted((row["task_name"], row["state"]) for row in (await cli("tasks", "list", "--json")).json)
+    assert states == [("a", "cancelled"), ("a", "cancelled"), ("b", "sleeping")]
+    assert (await cli("tasks", "cancel", "--all", "--state", "sleeping")).stdout == "1 tasks are cancelled.\n"
+    assert (await cli("tasks", "cancel", "--all", "--queue", "default")).stdout == "0 tasks are cancelled.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--all"], ["--name", "a"], ["--all", "-n", "a", str(uuid.uuid4())], ["--all", "--state", "failed"]],
+)
+async def test_bulk_cancel_is_never_a_slip(cli: CommandLine, durable: Durable, arguments: list[str]) -> None:
+    assert (await cli("tasks", "cancel", *arguments)).code == 2
 
 
 async def test_json_is_all_that_is_printed(cli: CommandLine, durable: Durable) -> None:
