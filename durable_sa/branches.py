@@ -99,7 +99,21 @@ class Branches:
     some are blocked on anything else, a timer or a socket, that is another `grace` seconds later and with a warning.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_loop", "_quiescence", "_root", "_tasks", "_thread", "_unheard")
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_context",
+        "_grace",
+        "_heard",
+        "_loop",
+        "_on_quiescent",
+        "_quiescence",
+        "_root",
+        "_stopped",
+        "_tasks",
+        "_thread",
+        "_unheard",
+    )
 
     def __init__(
         self,
@@ -113,10 +127,32 @@ class Branches:
         self._root: AnyTask | None = None
         """None once it has ended: it would still refer to its context, and so to this object."""
         self._tasks: dict[AnyTask, Branch] = {}
-        self._unheard: weakref.WeakSet[AnyTask] | None = weakref.WeakSet()
-        """Tasks whose exception nobody has retrieved yet; None as soon as nobody is going to."""
+        # What follows is made when it is needed: most tasks end without a branch, a failure or a wait.
+        self._unheard: weakref.WeakSet[AnyTask] | None = None
+        """Tasks whose exception nobody has retrieved yet."""
+        self._heard = False
+        """Whether nobody is going to retrieve them any more."""
         self._closed = False
-        self._quiescence = Quiescence(self._tasks, on_quiescent, grace=grace, loop=self._loop)
+        self._on_quiescent: Callable[[], object] = on_quiescent
+        self._grace = grace
+        self._context = contextvars.copy_context()
+        self._quiescence: Quiescence | None = None
+        self._stopped = False
+
+    def _watch(self) -> Quiescence:
+        if self._quiescence is None:
+            self._quiescence = Quiescence(
+                self._tasks, self._on_quiescent, grace=self._grace, loop=self._loop, context=self._context
+            )
+            if self._stopped:
+                self._quiescence.stop()
+        return self._quiescence
+
+    def _stop_watching(self) -> None:
+        self._stopped = True
+        self._on_quiescent = _nothing
+        if self._quiescence is not None:
+            self._quiescence.stop()
 
     @property
     def tasks(self) -> set[AnyTask]:
@@ -133,7 +169,14 @@ class Branches:
         context = contextvars.copy_context() if context is None else context
         branch = Branch(self, ())
         context.run(_current.set, branch)
-        # The task factory finds the branch in the context.
+        directly: Any = getattr(self._loop.get_task_factory(), "create_root", None)
+        if directly is not None:
+            task: asyncio.Task[T] = directly(self._loop, coro, name=name, context=context)
+            self._root = task
+            if not branch.bound:
+                self.adopt(task, branch)
+            return task
+        # Another factory is on top of ours, which finds the branch in the context.
         self._root = task = self._loop.create_task(coro, name=name, context=context)
         if not branch.bound:
             task.cancel()
@@ -142,14 +185,14 @@ class Branches:
 
     def busy(self) -> AbstractContextManager[None]:
         """While a step, a transaction or a call of the engine runs, the run is not quiescent."""
-        return self._quiescence.busy()
+        return self._watch().busy()
 
     def wait(self, future: asyncio.Future[T]) -> Coroutine[Any, Any, T]:
         """Awaits `future`, which a durable wait resolves.
 
         Raises: `InvalidState` under `asyncio.wait_for` with a timeout.
         """
-        return self._quiescence.wait(future)
+        return self._watch().wait(future)
 
     @contextmanager
     def scope(self, label: str) -> Generator[Branch]:
@@ -167,12 +210,12 @@ class Branches:
         Returns the tasks that are alive even then; nothing here refers to them any more. What unwinding raises is
         ignored. To be called from outside of the run; without live tasks it returns at once.
         """
-        self._quiescence.stop()
+        self._stop_watching()
         if self._root is not None:
             # Who would have looked at these failures is being taken away.
             for task in self._unheard or ():
                 _hear(task)
-        self._unheard = None
+        self._unheard, self._heard = None, True
         self._silence()
         deadline = self._loop.time() + grace
         for depth in sorted({branch.depth for branch in self._tasks.values()}):
@@ -226,13 +269,16 @@ class Branches:
         _branch_of.pop(task, None)
         if task is self._root:
             self._root = None
-            self._quiescence.stop()
+            self._stop_watching()
         self._closed = self._root is None and not self._tasks
-        if self._unheard is None:
+        if self._heard:
             _hear(task)
         elif getattr(task, "_log_traceback", False):
+            if self._unheard is None:
+                self._unheard = weakref.WeakSet()
             self._unheard.add(task)
-        self._quiescence.look()
+        if self._quiescence is not None:
+            self._quiescence.look()
 
 
 def current_branch() -> Branch:
@@ -313,6 +359,10 @@ def _current_task() -> AnyTask | None:
         return asyncio.current_task()
     except RuntimeError:  # a thread without an event loop
         return None
+
+
+def _nothing() -> None:
+    """What there is to do about an ended run: a reference to it would keep it."""
 
 
 def _hear(future: AnyFuture) -> None:

@@ -53,12 +53,13 @@ class Quiescence:
         *,
         grace: float,
         loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
     ) -> None:
         self._tasks = tasks
         self._on_quiescent: Callable[[], object] | None = on_quiescent
         self._grace = grace
         self._loop = loop
-        self._context = contextvars.copy_context()
+        self._context = context
         self._parked: set[AnyFuture] = set()
         self._busy = 0
         self._turns = 0

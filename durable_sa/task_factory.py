@@ -51,6 +51,10 @@ class _TaskFactory:
         guarded = _Guarded(coro) if asyncio.iscoroutine(coro) else coro
         return branch.start(functools.partial(create, loop, guarded, **kwargs), context)
 
+    def create_root(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], **kwargs: Any) -> Any:
+        """The first task of a run, whose branch is in its context already."""
+        return (self.previous or _create)(loop, _Guarded(coro), **kwargs)
+
 
 _factories: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _TaskFactory] = weakref.WeakKeyDictionary()
 

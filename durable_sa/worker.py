@@ -65,6 +65,8 @@ SAMPLE_INTERVAL = 15.0
 """Seconds between counts of what is ready, where there are metrics."""
 SAMPLE_SHARE = 50
 """And at least so many times as long as the last count took."""
+PIPELINED = 32
+"""With so many slots, a claim takes half of them at most: the next is on its way while the code of the last begins."""
 CLOSING_DEADLINE = 10.0
 """Seconds that the last writes and the goodbye get at shutdown."""
 DOUBT = 60.0
@@ -142,6 +144,8 @@ class Worker:
         self._lease = Lease(settings.claim_timeout)
         self._lanes = Lanes(settings.queue_names)
         self._runs: dict[tuple[uuid.UUID, int], Run] = {}
+        self._claimed: list[Claimed] = []
+        """Claimed, to be started in the next turn of the event loop."""
         self._ending: set[tuple[uuid.UUID, int]] = set()
         """Runs whose outcome is still to be written."""
         self._doubt_until = 0.0
@@ -412,6 +416,7 @@ class Worker:
         # Another one, as a heartbeat that is still on its way may be committed and would bring the old one to life.
         self._lease = Lease(self.settings.claim_timeout)
         logger.warning("worker %s has lost its lease: giving up %d runs", self.settings.name, len(self._runs))
+        self._claimed.clear()
         for run in list(self._runs.values()):
             run.take_away(LeaseLost())
         self.writer.abandon()
@@ -439,7 +444,7 @@ class Worker:
     @property
     def _free(self) -> int:
         """How many tasks may be claimed now."""
-        free = self.settings.concurrency - len(self._runs)
+        free = self.settings.concurrency - len(self._runs) - len(self._claimed)
         # Results that wait to be written hold no slot, but there must be an end to them.
         self._held_back = self.writer.backlog > 2 * self.settings.concurrency + 100
         if self._held_back:
@@ -468,6 +473,8 @@ class Worker:
                 if self._in_doubt and time.monotonic() >= self._next_adoption:
                     await self._adopt()
                 wanted = self._free
+                if self.settings.concurrency >= PIPELINED:
+                    wanted = min(wanted, self.settings.concurrency // 2)
                 claimed = await self._claim(wanted)
                 failures = 0
                 if claimed >= wanted or self._wake.is_set():
@@ -532,7 +539,11 @@ class Worker:
         for run in runs:
             if run.cancel_at is not None:
                 self.tender.look_within((run.cancel_at - run.now).total_seconds() + 0.005)
-        await self._start_runs(runs)
+        if runs:
+            # In the next turn, so that the next claim may be on its way while they start.
+            self._claimed.extend(runs)
+            self._idle.clear()
+            self._loop.call_soon(self._start_claimed)
         return len(rows)
 
     @property
@@ -546,7 +557,7 @@ class Worker:
 
     async def _adopt(self) -> None:
         """Start runs that are this worker's although the reply to their claim was lost: nobody else ever would."""
-        held = [*self._runs, *self._ending]
+        held = [*self._runs, *self._ending, *((item.task_id, item.fence) for item in self._claimed)]
         self._next_adoption = time.monotonic() + 1.0
         worker_id = self.worker_id
         rows = await self._claims.execute(
@@ -559,9 +570,17 @@ class Worker:
             },
         )
         if worker_id == self.worker_id and self._lease.valid:
-            await self._start_runs([Claimed._make(row) for row in rows])
+            self._start_runs([Claimed._make(row) for row in rows])
 
-    async def _start_runs(self, claimed: list[Claimed]) -> None:
+    def _start_claimed(self) -> None:
+        claimed, self._claimed = self._claimed, []
+        try:
+            self._start_runs(claimed)
+        except Exception:
+            logger.exception("starting runs failed")
+            self._doubt()
+
+    def _start_runs(self, claimed: list[Claimed]) -> None:
         resumed: list[Claimed] = []
         for item in claimed:
             if item.fresh:
@@ -636,7 +655,7 @@ class Worker:
 
     def _forget(self, key: tuple[uuid.UUID, int]) -> None:
         self._runs.pop(key, None)
-        if not self._runs:
+        if not self._runs and not self._claimed:
             self._idle.set()
         self._wake.set()
 
