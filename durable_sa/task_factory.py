@@ -23,6 +23,16 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
     factory.users += 1
 
 
+def ensure(loop: asyncio.AbstractEventLoop) -> None:
+    """Goes on top of a task factory that was set since the `install`, which would hide tasks from their runs."""
+    current, factory = loop.get_task_factory(), _factories[loop]
+    if current is not factory:
+        # What was set may lead to the one before, which from now on only hands over to what it was on top of.
+        outer = _factories[loop] = _TaskFactory(current)
+        outer.users, factory.users = factory.users, 0
+        loop.set_task_factory(outer)
+
+
 def uninstall(loop: asyncio.AbstractEventLoop) -> None:
     """Takes one `install` back. The last one restores the task factory from before, unless it was replaced since."""
     factory = _factories[loop]

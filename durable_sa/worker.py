@@ -651,6 +651,7 @@ class Worker:
             body = functools.partial(run_in_thread, sync_context, task.function, arguments)
         hooks = self.hooks.around_task
         start = functools.partial(around_task, hooks, context, body) if hooks else body
+        task_factory.ensure(self._loop)
         run.start(start() if self.telemetry is None else self.telemetry.execute(run, start), inner)
 
     def _forget(self, key: tuple[uuid.UUID, int]) -> None:

@@ -289,3 +289,34 @@ async def test_an_exception_thrown_into_a_thread_fails_its_task_alone(durable: D
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity[0]), ctypes.py_object(SystemExit))
         assert (await durable.wait_for_result(spawned, timeout=5)).status is TaskStatus.FAILED
         assert (await durable.wait_for_result(await durable.spawn(healthy), timeout=5)).output == 1
+
+
+@pytest.mark.parametrize("wrapping", [True, False])
+async def test_a_task_factory_that_is_set_while_the_worker_runs_changes_nothing(
+    durable: Durable, wrapping: bool
+) -> None:
+    """Neither one that hands over to the one before, nor one that takes its place."""
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+
+    async def one() -> int:
+        return 1
+
+    @durable.task(max_attempts=1)
+    async def work(ctx: TaskContext) -> list[int]:
+        return list(await asyncio.gather(ctx.step("left", one), ctx.step("right", one)))
+
+    async with durable.worker():
+        previous = loop.get_task_factory()
+        assert previous is not None
+
+        def late(loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> Any:
+            if wrapping:
+                return previous(loop, coro, **kwargs)
+            return asyncio.Task(coro, loop=loop, **kwargs)
+
+        for _ in range(3):
+            loop.set_task_factory(late)
+            result = await durable.wait_for_result(await durable.spawn(work), timeout=10)
+            assert result.output == [1, 1]
+    loop.set_task_factory(before)
