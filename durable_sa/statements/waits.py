@@ -52,6 +52,7 @@ _resolved = (
     select(
         Wait.task_id,
         Wait.key,
+        _waiters.c.state,
         case(
             (_event_came, constant("completed")),
             (_child_ended, _child.c.outcome),
@@ -74,7 +75,16 @@ _resolved = (
 _removed = (
     delete(Wait)
     .where(Wait.task_id == _resolved.c.task_id, Wait.key == _resolved.c.key)
-    .returning(Wait.task_id, Wait.key, Wait.kind, Wait.name, Wait.child_task_id, _resolved.c.status, _resolved.c.value)
+    .returning(
+        Wait.task_id,
+        Wait.key,
+        Wait.kind,
+        Wait.name,
+        Wait.child_task_id,
+        _resolved.c.status,
+        _resolved.c.value,
+        _resolved.c.state,
+    )
     .cte("removed")
 )
 _recorded = (
@@ -95,7 +105,13 @@ _recorded = (
     .on_conflict_do_nothing()
     .cte("recorded")
 )
-_woken_ids = select(_removed.c.task_id, func.count().label("count")).group_by(_removed.c.task_id).subquery("woken_ids")
+# Who sleeps is told by the row as it is under its lock: the statement's snapshot may have it running still.
+_woken_ids = (
+    select(_removed.c.task_id, func.count().label("count"))
+    .where(_removed.c.state == constant("sleeping"))
+    .group_by(_removed.c.task_id)
+    .subquery("woken_ids")
+)
 _left = (
     select(func.count()).select_from(Wait).where(Wait.task_id == _woken_ids.c.task_id).scalar_subquery()
 ) - _woken_ids.c.count
@@ -105,7 +121,7 @@ COALESCING_SECONDS = 0.001
 
 RESOLVE = (
     update(Task)
-    .where(Task.task_id == _woken_ids.c.task_id, Task.state == constant("sleeping"))
+    .where(Task.task_id == _woken_ids.c.task_id)
     .values(
         available_at=func.least(Task.available_at, clock() + interval(func.least(_left * COALESCING_SECONDS, 1.0))),
         fence=Task.fence + constant(1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, Row, select, text
+from sqlalchemy import URL, Executable, Row, event, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -20,8 +21,9 @@ from durable_sa.results import SpawnResult
 from durable_sa.scripts import cancel, emit, insert, retry
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
-from durable_sa.statements import diagnosis
+from durable_sa.statements import diagnosis, waits
 
+from ..support import eventually
 from .engine_steps import (
     HELD,
     Clock,
@@ -113,6 +115,9 @@ class Stage:
         prepared = prepare(self.durable, self.task, None, options)  # type: ignore[arg-type]
         self.names[prepared.task_id] = name
         return insert([prepared], Hint())  # type: ignore[return-value]
+
+    async def rows(self, statement: Executable) -> list[Row[Any]]:
+        return list((await self._connection.execute(statement)).all())
 
     async def spawn(self, name: str, **options: Any) -> uuid.UUID:
         (spawned,) = await self.drive(self.spawning(name, **options))
@@ -523,3 +528,34 @@ async def test_two_that_take_over(stage: Stage) -> None:
         return [Operation("one", two.take_over), Operation("two", third.take_over)]
 
     await stage.only_serial(begin)
+
+
+async def test_a_wake_up_that_began_before_the_task_went_to_sleep(stage: Stage, durable_database_url: URL) -> None:
+    """It has a snapshot in which the task still runs, and gets the row's lock when it sleeps already."""
+    await stage.begin()
+    one, two = stage.workers
+    run = await stage.claimed("task")
+    awaited = [wait_for_event("came"), wait_for_event("never")]
+    await stage.drive(one.register_waits(*run, awaited[:1]))
+    await stage.drive(emit("one", "came", "1")(Hint()))
+    await stage.rows(text("SELECT pg_advisory_lock(1)"))
+    engine = create_async_engine(durable_database_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    Clock(engine.sync_engine, START)
+
+    @event.listens_for(engine.sync_engine, "before_cursor_execute", retval=True)
+    def stop_before_the_lock(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+        unfinished = "finished_at IS NULL"
+        assert unfinished in statement
+        wait = f"{unfinished} AND (SELECT true FROM pg_advisory_xact_lock(1))"
+        return statement.replace(unfinished, wait, 1), parameters
+
+    async with engine.connect() as connection:
+        waking = asyncio.create_task(connection.execute(waits.RESOLVE, {"task_ids": [run[0]]}))
+        waiting = text("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        await eventually(lambda: stage.rows(waiting))
+        await stage.drive(one.suspend(*run, awaited))
+        await stage.rows(text("SELECT pg_advisory_unlock(1)"))
+        await waking
+    await engine.dispose()
+    assert await stage.rows(text("SELECT state, available_at IS NOT NULL FROM durable.tasks")) == [("sleeping", True)]
+    assert await stage.drive(two.claim()) != []
