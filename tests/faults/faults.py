@@ -138,7 +138,7 @@ async def terminate_all(field: Field, chance: random.Random) -> int:
     return await field.server.strike("pg_terminate_backend", field.database, chance, 1.0)
 
 
-@fault("statement cancelled", 0.05, excuses=("QueryCanceledError",))
+@fault("statement cancelled", 0.05, excuses=("due to user request",))
 async def cancel_statement(field: Field, chance: random.Random) -> int:
     rows = await field.server.sql(
         "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND state = 'active'"
@@ -290,7 +290,7 @@ async def lock_tables(field: Field, chance: random.Random) -> int:
     return 1
 
 
-@fault("short timeouts", 1.0, excuses=("QueryCanceledError", "LockNotAvailableError"))
+@fault("short timeouts", 1.0, excuses=("due to statement timeout", "due to lock timeout"))
 async def short_timeouts(field: Field, chance: random.Random) -> int:
     """Set for the database while it is in use, so that connections have them from their next start on."""
     name = field.database
