@@ -413,6 +413,20 @@ async def test_cancel_and_the_end_of_a_child(stage: Stage) -> None:
     await stage.only_serial(begin)
 
 
+async def test_fail_and_claim_of_a_child(stage: Stage) -> None:
+    async def begin() -> list[Operation]:
+        one, two = stage.workers
+        parent = await stage.claimed("parent")
+        await stage.child_of(parent)
+        return [
+            Operation("fail", lambda: one.fail(*parent, retryable=False), then=one.tend),
+            Operation("claim", two.claim),
+        ]
+
+    for order in await stage.only_serial(begin):
+        assert any("'child', 'cancelled'" in row for row in order.outcome["tasks"]), order.told
+
+
 async def test_two_that_cancel_parent_and_child(stage: Stage) -> None:
     async def begin() -> list[Operation]:
         one, _ = stage.workers

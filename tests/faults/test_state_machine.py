@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -261,9 +261,12 @@ class Machine(RuleBasedStateMachine):
         assert _told(told) == self.model.record(task_id, fence, "step", name, number)
 
     def run(self, which: tuple[bool, int]) -> tuple[SimulatedWorker, uuid.UUID, int]:
-        alive = [run for run in self.runs if self.model.held(run[1], run[2])] if which[0] else []
-        runs = alive or self.runs
+        runs = (self.alive() if which[0] else []) or self.runs
         return runs[which[1] % len(runs)]
+
+    def alive(self) -> list[tuple[SimulatedWorker, uuid.UUID, int]]:
+        """Runs that still hold their tasks."""
+        return [run for run in self.runs if self.model.held(run[1], run[2])]
 
     @rule(which=RUNS, name=NAMES, strategy=STRATEGIES)
     def spawn_child(self, which: tuple[bool, int], name: str, strategy: RetryStrategy) -> None:
@@ -495,15 +498,48 @@ def connection(durable_database_url: URL) -> Generator[Connection]:
     engine.dispose()
 
 
-def test_whatever_happens_the_tables_hold_what_they_must(
-    connection: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def make_machine(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Machine]:
     ids = Ids()
     monkeypatch.setattr("durable_sa.ids.uuid_utils.uuid7", ids)
     clock = Clock(connection.engine, START)
+    return lambda: Machine(connection, clock, ids)
+
+
+ALIVE = (True, 0)
+"""The run that has been going on for longest."""
+
+
+@pytest.mark.parametrize(("after", "status"), [(2.0, "completed"), (5.0, "timeout")])
+@pytest.mark.parametrize("kind", ["event", "join"])
+def test_what_comes_in_time_counts_whenever_somebody_looks_and_nothing_else(
+    make_machine: Callable[[], Machine], kind: str, after: float, status: str
+) -> None:
+    """The timeout is 3 seconds."""
+    machine = make_machine()
+    parent = machine.runs[0][1]
+    if kind == "join":
+        machine.join(ALIVE, 3.0)
+        machine.claim_all(0)
+        machine.time_passes(after, tended=False, index=0, wanted=0)
+        child = machine.model.children(parent)[0].task_id
+        machine.complete((True, [run[1] for run in machine.alive()].index(child)), 1)
+    else:
+        machine.suspend(ALIVE, [("event", 0, 3.0)])
+        machine.time_passes(after, tended=False, index=0, wanted=0)
+        machine.emit("one", "a", 1)
+    machine.time_passes(7.0, tended=False, index=0, wanted=0)
+    machine.resolve(0)
+    machine.all_is_as_it_must_be()
+    recorded = [entry[2] for (task_id, _), entry in machine.model.checkpoints.items() if entry[0] == kind]
+    assert recorded == [status]
+    machine.teardown()
+
+
+def test_whatever_happens_the_tables_hold_what_they_must(make_machine: Callable[[], Machine]) -> None:
     wanted = os.environ.get("DURABLE_MACHINE_EXAMPLES")
     run_state_machine_as_test(
-        lambda: Machine(connection, clock, ids),
+        make_machine,
         settings=settings(
             max_examples=int(wanted) if wanted else 60,
             stateful_step_count=40,

@@ -236,6 +236,30 @@ async def test_no_more_is_claimed_than_can_start(durable: Durable, sql: Rows) ->
         await eventually(lambda: _count_finished(sql, 40))
 
 
+async def test_no_more_is_claimed_at_once_than_the_batch_size(
+    durable: Durable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @durable.task
+    async def instant(ctx: TaskContext) -> None:
+        return None
+
+    claimed: list[int] = []
+    async with durable.worker(concurrency=10, batch_size=2) as worker:
+        execute = worker._claims.execute
+
+        async def counted(statement: Any, parameters: Any) -> Any:
+            rows = await execute(statement, parameters)
+            if statement is claiming.CLAIM:
+                claimed.append(len(rows))
+            return rows
+
+        monkeypatch.setattr(worker._claims, "execute", counted)
+        for spawned in await durable.spawn_many([(instant, None)] * 9):
+            await durable.wait_for_result(spawned, timeout=10)
+    assert sum(claimed) == 9
+    assert max(claimed) == 2
+
+
 async def _count_finished(sql: Rows, wanted: int) -> bool:
     rows = await sql("SELECT count(*) FROM durable.tasks WHERE outcome = 'completed'")
     return bool(rows[0][0] == wanted)
