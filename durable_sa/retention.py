@@ -48,26 +48,32 @@ class Retention:
     def __init__(self) -> None:
         self._reached: dict[tuple[str, str], Position] = {}
 
-    async def __call__(self, database: Executing) -> None:
-        """Delete a batch of each queue."""
+    async def __call__(self, database: Executing) -> bool:
+        """Delete a batch of each queue; whether there seems to be more of what can be deleted."""
+        more = False
         for queue in await database.execute(queues.RETENTIONS):
             if queue.retention is not None:
                 for outcome in OUTCOMES:
-                    await self._delete_tasks(database, queue.queue_name, outcome, float(queue.retention))
+                    more |= await self._delete_tasks(database, queue.queue_name, outcome, float(queue.retention))
             if queue.event_retention is not None:
-                await database.execute(
+                deleted = await database.execute(
                     queues.DELETE_EVENTS,
                     {"queue_name": queue.queue_name, "age": float(queue.event_retention), "wanted": PAGE},
                 )
+                more |= len(deleted) == PAGE
+        return more
 
-    async def _delete_tasks(self, database: Executing, queue_name: str, outcome: str, age: float) -> None:
+    async def _delete_tasks(self, database: Executing, queue_name: str, outcome: str, age: float) -> bool:
         after = self._reached.pop((queue_name, outcome), _BEGINNING)
+        deleted = 0
         for _ in range(PAGES):
-            _, following = await _delete_page(database, queue_name, outcome, age, PAGE, after)
+            gone, following = await _delete_page(database, queue_name, outcome, age, PAGE, after)
+            deleted += gone
             if following is None:
-                return
+                return False
             after = following
         self._reached[queue_name, outcome] = after
+        return deleted > 0
 
 
 async def _delete_page(

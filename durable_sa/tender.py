@@ -41,6 +41,8 @@ SWEEP_LOST_INTERVAL = 10.0
 LOCKED_INTERVAL = 0.5
 """Seconds until another look for those of them that somebody held locked."""
 FORGET_LOST_AFTER = 600.0
+FORGET_SHARE = 4
+"""Where there is more to delete, the pause until then is so many times as long as that took."""
 FORGET_INTERVAL = 30.0
 """Seconds between deletions of what is past its retention."""
 
@@ -59,7 +61,7 @@ class Tender:
         check_runs: Callable[[], Any],
         poll_runs: Callable[[], None],
         fire_schedules: Callable[[Channel], Awaitable[tuple[Sequence[Row[Any]], bool]]],
-        forget: Callable[[Channel], Awaitable[None]],
+        forget: Callable[[Channel], Awaitable[bool]],
         gave_up: Callable[[Sequence[Row[Any]]], None],
     ) -> None:
         self.worker_id = worker_id
@@ -304,8 +306,11 @@ class Tender:
             if moved:
                 self.look_within(0.0)
         if now >= self._next_forget:
-            self._next_forget = now + FORGET_INTERVAL
-            await self._forget(self._channel)
+            began = time.monotonic()
+            more = await self._forget(self._channel)
+            pause = FORGET_SHARE * (time.monotonic() - began) if more else FORGET_INTERVAL
+            self._next_forget = time.monotonic() + pause
+        self._look_at = min(self._look_at, self._next_forget)
         if now >= self._next_reconcile:
             await self._reconcile()
             took = time.monotonic() - now

@@ -329,4 +329,21 @@ async def test_tasks_that_are_still_needed_are_passed_over_a_few_pages_at_a_time
 
 
 async def waiting(engine: AsyncEngine) -> bool:
-    return bool(await count(engine, "durable.waits"))
+    return bool(await count(engine, "durable.waits", "event_name IS NOT NULL"))
+
+
+async def test_a_worker_that_finds_much_to_delete_does_not_wait_for_its_next_round(
+    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.retention.PAGE", 2)
+    spawned = await durable.spawn_many([(work, "") for _ in range(20)])
+    for each in spawned:
+        await durable.cancel_task(each)
+    await durable.create_queue(retention=0)
+    async with durable.worker() as worker:
+        worker.tender.hurry()
+
+        async def all_gone() -> bool:
+            return await count(engine, "durable.tasks") == 0
+
+        await eventually(all_gone)
