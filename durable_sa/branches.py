@@ -12,10 +12,10 @@ import copy
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Hashable
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Coroutine, Hashable
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from durable_sa import awaits
 from durable_sa.awaits import AnyFuture, AnyTask
@@ -24,6 +24,7 @@ from durable_sa.quiescence import TURNS, Quiescence
 
 T = TypeVar("T")
 TaskT = TypeVar("TaskT", bound=AnyTask)
+BranchT = TypeVar("BranchT", bound="Branch | None")
 
 CANCEL_AGAIN: Final = 0.1
 """Seconds the tasks of a run have to unwind before they are cancelled once more."""
@@ -185,7 +186,7 @@ class Branches:
 
     def busy(self) -> AbstractContextManager[None]:
         """While a step, a transaction or a call of the engine runs, the run is not quiescent."""
-        return self._watch().busy()
+        return self._watch()
 
     def wait(self, future: asyncio.Future[T]) -> Coroutine[Any, Any, T]:
         """Awaits `future`, which a durable wait resolves.
@@ -194,15 +195,12 @@ class Branches:
         """
         return self._watch().wait(future)
 
-    @contextmanager
-    def scope(self, label: str) -> Generator[Branch]:
+    def scope(self, label: str) -> AbstractContextManager[Branch]:
         """While the body of a step runs: a branch of its own.
 
         The body does not run when its step is replayed, so the tasks it creates must not shift the numbers of others.
         """
-        branch = Branch(self, (*current_branch().path, label), bound=True)
-        with entered(branch):
-            yield branch
+        return entered(Branch(self, (*current_branch().path, label), bound=True))
 
     async def unwind(self, *, grace: float = 5.0) -> list[AnyTask]:
         """Ends the run: cancels its tasks, again and again until they have ended, but gives up after `grace` seconds.
@@ -313,31 +311,36 @@ def next_branch(loop: asyncio.AbstractEventLoop, context: contextvars.Context | 
     return parent.fork_in_wait_for() if awaits.is_called_by_wait_for() else parent.fork()
 
 
-@contextmanager
-def detached() -> Generator[None]:
+def detached() -> AbstractContextManager[None]:
     """Inside, asyncio tasks are created outside of the run: they live on when it is suspended, and take no number."""
-    with entered(None):
-        yield
+    return entered(None)
 
 
 _SET_FACTORY_BEFORE: Final = "Call loop.set_task_factory() before workers are started, not after."
 
 
-@contextmanager
-def entered(branch: Branch | None) -> Generator[None]:
+class entered(Generic[BranchT]):  # noqa: N801 - what it is called in a `with` statement
     """Makes `branch` the one of the running task."""
-    task = _current_task()
-    outer = _branch_at(task)
-    token = _current.set(branch)
-    if task in _branch_of:
-        _branch_of[task] = branch
-    try:
-        yield
-    finally:
+
+    # Not a generator: steps enter two of these, and it would take as long as the rest of a short one.
+    __slots__ = ("_branch", "_outer", "_task", "_token")
+
+    def __init__(self, branch: BranchT) -> None:
+        self._branch = branch
+
+    def __enter__(self) -> BranchT:
+        self._task = task = _current_task()
+        self._outer = _branch_at(task)
+        self._token = _current.set(self._branch)
         if task in _branch_of:
-            _branch_of[task] = outer
+            _branch_of[task] = self._branch
+        return self._branch
+
+    def __exit__(self, *_: object) -> None:
+        if self._task in _branch_of:
+            _branch_of[self._task] = self._outer
         with suppress(ValueError):  # an abandoned coroutine is closed by the garbage collector, in whatever context
-            _current.reset(token)
+            _current.reset(self._token)
 
 
 def _branch_at(task: AnyTask | None) -> Branch | None:

@@ -3,8 +3,7 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from durable_sa import awaits
@@ -67,14 +66,13 @@ class Quiescence:
         self._outside_since: float | None = None
         self._handle: asyncio.Handle | None = None
 
-    @contextmanager
-    def busy(self) -> Generator[None]:
+    def __enter__(self) -> None:
+        """Until the block ends, which may be inside of others, the run is busy."""
         self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            self._progress()
+
+    def __exit__(self, *_: object) -> None:
+        self._busy -= 1
+        self._progress()
 
     async def wait(self, future: asyncio.Future[T]) -> T:
         if awaits.is_under_wait_for(self._tasks):
