@@ -22,6 +22,7 @@ from typing import Any
 from . import faults, pooler
 from .nursery import Nursery
 from .rounds import Plan, Verdict, fight
+from .server import faketime_library
 
 PAIRS = (
     ("worker killed", "server stopped at once"),
@@ -54,7 +55,7 @@ def _possible(names: tuple[str, ...]) -> str | None:
     needs = {need for name in names for need in faults.FAULTS[name].needs}
     if "pooler" in needs and pooler.PROGRAM is None:
         return "pgbouncer is not installed"
-    if "skew" in needs and shutil.which("faketime") is None:
+    if needs & {"skew", "server clock"} and (shutil.which("faketime") is None or faketime_library() is None):
         return "faketime is not installed"
     return None
 

@@ -368,6 +368,15 @@ async def skew(field: Field, chance: random.Random) -> int:
     return field.count_skewed()
 
 
+@fault("clock of the server moved", 1.0, needs=("server clock",))
+async def move_clock(field: Field, chance: random.Random) -> int:
+    """Forward by more than a lease, or back."""
+    async with field.server_changing:
+        field.set_clock(chance.choice([-3, -1, 2, 5, 8]))
+        await asyncio.sleep(chance.uniform(1.2, 2.5))
+    return 1
+
+
 @contextlib.asynccontextmanager
 async def injecting(field: Field, chosen: Fault, chance: random.Random) -> AsyncGenerator[None]:
     """Have the fault happen again and again, several at once where one lasts."""

@@ -51,6 +51,8 @@ class Field:
         self.counts: Counter[str] = Counter()
         self.claim_timeout = 2.0
         self.pooler: Pooler | None = None
+        self.clock: Path | None = None
+        """The file that the server's clock is read from."""
         self.server_changing = asyncio.Lock()
         self.slots: list[Slot] = []
         self.kept = {"worker", "producer"}
@@ -180,6 +182,11 @@ class Field:
                 complaints.append(f"{child.name} ended with {code}")
         return complaints
 
+    def set_clock(self, offset: int) -> None:
+        """Move the server's clock; it takes up to a second to be seen."""
+        assert self.clock is not None
+        self.clock.write_text(f"{offset:+d}")
+
     async def heal(self) -> None:
         """Undo whatever a fault may have left behind."""
         for proxy in self.proxies:
@@ -209,12 +216,16 @@ class Field:
 
 @contextlib.asynccontextmanager
 async def opened(
-    directory: Path, seed: str, *, pooled: bool, retention: bool, **settings: str | int
+    directory: Path, seed: str, *, pooled: bool, retention: bool, clock: bool, **settings: str | int
 ) -> AsyncGenerator[Field]:
     """A field with its server, ready to be staffed."""
     async with contextlib.AsyncExitStack() as exits:
-        server = await exits.enter_async_context(private_server(**settings))
+        file = directory / "clock" if clock else None
+        if file is not None:
+            file.write_text("+0")
+        server = await exits.enter_async_context(private_server(clock=file, **settings))
         field = Field(server, directory, seed, exits)
+        field.clock = file
         await field.prepare(retention=retention)
         if pooled:
             scratch = directory / "pgbouncer"

@@ -1,7 +1,8 @@
 """Runs operations that race in every order there is, within a bound, on real connections.
 
-An operation is cut at every statement, and between a statement and its commit. Where one waits for a lock of another,
-that is found by asking the server, and the others go on. An order is a sequence of choices of who goes on next; all
+An operation is cut at every statement, and between a statement and its commit; and within a statement that locks rows,
+between the snapshot that it sees and the first of its locks. Where one waits for a lock of another, that is found by
+asking the server, and the others go on. An order is a sequence of choices of who goes on next; all
 orders are tried in which at most some number of operations is interrupted although it could have gone on. That is
 deterministic: the same operations are tried in the same orders each time, and an order that went wrong can be repeated
 by itself.
@@ -10,12 +11,13 @@ by itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Executable, Row, TextClause, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -25,7 +27,56 @@ from durable_sa.errors import DurableError
 from .engine_steps import HELD, Steps
 
 _TRIES = 5
-_BLOCKED = text("SELECT cardinality(pg_blocking_pids(:pid)) > 0")
+_BLOCKED = text(
+    "SELECT EXISTS (SELECT FROM unnest(pg_blocking_pids(:pid)) AS other WHERE other <> pg_backend_pid()) AS blocked,"
+    " EXISTS (SELECT FROM pg_locks WHERE pid = :pid AND locktype = 'advisory' AND NOT granted) AS stopped"
+)
+_STOP = text("SELECT pg_advisory_lock(:key)")
+_RELEASE = text("SELECT pg_advisory_unlock(:key)")
+_LOCKING = re.compile(r"\bFOR (NO KEY )?UPDATE\b")
+_CLAUSE = re.compile(r"\b(WHERE|ORDER BY|LIMIT|FOR (NO KEY )?UPDATE)\b")
+
+
+def stopped_before_its_locks(statement: str, key: int) -> str:
+    """The statement, waiting for an advisory lock when it has its snapshot and before it locks a row.
+
+    Those that set a limit on the wait for locks stay as they are.
+    """
+    locking = _LOCKING.search(statement)
+    if locking is None or "lock_timeout" in statement:
+        return statement
+    # The query that locks begins at the parenthesis that is open there.
+    start, depth = locking.start(), 0
+    while start > 0 and depth >= 0:
+        start -= 1
+        depth += {")": 1, "(": -1}.get(statement[start], 0)
+    depth, position = 0, start + (depth < 0)
+    while not (depth == 0 and (clause := _CLAUSE.match(statement, position))):
+        depth += {"(": 1, ")": -1}.get(statement[position], 0)
+        position += 1
+    wait = f"(SELECT true FROM pg_catalog.pg_advisory_xact_lock_shared({key}))"
+    if clause[1] == "WHERE":
+        return f"{statement[: clause.end()]} {wait} AND {statement[clause.end() :]}"
+    return f"{statement[:position]} WHERE {wait} {statement[position:]}"
+
+
+class Monitor:
+    """A connection that knows who waits for whom, and holds the locks that statements are stopped with."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+        self._lock = asyncio.Lock()
+        self._last_key = 0
+
+    async def ask(self, statement: TextClause, **parameters: Any) -> Row[Any]:
+        async with self._lock:
+            return (await self._connection.execute(statement, parameters)).one()
+
+    async def new_key(self) -> int:
+        """An advisory lock that nobody gets until it is released."""
+        self._last_key += 1
+        await self.ask(_STOP, key=self._last_key)
+        return self._last_key
 
 
 @dataclass(frozen=True)
@@ -62,7 +113,9 @@ class Order:
 class Actor:
     """One operation on a connection of its own, which stops before each step until it is told to go on."""
 
-    def __init__(self, operation: Operation, connection: AsyncConnection, pid: int, order: Order) -> None:
+    def __init__(
+        self, operation: Operation, connection: AsyncConnection, pid: int, order: Order, monitor: Monitor, *, cut: bool
+    ) -> None:
         self.operation = operation
         self.pid = pid
         self.blocked = False
@@ -70,6 +123,8 @@ class Actor:
         self.open = False
         self._connection = connection
         self._order = order
+        self._monitor = monitor
+        self._cut = cut
         self._next = ""
         self._arrived = asyncio.Event()
         self._go = asyncio.Event()
@@ -79,7 +134,7 @@ class Actor:
     def finished(self) -> bool:
         return self.task.done()
 
-    async def arrive(self, monitor: AsyncConnection) -> None:
+    async def arrive(self) -> None:
         """Wait until it stops before its next step, or ends, or waits for a lock."""
         waiting = asyncio.ensure_future(self._arrived.wait())
         pause = 0.01
@@ -87,7 +142,7 @@ class Actor:
             await asyncio.wait([waiting, self.task], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             if self._arrived.is_set() or self.task.done():
                 break
-            self.blocked = bool((await monitor.execute(_BLOCKED, {"pid": self.pid})).scalar())
+            self.blocked = (await self._monitor.ask(_BLOCKED, pid=self.pid)).blocked
             if self.blocked:
                 waiting.cancel()
                 return
@@ -141,8 +196,7 @@ class Actor:
                 statement, parameters = step  # type: ignore[misc]
                 self.open = True
                 try:
-                    result = await self._connection.execute(statement, parameters)
-                    rows = result.all() if result.returns_rows else ()
+                    rows = await self._execute(statement, parameters)
                 except DBAPIError as error:
                     if transaction:
                         raise
@@ -159,6 +213,35 @@ class Actor:
                 await self._end(self._connection.commit)
             return end.value
 
+    async def _execute(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        if not self._cut:
+            result = await self._connection.execute(statement, parameters)
+            return result.all() if result.returns_rows else ()
+        connection = self._connection.sync_connection
+        key = await self._monitor.new_key()
+        stopping = False
+
+        def stop(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+            nonlocal stopping
+            stopped = stopped_before_its_locks(statement, key)
+            stopping = stopped != statement
+            return stopped, parameters
+
+        event.listen(connection, "before_cursor_execute", stop, retval=True)
+        execution = asyncio.ensure_future(self._connection.execute(statement, parameters))
+        try:
+            await asyncio.wait([execution], timeout=0.002)
+            while stopping and not execution.done():
+                if (await self._monitor.ask(_BLOCKED, pid=self.pid)).stopped:
+                    await self._turn("locks")
+                    break
+                await asyncio.wait([execution], timeout=0.002)
+        finally:
+            event.remove(connection, "before_cursor_execute", stop)
+            await self._monitor.ask(_RELEASE, key=key)
+        result = await execution
+        return result.all() if result.returns_rows else ()
+
     async def _end(self, how: Callable[[], Awaitable[None]]) -> None:
         await how()
         self.open = False
@@ -169,7 +252,7 @@ class Explorer:
 
     def __init__(self, connections: Sequence[AsyncConnection], monitor: AsyncConnection) -> None:
         self._connections = connections
-        self._monitor = monitor
+        self._monitor = Monitor(monitor)
 
     async def orders(
         self,
@@ -177,13 +260,17 @@ class Explorer:
         observe: Callable[[list[Any]], Awaitable[Any]],
         *,
         interruptions: int,
+        cut: bool,
     ) -> list[Order]:
-        """All orders with at most so many interruptions. `observe` is given the results and says what came of it."""
+        """All orders with at most so many interruptions, statements being `cut` before their locks, or not.
+
+        `observe` is given the results and says what came of it.
+        """
         tried: list[Order] = []
         prefixes: list[list[int]] = [[]]
         while prefixes:
             prefix = prefixes.pop()
-            order, results = await self._try(await begin(), prefix)
+            order, results = await self._try(await begin(), prefix, cut)
             order.outcome = await observe(results)
             tried.append(order)
             for position in range(len(prefix), len(order.chosen)):
@@ -194,18 +281,18 @@ class Explorer:
                             prefixes.append(branch.chosen)
         return tried
 
-    async def _try(self, operations: Sequence[Operation], prefix: list[int]) -> tuple[Order, list[Any]]:
+    async def _try(self, operations: Sequence[Operation], prefix: list[int], cut: bool) -> tuple[Order, list[Any]]:
         """Follow the prefix, and from there on interrupt nobody."""
         order = Order()
         actors: list[Actor] = []
         for operation, connection in zip(operations, self._connections, strict=False):
             driver = (await connection.get_raw_connection()).driver_connection
             assert driver is not None
-            actors.append(Actor(operation, connection, driver.get_server_pid(), order))
+            actors.append(Actor(operation, connection, driver.get_server_pid(), order, self._monitor, cut=cut))
         try:
             while not all(actor.finished for actor in actors):
                 for actor in actors:
-                    await actor.arrive(self._monitor)
+                    await actor.arrive()
                 able = [number for number, actor in enumerate(actors) if not actor.finished and not actor.blocked]
                 if not able:
                     # Nobody can go on, or all have just ended: the server ends a deadlock by itself.

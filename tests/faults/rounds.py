@@ -76,7 +76,12 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
     verdict = Verdict(plan)
     settings: dict[str, str | int] = {"max_connections": 50} if "no connections left" in plan.faults else {}
     async with opened(
-        directory, plan.seed, pooled="pooler" in needs, retention="retention" in needs, **settings
+        directory,
+        plan.seed,
+        pooled="pooler" in needs,
+        retention="retention" in needs,
+        clock="server clock" in needs,
+        **settings,
     ) as battlefield:
         for number in range(plan.workers):
             skew = needs & {"skew"} and number > 0
@@ -188,6 +193,7 @@ async def _evidence(battlefield: Field, *, settled: bool) -> Evidence:
             battlefield.directory,
             secrets=(SECRET, str(password)),
             settled=settled,
+            clock_moved=battlefield.clock is not None,
             slack=3.0 if "failover to the standby" in battlefield.counts else 0.5,
         )
 

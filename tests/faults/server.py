@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,41 @@ class Server:
         await self.sql("SELECT pg_reload_conf()")
 
 
+def faketime_library() -> Path | None:
+    """What gives a process another clock, where it is installed."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+@contextlib.contextmanager
+def _clock_from(file: Path | None) -> Generator[None]:
+    """What is started inside has the clock that a file says, however it changes."""
+    if file is None:
+        yield
+        return
+    os.environ |= {
+        "LD_PRELOAD": str(faketime_library()),
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    try:
+        yield
+    finally:
+        for name in (
+            "LD_PRELOAD",
+            "FAKETIME_TIMESTAMP_FILE",
+            "FAKETIME_CACHE_DURATION",
+            "FAKETIME_DONT_FAKE_MONOTONIC",
+        ):
+            del os.environ[name]
+
+
 @contextlib.asynccontextmanager
-async def private_server(parent: Path | None = None, **settings: str | int) -> AsyncGenerator[Server]:
+async def private_server(*, clock: Path | None = None, **settings: str | int) -> AsyncGenerator[Server]:
     """A server of one's own, on a free port of this machine, gone at the end."""
-    with temporary_server(settings={**SETTINGS, **settings}, listen="127.0.0.1", parent=parent) as embedded:
+    with contextlib.ExitStack() as stack:
+        with _clock_from(clock):
+            embedded = stack.enter_context(temporary_server(settings={**SETTINGS, **settings}, listen="127.0.0.1"))
         server = Server(embedded)
         try:
             yield server

@@ -36,7 +36,7 @@ from .engine_steps import (
     wait_for_child,
     wait_for_event,
 )
-from .interleavings import Explorer, Operation, Order
+from .interleavings import Explorer, Operation, Order, stopped_before_its_locks
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 INTERRUPTIONS = int(os.environ.get("DURABLE_INTERRUPTIONS", "1"))
@@ -192,7 +192,7 @@ class Stage:
         return str(value)
 
     async def only_serial(
-        self, begin: Callable[[], Any], *, interruptions: int = 0, beside: Sequence[str] = ()
+        self, begin: Callable[[], Any], *, beside: Sequence[str] = (), cut: bool = True
     ) -> list[Order]:
         """Whatever overlaps, what comes of it is what comes of the same transactions one by one, and all is well.
 
@@ -203,7 +203,7 @@ class Stage:
             await self.begin()
             return await begin()
 
-        orders = await self._explorer.orders(fresh, self.seen, interruptions=max(interruptions, INTERRUPTIONS))
+        orders = await self._explorer.orders(fresh, self.seen, interruptions=INTERRUPTIONS, cut=cut)
         for order in orders:
             assert order.conflicts == 0, order.told
             assert order.outcome["wrong"] == {}, order.told
@@ -263,7 +263,7 @@ async def test_emit_await_and_cancel(stage: Stage) -> None:
             Operation("cancel", lambda: cancel(run[0])(Hint()), transaction=True),
         ]
 
-    await stage.only_serial(begin)
+    await stage.only_serial(begin, cut=False)
 
 
 async def test_await_and_retention_of_events(stage: Stage) -> None:
@@ -279,6 +279,24 @@ async def test_await_and_retention_of_events(stage: Stage) -> None:
         ]
 
     await stage.only_serial(begin)
+
+
+async def test_suspend_and_delivery_to_a_run_that_goes_on(stage: Stage) -> None:
+    """One of its waits is stored already, and what it waits for has come."""
+
+    async def begin() -> list[Operation]:
+        one, two = stage.workers
+        run = await stage.claimed("task")
+        awaited = [wait_for_event("came"), wait_for_event("never")]
+        await stage.drive(one.register_waits(*run, awaited[:1]))
+        await stage.drive(emit("one", "came", "1")(Hint()))
+        return [
+            Operation("suspend", lambda: one.suspend(*run, awaited), then=one.tend),
+            Operation("deliver", two.deliver),
+        ]
+
+    for order in await stage.only_serial(begin, beside=["results"]):
+        assert any("2030" in row for row in order.outcome["tasks"]), ("it sleeps for ever", order.told)
 
 
 async def test_timeout_and_emit(stage: Stage) -> None:
@@ -557,11 +575,8 @@ async def test_a_wake_up_that_began_before_the_task_went_to_sleep(stage: Stage, 
     Clock(engine.sync_engine, START)
 
     @event.listens_for(engine.sync_engine, "before_cursor_execute", retval=True)
-    def stop_before_the_lock(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
-        unfinished = "finished_at IS NULL"
-        assert unfinished in statement
-        wait = f"{unfinished} AND (SELECT true FROM pg_advisory_xact_lock(1))"
-        return statement.replace(unfinished, wait, 1), parameters
+    def stop(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+        return stopped_before_its_locks(statement, 1), parameters
 
     async with engine.connect() as connection:
         waking = asyncio.create_task(connection.execute(waits.RESOLVE, {"task_ids": [run[0]]}))

@@ -536,6 +536,14 @@ def test_what_comes_in_time_counts_whenever_somebody_looks_and_nothing_else(
     machine.teardown()
 
 
+def test_children_of_what_has_completed_go_on_whatever_is_searched_for(make_machine: Callable[[], Machine]) -> None:
+    machine = make_machine()
+    machine.spawn_child(ALIVE, "a", RetryStrategy.fixed(0))
+    machine.complete(ALIVE, 1)
+    machine.drive(machine.workers[1].repair())
+    machine.all_is_as_it_must_be()
+
+
 def test_whatever_happens_the_tables_hold_what_they_must(make_machine: Callable[[], Machine]) -> None:
     wanted = os.environ.get("DURABLE_MACHINE_EXAMPLES")
     run_state_machine_as_test(
