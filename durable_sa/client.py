@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -425,13 +426,14 @@ class Durable(Generic[StateT]):
     def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
         prepared: list[Prepared] = []
         spawning = None if (telemetry := self.telemetry) is None else telemetry.spawn()
+        ready = functools.partial(prepare, self, spawning=spawning, observed=spawning is not None)
         for position, item in enumerate(items):
             try:
                 match item:
                     case Spawn():
-                        prepared.append(prepare(self, item.task, item.params, item.options, spawning=spawning))
+                        prepared.append(ready(item.task, item.params, item.options))
                     case (task, params):
-                        prepared.append(prepare(self, task, params, {}, spawning=spawning))
+                        prepared.append(ready(task, params, {}))
                     case _:
                         raise TypeError(
                             "what is to be spawned is a tuple of a task and its params, or Spawn(task, params, ...), "

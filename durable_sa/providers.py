@@ -13,7 +13,7 @@ _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics
 
 def automatic() -> Telemetry | None:
     """Telemetry on the global providers, once there are any: a tracer provider, a meter provider, or both."""
-    if not any(_is_set_up(module, getter) for module, getter in _GETTERS.items()):
+    if "opentelemetry" not in sys.modules or not any(_is_set_up(module, getter) for module, getter in _GETTERS.items()):
         return None
     from .telemetry import shared
 

@@ -57,13 +57,15 @@ def prepare(
     internal_headers: Mapping[str, Any] | None = None,
     hooked: bool = True,
     as_stored: bool = False,
+    observed: bool = True,
     spawning: Spawning | None = None,
 ) -> Prepared:
     """Check a spawn and encode it. Without `hooked` that is all that will happen, so hooks do not hear of it.
 
     With `as_stored` all that the task would have added is in the params and options already: it need not be known.
 
-    Its span begins here, unless it belongs to that of many, `spawning`; who sends it tells what came of it.
+    Its span begins here, unless it belongs to that of many, `spawning`, or is not to be `observed`; who sends it tells
+    what came of it.
 
     Raises:
         TypeError: no task, or an option there is not.
@@ -94,7 +96,7 @@ def prepare(
     resolved = resolve_spawn_options(options, defaults, durable.defaults, internal_headers=internal_headers)
     task_id, run_id = task_id or new_id(), new_id()
     headers = resolved.headers
-    if spawning is None and hooked and (telemetry := durable.telemetry) is not None:
+    if spawning is None and observed and hooked and (telemetry := durable.telemetry) is not None:
         spawning = telemetry.spawn(name, resolved.queue_name)
     if spawning is not None:
         internal_headers = {**(internal_headers or {}), **spawning.headers}
