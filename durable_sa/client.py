@@ -572,23 +572,24 @@ class Durable(Generic[StateT]):
 
         async def run() -> T:
             for attempt in range(_TRIES):
-                hint, transaction_id = Hint(), None
+                hint = Hint()
+                done: tuple[T, str | None] | None = None
                 try:
                     async with self.database.transaction() as connection:
                         result = await _drive(connection, script(hint))
-                        transaction_id = (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
+                        done = result, (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
                 except DBAPIError as error:
                     status: str | None = "aborted"
-                    if transaction_id is not None and is_lost(error):
+                    if done is not None and done[1] is not None and is_lost(error):
                         # Run again after a commit without a reply, it would take its own work for somebody else's.
-                        status = await self._status(transaction_id)
+                        status = await self._status(done[1])
                     if status == "aborted" and is_conflict(error) and attempt + 1 < _TRIES:
                         await asyncio.sleep(backoff(attempt))
                         continue
-                    if status != "committed":
+                    if done is None or status != "committed":
                         raise
                 self._sender().send(hint)
-                return result
+                return done[0]
             raise AssertionError("unreachable")
 
         with detached():
