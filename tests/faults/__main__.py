@@ -61,14 +61,14 @@ def _possible(names: tuple[str, ...]) -> str | None:
 
 
 def rounds(seed: int) -> Iterator[Plan]:
-    """All single faults, all pairs and a storm after every fourth of them, in an order of their own each time."""
+    """All single faults, all pairs and a storm after every third of them, in an order of their own each time."""
     for cycle in itertools.count():
         chance = random.Random(f"{seed}:{cycle}")
         combinations = [(name,) for name in faults.FAULTS] + list(PAIRS)
         chance.shuffle(combinations)
         for number, names in enumerate(combinations):
             yield Plan(names, f"{seed}:{cycle}:{number}", SECONDS)
-            if number % 4 == 3:
+            if number % 3 == 2:
                 yield Plan(STORM, f"{seed}:{cycle}:{number}:storm", SECONDS)
 
 

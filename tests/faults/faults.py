@@ -128,7 +128,7 @@ async def kill_backend(field: Field, chance: random.Random) -> int:
         return await field.server.kill_backend(field.database, chance)
 
 
-@fault("connection terminated by the server", 0.08)
+@fault("connection terminated by the server", 0.05)
 async def terminate_backend(field: Field, chance: random.Random) -> int:
     return await field.server.strike("pg_terminate_backend", field.database, chance)
 
@@ -148,7 +148,7 @@ async def cancel_statement(field: Field, chance: random.Random) -> int:
     return len(rows)
 
 
-@fault("connection cut", 0.06)
+@fault("connection cut", 0.05)
 async def cut_connection(field: Field, chance: random.Random) -> int:
     return field.any_proxy(chance).cut(chance)
 
