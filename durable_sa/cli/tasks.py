@@ -209,7 +209,7 @@ class Choice(NamedTuple):
         """In these states, if none is said."""
         return self._replace(states=self.states or states)
 
-    def query(self, *, before: uuid.UUID | None = None, limit: int) -> Select[Any]:
+    def query(self, *, before: uuid.UUID | None = None, limit: int) -> Select[*tuple[Any, ...]]:
         """A page of them, the newest first."""
         return inspection.tasks(
             queue_name=self.queue_name,

@@ -50,7 +50,7 @@ def tasks(
     since: datetime | timedelta | None = None,
     before: uuid.UUID | None = None,
     limit: int,
-) -> Select[Any]:
+) -> Select[*tuple[Any, ...]]:
     """Tasks that meet all that is given, the newest first; `before` is where the next page begins.
 
     `since` is when they were spawned, or how long ago. The conditions name what the two partial indexes hold, so that
