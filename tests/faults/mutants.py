@@ -206,6 +206,51 @@ MUTANTS = (
         (f"{RACES}test_emit_and_await",),
     ),
     Mutant(
+        "a wake-up that believes its snapshot about who sleeps",
+        "statements/waits.py",
+        (
+            (
+                "    .where(Task.task_id == _woken_ids.c.task_id)\n    .values(",
+                '    .where(Task.task_id == _woken_ids.c.task_id, Task.state == constant("sleeping"))\n    .values(',
+            ),
+        ),
+        (f"{RACES}test_suspend_and_delivery_to_a_run_that_goes_on",),
+    ),
+    Mutant(
+        "a search that cancels the children of what has completed",
+        "statements/cancelling.py",
+        (('_UNHAPPY = ("failed", "cancelled")', '_UNHAPPY = ("failed", "cancelled", "completed")'),),
+        (f"{MACHINE}::test_children_of_what_has_completed_go_on_whatever_is_searched_for",),
+    ),
+    Mutant(
+        "a failure that leaves the children to a search",
+        "worker.py",
+        (("                    cascade=(row.task_id for row in given_up),\n", ""),),
+        (f"{RACES}test_fail_and_claim_of_a_child",),
+    ),
+    Mutant(
+        "a child that ends after the time of its join",
+        "statements/waits.py",
+        (
+            (
+                "_child.c.finished_at.is_not(None) & (or_(_in_time, _child.c.finished_at <= Wait.due_at))",
+                "_child.c.finished_at.is_not(None)",
+            ),
+        ),
+        (f"{MACHINE}::test_what_comes_in_time_counts_whenever_somebody_looks_and_nothing_else",),
+    ),
+    Mutant(
+        "runs of a claim that was answered after the lease",
+        "worker.py",
+        (
+            (
+                "if worker_id != self.worker_id or not self._lease.valid:\n            # The lease",
+                "if False:\n            # The lease",
+            ),
+        ),
+        ("tests/worker/test_leases.py::test_a_claim_whose_reply_comes_after_the_lease_starts_nothing",),
+    ),
+    Mutant(
         "a timeout that is not remembered",
         "statements/waits.py",
         (
@@ -257,15 +302,7 @@ MUTANTS = (
     Mutant(
         "retention of events that are waited for",
         "statements/queues.py",
-        (
-            (
-                (
-                    "        ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),\n    )\n"
-                    "    .order_by(Event.emitted_at)"
-                ),
-                "    )\n    .order_by(Event.emitted_at)",
-            ),
-        ),
+        (("        _waiter.is_(None),\n", ""),),
         ("tests/client/test_cleanup.py::test_an_event_stays_while_somebody_waits_for_it", MACHINE),
     ),
     Mutant(

@@ -549,7 +549,7 @@ def test_whatever_happens_the_tables_hold_what_they_must(make_machine: Callable[
     run_state_machine_as_test(
         make_machine,
         settings=settings(
-            max_examples=int(wanted) if wanted else 60,
+            max_examples=int(wanted) if wanted else 45,
             stateful_step_count=40,
             derandomize=wanted is None,
             database=None,
