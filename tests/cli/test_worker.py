@@ -149,6 +149,13 @@ def test_errors_of_the_worker_are_one_message(url: str, app: Path) -> None:
             assert "Traceback" not in worker.said
 
 
+def test_the_url_to_listen_comes_from_the_environment(url: str, app: Path) -> None:
+    with process("worker", "app:durable", url=url, cwd=app, DURABLE_LISTEN_URL="mysql://me:secret@host/x") as worker:
+        assert worker.wait() == 2
+        assert "listen_url: 'mysql' is no PostgreSQL driver" in worker.said
+        assert "secret" not in worker.said
+
+
 async def test_uvloop_is_used_where_it_is_installed(durable: Durable, url: str, app: Path) -> None:
     (app / "uvloop.py").write_text(
         "import asyncio\n"
