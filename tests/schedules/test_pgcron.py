@@ -37,7 +37,7 @@ async def report(ctx: TaskContext, params: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def server() -> Generator[URL]:
-    start = datetime.now(UTC).replace(second=52, microsecond=0) if extension.faketime() else None
+    start = datetime.now(UTC).replace(second=55, microsecond=0) if extension.faketime() else None
     with extension.server(start) as url:
         yield url
 
@@ -84,13 +84,15 @@ async def jobs(sql: Sql) -> dict[str, tuple[str, bool]]:
     return {row.jobname.rpartition(":")[2]: (row.schedule, row.active) for row in rows}
 
 
-async def fire(sql: Sql, engine: AsyncEngine, times: int = 1) -> None:
-    """Do what the extension does at a tick: send the job's command as it is."""
+async def fire(sql: Sql, engine: AsyncEngine, times: int = 1, *, conforming: str = "on") -> None:
+    """Do what the extension does at a tick: send the job's command as it is. The role may have settings of its own."""
     for row in await sql("SELECT command FROM cron.job WHERE active"):
         async with engine.connect() as connection:
             raw: Any = (await connection.get_raw_connection()).driver_connection
+            await raw.execute(f"SET standard_conforming_strings = {conforming}")
             for _ in range(times):
                 await raw.execute(row.command)
+            await raw.execute("RESET standard_conforming_strings")
 
 
 async def test_the_extension_fires_a_tick_and_a_worker_runs_it(durable: Durable, sql: Sql) -> None:
@@ -105,7 +107,7 @@ async def test_the_extension_fires_a_tick_and_a_worker_runs_it(durable: Durable,
         async def spawned() -> list[Any]:
             return await sql("SELECT task_id, headers, created_at FROM durable.tasks")
 
-        (row,) = await eventually(spawned, within=40)
+        (row,) = await eventually(spawned, within=80)
         result = await durable.wait_for_result(row.task_id, timeout=3)
     headers = {"durable::scheduled_by": "every-minute", "durable::cron": "* * * * *"}
     assert result.output == [{"text": HOSTILE}, headers]
@@ -134,7 +136,10 @@ async def test_a_tick_has_one_task_however_often_it_is_fired(durable: Durable, s
     )
 
 
-async def test_everything_that_a_spawn_says_is_in_the_job(durable: Durable, sql: Sql, engine: AsyncEngine) -> None:
+@pytest.mark.parametrize("conforming", ["on", "off"])
+async def test_everything_that_a_spawn_says_is_in_the_job(
+    durable: Durable, sql: Sql, engine: AsyncEngine, conforming: str
+) -> None:
     await durable.create_queue(HOSTILE.replace("\n", ""))
     options: Any = {
         "queue_name": HOSTILE.replace("\n", ""),
@@ -158,7 +163,7 @@ async def test_everything_that_a_spawn_says_is_in_the_job(durable: Durable, sql:
         backend="pg_cron",
         **options,
     )
-    await fire(sql, engine)
+    await fire(sql, engine, conforming=conforming)
     (row,) = await sql(
         "SELECT *, params::text AS params_text, available_at - created_at AS delay, cancel_at - available_at AS pending"
         " FROM durable.tasks"
