@@ -2,10 +2,9 @@
 
 An operation is cut at every statement, and between a statement and its commit; and within a statement that locks rows,
 between the snapshot that it sees and the first of its locks. Where one waits for a lock of another, that is found by
-asking the server, and the others go on. An order is a sequence of choices of who goes on next; all
-orders are tried in which at most some number of operations is interrupted although it could have gone on. That is
-deterministic: the same operations are tried in the same orders each time, and an order that went wrong can be repeated
-by itself.
+asking the server, and the others go on. An order is a sequence of choices of who goes on next; all those are tried in
+which somebody who could have gone on is interrupted at most so many times. That is deterministic: the same operations
+are tried in the same orders each time, and an order that went wrong can be repeated by itself.
 """
 
 from __future__ import annotations
