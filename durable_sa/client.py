@@ -481,7 +481,10 @@ class Durable(Generic[StateT]):
                 statement, parameters = script.send(await self.database.execute(statement, parameters))
         except StopIteration as end:
             results: list[SpawnResult[Any] | DurableError] = end.value
-        self._sender().send(hint)
+        # A worker beside it need not be told by way of the database.
+        here = next((worker for worker in self._workers if worker.loop is asyncio.get_running_loop()), None)
+        if here is None or not here.offer(hint) or any(spawn.task_name not in self.tasks for spawn in prepared):
+            self._sender().send(hint)
         return cast("list[SpawnResult[Any] | BaseException]", results)
 
     async def emit_event(self, name: str, payload: Any = None, *, queue_name: str | None = None) -> bool:

@@ -61,6 +61,8 @@ class Hint:
     events: bool = False
     taken: bool = False
     limits: bool = False
+    tasks: int = 0
+    """How many tasks it is about, where it was made; that does not travel."""
 
     def __bool__(self) -> bool:
         return bool(self.lanes) or self.events or self.taken or self.limits
@@ -69,6 +71,7 @@ class Hint:
         """A task that is, or will be, claimable."""
         if available_at is None:
             return
+        self.tasks += 1
         known = self.lanes.get((queue_name, priority))
         if known is None or available_at < known:
             self.lanes[queue_name, priority] = available_at
@@ -81,8 +84,10 @@ class Hint:
 
     def merge(self, other: Hint) -> None:
         """Take in another hint."""
+        tasks = self.tasks + other.tasks
         for (queue_name, priority), available_at in other.lanes.items():
             self.add(queue_name, priority, available_at)
+        self.tasks = tasks
         self.events |= other.events
         self.taken |= other.taken
         self.limits |= other.limits

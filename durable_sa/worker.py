@@ -138,12 +138,14 @@ class Worker:
         """How many tasks were ready in each queue when they were last counted, and the age of the oldest."""
         self.executor = ThreadPoolExecutor(max(settings.concurrency, 4), thread_name_prefix="durable-step")
         self._durable = durable
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self.clock = LocalClock()
         self._lease = Lease(settings.claim_timeout)
         self._lanes = Lanes(settings.queue_names)
         self._runs: dict[tuple[uuid.UUID, int], Run] = {}
+        self._offered = 0
+        """Tasks that this process has told the worker of since the last claim."""
         self._claimed: list[Claimed] = []
         """Claimed, to be started in the next turn of the event loop."""
         self._ending: set[tuple[uuid.UUID, int]] = set()
@@ -201,7 +203,7 @@ class Worker:
             gave_up=self._gave_up,
         )
         self._hints = sender(database.engine, channel_name(database.schema))
-        task_factory.install(self._loop)
+        task_factory.install(self.loop)
         try:
             await self._connect()
             self._state = await self._enter_lifespan()
@@ -210,7 +212,7 @@ class Worker:
                 self.health_port = await self._health.start()
             await self._register()
         except BaseException:
-            task_factory.uninstall(self._loop)
+            task_factory.uninstall(self.loop)
             if self._health is not None:
                 await self._health.stop()
             await self._disconnect()
@@ -283,7 +285,7 @@ class Worker:
         """
         if self._shutdown_task is None:
             with branches.detached():
-                self._shutdown_task = self._loop.create_task(self._shut_down(), name="durable:shutdown")
+                self._shutdown_task = self.loop.create_task(self._shut_down(), name="durable:shutdown")
         await asyncio.shield(self._shutdown_task)
 
     async def wait(self) -> None:
@@ -341,7 +343,7 @@ class Worker:
             async with asyncio.timeout(2.0):
                 await self._hints.flush()
         self.executor.shutdown(wait=False, cancel_futures=True)
-        task_factory.uninstall(self._loop)
+        task_factory.uninstall(self.loop)
         try:
             await self._exit.aclose()
         finally:
@@ -370,7 +372,7 @@ class Worker:
 
     def _start_task(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         with branches.detached():
-            return self._loop.create_task(coroutine, name=name)
+            return self.loop.create_task(coroutine, name=name)
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside every run."""
@@ -406,7 +408,7 @@ class Worker:
         interval = min(1.0, self.settings.claim_timeout / 8)
         if self._lease.valid:
             interval = min(interval, self._lease.valid_until - time.monotonic())
-        self._turn_timer = self._loop.call_later(interval, self._turn)
+        self._turn_timer = self.loop.call_later(interval, self._turn)
 
     def lease_lost(self) -> None:
         """Others may have taken over: give up all runs, and come back as a new worker."""
@@ -514,6 +516,7 @@ class Worker:
                 await self._claims.execute(claiming.SURVEY_LANES, {"queue_names": list(self.settings.queue_names)})
             )
         worker_id = self.worker_id
+        offered = self._offered
         rows = await self._claims.execute(
             claiming.CLAIM,
             {
@@ -523,6 +526,7 @@ class Worker:
                 **self._lanes.parameters(search=search),
             },
         )
+        self._offered -= offered
         if rows:
             self.clock.set(rows[0].now)
         if search:
@@ -543,7 +547,7 @@ class Worker:
             # In the next turn, so that the next claim may be on its way while they start.
             self._claimed.extend(runs)
             self._idle.clear()
-            self._loop.call_soon(self._start_claimed)
+            self.loop.call_soon(self._start_claimed)
         return len(rows)
 
     @property
@@ -651,7 +655,7 @@ class Worker:
             body = functools.partial(run_in_thread, sync_context, task.function, arguments)
         hooks = self.hooks.around_task
         start = functools.partial(around_task, hooks, context, body) if hooks else body
-        task_factory.ensure(self._loop)
+        task_factory.ensure(self.loop)
         run.start(start() if self.telemetry is None else self.telemetry.execute(run, start), inner)
 
     def _forget(self, key: tuple[uuid.UUID, int]) -> None:
@@ -737,16 +741,19 @@ class Worker:
 
     def _announce(self, hint: Hint) -> None:
         """Tell this worker, and the others if it cannot take all of it at once."""
-        if not hint:
-            return
-        self._take_hint(hint)
-        if hint.taken or self._stopping.is_set() or not self._can_take(hint):
+        if hint and not self.offer(hint):
             self._hints.send(hint)
 
-    def _can_take(self, hint: Hint) -> bool:
+    def offer(self, hint: Hint) -> bool:
+        """Take a hint that comes from this process. False if others have to hear of it, too."""
+        self._take_hint(hint)
+        self._offered += hint.tasks
         return (
-            all(queue_name in self.settings.queue_names for queue_name, _ in hint.lanes)
-            and self._free > len(hint.lanes)
+            not hint.taken
+            and not self._stopping.is_set()
+            and self._lease.valid
+            and all(queue_name in self.settings.queue_names for queue_name, _ in hint.lanes)
+            and self._free >= self._offered
             and self._free * 2 > self.settings.concurrency
         )
 

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
-from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext
+from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext, task
 from durable_sa.hints import Hint, HintSender
 
 from ..support import eventually
@@ -504,3 +504,36 @@ async def test_a_restart_of_the_pooler_fails_no_task(
     await pooled.dispose()
     await assert_stories_ended_well(sql, spawned)
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+
+
+async def test_a_worker_beside_the_client_hears_of_a_spawn_directly(durable: Durable, quick: Any) -> None:
+    async with durable.worker(listen=False, poll_interval=30.0) as worker:
+        for _ in range(3):
+            await eventually(lambda: not worker._wake.is_set())
+            await durable.wait_for_result(await durable.spawn(quick), timeout=5)
+
+
+async def test_others_hear_of_children_that_their_parents_worker_has_no_slots_for(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    runners: set[str] = set()
+
+    @task
+    async def child(ctx: TaskContext) -> None:
+        runners.add(ctx.state)
+        await eventually(lambda: len(runners) == 2, within=3.0)
+
+    @task
+    async def parent(ctx: TaskContext) -> None:
+        for number in range(30):
+            await ctx.spawn(f"child-{number}", child)
+
+    async with (
+        Durable(engine, state="first", tasks=[parent, child]) as first,
+        Durable(engine, state="second", tasks=[child]) as second,
+        second.worker(concurrency=20) as idle,
+        first.worker(concurrency=20),
+    ):
+        await eventually(lambda: idle._listener is not None and idle._listener.working)
+        await durable.spawn_by_name("parent", unchecked=True)
+        await eventually(lambda: len(runners) == 2, within=3.0)
