@@ -23,7 +23,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opentelemetry import metrics, trace
+try:
+    from opentelemetry import metrics, trace
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "OpenTelemetry's API is not installed. Install it: pip install 'durable_sa[telemetry]'", name=error.name
+    ) from error
 
 from ..hooks import Hooks
 from ..signals import ControlFlow, LeaseLost, TaskCancelled

@@ -1,6 +1,7 @@
 """What the counters count, how many series there can be, and what it takes to have none."""
 
 import asyncio
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,13 @@ async def test_gauges_show_workers_their_runs_and_what_is_ready(
 async def test_false_is_none_at_all(engine: AsyncEngine, telemetry: Any) -> None:
     durable = Durable(engine, telemetry=False)
     assert durable.telemetry is None
+
+
+def test_without_the_extra_it_says_how_to_get_it() -> None:
+    code = "import sys; sys.modules['opentelemetry'] = None; import durable_sa; import durable_sa.telemetry"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "pip install 'durable_sa[telemetry]'" in result.stderr.splitlines()[-1]
 
 
 SET_UP = """
