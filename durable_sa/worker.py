@@ -607,10 +607,11 @@ class Worker:
         task_ids = [item.task_id for item in claimed]
         try:
             await persistently(lambda: self._rest.execute(waits.RESOLVE, {"task_ids": sorted(task_ids)}))
+            # Waits first: one that somebody resolves in between is then found twice, instead of not at all.
+            waiting = await persistently(lambda: self._rest.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids}))
             recorded = await persistently(
                 lambda: self._rest.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
             )
-            waiting = await persistently(lambda: self._rest.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids}))
             wakers: Sequence[Row[Any]] = ()
             if self.telemetry is not None:
                 wakers = await persistently(lambda: self._rest.execute(waits.WAKERS, {"task_ids": task_ids}))

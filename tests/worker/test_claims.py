@@ -12,12 +12,12 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from durable_sa import Durable, Spawn, TaskContext, TaskRow
+from durable_sa import Durable, Spawn, TaskContext, TaskRow, TaskTimeout
 from durable_sa.connections import Database
 from durable_sa.ids import new_id
 from durable_sa.lanes import Lanes
 from durable_sa.models import Run, WorkerRow
-from durable_sa.statements import claiming
+from durable_sa.statements import checkpoints, claiming, waits
 
 from ..support import eventually
 from . import program
@@ -548,3 +548,35 @@ async def test_concurrent_claims_share_the_tasks_among_them(durable: Durable) ->
         assert holders <= {claimer.worker_id for claimer in claimers}
         assert set((await connection.execute(select(WorkerRow.worker_id))).scalars()) >= holders
         assert (await connection.execute(select(Run))).all() == []
+
+
+async def test_a_timeout_that_another_worker_notes_while_a_run_is_loaded_is_not_begun_anew(
+    durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @durable.task
+    async def work(ctx: TaskContext) -> str:
+        try:
+            return str(await ctx.await_event("never", timeout=60))
+        except TaskTimeout:
+            return "timeout"
+
+    spawned = await durable.spawn(work)
+    async with durable.worker(listen=False, poll_interval=0.05) as worker:
+        await eventually(lambda: sql("SELECT 1 FROM durable.waits"))
+        execute = worker._rest.execute
+        noted: list[bool] = []
+
+        async def interrupted(statement: Any, parameters: Any) -> Any:
+            if statement is waits.RESOLVE and not noted:
+                return []  # the other one has the row locked
+            rows = await execute(statement, parameters)
+            if statement in (checkpoints.LOAD_CHECKPOINTS, checkpoints.LOAD_WAITS) and not noted:
+                noted.append(True)
+                await durable.database.execute(waits.RESOLVE, {"task_ids": [spawned.task_id]})
+            return rows
+
+        monkeypatch.setattr(worker._rest, "execute", interrupted)
+        await sql("UPDATE durable.waits SET due_at = now()")
+        await sql("UPDATE durable.tasks SET available_at = now()")
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == "timeout"
+    assert noted
