@@ -36,7 +36,7 @@ async def test_any_connection_of_a_worker_may_be_terminated_at_any_time(
         async with victim.worker(concurrency=20):
             spawned = await durable.spawn_many([(story.task, Parts())] * 60)
             terminated, until = 0, time.monotonic() + 2.5
-            while time.monotonic() < until:
+            while time.monotonic() < until or terminated <= 20:
                 pids = await sql("SELECT pid FROM pg_stat_activity WHERE application_name = 'victim'")
                 for (pid,) in chance.sample(pids, min(len(pids), 2)):
                     terminated += 1
@@ -44,7 +44,6 @@ async def test_any_connection_of_a_worker_may_be_terminated_at_any_time(
                 await asyncio.sleep(chance.uniform(0, 0.02))
             for spawn in spawned:
                 assert (await durable.wait_for_result(spawn, timeout=30)).output == 3
-        assert terminated > 20
     await assert_stories_ended_well(sql, spawned)
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
     # In a run that goes on, a step whose result could not be stored at first is not run again.
