@@ -169,7 +169,7 @@ class Gate:
         self._server.close()
         for connection in self._connections:
             connection.transport.abort()
-        await self._server.wait_closed()
+        # Until Python 3.12 the server did not wait for connections; now it would for those that come at this moment.
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         socket = self._target.query.get("host")

@@ -342,7 +342,8 @@ async def test_a_connection_that_is_cut_at_any_moment_leaves_both_or_neither(
         found = sorted(ordered)
         assert found == sorted(spawned)
     assert set(acknowledged) <= set(found)
-    assert 30 <= len(acknowledged) < 60
+    # How many is a matter of the moment: enough of both kinds.
+    assert 10 <= len(acknowledged) < 60
 
 
 async def test_a_session_with_several_binds_uses_the_one_of_the_durable_tables(
