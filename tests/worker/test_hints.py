@@ -461,7 +461,6 @@ async def test_statements_that_the_driver_keeps_behind_a_pooler_are_explained(
     durable: Durable, quick: Any, bouncer: PgBouncer, caplog: pytest.LogCaptureFixture
 ) -> None:
     unprepared = create_async_engine(bouncer.url)
-    busy = [await unprepared.connect() for _ in range(2)]
     async with Durable(unprepared) as victim:
         for _ in range(20):
             if _warnings(caplog):
@@ -470,8 +469,6 @@ async def test_statements_that_the_driver_keeps_behind_a_pooler_are_explained(
                 await asyncio.gather(
                     *(victim.spawn(quick) for _ in range(5)), *(victim.list_queues() for _ in range(5))
                 )
-    for connection in busy:
-        await connection.close()
     await unprepared.dispose()
     (message,) = _warnings(caplog)
     assert "statement_cache_size=0" in message
