@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -41,8 +42,12 @@ async def answer(system: System, request: dict[str, Any]) -> dict[str, Any]:
         return {"id": request["id"], "error": traceback.format_exc()}
 
 
-async def converse(system: System, replies: IO[str]) -> None:
-    """Answer until the input ends."""
+async def converse(system: System, replies: IO[str], *, tuned: bool) -> None:
+    """Answer until the input ends.
+
+    In a `tuned` process, whatever the system, what is in memory when it begins to work is left out of garbage
+    collections, as those who run workers in processes of their own do.
+    """
 
     def say(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message) + "\n")
@@ -56,7 +61,11 @@ async def converse(system: System, replies: IO[str]) -> None:
     pending: set[asyncio.Task[None]] = set()
 
     async def serve(request: dict[str, Any]) -> None:
-        say(await answer(system, request))
+        reply = await answer(system, request)
+        if tuned and request["go"] == "work":
+            gc.collect()
+            gc.freeze()
+        say(reply)
 
     while line := await requests.readline():
         task = asyncio.create_task(serve(json.loads(line)))
@@ -78,7 +87,7 @@ def main() -> None:
 
         # The policy and not just this loop: some systems run their tasks in a loop of their own.
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    asyncio.run(converse(load_system(name), replies))
+    asyncio.run(converse(load_system(name), replies, tuned=loop == "uvloop"))
     # Threads that a system leaves behind must not keep the process.
     os._exit(0)
 

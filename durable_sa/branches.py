@@ -34,10 +34,21 @@ _branch_of: dict[AnyTask, "Branch | None"] = {}
 """The live asyncio tasks of all runs. The context variable alone would not do: tasks may share a context."""
 
 
+class _Counters:
+    """What a branch has created and asked for so far."""
+
+    __slots__ = ("callbacks", "children", "occurrences")
+
+    def __init__(self) -> None:
+        self.children = itertools.count()
+        self.callbacks = itertools.count()
+        self.occurrences: dict[Hashable, int] = {}
+
+
 class Branch:
     """One asyncio task of a run, or the body of one step in it."""
 
-    __slots__ = ("_callbacks", "_children", "_occurrences", "bound", "branches", "depth", "path")
+    __slots__ = ("_counters", "bound", "branches", "depth", "path")
 
     def __init__(self, branches: "Branches", path: tuple[int | str, ...], *, bound: bool = False) -> None:
         self.branches = branches
@@ -47,29 +58,36 @@ class Branch:
         """How far below the root."""
         self.bound = bound
         """Whether its asyncio task is known. While an eager task takes its first step it is not yet."""
-        self._children = itertools.count()
-        self._callbacks = itertools.count()
-        self._occurrences: dict[Hashable, int] = {}
+        self._counters: _Counters | None = None
+
+    @property
+    def _count(self) -> "_Counters":
+        """Made when it is needed: most branches create no other and repeat nothing."""
+        if self._counters is None:
+            self._counters = _Counters()
+        return self._counters
 
     def occurrence(self, identity: Hashable) -> int:
         """How often this branch was asked for `identity` before: 0, then 1, and so on."""
-        count = self._occurrences.get(identity, 0)
-        self._occurrences[identity] = count + 1
+        occurrences = self._count.occurrences
+        count = occurrences.get(identity, 0)
+        occurrences[identity] = count + 1
         return count
 
     def fork(self) -> "Branch":
         """The branch of the next task that this one creates."""
-        return Branch(self.branches, (*self.path, next(self._children)))
+        return Branch(self.branches, (*self.path, next(self._count.children)))
 
     def fork_in_callback(self) -> "Branch":
         """The same for its callbacks: they come in any order, so they must not shift the numbers of the others."""
-        return Branch(self.branches, (*self.path, f"callback-{next(self._callbacks)}"))
+        return Branch(self.branches, (*self.path, f"callback-{next(self._count.callbacks)}"))
 
     def fork_in_wait_for(self) -> "Branch":
         """This branch once more, for a task that `asyncio.wait_for` creates: from Python 3.12 on it makes do without.
 
         Both go by the same path and counters, so that what is replayed by another Python finds the same.
         """
+        _ = self._count
         branch = copy.copy(self)
         branch.depth += 1
         branch.bound = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -906,12 +907,17 @@ class Durable(Generic[StateT]):
     async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
         """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them.
 
+        It takes the process to be there for the worker: what is in memory once it has started, code above all, is left
+        out of garbage collections from then on (`gc.freeze`), which would cost a quarter of the throughput.
+
         Raises:
             DurableError: whatever :meth:`start_worker` raises.
         """
         worker = await self.start_worker(**options)
         try:
             async with signals_handled(worker):
+                gc.collect()
+                gc.freeze()
                 await worker.wait()
         finally:
             await worker.shutdown()

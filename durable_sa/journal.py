@@ -69,7 +69,7 @@ class Journal:
 
     def unused_names(self) -> list[str]:
         """Names of the calls that are recorded and were never made again."""
-        return sorted({entry.name for entry in self._whole()})
+        return sorted({entry.name for entry in self._whole()}) if self._entries else []
 
     def _whole(self) -> Iterator[Entry]:
         """Without the parts of steps, whose results stand for them."""

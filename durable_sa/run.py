@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import time
 import uuid
@@ -262,24 +263,27 @@ class Run:
         error: BaseException | None = None,
     ) -> None:
         claimed = self.claimed
-
-        def told(stored: Any, refusal: BaseException | None) -> None:
-            if refusal is None:
-                again = kind is Kind.FAILURE and stored.state != "failed"
-                self.host.outcome_stored(self, "retried" if again else outcome, error)
-            elif isinstance(refusal, LeaseLost):
-                self.host.outcome_stored(self, "lost", None)
-            elif kind is Kind.FAILURE:
-                logger.error(
-                    "the failure of task %s cannot be stored",
-                    claimed.task_id,
-                    exc_info=refusal,
-                    extra=claimed.log_fields,
-                )
-            else:
-                self._write_failure(refusal)
-
+        told = functools.partial(self._told, kind, outcome, error)
         self.host.writer.submit(Write(kind, claimed.task_id, claimed.fence, told, None, values, waits or (), size))
+
+    def _told(
+        self, kind: Kind, outcome: str, error: BaseException | None, stored: Any, refusal: BaseException | None
+    ) -> None:
+        """What became of the write that ends the run."""
+        if refusal is None:
+            again = kind is Kind.FAILURE and stored.state != "failed"
+            self.host.outcome_stored(self, "retried" if again else outcome, error)
+        elif isinstance(refusal, LeaseLost):
+            self.host.outcome_stored(self, "lost", None)
+        elif kind is Kind.FAILURE:
+            logger.error(
+                "the failure of task %s cannot be stored",
+                self.claimed.task_id,
+                exc_info=refusal,
+                extra=self.claimed.log_fields,
+            )
+        else:
+            self._write_failure(refusal)
 
     def now(self) -> datetime:
         """The database's time, or a little before."""
