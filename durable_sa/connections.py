@@ -21,6 +21,7 @@ from sqlalchemy.pool import NullPool, Pool
 
 from .errors import InvalidConfiguration
 from .models import SCHEMA
+from .statements.expressions import LEARN_TYPES, NO_ARRAYS
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import IsolationLevel
@@ -44,7 +45,7 @@ _POOLER_STATES = frozenset({"26000", "42P05"})
 _EXPLICIT = "durable_explicit"
 _REPLAN = "durable_replan"
 REPLAN_INTERVAL = 1.0
-REPLAN_STATEMENTS = 10
+REPLAN_STATEMENTS = 20
 """How long, and for how many statements at least, a connection may go on with plans that were made for other tables."""
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
 
@@ -425,10 +426,11 @@ class Channel:
                 raise
 
     async def open(self) -> None:
-        """Take a connection from the pool, now rather than with the first statement."""
+        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
         async with self._lock:
             if self._connection is None:
                 self._connection = await self._database.connect()
+        await self.execute(LEARN_TYPES, NO_ARRAYS)
 
     async def close(self) -> None:
         """Give the connection back to the pool."""

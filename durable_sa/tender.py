@@ -30,7 +30,7 @@ BATCH = 500
 DELIVERY_EVENTS = 50
 LOCKED_PAUSE = 0.1
 """Seconds until waits of tasks that somebody had locked are looked at again."""
-RECONCILE_INTERVAL = 10.0
+RECONCILE_INTERVAL = 15.0
 """Seconds between searches for waits that should have been resolved."""
 REPAIR_AGE = 5.0
 """Seconds after which a wait that should have been resolved is taken to have been forgotten."""

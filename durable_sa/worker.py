@@ -512,9 +512,12 @@ class Worker:
         now = time.monotonic()
         search = self._lanes.search_due
         if search or self._lanes.due:
-            self._lanes.surveyed(
-                await self._claims.execute(claiming.SURVEY_LANES, {"queue_names": list(self.settings.queue_names)})
-            )
+            survey = await self._claims.execute(claiming.SURVEY_LANES, {"queue_names": list(self.settings.queue_names)})
+            self._lanes.surveyed(survey)
+            if not survey:
+                # There is not a task that has not ended.
+                self._lanes.searched(time.monotonic() - now)
+                return 0
         worker_id = self.worker_id
         offered = self._offered
         rows = await self._claims.execute(

@@ -309,7 +309,10 @@ async def test_handle_that_is_not_of_a_child_is_refused_at_once(run: Runner, who
     assert "child" in output
 
 
-async def test_join_of_a_child_that_was_deleted_does_not_wait_for_ever(run: Runner):
+async def test_join_of_a_child_that_was_deleted_does_not_wait_for_ever(run: Runner, monkeypatch: pytest.MonkeyPatch):
+    """The search for what was lost, which runs every few seconds, finds it."""
+    monkeypatch.setattr("durable_sa.tender.REPAIR_AGE", 0.0)
+
     @run.durable.task
     async def child(ctx: TaskContext) -> None:
         await ctx.await_event("never")
@@ -329,6 +332,8 @@ async def test_join_of_a_child_that_was_deleted_does_not_wait_for_ever(run: Runn
     async with run.durable.engine.begin() as connection:
         await connection.execute(text("DELETE FROM durable.waits WHERE task_id = :id"), {"id": row.task_id})
         await connection.execute(text("DELETE FROM durable.tasks WHERE task_id = :id"), {"id": row.task_id})
+    for worker in run.durable.workers:
+        worker.tender.hurry()
     assert (await run.wait(spawned)).output == "ChildCancelled"
 
 

@@ -315,7 +315,7 @@ async def test_plans_do_not_outlive_the_size_of_the_tables(
             await channel.execute(*find)
         assert await rows_read() >= 20
         await durable.spawn_many([(work, number) for number in range(20_000)])
-        for _ in range(10):
+        for _ in range(20):
             await channel.execute(*find)
         before = await rows_read()
         await channel.execute(*find)

@@ -339,3 +339,13 @@ async def test_a_private_engine_of_the_application_is_used_as_it_is(
         assert rows[0][0] <= 1
     await engine.dispose()
     await eventually(lambda: nothing_left(sql))
+
+
+async def test_a_workers_connections_know_the_types_of_its_statements_from_the_start(durable: Durable) -> None:
+    async with durable.worker(listen=False) as worker:
+        for channel in (worker._claims, worker._writes, worker._rest):
+            assert channel._connection is not None
+            driver: Any = (await channel._connection.get_raw_connection()).driver_connection
+            known = driver._protocol.get_settings()
+            for oid in (2951, 1016, 1000, 1022, 1185):  # arrays of uuid, bigint, boolean, double precision, timestamptz
+                assert known.get_data_codec(oid) is not None
