@@ -515,6 +515,9 @@ def nobody_complains(e: Evidence) -> Iterator[str]:
     """No process has logged an error or warned of something left open: faults are warnings, and expected."""
     for name, log in e.logs.items():
         for found in _COMPLAINT.finditer(log):
+            if "\nKeyboardInterrupt\n" in log[found.end() :].split("\n20")[0] + "\n":
+                # SIGINT came before the worker had started, and handled it.
+                continue
             after = " | ".join(log[found.end() :].split("\n")[1:25])
             if any(expected in f"{found.group()} {after[:100]}" for expected in _EXPECTED):
                 continue
