@@ -11,6 +11,7 @@ from pydantic_core import to_json
 from durable_sa.errors import (
     ChildCancelled,
     ChildFailed,
+    IdempotencyConflict,
     InvalidConfiguration,
     InvalidName,
     InvalidState,
@@ -36,6 +37,7 @@ _NEVER_RETRIED: Final = (
     InvalidConfiguration,
     InvalidState,
     PayloadTooLarge,
+    IdempotencyConflict,
 )
 
 
@@ -57,8 +59,8 @@ def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], .
     """Whether the same code may succeed next time.
 
     `UserError`, the errors of a child, and what would fail the same way again (`SerializationError`, `InvalidName`,
-    `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`) are not retried, nor are the
-    exceptions of `no_retry_on`; all others are. An exception group is retried if all it holds is.
+    `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`, `IdempotencyConflict`) are not
+    retried, nor are the exceptions of `no_retry_on`; all others are. An exception group is retried if all it holds is.
     """
     refused = _NEVER_RETRIED + no_retry_on
     return not any(isinstance(inner, refused) for inner in _with_members(error))

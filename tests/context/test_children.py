@@ -14,6 +14,7 @@ from durable_sa import (
     ChildCancelled,
     ChildFailed,
     Durable,
+    RetryStrategy,
     SyncTaskContext,
     TaskContext,
     TaskHandle,
@@ -521,10 +522,10 @@ async def test_child_on_another_queue_is_joined_all_the_same(run: Runner):
         assert await run(work) == 42
 
 
-async def test_idempotency_key_of_a_strangers_task_is_a_conflict_and_does_not_hang(run: Runner):
+async def test_idempotency_key_of_a_strangers_task_is_a_conflict_and_is_not_tried_again(run: Runner):
     stranger = await run.spawn(double, 1, idempotency_key="taken")
 
-    @task(max_attempts=1)
+    @task(retry_strategy=RetryStrategy.fixed(0))
     async def work(ctx: TaskContext) -> None:
         await ctx.spawn("double", double, 1, idempotency_key="taken")
 
@@ -532,6 +533,7 @@ async def test_idempotency_key_of_a_strangers_task_is_a_conflict_and_does_not_ha
     error = (await run.wait(spawned)).error
     assert error.name == "IdempotencyConflict"
     assert "'taken'" in error.message
+    assert len(await Rows(run.durable, spawned).runs()) == 1
     assert await Rows(run.durable, spawned).children() == []
     assert (await run.wait(stranger)).output == 2
 
