@@ -31,12 +31,12 @@ from .context import TaskContext
 from .current import enter
 from .errors import InvalidConfiguration, QueueNotFound
 from .health import STUCK_AFTER, HealthServer, VitalSigns
-from .heartbeat import Heartbeat, Lease
 from .hints import Hint, channel_name, sender
 from .hooks import around_task
 from .ids import new_id
 from .journal import EMPTY_JOURNAL, Journal
 from .lanes import Lanes
+from .leases import Heartbeat, Lease
 from .listener import Listener
 from .names import validate_name
 from .options import WorkerOptions

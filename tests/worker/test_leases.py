@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import ChildFailed, Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
-from durable_sa.heartbeat import Heartbeat
 from durable_sa.ids import new_id
+from durable_sa.leases import Heartbeat
 from durable_sa.models import Run, WorkerRow
 from durable_sa.statements import claiming
 from durable_sa.statements.outcomes import LEASE_LOSS_LIMIT
