@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,7 +22,7 @@ from .statements import pgcron as statements
 from .statements.spawning import SPAWN_COLUMNS
 
 if TYPE_CHECKING:
-    from .client import Durable
+    from .client.base import ClientBase
 
 _FIELDS: Final = re.compile(r"[0-9A-Za-z*,/-]+( +[0-9A-Za-z*,/-]+){4}")
 _BEYOND: Final = re.compile(r"(?<![A-Za-z])[LWH](?![A-Za-z])|[0-9][LWlw]", re.ASCII)
@@ -97,7 +97,7 @@ async def require_extension(connection: AsyncConnection, timezone: str) -> None:
         )
 
 
-async def put_job(connection: AsyncConnection, durable: Durable[Any], name: str, cron: str, spawn: Prepared) -> None:
+async def put_job(connection: AsyncConnection, client: ClientBase, name: str, cron: str, spawn: Prepared) -> None:
     """Make a schedule's job, or change it.
 
     Raises:
@@ -107,10 +107,10 @@ async def put_job(connection: AsyncConnection, durable: Durable[Any], name: str,
         name,
         f"durable::{name}:",
         dict(zip(SPAWN_COLUMNS, spawn.values, strict=True)),
-        schema=durable.schema,
-        channel=channel_name(durable.schema),
+        schema=client.schema,
+        channel=channel_name(client.schema),
     )
-    parameters = {"job_name": job_name(name, durable.schema), "job_schedule": cron, "command": command}
+    parameters = {"job_name": job_name(name, client.schema), "job_schedule": cron, "command": command}
     try:
         await connection.execute(statements.SCHEDULE_JOB, parameters)
     except DBAPIError as error:

@@ -21,7 +21,7 @@ from .statements.spawning import SPAWN_COLUMNS
 from .ticks import Misfire, due_ticks, next_tick
 
 if TYPE_CHECKING:
-    from .client import Durable
+    from .client.base import ClientBase
     from .tasks import Task
 
 Overlap = Literal["allow", "skip"]
@@ -91,7 +91,7 @@ def tick_key(name: str, tick: datetime) -> str:
     return f"durable::{name}:{tick.isoformat()}"[-255:]
 
 
-def prepare_tick(durable: Durable[Any], row: Row[Any], tick: datetime | None) -> Prepared:
+def prepare_tick(client: ClientBase, row: Row[Any], tick: datetime | None) -> Prepared:
     """A schedule's spawn, the same in whatever process; without a tick, one that was asked for by hand."""
     options = decode_options(row.spawn_options)
     options["queue_name"] = row.queue_name
@@ -99,7 +99,7 @@ def prepare_tick(durable: Durable[Any], row: Row[Any], tick: datetime | None) ->
         options["idempotency_key"] = tick_key(row.name, tick)
     params = None if row.params is None else _PLAIN.decode(row.params, "the params of a schedule")
     headers = {SCHEDULED_BY: row.name, CRON: row.cron_expression}
-    return prepare(durable, row.task_name, params, options, as_stored=True, internal_headers=headers)
+    return prepare(client, row.task_name, params, options, as_stored=True, internal_headers=headers)
 
 
 class Definition(NamedTuple):
@@ -117,7 +117,7 @@ class Definition(NamedTuple):
     options: SpawnOptions
 
 
-async def create(durable: Durable[Any], definition: Definition) -> None:
+async def create(client: ClientBase, definition: Definition) -> None:
     """Check a definition and store it, with its job if the extension is to fire it."""
     misfire = definition.misfire or ("run_once" if definition.backend == "worker" else "skip")
     for what, value, known in (
@@ -132,14 +132,14 @@ async def create(durable: Durable[Any], definition: Definition) -> None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
     headers = {SCHEDULED_BY: definition.name, CRON: definition.cron_expression}
     prepared = prepare(
-        durable, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
+        client, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
     )
-    await durable.require_queue(prepared.queue_name)
-    now = (await durable.database.execute(scheduling.DATABASE_TIME))[0].now
+    await client.require_queue(prepared.queue_name)
+    now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
     first = next_tick(definition.cron_expression, definition.timezone, now)
     if first is None:
         raise InvalidCron(definition.cron_expression, "it never comes true")
-    job = pgcron.job_name(definition.name, durable.schema) if definition.backend == "pg_cron" else None
+    job = pgcron.job_name(definition.name, client.schema) if definition.backend == "pg_cron" else None
     if job is not None:
         pgcron.check_expression(definition.cron_expression)
         if misfire != "skip":
@@ -161,13 +161,13 @@ async def create(durable: Durable[Any], definition: Definition) -> None:
         # The extension decides by itself.
         "next_tick": first if job is None else None,
     }
-    async with durable.database.transaction() as connection:
+    async with client.database.transaction() as connection:
         if job is not None:
             await pgcron.require_extension(connection, definition.timezone)
         before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": definition.name})).one_or_none()
         stored = (await connection.execute(scheduling.PUT_SCHEDULE, values)).one()
         if job is not None:
-            await pgcron.put_job(connection, durable, definition.name, definition.cron_expression, prepared)
+            await pgcron.put_job(connection, client, definition.name, definition.cron_expression, prepared)
             await pgcron.activate_job(connection, job, active=stored.paused_at is None)
         elif before is not None:
             await pgcron.remove_job(connection, before.pgcron_job_name)
@@ -195,43 +195,43 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
     return complete
 
 
-async def delete(durable: Durable[Any], name: str) -> None:
+async def delete(client: ClientBase, name: str) -> None:
     """Remove a schedule, with its job."""
-    async with durable.database.transaction() as connection:
+    async with client.database.transaction() as connection:
         row = (await connection.execute(scheduling.DELETE_SCHEDULE, {"schedule_name": name})).one_or_none()
         if row is None:
             raise ScheduleNotFound(name)
         await pgcron.remove_job(connection, row.pgcron_job_name)
 
 
-async def _rows(durable: Durable[Any], name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
+async def _rows(client: ClientBase, name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
     containing = None if chosen.metadata is None else _PLAIN.encode(dict(chosen.metadata), "the metadata to look for")
-    return await durable.database.execute(
+    return await client.database.execute(
         scheduling.LIST_SCHEDULES, {"only_name": name, "only_task": chosen.task_name, "containing": containing}
     )
 
 
-async def listed(durable: Durable[Any], chosen: ScheduleFilter) -> list[ScheduleInfo]:
+async def listed(client: ClientBase, chosen: ScheduleFilter) -> list[ScheduleInfo]:
     """Schedules that match a filter."""
-    return [schedule_info(row) for row in await _rows(durable, None, chosen)]
+    return [schedule_info(row) for row in await _rows(client, None, chosen)]
 
 
-async def _stored(durable: Durable[Any], name: str) -> Row[Any]:
-    rows = await _rows(durable, name, ScheduleFilter())
+async def _stored(client: ClientBase, name: str) -> Row[Any]:
+    rows = await _rows(client, name, ScheduleFilter())
     if not rows:
         raise ScheduleNotFound(name)
     return rows[0]
 
 
-async def pause(durable: Durable[Any], name: str, *, paused: bool) -> None:
+async def pause(client: ClientBase, name: str, *, paused: bool) -> None:
     """Stop a schedule, or let it go on from its next tick."""
-    row = await _stored(durable, name)
+    row = await _stored(client, name)
     following: datetime | None = None
     if not paused and row.backend == "worker":
-        now = (await durable.database.execute(scheduling.DATABASE_TIME))[0].now
+        now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
         following = next_tick(row.cron_expression, row.timezone, now)
     values = {"schedule_name": name, "paused": paused, "next_tick": following}
-    async with durable.database.transaction() as connection:
+    async with client.database.transaction() as connection:
         changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
         if changed is None:
             raise ScheduleNotFound(name)
@@ -239,9 +239,9 @@ async def pause(durable: Durable[Any], name: str, *, paused: bool) -> None:
             await pgcron.activate_job(connection, changed.pgcron_job_name, active=not paused)
 
 
-async def triggered(durable: Durable[Any], name: str) -> Prepared:
+async def triggered(client: ClientBase, name: str) -> Prepared:
     """The spawn of a tick that is asked for by hand."""
-    return prepare_tick(durable, await _stored(durable, name), None)
+    return prepare_tick(client, await _stored(client, name), None)
 
 
 class Executing(Protocol):
@@ -252,7 +252,7 @@ class Executing(Protocol):
         ...
 
 
-async def fire_due(durable: Durable[Any], channel: Executing) -> tuple[list[Row[Any]], bool]:
+async def fire_due(client: ClientBase, channel: Executing) -> tuple[list[Row[Any]], bool]:
     """Fire all schedules that are due; any number of workers may do it at the same time.
 
     Gives the tasks spawned, and whether any schedule has moved on. One that cannot be fired here, for its time zone or
@@ -264,7 +264,7 @@ async def fire_due(durable: Durable[Any], channel: Executing) -> tuple[list[Row[
         prepared: list[Prepared] = []
         try:
             fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
-            prepared.extend(prepare_tick(durable, row, tick) for tick in fired)
+            prepared.extend(prepare_tick(client, row, tick) for tick in fired)
         except Exception as error:
             logger.exception("schedule %s cannot be fired by this worker", row.name)
             over(prepared, (), error)

@@ -20,7 +20,7 @@ from .statements.spawning import SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
-    from .client import Durable
+    from .client.base import ClientBase
     from .telemetry.operations import Spawning
 
 _PLAIN: Codec[Any] = codec_for(Any)
@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    durable: Durable[Any],
+    client: ClientBase,
     task: Task[Any, Any] | str,
     params: Any,
     options: SpawnOptions,
@@ -75,7 +75,7 @@ def prepare(
     """
     if isinstance(task, str):
         name = validate_name("task", task)
-        known = None if as_stored else durable.tasks.get(name) if unchecked else durable.registered(name)
+        known = None if as_stored else client.tasks.get(name) if unchecked else client.registered(name)
     elif isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
         name, known = task.name, task
     else:
@@ -92,16 +92,16 @@ def prepare(
         codec = _PLAIN
         defaults = TaskOptions()
     if text is not None:
-        check_size(text, durable.max_payload_bytes, f"the params of task {name!r}")
-    resolved = resolve_spawn_options(options, defaults, durable.defaults, internal_headers=internal_headers)
+        check_size(text, client.max_payload_bytes, f"the params of task {name!r}")
+    resolved = resolve_spawn_options(options, defaults, client.defaults, internal_headers=internal_headers)
     task_id, run_id = task_id or new_id(), new_id()
     headers = resolved.headers
-    if spawning is None and observed and hooked and (telemetry := durable.telemetry) is not None:
+    if spawning is None and observed and hooked and (telemetry := client.telemetry) is not None:
         spawning = telemetry.spawn(name, resolved.queue_name)
     if spawning is not None:
         internal_headers = {**(internal_headers or {}), **spawning.headers}
         headers = encode_headers(options.get("headers"), internal_headers)
-    if hooked and (hooks := durable.hooks.on_spawn):
+    if hooked and (hooks := client.hooks.on_spawn):
         outgoing = OutgoingSpawn(
             task_id,
             name,
@@ -148,7 +148,7 @@ def prepare(
         codec,
         resolved.idempotency_key,
         values,
-        name in durable.tasks,
+        name in client.tasks,
         spawning,
     )
 

@@ -1,0 +1,195 @@
+"""The client: registers tasks, spawns them, asks for their results, and starts workers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self
+
+from sqlalchemy import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from typing_extensions import TypeVar as DefaultTypeVar
+from typing_extensions import Unpack
+
+from .. import migrations
+from ..codec import DEFAULT_MAX_PAYLOAD_BYTES
+from ..errors import InvalidConfiguration
+from ..hints import channel_name, flush
+from ..hooks import Hooks
+from ..models import DEFAULT_QUEUE, SCHEMA
+from ..options import WorkerOptions
+from ..policies import CancellationPolicy, RetryStrategy
+from ..tasks import Task
+from ..worker import Settings, Worker, signals_handled
+from .events import Events
+from .queues import QueuePolicy, Queues
+from .schedules import Schedules
+from .spawning import Spawning
+from .tasks import Tasks
+
+if TYPE_CHECKING:
+    from ..telemetry import Telemetry
+
+__all__ = ["Durable", "QueuePolicy"]
+
+StateT = DefaultTypeVar("StateT", default=Any)
+
+
+class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
+    """Durable execution on an application's own Postgres.
+
+    `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process
+    that only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is read; where that is unset
+    too, the embedded Postgres is used. An engine that is given is neither configured nor disposed of; one that is
+    made from a URL is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
+
+    `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
+    `ctx.state`, otherwise `state` is. `queue_name` is the queue of spawns and workers that name none, and
+    `default_max_attempts`, `default_retry_strategy` (5 seconds between attempts) and `default_cancellation` (never) are
+    for tasks that say nothing of their own. A value may have `max_payload_bytes` as JSON, 16 MiB if not given and at
+    most 1 GiB. `schema` is where the tables are, if not in ``durable``. `hooks` go around all
+    spawns, runs and steps of the client; see :class:`durable_sa.Hooks`. Spans and metrics go to `telemetry`, a
+    :class:`durable_sa.telemetry.Telemetry`; if none is given, to OpenTelemetry's global providers as soon as the
+    application has set these up; False is never.
+
+    Raises:
+        InvalidConfiguration, InvalidName: a setting that cannot work.
+        TaskAlreadyRegistered: two of `tasks` have the same name.
+    """
+
+    def __init__(
+        self,
+        bind: AsyncEngine | async_sessionmaker[Any] | URL | str | None = None,
+        *,
+        queue_name: str = DEFAULT_QUEUE,
+        state: StateT | None = None,
+        lifespan: Callable[..., AbstractAsyncContextManager[StateT]]
+        | AbstractAsyncContextManager[StateT]
+        | None = None,
+        schema: str = SCHEMA,
+        default_max_attempts: int = 5,
+        default_retry_strategy: RetryStrategy | None = None,
+        default_cancellation: CancellationPolicy | None = None,
+        max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        hooks: Iterable[Hooks] = (),
+        telemetry: Telemetry | Literal[False] | None = None,
+        tasks: Iterable[Task[Any, Any]] = (),
+    ) -> None:
+        super().__init__(
+            bind,
+            queue_name=queue_name,
+            schema=schema,
+            default_max_attempts=default_max_attempts,
+            default_retry_strategy=default_retry_strategy,
+            default_cancellation=default_cancellation,
+            max_payload_bytes=max_payload_bytes,
+            hooks=hooks,
+            telemetry=telemetry,
+        )
+        self.state = state
+        """What `ctx.state` is without a lifespan."""
+        self.lifespan = lifespan
+        for task in tasks:
+            self.register(task)
+
+    def __repr__(self) -> str:
+        return f"<Durable queue={self.queue_name!r} tasks={len(self.tasks)}>"
+
+    @property
+    def workers(self) -> frozenset[Worker]:
+        """The workers of this client that have been started and have not ended."""
+        return frozenset(self._workers)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Shut down workers that still run, and dispose of the engine if it was made from a URL.
+
+        Wake-up hints on their way are seen off, also over engines of the application: dispose of those afterwards.
+        """
+        for worker in list(self._workers):
+            await worker.shutdown()
+        await flush(channel_name(self.schema))
+        if self._database is not None:
+            await self._database.close()
+            if self._database.owned:
+                self._database = None
+
+    async def migrate(self) -> None:
+        """Bring the durable tables to the newest version, creating their schema if need be; safe to call at any time.
+
+        For applications without Alembic, for tests and demos. Several processes may call it at once.
+        """
+        engine = self.database.engine.execution_options(isolation_level="READ COMMITTED")
+        async with engine.begin() as connection:
+            await connection.run_sync(migrations.migrate, self.schema)
+
+    async def check_schema(self) -> None:
+        """Compare the tables in the database with what this version of the package needs.
+
+        Raises:
+            SchemaMismatch: they are not there, older or newer; the message says what to do.
+            InvalidConfiguration: there is a connection pooler that does not let transactions through.
+        """
+        try:
+            async with self.database.engine.connect() as connection:
+                await connection.run_sync(migrations.check, self.schema)
+        except DBAPIError as error:
+            if "statement pooling" in str(error.orig):
+                raise InvalidConfiguration(
+                    "bind", "there is a connection pooler in statement mode", "Set its pool_mode to transaction."
+                ) from error
+            raise
+
+    async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
+        """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.
+
+        Raises:
+            InvalidConfiguration: an option that cannot work, such as a `claim_timeout` below 1 second.
+            QueueNotFound: one of its queues does not exist.
+            SchemaMismatch: the tables are not those that this version needs.
+        """
+        worker = Worker(self, Settings.resolve(options, self.queue_name))
+        await worker.start()
+        self._workers.add(worker)
+        return worker
+
+    @asynccontextmanager
+    async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncGenerator[Worker]:
+        """A worker for the length of an ``async with`` block; at its end it is shut down. As :meth:`start_worker`."""
+        worker = await self.start_worker(**options)
+        try:
+            yield worker
+        finally:
+            await worker.shutdown()
+
+    async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
+        """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them.
+
+        It takes the process to be there for the worker: what is in memory once it has started, code above all, is left
+        out of garbage collections from then on (`gc.freeze`), which would cost a quarter of the throughput.
+
+        Raises:
+            DurableError: whatever :meth:`start_worker` raises.
+        """
+        worker = await self.start_worker(**options)
+        try:
+            async with signals_handled(worker):
+                gc.collect()
+                gc.freeze()
+                await worker.wait()
+        finally:
+            await worker.shutdown()
+
+    def forget_worker(self, worker: Worker) -> None:
+        """A worker has ended."""
+        self._workers.discard(worker)

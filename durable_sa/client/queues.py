@@ -1,0 +1,132 @@
+"""Queues: making and dropping them, pausing them, and what they keep."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+from typing_extensions import Unpack
+
+from .. import pgcron
+from ..errors import QueueNotFound
+from ..hints import Hint
+from ..policies import Duration, integer, seconds
+from ..retention import delete_tasks
+from ..statements import queues, spawning
+from .base import ClientBase
+
+
+class QueuePolicy(TypedDict, total=False):
+    """What a queue keeps, and for how long: 30 days, unless said otherwise. None keeps it for ever."""
+
+    retention: Duration | None
+    """Age, since their end, at which finished tasks are deleted: seconds or a `timedelta`."""
+    event_retention: Duration | None
+    """Age at which emitted events are deleted."""
+
+
+class Queues(ClientBase):
+    """The part of a client that deals with queues."""
+
+    async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
+        """Create a queue; if it is there, only the policies that are given change.
+
+        `retention` is the age at which finished tasks are deleted, `event_retention` the age of events, in seconds or
+        as a `timedelta`: 30 days for a new queue unless given. None keeps them. Workers delete in the background.
+
+        Raises:
+            InvalidName: a name that breaks the rules.
+            InvalidConfiguration: an age below 0 or above 100 years.
+        """
+        if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
+            raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
+        parameters: dict[str, Any] = {"queue_name": self._queue(name)}
+        for key in ("retention", "event_retention"):
+            value = policy.get(key)
+            parameters[f"set_{key}"] = key in policy
+            parameters[key] = None if value is None else seconds(value, key)
+        await self.database.execute(queues.CREATE_QUEUE, parameters)
+
+    async def drop_queue(self, name: str | None = None) -> None:
+        """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
+
+        What open transactions have spawned into it cannot be seen yet: drop it once more when they are over.
+        """
+        queue = self._queue(name)
+        async with self.database.transaction() as connection:
+            for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
+                await pgcron.remove_job(connection, row.pgcron_job_name)
+            await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
+            await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
+        while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
+            pass
+        self._sender().send(Hint(taken=True))
+
+    async def list_queues(self) -> list[str]:
+        """The names of all queues, sorted."""
+        return [row.queue_name for row in await self.database.execute(queues.LIST_QUEUES)]
+
+    async def pause_queue(self, name: str | None = None) -> None:
+        """Let no worker claim from a queue until it is resumed; what runs goes on.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+        """
+        await self._pause(name, paused=True)
+
+    async def resume_queue(self, name: str | None = None) -> None:
+        """Let workers claim from a paused queue again.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+        """
+        await self._pause(name, paused=False)
+
+    async def _pause(self, name: str | None, *, paused: bool) -> None:
+        queue = self._queue(name)
+        if not await self.database.execute(queues.PAUSE_QUEUE, {"name": queue, "paused": paused}):
+            raise QueueNotFound(queue)
+        if not paused:
+            hint = Hint()
+            hint.add(queue, 0, datetime(1970, 1, 1, tzinfo=UTC))
+            self._sender().send(hint)
+
+    async def count_unclaimed_ready_tasks(self, queue_name: str | None = None) -> int:
+        """How many tasks of a queue a worker could claim at this moment; 0 for one that is paused or not there.
+
+        It counts rows: ask every few seconds, not with every request.
+        """
+        queue = self._queue(queue_name)
+        rows = await self.database.execute(spawning.COUNT_READY, {"queue_name": queue})
+        return int(rows[0][0])
+
+    async def cleanup_tasks(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
+        """Delete up to `limit` tasks that ended longer ago than `older_than`, with all that belongs to them.
+
+        What a live ancestor, a child or a waiting task still needs stays, and so does what a foreign key of the
+        application refers to. Returns the number deleted: fewer than `limit` when nothing more is to go.
+
+        Raises:
+            InvalidConfiguration: an age below 0 or above 100 years, a `limit` below 1.
+        """
+        queue, age = self._queue(queue_name), seconds(older_than, "older_than")
+        _check_limit(limit)
+        deleted = 0
+        # Parents stay until their children have gone.
+        while deleted < limit and (more := await delete_tasks(self.database, queue, age, limit - deleted)):
+            deleted += more
+        return deleted
+
+    async def cleanup_events(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
+        """Delete up to `limit` events emitted longer ago than `older_than` that nobody waits for.
+
+        Their names are free again. Returns the number deleted.
+        """
+        queue, age = self._queue(queue_name), seconds(older_than, "older_than")
+        _check_limit(limit)
+        parameters = {"queue_name": queue, "age": age, "wanted": limit}
+        return len(await self.database.execute(queues.DELETE_EVENTS, parameters))
+
+
+def _check_limit(limit: int) -> None:
+    integer(limit, "limit", minimum=1, maximum=2**31 - 1)

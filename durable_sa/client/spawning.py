@@ -1,0 +1,247 @@
+"""Enqueuing tasks: one or many, in a transaction of their own or the caller's."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar, cast, overload
+
+from sqlalchemy import Executable
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from typing_extensions import Unpack
+
+from .. import scripts
+from ..batches import Batch
+from ..connections import LOCK_NOT_AVAILABLE, backoff, sqlstate
+from ..errors import DurableError
+from ..hints import Hint
+from ..options import Spawn, SpawnOptions
+from ..results import SpawnResult
+from ..sessions import Executor, Script, perform
+from ..spawns import Prepared, at_position, prepare
+from ..statements import spawning
+from ..tasks import Task
+from .base import ClientBase
+
+T = TypeVar("T")
+ParamsT = TypeVar("ParamsT")
+
+
+class Spawning(ClientBase):
+    """The part of a client that enqueues tasks."""
+
+    @overload
+    async def spawn(
+        self, task: Task[None, T], params: None = None, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[T]: ...
+    @overload
+    async def spawn(
+        self, task: Task[ParamsT, T], params: ParamsT, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[T]: ...
+    async def spawn(
+        self, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[Any]:
+        """Enqueue a task, in a transaction of its own.
+
+        Raises:
+            InvalidTaskParams, PayloadTooLarge: params that do not fit.
+            InvalidConfiguration, InvalidName: an option that cannot work.
+            QueueNotFound: there is no such queue.
+            IdempotencyConflict: the idempotency key belongs to a task of another name or with other params.
+        """
+        return await self._spawn(prepare(self, task, params, options))
+
+    async def spawn_by_name(
+        self, name: str, params: Any = None, *, unchecked: bool = False, **options: Unpack[SpawnOptions]
+    ) -> SpawnResult[Any]:
+        """Enqueue a task by its name. `unchecked` allows names that only the workers know; params are plain JSON then.
+
+        Raises:
+            TaskNotRegistered: nobody here knows the name, and `unchecked` is not set.
+        """
+        return await self._spawn(prepare(self, name, params, options, unchecked=unchecked))
+
+    @overload
+    def spawn_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        task: Task[None, T],
+        params: None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, SpawnResult[T]]: ...
+    @overload
+    def spawn_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        task: Task[ParamsT, T],
+        params: ParamsT,
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, SpawnResult[T]]: ...
+    @overload
+    def spawn_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        task: Task[None, T],
+        params: None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> SpawnResult[T]: ...
+    @overload
+    def spawn_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        task: Task[ParamsT, T],
+        params: ParamsT,
+        **options: Unpack[SpawnOptions],
+    ) -> SpawnResult[T]: ...
+    def spawn_with(
+        self, session: Executor, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
+    ) -> Any:
+        """Enqueue a task in the caller's transaction: it exists if and only if that commits.
+
+        With an asynchronous session or connection this is a coroutine, with a synchronous one it returns directly.
+        Nothing is flushed: if the params need `order.id`, flush before. Nothing is committed or closed either.
+
+        Raises:
+            DurableError: whatever :meth:`spawn` raises; the transaction is then still usable.
+        """
+        prepared = prepare(self, task, params, options)
+        return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
+
+    @overload
+    def spawn_by_name_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str,
+        params: Any = None,
+        *,
+        unchecked: bool = False,
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, SpawnResult[Any]]: ...
+    @overload
+    def spawn_by_name_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        name: str,
+        params: Any = None,
+        *,
+        unchecked: bool = False,
+        **options: Unpack[SpawnOptions],
+    ) -> SpawnResult[Any]: ...
+    def spawn_by_name_with(
+        self,
+        session: Executor,
+        name: str,
+        params: Any = None,
+        *,
+        unchecked: bool = False,
+        **options: Unpack[SpawnOptions],
+    ) -> Any:
+        """As :meth:`spawn_with`, by the task's name."""
+        prepared = prepare(self, name, params, options, unchecked=unchecked)
+        return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
+
+    async def spawn_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[SpawnResult[Any]]:
+        """Enqueue many tasks, all or none, with one statement a thousand. Results come in the order of the items.
+
+        Raises:
+            DurableError: whatever :meth:`spawn` raises, for the first item that is at fault, with its position in a
+                note.
+        """
+        return await self._perform(scripts.spawn(self._prepare_many(items)))
+
+    @overload
+    def spawn_many_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]],
+    ) -> Coroutine[Any, Any, list[SpawnResult[Any]]]: ...
+    @overload
+    def spawn_many_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]],
+    ) -> list[SpawnResult[Any]]: ...
+    def spawn_many_with(self, session: Executor, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> Any:
+        """As :meth:`spawn_many`, in the caller's transaction."""
+        return perform(session, self.schema, scripts.spawn(self._prepare_many(items)))
+
+    def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
+        prepared: list[Prepared] = []
+        spawning = None if (telemetry := self.telemetry) is None else telemetry.spawn()
+        ready = functools.partial(prepare, self, spawning=spawning, observed=spawning is not None)
+        for position, item in enumerate(items):
+            try:
+                match item:
+                    case Spawn():
+                        prepared.append(ready(item.task, item.params, item.options))
+                    case (task, params):
+                        prepared.append(ready(task, params, {}))
+                    case _:
+                        raise TypeError(
+                            "what is to be spawned is a tuple of a task and its params, or Spawn(task, params, ...), "
+                            f"not {type(item).__name__}"
+                        )
+            except Exception as error:
+                if spawning is not None:
+                    spawning.over((), error)
+                if isinstance(error, DurableError):
+                    at_position(error, position)
+                raise
+        return prepared
+
+    @functools.cached_property
+    def _spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
+        return Batch(self._spawn_batch)
+
+    @functools.cached_property
+    def _keyed_spawns(self) -> Batch[Prepared, SpawnResult[Any] | None]:
+        return Batch(self._spawn_keyed)
+
+    async def _spawn(self, prepared: Prepared) -> SpawnResult[Any]:
+        """Together with others, but none waits for a transaction that has the idempotency key of another one."""
+        if prepared.idempotency_key is None:
+            return await self._spawns(prepared)
+        attempt = 0
+        while (spawned := await self._keyed_spawns(prepared)) is None:
+            await asyncio.sleep(backoff(attempt, most=0.5))
+            attempt += 1
+        return spawned
+
+    async def _spawn_keyed(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException | None]:
+        """As `_spawn_batch`, with None for those whose key is in somebody's open transaction."""
+        try:
+            return await self._spawn_batch(prepared, spawning.SPAWN_KEYED)
+        except DBAPIError as error:
+            if sqlstate(error) != LOCK_NOT_AVAILABLE:
+                raise
+        if len(prepared) == 1:
+            return [None]
+        middle = len(prepared) // 2
+        return [*await self._spawn_keyed(prepared[:middle]), *await self._spawn_keyed(prepared[middle:])]
+
+    async def _spawn_batch(
+        self, prepared: list[Prepared], insert: Executable = spawning.SPAWN
+    ) -> Sequence[SpawnResult[Any] | BaseException]:
+        """Spawns of callers that came at the same time: one statement, an outcome each."""
+        hint = Hint()
+        script = scripts.insert(prepared, hint, insert)
+        try:
+            statement, parameters = next(script)
+            while True:
+                statement, parameters = script.send(await self.database.execute(statement, parameters))
+        except StopIteration as end:
+            results: list[SpawnResult[Any] | DurableError] = end.value
+        # A worker beside it need not be told by way of the database.
+        here = next((worker for worker in self._workers if worker.loop is asyncio.get_running_loop()), None)
+        if here is None or not here.offer(hint) or any(spawn.task_name not in self.tasks for spawn in prepared):
+            self._sender().send(hint)
+        return cast("list[SpawnResult[Any] | BaseException]", results)
+
+
+def _first(script: Script[list[SpawnResult[Any]]]) -> Script[SpawnResult[Any]]:
+    results = yield from script
+    return results[0]

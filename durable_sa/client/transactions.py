@@ -1,0 +1,77 @@
+"""Scripts in transactions of their own, seen through to the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..branches import detached
+from ..connections import Database, backoff, is_conflict, is_lost
+from ..hints import Hint, channel_name, sender
+from ..sessions import Script
+from ..statements import maintenance
+
+T = TypeVar("T")
+
+_TRIES = 5
+_STATUS_TRIES = 12
+
+
+async def perform_alone(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    """Run a script in a transaction of its own, again if it loses against another one; its hint is sent after that.
+
+    A caller that is cancelled leaves it to finish by itself.
+    """
+    with detached():
+        task = asyncio.get_running_loop().create_task(_perform(database, script), name="durable:client")
+    return await asyncio.shield(task)
+
+
+async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    for attempt in range(_TRIES):
+        hint = Hint()
+        done: tuple[T, str | None] | None = None
+        try:
+            async with database.transaction() as connection:
+                result = await _drive(connection, script(hint))
+                done = result, (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
+        except DBAPIError as error:
+            status: str | None = "aborted"
+            if done is not None and done[1] is not None and is_lost(error):
+                # Run again after a commit without a reply, it would take its own work for somebody else's.
+                status = await _status(database, done[1])
+            if status == "aborted" and is_conflict(error) and attempt + 1 < _TRIES:
+                await asyncio.sleep(backoff(attempt))
+                continue
+            if done is None or status != "committed":
+                raise
+        sender(database.engine, channel_name(database.schema)).send(hint)
+        return done[0]
+    raise AssertionError("unreachable")
+
+
+async def _drive(connection: AsyncConnection, script: Script[T]) -> T:
+    try:
+        statement, parameters = next(script)
+        while True:
+            result = await connection.execute(statement, parameters)
+            statement, parameters = script.send(result.all() if result.returns_rows else ())
+    except StopIteration as end:
+        value: T = end.value
+        return value
+
+
+async def _status(database: Database, transaction_id: str) -> str | None:
+    """What became of a transaction that nobody was told about: "committed", "aborted", or not known."""
+    status: str | None = None
+    for attempt in range(_STATUS_TRIES):
+        rows = await database.execute(maintenance.TRANSACTION_STATUS, {"transaction_id": transaction_id})
+        status = rows[0].status
+        if status != "in progress":
+            break
+        await asyncio.sleep(backoff(attempt))
+    return status
