@@ -20,7 +20,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import text
 
-from .connections import Channel, Database
+from .channels import Channel
+from .connections import Database
 from .errors import InvalidConfiguration
 
 logger = logging.getLogger("durable_sa")

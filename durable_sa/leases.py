@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .connections import Channel, Database, is_transient
+from .channels import Channel
+from .connections import Database
+from .database_errors import is_transient
 from .statements import claiming
 
 logger = logging.getLogger("durable_sa")

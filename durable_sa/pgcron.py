@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from .connections import Bind, Database, sqlstate
+from .connections import Bind, Database
+from .database_errors import sqlstate
 from .errors import InvalidConfiguration, InvalidCron
 from .hints import channel_name
 from .spawns import Prepared

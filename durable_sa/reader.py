@@ -11,7 +11,8 @@ from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from .batches import Batch
-from .connections import Channel, backoff, is_transient
+from .channels import Channel
+from .database_errors import backoff, is_transient
 from .statements import checkpoints, claiming, waits
 from .writer import Stored
 

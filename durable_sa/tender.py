@@ -18,8 +18,9 @@ from typing import Any
 from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
 
+from .channels import Channel
 from .clock import LocalClock
-from .connections import Channel, backoff, is_transient
+from .database_errors import backoff, is_transient
 from .hints import Hint
 from .ids import new_id
 from .statements import cancelling, claiming, maintenance, outcomes, waits

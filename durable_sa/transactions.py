@@ -15,7 +15,8 @@ from sqlalchemy.orm import SessionTransaction
 
 from .annotations import is_coroutine_function
 from .codec import Codec, check_size
-from .connections import backoff, discard, is_conflict, is_lost, is_transient
+from .connections import discard
+from .database_errors import backoff, is_conflict, is_lost, is_transient
 from .errors import InvalidState
 from .reader import persistently
 from .signals import LeaseLost

@@ -25,10 +25,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from . import branches, task_factory
+from .channels import Channel
 from .clock import LocalClock
-from .connections import Channel, Database, backoff, is_transient, resolve_url
+from .connections import Database
 from .context import TaskContext
 from .current import enter
+from .database_errors import backoff, is_transient
 from .errors import InvalidConfiguration, QueueNotFound
 from .health import STUCK_AFTER, HealthServer, VitalSigns
 from .hints import Hint, channel_name, sender
@@ -49,6 +51,7 @@ from .signals import LeaseLost, TaskCancelled
 from .statements import checkpoints, claiming, queues, waits
 from .sync_context import SyncTaskContext, run_in_thread
 from .tender import Tender
+from .urls import resolve_url
 from .writer import Kind, Write, Writer
 
 if TYPE_CHECKING:

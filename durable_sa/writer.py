@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Executable, Row
 
-from .connections import LOCK_NOT_AVAILABLE, Channel, backoff, is_transient, sqlstate
+from .channels import Channel
+from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_transient, sqlstate
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
 from .statements.spawning import SPAWN_COLUMNS

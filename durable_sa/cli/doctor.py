@@ -12,7 +12,7 @@ from sqlalchemy import Executable, text
 from sqlalchemy.exc import DBAPIError
 
 from .. import migrations
-from ..connections import sqlstate
+from ..database_errors import sqlstate
 from ..errors import SchemaMismatch
 from ..statements import diagnosis, inspection
 from .arguments import duration

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from .. import Durable
-from ..connections import sqlstate
+from ..database_errors import sqlstate
 from ..errors import (
     DurableError,
     InvalidConfiguration,

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from .. import scripts
 from ..batches import Batch
-from ..connections import LOCK_NOT_AVAILABLE, backoff, sqlstate
+from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
 from ..hints import Hint
 from ..options import Spawn, SpawnOptions

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from .. import scripts
 from ..batches import Batch
 from ..codec import Codec, codec_for
-from ..connections import is_transient
+from ..database_errors import is_transient
 from ..errors import TaskNotFound
 from ..options import MAX_ATTEMPTS
 from ..policies import Duration, integer, seconds

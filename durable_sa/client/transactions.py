@@ -10,7 +10,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..branches import detached
-from ..connections import Database, backoff, is_conflict, is_lost
+from ..connections import Database
+from ..database_errors import backoff, is_conflict, is_lost
 from ..hints import Hint, channel_name, sender
 from ..sessions import Script
 from ..statements import maintenance

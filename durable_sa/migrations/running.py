@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateSchema
 
-from ..connections import sqlstate
+from ..database_errors import sqlstate
 from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
 from .chain import BASE, head, is_known, position, scripts

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from durable_sa import Durable, InvalidConfiguration, TaskContext, task
-from durable_sa.connections import resolve_url
+from durable_sa.urls import resolve_url
 from tests.client.support import count
 from tests.support import eventually
 

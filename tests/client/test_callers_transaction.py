@@ -31,7 +31,7 @@ from durable_sa import (
     models,
     task,
 )
-from durable_sa.connections import sqlstate
+from durable_sa.database_errors import sqlstate
 from tests.client.support import (
     Application,
     Base,

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from durable_sa import Durable
 from durable_sa.clock import LocalClock
-from durable_sa.connections import sqlstate
+from durable_sa.database_errors import sqlstate
 from durable_sa.ids import child_id, new_id, step_key
 from durable_sa.lanes import BOTTOM
 from durable_sa.retention import delete_tasks

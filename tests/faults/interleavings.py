@@ -20,7 +20,7 @@ from sqlalchemy import Executable, Row, TextClause, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from durable_sa.connections import is_conflict
+from durable_sa.database_errors import is_conflict
 from durable_sa.errors import DurableError
 
 from .engine_steps import HELD, Steps

@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.sql import ClauseElement
 
 from durable_sa import Durable, TaskContext
-from durable_sa.connections import Channel
+from durable_sa.channels import Channel
 from durable_sa.lanes import BOTTOM
 from durable_sa.statements import checkpoints, claiming, outcomes, queues, waits
 from durable_sa.testing.database import TestServer

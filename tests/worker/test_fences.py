@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from durable_sa import Durable, TaskContext
-from durable_sa.connections import Channel
+from durable_sa.channels import Channel
 from durable_sa.ids import child_id, new_id
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare

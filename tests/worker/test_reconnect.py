@@ -72,7 +72,7 @@ class Route(Gate):
 async def test_connections_that_answer_nothing_are_given_up_and_no_lease_is_lost(
     database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.connections.STATEMENT_DEADLINE", 0.5)
+    monkeypatch.setattr("durable_sa.channels.STATEMENT_DEADLINE", 0.5)
     route = Route(database_url)
     await route.open()
     async with Durable(create_async_engine(route.url, poolclass=NullPool)) as client:

@@ -1,0 +1,61 @@
+"""Connections kept for one kind of work each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Executable, Row
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from .connections import Database, discard
+from .statements.expressions import LEARN_TYPES, NO_ARRAYS
+
+STATEMENT_DEADLINE = 30.0
+"""Seconds after which a statement's connection is taken for dead."""
+
+
+class Channel:
+    """One connection kept for one kind of work, with statements in sequence.
+
+    After an error of the connection, or a cancellation, SQLAlchemy would reconnect without autocommit, and what is
+    then executed never commits: so it is given up, and the next statement gets another.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: AsyncConnection | None = None
+        self._lock = asyncio.Lock()
+
+    async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """Run one statement as a transaction of its own."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(STATEMENT_DEADLINE):
+                    if self._connection is None:
+                        self._connection = await self._database.connect()
+                    return await self._database.execute_on(self._connection, statement, parameters)
+            except BaseException:
+                connection, self._connection = self._connection, None
+                if connection is not None:
+                    await discard(connection)
+                raise
+
+    async def open(self) -> None:
+        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
+        async with self._lock:
+            if self._connection is None:
+                self._connection = await self._database.connect()
+        await self.execute(LEARN_TYPES, NO_ARRAYS)
+
+    async def close(self) -> None:
+        """Give the connection back to the pool."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                async with asyncio.timeout(5.0):
+                    await connection.close()
+            except (SQLAlchemyError, OSError, TimeoutError):
+                await discard(connection)

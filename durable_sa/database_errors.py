@@ -1,0 +1,68 @@
+"""Errors of the database: which of them the next try may not meet, and when to make it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+LOCK_NOT_AVAILABLE = "55P03"
+CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
+POOLER_STATES = frozenset({"26000", "42P05"})
+"""A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
+
+_TRANSIENT_CLASSES = ("08", "53", "57", "58")
+_TRANSIENT_STATES = frozenset({"40001", "40P01", LOCK_NOT_AVAILABLE, "25006", "25P03", "XX000"})
+_CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
+_LOST_STATES = frozenset({"57P01", "57P02", "25006"})
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The server's five-letter code, wherever the driver keeps it; None where the server said nothing."""
+    cause: Any = error.orig if isinstance(error, DBAPIError) else error
+    for name in ("sqlstate", "pgcode"):
+        code = getattr(cause, name, None)
+        if isinstance(code, str):
+            return code
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same statement may succeed later: lost connections, restarts, deadlocks, timeouts, full servers."""
+    if isinstance(error, PoolTimeout | PendingRollbackError | OSError | asyncio.TimeoutError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
+        return True
+    code = sqlstate(error)
+    if code is None:
+        # Nothing came back from the server, so it is about the connection.
+        return not isinstance(error.orig, ValueError | TypeError | ArithmeticError)
+    return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_STATES or code in CACHED_PLAN_STATES
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a transaction lost against another one, or its connection, and may be run again from its beginning."""
+    if not isinstance(error, DBAPIError):
+        return False
+    return is_lost(error) or sqlstate(error) in _CONFLICT_STATES
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the connection was lost, ended by an administrator or a crash, or leads where nothing can be written.
+
+    That is a server that is no longer, or not yet, the primary: another connection may lead to the one that is.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    code = sqlstate(error) or ""
+    return error.connection_invalidated or code[:2] == "08" or code in _LOST_STATES
+
+
+def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
+    """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
+    return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
