@@ -34,7 +34,8 @@ from .signals import ControlFlow, Suspended
 from .steps import Step, StepOptions, result_codec
 
 if TYPE_CHECKING:
-    from .context import Call, StateT, TaskContext
+    from .context import StateT, TaskContext
+    from .context.base import Call
     from .options import SpawnOptions
     from .tasks import Task
 else:

@@ -21,7 +21,8 @@ from typing_extensions import Unpack
 from ..annotations import is_coroutine_function
 from ..client import Durable
 from ..codec import Codec, check_size, codec_for
-from ..context import Call, TaskContext
+from ..context import TaskContext
+from ..context.base import Call
 from ..current import running
 from ..errors import InvalidState
 from ..ids import new_id

@@ -307,11 +307,11 @@ MUTANTS = (
     ),
     Mutant(
         "a sleep that begins anew in each attempt",
-        "context.py",
+        "context/sleeps.py",
         (
             (
                 (
-                    '            due_at, delay = _PLAIN_TIME.decode(entry.value or _NULL, "a wake time"), None\n'
+                    '            due_at, delay = _PLAIN_TIME.decode(entry.value or NULL, "a wake time"), None\n'
                     "        await run.enter()\n        if delay == 0"
                 ),
                 "            pass\n        await run.enter()\n        if delay == 0",

@@ -1,0 +1,140 @@
+"""What all parts of a context stand on: calls with the same key in every replay, and what is remembered of them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+from ..codec import Codec, check_size
+from ..errors import InvalidState
+from ..hooks import around_step
+from ..ids import is_part, step_key
+from ..journal import Entry
+from ..names import validate_name
+from ..run import Parked
+from ..writer import Kind, Stored
+
+if TYPE_CHECKING:
+    from ..client import Durable
+    from ..run import Run
+    from . import TaskContext
+
+T = TypeVar("T")
+
+NULL = "null"
+_NO_KEY = uuid.UUID(int=0)
+_UNOBSERVED = nullcontext()
+
+
+class Call(NamedTuple):
+    """One durable call of a task, named by a key that is the same in every replay."""
+
+    kind: str
+    name: str
+    key: uuid.UUID
+
+
+class ContextBase:
+    """A context before there is anything that it can do."""
+
+    __slots__ = ("_durable", "_parts", "_run")
+
+    def __init__(self, run: Run, durable: Durable[Any]) -> None:
+        self._run = run
+        self._durable = durable
+        self._parts: dict[uuid.UUID, Entry] = {}
+
+    def _call(self, kind: str, name: str, arguments: str = "") -> Call:
+        """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
+        if not name.startswith("$") or kind in ("step", "transaction", "spawn", "sleep"):
+            validate_name("step", name)
+        if self._run.signal is not None:
+            # It has no place in the run any more, and is refused as soon as it is awaited.
+            return Call(kind, name, _NO_KEY)
+        branch = self._run.branch()
+        occurrence = branch.occurrence((kind, name, arguments))
+        part = _is_inside_step(branch.path)
+        return Call(kind, name, step_key(kind, name, arguments, branch.path, occurrence, part=part))
+
+    async def _recall(self, call: Call) -> Entry | None:
+        run = self._run
+        if run.signal is not None:
+            await run.enter()
+        entry = run.journal.take(call.key) or self._parts.get(call.key)
+        if entry is not None and entry.left_behind:
+            return await run.fetch(entry, call.key)
+        return entry
+
+    async def _recorded(self, call: Call) -> Stored | None:
+        """What a wait came to, or, where it is still open, what it comes to now."""
+        if (entry := await self._recall(call)) is not None:
+            return Stored(entry.status, entry.value, entry.child_task_id)
+        return None
+
+    async def _settle(self, call: Call, stored: Stored) -> Stored:
+        """Remember what a wait that need not wait came to."""
+        with self._run.branches.busy():
+            earlier = await self._run.write(
+                Kind.CHECKPOINT,
+                call.key,
+                (call.kind, call.name, stored.status, stored.value, stored.child_task_id),
+                size=len(stored.value or ""),
+            )
+        return stored if earlier is None else earlier
+
+    async def _park(
+        self,
+        call: Call,
+        *,
+        event_name: str | None = None,
+        child_task_id: uuid.UUID | None = None,
+        timeout: float | None = None,
+    ) -> Stored:
+        self._refuse_inside_step(call)
+        waiting, due_at = self._run.journal.wait(call.key)
+        future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+        parked = Parked(
+            future, call.key, call.kind, call.name, event_name, child_task_id, due_at, None if waiting else timeout
+        )
+        return await self._run.park(parked)
+
+    async def end_step(self, call: Call, codec: Codec[T], result: T) -> T:
+        """Store a result, and give back what is stored."""
+        what = f"the result of {call.kind} {call.name!r}"
+        text, value = codec.round_trip(result, what)
+        check_size(text, self._run.host.max_payload_bytes, what)
+        with self._run.branches.busy():
+            stored = await self._run.write(
+                Kind.CHECKPOINT, call.key, (call.kind, call.name, "completed", text, None), size=len(text)
+            )
+        if call.kind == "step" and not is_part(call.key) and self._run.journal.holds_other("step", call.name):
+            # Only now: branches that start later than this one have asked for theirs in the meantime.
+            self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)
+        if is_part(call.key):
+            # The step around it may be tried again, and asks for it then.
+            text = text if stored is None else stored.value or NULL
+            self._parts[call.key] = Entry(call.kind, call.name, "completed", text)
+        return value if stored is None else codec.decode(stored.value or NULL, what)
+
+    def _refuse_inside_step(self, call: Call) -> None:
+        if _is_inside_step(self._run.branch().path):
+            raise InvalidState(
+                f"{call.kind} {call.name!r}",
+                "called inside a step or transaction, which cannot be suspended",
+                "Call it from the task's own code.",
+            )
+
+    def _within_hooks(self, call: Call) -> AbstractContextManager[None]:
+        """To execute a step or transaction within the client's hooks."""
+        return around_step(self._run.host.hooks.around_step, cast("TaskContext[Any]", self), call.name)
+
+    def _observed(self, kind: str, name: str | None = None, **more: Any) -> AbstractContextManager[object]:
+        """In a span of the call, if anybody wants to see it."""
+        telemetry = self._run.host.telemetry
+        return _UNOBSERVED if telemetry is None else telemetry.call(kind, name, self._run.claimed, **more)
+
+
+def _is_inside_step(path: tuple[int | str, ...]) -> bool:
+    return any(isinstance(part, str) and not part.startswith("callback-") for part in path)

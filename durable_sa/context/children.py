@@ -1,0 +1,149 @@
+"""Subtasks: spawning and joining them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+
+from typing_extensions import Unpack
+
+from ..codec import Codec, codec_for
+from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
+from ..ids import child_id, digest
+from ..policies import Duration, seconds
+from ..results import TaskHandle
+from ..spawns import over, prepare
+from ..writer import Kind, Stored
+from .base import NULL, Call, ContextBase
+
+if TYPE_CHECKING:
+    from ..options import SpawnOptions
+    from ..tasks import Task
+
+T = TypeVar("T")
+ParamsT = TypeVar("ParamsT")
+
+_PLAIN: Codec[Any] = codec_for(Any)
+
+
+class Children(ContextBase):
+    """The part of a context that deals with subtasks."""
+
+    __slots__ = ()
+
+    @overload
+    async def spawn(
+        self, name: str, task: Task[None, T], params: None = None, /, **options: Unpack[SpawnOptions]
+    ) -> TaskHandle[T]: ...
+    @overload
+    async def spawn(
+        self, name: str, task: Task[ParamsT, T], params: ParamsT, /, **options: Unpack[SpawnOptions]
+    ) -> TaskHandle[T]: ...
+
+    def spawn(self, name: str, task: Task[Any, Any], params: Any = None, /, **options: Unpack[SpawnOptions]) -> Any:
+        """Spawn a subtask, once: the child and the memory of it commit together.
+
+        It goes to this task's queue unless `queue_name` is given. If this task fails or is cancelled, so is the child;
+        if it completes, the child goes on. Called with other params in a replay, the first child is given back.
+
+        Raises:
+            InvalidTaskParams: the params do not fit the task.
+            InvalidConfiguration, InvalidName: an option is out of range.
+            IdempotencyConflict: the idempotency key belongs to a task that is not this child.
+        """
+        return self._spawn(self._call("spawn", name), task, params, options, unchecked=False)
+
+    def spawn_by_name(
+        self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
+    ) -> Coroutine[Any, Any, TaskHandle[Any]]:
+        """Spawn a subtask by the name of its task, which need not be registered in this process.
+
+        As :meth:`spawn`; params are checked where the task is registered, and sent as plain JSON where it is not.
+        """
+        return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=True)
+
+    async def _spawn(
+        self, call: Call, task: Task[Any, Any] | str, params: Any, options: SpawnOptions, *, unchecked: bool
+    ) -> TaskHandle[Any]:
+        run = self._run
+        options.setdefault("queue_name", run.claimed.queue_name)
+        child = child_id(run.claimed.task_id, call.key)
+        entry = await self._recall(call)
+        prepared = prepare(
+            self._durable,
+            task,
+            params,
+            options,
+            task_id=child,
+            parent_task_id=run.claimed.task_id,
+            unchecked=unchecked,
+            hooked=entry is None,
+        )
+        fingerprint = f'"{digest(prepared.params)}"'
+        if entry is None:
+            values = ("spawn", call.name, "completed", fingerprint, child)
+            try:
+                with run.branches.busy():
+                    stored = await run.write(
+                        Kind.CHILD, call.key, (values, prepared.values), size=len(prepared.params or "")
+                    )
+                if stored is not None and stored.status == "refused":
+                    await self._explain_refusal(options, child)
+            except BaseException as error:
+                over([prepared], (), error)
+                raise
+            over([prepared], {child} if stored is None else ())
+        elif entry.value is not None and entry.value != fingerprint:
+            run.warn("subtask %r was spawned with other params than it is now; the first one counts", call.name)
+        run.children[child] = self._durable.tasks.get(prepared.task_name)
+        return TaskHandle(child)
+
+    async def _explain_refusal(self, options: SpawnOptions, child: uuid.UUID) -> None:
+        queue_name = options.get("queue_name") or self._run.claimed.queue_name
+        await self._durable.require_queue(queue_name)
+        raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
+
+    def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[Any, Any, T]:
+        """The result of a child; suspends until it has ended.
+
+        Raises:
+            ChildFailed, ChildCancelled: the child ended that way.
+            TaskTimeout: it had not ended after `timeout` seconds; remembered, so a replay takes the same way.
+            TaskNotFound: the handle is not of a child of this task.
+        """
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        call = self._call("join", "$join", str(handle.task_id))
+        return self._join(call, handle, limit)
+
+    async def _join(self, call: Call, handle: TaskHandle[T], timeout: float | None) -> T:
+        run = self._run
+        child = handle.task_id
+        known: Task[Any, T] | None = run.children.get(child)
+        stored = await self._recorded(call)
+        if stored is None:
+            await run.enter()
+            with self._observed("join", child=child):
+                with run.branches.busy():
+                    ended = await run.host.reader.task(child)
+                if ended is None or ended.parent_task_id != run.claimed.task_id:
+                    raise TaskNotFound(child, "it is not a child of the task that joins it")
+                known = known or self._durable.tasks.get(ended.task_name)
+                if ended.outcome is not None:
+                    value = ended.output if ended.outcome == "completed" else ended.error
+                    stored = await self._settle(call, Stored(ended.outcome, value, child))
+                else:
+                    stored = await self._park(call, child_task_id=child, timeout=timeout)
+        elif known is None:
+            with run.branches.busy():
+                ended = await run.host.reader.task(child)
+            known = self._durable.tasks.get(ended.task_name) if ended is not None else None
+        if stored.status == "completed":
+            codec = known.output_codec if known is not None else _PLAIN
+            return cast(T, codec.decode(stored.value or NULL, f"the output of task {child}"))
+        if stored.status == "timeout":
+            raise TaskTimeout(f"joining task {child}", timeout or 0.0)
+        if stored.status == "cancelled":
+            raise ChildCancelled(child)
+        error = _PLAIN.decode(stored.value or "{}", "a child's error")
+        raise ChildFailed(child, str(error.get("name")), str(error.get("message")), raw=error.get("raw"))

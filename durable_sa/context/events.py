@@ -1,0 +1,86 @@
+"""Events: waiting for them and emitting them."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any, TypeVar, overload
+
+from ..codec import Codec, check_size, codec_for
+from ..errors import TaskTimeout
+from ..names import validate_name
+from ..policies import Duration, seconds
+from ..writer import Kind, Stored
+from .base import NULL, Call, ContextBase
+
+T = TypeVar("T")
+
+_PLAIN: Codec[Any] = codec_for(Any)
+
+
+class Events(ContextBase):
+    """The part of a context that deals with the events of its queue."""
+
+    __slots__ = ()
+
+    @overload
+    async def await_event(self, name: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
+    @overload
+    async def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
+
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
+        """The payload of the queue's event of this name; suspends until it is emitted.
+
+        `type` is what the payload is decoded as; without it, plain JSON. The event may have been emitted before.
+
+        Raises:
+            InvalidName: a name that breaks the rules for events.
+            SerializationError: the payload is not of that type.
+            TaskTimeout: it was not emitted within `timeout` seconds; remembered, so a replay takes the same way.
+        """
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        validate_name("event", name)
+        call = self._call("event", name)
+        return self._await_event(call, limit, _PLAIN if type is None else codec_for(type))
+
+    async def _await_event(self, call: Call, timeout: float | None, codec: Codec[T]) -> T:
+        run = self._run
+        stored = await self._recorded(call)
+        if stored is None:
+            await run.enter()
+            with self._observed("await", event=call.name):
+                with run.branches.busy():
+                    payload = await run.host.reader.event((run.claimed.queue_name, call.name))
+                if payload is not None:
+                    stored = await self._settle(call, Stored("completed", payload))
+                else:
+                    stored = await self._park(call, event_name=call.name, timeout=timeout)
+        if stored.status == "timeout":
+            raise TaskTimeout(f"event {call.name!r}", timeout or 0.0)
+        return codec.decode(stored.value or NULL, f"the payload of event {call.name!r}")
+
+    def emit_event(self, name: str, payload: Any = None) -> Coroutine[Any, Any, bool]:
+        """Emit an event in this task's queue, once. False if the name had been emitted before; then nothing changes.
+
+        Raises:
+            InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.
+        """
+        validate_name("event", name)
+        call = self._call("emit", name)
+        what = f"the payload of event {name!r}"
+        text = _PLAIN.encode(payload, what)
+        check_size(text, self._run.host.max_payload_bytes, what)
+        return self._emit(call, text)
+
+    async def _emit(self, call: Call, text: str) -> bool:
+        if (entry := await self._recall(call)) is not None:
+            return entry.value == "true"
+        await self._run.enter()
+        telemetry = self._run.host.telemetry
+        with self._observed("emit", event=call.name), self._run.branches.busy():
+            metadata = None if telemetry is None else telemetry.metadata()
+            values = ("emit", call.name, "completed", None, None, call.name, text, metadata)
+            stored = await self._run.write(Kind.EVENT, call.key, values, size=len(text))
+        first = stored is not None and stored.value == "true"
+        if first and telemetry is not None:
+            telemetry.emitted(self._run.claimed.queue_name)
+        return first

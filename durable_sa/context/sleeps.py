@@ -1,0 +1,52 @@
+"""Sleeps, which take up nothing but a row."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from datetime import datetime
+from typing import Any
+
+from ..codec import Codec, codec_for
+from ..policies import Duration, seconds, timestamp
+from ..run import Parked
+from ..writer import Stored
+from .base import NULL, Call, ContextBase
+
+_PLAIN_TIME: Codec[datetime] = codec_for(datetime)
+
+
+class Sleeps(ContextBase):
+    """The part of a context that sleeps."""
+
+    __slots__ = ()
+
+    def sleep_for(self, name: str, duration: Duration) -> Coroutine[Any, Any, None]:
+        """Suspend for a duration: seconds or a `timedelta`, up to 100 years. Holds no slot and no connection.
+
+        When it ends is fixed the first time, by the database's clock; replays and retries do not move it.
+
+        Raises:
+            InvalidConfiguration: the duration is negative or too long.
+            InvalidName: a name that breaks the rules for steps.
+        """
+        call = self._call("sleep", name)
+        return self._sleep(call, delay=seconds(duration, "duration"), due_at=None)
+
+    def sleep_until(self, name: str, when: datetime) -> Coroutine[Any, Any, None]:
+        """Suspend until a time, timezone-aware; not at all if it has passed. As :meth:`sleep_for`."""
+        call = self._call("sleep", name)
+        return self._sleep(call, delay=None, due_at=timestamp(when, "when"))
+
+    async def _sleep(self, call: Call, *, delay: float | None, due_at: datetime | None) -> None:
+        run = self._run
+        entry = await self._recall(call)
+        if entry is not None:
+            due_at, delay = _PLAIN_TIME.decode(entry.value or NULL, "a wake time"), None
+        await run.enter()
+        if delay == 0 or (due_at is not None and due_at <= run.now()):
+            return
+        self._refuse_inside_step(call)
+        future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+        with self._observed("sleep", call.name):
+            await run.park(Parked(future, call.key, "sleep", call.name, due_at=due_at, delay=delay))

@@ -1,0 +1,66 @@
+"""Transactions: writes of the application's that commit together with the memory of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from ..arguments import encode_arguments
+from ..steps import result_codec
+from ..transactions import run_transaction
+from .base import NULL, Call, ContextBase
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Transactions(ContextBase):
+    """The part of a context that executes transactions."""
+
+    __slots__ = ()
+
+    @overload
+    async def transaction(
+        self,
+        name: str,
+        fn: Callable[Concatenate[AsyncSession, P], Coroutine[Any, Any, T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T: ...
+    @overload
+    async def transaction(
+        self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+    def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn(session, *args, **kwargs)` in one database transaction with its checkpoint.
+
+        What it writes happens exactly once, or not at all. The session comes from the client's sessionmaker or engine;
+        `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if it is a
+        plain function, called with a `Session` on the event loop, so it should do nothing slow besides its statements.
+        It may be called again, from the beginning: up to 5 times after serialization failures and deadlocks, up to 20
+        times after lost connections. Savepoints are its own.
+
+        Raises:
+            InvalidState: `fn` commits or rolls back the whole transaction by itself.
+            SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
+        """
+        call = self._call("transaction", name, encode_arguments(args, kwargs, f"transaction {name!r}"))
+        return self._transaction(call, fn, args, kwargs)
+
+    async def _transaction(
+        self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        codec = result_codec(fn)
+        if (entry := await self._recall(call)) is not None:
+            return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
+        with (
+            self._run.branches.busy(),
+            self._run.branches.scope(str(call.key)),
+            self._within_hooks(call),
+        ):
+            return await run_transaction(self._run, self._durable, call.key, call.name, codec, fn, args, kwargs)

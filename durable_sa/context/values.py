@@ -1,0 +1,45 @@
+"""Values that are drawn once: random numbers, times, ids."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Coroutine
+from datetime import datetime
+from typing import Any, TypeVar
+
+from ..codec import Codec, codec_for
+from ..ids import new_id
+from .base import NULL, Call, ContextBase
+
+T = TypeVar("T")
+
+_PLAIN_TIME: Codec[datetime] = codec_for(datetime)
+
+
+class Values(ContextBase):
+    """The part of a context that draws values."""
+
+    __slots__ = ()
+
+    async def rand(self) -> float:
+        """A random number in [0, 1), drawn once."""
+        return await self._draw("$rand", codec_for(float), random.random)
+
+    def now(self) -> Coroutine[Any, Any, datetime]:
+        """The time by the database's clock, in UTC, drawn once."""
+        return self._draw("$now", _PLAIN_TIME, self._run.now)
+
+    def uuid7(self) -> Coroutine[Any, Any, uuid.UUID]:
+        """A UUIDv7, drawn once."""
+        return self._draw("$uuid7", codec_for(uuid.UUID), new_id)
+
+    def _draw(self, name: str, codec: Codec[T], source: Callable[[], T]) -> Coroutine[Any, Any, T]:
+        call = self._call("value", name)
+        return self._drawn(call, codec, source)
+
+    async def _drawn(self, call: Call, codec: Codec[T], source: Callable[[], T]) -> T:
+        if (entry := await self._recall(call)) is not None:
+            return codec.decode(entry.value or NULL, call.name)
+        await self._run.enter()
+        return await self.end_step(call, codec, source())
