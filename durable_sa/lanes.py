@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from .claimed import Claimed
 from .hints import Hint
-from .run import Claimed
 
 Floor = tuple[datetime, uuid.UUID]
 

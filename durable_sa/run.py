@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import endings
 from .branches import Branch, Branches, current_branch
-from .clock import LocalClock
-from .codec import check_size
-from .errors import DurableError
-from .failures import encode_error, is_retryable
-from .hooks import HookChain
-from .ids import new_id
+from .claimed import Claimed
+from .host import Host
 from .journal import Entry, Journal
+from .parked import Parked
 from .signals import ControlFlow, LeaseLost, Suspended
 from .task_factory import BranchExit
-from .writer import Kind, Stored, WaitSpec, Write, Writer
+from .writer import Kind, Stored, Write
 
 if TYPE_CHECKING:
-    from .reader import Reader
     from .tasks import Task
-    from .telemetry import Telemetry
 
 logger = logging.getLogger("durable_sa")
 
@@ -37,91 +30,6 @@ REGISTER_AFTER = 0.02
 """Seconds that a wait is held back from the database: most runs suspend before, and store it with that."""
 
 _RAISED_BEFORE_PARKING = 5
-
-
-class Host(Protocol):
-    """What a run needs of its worker."""
-
-    writer: Writer
-    reader: Reader
-    executor: ThreadPoolExecutor
-    clock: LocalClock
-    hooks: HookChain
-    telemetry: Telemetry | None
-    max_payload_bytes: int
-
-    @property
-    def leased(self) -> bool:
-        """Whether the worker's lease still holds by the local clock."""
-        ...
-
-    def run_ended(self, run: Run) -> None:
-        """User code of the run has come to its end: its slot is free."""
-
-    def outcome_stored(self, run: Run, outcome: str, error: BaseException | None) -> None:
-        """What became of the run is committed."""
-
-    def lease_lost(self) -> None:
-        """The local deadline has passed."""
-
-    def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task of the engine, outside every run."""
-
-
-@dataclass(slots=True, eq=False)
-class Parked:
-    """A durable wait that user code is blocked on."""
-
-    future: asyncio.Future[Stored]
-    key: uuid.UUID
-    kind: str
-    name: str
-    event_name: str | None = None
-    child_task_id: uuid.UUID | None = None
-    due_at: datetime | None = None
-    delay: float | None = None
-    called_at: float = 0.0
-    registered: bool = False
-
-    def spec(self) -> WaitSpec:
-        """The wait as it is stored now; time that has passed since the call is taken off."""
-        delay = None
-        if self.due_at is None and self.delay is not None:
-            delay = max(0.0, self.delay - (time.monotonic() - self.called_at))
-        return WaitSpec(self.key, self.kind, self.name, self.event_name, self.child_task_id, self.due_at, delay)
-
-
-class Claimed(NamedTuple):
-    """What a claim says about a run, in the order of the statement's columns."""
-
-    task_id: uuid.UUID
-    run_id: uuid.UUID
-    queue_name: str
-    priority: int
-    available_at: datetime
-    task_name: str
-    params: str | None
-    headers: str | None
-    attempt: int
-    fence: int
-    cancel_at: datetime | None
-    now: datetime
-
-    @property
-    def log_fields(self) -> dict[str, Any]:
-        """Which run a line in the log is about, as attributes of its record."""
-        return {
-            "task_id": str(self.task_id),
-            "task_name": self.task_name,
-            "run_id": str(self.run_id),
-            "attempt": self.attempt,
-            "queue_name": self.queue_name,
-        }
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing can have been recorded yet: nobody had it before."""
-        return self.fence == 1
 
 
 class Run:
@@ -148,11 +56,6 @@ class Run:
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
 
-    @property
-    def key(self) -> tuple[uuid.UUID, int]:
-        """What no other run has."""
-        return self.claimed.task_id, self.claimed.fence
-
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code; what becomes of it is written when it ends."""
         root = self.branches.start(body, context=context, name=f"durable:{self.claimed.task_name}")
@@ -161,8 +64,8 @@ class Run:
     def refuse(self, error: BaseException) -> None:
         """Fail the run without starting it."""
         self.over = True
-        self.host.run_ended(self)
-        self._write_failure(error)
+        self.host.run_ended(self.claimed)
+        self._fail(error)
 
     def _going_on(self) -> bool:
         """Whether nothing has put an end to it yet."""
@@ -209,28 +112,27 @@ class Run:
             return
         self._over()
         if reason == "suspended":
-            self._submit(Kind.SUSPENSION, (self._waited,), waits=waits, outcome="suspended")
+            endings.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)
         elif reason == "released":
-            error = '{"name":"Released","message":"the worker shut down and gave the run back"}'
-            self._submit(Kind.RELEASE, (error, new_id()), outcome="released")
+            endings.release(self.host, self.claimed, self.task, waited=self._waited)
         else:
-            self.host.outcome_stored(self, "lost", None)
+            self.host.outcome_stored(self.claimed, "lost", None)
 
     def _over(self) -> None:
         if not self.over:
             self.over = True
-            self.host.run_ended(self)
+            self.host.run_ended(self.claimed)
 
     def _end(self, root: asyncio.Task[Any]) -> None:
         """The root has returned or raised by itself: that is the outcome."""
         self._over()
         if root.cancelled():
-            self._write_failure(asyncio.CancelledError("the task cancelled itself"))
+            self._fail(asyncio.CancelledError("the task cancelled itself"))
             return
         error = root.exception()
         if error is not None:
             cause = error.__cause__ if isinstance(error, BranchExit) else error
-            self._write_failure(cause or error)
+            self._fail(cause or error)
             return
         if names := self.journal.unused_names():
             logger.warning(
@@ -240,50 +142,10 @@ class Run:
                 ", ".join(names[:10]),
                 extra=self.claimed.log_fields,
             )
-        try:
-            output = self.task.output_codec.encode(root.result(), f"the output of task {self.claimed.task_name!r}")
-            check_size(output, self.host.max_payload_bytes, f"the output of task {self.claimed.task_name!r}")
-        except DurableError as refusal:
-            self._write_failure(refusal)
-            return
-        self._submit(Kind.COMPLETION, (output, self._waited), size=len(output), outcome="completed")
+        endings.complete(self.host, self.claimed, self.task, root.result(), waited=self._waited)
 
-    def _write_failure(self, error: BaseException) -> None:
-        values = (encode_error(error), is_retryable(error, self.task.no_retry_on), new_id(), self._waited)
-        self._submit(Kind.FAILURE, values, size=len(values[0]), outcome="failed", error=error)
-
-    def _submit(
-        self,
-        kind: Kind,
-        values: tuple[Any, ...] = (),
-        *,
-        waits: list[WaitSpec] | None = None,
-        size: int = 0,
-        outcome: str,
-        error: BaseException | None = None,
-    ) -> None:
-        claimed = self.claimed
-        told = functools.partial(self._told, kind, outcome, error)
-        self.host.writer.submit(Write(kind, claimed.task_id, claimed.fence, told, None, values, waits or (), size))
-
-    def _told(
-        self, kind: Kind, outcome: str, error: BaseException | None, stored: Any, refusal: BaseException | None
-    ) -> None:
-        """What became of the write that ends the run."""
-        if refusal is None:
-            again = kind is Kind.FAILURE and stored.state != "failed"
-            self.host.outcome_stored(self, "retried" if again else outcome, error)
-        elif isinstance(refusal, LeaseLost):
-            self.host.outcome_stored(self, "lost", None)
-        elif kind is Kind.FAILURE:
-            logger.error(
-                "the failure of task %s cannot be stored",
-                self.claimed.task_id,
-                exc_info=refusal,
-                extra=self.claimed.log_fields,
-            )
-        else:
-            self._write_failure(refusal)
+    def _fail(self, error: BaseException) -> None:
+        endings.fail(self.host, self.claimed, self.task, error, waited=self._waited)
 
     def now(self) -> datetime:
         """The database's time, or a little before."""

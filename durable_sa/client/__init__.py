@@ -19,11 +19,13 @@ from ..codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..errors import InvalidConfiguration
 from ..hints import channel_name, flush
 from ..hooks import Hooks
+from ..interrupts import signals_handled
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import WorkerOptions
 from ..policies import CancellationPolicy, RetryStrategy
+from ..settings import Settings
 from ..tasks import Task
-from ..worker import Settings, Worker, signals_handled
+from ..worker import Worker
 from .events import Events
 from .queues import QueuePolicy, Queues
 from .schedules import Schedules

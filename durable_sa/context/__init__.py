@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 from typing_extensions import TypeVar as DefaultTypeVar
 
+from ..claimed import Claimed
 from ..codec import Codec, codec_for
 from ..hooks import Hooks
 from ..policies import Duration, seconds
-from ..run import Claimed
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
 from .children import Children
 from .events import Events

@@ -13,7 +13,7 @@ from ..hooks import around_step
 from ..ids import is_part, step_key
 from ..journal import Entry
 from ..names import validate_name
-from ..run import Parked
+from ..parked import Parked
 from ..writer import Kind, Stored
 
 if TYPE_CHECKING:

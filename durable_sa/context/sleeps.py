@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from ..codec import Codec, codec_for
+from ..parked import Parked
 from ..policies import Duration, seconds, timestamp
-from ..run import Parked
 from ..writer import Stored
 from .base import NULL, Call, ContextBase
 

@@ -38,8 +38,9 @@ from .propagation import OTEL_CONTEXT, carried, context_of, encoded, links_to
 from .spans import Scope, Tracing, harmless
 
 if TYPE_CHECKING:
+    from ..claimed import Claimed
     from ..context import TaskContext
-    from ..run import Claimed, Run
+    from ..run import Run
     from ..worker import Worker
 
 __all__ = ["OTEL_CONTEXT", "Telemetry", "shared"]

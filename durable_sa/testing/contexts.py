@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from typing_extensions import Unpack
 
 from ..annotations import is_coroutine_function
+from ..claimed import Claimed
 from ..client import Durable
 from ..codec import Codec, check_size, codec_for
 from ..context import TaskContext
@@ -29,7 +30,7 @@ from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
 from ..policies import timestamp
 from ..results import TaskHandle
-from ..run import Claimed, Run
+from ..run import Run
 from ..steps import result_codec
 from ..sync_context import SyncTaskContext
 from ..tasks import Task

@@ -11,15 +11,16 @@ from datetime import datetime, timedelta
 from typing import Any, cast
 
 from ..branches import Branch
+from ..claimed import Claimed
 from ..codec import Codec, codec_for
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
 from ..failures import encode_error
 from ..hooks import HookChain
 from ..journal import EMPTY_JOURNAL
 from ..options import SpawnOptions
+from ..parked import Parked
 from ..reader import EndedTask
 from ..results import TaskHandle
-from ..run import Claimed, Parked
 from ..tasks import Task
 from ..writer import Kind, Stored
 

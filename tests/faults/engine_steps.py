@@ -22,11 +22,11 @@ from durable_sa.clock import LocalClock
 from durable_sa.database_errors import sqlstate
 from durable_sa.ids import child_id, new_id, step_key
 from durable_sa.lanes import BOTTOM
+from durable_sa.news import News
 from durable_sa.retention import delete_tasks
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, queues
 from durable_sa.tender import Tender
-from durable_sa.worker import Worker
 from durable_sa.writer import LOCK_NOT_AVAILABLE, Kind, WaitSpec, Write, Writer
 
 T = TypeVar("T")
@@ -110,9 +110,6 @@ async def _nothing(*_: Any) -> Any:
 class _Silent:
     """Takes any call and does nothing."""
 
-    def __init__(self, **attributes: Any) -> None:
-        self.__dict__.update(attributes)
-
     def __call__(self, *_: Any, **__: Any) -> None: ...
 
     def __getattr__(self, name: str) -> _Silent:
@@ -132,12 +129,9 @@ class SimulatedWorker:
         }
         told |= {"interval": lambda: 5.0, "check_runs": _nothing, "fire_schedules": _nothing, "forget": _nothing}
         self.tender = Tender(cast("Any", SteppedChannel()), self.worker_id, LocalClock(), **told)
-        # What a worker follows its commits up with, without the rest of a worker.
-        follower = _Silent(tender=self.tender, _held_back=False)
-        self._writer = _SteppedWriter(
-            cast("Any", SteppedChannel()),
-            on_commit=lambda kind, writes, rows: Worker._committed(cast("Any", follower), kind, writes, rows),
-        )
+        # Nor does what its claims and other workers hear of its commits.
+        news = News(cast("Any", _Silent()), self.tender, cast("Any", _Silent()))
+        self._writer = _SteppedWriter(cast("Any", SteppedChannel()), on_commit=news.committed)
 
     def register(self) -> Steps[None]:
         yield (

@@ -175,14 +175,14 @@ MUTANTS = (
     ),
     Mutant(
         "a suspension that does not look whether it need wait",
-        "worker.py",
-        (("self.tender.resolve(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
+        "news.py",
+        (("self._tender.resolve(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
         (f"{RACES}test_emit_and_await",),
     ),
     Mutant(
         "a child's end that tells nobody",
-        "worker.py",
-        (("            if ended:\n                self.tender.ended(ended)\n", ""),),
+        "news.py",
+        (("            if ended:\n                self._tender.ended(ended)\n", ""),),
         (f"{RACES}test_join_and_finish",),
     ),
     Mutant(
@@ -224,7 +224,7 @@ MUTANTS = (
     ),
     Mutant(
         "a failure that leaves the children to a search",
-        "worker.py",
+        "news.py",
         (("                    cascade=(row.task_id for row in given_up),\n", ""),),
         (f"{RACES}test_fail_and_claim_of_a_child",),
     ),
@@ -241,10 +241,13 @@ MUTANTS = (
     ),
     Mutant(
         "runs of a claim that was answered after the lease",
-        "worker.py",
+        "claims.py",
         (
             (
-                "if worker_id != self.worker_id or not self._lease.valid:\n            # The lease",
+                (
+                    "if worker_id != self._registration.worker_id or not self._registration.lease.valid:\n"
+                    "            # The lease"
+                ),
                 "if False:\n            # The lease",
             ),
         ),
@@ -321,7 +324,7 @@ MUTANTS = (
     ),
     Mutant(
         "a wake time by the clock of the worker's machine",
-        "run.py",
+        "parked.py",
         (
             (
                 (

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from durable_sa import Durable, TaskContext, UserError, task, worker
+from durable_sa import Durable, TaskContext, UserError, samples, task
 from durable_sa.telemetry.meters import MOST_QUEUES, Meters
 from durable_sa.testing import run_until_idle
 from tests.support import eventually
@@ -88,7 +88,7 @@ async def test_tasks_that_nobody_knows_and_queues_beyond_the_bound_share_a_serie
 async def test_gauges_show_workers_their_runs_and_what_is_ready(
     durable: Durable, metrics: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "SAMPLE_INTERVAL", 0.01)
+    monkeypatch.setattr(samples, "SAMPLE_INTERVAL", 0.01)
     held = asyncio.Event()
 
     @durable.task

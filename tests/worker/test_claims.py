@@ -245,7 +245,7 @@ async def test_no_more_is_claimed_at_once_than_the_batch_size(
 
     claimed: list[int] = []
     async with durable.worker(concurrency=10, batch_size=2) as worker:
-        execute = worker._claims.execute
+        execute = worker._claims._channel.execute
 
         async def counted(statement: Any, parameters: Any) -> Any:
             rows = await execute(statement, parameters)
@@ -253,7 +253,7 @@ async def test_no_more_is_claimed_at_once_than_the_batch_size(
                 claimed.append(len(rows))
             return rows
 
-        monkeypatch.setattr(worker._claims, "execute", counted)
+        monkeypatch.setattr(worker._claims._channel, "execute", counted)
         for spawned in await durable.spawn_many([(instant, None)] * 9):
             await durable.wait_for_result(spawned, timeout=10)
     assert sum(claimed) == 9

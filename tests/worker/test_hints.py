@@ -149,7 +149,7 @@ async def test_polling_begins_as_soon_as_listen_is_lost(
 async def test_hints_that_are_lost_cost_a_poll_interval(
     durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.LISTENING_POLL", 0.5)
+    monkeypatch.setattr("durable_sa.claims.LISTENING_POLL", 0.5)
     monkeypatch.setattr(HintSender, "send", lambda *_: None)
     async with durable.worker() as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
@@ -207,7 +207,7 @@ async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
         await durable.wait_for_result(await durable.spawn(quick), timeout=2)
         assert worker._listener is not None
         assert worker._listener.working
-        assert not [service for service in worker._services if service.done()]
+        assert not [service for service in worker._services.lasting.values() if service.done()]
 
 
 async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durable, quick: Any, sql: Rows) -> None:

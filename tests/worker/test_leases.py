@@ -388,17 +388,17 @@ async def test_a_claim_whose_reply_comes_after_the_lease_starts_nothing(
         started.append(ctx.attempt)
 
     async with durable.worker(claim_timeout=1) as worker:
-        execute = worker._claims.execute
+        execute = worker._claims._channel.execute
 
         async def late(statement: Any, parameters: Any) -> Any:
             rows = await execute(statement, parameters)
             if statement is claiming.CLAIM and rows and not lost:
                 lost.append(True)
-                worker.lease_lost()
+                worker._registration.lose()
             return rows
 
         lost: list[bool] = []
-        monkeypatch.setattr(worker._claims, "execute", late)
+        monkeypatch.setattr(worker._claims._channel, "execute", late)
         spawned = await durable.spawn(work)
         await durable.wait_for_result(spawned, timeout=10)
     assert started == [2]
@@ -420,7 +420,7 @@ async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
 
     async def stop_slowly(heartbeat: Heartbeat) -> None:
         heartbeat._lease.renewed(time.monotonic())
-        worker._doubt()
+        worker._claims.doubt()
         worker._wake.set()
         await asyncio.sleep(0.5)
         await stop(heartbeat)
@@ -430,8 +430,8 @@ async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
         await eventually(lambda: executed)
         with monkeypatch.context() as patch:
             patch.setattr(Heartbeat, "stop", stop_slowly)
-            worker.lease_lost()
-            assert not worker.leased
+            worker._registration.lose()
+            assert not worker._registration.lease.valid
             assert (await durable.wait_for_result(spawned, timeout=10)).output == 2
     assert executed == [1, 2]
 

@@ -1,0 +1,45 @@
+"""What a run needs of its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .claimed import Claimed
+from .clock import LocalClock
+from .hooks import HookChain
+from .writer import Writer
+
+if TYPE_CHECKING:
+    from .reader import Reader
+    from .telemetry import Telemetry
+
+
+class Host(Protocol):
+    """What a run needs of its worker."""
+
+    writer: Writer
+    reader: Reader
+    executor: ThreadPoolExecutor
+    clock: LocalClock
+    hooks: HookChain
+    telemetry: Telemetry | None
+    max_payload_bytes: int
+
+    @property
+    def leased(self) -> bool:
+        """Whether the worker's lease still holds by the local clock."""
+        ...
+
+    def run_ended(self, claimed: Claimed) -> None:
+        """User code of the run has come to its end: its slot is free."""
+
+    def outcome_stored(self, claimed: Claimed, outcome: str, error: BaseException | None) -> None:
+        """What became of the run is committed."""
+
+    def lease_lost(self) -> None:
+        """The local deadline has passed."""
+
+    def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        """Start a task of the engine, outside every run."""

@@ -1,0 +1,75 @@
+"""What is new, told to those whom it concerns: what this worker has committed, and hints from here and elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row
+
+from .claims import Claims
+from .hints import Hint, HintSender
+from .tender import Tender
+from .writer import Kind, Write
+
+
+class News:
+    """Tells the claims and the tender of this worker what there is to do, and other workers what it leaves to them."""
+
+    def __init__(self, claims: Claims, tender: Tender, hints: HintSender) -> None:
+        self._claims = claims
+        self._tender = tender
+        self._hints = hints
+
+    def committed(self, kind: Kind, writes: list[Write], rows: Sequence[Row[Any]]) -> None:
+        """Follow up on what the writer has just committed."""
+        self._claims.written()
+        if kind is Kind.COMPLETION:
+            ended = [row.task_id for row in rows if row.parent_task_id is not None]
+            if ended:
+                self._tender.ended(ended)
+        elif kind is Kind.FAILURE:
+            given_up = [row for row in rows if row.state == "failed"]
+            if given_up:
+                self._tender.ended(
+                    (row.task_id for row in given_up if row.parent_task_id is not None),
+                    cascade=(row.task_id for row in given_up),
+                )
+            self.announce(Hint().add_rows(row for row in rows if row.state != "failed"))
+        elif kind is Kind.SUSPENSION:
+            waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
+            if waiting:
+                self._tender.resolve(row.task_id for row in rows if row.task_id in waiting)
+            self.announce(Hint().add_rows(rows))
+        elif kind is Kind.EVENT:
+            self._tender.deliver()
+        elif kind in (Kind.CHILD, Kind.RELEASE):
+            self.announce(Hint().add_rows(rows))
+
+    def announce(self, hint: Hint) -> None:
+        """Tell this worker, and the others if it cannot take all of it at once."""
+        if hint and not self.offer(hint):
+            self._hints.send(hint)
+
+    def offer(self, hint: Hint) -> bool:
+        """Take a hint that comes from this process. False if others have to hear of it, too."""
+        self._take(hint)
+        return self._claims.offer(hint)
+
+    def hinted(self, payload: str) -> None:
+        """A hint arrived."""
+        hint = Hint.decode(payload)
+        if hint is None:
+            self._claims.look_everywhere()
+            self._tender.look_within(0.0)
+        else:
+            self._take(hint)
+
+    def _take(self, hint: Hint) -> None:
+        self._claims.note(hint)
+        if hint.events:
+            self._tender.deliver()
+        if hint.taken:
+            self._tender.check()
+        if hint.limits:
+            self._tender.look_within(0.0)
