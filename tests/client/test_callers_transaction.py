@@ -8,6 +8,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
+import asyncpg  # type: ignore[import-untyped]
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, create_engine, event
@@ -334,7 +335,7 @@ async def test_a_connection_that_is_cut_at_any_moment_leaves_both_or_neither(
             await gate.open()
         await asyncio.wait([buying])
         error = buying.exception()
-        assert error is None or isinstance(error, DBAPIError | OSError), error
+        assert error is None or isinstance(error, DBAPIError | OSError | asyncpg.PostgresConnectionError), error
     await close(app)
     async with engine.connect() as connection:
         ordered = await connection.scalars(sa.select(Order.item))
