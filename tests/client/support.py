@@ -174,7 +174,8 @@ class Gate:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         socket = self._target.query.get("host")
         if socket is not None:
-            there = await asyncio.open_unix_connection(f"{socket}/.s.PGSQL.{self._target.query['port']}")
+            port = self._target.query.get("port", "5432")
+            there = await asyncio.open_unix_connection(f"{socket}/.s.PGSQL.{port}")
         else:
             there = await asyncio.open_connection(self._target.host, self._target.port)
         losing = asyncio.Event()
