@@ -39,6 +39,8 @@ _EXPLICIT = "durable_explicit"
 
 _mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools whose connections lead to a pooler that has been seen to mix up prepared statements."""
+_explained: weakref.WeakSet[Pool] = weakref.WeakSet()
+"""Pools of which it has been logged what to do about that."""
 
 
 def is_autocommit(connection: Connection) -> bool:
@@ -84,7 +86,6 @@ class Database:
                 "Give an AsyncEngine, an async_sessionmaker or a URL.",
             )
         self.options: dict[str, Any] = {}
-        self._said = False
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
             self.options["schema_translate_map"] = {**applications, SCHEMA: schema}
@@ -175,8 +176,9 @@ class Database:
                 result = await connection.execute(statement, parameters)
                 return result.all() if result.returns_rows else ()
         except DBAPIError as error:
-            if sqlstate(error) in POOLER_STATES and not self._said:
-                self._said = True
+            pool = self.engine.sync_engine.pool
+            if sqlstate(error) in POOLER_STATES and pool not in _explained:
+                _explained.add(pool)
                 logger.warning(
                     "a connection pooler mixes up prepared statements; let the driver reuse none, by connect_args: "
                     "statement_cache_size=0, prepared_statement_cache_size=0 and a prepared_statement_name_func that "
