@@ -56,7 +56,7 @@ SYSTEMS: Final = {
             "SELECT count(*) FROM durable.tasks WHERE finished_at IS NULL"
             " AND queue_name = 'bench' AND priority = 0 AND available_at <= now()",
             default={"loop": "asyncio"},
-            best={"loop": "uvloop", "concurrency": 200},
+            best={"loop": "uvloop", "concurrency": 400},
             quick={"loop": "uvloop"},
             suspended="SELECT count(*) FROM durable.tasks WHERE finished_at IS NULL AND state = 'sleeping'",
         ),

@@ -32,6 +32,8 @@ def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_coroutine_function(function: Callable[..., Any]) -> bool:
     """Whether what a call gives is to be awaited, seen through partials, methods and decorators."""
+    if type(function) is FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
+        return True
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(plain_function(function))
 
 

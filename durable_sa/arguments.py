@@ -14,6 +14,7 @@ from durable_sa.errors import SerializationError
 from durable_sa.fidelity import is_mapping, is_row, is_set
 
 _BYTES: Final = (bytes, bytearray, memoryview)
+_NONE: Final = "[[],{}]"
 
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
@@ -30,6 +31,8 @@ def encode_arguments(args: Sequence[object], kwargs: Mapping[str, object], what:
         SerializationError: naming the argument that is no data: a function, session or connection, an ORM object, an
             iterator, a secret, NaN, text with a lone surrogate, or anything that contains one.
     """
+    if not args and not kwargs:
+        return _NONE
     try:
         return _canonical([args, kwargs])
     except _Refused as refused:

@@ -35,6 +35,9 @@ PIPELINED = 32
 DOUBT = 60.0
 """Seconds after a claim without a reply in which the server may still commit it."""
 
+ASIDE = 0.01
+"""Seconds that a look for what hints do not tell of is put off, where there is something to do."""
+
 _BY_LANE = operator.attrgetter("priority", "available_at", "task_id")
 
 
@@ -73,12 +76,16 @@ class Claims:
         self._offered = 0
         """Tasks that this process has told the worker of since the last claim."""
         self._held_back = False
+        self._more = True
+        """Whether there may be tasks that the last claim has left for want of slots."""
+        self._hinted = False
         self._doubt_until = 0.0
         self._next_adoption = 0.0
 
     def note(self, hint: Hint) -> None:
         """Tasks may be claimable, now or at a known time."""
         if self._lanes.lower(hint, self._clock.now()) or hint.lanes:
+            self._hinted = True
             self._wake.set()
 
     def offer(self, hint: Hint) -> bool:
@@ -97,6 +104,14 @@ class Claims:
         """Anything may be claimable."""
         self._lanes.search_soon()
         self._wake.set()
+
+    def freed(self) -> None:
+        """A slot has become free, which is of no use where the last claim took all that there was."""
+        if self._more or not self._listening():
+            self._wake.set()
+        elif self._lanes.search_due:
+            # Its result goes first.
+            self._loop.call_later(ASIDE, self._wake.set)
 
     def written(self) -> None:
         """Results have been written, which claims may have waited for."""
@@ -123,6 +138,7 @@ class Claims:
         while not self._stopping.is_set():
             try:
                 if self._free <= 0 or not self._registration.lease.valid:
+                    self._more = True
                     await self._wait(1.0)
                     continue
                 self._wake.clear()
@@ -133,10 +149,13 @@ class Claims:
                     wanted = min(wanted, self._settings.concurrency // 2)
                 claimed = await self._claim(wanted)
                 failures = 0
-                if claimed >= wanted or self._wake.is_set():
+                self._more = claimed >= wanted
+                if self._more or self._wake.is_set():
                     continue
                 due = self._poll_interval
-                if self._lanes.next_due is not None:
+                if self._lanes.search_due:
+                    due = ASIDE
+                elif self._lanes.next_due is not None:
                     due = min(due, max(0.001, self._lanes.next_due - time.monotonic()))
                 await self._wait(due)
             except Exception as error:
@@ -160,7 +179,8 @@ class Claims:
 
     async def _claim(self, wanted: int) -> int:
         now = time.monotonic()
-        search = self._lanes.search_due
+        hinted, self._hinted = self._hinted, False
+        search = self._lanes.search_overdue if hinted else self._lanes.search_due
         if search or self._lanes.due:
             queue_names = list(self._settings.queue_names)
             survey = await self._channel.execute(claiming.SURVEY_LANES, {"queue_names": queue_names})

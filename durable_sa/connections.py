@@ -29,11 +29,11 @@ logger = logging.getLogger("durable_sa")
 Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
 
 REPLAN_INTERVAL = 1.0
-REPLAN_STATEMENTS = 20
-"""How long, and for how many statements at least, a connection may go on with plans that were made for other tables."""
+REPLAN_SECONDS = 0.2
+"""For how long, and how many seconds of waiting for the server in that time, plans are kept before they are renewed."""
 
 _REPLAN = "durable_replan"
-"""Key in a connection's `info`: how many statements have been planned since what time."""
+"""Key in a connection's `info`: since when its plans are kept, and for how long statements have taken since then."""
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
 
@@ -160,9 +160,7 @@ class Database:
         """
         if not connection.info[_EXPLICIT]:
             try:
-                await _renew_plans(connection)
-                result = await connection.execute(statement, parameters)
-                return result.all() if result.returns_rows else ()
+                return await _run(connection, statement, parameters)
             except DBAPIError as error:
                 if sqlstate(error) not in POOLER_STATES:
                     raise
@@ -172,9 +170,7 @@ class Database:
             connection = await connection.execution_options(isolation_level="READ COMMITTED")
         try:
             async with connection.begin():
-                await _renew_plans(connection)
-                result = await connection.execute(statement, parameters)
-                return result.all() if result.returns_rows else ()
+                return await _run(connection, statement, parameters)
         except DBAPIError as error:
             pool = self.engine.sync_engine.pool
             if sqlstate(error) in POOLER_STATES and pool not in _explained:
@@ -277,17 +273,24 @@ def _set_date_style(connection: Any, _: Any) -> None:
         connection.commit()
 
 
-async def _renew_plans(connection: AsyncConnection) -> None:
-    """Have the statements that are prepared on a connection planned anew, now and then.
+async def _run(
+    connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None
+) -> Sequence[Row[Any]]:
+    """Run a statement, with a new plan now and then.
 
     The server keeps one plan for whatever values, which is right for tables of the size that they had when it was made.
-    Queues grow from nothing to millions sooner than autovacuum looks at them.
+    Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for much may
+    have such a plan; one that is not has no need of others.
     """
-    count, since = connection.info.get(_REPLAN, (0, time.monotonic()))
-    if count >= REPLAN_STATEMENTS and time.monotonic() - since >= REPLAN_INTERVAL:
+    began = time.monotonic()
+    since, waited = connection.info.get(_REPLAN, (began, 0.0))
+    if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
         await connection.exec_driver_sql("DISCARD PLANS")
-        count, since = 0, time.monotonic()
-    connection.info[_REPLAN] = count + 1, since
+        since, waited = began, 0.0
+    result = await connection.execute(statement, parameters)
+    rows = result.all() if result.returns_rows else ()
+    connection.info[_REPLAN] = since, waited + time.monotonic() - began
+    return rows
 
 
 async def discard(connection: AsyncConnection) -> None:

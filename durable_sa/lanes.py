@@ -51,6 +51,11 @@ class Lanes:
         return time.monotonic() >= self._next_search
 
     @property
+    def search_overdue(self) -> bool:
+        """Whether it cannot be put off any longer."""
+        return time.monotonic() >= self._next_search + SEARCH_INTERVAL
+
+    @property
     def due(self) -> bool:
         """Whether the time of the next task that is known has come."""
         return self.next_due is not None and time.monotonic() >= self.next_due

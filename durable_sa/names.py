@@ -1,6 +1,7 @@
 """The rules for names of queues, tasks, steps, events, schedules, workers and headers, and for idempotency keys."""
 
 import re
+from functools import lru_cache
 from typing import Final, Literal
 
 from durable_sa.errors import InvalidConfiguration, InvalidName
@@ -29,7 +30,11 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
     """
     if not isinstance(value, str):
         raise InvalidName(kind, value, f"it must be a str, not {type(value).__name__}")
-    name = value if type(value) is str else str.__str__(value)
+    return _validated(kind, value if type(value) is str else str.__str__(value), internal)
+
+
+@lru_cache(maxsize=4096)
+def _validated(kind: NameKind, name: str, internal: bool) -> str:
     if not name:
         raise InvalidName(kind, name, "it is empty")
     try:

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import logging
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ logger = logging.getLogger("durable_sa")
 
 
 class Runs:
-    """The runs in progress, and their host. Sets `freed` whenever a slot becomes free."""
+    """The runs in progress, and their host. Calls `freed` whenever a slot becomes free."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Runs:
         services: Services,
         *,
         threads: int,
-        freed: asyncio.Event,
+        freed: Callable[[], None],
     ) -> None:
         self.writer = writer
         self.reader = reader
@@ -78,6 +78,7 @@ class Runs:
         self._expected: list[Claimed] = []
         """Claimed, to be started in the next turn of the event loop."""
         self._hurrying = False
+        self._freeing = False
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -200,7 +201,14 @@ class Runs:
         self._runs.pop(claimed.key, None)
         if not self._runs and not self._expected:
             self.idle.set()
-        self._freed.set()
+        if not self._freeing:
+            # In the next turn: what the run has to write is sent first.
+            self._freeing = True
+            self._loop.call_soon(self._tell_freed)
+
+    def _tell_freed(self) -> None:
+        self._freeing = False
+        self._freed()
 
     def outcome_stored(self, claimed: Claimed, outcome: str, error: BaseException | None) -> None:
         """What became of the run is committed."""

@@ -46,6 +46,10 @@ class StepOptions:
             object.__setattr__(self, "timeout", seconds(self.timeout, "timeout"))
 
 
+PLAIN: Final = StepOptions()
+"""Those of a step that is given as a plain function."""
+
+
 @dataclass(frozen=True, eq=False)
 class Step(Generic[P, R_co]):
     """A function that runs once for each call a task makes of it. Made by `step`."""

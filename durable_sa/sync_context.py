@@ -31,7 +31,7 @@ from .hooks import around_step
 from .policies import Duration
 from .results import TaskHandle
 from .signals import ControlFlow, Suspended
-from .steps import Step, StepOptions, result_codec
+from .steps import PLAIN, Step, StepOptions
 
 if TYPE_CHECKING:
     from .context import StateT, TaskContext
@@ -170,7 +170,7 @@ class SyncTaskContext(Generic[StateT]):
     def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`durable_sa.TaskContext.step`; `def` functions run in this thread."""
         function: Callable[..., Any] = fn.function if isinstance(fn, Step) else fn
-        options = fn.options if isinstance(fn, Step) else StepOptions()
+        options = fn.options if isinstance(fn, Step) else PLAIN
         if is_coroutine_function(function):
             return self._call(functools.partial(self._step_on_loop, name, fn, args, kwargs))
         begun = self._call(lambda: self.context.begin_step(name, function, options, args, kwargs))
@@ -185,8 +185,7 @@ class SyncTaskContext(Generic[StateT]):
                 if not self._call(again):
                     raise
             else:
-                codec = result_codec(function)
-                return self._call(functools.partial(self.context.end_step, begun.call, codec, result))
+                return self._call(functools.partial(self.context.end_step, begun.call, begun.codec, result))
         raise AssertionError("unreachable")
 
     async def _step_on_loop(

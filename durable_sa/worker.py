@@ -97,7 +97,7 @@ class Worker:
             self._clock,
             self._services,
             threads=max(settings.concurrency, 4),
-            freed=self._wake,
+            freed=lambda: self._claims.freed(),  # noqa: PLW0108 - made last
         )
         self.tender = Tender(
             self._rest,
@@ -155,6 +155,7 @@ class Worker:
             if self.settings.health_port is not None:
                 self._health = HealthServer(database, self.settings.health_port, self._registration.vital_signs)
                 self.health_port = await self._health.start()
+            await self._writer.rehearse()
             await self._registration.register()
         except BaseException:
             task_factory.uninstall(self.loop)

@@ -199,6 +199,13 @@ class System(ABC):
             "first": starts[0] if starts else None,
         }
 
+    async def until(self, ended: int, seconds: float) -> dict[str, Any]:
+        """How far the tasks have come once so many have ended in this process, or after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while len(self.probe.ends) < ended and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
+        return await self.progress()
+
     async def tenths(self) -> list[float]:
         """When the task at each tenth of all had ended."""
         ends = sorted(self.probe.ends)

@@ -144,11 +144,12 @@ async def drain(
 
 async def until_ended(drivers: list[Driver], database: Database, count: int) -> float:
     """Wait until so many tasks have ended, and the database says so; when the first had started."""
+    # One process knows by itself when that is; of several, only their sum tells.
+    seconds = 0.5 if len(drivers) == 1 else 0.02
     while True:
-        progress = await asyncio.gather(*(driver.call("progress") for driver in drivers))
+        progress = await asyncio.gather(*(driver.call("until", ended=count, seconds=seconds) for driver in drivers))
         if sum(each["ended"] for each in progress) >= count:
             break
-        await asyncio.sleep(0.02)
     while await database.unfinished():
         await asyncio.sleep(0.002)
     return min(each["first"] for each in progress if each["first"] is not None)

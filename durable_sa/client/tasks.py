@@ -118,7 +118,7 @@ class Tasks(ClientBase):
                         async with asyncio.timeout(pause):
                             await changed.wait()
                     changed.clear()
-                    pause = min(_LONGEST_POLL, pause * 1.3)
+                    pause = min(_LONGEST_POLL, pause * 1.1)
                     try:
                         row = await self._polls(task_id)
                     except (SQLAlchemyError, OSError) as error:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from ..annotations import is_coroutine_function
 from ..arguments import encode_arguments
+from ..codec import Codec
 from ..errors import TaskTimeout
 from ..failures import is_retryable
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
-from ..steps import Step, StepOptions, result_codec
+from ..steps import PLAIN, Step, StepOptions, result_codec
 from ..writer import Kind
 from .base import NULL, Call
 from .sleeps import Sleeps
@@ -28,6 +29,7 @@ class Begun(NamedTuple):
     """A step before it is executed: what is recorded of it, or how often it was tried in vain."""
 
     call: Call
+    codec: Codec[Any]
     recorded: bool
     value: Any
     tries: int
@@ -62,7 +64,7 @@ class Steps(Sleeps):
             PayloadTooLarge: the result is larger than the client's `max_payload_bytes`.
             TaskTimeout: the step ran longer than its `timeout`.
         """
-        function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, StepOptions())
+        function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, PLAIN)
         call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
         return self._step(call, function, options, args, kwargs)
 
@@ -93,7 +95,7 @@ class Steps(Sleeps):
                 if not await self.try_again(call, tries, options, error):
                     raise
             else:
-                return await self.end_step(call, result_codec(function), result)
+                return await self.end_step(call, begun.codec, result)
 
     def begin_step(
         self,
@@ -112,13 +114,13 @@ class Steps(Sleeps):
         codec = result_codec(function)
         if (entry := await self._recall(call)) is not None:
             value = codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
-            return Begun(call, True, value, 0)
+            return Begun(call, codec, True, value, 0)
         tries = await self._failed_tries(call) if options.max_attempts > 1 else 0
         await run.enter()
         if failures := tries % options.max_attempts:
             # What has woken the run may have been something else.
             await self._pause(call, tries, self._strategy(options).delay(failures))
-        return Begun(call, False, None, tries)
+        return Begun(call, codec, False, None, tries)
 
     async def _execute(
         self,

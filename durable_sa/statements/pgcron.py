@@ -10,7 +10,6 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     DateTime,
-    Integer,
     Table,
     Text,
     Uuid,
@@ -32,7 +31,7 @@ from sqlalchemy.dialects import postgresql
 
 from ..models import SCHEMA, Queue, Schedule, Task
 from .expressions import constant, statement_time
-from .spawning import SPAWN_COLUMNS, insert_tasks
+from .spawning import SPAWN_COLUMNS, hint_payload, insert_tasks
 
 _job = table(
     "job", column("jobid", BigInteger()), column("jobname", Text()), column("active", Boolean()), schema="cron"
@@ -136,14 +135,7 @@ def firing(schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, sc
     spawned = (
         insert_tasks(spawn).returning(Task.queue_name, Task.priority, Task.available_at, Task.cancel_at).cte("spawned")
     )
-    lane = func.json_build_array(
-        spawned.c.queue_name,
-        spawned.c.priority,
-        sql_cast(func.extract("epoch", spawned.c.available_at) * constant(1_000_000), BigInteger()),
-    )
-    limits = sql_cast(sql_cast(spawned.c.cancel_at.is_not(None), Boolean()), Integer())
-    hint = func.json_build_array(func.json_build_array(lane), constant(0), constant(0), limits)
-    statement = select(func.pg_notify(literal_column(quoted(channel), Text()), sql_cast(hint, Text()))).select_from(
+    statement = select(func.pg_notify(literal_column(quoted(channel), Text()), hint_payload(spawned))).select_from(
         spawned
     )
     compiled = statement.compile(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
     DateTime,
     Float,
     Integer,
@@ -12,6 +15,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     bindparam,
+    cast,
     delete,
     exists,
     func,
@@ -24,7 +28,7 @@ from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, Task
-from .expressions import array, as_json, as_jsonb, as_text, clock, impatient, interval, numbered_rows, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, interval, numbered_rows, rows
 
 SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_id": Uuid(),
@@ -94,6 +98,31 @@ SPAWN = insert_tasks(_spawnable().subquery("spawnable")).returning(
     Task.task_id, Task.queue_name, Task.priority, Task.available_at
 )
 """Enqueue. A task whose queue does not exist, or whose key is taken, is missing from what comes back."""
+
+
+def hint_payload(spawned: FromClause) -> ColumnElement[Any]:
+    """The hint for each new task, as :class:`durable_sa.hints.Hint` reads it."""
+    t = spawned.c
+    micros = func.extract("epoch", t.available_at) * constant(1_000_000)
+    lane = func.json_build_array(t.queue_name, t.priority, cast(micros, BigInteger()))
+    limits = cast(cast(t.cancel_at.is_not(None), Boolean()), Integer())
+    return cast(func.json_build_array(func.json_build_array(lane), constant(0), constant(0), limits), Text())
+
+
+_spawned = (
+    insert_tasks(_spawnable().subquery("spawnable"))
+    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.cancel_at)
+    .cte("spawned")
+)
+
+SPAWN_AND_TELL = select(
+    _spawned.c.task_id,
+    _spawned.c.queue_name,
+    _spawned.c.priority,
+    _spawned.c.available_at,
+    func.pg_notify(bindparam("channel", type_=Text()), hint_payload(_spawned)),
+)
+"""As `SPAWN`, with the hint in the same transaction: workers hear of it sooner, but such commits wait in line."""
 
 SPAWN_KEYED = insert_tasks(_spawnable().join(impatient(), true()).subquery("spawnable")).returning(
     Task.task_id, Task.queue_name, Task.priority, Task.available_at
