@@ -33,6 +33,10 @@ ParamsT = TypeVar("ParamsT")
 
 
 SELDOM = 2
+"""How many times as long as the last spawn took must have passed for the next to carry its own hint.
+
+Workers hear of it sooner then, but commits that send something wait for each other, so what comes often must not.
+"""
 
 
 class Spawning(ClientBase):
@@ -237,23 +241,23 @@ class Spawning(ClientBase):
         # A worker beside it need not be told by way of the database.
         here = next((worker for worker in self._workers if worker.loop is asyncio.get_running_loop()), None)
         began = time.monotonic()
-        telling = here is None and len(prepared) == 1 and insert is spawning.SPAWN and began >= self._seldom_from
-        if telling:
+        if here is None and len(prepared) == 1 and insert is spawning.SPAWN and began >= self._seldom_from:
             insert = spawning.SPAWN_AND_TELL
         script = scripts.insert(prepared, hint, insert)
         try:
             statement, parameters = next(script)
             while True:
                 if statement is spawning.SPAWN_AND_TELL:
-                    parameters = {**parameters, "channel": channel_name(self.schema)}
+                    parameters["channel"] = channel_name(self.schema)
                 statement, parameters = script.send(await self.database.execute(statement, parameters))
         except StopIteration as end:
             results: list[SpawnResult[Any] | DurableError] = end.value
         ended = time.monotonic()
         self._seldom_from = ended + SELDOM * (ended - began)
-        if telling:
-            pass
-        elif here is None or not here.offer(hint) or any(spawn.task_name not in self.tasks for spawn in prepared):
+        told = insert is spawning.SPAWN_AND_TELL or (
+            here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)
+        )
+        if not told:
             self._sender().send(hint)
         return cast("list[SpawnResult[Any] | BaseException]", results)
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import json
+import math
 import random
 import threading
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from sqlalchemy import URL, Engine, event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from durable_sa import Durable, task
+from durable_sa import CancellationPolicy, Durable, QueueNotFound, task
+from durable_sa.connections import Database
 from durable_sa.embedded import temporary_server
-from durable_sa.hints import Hint
+from durable_sa.hints import NOTIFY, Hint
+from durable_sa.statements import spawning
 from tests.client.support import (
     ASYNC,
     Application,
@@ -294,3 +297,54 @@ async def test_a_prepared_transaction_spawns_when_it_is_committed(two_phase_url:
         assert await hints.connection.fetchval("SELECT count(*) FROM durable.tasks") == commits
         assert len(await hints.so_far()) == commits
     await hints.connection.close()
+
+
+async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
+    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable.register(ship)
+    executed: list[Any] = []
+    execute = Database.execute_on
+
+    async def observed(self: Database, connection: Any, statement: Any, parameters: Any = None) -> Any:
+        executed.append(statement)
+        return await execute(self, connection, statement, parameters)
+
+    monkeypatch.setattr(Database, "execute_on", observed)
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    monkeypatch.setattr(Durable, "_seldom_from", 0.0)
+    limited = CancellationPolicy(max_pending_time=60)
+    await durable.spawn(ship, available_at=at, priority=3, cancellation=limited)
+    heard = Hint.decode(await hints.next())
+    assert heard == Hint({("default", 3): at}, limits=True, tasks=1)
+    assert [statement for statement in executed if statement is not spawning.SPAWN_AND_TELL] == []
+    # From now on they come too fast.
+    executed.clear()
+    monkeypatch.setattr(durable, "_seldom_from", math.inf)
+    for _ in range(3):
+        await durable.spawn(ship)
+    assert executed.count(spawning.SPAWN) == 3
+    await eventually(lambda: NOTIFY in executed)
+    assert spawning.SPAWN_AND_TELL not in executed
+
+
+async def test_many_spawns_at_once_do_not_wait_in_line_for_their_hints(durable: Durable, hints: Hints) -> None:
+    durable.register(ship)
+    await asyncio.gather(*(durable.spawn(ship) for _ in range(200)))
+    assert 1 <= len(await hints.so_far()) < 20
+
+
+async def test_a_lone_spawn_that_is_refused_sends_no_hint(durable: Durable, hints: Hints) -> None:
+    durable.register(ship)
+    with pytest.raises(QueueNotFound):
+        await durable.spawn(ship, queue_name="nowhere")
+    assert await hints.so_far() == []
+
+
+async def test_sending_a_hint_leaves_its_connection_as_durable_as_it_was(durable: Durable) -> None:
+    async with durable.engine.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.execute(sa.text("SET synchronous_commit = local"))
+        await connection.execute(NOTIFY, {"channel": "durable", "payload": "x"})
+        assert await connection.scalar(sa.text("SHOW synchronous_commit")) == "local"
+        await connection.execute(sa.text("RESET synchronous_commit"))

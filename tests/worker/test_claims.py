@@ -396,6 +396,29 @@ async def test_what_appears_below_the_floor_without_a_hint_is_found(
         await durable.wait_for_result(task_id, timeout=2.0)
 
 
+async def test_what_no_hint_tells_of_is_found_among_many_hints(durable: Durable, sql: Rows) -> None:
+    """Each of them is a reason to claim from the floor, and the look below it waits for a quiet moment, but not long."""
+    hidden = _Hidden(durable)
+    stop = asyncio.Event()
+
+    async def load() -> None:
+        while not stop.is_set():
+            await asyncio.gather(*(durable.spawn(hidden.task) for _ in range(5)))
+
+    async with durable.worker(concurrency=100) as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        await hidden.advance()
+        loading = asyncio.create_task(load())
+        try:
+            for _ in range(2):
+                task_id = new_id()
+                await sql(INSERT, task_id=task_id, priority=0, age=3600.0)
+                await durable.wait_for_result(task_id, timeout=4.0)
+        finally:
+            stop.set()
+            await loading
+
+
 async def test_a_late_commit_is_announced_and_found(durable: Durable, engine: AsyncEngine) -> None:
     hidden = _Hidden(durable)
     async with durable.worker():

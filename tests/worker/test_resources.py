@@ -49,6 +49,24 @@ async def test_an_idle_worker_sends_at_most_a_statement_a_second(durable: Durabl
         assert len(statements) <= 10, "\n\n".join(statements)
 
 
+async def test_a_task_on_an_idle_worker_costs_a_claim_and_a_completion(durable: Durable, statements: list[str]) -> None:
+    """A claim that has taken all that there was is not repeated when a slot becomes free."""
+
+    @durable.task
+    async def quick(ctx: TaskContext) -> None: ...
+
+    async with durable.worker(concurrency=5) as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+        claims = 0
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            statements.clear()
+            await durable.wait_for_result(await durable.spawn(quick))
+            claims += sum("open_lanes" in statement for statement in statements)
+        # Each second one looks for what no hint has told of.
+        assert claims <= 24
+
+
 async def test_a_worker_that_only_waits_for_sleepers_is_as_quiet(
     durable: Durable, sql: Rows, statements: list[str]
 ) -> None:
