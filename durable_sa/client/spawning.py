@@ -248,7 +248,7 @@ class Spawning(ClientBase):
             statement, parameters = next(script)
             while True:
                 if statement is spawning.SPAWN_AND_TELL:
-                    parameters["channel"] = channel_name(self.schema)
+                    parameters = {**parameters, "channel": channel_name(self.schema)}
                 statement, parameters = script.send(await self.database.execute(statement, parameters))
         except StopIteration as end:
             results: list[SpawnResult[Any] | DurableError] = end.value
