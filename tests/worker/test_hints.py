@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import asyncpg  # type: ignore[import-untyped]
 import pytest
 from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import DBAPIError
@@ -340,6 +341,16 @@ class PgBouncer:
             file.writelines(f"{name} = {value}\n" for name, value in settings.items())
         self.start()
 
+    async def command(self, command: str) -> None:
+        """On its console, which knows the simple protocol only."""
+        connection = await asyncpg.connect(
+            host="127.0.0.1", port=self.port, user="postgres", database="pgbouncer", statement_cache_size=0
+        )
+        try:
+            await connection.execute(command)
+        finally:
+            connection.terminate()
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
@@ -498,6 +509,34 @@ async def test_a_restart_of_the_pooler_fails_no_task(
             await asyncio.to_thread(bouncer.start)
             for spawn in spawned:
                 assert (await durable.wait_for_result(spawn, timeout=20)).output == sum(range(20))
+    await pooled.dispose()
+    await assert_stories_ended_well(sql, spawned)
+    assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+
+
+async def test_what_operators_do_to_a_pooler_fails_no_task(
+    engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer, database_url: URL
+) -> None:
+    """Its connections live for a second, and it sends away who waits for one for longer than that."""
+    bouncer.restart(server_lifetime="1", query_wait_timeout="1", server_login_retry="1", admin_users="postgres")
+    await create_bookings(engine)
+    pooled = pooled_engine(bouncer, "asyncpg")
+    async with Durable(pooled) as victim:
+        story = Story(victim)
+        async with victim.worker(concurrency=10, poll_interval=0.1):
+            spawned = await durable.spawn_many([(story.task, Parts(steps=40, pause=0.1))] * 10)
+            await eventually(lambda: len(story.executed) > 40)
+            await bouncer.command("RELOAD")
+            await bouncer.command("PAUSE")
+            await asyncio.sleep(2.0)
+            await bouncer.command("RESUME")
+            executed = len(story.executed)
+            await eventually(lambda: len(story.executed) > executed + 20, within=10)
+            await bouncer.command(f"KILL {database_url.database}")
+            await asyncio.sleep(0.5)
+            await bouncer.command(f"RESUME {database_url.database}")
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=30)).output == sum(range(40))
     await pooled.dispose()
     await assert_stories_ended_well(sql, spawned)
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
