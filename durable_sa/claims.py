@@ -79,6 +79,7 @@ class Claims:
         self._more = True
         """Whether there may be tasks that the last claim has left for want of slots."""
         self._hinted = False
+        self._look: asyncio.TimerHandle | None = None
         self._doubt_until = 0.0
         self._next_adoption = 0.0
 
@@ -106,12 +107,18 @@ class Claims:
         self._wake.set()
 
     def freed(self) -> None:
-        """A slot has become free, which is of no use where the last claim took all that there was."""
+        """A slot has become free, which is of no use where the last claim took all that there was.
+
+        What hints do not tell of is looked for soon, but not before the result of the run is on its way.
+        """
         if self._more or not self._listening():
             self._wake.set()
-        elif self._lanes.search_due:
-            # Its result goes first.
-            self._loop.call_later(ASIDE, self._wake.set)
+        elif self._look is None:
+            self._look = self._loop.call_later(max(ASIDE, self._lanes.search_in), self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        self._wake.set()
 
     def written(self) -> None:
         """Results have been written, which claims may have waited for."""

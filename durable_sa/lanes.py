@@ -46,14 +46,19 @@ class Lanes:
         self._order = sorted(self._floors, key=lambda lane: (self._queues[lane[0]], lane[1]))
 
     @property
+    def search_in(self) -> float:
+        """Seconds until a claim should go without floors; less than nothing where that is overdue."""
+        return self._next_search - time.monotonic()
+
+    @property
     def search_due(self) -> bool:
-        """Whether the next claim should go without floors."""
-        return time.monotonic() >= self._next_search
+        """Whether the next claim should."""
+        return self.search_in <= 0
 
     @property
     def search_overdue(self) -> bool:
         """Whether it cannot be put off any longer."""
-        return time.monotonic() >= self._next_search + SEARCH_INTERVAL
+        return self.search_in <= -SEARCH_INTERVAL
 
     @property
     def due(self) -> bool:
