@@ -83,22 +83,23 @@ class Listener:
                 self._on_payload(payload)
 
         reading: asyncio.Task[None] | None = None
+
+        def lose(_: Any) -> None:
+            lost.set()
+            arrived.set()  # Nobody waits for what a lost connection does not bring.
+
         if hasattr(driver, "add_listener"):
 
             def received(_: Any, __: int, ___: str, payload: Any) -> None:
                 receive(str(payload))
 
+            driver.add_termination_listener(lose)
             # What it sends is prepared, and a pooler has to keep that together.
             transaction: AbstractAsyncContextManager[Any] = driver.transaction()
             async with transaction:
                 await driver.add_listener(self._channel, received)
             # Said once more as the latest statement, pg_stat_activity shows what the connection is for.
             await driver.execute(f'LISTEN "{self._channel}"')
-
-            def terminated(_: Any) -> None:
-                lost.set()
-
-            driver.add_termination_listener(terminated)
         else:
             await driver.execute(f'LISTEN "{self._channel}"')
 
@@ -111,7 +112,7 @@ class Listener:
             def ended(done: asyncio.Task[None]) -> None:
                 if not done.cancelled():
                     done.exception()
-                lost.set()
+                lose(done)
 
             reading.add_done_callback(ended)
         try:
@@ -121,9 +122,10 @@ class Listener:
                     await arrived.wait()
             except TimeoutError:
                 raise _NotDelivered from None
-            self.working = True
-            self._said = False
-            self._on_payload("")
+            if not lost.is_set():
+                self.working = True
+                self._said = False
+                self._on_payload("")
             while not lost.is_set():
                 try:
                     async with asyncio.timeout(CHECK_INTERVAL):

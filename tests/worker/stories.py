@@ -71,7 +71,8 @@ async def create_bookings(engine: AsyncEngine) -> None:
 @asynccontextmanager
 async def named(url: URL, name: str, **options: Any) -> AsyncGenerator[Durable]:
     """A client whose connections can be told from others on the server."""
-    arguments = {"server_settings": {"application_name": name}}
+    about = {"application_name": name}
+    arguments = {"server_settings": about} if url.get_driver_name() == "asyncpg" else about
     engine = create_async_engine(url, connect_args=arguments, **options)
     try:
         async with Durable(engine) as durable:

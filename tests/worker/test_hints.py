@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext, task
 from durable_sa.hints import Hint, HintSender
+from durable_sa.listener import Listener
 
 from ..support import eventually
 from .conftest import Rows
@@ -109,6 +110,28 @@ async def test_an_idle_worker_is_woken_within_a_tenth_of_a_second(
 
 async def _sleeps(sql: Rows, task_id: uuid.UUID) -> bool:
     return bool(await sql("SELECT 1 FROM durable.tasks WHERE task_id = :id AND state = 'sleeping'", id=task_id))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_listen_connection_lost_before_it_was_checked_is_not_taken_for_a_pooler(
+    database_url: URL, quick: Any, sql: Rows, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Listener._probe
+    terminated: list[int] = []
+
+    async def terminate_first(listener_: Listener, payload: str) -> None:
+        if not terminated:
+            terminated.append(await listener(sql))
+            await sql("SELECT pg_terminate_backend(:pid)", pid=terminated[0])
+        else:
+            await probe(listener_, payload)
+
+    monkeypatch.setattr(Listener, "_probe", terminate_first)
+    async with named(database_url.set(drivername=f"postgresql+{driver}"), "victim") as victim:
+        victim.register(quick)
+        async with victim.worker(poll_interval=10) as worker:
+            await eventually(lambda: worker._listener is not None and worker._listener.working)
+            assert await listener(sql) not in terminated
 
 
 async def test_a_lost_listen_connection_is_replaced_each_time(
