@@ -29,6 +29,11 @@ class Channel:
         self._connection: AsyncConnection | None = None
         self._lock = asyncio.Lock()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a statement is on its way."""
+        return self._lock.locked()
+
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Run one statement as a transaction of its own."""
         async with self._lock:

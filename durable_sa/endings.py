@@ -16,7 +16,7 @@ from .failures import encode_error, is_retryable
 from .host import Host
 from .ids import new_id
 from .signals import LeaseLost
-from .writer import Kind, WaitSpec, Write
+from .writes import Kind, WaitSpec, Write
 
 if TYPE_CHECKING:
     from .tasks import Task

@@ -42,6 +42,9 @@ NOTIFY = select(
 MAX_PAYLOAD = 7000
 """Bytes; Postgres allows 8,000."""
 
+_SPACING = 0.005
+"""Seconds after a hint in which those that follow gather: where tasks are spawned one after the other, a hint each would
+take as long as the spawns."""
 _SHORTEST_PAUSE = 0.0005
 _LONGEST_PAUSE = 0.01
 """Seconds between looks whether a transaction is over."""
@@ -186,6 +189,7 @@ class HintSender:
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
                 await self._database.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
+                await asyncio.sleep(_SPACING)
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
             self._outbox.clear()
             logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
@@ -232,6 +236,7 @@ class _ThreadSender:
                         connection.detach()
             except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
                 logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
+            time.sleep(_SPACING)
 
 
 # By pool, which all variants of an engine share that `execution_options()` makes: applications make one each request.

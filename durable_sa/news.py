@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from .claims import Claims
 from .hints import Hint, HintSender
 from .tender import Tender
-from .writer import Kind, Write
+from .writes import Kind, Write
 
 
 class News:

@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime
 
-from .writer import Stored, WaitSpec
+from .writes import Stored, WaitSpec
 
 
 @dataclass(slots=True, eq=False)

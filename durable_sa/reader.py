@@ -14,7 +14,7 @@ from .batches import Batch
 from .channels import Channel
 from .database_errors import backoff, is_transient
 from .statements import checkpoints, claiming, waits
-from .writer import Stored
+from .writes import Stored
 
 T = TypeVar("T")
 

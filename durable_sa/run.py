@@ -19,7 +19,7 @@ from .journal import Entry, Journal
 from .parked import Parked
 from .signals import ControlFlow, LeaseLost, Suspended
 from .task_factory import BranchExit
-from .writer import Kind, Stored, Write
+from .writes import Kind, Stored, Write
 
 if TYPE_CHECKING:
     from .tasks import Task

@@ -15,7 +15,7 @@ from .hints import Hint
 from .ids import new_id
 from .results import SpawnResult, TaskStatus
 from .sessions import Script
-from .spawns import Prepared, at_position, columns, created, explain, over, wanted
+from .spawns import Prepared, at_position, columns, created, explain, over, values, wanted
 from .statements import cancelling, queues, spawning, waits
 
 if TYPE_CHECKING:
@@ -49,13 +49,17 @@ def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnRes
 
 
 def insert(
-    prepared: Sequence[Prepared], hint: Hint, statement: Executable = spawning.SPAWN
+    prepared: Sequence[Prepared],
+    hint: Hint,
+    *,
+    alone: Executable = spawning.SPAWN_ONE,
+    many: Executable = spawning.SPAWN,
 ) -> Script[list[SpawnResult[Any] | DurableError]]:
-    """Insert tasks; an item that cannot be is an error in the result, and the others are not."""
+    """Insert tasks, by one of two statements; an item that cannot be is an error in the result, the others are not."""
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
     try:
         for portion in _portions(prepared):
-            yield from _insert(portion, hint, statement, outcomes)
+            yield from _insert(portion, hint, alone, many, outcomes)
     finally:
         if any(item.spawning is not None for item in prepared):
             _tell(prepared, outcomes)
@@ -75,11 +79,12 @@ def _tell(prepared: Sequence[Prepared], outcomes: dict[uuid.UUID, SpawnResult[An
 def _insert(
     missing: list[Prepared],
     hint: Hint,
-    statement: Executable,
+    alone: Executable,
+    many: Executable,
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError],
 ) -> Script[None]:
     for _ in range(5):
-        rows = yield statement, columns(missing)
+        rows = yield (alone, values(missing[0])) if len(missing) == 1 else (many, columns(missing))
         hint.add_rows(rows)
         found = {row.task_id for row in rows}
         for item in missing:

@@ -159,8 +159,13 @@ def at_position(error: DurableError, position: int) -> DurableError:
     return error
 
 
+def values(prepared: Prepared) -> dict[str, Any]:
+    """What the insert of a task alone binds."""
+    return dict(zip(SPAWN_COLUMNS, prepared.values, strict=True))
+
+
 def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
-    """The arrays that the insert binds."""
+    """The arrays that the insert of many binds."""
     arrays = zip(*(item.values for item in prepared), strict=True)
     return {name: list(array) for name, array in zip(SPAWN_COLUMNS, arrays, strict=True)}
 

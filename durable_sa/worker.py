@@ -86,6 +86,7 @@ class Worker:
         )
         self._writer = Writer(
             for_writes,
+            for_claims,
             on_commit=lambda kind, writes, rows: self._news.committed(kind, writes, rows),  # noqa: PLW0108 - made last
         )
         self._runs = Runs(
@@ -168,6 +169,7 @@ class Worker:
         for_claims, for_writes, rest = self._channels
         self._services.serve(self._claims.run, CLAIMING, for_claims)
         self._services.serve(self._writer.run, "durable:writer", for_writes)
+        self._services.serve(self._writer.run_beside, "durable:writer-beside")
         self._services.serve(self.tender.run, "durable:tender", rest)
         if self._telemetry is not None:
             self._telemetry.watch(self)

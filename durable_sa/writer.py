@@ -3,6 +3,10 @@
 A write goes out at once if the writer is idle; what comes while a statement is on its way gathers for the next. Nothing
 ever waits for a timer or for company. Each write names its run's fence, and its future gets the outcome only after the
 commit has returned. A write may be repeated at will: after a lost reply the repetition finds what was stored.
+
+Runs that wait for their checkpoints do nothing meanwhile, so many at once would work in step, the worker's process and
+the server in turns. Therefore large batches of checkpoints are sent in two halves, on two connections: while one half
+is written, the runs of the other go on. The second connection is that of the claims, when it has nothing to do.
 """
 
 from __future__ import annotations
@@ -11,101 +15,56 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from sqlalchemy import Executable, Row
+from sqlalchemy import Row
 
 from .channels import Channel
 from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_transient, sqlstate
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
-from .statements.spawning import SPAWN_COLUMNS
+from .writes import ALONE, CONTENDED, Kind, Stored, Write, current, statement_of, statement_of_many
 
 logger = logging.getLogger("durable_sa")
 
 FLUSH_WRITES = 1000
 FLUSH_BYTES = 4 * 1024 * 1024
+PIPELINED = 32
+"""From so many checkpoints on, two connections share them."""
 REHEARSALS = 6
 """After five executions with a plan of their own the server keeps one for all."""
 LOCKED_RETRY = 0.05
 """Seconds until a row that somebody else has locked is tried again."""
 
-
-class Kind(Enum):
-    """What a write does; one statement each, sent in this order."""
-
-    CHECKPOINT = "checkpoint"
-    CHILD = "child"
-    EVENT = "event"
-    WAITS = "waits"
-    SUSPENSION = "suspension"
-    FAILURE = "failure"
-    RELEASE = "release"
-    COMPLETION = "completion"
-
-
-_CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
-"""What may meet an insert of the same key in a transaction that is still open."""
-
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 
 
-class Stored(NamedTuple):
-    """What stands in the database under a key, which may be what an earlier run wrote."""
+class _Lane:
+    """A connection that writes go out on, one statement at a time, with the tasks that those on their way are of."""
 
-    status: str
-    value: str | None
-    child_task_id: uuid.UUID | None = None
-
-
-class WaitSpec(NamedTuple):
-    """A wait as it is stored: by an absolute time, or by seconds from now, or without end."""
-
-    key: uuid.UUID
-    kind: str
-    name: str
-    event_name: str | None
-    child_task_id: uuid.UUID | None
-    due_at: Any
-    delay: float | None
-
-
-@dataclass(slots=True, eq=False)
-class Write:
-    """One write of one run. `told` is called once with its outcome, a value or an error, after the commit."""
-
-    kind: Kind
-    task_id: uuid.UUID
-    fence: int
-    told: Callable[[Any, BaseException | None], None]
-    key: uuid.UUID | None = None
-    values: tuple[Any, ...] = ()
-    waits: Sequence[WaitSpec] = ()
-    size: int = 0
-    tries: int = 0
-    refusals: int = 0
-    over: bool = False
-
-    def settle(self, value: Any, error: BaseException | None = None) -> None:
-        """Tell the outcome, if it has not been told."""
-        if not self.over:
-            self.over = True
-            self.told(value, error)
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.wanted = asyncio.Event()
+        self.flushing = 0
+        self.task_ids: set[uuid.UUID] = set()
 
 
 class Writer:
-    """Takes the writes of a worker's runs and sends them, grouped, on one connection."""
+    """Takes the writes of a worker's runs and sends them, grouped. It may use `spare` while nobody else does."""
 
-    def __init__(self, channel: Channel, *, on_commit: Callable[[Kind, list[Write], Sequence[Row[Any]]], None]) -> None:
-        self._channel = channel
+    def __init__(
+        self,
+        channel: Channel,
+        spare: Channel | None = None,
+        *,
+        on_commit: Callable[[Kind, list[Write], Sequence[Row[Any]]], None],
+    ) -> None:
+        self._main = _Lane(channel)
+        self._beside = None if spare is None else _Lane(spare)
         self._on_commit = on_commit
         self._queue: deque[Write] = deque()
-        self._wanted = asyncio.Event()
         self._abandoned = False
-        self._flushing = 0
         self._delayed = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -113,7 +72,8 @@ class Writer:
     @property
     def backlog(self) -> int:
         """Writes that have not been committed yet."""
-        return len(self._queue) + self._flushing + self._delayed
+        beside = 0 if self._beside is None else self._beside.flushing
+        return len(self._queue) + self._main.flushing + beside + self._delayed
 
     def submit(self, write: Write) -> None:
         """Queue a write. Its outcome is `LeaseLost` where the fence is another by now."""
@@ -121,7 +81,9 @@ class Writer:
             write.settle(None, LeaseLost())
             return
         self._queue.append(write)
-        self._wanted.set()
+        self._main.wanted.set()
+        if self._beside is not None and self._main.flushing and len(self._queue) >= PIPELINED:
+            self._beside.wanted.set()
         self.idle.clear()
 
     def abandon(self) -> None:
@@ -129,7 +91,7 @@ class Writer:
         self._abandoned = True
         while self._queue:
             self._queue.popleft().settle(None, LeaseLost())
-        self._wanted.set()
+        self._main.wanted.set()
 
     def resume(self) -> None:
         """Take writes again: the worker has come back with a lease."""
@@ -137,53 +99,95 @@ class Writer:
 
     async def rehearse(self) -> None:
         """Have the commonest statements compiled and planned before the first run needs them: that takes 15 ms."""
-        for kind in (Kind.CHECKPOINT, Kind.COMPLETION):
-            statement, parameters = _STATEMENTS[kind]([])
+        for kind, alone in ALONE.items():
+            many, none = statement_of_many(kind, [])
             for _ in range(REHEARSALS):
-                await self._channel.execute(statement, parameters)
+                await self._main.channel.execute(many, none)
+                await self._main.channel.execute(alone, dict.fromkeys(none))
 
     async def run(self) -> None:
         """Flush until cancelled."""
         try:
-            while True:
-                await self._wanted.wait()
-                self._wanted.clear()
-                while batch := self._take():
-                    await self._send_all(batch)
-                if not self.backlog:
-                    self.idle.set()
+            await self._serve(self._main)
         finally:
             self.abandon()
 
-    async def _send_all(self, batch: list[Write]) -> None:
-        self._flushing = len(batch)
+    async def run_beside(self) -> None:
+        """Flush, on the spare connection and until cancelled, half of the checkpoints where there are many."""
+        if self._beside is not None:
+            await self._serve(self._beside)
+
+    async def _serve(self, lane: _Lane) -> None:
+        while True:
+            await lane.wanted.wait()
+            lane.wanted.clear()
+            while batch := self._take(lane):
+                try:
+                    await self._send_all(lane, batch)
+                finally:
+                    lane.flushing = 0
+                    lane.task_ids.clear()
+                if lane is self._beside and self._queue:
+                    # What the other has passed over because of this.
+                    self._main.wanted.set()
+            if not self.backlog:
+                self.idle.set()
+
+    async def _send_all(self, lane: _Lane, batch: list[Write]) -> None:
         groups: dict[Kind, list[Write]] = {}
         for write in batch:
             groups.setdefault(write.kind, []).append(write)
         for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
-            await self._send(groups[kind])
-        self._flushing = 0
+            await self._send(lane.channel, groups[kind])
 
-    def _take(self) -> list[Write]:
+    def _take(self, lane: _Lane) -> list[Write]:
+        """What goes into the next statements of a lane, in the order of the writes of each task."""
         batch: list[Write] = []
-        size = 0
-        while self._queue and len(batch) < FLUSH_WRITES and size <= FLUSH_BYTES:
+        most, size = FLUSH_WRITES, 0
+        other: _Lane | None = self._beside if lane is self._main else self._main
+        # The two would lock the same rows, and pass over each other's.
+        passed = set(other.task_ids) if other is not None else set[uuid.UUID]()
+        left: list[Write] = []
+        if lane is self._beside:
+            if lane.channel.busy:
+                return []
+        elif other is not None and not other.flushing and self._many_checkpoints:
+            most = min(FLUSH_WRITES, (len(self._queue) + 1) // 2)
+            other.wanted.set()
+        while self._queue and len(batch) < most and size <= FLUSH_BYTES:
             write = self._queue.popleft()
             if write.over:
                 continue
+            if write.task_id in passed or (lane is self._beside and write.kind is not Kind.CHECKPOINT):
+                passed.add(write.task_id)
+                left.append(write)
+                continue
             size += write.size
             batch.append(write)
-        return _current(batch)
+        self._queue.extendleft(reversed(left))
+        batch = current(batch)
+        lane.flushing = len(batch)
+        if other is not None:
+            lane.task_ids.update(write.task_id for write in batch)
+        return batch
 
-    async def _send(self, writes: list[Write]) -> None:
+    @property
+    def _many_checkpoints(self) -> bool:
+        """Whether there are enough to be shared, to all appearances of different tasks."""
+        if len(self._queue) < PIPELINED:
+            return False
+        first, last = self._queue[0], self._queue[-1]
+        return first.kind is last.kind is Kind.CHECKPOINT and first.task_id != last.task_id
+
+    async def _send(self, channel: Channel, writes: list[Write]) -> None:
         """One statement for all of these, repeated until the database answers; halved to find the one it refuses."""
         failures = 0
         while not self._abandoned:
             try:
-                await self._flush(writes)
+                await self._flush(channel, writes)
                 return
             except Exception as error:  # noqa: BLE001 - whatever one write meets, the others go out
-                contended = writes[0].kind in _CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
+                contended = writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
                 if is_transient(error) and not contended:
                     logger.warning("writing for %d runs failed, trying again: %s", len(writes), type(error).__name__)
                     await asyncio.sleep(backoff(failures))
@@ -191,8 +195,8 @@ class Writer:
                     continue
                 if len(writes) > 1:
                     middle = len(writes) // 2
-                    await self._send(writes[:middle])
-                    await self._send(writes[middle:])
+                    await self._send(channel, writes[:middle])
+                    await self._send(channel, writes[middle:])
                 elif contended:
                     self._delay(writes[0])
                 else:
@@ -201,10 +205,10 @@ class Writer:
         for write in writes:
             write.settle(None, LeaseLost())
 
-    async def _flush(self, writes: list[Write]) -> None:
+    async def _flush(self, channel: Channel, writes: list[Write]) -> None:
         kind = writes[0].kind
-        statement, parameters = _STATEMENTS[kind](writes)
-        rows = await self._channel.execute(statement, parameters)
+        statement, parameters = statement_of(kind, writes)
+        rows = await channel.execute(statement, parameters)
         keyed = kind in (Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT)
         missing: list[Write] = []
         if kind is Kind.WAITS:
@@ -239,12 +243,12 @@ class Writer:
         if rows:
             self._on_commit(kind, writes, rows)
         if missing:
-            await self._settle(missing, keyed)
+            await self._settle(channel, missing, keyed)
 
-    async def _settle(self, missing: list[Write], keyed: bool) -> None:
+    async def _settle(self, channel: Channel, missing: list[Write], keyed: bool) -> None:
         """Find out why writes were passed over: lost fence, stored before, or a row that somebody holds locked."""
         ids = list({write.task_id: write.fence for write in missing}.items())
-        rows = await self._channel.execute(
+        rows = await channel.execute(
             outcomes.UNDER_FENCE, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
         )
         fences = {row.task_id: row.fence for row in rows}
@@ -256,7 +260,7 @@ class Writer:
             else:
                 write.settle(None, LeaseLost())
         if held and keyed:
-            stored = await self._channel.execute(
+            stored = await channel.execute(
                 checkpoints.READ_CHECKPOINTS,
                 {"task_ids": [write.task_id for write in held], "keys": [write.key for write in held]},
             )
@@ -285,79 +289,3 @@ class Writer:
     def _again(self, write: Write) -> None:
         self._delayed -= 1
         self.submit(write)
-
-
-def _current(batch: list[Write]) -> list[Write]:
-    """The batch without writes of runs whose task this worker has claimed anew: a statement knows one fence a task."""
-    fences: dict[uuid.UUID, int] = {}
-    for write in batch:
-        if write.fence > fences.get(write.task_id, -1):
-            fences[write.task_id] = write.fence
-    current = [write for write in batch if write.fence == fences[write.task_id]]
-    if len(current) < len(batch):
-        for write in batch:
-            if write.fence != fences[write.task_id]:
-                write.settle(None, LeaseLost())
-    return current
-
-
-def _columns(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
-    """Rows as the arrays that a statement binds."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return dict(zip(names, columns, strict=True)) if columns else {name: [] for name in names}
-
-
-def _checkpoints(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    rows = [(write.task_id, write.fence, write.key, *write.values) for write in writes]
-    return checkpoints.RECORD, _columns(checkpoints.CHECKPOINT_COLUMNS, rows)
-
-
-def _children(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    parameters = _columns(
-        checkpoints.CHECKPOINT_COLUMNS, [(write.task_id, write.fence, write.key, *write.values[0]) for write in writes]
-    )
-    parameters |= _columns(SPAWN_COLUMNS, [write.values[1] for write in writes])
-    return checkpoints.RECORD_CHILDREN, parameters
-
-
-def _events(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    names = [*checkpoints.CHECKPOINT_COLUMNS, "event_names", "payloads", "metadata"]
-    return checkpoints.RECORD_EVENTS, _columns(
-        names, [(write.task_id, write.fence, write.key, *write.values) for write in writes]
-    )
-
-
-def _fenced(writes: list[Write], names: Iterable[str] = ()) -> dict[str, list[Any]]:
-    return _columns(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
-
-
-def _wait_columns(writes: list[Write]) -> dict[str, list[Any]]:
-    rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
-    return _columns(outcomes.SUSPEND_COLUMNS, rows)
-
-
-def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    rows = [
-        (
-            write.task_id,
-            write.fence,
-            *write.values,
-            min((wait.due_at for wait in write.waits if wait.due_at is not None), default=None),
-            min((wait.delay for wait in write.waits if wait.delay is not None), default=None),
-        )
-        for write in writes
-    ]
-    names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
-    return outcomes.SUSPEND, _columns(names, rows) | _wait_columns(writes)
-
-
-_STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {
-    Kind.CHECKPOINT: _checkpoints,
-    Kind.CHILD: _children,
-    Kind.EVENT: _events,
-    Kind.WAITS: lambda writes: (outcomes.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
-    Kind.SUSPENSION: _suspensions,
-    Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))),
-    Kind.RELEASE: lambda writes: (outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))),
-    Kind.COMPLETION: lambda writes: (outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))),
-}

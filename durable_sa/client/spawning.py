@@ -224,7 +224,7 @@ class Spawning(ClientBase):
     async def _spawn_keyed(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException | None]:
         """As `_spawn_batch`, with None for those whose key is in somebody's open transaction."""
         try:
-            return await self._spawn_batch(prepared, spawning.SPAWN_KEYED)
+            return await self._spawn_batch(prepared, alone=spawning.SPAWN_ONE_KEYED, many=spawning.SPAWN_KEYED)
         except DBAPIError as error:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
@@ -234,16 +234,19 @@ class Spawning(ClientBase):
         return [*await self._spawn_keyed(prepared[:middle]), *await self._spawn_keyed(prepared[middle:])]
 
     async def _spawn_batch(
-        self, prepared: list[Prepared], insert: Executable = spawning.SPAWN
+        self,
+        prepared: list[Prepared],
+        *,
+        alone: Executable = spawning.SPAWN_ONE,
+        many: Executable = spawning.SPAWN,
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawns of callers that came at the same time: one statement, an outcome each."""
         hint = Hint()
         # A worker beside it need not be told by way of the database.
         here = next((worker for worker in self._workers if worker.loop is asyncio.get_running_loop()), None)
         began = time.monotonic()
-        if here is None and len(prepared) == 1 and insert is spawning.SPAWN and began >= self._seldom_from:
-            insert = spawning.SPAWN_AND_TELL
-        script = scripts.insert(prepared, hint, insert)
+        telling = here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and began >= self._seldom_from
+        script = scripts.insert(prepared, hint, alone=spawning.SPAWN_AND_TELL if telling else alone, many=many)
         try:
             statement, parameters = next(script)
             while True:
@@ -254,7 +257,7 @@ class Spawning(ClientBase):
             results: list[SpawnResult[Any] | DurableError] = end.value
         ended = time.monotonic()
         self._seldom_from = ended + SELDOM * (ended - began)
-        told = insert is spawning.SPAWN_AND_TELL or (
+        told = telling or (
             here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)
         )
         if not told:

@@ -14,7 +14,7 @@ from ..ids import is_part, step_key
 from ..journal import Entry
 from ..names import validate_name
 from ..parked import Parked
-from ..writer import Kind, Stored
+from ..writes import Kind, Stored
 
 if TYPE_CHECKING:
     from ..client import Durable

@@ -14,7 +14,7 @@ from ..ids import child_id, digest
 from ..policies import Duration, seconds
 from ..results import TaskHandle
 from ..spawns import over, prepare
-from ..writer import Kind, Stored
+from ..writes import Kind, Stored
 from .base import NULL, Call, ContextBase
 
 if TYPE_CHECKING:

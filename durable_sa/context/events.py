@@ -9,7 +9,7 @@ from ..codec import Codec, check_size, codec_for
 from ..errors import TaskTimeout
 from ..names import validate_name
 from ..policies import Duration, seconds
-from ..writer import Kind, Stored
+from ..writes import Kind, Stored
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")

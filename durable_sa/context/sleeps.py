@@ -10,7 +10,7 @@ from typing import Any
 from ..codec import Codec, codec_for
 from ..parked import Parked
 from ..policies import Duration, seconds, timestamp
-from ..writer import Stored
+from ..writes import Stored
 from .base import NULL, Call, ContextBase
 
 _PLAIN_TIME: Codec[datetime] = codec_for(datetime)

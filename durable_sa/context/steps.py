@@ -17,7 +17,7 @@ from ..failures import is_retryable
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..steps import PLAIN, Step, StepOptions, result_codec
-from ..writer import Kind
+from ..writes import Kind
 from .base import NULL, Call
 from .sleeps import Sleeps
 

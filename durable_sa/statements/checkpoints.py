@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Text, Uuid, bindparam, case, exists, func, null, select, true
+from sqlalchemy import BigInteger, Executable, Text, Uuid, bindparam, case, exists, func, null, select, true
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Queue, Task, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, numbered_rows, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, numbered_rows, one_row, rows
 from .outcomes import is_one_of, locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
@@ -47,12 +47,16 @@ def _fences(source: FromClause) -> FromClause:
     return select(source.c.task_ids, source.c.fences).distinct().subquery("fenced")
 
 
-_new = rows("entry", **CHECKPOINT_COLUMNS)
-_locked = locked_rows(_fences(_new))
-_written = _insert_checkpoints(_new, _locked)
+def _record(new: FromClause) -> Executable:
+    written = _insert_checkpoints(new, locked_rows(_fences(new)))
+    return select(written.c.task_id, written.c.key)
 
-RECORD = select(_written.c.task_id, _written.c.key)
+
+RECORD = _record(rows("entry", **CHECKPOINT_COLUMNS))
 """Write checkpoints. One that is there already stays as it is; one whose run has lost its fence is not written."""
+
+RECORD_ONE = _record(one_row("entry", **CHECKPOINT_COLUMNS))
+"""As `RECORD`, of a checkpoint alone."""
 
 _impatient = impatient()
 _child = numbered_rows("child", "position", **SPAWN_COLUMNS)

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     DateTime,
+    Executable,
     Float,
     Text,
     Uuid,
@@ -32,7 +33,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
-from .expressions import array, as_json, clock, constant, interval, rows, statement_time
+from .expressions import array, as_json, clock, constant, interval, one_row, rows, statement_time
 
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
@@ -78,26 +79,38 @@ def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnE
     )
 
 
-_completed = rows("done", task_ids=Uuid(), fences=BigInteger(), outputs=Text(), waited=Boolean())
-_locked = locked_rows(_completed)
-_ended = ended_attempts(_locked, constant("completed"), null())
-_forgotten = delete(Wait).where(Wait.task_id == _locked.c.task_id, _locked.c.waited).cte("forgotten")
-
-COMPLETE = (
-    update(Task)
-    .where(Task.task_id == _locked.c.task_id)
-    .values(
-        state=constant("completed"),
-        outcome=constant("completed"),
-        output=as_json(_locked.c.outputs),
-        error=null(),
-        finished_at=clock(),
-        fence=Task.fence + constant(1),
+def _complete(done: FromClause) -> Executable:
+    locked = locked_rows(done)
+    ended = ended_attempts(locked, constant("completed"), null())
+    forgotten = delete(Wait).where(Wait.task_id == locked.c.task_id, locked.c.waited).cte("forgotten")
+    return (
+        update(Task)
+        .where(Task.task_id == locked.c.task_id)
+        .values(
+            state=constant("completed"),
+            outcome=constant("completed"),
+            output=as_json(locked.c.outputs),
+            error=null(),
+            finished_at=clock(),
+            fence=Task.fence + constant(1),
+        )
+        .returning(Task.task_id, Task.parent_task_id)
+        .add_cte(ended, forgotten)
     )
-    .returning(Task.task_id, Task.parent_task_id)
-    .add_cte(_ended, _forgotten)
-)
+
+
+COMPLETION_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    "task_ids": Uuid(),
+    "fences": BigInteger(),
+    "outputs": Text(),
+    "waited": Boolean(),
+}
+
+COMPLETE = _complete(rows("done", **COMPLETION_COLUMNS))
 """Store results. Found by id and fence alone: with a condition on the state the planner walks an index instead."""
+
+COMPLETE_ONE = _complete(one_row("done", **COMPLETION_COLUMNS))
+"""As `COMPLETE`, of a result alone."""
 
 _failed = rows(
     "fail",

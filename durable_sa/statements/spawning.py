@@ -9,6 +9,7 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     DateTime,
+    Executable,
     Float,
     Integer,
     SmallInteger,
@@ -28,7 +29,19 @@ from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, Task
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, interval, numbered_rows, rows
+from .expressions import (
+    array,
+    as_json,
+    as_jsonb,
+    as_text,
+    clock,
+    constant,
+    impatient,
+    interval,
+    numbered_rows,
+    one_row,
+    rows,
+)
 
 SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_id": Uuid(),
@@ -89,15 +102,24 @@ def insert_tasks(source: FromClause) -> Insert:
     return insert(Task).from_select(list(values), select(*values.values())).on_conflict_do_nothing()
 
 
-def _spawnable() -> Select[Any]:
-    new = numbered_rows("spawn", "position", **SPAWN_COLUMNS)
+def _spawnable(new: FromClause) -> Select[Any]:
     return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
 
 
-SPAWN = insert_tasks(_spawnable().subquery("spawnable")).returning(
-    Task.task_id, Task.queue_name, Task.priority, Task.available_at
-)
+def _spawn(spawnable: Select[Any]) -> Executable:
+    return insert_tasks(spawnable.subquery("spawnable")).returning(
+        Task.task_id, Task.queue_name, Task.priority, Task.available_at
+    )
+
+
+_many = _spawnable(numbered_rows("spawn", "position", **SPAWN_COLUMNS))
+_one = _spawnable(one_row("spawn", **SPAWN_COLUMNS))
+
+SPAWN = _spawn(_many)
 """Enqueue. A task whose queue does not exist, or whose key is taken, is missing from what comes back."""
+
+SPAWN_ONE = _spawn(_one)
+"""As `SPAWN`, of a task alone."""
 
 
 def hint_payload(spawned: FromClause) -> ColumnElement[Any]:
@@ -110,7 +132,7 @@ def hint_payload(spawned: FromClause) -> ColumnElement[Any]:
 
 
 _spawned = (
-    insert_tasks(_spawnable().subquery("spawnable"))
+    insert_tasks(_one.subquery("spawnable"))
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.cancel_at)
     .cte("spawned")
 )
@@ -122,12 +144,13 @@ SPAWN_AND_TELL = select(
     _spawned.c.available_at,
     func.pg_notify(bindparam("channel", type_=Text()), hint_payload(_spawned)),
 )
-"""As `SPAWN`, with the hint in the same transaction: workers hear of it sooner, but such commits wait in line."""
+"""As `SPAWN_ONE`, with the hint in the same transaction: workers hear of it sooner, but such commits wait in line."""
 
-SPAWN_KEYED = insert_tasks(_spawnable().join(impatient(), true()).subquery("spawnable")).returning(
-    Task.task_id, Task.queue_name, Task.priority, Task.available_at
-)
+SPAWN_KEYED = _spawn(_many.join(impatient(), true()))
 """As `SPAWN`, but 55P03 at once if one of the keys is in somebody's open transaction."""
+
+SPAWN_ONE_KEYED = _spawn(_one.join(impatient(), true()))
+"""As `SPAWN_KEYED`, of a task alone."""
 
 _wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text())
 

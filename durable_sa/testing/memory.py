@@ -22,7 +22,7 @@ from ..parked import Parked
 from ..reader import EndedTask
 from ..results import TaskHandle
 from ..tasks import Task
-from ..writer import Kind, Stored
+from ..writes import Kind, Stored
 
 _PLAIN: Codec[Any] = codec_for(Any)
 

@@ -323,7 +323,7 @@ async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
     monkeypatch.setattr(durable, "_seldom_from", math.inf)
     for _ in range(3):
         await durable.spawn(ship)
-    assert executed.count(spawning.SPAWN) == 3
+    assert executed.count(spawning.SPAWN_ONE) == 3
     await eventually(lambda: NOTIFY in executed)
     assert spawning.SPAWN_AND_TELL not in executed
 

@@ -15,7 +15,7 @@ from typing import Any
 from durable_sa.ids import child_id, step_key
 from durable_sa.policies import RetryStrategy
 from durable_sa.tender import FORGET_LOST_AFTER
-from durable_sa.writer import WaitSpec
+from durable_sa.writes import WaitSpec
 
 from .engine_steps import LANES
 

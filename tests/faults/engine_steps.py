@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from durable_sa import Durable
 from durable_sa.clock import LocalClock
-from durable_sa.database_errors import sqlstate
+from durable_sa.database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from durable_sa.ids import child_id, new_id, step_key
 from durable_sa.lanes import BOTTOM
 from durable_sa.news import News
@@ -27,7 +27,8 @@ from durable_sa.retention import delete_tasks
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, queues
 from durable_sa.tender import Tender
-from durable_sa.writer import LOCK_NOT_AVAILABLE, Kind, WaitSpec, Write, Writer
+from durable_sa.writer import Writer
+from durable_sa.writes import Kind, WaitSpec, Write
 
 T = TypeVar("T")
 
@@ -131,7 +132,8 @@ class SimulatedWorker:
         self.tender = Tender(cast("Any", SteppedChannel()), self.worker_id, LocalClock(), **told)
         # Nor does what its claims and other workers hear of its commits.
         news = News(cast("Any", _Silent()), self.tender, cast("Any", _Silent()))
-        self._writer = _SteppedWriter(cast("Any", SteppedChannel()), on_commit=news.committed)
+        self._channel = cast("Any", SteppedChannel())
+        self._writer = _SteppedWriter(self._channel, on_commit=news.committed)
 
     def register(self) -> Steps[None]:
         yield (
@@ -194,7 +196,7 @@ class SimulatedWorker:
         async def flush() -> None:
             while not write.over:
                 try:
-                    await self._writer._flush([write])
+                    await self._writer._flush(self._channel, [write])
                 except DBAPIError as error:
                     if sqlstate(error) != LOCK_NOT_AVAILABLE:
                         raise

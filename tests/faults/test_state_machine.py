@@ -32,7 +32,7 @@ from durable_sa.scripts import cancel, emit, insert, retry
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
 from durable_sa.statements import diagnosis, spawning
-from durable_sa.writer import Stored, WaitSpec
+from durable_sa.writes import Stored, WaitSpec
 
 from .engine_model import LOST, NEW, STORED, EngineModel, TaskModel
 from .engine_steps import (

@@ -116,6 +116,29 @@ CASES = {
         frozenset({"tasks_pkey"}),
         7_000,
     ),
+    "complete one": Case(
+        outcomes.COMPLETE_ONE,
+        {"task_ids": task_id(RUNNING[0]), "fences": 1, "outputs": "1", "waited": True},
+        frozenset({"tasks_pkey"}),
+        100,
+        1,
+    ),
+    "record one": Case(
+        checkpoints.RECORD_ONE,
+        {
+            "task_ids": task_id(RUNNING[0]),
+            "fences": 1,
+            "keys": uuid.UUID(int=9),
+            "kinds": "step",
+            "names": "other step",
+            "statuses": "completed",
+            "values": "1",
+            "child_ids": None,
+        },
+        frozenset({"tasks_pkey"}),
+        100,
+        1,
+    ),
     "record": Case(
         checkpoints.RECORD,
         {

@@ -15,7 +15,8 @@ from durable_sa.ids import child_id, new_id
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, outcomes
-from durable_sa.writer import Kind, WaitSpec, Write, Writer
+from durable_sa.writer import Writer
+from durable_sa.writes import Kind, WaitSpec, Write
 
 from ..support import eventually
 from . import program
