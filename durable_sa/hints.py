@@ -43,8 +43,7 @@ MAX_PAYLOAD = 7000
 """Bytes; Postgres allows 8,000."""
 
 _SPACING = 0.005
-"""Seconds after a hint in which those that follow gather: where tasks are spawned one after the other, a hint each would
-take as long as the spawns."""
+"""Seconds after a hint in which others gather: of tasks spawned in a row, a hint each would take as long as a spawn."""
 _SHORTEST_PAUSE = 0.0005
 _LONGEST_PAUSE = 0.01
 """Seconds between looks whether a transaction is over."""
