@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--profile", choices=PROFILES, default="small")
     parser.add_argument("--only", default="", help="workloads or groups of them, with commas between")
     parser.add_argument("--systems", default="", help="systems, with commas between; durable is always one of them")
+    parser.add_argument(
+        "--after", metavar="RESULTS", type=Path, help="a results.json of before, for the workloads not measured now"
+    )
     parser.add_argument("--publish", metavar="RESULTS", type=Path, help="write docs/benchmarks.md from a results.json")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -45,12 +48,19 @@ def main() -> None:
         systems = systems_named(names | {REFERENCE} if names else names)
     except ValueError as error:
         parser.error(str(error))
+    earlier = None if arguments.after is None else Results.load(arguments.after)
     results = asyncio.run(run(PROFILES[arguments.profile], only, systems, console))
-    directory = RESULTS / f"{results.machine['started'].replace(':', '')}-{results.profile}"
+    if earlier is not None:
+        results = results.after(earlier)
+    directory = _directory(results)
     results.save(directory / "results.json")
     print_report(results, console)
     publish(results, directory)
     console.print(f"Results, charts and page: {directory}", highlight=False)
+
+
+def _directory(results: Results) -> Path:
+    return RESULTS / f"{results.machine['started'].replace(':', '')}-{results.profile}"
 
 
 async def run(profile: Profile, only: frozenset[str], systems: list[System], console: Console) -> Results:
@@ -64,6 +74,12 @@ async def run(profile: Profile, only: frozenset[str], systems: list[System], con
             "commit_ms": 1000 * await server.commit_seconds(),
         }
         results = Results(profile.name, facts, about)
+
+        def save() -> None:
+            """What there is, for a run of hours may not come to its end."""
+            results.seconds = time.monotonic() - began
+            results.save(_directory(results) / "results.json")
+
         pythons: dict[str, Path] = {}
         bench = Bench(profile, server, results, pythons, Path(logs))
         taking_part = []
@@ -82,7 +98,7 @@ async def run(profile: Profile, only: frozenset[str], systems: list[System], con
                 results.failures.append(Failure("install", "", system.name, 0, said))
                 console.print(f"{system.title} is left out: {said}", style="red", markup=False)
         try:
-            await Rounds(bench, console, taking_part).run(cases(profile, only))
+            await Rounds(bench, console, taking_part).run(cases(profile, only), save)
         finally:
             await bench.dismiss()
     results.seconds = time.monotonic() - began

@@ -20,10 +20,10 @@ HEAD = """\
 How fast durable_sa is beside other systems that keep tasks in PostgreSQL, and beside the same work as plain SQL. This
 page is written by `python -m benchmarks` from [its results](benchmarks/results.json); nothing on it is edited by hand.
 
-All systems run in turns on one server in one run, each in a process and an environment of its own, through its public
-API, with fsync and synchronous_commit on. A figure is the median of {rounds} runs after one to warm up; behind it is
-half the range of the runs, and in brackets durable_sa's lead: how many times as good it is in that row. Each run has a
-fresh database, unless it is about old data. Slow systems are given fewer tasks for the same figure.
+For each workload, all systems run in turns on one server in one run, each in a process and an environment of its own,
+through its public API, with fsync and synchronous_commit on. A figure is the median of {rounds} runs after one to warm
+up; behind it is half the range of the runs, and in brackets durable_sa's lead: how many times as good it is in that
+row. Each run has a fresh database, unless it is about old data. Slow systems are given fewer tasks for the same figure.
 """
 SMALL = """\
 **This is the `{profile}` profile: sizes are small, runs are short, and the figures are for a look, not for quoting.**

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -88,6 +90,11 @@ def describe(results: Results) -> str:
             f"load before {machine['load_before']}; a commit takes {server['commit_ms']:.2f} ms",
             f"{server['version']}; " + ", ".join(f"{key}={value}" for key, value in server["settings"].items()),
             f"Python {machine['python']}; {versions}",
-            f"{machine['started']}, {results.seconds / 60:.0f} minutes, commit {machine['commit']}",
+            *map(_describe_part, results.parts),
         )
     )
+
+
+def _describe_part(part: dict[str, Any]) -> str:
+    workloads = ", ".join(part["workloads"])
+    return f"{part['started']}, {part['seconds'] / 60:.0f} minutes, commit {part['commit']}: {workloads}"

@@ -78,6 +78,8 @@ class Results:
     failures: list[Failure] = field(default_factory=list)
     series: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: float = 0.0
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Runs on the same machine that other workloads were measured in: start, commit, seconds and workloads of each."""
 
     def add(self, workload: str, variant: str, system: str, figures: dict[str, float], tasks: int) -> None:
         """Note the figures of a run."""
@@ -102,6 +104,46 @@ class Results:
     def rows(self) -> list[tuple[str, str, str]]:
         """Workload, variant and metric of all that was measured, in the order of measuring."""
         return list(dict.fromkeys((each.workload, each.variant, each.metric) for each in self.measurements))
+
+    @property
+    def workloads(self) -> list[str]:
+        """All that were measured, in the order of measuring."""
+        return list(dict.fromkeys(each.workload for each in self.measurements))
+
+    def after(self, before: Results) -> Results:
+        """These results, with those of an earlier run for the workloads that this one did not measure.
+
+        Raises:
+            ValueError: the earlier run was of another profile, or on another machine.
+        """
+        for what in ("processor", "cores", "memory_gib"):
+            if before.machine[what] != self.machine[what]:
+                raise ValueError(f"the earlier run had another machine: {what} was {before.machine[what]}")
+        if before.profile != self.profile:
+            raise ValueError(f"the earlier run was of the profile {before.profile}")
+        missing = [name for name in before.workloads if name not in self.workloads]
+        parts = [
+            {**part, "workloads": [name for name in part["workloads"] if name in missing]} for part in before.parts
+        ]
+        return Results(
+            self.profile,
+            self.machine,
+            self.server,
+            {**before.systems, **self.systems},
+            [each for each in before.measurements if each.workload in missing] + self.measurements,
+            [each for each in before.failures if each.workload in missing] + self.failures,
+            {**before.series, **self.series},
+            self.seconds,
+            [part for part in parts if part["workloads"]],
+        )
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The runs that the results are of, the latest last."""
+        others = {name for part in self.earlier for name in part["workloads"]}
+        own = [name for name in self.workloads if name not in others]
+        about = {"started": self.machine["started"], "commit": self.machine["commit"], "seconds": self.seconds}
+        return [*self.earlier, {**about, "workloads": own}]
 
     def save(self, path: Path) -> None:
         data = {"format": FORMAT, **asdict(self)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -24,10 +25,12 @@ class Rounds:
         self._console = console
         self._systems = systems
 
-    async def run(self, groups: list[list[Case]]) -> None:
+    async def run(self, groups: list[list[Case]], after: Callable[[], None]) -> None:
+        """Run the groups one after the other, and call `after` when each has its figures."""
         for group in groups:
             await self._run_group([case for case in group if not case.once], 1 + self._bench.profile.rounds)
             await self._run_group([case for case in group if case.once], 1)
+            after()
 
     async def _run_group(self, cases: list[Case], rounds: int) -> None:
         try:
