@@ -90,8 +90,8 @@ class Reader:
         rows = await self._execute(
             claiming.RUNS_GONE, {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]}
         )
-        states = {row.task_id: row.state or "deleted" for row in rows}
-        return [states.get(task_id) for task_id, _ in held]
+        states = {(row.task_id, row.fence): row.state or "deleted" for row in rows}
+        return [states.get(key) for key in held]
 
     async def _read_checkpoints(self, wanted: list[tuple[uuid.UUID, uuid.UUID]]) -> list[Stored | None]:
         rows = await self._execute(

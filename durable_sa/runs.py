@@ -257,10 +257,10 @@ class Runs:
             claiming.RUNS_GONE,
             {"task_ids": [key[0] for key, _ in held], "fences": [key[1] for key, _ in held]},
         )
-        states = {row.task_id: row.state for row in rows}
-        for (task_id, _), run in held:
-            if task_id in states and not run.over:
-                cancelled = states[task_id] in ("cancelled", None)
+        states = {(row.task_id, row.fence): row.state for row in rows}
+        for key, run in held:
+            if key in states and not run.over:
+                cancelled = states[key] in ("cancelled", None)
                 run.take_away(TaskCancelled() if cancelled else LeaseLost())
 
     def poll(self) -> None:

@@ -258,8 +258,11 @@ FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.lost_at < clock() - interval(
 """Drop lost workers that nothing can still refer to."""
 
 RUNS_GONE = (
-    select(_held.c.task_ids.label("task_id"), Task.state)
+    select(_held.c.task_ids.label("task_id"), _held.c.fences.label("fence"), Task.state)
     .select_from(_held.outerjoin(Task, Task.task_id == _held.c.task_ids))
     .where(or_(Task.fence != _held.c.fences, Task.task_id.is_(None)))
 )
-"""Which of a worker's runs are no longer its own: cancelled, taken over, or deleted with their queue."""
+"""Which of a worker's runs are no longer its own: cancelled, taken over, or deleted with their queue.
+
+By task and fence: a worker may have a task again while its code from before still comes to its end.
+"""

@@ -505,6 +505,44 @@ async def test_plain_task_that_is_cancelled_stops_at_its_next_call(run: Runner, 
     assert await Rows(run.durable, spawned).checkpoints() == []
 
 
+async def test_task_that_is_put_back_while_its_cancelled_code_still_unwinds_is_not_stopped_with_that(
+    run: Runner, tally: Tally
+):
+    """Its worker holds the task twice then, and nobody else would ever run what it stops by mistake."""
+    release, go_on = threading.Event(), threading.Event()
+
+    @task
+    def work(ctx: SyncTaskContext) -> int:
+        tally.add(ctx.attempt)
+        (release if ctx.attempt == 1 else go_on).wait(20)
+        ctx.heartbeat()
+        return ctx.attempt
+
+    @task
+    async def other(ctx: TaskContext) -> None:
+        try:
+            tally.add("other")
+            await asyncio.sleep(60)
+        finally:
+            tally.add("stopped")
+
+    spawned = await run.spawn(work)
+    await eventually(lambda: tally == [1])
+    await run.durable.cancel_task(spawned)
+    await run.durable.retry_task(spawned)
+    await eventually(lambda: tally == [1, 2])
+    another = await run.spawn(other)
+    await eventually(lambda: tally == [1, 2, "other"])
+    # The worker looks which of its runs are gone.
+    await run.durable.cancel_task(another)
+    await eventually(lambda: tally == [1, 2, "other", "stopped"])
+    go_on.set()
+    try:
+        assert (await run.wait(spawned)).output == 2
+    finally:
+        release.set()
+
+
 async def test_timeout_of_an_event_is_not_raised_in_a_run_that_is_suspended(run: Runner, tally: Tally):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> str:
