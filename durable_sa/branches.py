@@ -74,6 +74,10 @@ class Branch:
         occurrences[identity] = count + 1
         return count
 
+    def begin_anew(self) -> None:
+        """Counts from the beginning again, for a body that is run once more: what it asks for is the same."""
+        self._counters = None
+
     def fork(self) -> "Branch":
         """The branch of the next task that this one creates."""
         return Branch(self.branches, (*self.path, next(self._count.children)))

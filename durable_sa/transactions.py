@@ -68,6 +68,8 @@ async def run_transaction(
                 raise
         finally:
             await _give_back(connection)
+        # What `fn` asks of its context the next time is what it has asked already.
+        run.branch().begin_anew()
         await asyncio.sleep(backoff(attempt + lost + interruptions))
 
 

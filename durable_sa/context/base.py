@@ -45,6 +45,7 @@ class ContextBase:
         self._run = run
         self._durable = durable
         self._parts: dict[uuid.UUID, Entry] = {}
+        """What is recorded inside of steps. One around it may be tried again, and asks for it then."""
 
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
         """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
@@ -64,7 +65,9 @@ class ContextBase:
             await run.enter()
         entry = run.journal.take(call.key) or self._parts.get(call.key)
         if entry is not None and entry.left_behind:
-            return await run.fetch(entry, call.key)
+            entry = await run.fetch(entry, call.key)
+        if entry is not None and is_part(call.key):
+            self._parts[call.key] = entry
         return entry
 
     async def _recorded(self, call: Call) -> Stored | None:
@@ -113,10 +116,11 @@ class ContextBase:
             # Only now: branches that start later than this one have asked for theirs in the meantime.
             self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)
         if is_part(call.key):
-            # The step around it may be tried again, and asks for it then.
-            text = text if stored is None else stored.value or NULL
-            self._parts[call.key] = Entry(call.kind, call.name, "completed", text)
+            self._keep_part(call, text if stored is None else stored.value or NULL)
         return value if stored is None else codec.decode(stored.value or NULL, what)
+
+    def _keep_part(self, call: Call, text: str) -> None:
+        self._parts[call.key] = Entry(call.kind, call.name, "completed", text)
 
     def _refuse_inside_step(self, call: Call) -> None:
         if _is_inside_step(self._run.branch().path):

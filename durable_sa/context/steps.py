@@ -115,7 +115,7 @@ class Steps(Sleeps):
         if (entry := await self._recall(call)) is not None:
             value = codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
             return Begun(call, codec, True, value, 0)
-        tries = await self._failed_tries(call) if options.max_attempts > 1 else 0
+        tries = self._failed_tries(call) if options.max_attempts > 1 else 0
         await run.enter()
         if failures := tries % options.max_attempts:
             # What has woken the run may have been something else.
@@ -141,10 +141,10 @@ class Steps(Sleeps):
                 raise
             raise TaskTimeout(f"step {call.name!r}", options.timeout) from None
 
-    async def _failed_tries(self, call: Call) -> int:
+    def _failed_tries(self, call: Call) -> int:
         """How often the step has failed before, in earlier runs."""
         tries = 0
-        while await self._recall(self._try(call, tries)) is not None:
+        while self._run.journal.take(self._try(call, tries).key) is not None:
             tries += 1
         return tries
 

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from ..arguments import encode_arguments
+from ..ids import is_part
 from ..steps import result_codec
 from ..transactions import run_transaction
 from .base import NULL, Call, ContextBase
@@ -63,4 +64,7 @@ class Transactions(ContextBase):
             self._run.branches.scope(str(call.key)),
             self._within_hooks(call),
         ):
-            return await run_transaction(self._run, self._durable, call.key, call.name, codec, fn, args, kwargs)
+            value = await run_transaction(self._run, self._durable, call.key, call.name, codec, fn, args, kwargs)
+        if is_part(call.key):
+            self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
+        return value

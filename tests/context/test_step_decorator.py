@@ -6,7 +6,16 @@ import time
 
 import pytest
 
-from durable_sa import RetryStrategy, SyncTaskContext, TaskContext, TaskTimeout, UserError, step, task
+from durable_sa import (
+    RetryStrategy,
+    SyncTaskContext,
+    TaskContext,
+    TaskTimeout,
+    UserError,
+    current_context,
+    step,
+    task,
+)
 from tests.context.support import Crash, Rows, Runner, Tally
 
 
@@ -303,6 +312,33 @@ async def test_steps_that_call_steps_keep_what_those_gave(run: Runner, tally: Ta
 
     assert await run(work) == 2
     assert tally == ["outer", "inner", "outer", "outer"]
+
+
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+async def test_what_a_step_had_done_before_its_run_was_taken_over_is_kept_for_all_its_tries(
+    run: Runner, tally: Tally, kind: str
+):
+    async def inner(*_: object) -> str:
+        tally.add("inner")
+        return "kept"
+
+    @step(max_attempts=4, retry_strategy=RetryStrategy.fixed(0))
+    async def outer() -> str:
+        tally.add("outer")
+        ctx: TaskContext = current_context()
+        found = await (ctx.step("inner", inner) if kind == "step" else ctx.transaction("inner", inner))
+        if tally.count("outer") == 2:
+            await Rows(run.durable, ctx.task_id).take_over()
+        if tally.count("outer") < 4:
+            raise ConnectionError
+        return found
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> str:
+        return await outer()
+
+    assert await run(work) == "kept"
+    assert tally == ["outer", "inner", "outer", "outer", "outer"]
 
 
 def test_options_that_cannot_work_are_refused_where_they_are_written():

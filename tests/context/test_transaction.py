@@ -378,6 +378,32 @@ async def test_serialization_failure_runs_the_function_again(engine: AsyncEngine
     assert tally == ["called", "called"]
 
 
+async def test_what_the_function_asks_of_its_context_is_the_same_when_it_is_run_again(run: Runner, tally: Tally):
+    async def inner() -> str:
+        tally.add("inner")
+        return "kept"
+
+    @run.durable.task
+    async def child(ctx: TaskContext) -> None: ...
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> list[Any]:
+        async def conflicts(session: AsyncSession) -> list[Any]:
+            seen = [await ctx.step("inner", inner), (await ctx.spawn("child", child)).task_id, await ctx.rand()]
+            tally.add(seen)
+            if len(tally) == 2:
+                await session.execute(text("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$"))
+            return seen
+
+        return await ctx.transaction("conflicts", conflicts)
+
+    spawned = await run.spawn(work)
+    await run.wait(spawned)
+    _, first, second = tally
+    assert first == second
+    assert len(await Rows(run.durable, spawned).children()) == 1
+
+
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
 async def test_guarantees_hold_at_every_isolation_level_of_the_engine(
     engine: AsyncEngine, ledger: Ledger, tally: Tally, level: Any
