@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,6 +33,23 @@ ATTEMPTS = 5
 """How often a transaction is run that loses against another one."""
 LOST_CONNECTIONS = 20
 """How many connections in a row `fn` may lose, which is hardly its fault; unless its query crashes the server."""
+
+_COMMITTED: Final = (
+    "committed by the engine, together with the checkpoint",
+    "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
+)
+_ROLLED_BACK: Final = (
+    "rolled back by the engine if its function raises",
+    "Raise an exception instead of calling rollback().",
+)
+_CLOSED: Final = (
+    "closed by the engine, and what is written before that is undone by a close() of one's own",
+    "Remove the close(), or the `async with` or `with` around the session.",
+)
+_ENDING: Final = re.compile(
+    r"\s*(?:(?P<commit>commit|end|prepare\s+transaction)|(?:rollback|abort)(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
+    re.IGNORECASE,
+)
 
 
 async def run_transaction(
@@ -140,35 +158,42 @@ async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTrans
 
 @contextmanager
 def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> Generator[None]:
-    """Refuses a commit or rollback of the whole transaction by the code inside, also if that catches the refusal.
+    """Refuses the end of the whole transaction by the code inside, also if that catches the refusal.
 
-    Savepoints are its own.
+    That is a commit, a rollback, either as SQL, and a close of the session, which undoes what was written. Savepoints
+    are its own.
     """
     what = f"The session of transaction {name!r}"
     refusals: list[InvalidState] = []
 
-    def refuse(state: str, remedy: str) -> NoReturn:
-        refusals.append(InvalidState(what, state, remedy))
+    def refuse(refusal: tuple[str, str]) -> NoReturn:
+        refusals.append(InvalidState(what, *refusal))
         raise refusals[0]
 
     def refuse_commit(target: object) -> None:
         if target is connection.sync_connection or not session.in_nested_transaction():
-            refuse(
-                "committed by the engine, together with the checkpoint",
-                "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
-            )
+            refuse(_COMMITTED)
 
     def refuse_rollback(_: object, previous: SessionTransaction | None = None) -> None:
         if previous is None or previous.parent is None:
-            refuse(
-                "rolled back by the engine if its function raises", "Raise an exception instead of calling rollback()."
-            )
+            refuse(_ROLLED_BACK)
+
+    def refuse_sql(_: object, __: object, statement: str, *___: object) -> None:
+        if ending := _ENDING.match(statement):
+            refuse(_COMMITTED if ending["commit"] else _ROLLED_BACK)
+
+    def note_close(_: object, ended: SessionTransaction) -> None:
+        # Not raised in there: a session is closed for an exception, too, and then that is what counts.
+        if ended.parent is None:
+            refusals.append(InvalidState(what, *_CLOSED))
 
     listeners: list[tuple[object, str, Callable[..., None]]] = [
         (session.sync_session, "before_commit", refuse_commit),
         (session.sync_session, "after_soft_rollback", refuse_rollback),
+        (session.sync_session, "after_transaction_end", note_close),
         (connection.sync_connection, "commit", refuse_commit),
         (connection.sync_connection, "rollback", refuse_rollback),
+        (connection.sync_connection, "before_cursor_execute", refuse_sql),
     ]
     for target, event_name, listener in listeners:
         event.listen(target, event_name, listener)

@@ -47,7 +47,7 @@ class Transactions(ContextBase):
         times after lost connections. Savepoints are its own.
 
         Raises:
-            InvalidState: `fn` commits or rolls back the whole transaction by itself.
+            InvalidState: `fn` commits or rolls back the whole transaction by itself, or closes the session.
             SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
         """
         call = self._call("transaction", name, encode_arguments(args, kwargs, f"transaction {name!r}"))

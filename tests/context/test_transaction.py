@@ -157,7 +157,7 @@ async def test_in_a_plain_task(run: Runner, ledger: Ledger):
 
 
 @pytest.mark.filterwarnings("ignore:nested transaction already deassociated")
-@pytest.mark.parametrize("how", ["session", "connection", "begin", "connection in a savepoint"])
+@pytest.mark.parametrize("how", ["session", "connection", "begin", "connection in a savepoint", "COMMIT", " end;"])
 async def test_commit_inside_is_refused_and_commits_nothing(run: Runner, ledger: Ledger, how: str):
     async def commits(session: AsyncSession) -> None:
         session.add(Entry(text="x"))
@@ -169,6 +169,8 @@ async def test_commit_inside_is_refused_and_commits_nothing(run: Runner, ledger:
         elif how == "connection in a savepoint":
             async with session.begin_nested():
                 await (await session.connection()).commit()
+        elif how != "begin":
+            await session.execute(text(how))
         else:
             transaction = (await session.connection()).get_transaction()
             assert transaction is not None
@@ -216,7 +218,7 @@ async def test_nothing_is_left_open_where_the_end_was_refused(
     assert await ledger.entries() == []
 
 
-@pytest.mark.parametrize("how", ["session", "connection"])
+@pytest.mark.parametrize("how", ["session", "connection", "ROLLBACK", "abort"])
 async def test_rollback_inside_is_refused(run: Runner, ledger: Ledger, how: str):
     """Otherwise it would be remembered as done although nothing was."""
 
@@ -225,8 +227,10 @@ async def test_rollback_inside_is_refused(run: Runner, ledger: Ledger, how: str)
         await session.flush()
         if how == "session":
             await session.rollback()
-        else:
+        elif how == "connection":
             await (await session.connection()).rollback()
+        else:
+            await session.execute(text(how))
 
     @task
     async def work(ctx: TaskContext) -> None:
@@ -236,6 +240,55 @@ async def test_rollback_inside_is_refused(run: Runner, ledger: Ledger, how: str)
     assert (await run.wait(spawned)).error.name == "InvalidState"
     assert await ledger.entries() == []
     assert await Rows(run.durable, spawned).checkpoints() == []
+
+
+@pytest.mark.parametrize("how", ["close", "async with", "with", "reset", "closed and used again"])
+async def test_session_that_is_closed_inside_is_refused(run: Runner, ledger: Ledger, how: str):
+    """That undoes what was written: it would be remembered as done although nothing was."""
+
+    async def closes(session: AsyncSession) -> None:
+        session.add(Entry(text="x"))
+        await session.flush()
+        if how == "async with":
+            async with session:
+                pass
+        elif how == "reset":
+            await session.reset()
+        else:
+            await session.close()
+        if how == "closed and used again":
+            session.add(Entry(text="y"))
+
+    def closes_plainly(session: Session) -> None:
+        with session:
+            session.add(Entry(text="x"))
+            session.flush()
+
+    @task
+    async def work(ctx: TaskContext) -> None:
+        await ctx.transaction("closes", closes_plainly if how == "with" else closes)
+
+    spawned = await run.spawn(work)
+    error = (await run.wait(spawned)).error
+    assert error.name == "InvalidState"
+    assert "close()" in error.message
+    assert await ledger.entries() == []
+    assert await Rows(run.durable, spawned).checkpoints() == []
+
+
+async def test_session_that_is_closed_for_an_exception_does_not_hide_it(run: Runner, ledger: Ledger):
+    async def fails(session: AsyncSession) -> None:
+        async with session:
+            session.add(Entry(text="x"))
+            await session.flush()
+            raise ValueError
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> None:
+        await ctx.transaction("fails", fails)
+
+    assert (await run.failure(work)).name == "ValueError"
+    assert await ledger.entries() == []
 
 
 async def test_part_of_it_may_be_rolled_back(run: Runner, ledger: Ledger):
