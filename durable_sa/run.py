@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import endings
 from .branches import Branch, Branches, current_branch
 from .claimed import Claimed
+from .current import in_event_loop
+from .errors import InvalidState
 from .host import Host
 from .journal import Entry, Journal
 from .parked import Parked
@@ -152,16 +154,43 @@ class Run:
         return max(self.claimed.now, self.host.clock.now())
 
     def branch(self) -> Branch:
-        """Where in the run the calling code is."""
-        return current_branch()
+        """Where in the run the calling code is.
+
+        Raises:
+            InvalidState: it is not in the run: outside of tasks, in another one, or in another event loop.
+        """
+        try:
+            branch = current_branch()
+        except LookupError:
+            self._refuse_stranger()
+        if branch.branches is not self.branches or self.in_another_loop():
+            self._refuse_stranger()
+        return branch
+
+    def in_another_loop(self) -> bool:
+        """Whether the calling code is in an event loop of its own, as in a step that calls `asyncio.run`."""
+        return not self.branches.is_in_thread() and in_event_loop()
 
     async def enter(self) -> None:
-        """The gate before every durable call: nothing more happens in a run that is suspended, cancelled or lost."""
-        if self.signal is None and self.host.leased:
+        """The gate before every durable call: nothing more happens in a run that is suspended, cancelled or lost.
+
+        Raises:
+            InvalidState: the run has ended by itself.
+        """
+        if self.signal is None and not self.over and self.host.leased:
             return
         await self._refuse()
 
+    def _refuse_stranger(self) -> NoReturn:
+        raise InvalidState(
+            f"The context of task {self.claimed.task_id}",
+            "used outside of its run" if not self.over else "used after the end of its run",
+            "Each run has a context of its own: use it in the task's own code, in its steps, and nowhere else.",
+        )
+
     async def _refuse(self) -> NoReturn:
+        if self.signal is None and self.over:
+            self._refuse_stranger()
         if self.signal is None:
             self.host.lease_lost()
         self._ignored += 1

@@ -63,10 +63,10 @@ class Step(Generic[P, R_co]):
         """Call the function: inside a task as `ctx.step`, elsewhere as it is.
 
         In an `async def` task what comes back is awaited. A thread of such a task, in which a `def` step runs, cannot
-        wait for steps of its own: there it is the plain function.
+        wait for steps of its own, also not in an event loop of its own: there it is the plain function.
         """
         context = context_or_none()
-        if context is None or (_is_async(context) and not in_event_loop()):
+        if context is None or (_is_async(context) and (not in_event_loop() or context.in_another_loop)):
             return self.function(*args, **kwargs)
         return cast(R_co, context.step(self.name, self, *args, **kwargs))
 

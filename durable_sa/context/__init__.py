@@ -91,6 +91,11 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
         return self._run.signal
 
     @property
+    def in_another_loop(self) -> bool:
+        """Whether the calling code is in another event loop than the run's, and so cannot await what a context does."""
+        return self._run.in_another_loop()
+
+    @property
     def claimed(self) -> Claimed:
         """What the claim of the run said."""
         return self._run.claimed
@@ -108,6 +113,11 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
         if duration is not None:
             seconds(duration, "duration")
         run = self._run
+        if run.in_another_loop():
+            # From there nothing can be asked; but what is known already can be told.
+            if run.signal is not None:
+                raise run.signal
+            return
         await run.enter()
         with self._observed("heartbeat"), run.branches.busy():
             state = await run.host.reader.gone((self.task_id, run.claimed.fence))

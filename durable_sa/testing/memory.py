@@ -120,6 +120,10 @@ class MemoryRun:
         """Let time pass."""
         self._now = max(self._now, moment)
 
+    def in_another_loop(self) -> bool:
+        """It belongs to no event loop."""
+        return False
+
     async def enter(self) -> None:
         """Nobody takes the run away."""
 

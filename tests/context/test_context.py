@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 import durable_sa
-from durable_sa import Durable, SyncTaskContext, TaskContext, current_context, step, task
+from durable_sa import Durable, InvalidState, SyncTaskContext, TaskContext, TaskHandle, current_context, step, task
 from durable_sa.signals import ControlFlow
 from tests.context.support import Crash, Rows, Runner, Tally
 from tests.support import eventually
@@ -285,3 +285,77 @@ async def test_heartbeat_refuses_a_duration_that_is_none(run: Runner):
         await ctx.heartbeat(-1)
 
     assert (await run.failure(work)).name == "InvalidConfiguration"
+
+
+CALLS: dict[str, Callable[[TaskContext], Any]] = {
+    "step": lambda ctx: ctx.step("step", asyncio.sleep, 0),
+    "transaction": lambda ctx: ctx.transaction("transaction", asyncio.sleep),
+    "sleep": lambda ctx: ctx.sleep_for("sleep", 3600),
+    "event": lambda ctx: ctx.await_event("event", timeout=3600),
+    "emit": lambda ctx: ctx.emit_event("emit"),
+    "spawn": lambda ctx: ctx.spawn_by_name("spawn", "nobody"),
+    "join": lambda ctx: ctx.join(TaskHandle(ctx.task_id)),
+    "now": lambda ctx: ctx.now(),
+    "rand": lambda ctx: ctx.rand(),
+}
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
+@pytest.mark.parametrize("call", CALLS)
+async def test_context_of_another_run_is_refused_and_nothing_is_written_there(run: Runner, call: str, ended: bool):
+    contexts: list[TaskContext] = []
+    release = asyncio.Event()
+
+    @task
+    async def owner(ctx: TaskContext) -> None:
+        contexts.append(ctx)
+        await release.wait()
+
+    @task
+    async def stranger(ctx: TaskContext) -> None:
+        try:
+            await CALLS[call](contexts[0])
+        finally:
+            release.set()
+
+    spawned = await run.spawn(owner)
+    await eventually(lambda: bool(contexts))
+    if ended:
+        release.set()
+        await run.wait(spawned)
+    error = await run.failure(stranger)
+    assert error.name == "InvalidState"
+    assert str(spawned.task_id) in error.message
+    assert (await run.wait(spawned)).status == "completed"
+    assert await Rows(run.durable, spawned).checkpoints() == []
+    with pytest.raises(InvalidState, match="after the end of its run"):
+        await CALLS[call](contexts[0])
+    with pytest.raises(InvalidState, match="after the end of its run"):
+        await contexts[0].heartbeat()
+
+
+async def test_event_loop_of_a_steps_own_gets_plain_functions_and_cannot_use_the_context(run: Runner, tally: Tally):
+    @step
+    async def double(number: int) -> int:
+        return 2 * number
+
+    async def main(ctx: TaskContext) -> int:
+        await durable_sa.heartbeat()
+        await ctx.heartbeat()
+        for call in ("step", "now", "rand", "emit"):
+            with pytest.raises(InvalidState, match="outside of its run"):
+                await CALLS[call](ctx)
+        return await double(4)
+
+    def own_loop() -> int:
+        return asyncio.run(main(current_context()))
+
+    @task
+    async def work(ctx: TaskContext) -> int:
+        found = await ctx.step("own loop", own_loop)
+        await ctx.heartbeat()
+        return found
+
+    spawned = await run.spawn(work)
+    assert (await run.wait(spawned)).output == 8
+    assert [row.name for row in await Rows(run.durable, spawned).checkpoints()] == ["own loop"]

@@ -36,6 +36,8 @@ def ship(order: int, *, fast: bool = False) -> str:
 class RecordingContext(TaskContext[Any]):
     """Notes what steps it is asked for."""
 
+    in_another_loop = False
+
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
