@@ -6,7 +6,7 @@ on a difference between the two. Only data is decoded: no code and no type name 
 
 import inspect
 from functools import lru_cache
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, Never, NoReturn, TypeVar, cast
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
@@ -18,7 +18,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 
-_UNANNOTATED: Final = (inspect.Parameter.empty, Any, object)
+# The last two are of functions that always raise.
+_UNANNOTATED: Final = (inspect.Parameter.empty, Any, object, NoReturn, Never)
 _ATOMS: Final = (type(None), bool, int, str)
 _INT64: Final = 2**63
 # bytes that are no UTF-8 come back as well. Models, dataclasses and TypedDicts keep their own configuration.

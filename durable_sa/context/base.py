@@ -49,7 +49,7 @@ class ContextBase:
 
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
         """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
-        if not name.startswith("$") or kind in ("step", "transaction", "spawn", "sleep"):
+        if kind in ("step", "transaction", "spawn", "sleep") or not name.startswith("$"):
             validate_name("step", name)
         if self._run.signal is not None:
             # It has no place in the run any more, and is refused as soon as it is awaited.

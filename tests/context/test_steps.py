@@ -4,7 +4,7 @@ import functools
 import logging
 import threading
 import time
-from typing import Any
+from typing import Any, Never, NoReturn
 
 import pytest
 
@@ -310,8 +310,8 @@ async def test_whatever_can_be_called_can_be_a_step(run: Runner):
     ]
 
 
-@pytest.mark.parametrize("name", ["", "$mine", "a\nb", "a\x00b", "\ud800", "é" * 101, "x" * 201])
-async def test_name_that_breaks_the_rules_fails_the_task_at_once(run: Runner, tally: Tally, name: str):
+@pytest.mark.parametrize("name", ["", "$mine", "a\nb", "a\x00b", "\ud800", "é" * 101, "x" * 201, 5, None, b"x"])
+async def test_name_that_breaks_the_rules_fails_the_task_at_once(run: Runner, tally: Tally, name: Any):
     async def step() -> None:
         tally.add("ran")
 
@@ -417,6 +417,23 @@ async def test_what_a_step_gave_is_not_changed_by_changing_the_object(run: Runne
         return found
 
     assert await run(work) == [1]
+
+
+@pytest.mark.parametrize("nothing", [NoReturn, Never])
+async def test_step_that_only_ever_raises_may_say_so(run: Runner, tally: Tally, nothing: Any):
+    async def give_up() -> None:
+        tally.add("ran")
+        raise ConnectionError
+
+    give_up.__annotations__["return"] = nothing
+
+    @task(max_attempts=2)
+    async def work(ctx: TaskContext) -> NoReturn:
+        await ctx.step("give up", give_up)
+        raise AssertionError
+
+    assert (await run.failure(work)).name == "ConnectionError"
+    assert tally == ["ran"] * 2
 
 
 async def test_step_that_raises_stop_iteration_fails_instead_of_hanging(run: Runner):
