@@ -12,11 +12,12 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import inspect
 import itertools
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
@@ -180,6 +181,9 @@ class SyncTaskContext(Generic[StateT]):
             try:
                 with self._inside(begun.call), around_step(self.context.step_hooks, self.context, name):
                     result = self._execute(begun.call, function, options, args, kwargs)
+                    if inspect.isawaitable(result):
+                        # Such as from `lambda: fetch(url)`, which does not tell beforehand.
+                        result = self._call(functools.partial(self._await, result))
             except Exception as failure:
                 again = functools.partial(self.context.try_again, begun.call, tries, options, failure)
                 if not self._call(again):
@@ -193,6 +197,10 @@ class SyncTaskContext(Generic[StateT]):
     ) -> Any:
         with running(self.context):
             return await cast("Coroutine[Any, Any, Any]", self.context.step(name, fn, *args, **kwargs))
+
+    async def _await(self, awaitable: Awaitable[T]) -> T:
+        with running(self.context):
+            return await awaitable
 
     def _execute(self, call: Call, function: Callable[..., Any], options: StepOptions, args: Any, kwargs: Any) -> Any:
         if options.timeout is None:

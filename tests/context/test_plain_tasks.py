@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from durable_sa import Durable, SyncTaskContext, current_context, step, task
+from durable_sa import Durable, SyncTaskContext, TaskContext, current_context, step, task
 from tests.context.support import Crash, Rows, Runner, Tally
 
 
@@ -52,6 +52,26 @@ async def test_steps_are_replayed(run: Runner, tally: Tally):
 
     assert await run(work, 5) == [10, 15, 2, 2]
     assert tally == [5, -5, 1, 1]
+
+
+async def test_step_that_turns_out_to_be_asynchronous_is_awaited(run: Runner, tally: Tally):
+    async def double(value: int) -> int:
+        tally.add("double")
+        return value * 2
+
+    async def outer() -> int:
+        ctx: TaskContext = current_context()
+        return await ctx.step("double", double, 4)
+
+    @task(max_attempts=2)
+    def work(ctx: SyncTaskContext) -> list[int]:
+        found: list[int] = [ctx.step("lambda", lambda: double(2)), ctx.step("nested", lambda: outer())]
+        if ctx.attempt == 1:
+            raise Crash
+        return found
+
+    assert await run(work) == [4, 8]
+    assert tally == ["double"] * 2
 
 
 async def test_step_that_failed_runs_again(run: Runner, tally: Tally):
