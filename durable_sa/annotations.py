@@ -40,19 +40,30 @@ def is_coroutine_function(function: Callable[..., Any]) -> bool:
 def local_types(function: Callable[..., Any]) -> dict[str, object]:
     """Return the locals of the decorating frame that annotations of `function` name. Called while it is decorated.
 
-    The frame itself is not held. Names that it shares with the module are the frame's if `function` is defined in it.
+    So are those that the annotations of such a type name in turn. The frame itself is not held. Names that it shares
+    with the module are the frame's if `function` is defined in it.
     """
     function = plain_function(function)
-    names = {
-        name for annotation in _declared(function).values() for text in _texts(annotation) for name in _names(text)
-    }
-    frame = _decorating_frame() if names else None
+    wanted = [*_named_by(_declared(function))]
+    frame = _decorating_frame() if wanted else None
     if frame is None or frame.f_locals is frame.f_globals:
         return {}
     nested = getattr(function, "__qualname__", "").rpartition(".<locals>")[0] == frame.f_code.co_qualname
     shared = () if nested else getattr(function, "__globals__", ())
     local_names = frame.f_locals
-    return {name: local_names[name] for name in names if name in local_names and name not in shared}
+    found: dict[str, object] = {}
+    while wanted:
+        name = wanted.pop()
+        if name in local_names and name not in shared and name not in found:
+            value = found[name] = local_names[name]
+            for part in value.__mro__ if isinstance(value, type) else ():
+                wanted += _named_by(inspect.get_annotations(part))
+    return found
+
+
+def names_around(function: Callable[..., Any], local_names: Mapping[str, object]) -> Mapping[str, object]:
+    """Return what text in the fields of local types may name: the `local_names` of `function`, and its closure."""
+    return {**local_names, **_closure(plain_function(function))}
 
 
 def resolve(function: Callable[..., Any], name: str, local_names: Mapping[str, object]) -> object:
@@ -85,7 +96,7 @@ def _declared(function: Callable[..., Any]) -> Mapping[str, object]:
 
 def _evaluate(function: Callable[..., Any], name: str, declared: object, local_names: Mapping[str, object]) -> object:
     holder = SimpleNamespace(__annotations__={name: declared})
-    names = {**local_names, **_closure(function)}
+    names = names_around(function, local_names)
     try:
         return typing.get_type_hints(holder, getattr(function, "__globals__", {}), names, include_extras=True)[name]
     except Exception as error:
@@ -105,6 +116,13 @@ def _closure(function: Callable[..., Any]) -> dict[str, object]:
         except ValueError:  # not assigned yet
             continue
     return names
+
+
+def _named_by(annotations: Mapping[str, object]) -> Iterator[str]:
+    """The names in annotations that are text."""
+    for annotation in annotations.values():
+        for text in _texts(annotation):
+            yield from _names(text)
 
 
 def _texts(annotation: object) -> Iterator[str]:

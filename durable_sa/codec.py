@@ -5,6 +5,7 @@ on a difference between the two. Only data is decoded: no code and no type name 
 """
 
 import inspect
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, Generic, Never, NoReturn, TypeVar, cast
 
@@ -33,13 +34,13 @@ class Codec(Generic[T_co]):
 
     __slots__ = ("_adapter", "_annotation", "_atoms", "_lenient")
 
-    def __init__(self, annotation: object) -> None:
+    def __init__(self, annotation: object, names: Mapping[str, object] | None = None) -> None:
         self._annotation = annotation
         self._adapter: TypeAdapter[Any] | None = None
         self._lenient = True
         self._atoms = frozenset(_ATOMS)
         if not any(annotation is unannotated for unannotated in _UNANNOTATED):
-            self._adapter = _adapter(annotation)
+            self._adapter = _adapter(annotation, names)
             self._lenient = _has_holes(self._adapter.core_schema)
             self._atoms = frozenset(atom for atom in _ATOMS if annotation is atom)
 
@@ -123,8 +124,10 @@ class Codec(Generic[T_co]):
         return encoded.decode()
 
 
-def codec_for(annotation: object) -> Codec[Any]:
+def codec_for(annotation: object, names: Mapping[str, object] | None = None) -> Codec[Any]:
     """Return the codec of an annotation. `Any`, `object` and `inspect.Parameter.empty` mean plain JSON.
+
+    `names` are those that fields of local dataclasses and the like may use, where their annotations are text.
 
     Raises:
         SerializationError: if pydantic knows no JSON form for the annotation.
@@ -133,7 +136,11 @@ def codec_for(annotation: object) -> Codec[Any]:
         # Equal unions may differ in the order of their members, which decides between members that fit equally well.
         return _codec_for(annotation, annotation if isinstance(annotation, type) else repr(annotation))
     except TypeError:  # unhashable metadata of an Annotated
-        return Codec(annotation)
+        return Codec(annotation, names)
+    except SerializationError:
+        if not names:
+            raise
+        return Codec(annotation, names)
 
 
 @lru_cache(maxsize=1024)
@@ -159,7 +166,7 @@ def problems(error: ValidationError) -> list[str]:
     ]
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
+def _adapter(annotation: Any, names: Mapping[str, object] | None) -> TypeAdapter[Any]:
     try:
         try:
             adapter = TypeAdapter(annotation, config=_BASE64)
@@ -168,7 +175,7 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
                 raise
             adapter = TypeAdapter(annotation)
         if not adapter.pydantic_complete:
-            adapter.rebuild(raise_errors=True)
+            adapter.rebuild(raise_errors=True, _types_namespace=None if names is None else dict(names))
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise SerializationError(f"The type {_name(annotation)}", f"has no JSON form: {reason}") from error

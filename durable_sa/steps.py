@@ -7,7 +7,7 @@ from types import FunctionType, MethodType
 from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from durable_sa.annotations import local_types, plain_function, resolve
+from durable_sa.annotations import local_types, names_around, plain_function, resolve
 from durable_sa.codec import Codec, codec_for
 from durable_sa.current import context_or_none, in_event_loop
 from durable_sa.errors import InvalidConfiguration
@@ -133,7 +133,8 @@ def result_codec(function: Callable[..., Any]) -> Codec[Any]:
         return codec_for(resolve(function, "return", {}))
     codec = _result_codecs.get(function)
     if codec is None:
-        codec = codec_for(resolve(function, "return", _local_types.get(function, {})))
+        names = _local_types.get(function, {})
+        codec = codec_for(resolve(function, "return", names), names_around(function, names))
         _result_codecs[function] = codec
     return codec
 

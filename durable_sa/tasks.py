@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 
 from pydantic import ValidationError
 
-from durable_sa.annotations import is_coroutine_function, local_types, plain_function, resolve
+from durable_sa.annotations import is_coroutine_function, local_types, names_around, plain_function, resolve
 from durable_sa.codec import Codec, codec_for, problems
 from durable_sa.errors import InvalidTaskParams, SerializationError
 from durable_sa.names import validate_name
@@ -88,12 +88,16 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     @functools.cached_property
     def params_codec(self) -> Codec[Any]:
         """Encodes its params."""
-        return codec_for(resolve(self.function, cast(str, self.params_name), self.local_types))
+        return self._codec(cast(str, self.params_name))
 
     @functools.cached_property
     def output_codec(self) -> Codec[OutputT_co]:
         """Encodes its output."""
-        return codec_for(resolve(self.function, "return", self.local_types))
+        return self._codec("return")
+
+    def _codec(self, name: str) -> Codec[Any]:
+        annotation = resolve(self.function, name, self.local_types)
+        return codec_for(annotation, names_around(self.function, self.local_types))
 
     def encode_params(self, params: object) -> str | None:
         """Return params as JSON text, None for a task that takes none.

@@ -6,14 +6,16 @@ import functools
 import gc
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from pydantic import BaseModel, Field, field_validator
+from typing_extensions import TypedDict
 
 from durable_sa.errors import InvalidConfiguration, InvalidName, InvalidTaskParams, SerializationError
 from durable_sa.options import TaskOptions
 from durable_sa.policies import CancellationPolicy, RetryStrategy
+from durable_sa.steps import result_codec, step
 from durable_sa.tasks import Task, task
 
 if TYPE_CHECKING:
@@ -171,6 +173,43 @@ def test_types_local_to_the_decorating_function_are_found() -> None:
     assert bare.output_codec.decode('[{"x":1}]', "it") == [Local(x=1)]
     assert named.decode_params('{"a":{"x":1}}') == {"a": Local(x=1)}
     assert named.output_codec.decode("null", "it") is None
+
+
+def test_fields_of_local_types_may_be_local_types() -> None:
+    @dataclasses.dataclass
+    class Part:
+        number: int
+
+    @dataclasses.dataclass
+    class Machine:
+        parts: list[Part]
+
+    class Stock(TypedDict):
+        machine: Machine
+
+    class Pair(NamedTuple):
+        one: Part
+        other: Machine
+
+    @task
+    async def made(ctx: Any, stock: Stock) -> Pair:
+        raise NotImplementedError
+
+    @step
+    async def decorated() -> list[Pair]:
+        raise NotImplementedError
+
+    async def plain() -> Machine:
+        return Machine([Part(1)])
+
+    machine = Machine([Part(1)])
+    assert made.decode_params('{"machine":{"parts":[{"number":1}]}}') == {"machine": machine}
+    for codec, value in (
+        (made.output_codec, Pair(Part(2), machine)),
+        (result_codec(decorated), [Pair(Part(2), machine)]),
+        (result_codec(plain), machine),
+    ):
+        assert codec.round_trip(value, "it")[1] == value
 
 
 def test_the_frame_is_not_held() -> None:
