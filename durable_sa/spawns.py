@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Row
 
@@ -22,6 +22,8 @@ from .tasks import Task
 if TYPE_CHECKING:
     from .client.base import ClientBase
     from .telemetry.operations import Spawning
+
+ErrorT = TypeVar("ErrorT", bound=Exception)
 
 _PLAIN: Codec[Any] = codec_for(Any)
 
@@ -70,7 +72,8 @@ def prepare(
     Raises:
         TypeError: no task, or an option there is not.
         TaskNotRegistered: a name nobody knows here, unless `unchecked`.
-        InvalidTaskParams, PayloadTooLarge: params that do not fit the task, or the limit.
+        InvalidTaskParams: params that do not fit the task, unless `unchecked`, or have no JSON form.
+        PayloadTooLarge: params beyond the limit.
         InvalidConfiguration, InvalidName, SerializationError: an option that breaks a rule.
     """
     if isinstance(task, str):
@@ -80,17 +83,8 @@ def prepare(
         name, known = task.name, task
     else:
         raise TypeError(f"a spawn takes a task, made by @task, not {type(task).__name__}")
-    if known is not None:
-        text = known.encode_params(params)
-        codec = known.params_codec if known.takes_params else _PLAIN
-        defaults = known.options
-    else:
-        try:
-            text = None if params is None else _PLAIN.encode(params, f"the params of task {name!r}")
-        except SerializationError as error:
-            raise InvalidTaskParams(name, [str(error)]) from error
-        codec = _PLAIN
-        defaults = TaskOptions()
+    text, codec = _encode_params(name, known, params, unchecked=unchecked)
+    defaults = TaskOptions() if known is None else known.options
     if text is not None:
         check_size(text, client.max_payload_bytes, f"the params of task {name!r}")
     resolved = resolve_spawn_options(options, defaults, client.defaults, internal_headers=internal_headers)
@@ -153,7 +147,23 @@ def prepare(
     )
 
 
-def at_position(error: DurableError, position: int) -> DurableError:
+def _encode_params(
+    name: str, known: Task[Any, Any] | None, params: Any, *, unchecked: bool
+) -> tuple[str | None, Codec[Any]]:
+    """Params as the task has them, where it is known; as plain JSON where it is not, or they need not fit it."""
+    if known is not None:
+        try:
+            return known.encode_params(params), known.params_codec if known.takes_params else _PLAIN
+        except InvalidTaskParams:
+            if not unchecked:
+                raise
+    try:
+        return None if params is None else _PLAIN.encode(params, f"the params of task {name!r}"), _PLAIN
+    except SerializationError as error:
+        raise InvalidTaskParams(name, [str(error)]) from error
+
+
+def at_position(error: ErrorT, position: int) -> ErrorT:
     """The error with a note that says which of many spawns it is about."""
     error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
     return error

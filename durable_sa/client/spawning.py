@@ -68,10 +68,14 @@ class Spawning(ClientBase):
     async def spawn_by_name(
         self, name: str, params: Any = None, *, unchecked: bool = False, **options: Unpack[SpawnOptions]
     ) -> SpawnResult[Any]:
-        """Enqueue a task by its name. `unchecked` allows names that only the workers know; params are plain JSON then.
+        """Enqueue a task by its name.
+
+        `unchecked` leaves it to the workers to know the name and to find the params fit: what does not fit the task
+        that is registered here, if one is, is sent as plain JSON.
 
         Raises:
-            TaskNotRegistered: nobody here knows the name, and `unchecked` is not set.
+            TaskNotRegistered, InvalidTaskParams: nobody here knows the name, or the params do not fit, and `unchecked`
+                is not set.
         """
         return await self._spawn(prepare(self, name, params, options, unchecked=unchecked))
 
@@ -198,8 +202,7 @@ class Spawning(ClientBase):
             except Exception as error:
                 if spawning is not None:
                     spawning.over((), error)
-                if isinstance(error, DurableError):
-                    at_position(error, position)
+                at_position(error, position)
                 raise
         return prepared
 

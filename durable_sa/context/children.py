@@ -61,13 +61,15 @@ class Children(ContextBase):
 
         As :meth:`spawn`; params are checked where the task is registered, and sent as plain JSON where it is not.
         """
-        return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=True)
+        unchecked = task_name not in self._durable.tasks
+        return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=unchecked)
 
     async def _spawn(
         self, call: Call, task: Task[Any, Any] | str, params: Any, options: SpawnOptions, *, unchecked: bool
     ) -> TaskHandle[Any]:
         run = self._run
-        options.setdefault("queue_name", run.claimed.queue_name)
+        if options.get("queue_name") is None:
+            options["queue_name"] = run.claimed.queue_name
         child = child_id(run.claimed.task_id, call.key)
         entry = await self._recall(call)
         prepared = prepare(

@@ -418,6 +418,29 @@ async def test_by_name_the_task_must_be_registered_unless_it_need_not(durable: D
     assert (row.task_name, row.params_text, row.priority) == ("elsewhere", '{"number":"1"}', 1)
 
 
+async def test_unchecked_leaves_it_to_the_workers_whether_params_fit(durable: Durable, engine: AsyncEngine) -> None:
+    for known in (ship, tick):
+        durable.register(known)
+    misfits: list[tuple[str, Any, str]] = [("ship", {"number": "x"}, '{"number":"x"}'), ("tick", [1], "[1]")]
+    for name, params, stored in misfits:
+        with pytest.raises(InvalidTaskParams):
+            await durable.spawn_by_name(name, params)
+        spawned = await durable.spawn_by_name(name, params, unchecked=True)
+        assert (await read(engine, spawned.task_id)).params_text == stored
+    # What fits is sent as the task has it, and what is no JSON nowhere.
+    fits = await durable.spawn_by_name("ship", {"number": "1"}, unchecked=True)
+    assert (await read(engine, fits.task_id)).params_text == '{"number":1,"items":[],"colour":"red"}'
+    with pytest.raises(InvalidTaskParams, match="surrogate"):
+        await durable.spawn_by_name("ship", {"number": "\ud800"}, unchecked=True)
+    async with durable.worker():
+        result = await durable.wait_for_result(
+            await durable.spawn_by_name("ship", {"number": "x"}, unchecked=True), timeout=10
+        )
+    assert result.error is not None
+    assert result.error.name == "InvalidTaskParams"
+    assert (await read(engine, result.task_id)).failures == 1
+
+
 async def test_options_of_a_named_task_count_as_if_it_was_given(durable: Durable, engine: AsyncEngine) -> None:
     @durable.task("named", max_attempts=2, queue_name="default")
     async def named(ctx: Any) -> None: ...
@@ -478,6 +501,9 @@ async def test_a_bad_item_names_itself_and_spoils_all(durable: Durable, engine: 
         ((ship, {"number": "x"}), InvalidTaskParams),
         (Spawn(tick, max_attempts=0), InvalidConfiguration),
         (Spawn(tick, queue_name="nowhere"), QueueNotFound),
+        (Spawn(tick, max_attempt=1), TypeError),  # type: ignore[call-overload]
+        (tick, TypeError),
+        ((None, None), TypeError),
     ]:
         with pytest.raises(error) as raised:
             await durable.spawn_many([(tick, None)] * 1200 + [bad, (tick, None)])

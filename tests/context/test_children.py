@@ -77,7 +77,7 @@ async def test_child_is_one_task_on_the_parents_queue(run: Runner):
     async def work(ctx: TaskContext) -> list[uuid.UUID]:
         handles = [
             await ctx.spawn("a", double, 1),
-            await ctx.spawn("a", double, 2),
+            await ctx.spawn("a", double, 2, queue_name=None),
             await ctx.spawn_by_name("b", "double", 3, priority=7, headers={"x": 1}),
         ]
         if ctx.attempt < 3:
@@ -494,6 +494,16 @@ async def test_params_that_do_not_fit_fail_the_parent_at_once(run: Runner):
     spawned = await run.spawn(work)
     assert (await run.wait(spawned)).error.name == "InvalidTaskParams"
     assert len(await Rows(run.durable, spawned).runs()) == 1
+    assert await Rows(run.durable, spawned).children() == []
+
+
+async def test_params_that_do_not_fit_a_task_known_by_its_name_do_so_too(run: Runner):
+    @task
+    async def work(ctx: TaskContext) -> None:
+        await ctx.spawn_by_name("think", "think", {"wrong": 1})
+
+    spawned = await run.spawn(work)
+    assert (await run.wait(spawned)).error.name == "InvalidTaskParams"
     assert await Rows(run.durable, spawned).children() == []
 
 
