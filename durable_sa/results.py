@@ -70,7 +70,8 @@ class TaskPollResult(Generic[T_co]):
     output: T_co | None = field(default=None, repr=False)
     """The result of a completed task, typed where the task is known, else plain JSON. None before that."""
     error: TaskErrorInfo | None = None
-    """Why a failed task failed. None otherwise."""
+    """Why a failed task failed, or which limit on time has cancelled it; for a task that was cancelled otherwise, its
+    last failure before. None where there was none, and as long as it has not ended."""
 
 
 @dataclass(frozen=True, slots=True)

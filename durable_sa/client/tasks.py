@@ -30,6 +30,8 @@ from .base import ClientBase
 T = TypeVar("T")
 
 _PLAIN: Codec[Any] = codec_for(Any)
+_FIRST_LOOK = 1.0
+"""Seconds that the first look may take, also where there is less to wait: what has ended is told without a wait."""
 _FIRST_POLL = 0.002
 _LONGEST_POLL = 0.25
 
@@ -108,10 +110,12 @@ class Tasks(ClientBase):
         task_id = _id_of(task)
         changed = asyncio.Event()
         self._changes.setdefault(task_id, set()).add(changed)
-        deadline = asyncio.timeout(limit)
+        began = asyncio.get_running_loop().time()
+        deadline = asyncio.timeout(None if limit is None else max(limit, _FIRST_LOOK))
         try:
             async with deadline:
                 row = await self._polls(task_id)
+                deadline.reschedule(None if limit is None else began + limit)
                 pause = _FIRST_POLL
                 while row is not None and row.outcome is None:
                     with suppress(TimeoutError):
@@ -175,6 +179,5 @@ def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
     try:
         return uuid.UUID(str(task))
     except ValueError:
-        raise TypeError(
-            f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {type(task).__name__}"
-        ) from None
+        what = repr(task[:80]) if isinstance(task, str) else type(task).__name__
+        raise TypeError(f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {what}") from None

@@ -166,6 +166,8 @@ async def test_what_is_no_task_is_refused(durable: Durable) -> None:
             await durable.get_task_result(wrong)  # type: ignore[call-overload]
         with pytest.raises(TypeError, match="UUID, a SpawnResult or a TaskHandle"):
             await durable.wait_for_result(wrong)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="not 'here'"):
+        await durable.cancel_task("here")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("timeout", [0, 0.05, timedelta(milliseconds=50)])
@@ -184,7 +186,10 @@ async def test_a_wait_is_over_after_its_timeout(durable: Durable, timeout: Any) 
 async def test_what_has_ended_is_there_even_without_time_to_wait(durable: Durable) -> None:
     spawned = await durable.spawn(idle)
     await durable.cancel_task(spawned)
-    assert (await durable.wait_for_result(spawned, timeout=5)).status is TaskStatus.CANCELLED
+    for timeout in (0, timedelta(microseconds=1), 5):
+        assert (await durable.wait_for_result(spawned, timeout=timeout)).status is TaskStatus.CANCELLED
+    with pytest.raises(TaskNotFound):
+        await durable.wait_for_result(uuid.uuid4(), timeout=0)
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "5", True])
@@ -232,6 +237,7 @@ async def test_cancelling_a_waiter_ends_its_wait_and_no_other(durable: Durable, 
 async def test_a_wait_outlasts_an_outage_of_the_database(gate: Gate, durable: Durable) -> None:
     spawned = await durable.spawn(idle)
     async with Durable(gate.url) as client:
+        await client.get_task_result(spawned)
         waiting = asyncio.create_task(client.wait_for_result(spawned, timeout=20))
         for _ in range(3):
             await asyncio.sleep(0.1)
