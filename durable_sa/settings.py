@@ -48,6 +48,7 @@ class Settings:
         if not names:
             raise InvalidConfiguration("queue_names", "there is no queue in it")
         batch_size, listen_url = options.get("batch_size"), options.get("listen_url")
+        label = options.get("worker_id")
         health_port = options.get("health_port")
         return cls(
             tuple(validate_name("queue", name) for name in names),
@@ -55,7 +56,7 @@ class Settings:
             None if batch_size is None else integer(batch_size, "batch_size", minimum=1, maximum=100_000),
             seconds(options.get("claim_timeout", 120.0), "claim_timeout", minimum=1.0),
             seconds(options.get("poll_interval", 0.25), "poll_interval", minimum=0.001),
-            validate_name("worker", options.get("worker_id") or f"{socket.gethostname()}:{os.getpid()}"),
+            validate_name("worker", f"{socket.gethostname()}:{os.getpid()}" if label is None else label),
             bool(options.get("fatal_on_lease_timeout", False)),
             seconds(options.get("shutdown_timeout", 30.0), "shutdown_timeout"),
             bool(options.get("listen", True)),
