@@ -41,5 +41,8 @@ class Host(Protocol):
     def lease_lost(self) -> None:
         """The local deadline has passed."""
 
+    def left_running(self) -> None:
+        """Code of a run that others may have taken over does not end."""
+
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside every run."""

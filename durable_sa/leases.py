@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from typing import NoReturn
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,6 +22,16 @@ from .statements import claiming
 logger = logging.getLogger("durable_sa")
 
 BEATS_PER_LEASE = 3
+
+
+TAKEN_OVER = "another worker has taken this one's runs over"
+
+
+def end_process(reason: str) -> NoReturn:
+    """End it at once: others run what code here, in whatever thread, may still be in the middle of."""
+    logger.critical("%s; ending the process", reason)
+    logging.shutdown()
+    os._exit(1)
 
 
 class Lease:
@@ -129,9 +140,7 @@ class Heartbeat:
             # The worker has noticed by itself, and may be back under another id.
             return
         if self._fatal:
-            logger.critical("another worker has taken this one's runs over; ending the process")
-            logging.shutdown()
-            os._exit(1)
+            end_process(TAKEN_OVER)
         self._lease.valid_until = 0.0
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._on_lost)

@@ -67,7 +67,8 @@ class WorkerOptions(TypedDict, total=False):
     worker_id: str | None
     """A label. `host:pid` if absent."""
     fatal_on_lease_timeout: bool
-    """End the process, with exit code 1, when others have taken this worker's runs over. False if absent."""
+    """End the process, with exit code 1, when others have taken this worker's runs over, or its lease is over and code
+    of a run does not end. False if absent."""
     shutdown_timeout: Duration
     """Seconds that runs get to come to their end at shutdown. 30 if absent."""
     listen: bool

@@ -15,7 +15,7 @@ from .connections import Database
 from .database_errors import backoff, is_transient
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
-from .leases import Heartbeat, Lease
+from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
 from .services import Services
 from .settings import Settings
 from .statements import claiming
@@ -106,9 +106,11 @@ class Registration:
 
     async def _come_back(self) -> None:
         await self.stop_heartbeat()
-        failures = 0
+        failures, former_id = 0, self.worker_id
         while not self._stopping.is_set():
             try:
+                if self._settings.fatal_on_lease_timeout and await self._was_taken_over(former_id):
+                    end_process(TAKEN_OVER)
                 self.worker_id = new_id()
                 await self.register()
                 break
@@ -121,6 +123,15 @@ class Registration:
                 failures += 1
         self._renewing = False
         self._returned()
+
+    def left_running(self) -> None:
+        """Code of a run that others may have taken over does not end."""
+        if self._settings.fatal_on_lease_timeout:
+            end_process("code of a run that this worker has lost does not end")
+
+    async def _was_taken_over(self, worker_id: uuid.UUID) -> bool:
+        """Whether others have found the worker silent; it may have noticed that first, by its own clock."""
+        return not await self._channel.execute(claiming.STILL_HELD, {"beating_id": worker_id})
 
     def vital_signs(self) -> VitalSigns:
         """How the worker is. May be asked by any thread."""

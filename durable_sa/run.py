@@ -109,6 +109,8 @@ class Run:
                 len(abandoned),
                 extra=self.claimed.log_fields,
             )
+            if isinstance(self.signal, LeaseLost):
+                self.host.left_running()
         if root is not None:
             self._end(root)
             return

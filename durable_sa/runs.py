@@ -191,6 +191,10 @@ class Runs:
         """The local deadline has passed."""
         self._registration.lose()
 
+    def left_running(self) -> None:
+        """Code of a run that others may have taken over does not end."""
+        self._registration.left_running()
+
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside every run."""
         self._services.start_task(coroutine, name)

@@ -205,7 +205,7 @@ HEARTBEAT = (
 """One small write for all runs of a worker. No row back: it was taken over."""
 
 STILL_HELD = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
-"""Whether a worker that may not beat, because its event loop is stuck, has been taken over."""
+"""Whether a worker that may not beat, for its event loop is stuck or its lease over, has been taken over."""
 
 REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
 """A worker's end, after it has given back its runs."""

@@ -310,6 +310,40 @@ async def test_a_fatal_lease_timeout_ends_the_process_that_is_stuck(
     assert ledger.entries("unblocked") == []
 
 
+async def test_a_fatal_lease_timeout_ends_a_process_that_was_stopped_when_it_goes_on(
+    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
+) -> None:
+    """Its event loop turns again, and knows by its own clock, before a heartbeat can tell."""
+    spawned = await durable.spawn(program.work, Work(steps=6, seconds=0.2))
+    stopped = await start_process("stopped", claim_timeout=1, fatal_on_lease_timeout=True)
+    await eventually(lambda: ledger.entries("end"))
+    stopped.send(signal.SIGSTOP)
+    other = await start_process("other", claim_timeout=1)
+
+    async def taken_over() -> bool:
+        return await sql("SELECT attempt FROM durable.tasks") == [(2,)]
+
+    await eventually(taken_over)
+    stopped.send(signal.SIGCONT)
+    assert await stopped.exit_code() == 1
+    result = await durable.wait_for_result(spawned, timeout=10)
+    assert set(result.output or ()) == {stopped.process.pid, other.process.pid}
+
+
+async def test_a_fatal_lease_timeout_ends_a_process_whose_code_goes_on_without_a_lease(
+    durable: Durable, start_process: Start, ledger: Ledger, engine: AsyncEngine
+) -> None:
+    """Nobody has taken it over yet, but after its lease anybody may."""
+    await durable.spawn(program.stubborn, 60.0)
+    stubborn = await start_process("stubborn", claim_timeout=1, fatal_on_lease_timeout=True)
+    await eventually(lambda: ledger.entries("begin"))
+    async with engine.connect() as connection, connection.begin():
+        # Its heartbeat waits for this row.
+        await connection.execute(select(WorkerRow).with_for_update())
+        assert await stubborn.exit_code() == 1
+    assert ledger.entries("cancelled")
+
+
 @pytest.mark.parametrize(
     "claim_timeout",
     [0.999, 0, -1, math.nan, math.inf, 1e300, timedelta(milliseconds=500), timedelta(days=-1), "2", None],
