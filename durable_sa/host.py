@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .claimed import Claimed
 from .clock import LocalClock
 from .hooks import HookChain
+from .threads import StepThreads
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Host(Protocol):
 
     writer: Writer
     reader: Reader
-    executor: ThreadPoolExecutor
+    executor: StepThreads
     clock: LocalClock
     hooks: HookChain
     telemetry: Telemetry | None

@@ -8,7 +8,6 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from .services import Services
 from .signals import LeaseLost, TaskCancelled
 from .statements import checkpoints, claiming, waits
 from .sync_context import SyncTaskContext, run_in_thread
+from .threads import StepThreads
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Runs:
         self.writer = writer
         self.reader = reader
         self.clock = clock
-        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="durable-step")
+        self.executor = StepThreads(threads)
         self.telemetry = durable.telemetry
         self.hooks = durable.hooks if self.telemetry is None else durable.hooks.within(self.telemetry.step_hook)
         self.max_payload_bytes = durable.max_payload_bytes

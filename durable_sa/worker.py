@@ -270,7 +270,7 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 await self._hints.flush()
-        self._runs.executor.shutdown(wait=False, cancel_futures=True)
+        self._runs.executor.shutdown()
         task_factory.uninstall(self.loop)
         try:
             await self._exit.aclose()

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from ..annotations import is_coroutine_function
@@ -183,7 +183,7 @@ class Steps(Sleeps):
 
 
 async def _invoke(
-    executor: ThreadPoolExecutor, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    executor: Executor, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
     if is_coroutine_function(function):

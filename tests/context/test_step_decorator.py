@@ -268,6 +268,26 @@ async def test_timeout_of_a_plain_function_does_not_wait_for_its_thread(run: Run
     release.set()
 
 
+async def test_steps_left_behind_in_their_threads_keep_no_others_waiting(run: Runner):
+    release = threading.Event()
+
+    @step(timeout=0.05)
+    def stuck(number: int) -> None:
+        release.wait(60)
+
+    @task
+    async def work(ctx: TaskContext) -> int:
+        # The worker has threads for twenty.
+        left = await asyncio.gather(*(stuck(number) for number in range(40)), return_exceptions=True)
+        assert {type(error) for error in left} == {TaskTimeout}
+        return await ctx.step("quick", len, "abc")
+
+    try:
+        assert await run(work) == 3
+    finally:
+        release.set()
+
+
 async def test_timeout_that_the_steps_own_code_raises_is_not_taken_for_the_limit(run: Runner):
     @step(timeout=10)
     async def own() -> None:

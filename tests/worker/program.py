@@ -85,6 +85,18 @@ async def stubborn(ctx: TaskContext, seconds: float) -> None:
             note("cancelled", task=str(ctx.task_id))
 
 
+def hang(seconds: float) -> None:
+    context = current_context()
+    note("begin", task=str(context.task_id), attempt=context.attempt)
+    time.sleep(seconds)
+
+
+@task
+async def hung(ctx: TaskContext, seconds: float) -> None:
+    """Has a step in a thread, which nothing can interrupt."""
+    await ctx.step("hang", hang, seconds)
+
+
 @task
 async def nap(ctx: TaskContext, seconds: float) -> int:
     await ctx.sleep_for("nap", seconds)
@@ -92,7 +104,7 @@ async def nap(ctx: TaskContext, seconds: float) -> int:
     return os.getpid()
 
 
-TASKS = (count, work, block, die, stubborn, nap)
+TASKS = (count, work, block, die, stubborn, hung, nap)
 
 
 async def main(options: dict[str, Any]) -> None:

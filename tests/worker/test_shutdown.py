@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import URL, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from durable_sa import Durable, TaskContext, TaskRow, TaskStatus
+from durable_sa import Durable, Task, TaskContext, TaskRow, TaskStatus
 from durable_sa.embedded import EmbeddedServer, temporary_server
 from durable_sa.models import Run
 
@@ -73,15 +73,16 @@ async def test_a_second_signal_gives_runs_back_without_waiting(
     assert await sql("SELECT state, failures, lease_losses FROM durable.tasks") == [("pending", 0, 0)]
 
 
+@pytest.mark.parametrize("code", [program.stubborn, program.hung], ids=["task", "step"])
 async def test_code_that_ignores_its_cancellation_does_not_keep_the_process(
-    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
+    durable: Durable, start_process: Start, ledger: Ledger, sql: Rows, code: Task[float, None]
 ) -> None:
     process = await start_process("one", shutdown_timeout=0.2)
-    await durable.spawn(program.stubborn, 6.0)
+    await durable.spawn(code, 60.0)
     await eventually(lambda: ledger.entries("begin"))
     process.send(signal.SIGTERM)
     assert await process.exit_code(25) == 0
-    assert ledger.entries("cancelled")
+    assert bool(ledger.entries("cancelled")) == (code is program.stubborn)
     assert await sql("SELECT state, failures, lease_losses FROM durable.tasks") == [("pending", 0, 0)]
 
 
