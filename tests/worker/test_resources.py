@@ -1,6 +1,7 @@
 """What a worker takes: statements while idle, and nothing that grows, or is left behind, whatever ends it."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import random
@@ -225,6 +226,35 @@ async def test_workers_on_event_loops_of_several_threads_do_not_meet(
     await asyncio.gather(*(asyncio.to_thread(serve) for _ in range(3)))
     assert sum(counts) == 600
     assert await sql("SELECT DISTINCT attempt, fence FROM durable.tasks") == [(1, 2)]
+
+
+async def test_run_worker_in_a_thread_goes_on_until_it_is_shut_down(database_url: URL, durable: Durable) -> None:
+    """Signals, which it runs for otherwise, come to the main thread only."""
+    over = threading.Event()
+
+    def serve() -> None:
+        async def work() -> None:
+            async with Durable(database_url) as served:
+
+                @served.task
+                async def thread(ctx: TaskContext) -> str:
+                    return threading.current_thread().name
+
+                serving = asyncio.create_task(served.run_worker())
+                await asyncio.to_thread(over.wait, 30)
+                assert not serving.done()
+                for worker in served.workers:
+                    await worker.shutdown()
+                await serving
+
+        asyncio.run(work())
+
+    with concurrent.futures.ThreadPoolExecutor(1, "elsewhere") as pool:
+        served = pool.submit(serve)
+        result = await durable.wait_for_result(await durable.spawn_by_name("thread", unchecked=True), timeout=20)
+        over.set()
+        await asyncio.wrap_future(served)
+    assert result.output == "elsewhere_0"
 
 
 async def nothing_left(sql: Rows) -> bool:
