@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -117,13 +118,15 @@ class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
 
         Wake-up hints on their way are seen off, also over engines of the application: dispose of those afterwards.
         """
-        for worker in list(self._workers):
-            await worker.shutdown()
+        ended = await asyncio.gather(*(worker.shutdown() for worker in self._workers), return_exceptions=True)
         await flush(channel_name(self.schema))
         if self._database is not None:
             await self._database.close()
             if self._database.owned:
                 self._database = None
+        for error in ended:
+            if error is not None:
+                raise error
 
     async def migrate(self) -> None:
         """Bring the durable tables to the newest version, creating their schema if need be; safe to call at any time.

@@ -206,7 +206,7 @@ async def test_closing_the_client_shuts_its_workers_down(durable: Durable, engin
 
 
 async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_shutdown(
-    engine: AsyncEngine, sql: Rows
+    database_url: URL, engine: AsyncEngine, sql: Rows
 ) -> None:
     @asynccontextmanager
     async def never() -> AsyncGenerator[int]:
@@ -227,6 +227,14 @@ async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_sh
     assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
     # Its connections are back in the pool.
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    client = Durable(database_url, lifespan=badly)
+    workers = [await client.start_worker() for _ in range(2)]
+    with pytest.raises(LookupError, match="still in use"):
+        await client.close()
+    for worker in workers:
+        await asyncio.wait_for(worker.wait(), 1)
+    assert client.workers == frozenset()
+    assert client._database is None
 
 
 @pytest.fixture(scope="module")
