@@ -16,8 +16,17 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool, Pool
 
-from .database_errors import CACHED_PLAN_STATES, POOLER_STATES, backoff, is_conflict, is_lost, sqlstate
-from .errors import InvalidConfiguration
+from .database_errors import (
+    CACHED_PLAN_STATES,
+    MISSING_TABLE_STATES,
+    POOLER_STATES,
+    backoff,
+    is_conflict,
+    is_lost,
+    sqlstate,
+)
+from .errors import InvalidConfiguration, SchemaMismatch
+from .migrations import check
 from .models import SCHEMA
 from .urls import default_bind, resolve_url
 
@@ -204,9 +213,24 @@ class Database:
             except (SQLAlchemyError, OSError) as error:
                 lost = isinstance(error, ConnectionError) or is_conflict(error)
                 if attempt == 2 or not (lost or sqlstate(error) in CACHED_PLAN_STATES):
+                    await self._explain(error)
                     raise
                 await asyncio.sleep(backoff(attempt))
         raise AssertionError("unreachable")
+
+    async def _explain(self, error: BaseException) -> None:
+        """Find out whether a statement has failed because the tables are not those that it is about.
+
+        Raises:
+            SchemaMismatch: they are not there, or older.
+        """
+        if sqlstate(error) not in MISSING_TABLE_STATES:
+            return
+        try:
+            async with self.engine.connect() as connection:
+                await connection.run_sync(check, self.schema)
+        except SchemaMismatch as mismatch:
+            raise mismatch from error
 
     async def transactional(self) -> AsyncConnection:
         """A connection of the application's engine, at the isolation the application has given it.
@@ -247,14 +271,18 @@ class Database:
         """A transaction of several statements, each of which sees what was committed before it."""
         connection = await self._connect("READ COMMITTED")
         try:
-            async with connection.begin():
-                yield connection
+            try:
+                async with connection.begin():
+                    yield connection
+            except SQLAlchemyError as error:
+                if is_lost(error):
+                    await discard(connection)
+                raise
+            finally:
+                await connection.close()
         except SQLAlchemyError as error:
-            if is_lost(error):
-                await discard(connection)
+            await self._explain(error)
             raise
-        finally:
-            await connection.close()
 
 
 def _date_style(driver_connection: Any) -> str | None:

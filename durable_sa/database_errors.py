@@ -14,6 +14,10 @@ CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 POOLER_STATES = frozenset({"26000", "42P05"})
 """A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
 
+UNDEFINED_TABLE = "42P01"
+MISSING_TABLE_STATES = frozenset({UNDEFINED_TABLE, "42703", "3F000"})
+"""No such table, column or schema: durable's are not installed, or older than this version of the package."""
+
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", LOCK_NOT_AVAILABLE, "25006", "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})

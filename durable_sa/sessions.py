@@ -11,10 +11,13 @@ from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
+from .database_errors import UNDEFINED_TABLE, sqlstate
 from .hints import Hint, channel_name, send_after_commit
+from .migrations.version import not_installed
 from .models import SCHEMA, Task
 
 T = TypeVar("T")
@@ -66,6 +69,11 @@ def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]
         while True:
             result = connection.execute(statement, parameters, execution_options=options)
             statement, parameters = steps.send(result.all() if result.returns_rows else ())
+    except DBAPIError as error:
+        if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
+            # On its connection nothing more can be asked.
+            raise not_installed(schema) from error
+        raise
     except StopIteration as end:
         if hint:
             send_after_commit(connection, channel_name(schema), hint)

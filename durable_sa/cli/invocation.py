@@ -33,7 +33,6 @@ P = ParamSpec("P")
 OK, WRONG, USAGE = 0, 1, 2
 
 _USAGE_ERRORS = (InvalidConfiguration, InvalidCron, InvalidName, InvalidTaskParams, PayloadTooLarge, SerializationError)
-_MISSING_TABLE_STATES = ("42P01", "42703", "3F000")
 
 Url = Annotated[
     str | None,
@@ -63,12 +62,7 @@ def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any,
     def run(*, url: str | None, schema: str, as_json: bool, **arguments: Any) -> None:
         async def main() -> None:
             async with Durable(url, schema=schema) as durable:
-                try:
-                    await function(Invocation(durable, Output(as_json=as_json)), **arguments)  # type: ignore[call-arg]
-                except DBAPIError as error:
-                    if sqlstate(error) in _MISSING_TABLE_STATES:
-                        await durable.check_schema()
-                    raise
+                await function(Invocation(durable, Output(as_json=as_json)), **arguments)  # type: ignore[call-arg]
 
         with reported(url):
             asyncio.run(main())

@@ -92,6 +92,11 @@ def check(connection: Connection, schema: str = SCHEMA) -> None:
         raise SchemaMismatch(installed, required, _remedy(installed, required, schema))
 
 
+def not_installed(schema: str = SCHEMA) -> SchemaMismatch:
+    """The error for a database without durable's tables."""
+    return SchemaMismatch(None, head(), _remedy(None, head(), schema))
+
+
 def too_new(installed: str, schema: str = SCHEMA) -> SchemaMismatch:
     """The error for tables of a newer version of the package, which this one cannot touch."""
     return SchemaMismatch(installed, head(), _remedy(installed, head(), schema))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
@@ -159,6 +160,42 @@ async def test_a_worker_says_when_the_tables_are_not_there(engine: AsyncEngine, 
     async with Durable(engine, schema="nowhere") as durable:
         with pytest.raises(SchemaMismatch, match="not installed"):
             await durable.start_worker()
+
+
+async def test_every_call_says_when_the_tables_are_not_there(
+    engine: AsyncEngine, database_url: URL, sync_engine: Engine
+) -> None:
+    some = uuid.uuid4()
+    async with Durable(engine, schema="nowhere", tasks=[child]) as durable:
+        calls = [
+            durable.create_queue(),
+            durable.drop_queue("mails"),
+            durable.list_queues(),
+            durable.spawn(child, 1),
+            durable.spawn(child, 1, idempotency_key="key"),
+            durable.spawn_many([(child, 1)]),
+            durable.emit_event("paid"),
+            durable.cancel_task(some),
+            durable.retry_task(some),
+            durable.get_task_result(some),
+            durable.wait_for_result(some),
+            durable.count_unclaimed_ready_tasks(),
+            durable.cleanup_tasks(60),
+            durable.cleanup_events(60),
+            durable.create_schedule("daily", task=child, params=1, cron_expression="0 0 * * *"),
+            durable.list_schedules(),
+            durable.delete_schedule("daily"),
+        ]
+        for call in calls:
+            with pytest.raises(SchemaMismatch, match=r'(?s)not installed.*schema="nowhere"'):
+                await call
+        async with engine.connect() as connection:
+            with pytest.raises(SchemaMismatch, match="not installed"):
+                await durable.spawn_with(connection, child, 1)
+        with sync_engine.connect() as connection, pytest.raises(SchemaMismatch, match="not installed"):
+            durable.emit_event_with(connection, "paid")
+        await durable.migrate()
+        assert await durable.list_queues() == ["default"]
 
 
 @pytest.mark.parametrize(
