@@ -46,6 +46,9 @@ _REPLAN = "durable_replan"
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
 
+_ENTERED = {"autobegin": True, "twophase": False}
+"""What of an application's options for its sessions cannot be kept inside of a transaction that has begun."""
+
 _mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools whose connections lead to a pooler that has been seen to mix up prepared statements."""
 _explained: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -250,13 +253,22 @@ class Database:
     def session(self, connection: AsyncConnection) -> AsyncSession:
         """A session of the application's kind, inside the transaction that `connection` has begun.
 
-        Its commits end savepoints only.
+        Its commits end savepoints only. Classes that the application has bound to this engine are bound to the
+        connection, and the transaction is there already: the session need not begin one, nor one in two phases.
         """
         options: dict[str, Any] = {"join_transaction_mode": "create_savepoint"}
         if self.sessionmaker is None:
             return AsyncSession(connection, expire_on_commit=False, **options)
+        applications = self.sessionmaker.kw
+        options.update({name: value for name, value in _ENTERED.items() if name in applications})
+        if binds := applications.get("binds"):
+            options["binds"] = {key: connection if self._is_ours(bind) else bind for key, bind in binds.items()}
         session: AsyncSession = self.sessionmaker(bind=connection, **options)
         return session
+
+    def _is_ours(self, bind: Any) -> bool:
+        """Whether an engine, or a variant of it with other options, has the connections of this one."""
+        return getattr(getattr(bind, "sync_engine", bind), "pool", None) is self.engine.sync_engine.pool
 
     def private(self) -> AsyncEngine:
         """An engine with connections of its own, made as the application's are; for another thread, or to keep."""

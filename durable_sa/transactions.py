@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
@@ -45,6 +45,9 @@ _ROLLED_BACK: Final = (
 _CLOSED: Final = (
     "closed by the engine, and what is written before that is undone by a close() of one's own",
     "Remove the close(), or the `async with` or `with` around the session.",
+)
+_ONE_BIND: Final = (
+    "Give the client a sessionmaker whose sessions leave the choice to their bind, and go to other databases in a step."
 )
 _ENDING: Final = re.compile(
     r"\s*(?:(?P<commit>commit|end|prepare\s+transaction)|(?:rollback|abort)(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
@@ -105,7 +108,7 @@ async def _once(
     what = f"the result of transaction {name!r}"
     async with _transaction(connection) as transaction:
         session = durable.database.session(connection)
-        with _guarded(session, connection, name):
+        async with _guarded(session, connection, name):
             if is_coroutine_function(fn):
                 result = await fn(session, *args, **kwargs)
             else:
@@ -156,15 +159,17 @@ async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTrans
             raise
 
 
-@contextmanager
-def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> Generator[None]:
+@asynccontextmanager
+async def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> AsyncGenerator[None]:
     """Refuses the end of the whole transaction by the code inside, also if that catches the refusal.
 
     That is a commit, a rollback, either as SQL, and a close of the session, which undoes what was written. Savepoints
-    are its own.
+    are its own. Another connection is refused as well, as it would be of a transaction that nobody commits: a session
+    may have classes of another database, or choose its engine by itself.
     """
     what = f"The session of transaction {name!r}"
     refusals: list[InvalidState] = []
+    others: list[Connection] = []
 
     def refuse(refusal: tuple[str, str]) -> NoReturn:
         refusals.append(InvalidState(what, *refusal))
@@ -187,7 +192,14 @@ def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> G
         if ended.parent is None:
             refusals.append(InvalidState(what, *_CLOSED))
 
+    def refuse_others(_: object, __: object, begun: Connection) -> None:
+        if begun is not connection.sync_connection:
+            others.append(begun)
+            database = begun.engine.url.database
+            refuse((f"about to use another connection, to {database!r}, whose transaction is not this one", _ONE_BIND))
+
     listeners: list[tuple[object, str, Callable[..., None]]] = [
+        (session.sync_session, "after_begin", refuse_others),
         (session.sync_session, "before_commit", refuse_commit),
         (session.sync_session, "after_soft_rollback", refuse_rollback),
         (session.sync_session, "after_transaction_end", note_close),
@@ -204,6 +216,12 @@ def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> G
     finally:
         for target, event_name, listener in listeners:
             event.remove(target, event_name, listener)
+        for other in others:
+            await session.run_sync(_close, other)
+
+
+def _close(_: object, connection: Connection) -> None:
+    connection.close()
 
 
 async def _give_back(connection: AsyncConnection) -> None:

@@ -1,15 +1,17 @@
 """`ctx.transaction`: the writes of a function and the memory of it commit together, exactly once or not at all."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import URL, Connection, String, event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from durable_sa import Durable, InvalidState, RetryStrategy, SyncTaskContext, TaskContext, task
+from durable_sa.models import Base as DurableBase
 from tests.context.support import Crash, Rows, Runner, Tally
 from tests.support import eventually
 
@@ -361,6 +363,84 @@ async def test_session_is_of_the_applications_own_making(engine: AsyncEngine, le
         assert await run(work) == [["OwnAsyncSession", "OwnSession"], "OwnSession"]
     assert flushed == ["shop"]
     assert await ledger.entries() == ["own"]
+
+
+SESSIONMAKERS: dict[str, Callable[[AsyncEngine], dict[str, Any]]] = {
+    "classes bound": lambda engine: {"binds": {Base: engine, DurableBase: engine}},
+    "classes bound to a variant": lambda engine: {"binds": {Entry: engine.execution_options(tenant=1)}},
+    "two phases": lambda _: {"twophase": True},
+    "another mode of joining": lambda _: {"join_transaction_mode": "control_fully"},
+    "nothing by itself": lambda _: {"autoflush": False, "autobegin": False},
+}
+
+
+@pytest.mark.parametrize("options", SESSIONMAKERS.values(), ids=SESSIONMAKERS)
+async def test_sessions_of_any_kind_commit_with_the_checkpoint(
+    engine: AsyncEngine, ledger: Ledger, options: Callable[[AsyncEngine], dict[str, Any]]
+):
+    async def spawning(session: AsyncSession) -> int:
+        session.add(Entry(text="written"))
+        await session.flush()
+        await durable.spawn_with(session, bystander)
+        return len((await session.scalars(select(Entry))).all())
+
+    @task
+    async def bystander(ctx: TaskContext) -> None: ...
+
+    @task
+    async def work(ctx: TaskContext) -> int:
+        found = await ctx.transaction("spawning", spawning)
+        if ctx.attempt == 1:
+            raise Crash
+        return found
+
+    maker = async_sessionmaker(engine, **options(engine))
+    durable = Durable(maker, default_retry_strategy=RetryStrategy.fixed(0), tasks=[bystander])
+    async with durable, durable.worker(concurrency=2):
+        assert await Runner(durable)(work) == 1
+    assert await ledger.entries() == ["written"]
+
+
+@pytest.mark.parametrize("first", ["write", "read", "read, and the refusal is swallowed"])
+@pytest.mark.parametrize("kind", ["another database", "an engine of its own choice"])
+async def test_what_would_not_commit_with_it_is_refused(
+    engine: AsyncEngine, ledger: Ledger, database_url: URL, kind: str, first: str
+):
+    """Otherwise it would be remembered as done, and never be committed."""
+    other = create_async_engine(database_url.set(username="postgres", password="secret"))
+
+    class Choosing(Session):
+        def get_bind(self, *_: Any, **__: Any) -> Any:
+            return other.sync_engine
+
+    if kind == "another database":
+        maker = async_sessionmaker(engine, binds={Base: other})
+    else:
+        maker = async_sessionmaker(engine, sync_session_class=Choosing)
+
+    async def goes_elsewhere(session: AsyncSession) -> None:
+        if first == "write":
+            session.add(Entry(text="lost"))
+            return
+        try:
+            await session.scalars(select(Entry))
+        except InvalidState:
+            if first == "read":
+                raise
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> None:
+        await ctx.transaction("goes elsewhere", goes_elsewhere)
+
+    async with Durable(maker) as durable, durable.worker():
+        error = await Runner(durable).failure(work)
+    assert error.name == "InvalidState"
+    assert "another connection" in error.message
+    assert "secret" not in error.message
+    assert isinstance(other.pool, AsyncAdaptedQueuePool)
+    assert other.pool.checkedout() == 0
+    assert await ledger.entries() == []
+    await other.dispose()
 
 
 async def test_spawn_and_emit_on_the_session_commit_with_it(run: Runner, ledger: Ledger, tally: Tally):
