@@ -1,4 +1,9 @@
-"""What all parts of a context stand on: calls with the same key in every replay, and what is remembered of them."""
+"""What all parts of a context stand on: calls with the same key in every replay, and what is remembered of them.
+
+Methods draw their key when they are called and do the rest when they are awaited, so they are functions that return
+coroutines. They are declared as `Coroutine[object, None, T]`, or overloaded as `async def`: where `Coroutine[Any, Any,
+T]` meets coroutines of `async def` in one `asyncio.gather`, mypy gives up and takes all of its results for `Any`.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Children(ContextBase):
 
     def spawn_by_name(
         self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
-    ) -> Coroutine[Any, Any, TaskHandle[Any]]:
+    ) -> Coroutine[object, None, TaskHandle[Any]]:
         """Spawn a subtask by the name of its task, which need not be registered in this process.
 
         As :meth:`spawn`; params are checked where the task is registered, and sent as plain JSON where it is not.
@@ -106,7 +106,7 @@ class Children(ContextBase):
         await self._durable.require_queue(queue_name)
         raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
 
-    def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[Any, Any, T]:
+    def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
         """The result of a child; suspends until it has ended.
 
         Raises:

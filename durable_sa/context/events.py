@@ -58,7 +58,7 @@ class Events(ContextBase):
             raise TaskTimeout(f"event {call.name!r}", timeout or 0.0)
         return codec.decode(stored.value or NULL, f"the payload of event {call.name!r}")
 
-    def emit_event(self, name: str, payload: Any = None) -> Coroutine[Any, Any, bool]:
+    def emit_event(self, name: str, payload: Any = None) -> Coroutine[object, None, bool]:
         """Emit an event in this task's queue, once. False if the name had been emitted before; then nothing changes.
 
         Raises:

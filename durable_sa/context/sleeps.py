@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from datetime import datetime
-from typing import Any
 
 from ..codec import Codec, codec_for
 from ..parked import Parked
@@ -21,7 +20,7 @@ class Sleeps(ContextBase):
 
     __slots__ = ()
 
-    def sleep_for(self, name: str, duration: Duration) -> Coroutine[Any, Any, None]:
+    def sleep_for(self, name: str, duration: Duration) -> Coroutine[object, None, None]:
         """Suspend for a duration: seconds or a `timedelta`, up to 100 years. Holds no slot and no connection.
 
         When it ends is fixed the first time, by the database's clock; replays and retries do not move it.
@@ -33,7 +32,7 @@ class Sleeps(ContextBase):
         call = self._call("sleep", name)
         return self._sleep(call, delay=seconds(duration, "duration"), due_at=None)
 
-    def sleep_until(self, name: str, when: datetime) -> Coroutine[Any, Any, None]:
+    def sleep_until(self, name: str, when: datetime) -> Coroutine[object, None, None]:
         """Suspend until a time, timezone-aware; not at all if it has passed. As :meth:`sleep_for`."""
         call = self._call("sleep", name)
         return self._sleep(call, delay=None, due_at=timestamp(when, "when"))

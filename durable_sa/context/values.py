@@ -6,7 +6,7 @@ import random
 import uuid
 from collections.abc import Callable, Coroutine
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..codec import Codec, codec_for
 from ..ids import new_id
@@ -26,15 +26,15 @@ class Values(ContextBase):
         """A random number in [0, 1), drawn once."""
         return await self._draw("$rand", codec_for(float), random.random)
 
-    def now(self) -> Coroutine[Any, Any, datetime]:
+    def now(self) -> Coroutine[object, None, datetime]:
         """The time by the database's clock, in UTC, drawn once."""
         return self._draw("$now", _PLAIN_TIME, self._run.now)
 
-    def uuid7(self) -> Coroutine[Any, Any, uuid.UUID]:
+    def uuid7(self) -> Coroutine[object, None, uuid.UUID]:
         """A UUIDv7, drawn once."""
         return self._draw("$uuid7", codec_for(uuid.UUID), new_id)
 
-    def _draw(self, name: str, codec: Codec[T], source: Callable[[], T]) -> Coroutine[Any, Any, T]:
+    def _draw(self, name: str, codec: Codec[T], source: Callable[[], T]) -> Coroutine[object, None, T]:
         call = self._call("value", name)
         return self._drawn(call, codec, source)
 

@@ -204,7 +204,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
         """A random number in [0, 1), by the seed."""
         return await self._draw("$rand", codec_for(float), self._random.random)
 
-    def uuid7(self) -> Coroutine[Any, Any, uuid.UUID]:
+    def uuid7(self) -> Coroutine[object, None, uuid.UUID]:
         """A UUIDv7, by the seed and the time."""
         return self._draw("$uuid7", codec_for(uuid.UUID), self._new_uuid)
 
