@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from typing import Any
+from uuid import UUID
 
 import asyncpg  # type: ignore[import-untyped]
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, foreign, mapped_column, relationship, selectinload
 
 from durable_sa import Durable, InvalidConfiguration, SchemaMismatch, TaskContext, TaskRow, TaskStatus, task
 from durable_sa.hints import channel_name
@@ -140,6 +141,48 @@ async def test_models_are_read_by_a_translation_of_the_schema(engine: AsyncEngin
         assert (await session.get_one(TaskRow, spawned.task_id)).params == 1
     async with AsyncSession(engine) as session:
         assert await session.get(TaskRow, spawned.task_id) is None
+
+
+class Jobs(DeclarativeBase):
+    pass
+
+
+assert isinstance(TaskRow.__table__, sa.Table)
+jobs_tasks = TaskRow.__table__.to_metadata(Jobs.metadata, schema="jobs")
+
+
+class Parcel(Jobs):
+    __tablename__ = "parcels"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[UUID | None] = mapped_column(sa.ForeignKey(jobs_tasks.c.task_id, ondelete="SET NULL"))
+    task: Mapped[TaskRow | None] = relationship(
+        TaskRow, viewonly=True, primaryjoin=lambda: foreign(Parcel.task_id) == TaskRow.task_id
+    )
+
+
+async def test_an_applications_models_are_joined_with_tables_in_another_schema(
+    database_url: URL, engine: AsyncEngine
+) -> None:
+    app = create_async_engine(database_url, execution_options={"schema_translate_map": {"durable": "jobs"}})
+    async with Durable(app, schema="jobs", tasks=[child]) as jobs:
+        await jobs.migrate()
+        async with app.begin() as connection:
+            await connection.run_sync(Jobs.metadata.create_all)
+        async with AsyncSession(app) as session, session.begin():
+            spawned = await jobs.spawn_with(session, child, 1)
+            session.add(Parcel(task_id=spawned.task_id))
+        async with jobs.worker():
+            assert (await jobs.wait_for_result(spawned, timeout=20)).output == 2
+        async with AsyncSession(app) as session:
+            both = sa.select(Parcel, TaskRow).join(TaskRow, TaskRow.task_id == Parcel.task_id)
+            parcel, row = (await session.execute(both)).one()
+            assert row.output == 2
+            related = sa.select(Parcel).options(selectinload(Parcel.task)).join(Parcel.task)
+            assert (await session.scalars(related)).one().task is row
+        assert await jobs.cleanup_tasks(0) == 1
+    assert await count(engine, "parcels", "task_id IS NULL") == 1
+    await close(app)
 
 
 async def test_hints_of_a_schema_have_a_channel_of_their_own(
