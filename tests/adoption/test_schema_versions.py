@@ -1,5 +1,6 @@
 """Workers on tables of another version than theirs: refused with the way out, or, on newer ones that are for them, not."""
 
+import logging
 import sys
 import textwrap
 from collections.abc import Callable
@@ -9,10 +10,11 @@ import pytest
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from sqlalchemy import URL, Connection, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from durable_sa import Durable, SchemaMismatch, TaskContext
 from durable_sa.migrations import current, head, versions
+from durable_sa.models import metadata
 from tests.cli.support import CommandLine
 
 application = Durable()
@@ -144,3 +146,58 @@ async def test_older_tables_are_not_for_later_versions_whatever_they_say(
     await comment(engine, "durable_0001 (for durable_0001 and later)")
     with pytest.raises(SchemaMismatch, match="durable_0002 is needed"):
         await durable.check_schema()
+
+
+async def one(number: int) -> int:
+    return number + 1
+
+
+async def read_one(session: AsyncSession) -> int:
+    return int(await session.scalar(text("SELECT 1")) or 0)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_columns_that_are_added_while_workers_run_disturb_nobody(
+    database_url: URL, durable: Durable, engine: AsyncEngine, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a later migration adds them: the workers of before go on with the statements that they have prepared."""
+    engine_of_workers = create_async_engine(database_url.set(drivername=f"postgresql+{driver}"))
+    async with Durable(engine_of_workers) as old:
+
+        @old.task
+        async def child(ctx: TaskContext, number: int) -> int:
+            return await ctx.step("one", one, number)
+
+        @old.task
+        async def parent(ctx: TaskContext, number: int) -> int:
+            handle = await ctx.spawn("child", child, number)
+            await ctx.sleep_for("nap", 0.01)
+            await ctx.emit_event(f"event-{ctx.task_id}", number)
+            await ctx.await_event(f"event-{ctx.task_id}")
+            await ctx.transaction("read", read_one)
+            return await ctx.join(handle)
+
+        async def run_some() -> None:
+            spawned = await old.spawn_many([(parent, number) for number in range(5)])
+            results = [await old.wait_for_result(each, timeout=20) for each in spawned]
+            assert [result.output for result in results] == list(range(1, 6))
+            waiting = await old.spawn(parent, 1, delay=3600)
+            await old.cancel_task(waiting)
+            await old.retry_task(waiting)
+            await old.cancel_task(waiting)
+            await old.create_schedule("never", task=parent, params=1, cron_expression="0 0 1 1 *")
+            assert [schedule.name for schedule in await old.list_schedules()] == ["never"]
+
+        async with old.worker(concurrency=5):
+            for _ in range(3):  # what is executed again and again is prepared
+                await run_some()
+            for table in metadata.sorted_tables:
+                name = f"{table.schema}.{table.name}"
+                async with engine.begin() as connection:
+                    await connection.execute(text(f"ALTER TABLE {name} ADD COLUMN later text DEFAULT 'x' NOT NULL"))
+            await run_some()
+    await engine_of_workers.dispose()
+    async with engine.connect() as connection:
+        tried = await connection.execute(text("SELECT DISTINCT failures, lease_losses, attempt FROM durable.tasks"))
+        assert set(tried.all()) <= {(0, 0, 0), (0, 0, 1)}
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
