@@ -57,6 +57,14 @@ def test_the_sdist_can_be_built_and_tested(built: Path) -> None:
     assert not [name for name in names if name.startswith((".venv", "dist"))]
 
 
+def test_alembic_is_left_as_it_is() -> None:
+    """With an entry point in `alembic.plugins`, 1.18.0 to 1.20.0 could not be imported; 1.18.0 to 1.18.2 fail anyway."""
+    distribution = metadata.distribution("durable_sa")
+    assert {entry_point.group for entry_point in distribution.entry_points} == {"console_scripts", "pytest11"}
+    (alembic,) = [line for line in distribution.requires or () if line.startswith("alembic")]
+    assert all(f"!={version}" in alembic for version in ("1.18.0", "1.18.1", "1.18.2"))
+
+
 def test_the_entry_points_can_be_loaded() -> None:
     for entry_point in metadata.distribution("durable_sa").entry_points:
         assert entry_point.load() is not None
