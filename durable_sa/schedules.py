@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from sqlalchemy import Executable, Row
@@ -33,6 +33,8 @@ CRON = "durable::cron"
 logger = logging.getLogger("durable_sa")
 
 _PLAIN: Codec[Any] = codec_for(Any)
+_PAGE = 100
+_BEGINNING = (datetime(1, 1, 2, tzinfo=UTC), "")
 
 
 def encode_options(options: SpawnOptions) -> str:
@@ -252,26 +254,37 @@ class Executing(Protocol):
         ...
 
 
-async def fire_due(client: ClientBase, channel: Executing) -> tuple[list[Row[Any]], bool]:
+async def fire_due(client: ClientBase, channel: Executing, said: set[str] | None = None) -> tuple[list[Row[Any]], bool]:
     """Fire all schedules that are due; any number of workers may do it at the same time.
 
     Gives the tasks spawned, and whether any schedule has moved on. One that cannot be fired here, for its time zone or
-    for a hook, keeps none of the others from firing.
+    for a hook, keeps none of the others from firing, and is logged unless its name is in `said` already.
     """
+    said = set() if said is None else said
     spawned: list[Row[Any]] = []
     moved = False
-    for row in await channel.execute(scheduling.DUE_SCHEDULES, {"wanted": 100}):
-        prepared: list[Prepared] = []
-        try:
-            fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
-            prepared.extend(prepare_tick(client, row, tick) for tick in fired)
-        except Exception as error:
-            logger.exception("schedule %s cannot be fired by this worker", row.name)
-            over(prepared, (), error)
-            continue
-        spawned.extend(await _fire(channel, row, fired, following, prepared))
-        moved = True
-    return spawned, moved
+    tick, name = _BEGINNING
+    while True:
+        rows = await channel.execute(
+            scheduling.DUE_SCHEDULES, {"wanted": _PAGE, "after_tick": tick, "after_name": name}
+        )
+        for row in rows:
+            prepared: list[Prepared] = []
+            try:
+                fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
+                prepared.extend(prepare_tick(client, row, tick) for tick in fired)
+            except Exception as error:
+                if row.name not in said:
+                    said.add(row.name)
+                    logger.exception("schedule %s cannot be fired by this worker", row.name)
+                over(prepared, (), error)
+                continue
+            spawned.extend(await _fire(channel, row, fired, following, prepared))
+            said.discard(row.name)
+            moved = True
+        if len(rows) < _PAGE:
+            return spawned, moved
+        tick, name = rows[-1].next_tick_at, rows[-1].name
 
 
 async def _fire(

@@ -30,7 +30,7 @@ logger = logging.getLogger("durable_sa")
 BATCH = 500
 DELIVERY_EVENTS = 50
 LOCKED_PAUSE = 0.1
-"""Seconds until waits of tasks that somebody had locked are looked at again."""
+"""Seconds until tasks that somebody had locked are looked at again, for their waits or to cancel them."""
 RECONCILE_INTERVAL = 15.0
 """Seconds between searches for waits that should have been resolved."""
 REPAIR_AGE = 5.0
@@ -81,6 +81,7 @@ class Tender:
         self._ended: set[uuid.UUID] = set()
         self._ended_unheard: set[uuid.UUID] = set()
         self._cascade: set[uuid.UUID] = set()
+        self._cascade_held: set[uuid.UUID] = set()
         self._deliver = False
         self._check = False
         self._next_reconcile = time.monotonic() + RECONCILE_INTERVAL
@@ -215,16 +216,16 @@ class Tender:
 
     async def _cascade_from(self, task_ids: list[uuid.UUID]) -> None:
         for origin in task_ids:
-            for _ in range(10_000):
-                rows = await self._execute(cancelling.DESCENDANTS, {"ancestor_ids": [origin], "wanted": BATCH})
-                if not rows:
-                    break
+            while rows := await self._execute(cancelling.DESCENDANTS, {"ancestor_ids": [origin], "wanted": BATCH}):
                 cancelled = await self._execute(
                     cancelling.CASCADE, {"task_ids": [row.task_id for row in rows], "origin": origin}
                 )
                 self._were_cancelled(cancelled, cascade=False)
                 if not cancelled:
-                    await asyncio.sleep(0.02)
+                    # Somebody holds these rows locked, for who knows how long: there is other work to do meanwhile.
+                    self._cascade_held.add(origin)
+                    self.look_within(LOCKED_PAUSE)
+                    break
 
     def _were_cancelled(self, rows: Sequence[Row[Any]], *, cascade: bool) -> None:
         if not rows:
@@ -288,6 +289,8 @@ class Tender:
         self._look_at = time.monotonic() + interval
         self._ended |= self._ended_unheard
         self._ended_unheard.clear()
+        self._cascade |= self._cascade_held
+        self._cascade_held.clear()
         await self._check_runs()
         rows = await self._execute(maintenance.LOOK, {"worker_id": self.worker_id})
         look = rows[0]
@@ -301,7 +304,7 @@ class Tender:
         if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._next_sweep):
             self._next_sweep = now + SWEEP_LOST_INTERVAL
             await self._take_over()
-        if _passed(look.next_tick_at, look.now):
+        if look.due_ticks:
             spawned, moved = await self._fire_schedules(self._channel)
             self._announce(Hint().add_rows(spawned))
             if moved:
@@ -316,10 +319,10 @@ class Tender:
             await self._reconcile()
             took = time.monotonic() - now
             self._next_reconcile = now + max(RECONCILE_INTERVAL, RECONCILE_SHARE * took)
-        for moment in (look.next_cancel_at, look.next_expiry_at, look.next_tick_at):
-            if moment is not None and moment > look.now:
-                due = now + (moment - look.now) / timedelta(seconds=1) + 0.005
-                self._look_at = min(self._look_at, due)
+        # A tick that has come since the look began is still to be fired.
+        later = [moment for moment in (look.next_cancel_at, look.next_expiry_at) if moment and moment > look.now]
+        for moment in [*later, *([look.next_tick_at] if look.next_tick_at else [])]:
+            self._look_at = min(self._look_at, now + (moment - look.now) / timedelta(seconds=1) + 0.005)
 
     async def _reconcile(self) -> None:
         rows = await self._execute(waits.UNRESOLVED, {"age": REPAIR_AGE, "wanted": BATCH})

@@ -108,7 +108,7 @@ class Worker:
             announce=lambda hint: self._news.announce(hint),  # noqa: PLW0108 - made last
             check_runs=self._runs.check,
             poll_runs=self._runs.poll,
-            fire_schedules=functools.partial(fire_due, durable),
+            fire_schedules=functools.partial(fire_due, durable, said=set()),
             forget=Retention(),
             gave_up=self._runs.gave_up,
         )

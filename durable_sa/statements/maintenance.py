@@ -5,7 +5,9 @@ from __future__ import annotations
 from sqlalchemy import Text, Uuid, bindparam, cast, exists, func, literal_column, select
 
 from ..models import Event, Schedule, Task, WorkerRow
-from .expressions import clock
+from .expressions import clock, constant, statement_time
+
+_fired = (Schedule.paused_at.is_(None), Schedule.backend == constant("worker"))
 
 LOOK = select(
     select(func.min(Task.cancel_at))
@@ -18,8 +20,10 @@ LOOK = select(
     .label("next_expiry_at"),
     exists().where(WorkerRow.lost_at.is_not(None)).label("lost_workers"),
     exists().where(Event.delivered_at.is_(None)).label("undelivered_events"),
+    exists().where(*_fired, Schedule.next_tick_at <= statement_time()).label("due_ticks"),
+    # Not the earliest of all: one that cannot be fired would hide when the others are due.
     select(func.min(Schedule.next_tick_at))
-    .where(Schedule.paused_at.is_(None), Schedule.backend == "worker")
+    .where(*_fired, Schedule.next_tick_at > statement_time())
     .scalar_subquery()
     .label("next_tick_at"),
     clock().label("now"),

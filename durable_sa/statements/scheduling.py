@@ -18,6 +18,7 @@ from sqlalchemy import (
     func,
     or_,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -146,11 +147,14 @@ DUE_SCHEDULES = (
         Schedule.backend == constant("worker"),
         Schedule.paused_at.is_(None),
         Schedule.next_tick_at <= clock(),
+        tuple_(Schedule.next_tick_at, Schedule.name)
+        > tuple_(bindparam("after_tick", type_=DateTime(timezone=True)), bindparam("after_name", type_=Text())),
     )
-    .order_by(Schedule.next_tick_at)
+    .order_by(Schedule.next_tick_at, Schedule.name)
     .limit(bindparam("wanted", type_=Integer()))
+    .with_for_update(skip_locked=True, key_share=True)
 )
-"""Schedules whose next tick has come."""
+"""A page of schedules whose next tick has come; what somebody has locked would keep whoever fires it waiting."""
 
 # Parameters that bear the names of columns of an UPDATE would be taken for its new values.
 TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in SPAWN_COLUMNS.items()}

@@ -281,6 +281,54 @@ async def test_one_that_cannot_be_fired_keeps_none_of_the_others(
     assert "schedule bad cannot be fired by this worker" in caplog.text
 
 
+async def test_any_number_that_cannot_be_fired_holds_up_no_tick_of_the_others(
+    durable: Durable, sql: Sql, caplog: pytest.LogCaptureFixture
+) -> None:
+    await create(durable, cron_expression="* * * * * *", misfire="run_all")
+    await sql(
+        "INSERT INTO durable.schedules (name, queue_name, task_name, cron_expression, next_tick_at)"
+        " SELECT 'bad-' || n, 'default', 'report', 'garbage', now() - interval '1 hour' FROM generate_series(1, 250) n"
+    )
+    async with durable.worker() as worker:
+        await eventually(lambda: worker._listener is not None and worker._listener.working)
+
+        async def four() -> bool:
+            return len(await ticks(sql)) >= 4
+
+        await eventually(four, within=8)
+    # Each in its time, as if there were no others.
+    rows = await sql("SELECT created_at, idempotency_key FROM durable.tasks ORDER BY created_at")
+    for row in rows[1:]:
+        tick = datetime.fromisoformat(row.idempotency_key.removeprefix("durable::s:"))
+        assert row.created_at - tick < timedelta(seconds=2)
+    # And each is said once.
+    assert caplog.text.count("cannot be fired by this worker") == 250
+
+
+async def test_a_schedule_that_somebody_holds_locked_holds_up_nothing(
+    durable: Durable, engine: AsyncEngine, sql: Sql
+) -> None:
+    await create(durable, "held")
+    await create(durable)
+    held = await make_due(sql, timedelta(minutes=1), name="held")
+    async with engine.connect() as connection, connection.begin():
+        await connection.execute(sa.select(Schedule.name).where(Schedule.name == "held").with_for_update())
+        tick = await make_due(sql)
+        async with durable.worker():
+
+            async def there() -> bool:
+                return await ticks(sql) == [tick]
+
+            await eventually(there, within=8)
+            await connection.rollback()
+
+            async def free() -> bool:
+                (row,) = await sql("SELECT last_tick_at FROM durable.schedules WHERE name = 'held'")
+                return row.last_tick_at is not None and row.last_tick_at >= held
+
+            await eventually(free)
+
+
 async def test_it_is_triggered_besides_its_ticks(durable: Durable) -> None:
     await create(durable, cron_expression="0 0 1 1 *")
     spawned = [await durable.trigger_schedule("s") for _ in range(2)]

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import (
     CancellationPolicy,
@@ -367,6 +368,46 @@ async def test_cancelling_a_parent_interrupts_its_running_descendants(durable: D
         await durable.cancel_task(spawned)
         await eventually(lambda: interrupted == running)
         assert await sql("SELECT state, count(*) FROM durable.tasks GROUP BY 1") == [("cancelled", 13)]
+
+
+async def test_a_descendant_that_somebody_holds_locked_is_cancelled_later_and_nothing_waits_for_that(
+    durable: Durable, engine: AsyncEngine, sql: Rows
+) -> None:
+    @durable.task
+    async def child(ctx: TaskContext) -> None:
+        await ctx.await_event("never")
+
+    @durable.task(max_attempts=1)
+    async def parent(ctx: TaskContext) -> None:
+        await ctx.spawn("child", child)
+        await ctx.await_event("fail")
+        raise ValueError("as it should")
+
+    @durable.task
+    async def other(ctx: TaskContext) -> int:
+        return await ctx.await_event("go on", type=int)
+
+    async with durable.worker(concurrency=5):
+        failing, waiting, late = await durable.spawn(parent), await durable.spawn(other), await durable.spawn(other)
+
+        async def asleep() -> bool:
+            return await sql("SELECT count(*) FROM durable.tasks WHERE state = 'sleeping'") == [(4,)]
+
+        await eventually(asleep)
+        async with engine.connect() as connection, connection.begin():
+            await connection.execute(select(TaskRow.task_id).where(TaskRow.task_name == "child").with_for_update())
+            await durable.emit_event("fail")
+            assert (await durable.wait_for_result(failing, timeout=5)).status is TaskStatus.FAILED
+            await sql("UPDATE durable.tasks SET cancel_at = now() WHERE task_id = :task_id", task_id=late.task_id)
+            assert (await durable.wait_for_result(late, timeout=8)).status is TaskStatus.CANCELLED
+            await durable.emit_event("go on", 1)
+            assert (await durable.wait_for_result(waiting, timeout=8)).output == 1
+            assert await sql("SELECT state FROM durable.tasks WHERE task_name = 'child'") == [("sleeping",)]
+
+        async def cancelled() -> bool:
+            return await sql("SELECT state FROM durable.tasks WHERE task_name = 'child'") == [("cancelled",)]
+
+        await eventually(cancelled, within=3)
 
 
 async def test_a_task_whose_time_is_over_takes_its_descendants_along_and_its_parent_is_told(durable: Durable) -> None:
