@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .connections import Database, discard
 from .statements.expressions import LEARN_TYPES, NO_ARRAYS
 
+logger = logging.getLogger("durable_sa")
+
 STATEMENT_DEADLINE = 30.0
 """Seconds after which a statement's connection is taken for dead."""
+POOL_PATIENCE = 5.0
+"""Seconds that a lost connection's successor is waited for in the application's pool."""
 
 
 class Channel:
@@ -27,6 +33,8 @@ class Channel:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._connection: AsyncConnection | None = None
+        self._own: AsyncEngine | None = None
+        """Of a connection that the application's pool has not given."""
         self._lock = asyncio.Lock()
 
     @property
@@ -40,13 +48,32 @@ class Channel:
             try:
                 async with asyncio.timeout(STATEMENT_DEADLINE):
                     if self._connection is None:
-                        self._connection = await self._database.connect()
+                        self._connection = await self._connect()
                     return await self._database.execute_on(self._connection, statement, parameters)
             except BaseException:
                 connection, self._connection = self._connection, None
                 if connection is not None:
                     await discard(connection)
+                await self._dispose()
                 raise
+
+    async def _connect(self) -> AsyncConnection:
+        """A connection of the pool, or one beside it where that has none left.
+
+        Those who have taken them all may be runs that wait for what is to be written here.
+        """
+        try:
+            async with asyncio.timeout(POOL_PATIENCE):
+                return await self._database.connect()
+        except (PoolTimeout, TimeoutError):
+            logger.warning("the pool has no connection left for the worker, which makes one of its own")
+        self._own = self._database.private()
+        return await Database(self._own, self._database.schema).connect()
+
+    async def _dispose(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            await own.dispose()
 
     async def open(self) -> None:
         """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
@@ -64,3 +91,4 @@ class Channel:
                     await connection.close()
             except (SQLAlchemyError, OSError, TimeoutError):
                 await discard(connection)
+        await self._dispose()

@@ -276,7 +276,7 @@ class Database:
         pool = engine.pool.recreate()
         if self._mixed_up:
             _mixed_up.add(pool)
-        return AsyncEngine(Engine(pool, engine.dialect, engine.url))
+        return AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[AsyncConnection]:

@@ -250,6 +250,31 @@ async def test_a_pool_that_the_application_has_exhausted_does_not_stop_a_worker(
     assert [record for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
+async def test_runs_that_hold_all_connections_while_they_wait_for_the_worker_do_not_stop_it_for_good(
+    database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds a session of its own over its steps, and what the worker has lost was taken by the next of them."""
+    monkeypatch.setattr("durable_sa.channels.POOL_PATIENCE", 0.5)
+    async with named(database_url, "victim", pool_size=6, max_overflow=0, pool_timeout=20) as victim:
+
+        @victim.task(max_attempts=1)
+        async def holding(ctx: TaskContext) -> int:
+            async with victim.engine.connect():
+                for number in range(10):
+                    await ctx.step(f"step-{number}", asyncio.sleep, 0.02)
+            return 1
+
+        async with victim.worker(concurrency=20):
+            spawned = await durable.spawn_many([(holding, None)] * 20)
+            assert isinstance(victim.engine.pool, AsyncAdaptedQueuePool)
+            await eventually(lambda: sql("SELECT 1 FROM durable.checkpoints"))
+            await sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'victim'")
+            for spawn in spawned:
+                assert (await durable.wait_for_result(spawn, timeout=15)).output == 1
+    assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
+    assert await sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'victim'") == []
+
+
 async def test_a_worker_keeps_within_its_budget_of_connections(database_url: URL, durable: Durable, sql: Rows) -> None:
     async with named(database_url, "victim", pool_size=20) as victim:
 
