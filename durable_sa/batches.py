@@ -11,9 +11,14 @@ from .branches import detached
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
+PATIENCE = 1.0
+"""Seconds for which calls wait for the one on its way: it may be on a connection that never answers."""
+
 
 class Batch(Generic[ItemT, ResultT]):
     """Turns single calls into a function of many items, without waiting for company: the first goes at once.
+
+    Nor for long for a call that is on its way: after a second what has come meanwhile goes beside it.
 
     The function is awaited in a task of its own, so that a caller that is cancelled cancels nobody else's call, and
     nothing inside a driver. It gives a result an item, in order; an item's result may be an exception.
@@ -25,20 +30,43 @@ class Batch(Generic[ItemT, ResultT]):
         self._function = function
         self._most = most
         self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._latest: asyncio.Task[None] | None = None
+        self._sent_at = 0.0
+        self._impatience: asyncio.TimerHandle | None = None
 
     async def __call__(self, item: ItemT) -> ResultT:
         """The result for one item."""
-        future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[ResultT] = loop.create_future()
         self._waiting.append((item, future))
-        if self._task is None:
-            with detached():
-                self._task = asyncio.get_running_loop().create_task(self._drain(), name="durable:batch")
+        if self._latest is None:
+            self._send()
+        elif self._impatience is None:
+            self._impatience = loop.call_later(PATIENCE, self._overtake)
         return await future
+
+    def _send(self) -> None:
+        with detached():
+            self._latest = asyncio.get_running_loop().create_task(self._drain(), name="durable:batch")
+        self._tasks.add(self._latest)
+        self._latest.add_done_callback(self._tasks.discard)
+
+    def _overtake(self) -> None:
+        """Let what waits go beside the call on its way, if that is old."""
+        self._impatience = None
+        if not self._waiting or self._latest is None:
+            return
+        loop = asyncio.get_running_loop()
+        if (left := self._sent_at + PATIENCE - loop.time()) <= 0:
+            self._send()
+            left = PATIENCE
+        self._impatience = loop.call_later(left, self._overtake)
 
     async def _drain(self) -> None:
         try:
             while self._waiting:
+                self._sent_at = asyncio.get_running_loop().time()
                 batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
                 try:
                     results = await self._function([item for item, _ in batch])
@@ -58,4 +86,5 @@ class Batch(Generic[ItemT, ResultT]):
                     else:
                         future.set_result(result)
         finally:
-            self._task = None
+            if self._latest is asyncio.current_task():
+                self._latest = None

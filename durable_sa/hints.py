@@ -44,6 +44,9 @@ MAX_PAYLOAD = 7000
 
 _SPACING = 0.005
 """Seconds after a hint in which others gather: of tasks spawned in a row, a hint each would take as long as a spawn."""
+DEADLINE = 5.0
+"""Seconds after which a hint is taken to be on a connection that never answers; the next goes on another."""
+
 _SHORTEST_PAUSE = 0.0005
 _LONGEST_PAUSE = 0.01
 """Seconds between looks whether a transaction is over."""
@@ -187,7 +190,8 @@ class HintSender:
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
-                await self._database.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
+                async with asyncio.timeout(DEADLINE):
+                    await self._database.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
                 await asyncio.sleep(_SPACING)
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
             self._outbox.clear()

@@ -95,6 +95,32 @@ async def test_connections_that_answer_nothing_are_given_up_and_no_lease_is_lost
     assert await sql("SELECT DISTINCT state, attempt, failures FROM durable.tasks") == [("completed", 1, 0)]
 
 
+async def test_a_call_on_a_connection_that_answers_nothing_holds_up_no_other(database_url: URL) -> None:
+    """As after a firewall has forgotten a connection of the pool: that call waits, as each of the application's does."""
+    route = Route(database_url)
+    await route.open()
+    engine = create_async_engine(route.url)
+    async with Durable(engine) as client:
+        known = await client.spawn_by_name("work", unchecked=True)
+        calls = (
+            lambda: client.spawn_by_name("work", unchecked=True),
+            lambda: client.spawn_by_name("work", unchecked=True, idempotency_key="key"),
+            lambda: client.get_task_result(known),
+        )
+        async with contextlib.AsyncExitStack() as taken:
+            for _ in calls:
+                await taken.enter_async_context(engine.connect())
+        route.lose()
+        stuck = [asyncio.ensure_future(call()) for call in calls]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(8):
+            await asyncio.gather(*(call() for call in calls for _ in range(20)))
+        assert not any(call.done() for call in stuck)
+        await route.shut()
+        await asyncio.gather(*stuck, return_exceptions=True)
+    await engine.dispose()
+
+
 async def test_statements_may_be_cancelled_at_any_time(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:
