@@ -13,6 +13,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .connections import Database, direct_engine
+from .database_errors import backoff
 from .hints import NOTIFY, channel_name
 
 logger = logging.getLogger("durable_sa")
@@ -20,6 +21,8 @@ logger = logging.getLogger("durable_sa")
 ARRIVAL_DEADLINE = 5.0
 """Seconds after which what was sent is taken not to arrive any more."""
 CHECK_INTERVAL = 30.0
+LONGEST_PAUSE = 15.0
+"""Seconds, at most, until the next try where the connection cannot be had."""
 UNDELIVERED_PAUSE = 60.0
 """Seconds until the next try where LISTEN has no effect."""
 
@@ -54,7 +57,7 @@ class Listener:
             except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
                 self._say(f"LISTEN is interrupted ({type(error).__name__}): polling until it works again")
                 failures = 0 if self.working else failures + 1
-                pause = min(15.0, 0.5 * 2**failures)
+                pause = backoff(failures, base=1.0, most=LONGEST_PAUSE)
             finally:
                 worked, self.working = self.working, False
                 await asyncio.shield(engine.dispose())

@@ -20,10 +20,11 @@ import asyncpg  # type: ignore[import-untyped]
 import pytest
 from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext, task
+from durable_sa.connections import Database
 from durable_sa.hints import Hint, HintSender
 from durable_sa.listener import Listener
 
@@ -149,6 +150,26 @@ async def test_a_lost_listen_connection_is_replaced_each_time(
                 assert time.monotonic() - lost < 3.0
                 spawned = await durable.spawn(quick)
                 await durable.wait_for_result(spawned, timeout=2)
+
+
+async def test_a_listener_tries_again_however_often_it_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage of some hours is more than a thousand tries."""
+    tries = 0
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(0)
+        raise OSError
+
+    monkeypatch.setattr("durable_sa.listener.LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(AsyncConnection, "start", refuse)
+    listener = Listener(Database("postgresql+asyncpg://u:p@127.0.0.1:1/d"), None, lambda _: None)
+    listening = asyncio.create_task(listener.run())
+    await eventually(lambda: tries > 1200 or listening.done())
+    assert not listening.done()
+    listening.cancel()
+    await asyncio.wait([listening])
 
 
 async def test_polling_begins_as_soon_as_listen_is_lost(
