@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from sqlalchemy import Executable, Row
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from .database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from .statements import queues
 
 PAGE = 1000
@@ -103,8 +104,10 @@ async def _delete_page(
 async def _delete(database: Executing, task_ids: list[uuid.UUID]) -> list[uuid.UUID]:
     try:
         return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
-    except IntegrityError:
-        # An application's foreign key holds one of them. The others need not stay for that.
+    except DBAPIError as error:
+        # An application's foreign key holds one of them, or its open transaction. The others need not stay for that.
+        if not isinstance(error, IntegrityError) and sqlstate(error) != LOCK_NOT_AVAILABLE:
+            raise
         if len(task_ids) == 1:
             return []
         middle = len(task_ids) // 2

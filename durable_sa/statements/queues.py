@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from ..models import RETENTION, Checkpoint, Event, Queue, Run, Schedule, Task, Wait
-from .expressions import array, clock, constant, interval, statement_time
+from .expressions import array, clock, constant, impatient, interval, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
 _set_retention = bindparam("set_retention", type_=Boolean())
@@ -109,8 +109,10 @@ _needed = (
     .where(_ancestor.finished_at.is_(None))
 )
 _child = aliased(Task, name="child")
+_impatient = impatient()
 _gone = (
     select(Task.task_id)
+    .join(_impatient, true())
     .where(
         Task.task_id == func.any(_candidates),
         Task.finished_at.is_not(None),
@@ -133,7 +135,10 @@ DELETE_TASKS = (
         delete(Run).where(Run.task_id == _gone.c.task_id).cte("gone_runs"),
     )
 )
-"""Delete ended tasks with all that belongs to them; those that a live ancestor, a child or a waiter needs stay."""
+"""Delete ended tasks with all that belongs to them; those that a live ancestor, a child or a waiter needs stay.
+
+55P03 at once if somebody holds what belongs to one of them, such as a row of the application that refers to it.
+"""
 
 # Looked up for each event, where the planner may take all waits for a join.
 _waiter = (

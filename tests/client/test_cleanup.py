@@ -243,6 +243,38 @@ async def test_what_an_application_refers_to_stays_and_the_others_go(durable: Du
         assert set(await connection.scalars(sa.select(TaskRow.task_id))) == kept
 
 
+async def test_what_an_application_holds_locked_stays_and_neither_worker_nor_caller_waits_for_it(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    """The row that refers to a task, in a transaction that is open for long."""
+    durable.register(work)
+    async with engine.begin() as connection:
+        await connection.execute(
+            sa.text("CREATE TABLE orders (task_id uuid REFERENCES durable.tasks ON DELETE SET NULL)")
+        )
+    spawned = await durable.spawn_many([(work, "")] * 20)
+    for each in spawned:
+        await durable.cancel_task(each)
+    held = spawned[7].task_id
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("INSERT INTO orders VALUES (:held)"), {"held": held})
+    async with engine.connect() as connection, connection.begin():
+        await connection.execute(sa.text("SELECT 1 FROM orders FOR UPDATE"))
+        async with asyncio.timeout(5):
+            assert await durable.cleanup_tasks(0) == 19
+        await durable.create_queue(retention=0)
+        async with durable.worker(concurrency=5) as worker:
+            waiting = await durable.spawn(work, "wait")
+            await eventually(lambda: has_waits(engine, 1))
+            worker.tender.hurry()
+            await asyncio.sleep(0.2)
+            await durable.emit_event("go")
+            # Runs that go on are loaded over the connection that the worker deletes with.
+            assert (await durable.wait_for_result(waiting, timeout=5)).output == "wait"
+    async with engine.connect() as connection:
+        assert held in set(await connection.scalars(sa.select(TaskRow.task_id)))
+
+
 async def test_cleaning_up_and_retrying_at_once_leaves_each_task_whole_or_gone(
     database_url: URL, engine: AsyncEngine
 ) -> None:
