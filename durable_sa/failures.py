@@ -8,6 +8,7 @@ from typing import Any, Final, TypedDict, cast
 
 from pydantic_core import to_json
 
+from durable_sa.codec import Codec, codec_for
 from durable_sa.errors import (
     ChildCancelled,
     ChildFailed,
@@ -25,6 +26,7 @@ MAX_MESSAGE_BYTES: Final = 32 * 1024
 MAX_TRACEBACK_BYTES: Final = 64 * 1024
 MAX_RAW_BYTES: Final = 1024 * 1024
 
+_PLAIN: Final[Codec[Any]] = codec_for(Any)
 _PACKAGE: Final = str(Path(__file__).parent) + os.sep
 
 _NEVER_RETRIED: Final = (
@@ -83,6 +85,19 @@ def describe(error: BaseException) -> Failure:
 def encode_error(error: BaseException) -> str:
     """`describe(error)` as JSON text. Never raises."""
     return to_json(describe(error)).decode()
+
+
+def stored_failure(text: str, what: str) -> tuple[str, str, Any]:
+    """Name, message and raw data of an error as it is stored. `what` names it in errors.
+
+    Raises:
+        SerializationError: it is no such object, but something that was written by hand.
+    """
+    stored = _PLAIN.decode(text, what)
+    if not isinstance(stored, dict):
+        raise SerializationError(what, f"cannot be read back as an object: it is of type {type(stored).__name__}")
+    fields = cast(dict[str, Any], stored)
+    return str(fields.get("name")), str(fields.get("message")), fields.get("raw")
 
 
 def _with_members(error: BaseException) -> Iterator[BaseException]:

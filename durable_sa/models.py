@@ -75,7 +75,11 @@ class Queue(Base):
     """A named queue: tasks, events and schedules belong to one, and it carries their retention."""
 
     __tablename__ = "queues"
-    __table_args__ = {"comment": f"schema version: {REVISION}"}
+    __table_args__ = (
+        CheckConstraint("retention BETWEEN '0' AND '36525 days'", name="retention"),
+        CheckConstraint("event_retention BETWEEN '0' AND '36525 days'", name="event_retention"),
+        {"comment": f"schema version: {REVISION}"},
+    )
 
     queue_name: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
@@ -302,7 +306,13 @@ class WorkerRow(Base):
     """One row a worker start; its lease stands for the leases of all runs the worker holds."""
 
     __tablename__ = "workers"
-    __table_args__ = (_readable("expires_at"),)
+    __table_args__ = (
+        CheckConstraint(
+            "array_position(queue_names, NULL) IS NULL AND coalesce(array_ndims(queue_names), 1) = 1",
+            name="queue_names",
+        ),
+        _readable("expires_at"),
+    )
 
     worker_id: Mapped[uuid.UUID] = mapped_column(primary_key=True, comment="drawn anew at every start")
     name: Mapped[str] = mapped_column(comment="a label, host:pid unless given")

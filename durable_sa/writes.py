@@ -79,8 +79,7 @@ def current(batch: list[Write]) -> list[Write]:
     """The batch without writes of runs whose task this worker has claimed anew: a statement knows one fence a task."""
     fences: dict[uuid.UUID, int] = {}
     for write in batch:
-        if write.fence > fences.get(write.task_id, -1):
-            fences[write.task_id] = write.fence
+        fences[write.task_id] = max(write.fence, fences.get(write.task_id, write.fence))
     current = [write for write in batch if write.fence == fences[write.task_id]]
     if len(current) < len(batch):
         for write in batch:

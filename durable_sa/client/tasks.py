@@ -20,6 +20,7 @@ from ..batches import Batch
 from ..codec import Codec, codec_for
 from ..database_errors import is_transient
 from ..errors import TaskNotFound
+from ..failures import stored_failure
 from ..options import MAX_ATTEMPTS
 from ..policies import Duration, integer, seconds
 from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
@@ -166,8 +167,7 @@ class Tasks(ClientBase):
             codec: Codec[Any] = known.output_codec if known is not None else _PLAIN
             output = codec.decode(row.output, f"the output of task {row.task_id}")
         elif row.error is not None and row.outcome is not None:
-            stored = _PLAIN.decode(row.error, f"the error of task {row.task_id}")
-            error = TaskErrorInfo(str(stored.get("name")), str(stored.get("message")), stored.get("raw"))
+            error = TaskErrorInfo(*stored_failure(row.error, f"the error of task {row.task_id}"))
         return TaskPollResult(row.task_id, TaskStatus(row.state), output, error)
 
 

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ..codec import Codec, codec_for
 from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
+from ..failures import stored_failure
 from ..ids import child_id, digest
 from ..policies import Duration, seconds
 from ..results import TaskHandle
@@ -147,5 +148,5 @@ class Children(ContextBase):
             raise TaskTimeout(f"joining task {child}", timeout or 0.0)
         if stored.status == "cancelled":
             raise ChildCancelled(child)
-        error = _PLAIN.decode(stored.value or "{}", "a child's error")
-        raise ChildFailed(child, str(error.get("name")), str(error.get("message")), raw=error.get("raw"))
+        name, message, raw = stored_failure(stored.value or "{}", f"the error of task {child}")
+        raise ChildFailed(child, name, message, raw=raw)

@@ -22,7 +22,7 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, Task, Wait
-from .expressions import array, clock, constant, rows
+from .expressions import array, clock, constant, raised, rows
 from .outcomes import ended_attempts
 
 # An UPDATE takes parameters that are named as columns for values to set.
@@ -52,7 +52,7 @@ def _cancel(locked: CTE, cancelled_by: Any) -> Any:
             finished_at=clock(),
             error=func.coalesce(reason(locked), Task.error),
             cancelled_by=cancelled_by,
-            fence=Task.fence + constant(1),
+            fence=raised(Task.fence),
         )
         .returning(Task.task_id, Task.parent_task_id, locked.c.state.label("was"))
         .add_cte(ended, waits)
@@ -85,7 +85,8 @@ _descendant = (
     )
     .cte("descendant", recursive=True)
 )
-_descendant = _descendant.union_all(
+# Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
+_descendant = _descendant.union(
     select(Task.task_id, Task.finished_at, Task.fence).join(
         _descendant,
         (Task.parent_task_id == _descendant.c.task_id) & Task.parent_fence.is_distinct_from(_descendant.c.fence),
@@ -136,7 +137,7 @@ def _next_in(line: CTE) -> ColumnElement[bool]:
     return (_ancestor.task_id == line.c.ancestor_id) & _ancestor.fence.is_distinct_from(line.c.ancestor_fence)
 
 
-_line = _line.union_all(
+_line = _line.union(
     select(_line.c.task_id, _ancestor.parent_task_id, _ancestor.parent_fence).where(
         _next_in(_line),
         _ancestor.outcome == constant("completed"),
@@ -202,7 +203,7 @@ _fresh: dict[str, Any] = {
     "claimed_by": null(),
     "available_at": clock(),
     "cancel_at": clock() + Task.max_pending_time,
-    "fence": Task.fence + constant(1),
+    "fence": raised(Task.fence),
 }
 
 RETRY = (
@@ -222,7 +223,7 @@ _fallen = (
     .where(Task.parent_task_id == _task_id)
     .cte("fallen", recursive=True)
 )
-_fallen = _fallen.union_all(
+_fallen = _fallen.union(
     select(Task.task_id, Task.outcome, Task.cancelled_by).join(_fallen, Task.parent_task_id == _fallen.c.task_id)
 )
 FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(

@@ -146,6 +146,11 @@ def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
     return func.make_interval(zero, zero, zero, zero, zero, zero, cast(seconds, Float(53)), type_=Interval())
 
 
+def raised(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:
+    """The next fence. One that somebody has set beyond all limits would fail all tasks of a batch by its overflow."""
+    return func.least(fence, constant(2**62)) + constant(1)
+
+
 def impatient() -> CTE:
     """Joined to the source of an insert, lets that one statement fail with 55P03 instead of waiting for a lock.
 

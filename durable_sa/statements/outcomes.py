@@ -33,7 +33,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
-from .expressions import array, as_json, clock, constant, interval, one_row, rows, statement_time
+from .expressions import array, as_json, clock, constant, interval, one_row, raised, rows, statement_time
 
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
@@ -123,19 +123,21 @@ _failed = rows(
 )
 _locked = locked_rows(_failed)
 _ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
-_again = _locked.c.retryable & (Task.retry_kind != constant("none")) & (Task.failures + constant(1) < Task.max_attempts)
+# By hand they may have been set to anything.
+_failures = func.least(func.greatest(Task.failures, constant(0)), constant(2**31 - 2))
+_again = _locked.c.retryable & (Task.retry_kind != constant("none")) & (_failures + constant(1) < Task.max_attempts)
 _forgotten = (
     delete(Wait)
     .where(Wait.task_id == _locked.c.task_id, Task.task_id == Wait.task_id, _locked.c.waited, ~_again)
     .cte("forgotten")
 )
-_half = func.power(Task.retry_factor, Task.failures / 2.0)
+_half = func.power(Task.retry_factor, _failures / 2.0)
 _backoff = case(
     (Task.retry_kind == constant("fixed"), Task.retry_base_delay),
     (Task.retry_base_delay == 0.0, 0.0),
     # In logarithms first, as the product itself may be beyond what a number can hold.
     (
-        func.ln(Task.retry_base_delay) + Task.failures * func.ln(Task.retry_factor)
+        func.ln(Task.retry_base_delay) + _failures * func.ln(Task.retry_factor)
         >= func.ln(func.greatest(Task.retry_max_backoff, 1e-300)),
         Task.retry_max_backoff,
     ),
@@ -156,7 +158,7 @@ FAIL = (
         state=case((_again, constant("pending")), else_=constant("failed")),
         outcome=case((_again, null()), else_=constant("failed")),
         error=as_json(_locked.c.errors),
-        failures=Task.failures + constant(1),
+        failures=_failures + constant(1),
         lease_losses=constant(0),
         available_at=case((_again, clock() + interval(_delay)), else_=Task.available_at),
         finished_at=case((_again, null()), else_=clock()),
@@ -234,7 +236,7 @@ TAKE_OVER = (
         run_id=case((_given_up, Task.run_id), else_=_locked.c.next_run_ids),
         lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=Task.lease_losses + constant(1)),
         claimed_by=null(),
-        fence=Task.fence + constant(1),
+        fence=raised(Task.fence),
     )
     .returning(
         Task.task_id,

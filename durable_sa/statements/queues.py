@@ -98,7 +98,8 @@ _line = (
     .cte("line", recursive=True)
 )
 _ancestor = aliased(Task, name="ancestor")
-_line = _line.union_all(
+# Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
+_line = _line.union(
     select(_line.c.task_id, _ancestor.parent_task_id).where(
         _ancestor.task_id == _line.c.ancestor_id, _ancestor.parent_task_id.is_not(None)
     )

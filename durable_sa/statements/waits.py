@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Task, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, rows
 
 _task_ids = array("task_ids", Uuid())
 
@@ -124,7 +124,7 @@ RESOLVE = (
     .where(Task.task_id == _woken_ids.c.task_id)
     .values(
         available_at=func.least(Task.available_at, clock() + interval(func.least(_left * COALESCING_SECONDS, 1.0))),
-        fence=Task.fence + constant(1),
+        fence=raised(Task.fence),
     )
     .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
     .add_cte(_recorded)

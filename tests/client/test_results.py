@@ -288,6 +288,17 @@ async def test_a_result_that_no_longer_fits_says_so(durable: Durable, engine: As
         await durable.get_task_result(spawned)
 
 
+@pytest.mark.parametrize("error", ["[1]", '"garbage"', "7"])
+async def test_an_error_that_somebody_has_changed_says_so(durable: Durable, engine: AsyncEngine, error: str) -> None:
+    spawned = await durable.spawn(pay, 1)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(
+            f"UPDATE durable.tasks SET state = 'failed', outcome = 'failed', finished_at = now(), error = '{error}'"
+        )
+    with pytest.raises(SerializationError, match=f"error of task {spawned.task_id} cannot be read back"):
+        await durable.get_task_result(spawned)
+
+
 async def test_another_process_ends_the_wait_soon(durable: Durable, database_url: URL) -> None:
     """Another client here: what it does is seen in the database only."""
     spawned = await durable.spawn(idle)

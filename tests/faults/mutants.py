@@ -364,7 +364,7 @@ MUTANTS = (
     Mutant(
         "retries without end",
         "statements/outcomes.py",
-        ((" & (Task.failures + constant(1) < Task.max_attempts)", ""),),
+        ((" & (_failures + constant(1) < Task.max_attempts)", ""),),
         (MACHINE, "tests/context/test_retries.py::test_max_attempts_counts_the_executions"),
     ),
     Mutant(

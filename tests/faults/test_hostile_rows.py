@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from durable_sa import Durable, TaskContext
+from durable_sa import Durable, RetryStrategy, TaskContext, TaskStatus
 
 from ..support import eventually
 
@@ -89,6 +89,122 @@ async def test_rows_that_would_stop_a_worker_cannot_be_written(
     async with engine.begin() as connection:
         with pytest.raises(IntegrityError):
             await connection.execute(text(f"UPDATE durable.tasks SET {change}"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE durable.queues SET retention = '300000 years'",
+        "UPDATE durable.queues SET event_retention = '-1 s'",
+        "INSERT INTO durable.workers VALUES (gen_random_uuid(), 'w', '{NULL}', '1 s', now(), now(), now())",
+        "INSERT INTO durable.workers VALUES (gen_random_uuid(), 'w', '{{a},{b}}', '1 s', now(), now(), now())",
+    ],
+)
+async def test_rows_that_would_stop_maintenance_cannot_be_written(
+    durable: Durable, engine: AsyncEngine, change: str
+) -> None:
+    async with engine.begin() as connection:
+        with pytest.raises(DBAPIError):
+            await connection.exec_driver_sql(change)
+
+
+BEYOND = "fence = 9223372036854775807"
+FAMILIES = {
+    "an overdue task": f"UPDATE durable.tasks SET {BEYOND}, cancel_at = now() WHERE task_id = '{{bad}}'",
+    "a child of what has failed": f"UPDATE durable.tasks SET {BEYOND}, parent_task_id = '{{ended}}' WHERE task_id = '{{bad}}'",
+    "a run of nobody": f"UPDATE durable.tasks SET {BEYOND}, state = 'running', claimed_by = task_id WHERE task_id = '{{bad}}'",
+    "a waiter whose event came": f"""
+        UPDATE durable.tasks SET {BEYOND}, state = 'sleeping', available_at = NULL WHERE task_id = '{{bad}}';
+        INSERT INTO durable.waits (task_id, key, kind, name, queue_name, event_name)
+            VALUES ('{{bad}}', gen_random_uuid(), 'event', 'bad', 'default', 'bad');
+        INSERT INTO durable.events (queue_name, name, payload) VALUES ('default', 'bad', '1')
+        """,
+    "a fence below all": "UPDATE durable.tasks SET fence = -5, available_at = now() WHERE task_id = '{bad}'",
+    "its own parent": "UPDATE durable.tasks SET parent_task_id = task_id WHERE task_id IN ('{bad}', '{ended}')",
+    "parents of each other": """
+        UPDATE durable.tasks SET parent_task_id = '{other}' WHERE task_id = '{ended}';
+        UPDATE durable.tasks SET parent_task_id = '{ended}', state = 'completed', outcome = 'completed',
+            finished_at = now() - interval '1 s' WHERE task_id = '{other}';
+        UPDATE durable.tasks SET parent_task_id = '{other}' WHERE task_id = '{bad}'
+        """,
+    "parents of each other that have completed": """
+        UPDATE durable.tasks SET state = 'completed', outcome = 'completed' WHERE task_id = '{ended}';
+        UPDATE durable.tasks SET parent_task_id = '{other}' WHERE task_id = '{ended}';
+        UPDATE durable.tasks SET parent_task_id = '{ended}', state = 'completed', outcome = 'completed',
+            finished_at = now() - interval '1 s' WHERE task_id = '{other}';
+        UPDATE durable.tasks SET parent_task_id = '{other}' WHERE task_id = '{bad}'
+        """,
+}
+
+
+@pytest.mark.parametrize("change", FAMILIES.values(), ids=FAMILIES)
+async def test_what_a_worker_does_besides_running_tasks_goes_on(
+    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Limits, events, cascades, runs of the dead, schedules and what is past its retention."""
+    monkeypatch.setattr("durable_sa.tender.RECONCILE_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.tender.RECONCILE_SHARE", 0)
+    monkeypatch.setattr("durable_sa.tender.FORGET_INTERVAL", 0.2)
+
+    @durable.task
+    async def work(ctx: TaskContext) -> None:
+        await ctx.step("one", str)
+
+    @durable.task
+    async def waiter(ctx: TaskContext) -> int:
+        return await ctx.await_event("signal", type=int)
+
+    await durable.create_queue("old", retention=0)
+    names = ("bad", "ended", "other", "overdue", "child", "left", "old")
+    ids = {name: (await durable.spawn(work, delay=3600)).task_id for name in names}
+    running = "state = 'running', attempt = 1, fence = 1, available_at = now(), claimed_by = gen_random_uuid()"
+    columns = "name, queue_name, task_name, cron_expression, next_tick_at"
+    ended = "state = 'failed', outcome = 'failed', finished_at = now() - interval '1 s'"
+    async with engine.begin() as connection:
+        for statement in (
+            f"UPDATE durable.tasks SET {ended} WHERE task_id = '{ids['ended']}'",
+            *change.format_map(ids).split(";"),
+            f"UPDATE durable.tasks SET cancel_at = now() WHERE task_id = '{ids['overdue']}'",
+            f"UPDATE durable.tasks SET {running} WHERE task_id = '{ids['left']}'",
+            f"UPDATE durable.tasks SET {ended}, queue_name = 'old' WHERE task_id = '{ids['old']}'",
+            f"UPDATE durable.tasks SET parent_task_id = '{ids['old']}' WHERE task_id = '{ids['child']}'",
+            f"INSERT INTO durable.schedules ({columns}) VALUES ('due', 'default', 'work', '0 0 1 1 *', now())",
+        ):
+            await connection.exec_driver_sql(statement)
+
+    async with durable.worker(concurrency=5):
+        waiting = await durable.spawn(waiter)
+        await durable.emit_event("signal", 7)
+        assert (await durable.wait_for_result(waiting, timeout=10)).output == 7
+        assert (await durable.wait_for_result(ids["overdue"], timeout=10)).status is TaskStatus.CANCELLED
+        assert (await durable.wait_for_result(ids["child"], timeout=10)).status is TaskStatus.CANCELLED
+        assert (await durable.wait_for_result(ids["left"], timeout=10)).status is TaskStatus.COMPLETED
+
+        async def fired() -> bool:
+            async with engine.connect() as connection:
+                ticks = text("SELECT 1 FROM durable.schedules WHERE last_tick_at IS NOT NULL")
+                return (await connection.execute(ticks)).first() is not None
+
+        await eventually(fired)
+        await durable.cancel_task(ids["bad"])
+        await durable.cleanup_tasks(0)
+
+
+@pytest.mark.parametrize("failures", [2**31 - 1, -(2**31)])
+async def test_a_count_of_failures_beyond_all_limits_is_no_reason_not_to_fail(
+    durable: Durable, engine: AsyncEngine, failures: int
+) -> None:
+    @durable.task(max_attempts=5, retry_strategy=RetryStrategy.exponential(1e-3, factor=1000, max_backoff=0.01))
+    async def fail(ctx: TaskContext) -> None:
+        if ctx.attempt < 3:
+            raise ValueError("no")
+
+    spawned = await durable.spawn(fail)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(f"UPDATE durable.tasks SET failures = {failures}")
+    async with durable.worker():
+        result = await durable.wait_for_result(spawned, timeout=10)
+    assert result.status is (TaskStatus.FAILED if failures > 0 else TaskStatus.COMPLETED)
 
 
 async def test_orphaned_waits_and_lost_runs_are_no_obstacle(durable: Durable, engine: AsyncEngine) -> None:

@@ -45,6 +45,8 @@ def up(op: Operations, schema: str) -> None:
             server_default="30 days",
             comment="age at which events are deleted; null: never",
         ),
+        sa.CheckConstraint("retention BETWEEN '0' AND '36525 days'", name=op.f("queues_retention_check")),
+        sa.CheckConstraint("event_retention BETWEEN '0' AND '36525 days'", name=op.f("queues_event_retention_check")),
         sa.PrimaryKeyConstraint("queue_name", name=op.f("queues_pkey")),
         schema=schema,
     )
@@ -314,6 +316,10 @@ def up(op: Operations, schema: str) -> None:
         sa.Column("heartbeat_at", TIMESTAMP, server_default=NOW, nullable=False),
         sa.Column("expires_at", TIMESTAMP, nullable=False),
         sa.Column("lost_at", TIMESTAMP, comment="when another worker found it silent"),
+        sa.CheckConstraint(
+            "array_position(queue_names, NULL) IS NULL AND coalesce(array_ndims(queue_names), 1) = 1",
+            name=op.f("workers_queue_names_check"),
+        ),
         sa.CheckConstraint(f"expires_at {READABLE}", name=op.f("workers_expires_at_check")),
         sa.PrimaryKeyConstraint("worker_id", name=op.f("workers_pkey")),
         schema=schema,
