@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .channels import Channel
 from .claimed import Claimed
 from .clock import LocalClock
-from .database_errors import backoff, is_transient
+from .database_errors import backoff, is_transient, without_values
 from .hints import Hint
 from .lanes import Lanes
 from .registration import Registration
@@ -167,7 +167,7 @@ class Claims:
                 await self._wait(due)
             except Exception as error:
                 if not is_transient(error):
-                    logger.exception("claiming failed")
+                    logger.error("claiming failed", exc_info=without_values(error))
                 elif failures == 3:
                     logger.warning("claiming fails (%s); trying on", type(error).__name__)
                 self.doubt()

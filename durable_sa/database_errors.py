@@ -67,6 +67,20 @@ def is_lost(error: BaseException) -> bool:
     return error.connection_invalidated or code[:2] == "08" or code in _LOST_STATES
 
 
+def without_values(error: BaseException) -> BaseException:
+    """The error as it may be logged and stored: with what the server says first, and nothing of rows and parameters.
+
+    Those are in the lines that follow it, and in what SQLAlchemy adds where the engine does not hide parameters.
+    """
+    if not isinstance(error, DBAPIError):
+        return error
+    lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
+    said: Any = Exception(lines[0])
+    said.sqlstate = sqlstate(error)
+    bare = type(error)(None, None, said, connection_invalidated=error.connection_invalidated)
+    return bare.with_traceback(error.__traceback__)
+
+
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
     """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
     return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311

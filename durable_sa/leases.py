@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .channels import Channel
 from .connections import Database
-from .database_errors import is_transient
+from .database_errors import is_transient, without_values
 from .statements import claiming
 
 logger = logging.getLogger("durable_sa")
@@ -122,7 +122,7 @@ class Heartbeat:
                     if is_transient(error):
                         logger.warning("a heartbeat failed: %s", type(error).__name__)
                     else:
-                        logger.exception("a heartbeat failed")
+                        logger.error("a heartbeat failed", exc_info=without_values(error))
                     pause = min(1.0, interval / 4)
                     continue
                 pause = interval

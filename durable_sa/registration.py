@@ -12,7 +12,7 @@ from collections.abc import Callable
 from .channels import Channel
 from .clock import LocalClock
 from .connections import Database
-from .database_errors import backoff, is_transient
+from .database_errors import backoff, is_transient, without_values
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
 from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
@@ -116,7 +116,7 @@ class Registration:
                 break
             except Exception as error:
                 if not is_transient(error):
-                    logger.exception("registering the worker anew failed; trying on")
+                    logger.error("registering the worker anew failed; trying on", exc_info=without_values(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff(failures)):
                         await self._stopping.wait()

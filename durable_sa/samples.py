@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from .channels import Channel
-from .database_errors import is_transient
+from .database_errors import is_transient, without_values
 from .statements import queues
 
 logger = logging.getLogger("durable_sa")
@@ -37,5 +37,5 @@ class Samples:
                 self.latest = {row.queue_name: (row.ready, row.oldest_ready_seconds or 0.0) for row in rows}
             except Exception as error:
                 if not is_transient(error):
-                    logger.exception("counting the queues failed")
+                    logger.error("counting the queues failed", exc_info=without_values(error))
             await asyncio.sleep(max(SAMPLE_INTERVAL, SAMPLE_SHARE * (time.monotonic() - began)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from .branches import detached
 from .channels import Channel
+from .database_errors import without_values
 from .signals import LeaseLost
 
 logger = logging.getLogger("durable_sa")
@@ -34,7 +35,7 @@ class Services:
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
-                logger.critical("%s has ended", name, exc_info=error)
+                logger.critical("%s has ended", name, exc_info=without_values(error))
 
         task = self.lasting[name] = self._start(serve(), name)
         task.add_done_callback(ended)
@@ -51,7 +52,7 @@ class Services:
         def ended(done: asyncio.Task[None]) -> None:
             self.errands.discard(done)
             if not done.cancelled() and (error := done.exception()) is not None and not isinstance(error, LeaseLost):
-                logger.error("%s failed", name, exc_info=error)
+                logger.error("%s failed", name, exc_info=without_values(error))
 
         task.add_done_callback(ended)
 

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .channels import Channel
 from .clock import LocalClock
-from .database_errors import backoff, is_transient
+from .database_errors import backoff, is_transient, without_values
 from .hints import Hint
 from .ids import new_id
 from .statements import cancelling, claiming, maintenance, outcomes, waits
@@ -137,7 +137,7 @@ class Tender:
                         pass
             except (SQLAlchemyError, OSError, TimeoutError) as error:
                 if not is_transient(error):
-                    logger.exception("maintenance failed")
+                    logger.error("maintenance failed", exc_info=without_values(error))
                 await asyncio.sleep(backoff(failures))
                 failures += 1
             except Exception:

@@ -14,10 +14,11 @@ def resolve_url(url: str | URL, what: str = "bind") -> URL:
     """A URL as given by a user or a platform, with asyncpg where it names no driver, which calls `sslmode` `ssl`."""
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError):
+        # Their messages may quote it, with the password.
         raise InvalidConfiguration(
             what, "it is not a database URL", "Write postgresql://user:password@host/database."
-        ) from error
+        ) from None
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+asyncpg")
     if not parsed.drivername.startswith("postgresql+"):

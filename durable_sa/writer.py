@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from .channels import Channel
-from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_transient, sqlstate
+from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_transient, sqlstate, without_values
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
 from .writes import ALONE, CONTENDED, Kind, Stored, Write, current, statement_of, statement_of_many
@@ -200,7 +200,7 @@ class Writer:
                 elif contended:
                     self._delay(writes[0])
                 else:
-                    writes[0].settle(None, error)
+                    writes[0].settle(None, without_values(error))
                 return
         for write in writes:
             write.settle(None, LeaseLost())
