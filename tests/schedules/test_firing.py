@@ -22,6 +22,7 @@ from durable_sa import (
     RetryStrategy,
     ScheduleFilter,
     ScheduleNotFound,
+    SerializationError,
     TaskContext,
     TaskNotRegistered,
     TaskRow,
@@ -327,6 +328,14 @@ async def test_a_schedule_that_somebody_holds_locked_holds_up_nothing(
                 return row.last_tick_at is not None and row.last_tick_at >= held
 
             await eventually(free)
+
+
+async def test_a_list_that_cannot_be_read_names_the_schedule(durable: Durable, sql: Sql) -> None:
+    await create(durable, "good")
+    await create(durable, "bad")
+    await sql("UPDATE durable.schedules SET params = (repeat('[', 3000) || repeat(']', 3000))::json WHERE name = 'bad'")
+    with pytest.raises(SerializationError, match="The params of schedule 'bad' cannot be read back"):
+        await durable.list_schedules()
 
 
 async def test_it_is_triggered_besides_its_ticks(durable: Durable) -> None:
