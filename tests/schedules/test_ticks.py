@@ -4,11 +4,12 @@ import os
 import time
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta, timezone
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from cronsim import CronSim
 
 from durable_sa import InvalidConfiguration, InvalidCron
 from durable_sa.ticks import MISSED_AFTER, MOST_MISSED, due_ticks, next_tick, ticks
@@ -37,6 +38,13 @@ def first(expression: str, after: str, count: int = 3, zone: str = BERLIN) -> li
         ("0 3 * * *", "2026-10-23T12:00", ["10-24T01:00:00", "10-25T02:00:00", "10-26T02:00:00"]),
         ("*/30 * * * *", "2026-10-25T00:20", ["10-25T00:30:00", "10-25T01:00:00", "10-25T01:30:00"]),
         ("0 */2 * * *", "2026-10-24T21:00", ["10-24T22:00:00", "10-25T00:00:00", "10-25T01:00:00"]),
+        # Seconds in front change nothing of that.
+        ("0 30 2 * * *", "2026-03-27T12:00", ["03-28T01:30:00", "03-29T01:00:00", "03-30T00:30:00"]),
+        ("0 30 2 * * *", "2026-10-23T12:00", ["10-24T00:30:00", "10-25T00:30:00", "10-26T01:30:00"]),
+        ("0 */30 2 * * *", "2026-10-24T12:00", ["10-25T00:00:00", "10-25T00:30:00", "10-25T01:00:00"]),
+        # In the hour that comes again what was in it is over.
+        ("45 2 * * *", "2026-10-25T01:10", ["10-26T01:45:00", "10-27T01:45:00", "10-28T01:45:00"]),
+        ("0,45 2,3 * * *", "2026-10-25T01:10", ["10-25T02:00:00", "10-25T02:45:00", "10-26T01:00:00"]),
         # Calendars.
         ("0 0 29 2 *", "2026-01-01T00:00", ["02-28T23:00:00", "02-28T23:00:00", "02-28T23:00:00"]),
         ("0 12 L * *", "2028-01-31T12:00", ["02-29T11:00:00", "03-31T10:00:00", "04-30T10:00:00"]),
@@ -47,6 +55,33 @@ def first(expression: str, after: str, count: int = 3, zone: str = BERLIN) -> li
 )
 def test_ticks_go_by_the_clock_on_the_wall(expression: str, after: str, expected: list[str]) -> None:
     assert first(expression, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("zone", "change"),
+    [
+        ("America/New_York", "2026-11-01T06:00"),
+        ("America/Havana", "2026-03-08T05:00"),  # from midnight on
+        ("America/Havana", "2026-11-01T05:00"),
+        ("Australia/Lord_Howe", "2026-04-04T15:00"),  # by half an hour
+        ("Australia/Lord_Howe", "2026-10-03T15:30"),
+        ("Antarctica/Troll", "2026-03-29T01:00"),  # by two hours
+        ("Pacific/Apia", "2011-12-30T10:00"),  # by a day
+    ],
+)
+@pytest.mark.parametrize(
+    "expression", ["* * * * *", "0 */3 * * *", "*/20 2 * * *", "* 0-3 * * *", "30 * * * *", "15 */30 * * * *"]
+)
+def test_steady_ticks_are_all_those_times_at_which_the_clock_shows_them(
+    zone: str, change: str, expression: str
+) -> None:
+    start, end = utc(change) - timedelta(hours=30), utc(change) + timedelta(hours=30)
+    days = timedelta(days=2)
+    walls = CronSim(expression, start.replace(tzinfo=None) - days)
+    wanted = set(takewhile(lambda wall: wall < end.replace(tzinfo=None) + days, walls))
+    moments = (start + timedelta(seconds=15 * number) for number in range(1, 4 * 60 * 60))
+    expected = [each for each in moments if each.astimezone(ZoneInfo(zone)).replace(tzinfo=None) in wanted]
+    assert list(takewhile(lambda each: each < end, ticks(expression, zone, start))) == expected
 
 
 def test_leap_days_are_four_years_apart() -> None:
@@ -78,7 +113,7 @@ def test_where_the_machine_is_does_not_matter(elsewhere: None) -> None:
 @pytest.mark.parametrize(
     "expression",
     ["", "x", "@daily", "* * * *", "* * * * * * *", "60 * * * *", "* 24 * * *", "0 0 30 2 *", "0 0 0 * *", "*/0 * * * *",
-     "0 0 * * MON#6", "-5 * * * *", "1-0 * * * *", "* * * * *\n* * * * *", None, 5],
+     "0 0 * * MON#6", f"{'9' * 5000} * * * *", "-5 * * * *", "1-0 * * * *", "* * * * *\n* * * * *", None, 5],
 )  # fmt: skip
 def test_what_is_no_expression_is_refused(expression: Any) -> None:
     with pytest.raises(InvalidCron):
@@ -111,6 +146,14 @@ def test_after_an_outage_the_policy_decides() -> None:
     assert due("skip", now=utc("2026-06-01T12:02")) == []
     assert due("skip", now=utc("2026-06-01T12:01")) == [utc("2026-06-01T12:00")], "a minute is not late"
     assert timedelta(minutes=1) == MISSED_AFTER
+
+
+@pytest.mark.parametrize("misfire", ["skip", "run_once", "run_all"])
+def test_ticks_that_are_not_a_minute_late_all_fire(misfire: str) -> None:
+    late = [NOW - timedelta(seconds=number) for number in (2, 1, 0)]
+    assert due(misfire, "* * * * * *", since=NOW - timedelta(seconds=3)) == late
+    assert len(due(misfire, "* * * * * *", since=NOW - timedelta(seconds=61))) == 61
+    assert len(due(misfire, "* * * * * *", since=NOW - timedelta(seconds=62))) == (62 if misfire == "run_all" else 1)
 
 
 def test_run_all_has_a_cap() -> None:
