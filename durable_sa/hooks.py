@@ -78,8 +78,10 @@ class Hooks:
     def on_spawn(self, spawn: OutgoingSpawn) -> None:
         """Called for each spawn, on whatever thread it is made: of clients, `spawn_many`, children, ticks of schedules.
 
-        An exception refuses the spawn and reaches the caller. For schedules of the `pg_cron` backend, whose tasks the
-        database makes by itself, it is not called.
+        An exception refuses the spawn and reaches the caller. For the tick of a schedule it is called by each worker
+        that tries to fire it; one of them succeeds, and an exception leaves the tick to the others.
+
+        For schedules of the `pg_cron` backend, whose tasks the database makes by itself, it is not called.
         """
 
     def around_task(self, ctx: TaskContext[Any]) -> AbstractAsyncContextManager[object]:

@@ -212,11 +212,21 @@ def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any
     combined = {validate_name("header", key): value for key, value in (headers or {}).items()}
     combined.update({validate_name("header", key, internal=True): value for key, value in (internal or {}).items()})
     text = _JSON.encode(combined, "The headers")
-    if "\\u0000" in text and _contains_nul(_JSON.decode(text, "The headers")):
-        raise SerializationError("The headers", "cannot be stored: they contain the character U+0000")
+    queryable(text, "The headers")
     if len(text) * 4 > MAX_HEADERS_BYTES:
         # The engine's own come on top: what it adds must not be what refuses a spawn.
         check_size(_JSON.encode(dict(headers or {}), "The headers"), MAX_HEADERS_BYTES, "The headers")
+    return text
+
+
+def queryable(text: str, what: str) -> str:
+    """Return JSON text if a column that can be queried, which `json` ones cannot, takes it.
+
+    Raises:
+        SerializationError: it contains NUL.
+    """
+    if "\\u0000" in text and _contains_nul(_JSON.decode(text, what)):
+        raise SerializationError(what, "cannot be stored: the character U+0000 is in it")
     return text
 
 

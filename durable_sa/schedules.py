@@ -11,12 +11,12 @@ from sqlalchemy import Executable, Row
 
 from . import pgcron
 from .codec import Codec, codec_for
-from .errors import InvalidConfiguration, InvalidCron, ScheduleNotFound
-from .options import SpawnOptions
+from .errors import InvalidConfiguration, InvalidCron, QueueNotFound, ScheduleNotFound
+from .options import SpawnOptions, queryable
 from .policies import CancellationPolicy, RetryStrategy
 from .results import ScheduleFilter, ScheduleInfo
 from .spawns import Prepared, columns, over, prepare
-from .statements import scheduling
+from .statements import queues, scheduling
 from .statements.spawning import SPAWN_COLUMNS
 from .ticks import Misfire, due_ticks, next_tick
 
@@ -79,7 +79,10 @@ def schedule_info(row: Row[Any]) -> ScheduleInfo:
         cron_expression=row.cron_expression,
         timezone=row.timezone,
         params=None if row.params is None else _PLAIN.decode(row.params, f"the params of schedule {row.name!r}"),
-        spawn_options=_PLAIN.decode(row.spawn_options or "{}", f"the options of schedule {row.name!r}"),
+        spawn_options={
+            "queue_name": row.queue_name,
+            **_PLAIN.decode(row.spawn_options or "{}", f"the options of schedule {row.name!r}"),
+        },
         metadata=_PLAIN.decode(row.metadata or "{}", f"the metadata of schedule {row.name!r}"),
         backend=row.backend,
         pgcron_job_name=row.pgcron_job_name,
@@ -102,6 +105,12 @@ def prepare_tick(client: ClientBase, row: Row[Any], tick: datetime | None) -> Pr
     params = None if row.params is None else _PLAIN.decode(row.params, "the params of a schedule")
     headers = {SCHEDULED_BY: row.name, CRON: row.cron_expression}
     return prepare(client, row.task_name, params, options, as_stored=True, internal_headers=headers)
+
+
+def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
+    if not isinstance(metadata or {}, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidConfiguration("metadata", f"it must be a Mapping, not {type(metadata).__name__}")
+    return queryable(_PLAIN.encode(dict(metadata or {}), what), what)
 
 
 class Definition(NamedTuple):
@@ -136,7 +145,7 @@ async def create(client: ClientBase, definition: Definition) -> None:
     prepared = prepare(
         client, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
     )
-    await client.require_queue(prepared.queue_name)
+    metadata = _encode_metadata(definition.metadata, "the metadata of a schedule")
     now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
     first = next_tick(definition.cron_expression, definition.timezone, now)
     if first is None:
@@ -155,7 +164,7 @@ async def create(client: ClientBase, definition: Definition) -> None:
         "zone": definition.timezone,
         "encoded_params": prepared.params,
         "encoded_options": encode_options(_complete(definition.options, prepared)),
-        "encoded_metadata": _PLAIN.encode(dict(definition.metadata or {}), "the metadata of a schedule"),
+        "encoded_metadata": metadata,
         "firing_backend": definition.backend,
         "job_name": job,
         "misfire_policy": misfire,
@@ -164,6 +173,8 @@ async def create(client: ClientBase, definition: Definition) -> None:
         "next_tick": first if job is None else None,
     }
     async with client.database.transaction() as connection:
+        if not (await connection.execute(queues.HOLD_QUEUE, {"queue_name": prepared.queue_name})).all():
+            raise QueueNotFound(prepared.queue_name)
         if job is not None:
             await pgcron.require_extension(connection, definition.timezone)
         before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": definition.name})).one_or_none()
@@ -207,7 +218,7 @@ async def delete(client: ClientBase, name: str) -> None:
 
 
 async def _rows(client: ClientBase, name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
-    containing = None if chosen.metadata is None else _PLAIN.encode(dict(chosen.metadata), "the metadata to look for")
+    containing = None if chosen.metadata is None else _encode_metadata(chosen.metadata, "the metadata to look for")
     return await client.database.execute(
         scheduling.LIST_SCHEDULES, {"only_name": name, "only_task": chosen.task_name, "containing": containing}
     )
@@ -227,18 +238,19 @@ async def _stored(client: ClientBase, name: str) -> Row[Any]:
 
 async def pause(client: ClientBase, name: str, *, paused: bool) -> None:
     """Stop a schedule, or let it go on from its next tick."""
-    row = await _stored(client, name)
-    following: datetime | None = None
-    if not paused and row.backend == "worker":
-        now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
-        following = next_tick(row.cron_expression, row.timezone, now)
-    values = {"schedule_name": name, "paused": paused, "next_tick": following}
-    async with client.database.transaction() as connection:
-        changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
-        if changed is None:
-            raise ScheduleNotFound(name)
-        if changed.pgcron_job_name is not None:
-            await pgcron.activate_job(connection, changed.pgcron_job_name, active=not paused)
+    while True:
+        row = await _stored(client, name)
+        following: datetime | None = None
+        if not paused and row.backend == "worker":
+            now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
+            following = next_tick(row.cron_expression, row.timezone, now)
+        values = {"schedule_name": name, "paused": paused, "next_tick": following, "read_as_of": row.updated_at}
+        async with client.database.transaction() as connection:
+            changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
+            if changed is not None and changed.pgcron_job_name is not None:
+                await pgcron.activate_job(connection, changed.pgcron_job_name, active=not paused)
+        if changed is not None:
+            return
 
 
 async def triggered(client: ClientBase, name: str) -> Prepared:
@@ -272,7 +284,9 @@ async def fire_due(client: ClientBase, channel: Executing, said: set[str] | None
             prepared: list[Prepared] = []
             try:
                 fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
-                prepared.extend(prepare_tick(client, row, tick) for tick in fired)
+                # Several at once would overlap: the latest is left.
+                ticks = fired[-1 if row.overlap == "skip" else 0 :]
+                prepared.extend(prepare_tick(client, row, each) for each in ticks)
             except Exception as error:
                 if row.name not in said:
                     said.add(row.name)
@@ -294,6 +308,7 @@ async def _fire(
     parameters = {
         "schedule_name": row.name,
         "fired_tick": row.next_tick_at,
+        "read_as_of": row.updated_at,
         "next_tick": following,
         "last_tick": fired[-1] if fired else None,
         "last_task": prepared[-1].task_id if prepared else None,
@@ -304,5 +319,7 @@ async def _fire(
     except BaseException as error:
         over(prepared, (), error)
         raise
-    over(prepared, {row.task_id for row in rows})
+    if rows:
+        # Where others were faster, nothing has happened that a span could be about.
+        over(prepared, {row.task_id for row in rows})
     return rows

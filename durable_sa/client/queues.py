@@ -54,9 +54,10 @@ class Queues(ClientBase):
         """
         queue = self._queue(name)
         async with self.database.transaction() as connection:
+            # The queue first: whoever defines a schedule in it holds its row, and has then committed.
+            await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
             for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
                 await pgcron.remove_job(connection, row.pgcron_job_name)
-            await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
         while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
             pass

@@ -40,7 +40,8 @@ class Schedules(Spawning):
         Workers fire it, each tick once across the fleet, in the queue given by `queue_name`. Five fields, or six with
         seconds first. `misfire` is for ticks that no worker was there to fire within a minute: `skip` them, `run_once`
         for the latest, which is what happens if nothing is said, or `run_all`, up to the latest hundred.
-        `overlap="skip"` leaves out ticks while the task of the one before has not ended. The options of the task and
+        `overlap="skip"` leaves out ticks while the task of the one before has not ended, and of several that are due at
+        once all but the latest. The options of the task and
         of this client are stored with it; those of the process that fires it do not count.
 
         `backend="pg_cron"` hands the schedule to the extension; see :func:`durable_sa.setup_pgcron`. It goes by the

@@ -58,6 +58,9 @@ LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
 KNOWN_QUEUES = select(Queue.queue_name).where(Queue.queue_name == func.any(array("queue_names", Text())))
 """Which of these queues exist."""
 
+HOLD_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
+"""Keep a queue from being dropped until the end of the transaction; nothing comes back if there is none."""
+
 DROP_QUEUE = delete(Queue).where(Queue.queue_name == _queue_name).returning(Queue.queue_name)
 """Remove a queue itself: from here on nothing is spawned into it."""
 

@@ -28,6 +28,7 @@ from .expressions import as_json, as_jsonb, as_text, clock, constant, rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
+_as_read = Schedule.updated_at == bindparam("read_as_of", type_=DateTime(timezone=True))
 
 _new = insert(cast("Table", Schedule.__table__)).values(
     name=_name,
@@ -117,15 +118,18 @@ LIST_SCHEDULES = (
 
 PAUSE_SCHEDULE = (
     update(Schedule)
-    .where(Schedule.name == _name)
+    .where(Schedule.name == _name, _as_read)
     .values(
         paused_at=case((bindparam("paused", type_=Boolean()), func.coalesce(Schedule.paused_at, clock()))),
-        next_tick_at=func.coalesce(bindparam("next_tick", type_=DateTime(timezone=True)), Schedule.next_tick_at),
+        next_tick_at=case(
+            (Schedule.paused_at.is_(None), Schedule.next_tick_at),
+            else_=func.coalesce(bindparam("next_tick", type_=DateTime(timezone=True)), Schedule.next_tick_at),
+        ),
         updated_at=clock(),
     )
     .returning(Schedule.pgcron_job_name)
 )
-"""Stop or resume the firing; ticks of the pause are not made up for."""
+"""Stop or resume the firing; ticks of the pause are not made up for. Nothing comes back if it has been redefined."""
 
 DATABASE_TIME = select(clock().label("now"))
 """What time it is, for the next tick."""
@@ -140,7 +144,9 @@ DUE_SCHEDULES = (
         as_text(Schedule.params).label("params"),
         as_text(Schedule.spawn_options).label("spawn_options"),
         Schedule.misfire,
+        Schedule.overlap,
         Schedule.next_tick_at,
+        Schedule.updated_at,
         clock().label("now"),
     )
     .where(
@@ -159,29 +165,33 @@ DUE_SCHEDULES = (
 # Parameters that bear the names of columns of an UPDATE would be taken for its new values.
 TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in SPAWN_COLUMNS.items()}
 _tick = rows("tick", **TICK_COLUMNS)
+_last_task = bindparam("last_task", type_=Uuid())
+_goes_on = exists().where(Task.task_id == Schedule.last_task_id, Task.finished_at.is_(None))
+_fires = _last_task.is_not(None) & or_(Schedule.overlap == constant("allow"), ~_goes_on)
 _advanced = (
     update(Schedule)
     .where(
         Schedule.name == _name,
         Schedule.next_tick_at == bindparam("fired_tick", type_=DateTime(timezone=True)),
         Schedule.paused_at.is_(None),
+        _as_read,
     )
     .values(
         next_tick_at=bindparam("next_tick", type_=DateTime(timezone=True)),
-        last_tick_at=func.coalesce(bindparam("last_tick", type_=DateTime(timezone=True)), Schedule.last_tick_at),
-        last_task_id=func.coalesce(bindparam("last_task", type_=Uuid()), Schedule.last_task_id),
+        # A tick that is left out leaves no mark: the task of the one before goes on, and counts for the next.
+        last_tick_at=case((_fires, bindparam("last_tick", type_=DateTime(timezone=True))), else_=Schedule.last_tick_at),
+        last_task_id=case((_fires, _last_task), else_=Schedule.last_task_id),
     )
-    .returning(Schedule.name)
+    .returning(Schedule.last_task_id)
     .cte("advanced")
 )
-_previous = select(Schedule.last_task_id).where(Schedule.name == _name, Schedule.overlap == constant("skip"))
-_may_fire = ~exists().where(Task.task_id.in_(_previous), Task.finished_at.is_(None))
 _due = (
     select(*(_tick.c[f"tick_{name}"].label(name) for name in SPAWN_COLUMNS))
-    .where(exists().where(_advanced.c.name.is_not(None)), _may_fire)
+    .where(exists().where(_advanced.c.last_task_id == _last_task))
     .subquery("due")
 )
 
 FIRE = insert_tasks(_due).add_cte(_advanced).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
 """Spawn a schedule's ticks and move on to the next one, in one. The tick moves from what was read: of several workers
-that have read the same one, one succeeds, and the others spawn nothing."""
+that have read the same one, one succeeds, and the others spawn nothing, and nor does one that has read a definition
+which has been replaced since."""

@@ -31,7 +31,7 @@ from durable_sa import (
 )
 from durable_sa.models import Schedule
 from durable_sa.schedules import fire_due
-from durable_sa.statements import scheduling
+from durable_sa.statements import queues, scheduling
 from durable_sa.testing import time_travel
 from tests.support import eventually
 
@@ -166,6 +166,26 @@ async def test_a_tick_while_the_last_task_goes_on(durable: Durable, sql: Sql, ov
     assert await fired(durable) == 1
 
 
+async def test_ticks_are_left_out_for_as_long_as_the_last_task_goes_on(durable: Durable, sql: Sql) -> None:
+    await create(durable, overlap="skip")
+    numbers = []
+    for ago in range(4, -1, -1):
+        await make_due(sql, timedelta(minutes=ago))
+        numbers.append(await fired(durable))
+    assert numbers == [1, 0, 0, 0, 0]
+    (first,) = await sql(sa.select(TaskRow.task_id))
+    (schedule,) = await sql(sa.select(Schedule.last_task_id))
+    assert schedule.last_task_id == first.task_id
+
+
+async def test_ticks_that_are_made_up_for_do_not_overlap_either(durable: Durable, sql: Sql) -> None:
+    await create(durable, overlap="skip", misfire="run_all")
+    latest = await make_due(sql)
+    await make_due(sql, timedelta(minutes=30))
+    assert await fired(durable) == 1
+    assert await ticks(sql) == [latest]
+
+
 class Shout(Hooks):
     def on_spawn(self, spawn: OutgoingSpawn) -> None:
         spawn.headers["fired-by"] = "another"
@@ -199,7 +219,14 @@ async def test_whoever_fires_it_spawns_what_its_author_defined(engine: AsyncEngi
     assert [tuple(row)[2:] for row in rows[1:]] == [tuple(rows[0])[2:]] * 2
     assert [row.headers["fired-by"] for row in rows[1:]] == ["another"] * 2
     (info,) = await author.list_schedules()
-    assert info.spawn_options["max_attempts"] == 3
+    assert {**info.spawn_options, "retry_strategy": None, "cancellation": None} == {
+        "queue_name": "default",
+        "max_attempts": 3,
+        "priority": 4,
+        "delay": 7,
+        "retry_strategy": None,
+        "cancellation": None,
+    }
 
 
 class Interrupted:
@@ -229,14 +256,17 @@ async def test_a_worker_that_dies_after_firing_neither_doubles_nor_misses_a_tick
 
 
 async def test_a_tick_is_compared_with_what_became_of_the_schedule_meanwhile(durable: Durable, sql: Sql) -> None:
-    async def change() -> None:
-        await create(durable, cron_expression="0 0 1 1 *")
+    async def pause_and_resume() -> None:
+        await durable.pause_schedule("s")
+        await durable.resume_schedule("s")
 
     for interfere in (
         lambda: durable.pause_schedule("s"),
         lambda: durable.delete_schedule("s"),
         lambda: fire_due(durable, durable.database),
-        change,
+        lambda: create(durable, cron_expression="0 0 1 1 *"),
+        lambda: create(durable, params="Tuesday"),
+        pause_and_resume,
     ):
         await create(durable)
         await durable.resume_schedule("s")
@@ -254,6 +284,58 @@ async def test_a_pause_is_not_made_up_for(durable: Durable, sql: Sql) -> None:
     await durable.resume_schedule("s")
     assert await fired(durable) == 0
     assert await ticks(sql) == []
+
+
+async def test_to_resume_what_is_not_paused_leaves_out_no_tick(durable: Durable, sql: Sql) -> None:
+    await create(durable)
+    tick = await make_due(sql)
+    await durable.resume_schedule("s")
+    assert await fired(durable) == 1
+    assert await ticks(sql) == [tick]
+
+
+async def test_it_is_resumed_with_the_ticks_that_it_has_by_then(
+    durable: Durable, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(durable)
+    await durable.pause_schedule("s")
+    redefined = asyncio.Event()
+    execute = durable.database.execute
+
+    async def interrupted(statement: Any, parameters: Any = None) -> Any:
+        rows = await execute(statement, parameters)
+        if statement is scheduling.LIST_SCHEDULES and not redefined.is_set():
+            redefined.set()
+            await create(durable, cron_expression="0 0 1 1 *")
+        return rows
+
+    monkeypatch.setattr(durable.database, "execute", interrupted)
+    await durable.resume_schedule("s")
+    (schedule,) = await sql(sa.select(Schedule.next_tick_at, Schedule.paused_at))
+    assert (schedule.next_tick_at.month, schedule.next_tick_at.day, schedule.paused_at) == (1, 1, None)
+
+
+async def test_a_schedule_goes_with_its_queue_also_if_they_cross(durable: Durable, sql: Sql) -> None:
+    await durable.create_queue("mail")
+    async with durable.database.transaction() as connection:
+        # What a definition does, while another process drops the queue.
+        await connection.execute(queues.HOLD_QUEUE, {"queue_name": "mail"})
+        dropping = asyncio.create_task(durable.drop_queue("mail"))
+
+        async def waiting() -> bool:
+            return bool(await sql("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+        await eventually(waiting)
+        await connection.execute(
+            sa.text(
+                "INSERT INTO durable.schedules (name, queue_name, task_name, cron_expression)"
+                " VALUES ('s', 'mail', 'report', '* * * * *')"
+            )
+        )
+    await dropping
+    assert await durable.list_schedules() == []
+    with pytest.raises(QueueNotFound):
+        await create(durable, queue_name="mail")
 
 
 async def test_a_deploy_that_defines_it_again_misses_no_tick(durable: Durable, sql: Sql) -> None:
@@ -375,6 +457,8 @@ async def test_they_are_listed_by_what_they_are(durable: Durable) -> None:
     assert await names(metadata={"team": "web"}) == []
     assert await names(task_name="report") == ["a", "b"]
     assert await names(task_name="other") == []
+    with pytest.raises(SerializationError, match="metadata to look for"):
+        await names(metadata={"team": "\0"})
     (info,) = await durable.list_schedules(ScheduleFilter(metadata={"team": "mail"}))
     assert (info.timezone, info.params, info.backend, info.pgcron_job_name) == (
         "Europe/Berlin",
@@ -396,6 +480,8 @@ async def test_they_are_listed_by_what_they_are(durable: Durable) -> None:
         ({"idempotency_key": "k"}, InvalidConfiguration, "spawns a task at every tick"),
         ({"queue_name": "nowhere"}, QueueNotFound, "nowhere"),
         ({"task": "unknown"}, TaskNotRegistered, "unknown"),
+        ({"metadata": {"team": ["a\0b"]}}, SerializationError, "metadata of a schedule cannot be stored"),
+        ({"metadata": ["mail"]}, InvalidConfiguration, "metadata: it must be a Mapping, not list"),
     ],
 )
 async def test_what_cannot_be_is_refused_at_its_definition(
