@@ -49,7 +49,7 @@ def json_value(text: str) -> Any:
             raise typer.BadParameter(f"{text[1:]}: {error.strerror}") from error
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         # Of the text itself nothing is shown: it may be secret.
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise typer.BadParameter(f"That is no JSON{place}. A string is written '\"so\"'.") from None

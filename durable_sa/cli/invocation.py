@@ -97,6 +97,9 @@ def reported(url: str | None = None) -> Generator[None]:
     try:
         with refused():
             yield
+    except BrokenPipeError:
+        # Whoever reads the output has enough of it, as `head` has.
+        raise
     except Exception as error:
         if not isinstance(error, SQLAlchemyError | OSError) and sqlstate(error) is None:
             raise

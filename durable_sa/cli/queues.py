@@ -10,7 +10,7 @@ from ..client import QueuePolicy
 from ..models import SCHEMA
 from ..statements import queues as statements
 from .arguments import retention
-from .invocation import AsJson, Invocation, SchemaName, Url, connected, examples
+from .invocation import USAGE, AsJson, Invocation, SchemaName, Url, connected, examples, fail
 from .output import as_dicts, span
 
 queues = typer.Typer(
@@ -51,8 +51,15 @@ _COLUMNS = {
 
 @queues.callback(invoke_without_command=True)
 def _alone(context: typer.Context, url: Url = None, schema: SchemaName = SCHEMA, as_json: AsJson = False) -> None:
-    if context.invoked_subcommand is None:
+    command = context.invoked_subcommand
+    if command is None:
         connected(_list)(url=url, schema=schema, as_json=as_json)
+        return
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            # It would go unheard, and something else than what was meant be dropped.
+            fail(f"{parameter.opts[0]} belongs behind the command: durable queues {command} {parameter.opts[0]}", USAGE)
 
 
 async def _list(invocation: Invocation) -> None:

@@ -55,11 +55,14 @@ def _times(directories: Sequence[Path]) -> dict[Path, int]:
     times: dict[Path, int] = {}
     pending = list(directories)
     while pending:
-        directory = pending.pop()
+        entries: list[Path] = []
         with contextlib.suppress(OSError):
-            for entry in directory.iterdir():
-                if entry.name.startswith(".") or entry.name in _IGNORED:
-                    continue
+            entries.extend(pending.pop().iterdir())
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name in _IGNORED:
+                continue
+            # A link that leads nowhere, or a file that is gone again, hides none of the others.
+            with contextlib.suppress(OSError):
                 if entry.is_dir():
                     if not (entry / "pyvenv.cfg").exists():
                         pending.append(entry)

@@ -17,7 +17,7 @@ from ..models import DEFAULT_QUEUE
 from ..statements import inspection
 from . import history
 from .arguments import duration, headers, json_value, moment
-from .invocation import USAGE, Invocation, connected, examples, fail
+from .invocation import USAGE, WRONG, Invocation, connected, examples, fail
 from .output import as_dicts
 
 tasks = typer.Typer(help="Tasks, one by one and in bulk.", no_args_is_help=True)
@@ -151,11 +151,7 @@ async def cancel(
             invocation, chosen.among(unfinished), "Cancelling", "cancelled", "cancelled", invocation.durable.cancel_task
         )
         return
-    results: list[dict[str, Any]] = []
-    for task_id in task_ids or ():
-        status = await invocation.durable.cancel_task(task_id)
-        results.append({"task_id": task_id, "state": status})
-    invocation.output.table(results, {"task_id": "task", "state": "state"}, empty="")
+    await _do_each(invocation, task_ids or (), invocation.durable.cancel_task)
 
 
 @tasks.command(
@@ -179,17 +175,13 @@ async def retry(
     chosen = Choice(queue_name, states or (), name, since)
     if every == bool(task_ids) or (chosen.anything and not every):
         fail("Give the ids of tasks, or --all with --queue, --name, --state or --since.", USAGE)
+    put_back = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)
     if every:
         if set(chosen.states) - {TaskStatus.FAILED, TaskStatus.CANCELLED}:
             fail("Only failed and cancelled tasks can be retried: --state failed, --state cancelled.", USAGE)
-        put_back = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)
         await _do_all(invocation, chosen.among([TaskStatus.FAILED]), "Retrying", "put back", "retried", put_back)
         return
-    results: list[dict[str, Any]] = []
-    for task_id in task_ids or ():
-        status = await invocation.durable.retry_task(task_id, max_attempts=max_attempts)
-        results.append({"task_id": task_id, "state": status})
-    invocation.output.table(results, {"task_id": "task", "state": "state"}, empty="")
+    await _do_each(invocation, task_ids or (), put_back)
 
 
 class Choice(NamedTuple):
@@ -219,6 +211,23 @@ class Choice(NamedTuple):
             before=before,
             limit=limit,
         )
+
+
+async def _do_each(
+    invocation: Invocation, task_ids: Sequence[uuid.UUID], act: Callable[[uuid.UUID], Awaitable[TaskStatus]]
+) -> None:
+    """Do the same with each of these; one that it cannot be done with keeps it from none of the others."""
+    results: list[dict[str, Any]] = []
+    refusals: list[str] = []
+    for task_id in task_ids:
+        try:
+            results.append({"task_id": task_id, "state": await act(task_id)})
+        except (InvalidState, TaskNotFound) as error:
+            refusals.append(str(error))
+    if results:
+        invocation.output.table(results, {"task_id": "task", "state": "state"}, empty="")
+    if refusals:
+        fail("\nerror: ".join(refusals), WRONG)
 
 
 async def _do_all(

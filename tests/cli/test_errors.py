@@ -1,5 +1,7 @@
 """How errors reach the shell: one message, no traceback, no password, an exit code."""
 
+import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
+from durable_sa import Durable
 from durable_sa.cli.invocation import place
 from tests.cli.support import CommandLine, process
 
@@ -88,6 +91,25 @@ def test_a_worker_does_not_print_the_password_either(tmp_path: Path) -> None:
         assert "127.0.0.1:1/app" in worker.said
         assert PASSWORD not in worker.said
         assert "Traceback" not in worker.said
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+async def test_a_reader_that_has_had_enough_is_no_error_of_the_database(
+    durable: Durable, database_url: URL, as_json: list[str]
+) -> None:
+    await durable.spawn_by_name("a", unchecked=True)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "durable_sa.cli", "tasks", "list", *as_json]
+    environment = {**os.environ, "DURABLE_DATABASE_URL": database_url.render_as_string(hide_password=False)}
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=write_end, stderr=asyncio.subprocess.PIPE, env=environment
+    )
+    os.close(write_end)
+    _, stderr = await process.communicate()
+    assert b"database" not in stderr
+    assert b"Traceback" not in stderr
+    assert process.returncode == 1
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:

@@ -102,6 +102,14 @@ async def test_dropping_asks_first(cli: CommandLine, durable: Durable) -> None:
     assert (await cli("tasks", "list", "--json")).json == []
 
 
+async def test_options_of_a_command_are_not_passed_over_before_it(cli: CommandLine, durable: Durable) -> None:
+    for option in (["--url", "postgresql://elsewhere/x"], ["--schema", "other"], ["--json"]):
+        result = await cli("queues", *option, "drop", "default", "--yes")
+        assert (result.code, result.stdout) == (2, "")
+        assert f"durable queues drop {option[0]}" in result.stderr
+    assert await durable.list_queues() == ["default"]
+
+
 async def test_an_unknown_queue_is_said_to_be_unknown(cli: CommandLine) -> None:
     for command in ("pause", "resume", "drop"):
         result = await cli("queues", command, "nope", *(["--yes"] if command == "drop" else []))

@@ -219,6 +219,20 @@ async def test_a_task_is_retried(cli: CommandLine, durable: Durable) -> None:
     assert (await cli("tasks", "list", "--json")).json[0]["max_attempts"] == 7
 
 
+async def test_one_that_is_refused_keeps_none_of_the_others(cli: CommandLine, durable: Durable) -> None:
+    first, second = await spawn_names(durable, "a", "b")
+    unknown = uuid.uuid4()
+    result = await cli("tasks", "cancel", first, unknown, second, "--json")
+    assert result.code == 1
+    assert [row["task_id"] for row in json.loads(result.stdout)] == [str(first), str(second)]
+    assert result.stderr.startswith(f"error: There is no task {unknown}.")
+    (third,) = await spawn_names(durable, "c")
+    result = await cli("tasks", "retry", third, first, unknown, second)
+    assert result.code == 1
+    assert [str(task_id) in result.stdout for task_id in (first, second, third)] == [True, True, False]
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["error:", "error:"]
+
+
 async def test_bulk_retry_takes_failed_tasks_that_match(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,6 +182,16 @@ async def test_it_starts_anew_when_a_file_changes(durable: Durable, url: str, ap
         assert (await connection.execute(text("SELECT count(*) FROM durable.workers"))).scalar() == 0
 
 
+async def test_a_link_that_leads_nowhere_hides_no_change(durable: Durable, url: str, app: Path) -> None:
+    for name in "abcdefgh":
+        (app / f"{name}.py").symlink_to("nowhere.py")
+    with process("worker", "app:durable", "--reload", url=url, cwd=app) as worker:
+        assert await run(durable, "answer") == 42
+        (app / "app.py").write_text(APP.replace("ANSWER", "43"))
+        await asyncio.to_thread(worker.until_said, "app.py has changed")
+        assert await run(durable, "answer") == 43
+
+
 async def test_only_the_directories_named_are_watched(durable: Durable, url: str, app: Path) -> None:
     (app / "watched").mkdir()
     with process("worker", "app:durable", "--reload", "--reload-dir", "watched", url=url, cwd=app) as worker:
