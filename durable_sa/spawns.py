@@ -160,7 +160,7 @@ def _encode_params(
     try:
         return None if params is None else _PLAIN.encode(params, f"the params of task {name!r}"), _PLAIN
     except SerializationError as error:
-        raise InvalidTaskParams(name, [str(error)]) from error
+        raise InvalidTaskParams(name, [str(error).removesuffix(".")]) from error
 
 
 def at_position(error: ErrorT, position: int) -> ErrorT:
