@@ -105,7 +105,7 @@ class Tasks(ClientBase):
 
         Raises:
             TaskNotFound: there is no such task.
-            TimeoutError: it has not ended after `timeout` seconds.
+            TimeoutError: it has not ended after `timeout` seconds; says how it stands.
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
         task_id = _id_of(task)
@@ -113,6 +113,7 @@ class Tasks(ClientBase):
         self._changes.setdefault(task_id, set()).add(changed)
         began = asyncio.get_running_loop().time()
         deadline = asyncio.timeout(None if limit is None else max(limit, _FIRST_LOOK))
+        row: Row[Any] | None = None
         try:
             async with deadline:
                 row = await self._polls(task_id)
@@ -132,7 +133,7 @@ class Tasks(ClientBase):
         except TimeoutError:
             if not deadline.expired():
                 raise  # it is the database's
-            raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds") from None
+            raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds{_standing(row)}") from None
         finally:
             self._changes[task_id].discard(changed)
             if not self._changes[task_id]:
@@ -169,6 +170,15 @@ class Tasks(ClientBase):
         elif row.error is not None and row.outcome is not None:
             error = TaskErrorInfo(*stored_failure(row.error, f"the error of task {row.task_id}"))
         return TaskPollResult(row.task_id, TaskStatus(row.state), output, error)
+
+
+def _standing(row: Row[Any] | None) -> str:
+    """How a task that has not ended stood when it was last looked at, and what it may be waiting for."""
+    if row is None:
+        return ""
+    if row.state != TaskStatus.PENDING:
+        return f": it is {row.state}"
+    return f": it is pending. Does a worker run that serves its queue and knows a task named {row.task_name!r}?"
 
 
 def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:

@@ -30,6 +30,7 @@ from durable_sa import (
     UserError,
     task,
 )
+from durable_sa.testing import run_until_idle
 from tests.client.support import Gate, read
 from tests.support import eventually
 
@@ -181,6 +182,20 @@ async def test_a_wait_is_over_after_its_timeout(durable: Durable, timeout: Any) 
     result = await durable.get_task_result(spawned)
     assert result is not None
     assert result.status is TaskStatus.PENDING
+
+
+async def test_the_end_of_a_wait_says_how_the_task_stands(durable: Durable) -> None:
+    @task
+    async def asleep(ctx: TaskContext) -> None:
+        await ctx.sleep_for("long", 3600)
+
+    spawned = await durable.spawn(asleep)
+    with pytest.raises(TimeoutError, match="it is pending. Does a worker run that .* knows a task named 'asleep'"):
+        await durable.wait_for_result(spawned, timeout=0.05)
+    durable.register(asleep)
+    await run_until_idle(durable)
+    with pytest.raises(TimeoutError, match="within 0.05 seconds: it is sleeping$"):
+        await durable.wait_for_result(spawned, timeout=0.05)
 
 
 async def test_what_has_ended_is_there_even_without_time_to_wait(durable: Durable) -> None:
