@@ -31,7 +31,8 @@ logger = logging.getLogger("durable_sa")
 REGISTER_AFTER = 0.02
 """Seconds that a wait is held back from the database: most runs suspend before, and store it with that."""
 
-_RAISED_BEFORE_PARKING = 5
+RAISED_BEFORE_PARKING = 5
+"""How often a call raises the signal of a run that has ended, for code that swallows it, before it waits for ever."""
 
 
 class Run:
@@ -196,7 +197,7 @@ class Run:
         if self.signal is None:
             self.host.lease_lost()
         self._ignored += 1
-        if self._ignored > _RAISED_BEFORE_PARKING:
+        if self._ignored > RAISED_BEFORE_PARKING:
             # Code that swallows the signal and calls again would spin: it waits here until it is abandoned.
             await self._loop.create_future()
         raise self.signal if self.signal is not None else LeaseLost()

@@ -31,6 +31,7 @@ from .errors import InvalidState, TaskTimeout
 from .hooks import around_step
 from .policies import Duration
 from .results import TaskHandle
+from .run import RAISED_BEFORE_PARKING
 from .signals import ControlFlow, Suspended
 from .steps import PLAIN, Step, StepOptions
 
@@ -51,8 +52,6 @@ ParamsT = TypeVar("ParamsT")
 
 UNWINDING_GRACE = 6.0
 """Seconds that a thread gets to come to its end once its run has; longer than the branches of a run get."""
-
-_RAISED_BEFORE_PARKING = 5
 
 
 class _Thread:
@@ -85,7 +84,7 @@ class _Thread:
                 self.loop.call_soon_threadsafe(self.requests.put_nowait, (request, answers))
             else:
                 self.ignored += 1
-                if self.ignored <= _RAISED_BEFORE_PARKING:
+                if self.ignored <= RAISED_BEFORE_PARKING:
                     raise self.signal
         # Code that swallows the signal and calls again would spin: it waits here until the process ends.
         succeeded, value = answers.get()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -143,6 +144,21 @@ class ContextBase:
         """In a span of the call, if anybody wants to see it."""
         telemetry = self._run.host.telemetry
         return _UNOBSERVED if telemetry is None else telemetry.call(kind, name, self._run.claimed, **more)
+
+
+def check_function(function: object, call: Call) -> None:
+    """Refuse what cannot be called, above all what comes of calling it: `ctx.step("charge", charge(5))`.
+
+    Raises:
+        TypeError: with what it is instead.
+    """
+    if callable(function):
+        return
+    given = type(function).__name__
+    if isinstance(function, Coroutine):
+        function.close()  # or Python warns that nobody has awaited it
+        given = f"what it gives (a {given})"
+    raise TypeError(f"{call.kind} {call.name!r} takes a function and then its arguments, not {given}")
 
 
 def _is_inside_step(path: tuple[int | str, ...]) -> bool:

@@ -13,7 +13,7 @@ from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFo
 from ..failures import stored_failure
 from ..ids import child_id, digest
 from ..policies import Duration, seconds
-from ..results import TaskHandle
+from ..results import SpawnResult, TaskHandle
 from ..spawns import over, prepare
 from ..writes import Kind, Stored
 from .base import NULL, Call, ContextBase
@@ -115,6 +115,8 @@ class Children(ContextBase):
             TaskTimeout: it had not ended after `timeout` seconds; remembered, so a replay takes the same way.
             TaskNotFound: the handle is not of a child of this task.
         """
+        if not isinstance(handle, TaskHandle | SpawnResult):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"join takes the TaskHandle that `await ctx.spawn(...)` gives, not {type(handle).__name__}")
         limit = None if timeout is None else seconds(timeout, "timeout")
         call = self._call("join", "$join", str(handle.task_id))
         return self._join(call, handle, limit)

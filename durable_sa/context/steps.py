@@ -18,7 +18,7 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..steps import PLAIN, Step, StepOptions, result_codec
 from ..writes import Kind
-from .base import NULL, Call
+from .base import NULL, Call, check_function
 from .sleeps import Sleeps
 
 P = ParamSpec("P")
@@ -66,6 +66,7 @@ class Steps(Sleeps):
         """
         function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, PLAIN)
         call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
+        check_function(function, call)
         return self._step(call, function, options, args, kwargs)
 
     async def _step(
@@ -107,6 +108,7 @@ class Steps(Sleeps):
     ) -> Coroutine[Any, Any, Begun]:
         """The first part of a step that another thread executes."""
         call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
+        check_function(function, call)
         return self._begin(call, function, options)
 
     async def _begin(self, call: Call, function: Callable[..., Any], options: StepOptions) -> Begun:

@@ -12,7 +12,7 @@ from ..arguments import encode_arguments
 from ..ids import is_part
 from ..steps import result_codec
 from ..transactions import run_transaction
-from .base import NULL, Call, ContextBase
+from .base import NULL, Call, ContextBase, check_function
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class Transactions(ContextBase):
             SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
         """
         call = self._call("transaction", name, encode_arguments(args, kwargs, f"transaction {name!r}"))
+        check_function(fn, call)
         return self._transaction(call, fn, args, kwargs)
 
     async def _transaction(

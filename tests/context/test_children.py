@@ -654,3 +654,20 @@ async def test_spawn_whose_key_is_in_an_open_transaction_holds_up_no_other_task(
                 assert await run(work, f"free-{number}") == 42
         await session.rollback()
     assert (await run.wait(waiting)).output == 42
+
+
+async def test_what_is_no_handle_cannot_be_joined(run: Runner):
+    @task
+    async def child(ctx: TaskContext) -> None: ...
+
+    @task(max_attempts=1)
+    async def by_id(ctx: TaskContext) -> None:
+        await ctx.join((await ctx.spawn("child", child)).task_id)  # type: ignore[arg-type]
+
+    @task(max_attempts=1)
+    async def somebody_elses(ctx: TaskContext) -> None:
+        await ctx.join(await run.durable.spawn(child))  # type: ignore[arg-type]
+
+    error = await run.failure(by_id)
+    assert error.message == "join takes the TaskHandle that `await ctx.spawn(...)` gives, not UUID"
+    assert (await run.failure(somebody_elses)).name == "TaskNotFound"

@@ -8,7 +8,7 @@ from typing import Any, Never, NoReturn
 
 import pytest
 
-from durable_sa import Durable, TaskContext, task
+from durable_sa import Durable, SyncTaskContext, TaskContext, task
 from tests.context.support import Crash, Rows, Runner, Tally
 
 
@@ -489,3 +489,56 @@ async def test_steps_inside_a_step_that_failed_are_not_repeated(run: Runner, tal
 
     assert await run(work) == "kept"
     assert tally == ["outer", "inner", "outer"]
+
+
+async def test_what_is_no_function_is_refused(run: Runner, tally: Tally):
+    async def charge(cents: int) -> int:
+        tally.add(cents)
+        return cents
+
+    @task(max_attempts=1)
+    async def called(ctx: TaskContext) -> int:
+        return await ctx.step("charge", charge(5))  # type: ignore[call-overload]
+
+    @task(max_attempts=1)
+    def called_in_a_thread(ctx: SyncTaskContext) -> int:
+        return ctx.step("charge", charge(5))  # type: ignore[call-overload]
+
+    @task(max_attempts=1)
+    async def in_a_transaction(ctx: TaskContext) -> int:
+        return await ctx.transaction("charge", charge(5))  # type: ignore[call-overload]
+
+    @task(max_attempts=1)
+    async def no_function(ctx: TaskContext) -> int:
+        return await ctx.step("charge", 5)  # type: ignore[call-overload]
+
+    for work, message in (
+        (called, "step 'charge' takes a function and then its arguments, not what it gives (a coroutine)"),
+        (called_in_a_thread, "step 'charge' takes a function and then its arguments, not what it gives (a coroutine)"),
+        (
+            in_a_transaction,
+            "transaction 'charge' takes a function and then its arguments, not what it gives (a coroutine)",
+        ),
+        (no_function, "step 'charge' takes a function and then its arguments, not int"),
+    ):
+        error = await run.failure(work)
+        assert (error.name, error.message) == ("TypeError", message)
+    assert tally == []
+
+
+async def test_a_function_in_the_place_of_the_name_is_refused(run: Runner):
+    @task
+    async def child(ctx: TaskContext) -> None: ...
+
+    @task
+    async def nameless_step(ctx: TaskContext) -> None:
+        await ctx.step(len, "text")  # type: ignore[call-overload]
+
+    @task
+    async def nameless_child(ctx: TaskContext) -> None:
+        await ctx.spawn(child)  # type: ignore[call-overload]
+
+    error = await run.failure(nameless_step)
+    assert (error.name, "it must be a str, not builtin_function_or_method" in error.message) == ("InvalidName", True)
+    error = await run.failure(nameless_child)
+    assert error.name == "TypeError"
