@@ -176,6 +176,12 @@ class Worker:
             self._services.serve(self._samples.run, "durable:samples")
         if self._listener is not None:
             self._services.serve(self._listener.run, "durable:listener")
+        logger.info(
+            "worker %s has started (queues: %s; tasks: %d)",
+            self.settings.name,
+            ", ".join(self.settings.queue_names),
+            len(self._durable.tasks),
+        )
 
     async def _connect(self) -> None:
         try:
@@ -277,6 +283,7 @@ class Worker:
         finally:
             self._durable.forget_worker(self)
             self._stopped.set()
+            logger.info("worker %s has ended", self.settings.name)
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside every run."""

@@ -21,6 +21,8 @@ from ..errors import InvalidConfiguration
 from . import reloading
 from .invocation import refused, reported
 
+logger = logging.getLogger("durable_sa")
+
 
 class LogLevel(StrEnum):
     """How much a worker says."""
@@ -118,6 +120,8 @@ def worker(
     # What goes wrong in the application itself comes with its traceback.
     with refused():
         durable = load(target)
+    if not durable.tasks:
+        logger.warning("%s knows no task and will run none: let its module import those that define them", target)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(durable, options))
 

@@ -87,6 +87,20 @@ async def test_runs_are_given_back_when_it_is_told_twice(durable: Durable, url: 
     assert await state(durable, task_id) is TaskStatus.PENDING
 
 
+async def test_it_says_what_it_serves(durable: Durable, url: str, app: Path) -> None:
+    with process("worker", "app:durable", "--worker-id", "w7", url=url, cwd=app) as worker:
+        await asyncio.to_thread(worker.until_said, "worker w7 has started (queues: default; tasks: 2)")
+        worker.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(worker.wait) == 0, worker.said
+        assert worker.said.endswith("worker w7 has ended\n")
+
+
+def test_it_warns_where_no_task_is_registered(url: str, app: Path) -> None:
+    (app / "app.py").write_text("from durable_sa import Durable\ndurable = Durable()\n")
+    with process("worker", "app:durable", url=url, cwd=app) as worker:
+        worker.until_said("app:durable knows no task and will run none: let its module import those that define them")
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
