@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,6 +21,14 @@ STATEMENT_DEADLINE = 30.0
 """Seconds after which a statement's connection is taken for dead."""
 POOL_PATIENCE = 5.0
 """Seconds that a lost connection's successor is waited for in the application's pool."""
+
+
+class Executing(Protocol):
+    """Something that runs one statement as a transaction: a database, a channel."""
+
+    async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """Run a statement."""
+        ...
 
 
 class Channel:

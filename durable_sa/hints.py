@@ -20,24 +20,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row, event, func, literal_column, select
+from sqlalchemy import Row, event
 from sqlalchemy.engine import Connection, Engine, RootTransaction
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
-from sqlalchemy.sql import bindparam
-from sqlalchemy.types import Text
 
 from .branches import detached
 from .connections import Database, is_autocommit
 from .models import SCHEMA
+from .statements.notifying import NOTIFY
 
 logger = logging.getLogger("durable_sa")
-
-NOTIFY = select(
-    func.pg_notify(bindparam("channel", type_=Text()), bindparam("payload", type_=Text())),
-    func.set_config(literal_column("'synchronous_commit'"), literal_column("'off'"), literal_column("true")),
-)
-"""Send a hint to all workers that listen. Nothing is stored, so its commit need not wait for a disk or a standby."""
 
 MAX_PAYLOAD = 7000
 """Bytes; Postgres allows 8,000."""

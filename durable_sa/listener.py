@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .connections import Database, direct_engine
 from .database_errors import backoff
-from .hints import NOTIFY, channel_name
+from .hints import channel_name
+from .statements.notifying import NOTIFY
 
 logger = logging.getLogger("durable_sa")
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from .current import current_context
-from .errors import InvalidState
+from .current import context_or_none
 
 FIELDS: Final = ("task_id", "task_name", "run_id", "attempt", "queue_name")
 
@@ -32,10 +31,7 @@ class TaskFields(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Set the attributes that are missing."""
         if not hasattr(record, "task_id"):
-            try:
-                context = current_context()
-            except InvalidState:
-                context = None
+            context = context_or_none()
             for field in FIELDS:
                 value = getattr(context, field, None)
                 setattr(record, field, str(value) if field.endswith("_id") and value is not None else value)

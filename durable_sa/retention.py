@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
 
-from sqlalchemy import Executable, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from .channels import Executing
 from .database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from .statements import queues
 
@@ -22,14 +20,6 @@ OUTCOMES = ("completed", "cancelled", "failed")
 Position = tuple[datetime, uuid.UUID]
 """Of an ended task, by the time of its end."""
 _BEGINNING: Position = (datetime(1, 1, 2, tzinfo=UTC), uuid.UUID(int=0))
-
-
-class Executing(Protocol):
-    """Something that runs one statement as a transaction: a database, a channel."""
-
-    async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
-        """Run a statement."""
-        ...
 
 
 async def delete_tasks(database: Executing, queue_name: str, age: float, limit: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sqlalchemy import Executable, Row
+from sqlalchemy import Row
 
 from . import pgcron
+from .channels import Executing
 from .codec import Codec, codec_for
 from .errors import InvalidConfiguration, InvalidCron, QueueNotFound, ScheduleNotFound
 from .options import SpawnOptions, queryable
@@ -256,14 +257,6 @@ async def pause(client: ClientBase, name: str, *, paused: bool) -> None:
 async def triggered(client: ClientBase, name: str) -> Prepared:
     """The spawn of a tick that is asked for by hand."""
     return prepare_tick(client, await _stored(client, name), None)
-
-
-class Executing(Protocol):
-    """Something that runs one statement as a transaction."""
-
-    async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
-        """Run a statement."""
-        ...
 
 
 async def fire_due(client: ClientBase, channel: Executing, said: set[str] | None = None) -> tuple[list[Row[Any]], bool]:

@@ -26,7 +26,8 @@ SPAWN_BATCH_CHARACTERS = 16 * 1024 * 1024
 """Of params in one statement; Postgres takes messages of up to 1 GiB."""
 CASCADE_BATCH = 500
 
-Item = tuple[Executable, dict[str, Any]]
+_MAX_PENDING = list(spawning.SPAWN_COLUMNS).index("max_pending_seconds")
+"""Where a spawn's values have it."""
 
 
 def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
@@ -90,7 +91,7 @@ def _insert(
         for item in missing:
             if item.task_id in found:
                 outcomes[item.task_id] = created(item)
-                if item.values[13] is not None:
+                if item.values[_MAX_PENDING] is not None:
                     hint.limits = True
         missing = [item for item in missing if item.task_id not in found]
         if not missing:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateSchema
 
-from ..database_errors import sqlstate
+from ..database_errors import LOCK_NOT_AVAILABLE, sqlstate
 from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
 from .chain import BASE, head, is_known, position, scripts
@@ -24,7 +24,6 @@ SCHEMA_OPTION: Final = "durable_schema"
 QUEUE_SECONDS: Final = 60
 LOCK_SECONDS: Final = 5
 
-_LOCK_NOT_AVAILABLE = "55P03"
 _SCHEMA_EXISTS = text("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = :schema")
 
 
@@ -90,7 +89,7 @@ def migrate(connection: Connection, schema: str = SCHEMA) -> None:
         connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
         _upgrade(op, head(), BASE, schema)
     except DBAPIError as error:
-        if sqlstate(error) != _LOCK_NOT_AVAILABLE:
+        if sqlstate(error) != LOCK_NOT_AVAILABLE:
             raise
         raise InvalidState(
             "The migration of durable's tables",

@@ -24,8 +24,9 @@ from sqlalchemy.orm import Session
 from durable_sa import CancellationPolicy, Durable, QueueNotFound, task
 from durable_sa.connections import Database
 from durable_sa.embedded import temporary_server
-from durable_sa.hints import NOTIFY, Hint
+from durable_sa.hints import Hint
 from durable_sa.statements import spawning
+from durable_sa.statements.notifying import NOTIFY
 from tests.client.support import (
     ASYNC,
     Application,
