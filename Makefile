@@ -43,6 +43,7 @@ $(READY): pyproject.toml uv.lock
 		UV_PROJECT_ENVIRONMENT='$(VENV)' uv sync --frozen --all-extras --all-groups; \
 	else \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")' && \
+		echo 'Installing what development needs into $(VENV): this takes a minute or two.' && \
 		$(PYTHON) -m venv '$(VENV)' && \
 		$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
 		$(BIN)/python -m pip install --quiet --editable '.[embedded,psycopg,telemetry,cli]' --group dev; \

@@ -248,6 +248,7 @@ class UserError(TaskError):
 
     @property
     def message(self) -> str:
+        """What is shown of the data: see above. At most 1000 characters where it is the data as JSON."""
         if isinstance(self.data, str):
             return self.data
         plain = _plain(self.data)

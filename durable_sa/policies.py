@@ -150,6 +150,10 @@ class RetryStrategy:
         return min(delay, self.max_backoff)
 
 
+DEFAULT_RETRY_STRATEGY: Final = RetryStrategy.fixed(5)
+"""Of clients that say nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class CancellationPolicy:
     """When a task that takes too long is cancelled by itself. `None` is never.

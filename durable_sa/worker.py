@@ -142,7 +142,13 @@ class Worker:
         return self._samples.latest
 
     async def start(self) -> None:
-        """Register, and start to claim."""
+        """Register, and start to claim.
+
+        Raises:
+            InvalidConfiguration: the pool does not give three connections, or the port for probes cannot be had.
+            QueueNotFound: one of its queues does not exist.
+            SchemaMismatch: the tables are not those that this version needs.
+        """
         database = self._durable.database
         await self._durable.check_schema()
         known = await database.execute(queues.KNOWN_QUEUES, {"queue_names": list(self.settings.queue_names)})

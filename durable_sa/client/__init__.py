@@ -22,7 +22,7 @@ from ..hooks import Hooks
 from ..interrupts import signals_handled
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import WorkerOptions
-from ..policies import CancellationPolicy, RetryStrategy
+from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from ..settings import Settings
 from ..tasks import Task
 from ..worker import Worker
@@ -73,7 +73,7 @@ class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
         | None = None,
         schema: str = SCHEMA,
         default_max_attempts: int = 5,
-        default_retry_strategy: RetryStrategy | None = None,
+        default_retry_strategy: RetryStrategy | None = DEFAULT_RETRY_STRATEGY,
         default_cancellation: CancellationPolicy | None = None,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         hooks: Iterable[Hooks] = (),

@@ -14,7 +14,7 @@ from ..hints import Hint, HintSender, channel_name, sender
 from ..hooks import HookChain, Hooks
 from ..names import validate_name, validate_schema
 from ..options import MAX_ATTEMPTS, TaskOptions
-from ..policies import CancellationPolicy, RetryStrategy, integer
+from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy, integer
 from ..providers import automatic
 from ..sessions import Script
 from ..statements import queues
@@ -49,7 +49,7 @@ class ClientBase(Registry):
         """The queue of spawns and workers that name none."""
         self.schema = validate_schema(schema)
         self.max_payload_bytes = integer(max_payload_bytes, "max_payload_bytes", minimum=1, maximum=2**30)
-        self.default_retry_strategy = default_retry_strategy or RetryStrategy.fixed(5)
+        self.default_retry_strategy = default_retry_strategy or DEFAULT_RETRY_STRATEGY
         self.defaults = TaskOptions(
             integer(default_max_attempts, "default_max_attempts", minimum=1, maximum=MAX_ATTEMPTS),
             self.default_retry_strategy,

@@ -109,6 +109,10 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
         """Ask whether the run still goes on: raises where the task was cancelled or taken over.
 
         Never needed to keep a lease, which is the worker's; `duration` is checked and otherwise has no meaning.
+
+        Raises:
+            ControlFlow: the task was cancelled, or another worker has it.
+            InvalidConfiguration: a duration that is none.
         """
         if duration is not None:
             seconds(duration, "duration")
