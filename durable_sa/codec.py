@@ -148,6 +148,10 @@ def _codec_for(annotation: object, _spelling: object) -> Codec[Any]:
     return Codec(annotation)
 
 
+UNTYPED: Final[Codec[Any]] = codec_for(Any)
+"""The codec of what has no annotation: plain JSON."""
+
+
 def check_size(text: str, limit: int, what: str) -> None:
     """Refuse JSON text of more than `limit` bytes of UTF-8.
 

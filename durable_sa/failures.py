@@ -8,7 +8,6 @@ from typing import Any, Final, TypedDict, cast
 
 from pydantic_core import to_json
 
-from durable_sa.codec import Codec, codec_for
 from durable_sa.errors import (
     ChildCancelled,
     ChildFailed,
@@ -22,11 +21,13 @@ from durable_sa.errors import (
     UserError,
 )
 
+from .codec import UNTYPED
+
 MAX_MESSAGE_BYTES: Final = 32 * 1024
 MAX_TRACEBACK_BYTES: Final = 64 * 1024
 MAX_RAW_BYTES: Final = 1024 * 1024
 
-_PLAIN: Final[Codec[Any]] = codec_for(Any)
+
 _PACKAGE: Final = str(Path(__file__).parent) + os.sep
 
 _NEVER_RETRIED: Final = (
@@ -93,7 +94,7 @@ def stored_failure(text: str, what: str) -> tuple[str, str, Any]:
     Raises:
         SerializationError: it is no such object, but something that was written by hand.
     """
-    stored = _PLAIN.decode(text, what)
+    stored = UNTYPED.decode(text, what)
     if not isinstance(stored, dict):
         raise SerializationError(what, f"cannot be read back as an object: it is of type {type(stored).__name__}")
     fields = cast(dict[str, Any], stored)

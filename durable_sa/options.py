@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast,
 from sqlalchemy import URL
 from typing_extensions import Unpack
 
-from durable_sa.codec import check_size, codec_for
+from durable_sa.codec import UNTYPED, check_size
 from durable_sa.errors import InvalidConfiguration, SerializationError
 from durable_sa.names import validate_name
 from durable_sa.policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
@@ -211,11 +211,11 @@ def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any
     _instance(headers or {}, Mapping, "headers")
     combined = {validate_name("header", key): value for key, value in (headers or {}).items()}
     combined.update({validate_name("header", key, internal=True): value for key, value in (internal or {}).items()})
-    text = _JSON.encode(combined, "The headers")
+    text = UNTYPED.encode(combined, "The headers")
     queryable(text, "The headers")
     if len(text) * 4 > MAX_HEADERS_BYTES:
         # The engine's own come on top: what it adds must not be what refuses a spawn.
-        check_size(_JSON.encode(dict(headers or {}), "The headers"), MAX_HEADERS_BYTES, "The headers")
+        check_size(UNTYPED.encode(dict(headers or {}), "The headers"), MAX_HEADERS_BYTES, "The headers")
     return text
 
 
@@ -225,7 +225,7 @@ def queryable(text: str, what: str) -> str:
     Raises:
         SerializationError: it contains NUL.
     """
-    if "\\u0000" in text and _contains_nul(_JSON.decode(text, what)):
+    if "\\u0000" in text and _contains_nul(UNTYPED.decode(text, what)):
         raise SerializationError(what, "cannot be stored: the character U+0000 is in it")
     return text
 
@@ -251,6 +251,3 @@ def _first(what: str, *values: _Value | None) -> _Value:
         if value is not None:
             return value
     raise InvalidConfiguration(what, "neither the spawn, nor the task, nor the client says what it is")
-
-
-_JSON: Final = codec_for(Any)

@@ -11,7 +11,7 @@ from sqlalchemy import Row
 
 from . import pgcron
 from .channels import Executing
-from .codec import Codec, codec_for
+from .codec import UNTYPED
 from .errors import InvalidConfiguration, InvalidCron, QueueNotFound, ScheduleNotFound
 from .options import SpawnOptions, queryable
 from .policies import CancellationPolicy, RetryStrategy
@@ -33,7 +33,6 @@ CRON = "durable::cron"
 
 logger = logging.getLogger("durable_sa")
 
-_PLAIN: Codec[Any] = codec_for(Any)
 _PAGE = 100
 _BEGINNING = (datetime(1, 1, 2, tzinfo=UTC), "")
 
@@ -58,12 +57,12 @@ def encode_options(options: SpawnOptions) -> str:
             plain[key] = value.total_seconds()
         else:
             plain[key] = value
-    return _PLAIN.encode(plain, "the options of a schedule")
+    return UNTYPED.encode(plain, "the options of a schedule")
 
 
 def decode_options(text: str | None) -> SpawnOptions:
     """The spawn options of a schedule."""
-    plain: dict[str, Any] = _PLAIN.decode(text or "{}", "the options of a schedule")
+    plain: dict[str, Any] = UNTYPED.decode(text or "{}", "the options of a schedule")
     if (strategy := plain.get("retry_strategy")) is not None:
         plain["retry_strategy"] = RetryStrategy(**strategy)
     if (policy := plain.get("cancellation")) is not None:
@@ -79,12 +78,12 @@ def schedule_info(row: Row[Any]) -> ScheduleInfo:
         task_name=row.task_name,
         cron_expression=row.cron_expression,
         timezone=row.timezone,
-        params=None if row.params is None else _PLAIN.decode(row.params, f"the params of schedule {row.name!r}"),
+        params=None if row.params is None else UNTYPED.decode(row.params, f"the params of schedule {row.name!r}"),
         spawn_options={
             "queue_name": row.queue_name,
-            **_PLAIN.decode(row.spawn_options or "{}", f"the options of schedule {row.name!r}"),
+            **UNTYPED.decode(row.spawn_options or "{}", f"the options of schedule {row.name!r}"),
         },
-        metadata=_PLAIN.decode(row.metadata or "{}", f"the metadata of schedule {row.name!r}"),
+        metadata=UNTYPED.decode(row.metadata or "{}", f"the metadata of schedule {row.name!r}"),
         backend=row.backend,
         pgcron_job_name=row.pgcron_job_name,
         created_at=row.created_at,
@@ -103,7 +102,7 @@ def prepare_tick(client: ClientBase, row: Row[Any], tick: datetime | None) -> Pr
     options["queue_name"] = row.queue_name
     if tick is not None:
         options["idempotency_key"] = tick_key(row.name, tick)
-    params = None if row.params is None else _PLAIN.decode(row.params, "the params of a schedule")
+    params = None if row.params is None else UNTYPED.decode(row.params, "the params of a schedule")
     headers = {SCHEDULED_BY: row.name, CRON: row.cron_expression}
     return prepare(client, row.task_name, params, options, as_stored=True, internal_headers=headers)
 
@@ -111,7 +110,7 @@ def prepare_tick(client: ClientBase, row: Row[Any], tick: datetime | None) -> Pr
 def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
     if not isinstance(metadata or {}, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidConfiguration("metadata", f"it must be a Mapping, not {type(metadata).__name__}")
-    return queryable(_PLAIN.encode(dict(metadata or {}), what), what)
+    return queryable(UNTYPED.encode(dict(metadata or {}), what), what)
 
 
 class Definition(NamedTuple):

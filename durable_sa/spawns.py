@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from sqlalchemy import Row
 
 from .arguments import encode_arguments
-from .codec import Codec, check_size, codec_for
+from .codec import UNTYPED, Codec, check_size
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
 from .hooks import OutgoingSpawn, outgoing_headers
 from .ids import new_id
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .telemetry.operations import Spawning
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
-
-_PLAIN: Codec[Any] = codec_for(Any)
 
 
 class Prepared(NamedTuple):
@@ -153,12 +151,12 @@ def _encode_params(
     """Params as the task has them, where it is known; as plain JSON where it is not, or they need not fit it."""
     if known is not None:
         try:
-            return known.encode_params(params), known.params_codec if known.takes_params else _PLAIN
+            return known.encode_params(params), known.params_codec if known.takes_params else UNTYPED
         except InvalidTaskParams:
             if not unchecked:
                 raise
     try:
-        return None if params is None else _PLAIN.encode(params, f"the params of task {name!r}"), _PLAIN
+        return None if params is None else UNTYPED.encode(params, f"the params of task {name!r}"), UNTYPED
     except SerializationError as error:
         raise InvalidTaskParams(name, [str(error).removesuffix(".")]) from error
 

@@ -10,13 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from .. import scripts
-from ..codec import Codec, check_size, codec_for
+from ..codec import UNTYPED, check_size
 from ..hints import Hint
 from ..names import validate_name
 from ..sessions import Executor, Script, perform
 from .base import ClientBase
-
-_PLAIN: Codec[Any] = codec_for(Any)
 
 
 class Events(ClientBase):
@@ -59,7 +57,7 @@ class Events(ClientBase):
         validate_name("event", name)
         queue = self._queue(queue_name)
         what = f"the payload of event {name!r}"
-        text = _PLAIN.encode(payload, what)
+        text = UNTYPED.encode(payload, what)
         check_size(text, self.max_payload_bytes, what)
         telemetry = self.telemetry
         return scripts.emit(queue, name, text, None if telemetry is None else telemetry.emit(name, queue))

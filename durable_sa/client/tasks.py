@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from .. import scripts
 from ..batches import Batch
-from ..codec import Codec, codec_for
+from ..codec import UNTYPED, Codec
 from ..database_errors import is_transient
 from ..errors import TaskNotFound
 from ..failures import stored_failure
@@ -30,7 +30,6 @@ from .base import ClientBase
 
 T = TypeVar("T")
 
-_PLAIN: Codec[Any] = codec_for(Any)
 _FIRST_LOOK = 1.0
 """Seconds that the first look may take, also where there is less to wait: what has ended is told without a wait."""
 _FIRST_POLL = 0.002
@@ -165,7 +164,7 @@ class Tasks(ClientBase):
         output, error = None, None
         if row.outcome == "completed" and row.output is not None:
             known = self.tasks.get(row.task_name)
-            codec: Codec[Any] = known.output_codec if known is not None else _PLAIN
+            codec: Codec[Any] = known.output_codec if known is not None else UNTYPED
             output = codec.decode(row.output, f"the output of task {row.task_id}")
         elif row.error is not None and row.outcome is not None:
             error = TaskErrorInfo(*stored_failure(row.error, f"the error of task {row.task_id}"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from ..claimed import Claimed
-from ..codec import Codec, codec_for
+from ..codec import UNTYPED
 from ..hooks import Hooks
 from ..policies import Duration, seconds
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["TaskContext"]
 
 StateT = DefaultTypeVar("StateT", default=Any)
-
-_PLAIN: Codec[Any] = codec_for(Any)
 
 
 class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic[StateT]):
@@ -76,7 +74,7 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
         headers: Mapping[str, Any] | None = self._headers
         if headers is None:
             text = self._run.claimed.headers
-            headers = {} if text is None else cast("Mapping[str, Any]", _PLAIN.decode(text, "the task's headers"))
+            headers = {} if text is None else cast("Mapping[str, Any]", UNTYPED.decode(text, "the task's headers"))
             self._headers = headers
         return headers
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from typing_extensions import Unpack
 
-from ..codec import Codec, codec_for
+from ..codec import UNTYPED
 from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
 from ..failures import stored_failure
 from ..ids import child_id, digest
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
-
-_PLAIN: Codec[Any] = codec_for(Any)
 
 
 class Children(ContextBase):
@@ -144,7 +142,7 @@ class Children(ContextBase):
                 ended = await run.host.reader.task(child)
             known = self._durable.tasks.get(ended.task_name) if ended is not None else None
         if stored.status == "completed":
-            codec = known.output_codec if known is not None else _PLAIN
+            codec = known.output_codec if known is not None else UNTYPED
             return cast(T, codec.decode(stored.value or NULL, f"the output of task {child}"))
         if stored.status == "timeout":
             raise TaskTimeout(f"joining task {child}", timeout or 0.0)

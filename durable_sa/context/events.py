@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeVar, overload
 
-from ..codec import Codec, check_size, codec_for
+from ..codec import UNTYPED, Codec, check_size, codec_for
 from ..errors import TaskTimeout
 from ..names import validate_name
 from ..policies import Duration, seconds
@@ -13,8 +13,6 @@ from ..writes import Kind, Stored
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")
-
-_PLAIN: Codec[Any] = codec_for(Any)
 
 
 class Events(ContextBase):
@@ -40,7 +38,7 @@ class Events(ContextBase):
         limit = None if timeout is None else seconds(timeout, "timeout")
         validate_name("event", name)
         call = self._call("event", name)
-        return self._await_event(call, limit, _PLAIN if type is None else codec_for(type))
+        return self._await_event(call, limit, UNTYPED if type is None else codec_for(type))
 
     async def _await_event(self, call: Call, timeout: float | None, codec: Codec[T]) -> T:
         run = self._run
@@ -67,7 +65,7 @@ class Events(ContextBase):
         validate_name("event", name)
         call = self._call("emit", name)
         what = f"the payload of event {name!r}"
-        text = _PLAIN.encode(payload, what)
+        text = UNTYPED.encode(payload, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         return self._emit(call, text)
 

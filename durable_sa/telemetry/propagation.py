@@ -9,12 +9,10 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ..codec import Codec, codec_for
+from ..codec import UNTYPED
 
 OTEL_CONTEXT: Final = "durable::otel_context"
 """The key of an object with `traceparent` and, where there is one, `tracestate`."""
-
-_PLAIN: Codec[Any] = codec_for(Any)
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
@@ -27,18 +25,18 @@ def carried(context: Context | None = None) -> dict[str, str]:
 
 def encoded(carrier: Mapping[str, str]) -> str | None:
     """The metadata of an event."""
-    return _PLAIN.encode({OTEL_CONTEXT: dict(carrier)}, "the metadata of an event") if carrier else None
+    return UNTYPED.encode({OTEL_CONTEXT: dict(carrier)}, "the metadata of an event") if carrier else None
 
 
 def context_of(headers: str | None) -> Context:
     """The trace context that a task carries; an empty one, which makes a span the first of its trace, if none."""
-    found: Any = {} if headers is None or OTEL_CONTEXT not in headers else _PLAIN.decode(headers, "headers")
+    found: Any = {} if headers is None or OTEL_CONTEXT not in headers else UNTYPED.decode(headers, "headers")
     return _extracted(found.get(OTEL_CONTEXT))
 
 
 def links_to(wakers: str | None) -> list[Link]:
     """Links to what has woken a task, from an array of such objects."""
-    stored: Any = [] if wakers is None else _PLAIN.decode(wakers, "wakers")
+    stored: Any = [] if wakers is None else UNTYPED.decode(wakers, "wakers")
     contexts = [get_current_span(_extracted(carrier)).get_span_context() for carrier in stored]
     return [Link(context) for context in contexts if context.is_valid]
 

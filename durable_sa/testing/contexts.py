@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from ..annotations import is_coroutine_function
 from ..claimed import Claimed
 from ..client import Durable
-from ..codec import Codec, check_size, codec_for
+from ..codec import UNTYPED, check_size, codec_for
 from ..context import TaskContext
 from ..context.base import Call
 from ..current import running
@@ -110,9 +110,8 @@ class MemoryContext(TaskContext[Any], _Enterable):
             now=now,
         )
         if events is None:
-            codec: Codec[Any] = codec_for(Any)
             given = options.get("events", {}).items()
-            events = {name: codec.encode(payload, f"the payload of event {name!r}") for name, payload in given}
+            events = {name: UNTYPED.encode(payload, f"the payload of event {name!r}") for name, payload in given}
         self._memory = MemoryRun(
             claimed, durable.max_payload_bytes, events, options.get("results", {}), self._execute_child
         )

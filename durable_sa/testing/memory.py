@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from ..branches import Branch
 from ..claimed import Claimed
-from ..codec import Codec, codec_for
+from ..codec import UNTYPED, Codec
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
 from ..failures import encode_error
 from ..hooks import HookChain
@@ -23,8 +23,6 @@ from ..reader import EndedTask
 from ..results import TaskHandle
 from ..tasks import Task
 from ..writes import Kind, Stored
-
-_PLAIN: Codec[Any] = codec_for(Any)
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class MemoryRun:
         first = name not in self.events
         if first:
             self.events[name] = text
-            self.recorded.emitted[name] = _PLAIN.decode(text, f"the payload of event {name!r}")
+            self.recorded.emitted[name] = UNTYPED.decode(text, f"the payload of event {name!r}")
         return Stored("completed", "true" if first else "false")
 
     async def park(self, parked: Parked) -> Stored:
@@ -193,5 +191,5 @@ class MemoryRun:
                 value = await self._execute(child, task)
             except Exception as error:  # noqa: BLE001 - what a child fails with reaches its parent as ChildFailed
                 return "failed", None, encode_error(error)
-        codec: Codec[Any] = _PLAIN if task is None else task.output_codec
+        codec: Codec[Any] = UNTYPED if task is None else task.output_codec
         return "completed", codec.encode(value, f"the result of child {child.name!r}"), None
