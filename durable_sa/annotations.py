@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from types import FrameType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, ForwardRef, cast
 
-from durable_sa.errors import SerializationError
+from .errors import SerializationError
 
 
 def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,8 +10,8 @@ from typing import Any, Final, NoReturn, cast
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
-from durable_sa.errors import SerializationError
-from durable_sa.fidelity import is_mapping, is_row, is_set
+from .errors import SerializationError
+from .fidelity import is_mapping, is_row, is_set
 
 _BYTES: Final = (bytes, bytearray, memoryview)
 _NONE: Final = "[[],{}]"

@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any, Final, Generic, TypeVar
 
-from durable_sa import awaits
-from durable_sa.awaits import AnyFuture, AnyTask
-from durable_sa.errors import InvalidState
-from durable_sa.quiescence import TURNS, Quiescence
+from . import awaits
+from .awaits import AnyFuture, AnyTask
+from .errors import InvalidState
+from .quiescence import TURNS, Quiescence
 
 T = TypeVar("T")
 TaskT = TypeVar("TaskT", bound=AnyTask)

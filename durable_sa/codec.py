@@ -12,8 +12,8 @@ from typing import Any, Final, Generic, Never, NoReturn, TypeVar, cast
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from durable_sa.errors import PayloadTooLarge, SerializationError
-from durable_sa.fidelity import Unfaithful, compare, culprit, place, same
+from .errors import PayloadTooLarge, SerializationError
+from .fidelity import Unfaithful, compare, culprit, place, same
 
 T_co = TypeVar("T_co", covariant=True)
 

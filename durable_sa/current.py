@@ -7,8 +7,8 @@ from contextvars import ContextVar
 from inspect import iscoroutinefunction
 from typing import Any, Final
 
-from durable_sa.errors import InvalidState
-from durable_sa.policies import Duration
+from .errors import InvalidState
+from .policies import Duration
 
 _current: ContextVar[Any] = ContextVar("durable_sa_context", default=None)
 

@@ -8,7 +8,8 @@ from typing import Any, Final, TypedDict, cast
 
 from pydantic_core import to_json
 
-from durable_sa.errors import (
+from .codec import UNTYPED
+from .errors import (
     ChildCancelled,
     ChildFailed,
     IdempotencyConflict,
@@ -20,8 +21,6 @@ from durable_sa.errors import (
     SerializationError,
     UserError,
 )
-
-from .codec import UNTYPED
 
 MAX_MESSAGE_BYTES: Final = 32 * 1024
 MAX_TRACEBACK_BYTES: Final = 64 * 1024

@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 from typing import Final, Literal
 
-from durable_sa.errors import InvalidConfiguration, InvalidName
+from .errors import InvalidConfiguration, InvalidName
 
 NameKind = Literal["queue", "task", "step", "event", "schedule", "worker", "header", "idempotency key"]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast,
 from sqlalchemy import URL
 from typing_extensions import Unpack
 
-from durable_sa.codec import UNTYPED, check_size
-from durable_sa.errors import InvalidConfiguration, SerializationError
-from durable_sa.names import validate_name
-from durable_sa.policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
+from .codec import UNTYPED, check_size
+from .errors import InvalidConfiguration, SerializationError
+from .names import validate_name
+from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
 
 if TYPE_CHECKING:
-    from durable_sa.tasks import Task
+    from .tasks import Task
 
 ParamsT = TypeVar("ParamsT")
 OutputT = TypeVar("OutputT")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
-from durable_sa.errors import InvalidConfiguration
+from .errors import InvalidConfiguration
 
 Duration = float | timedelta
 """Seconds, or a `timedelta`. Sub-second precision is kept."""

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from durable_sa import awaits
-from durable_sa.awaits import AnyFuture, AnyTask, Blocked
-from durable_sa.errors import InvalidState
+from . import awaits
+from .awaits import AnyFuture, AnyTask, Blocked
+from .errors import InvalidState
 
 T = TypeVar("T")
 

@@ -7,13 +7,13 @@ from types import FunctionType, MethodType
 from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from durable_sa.annotations import local_types, names_around, plain_function, resolve
-from durable_sa.codec import Codec, codec_for
-from durable_sa.current import context_or_none, in_event_loop
-from durable_sa.errors import InvalidConfiguration
-from durable_sa.names import validate_name
-from durable_sa.options import MAX_ATTEMPTS
-from durable_sa.policies import Duration, RetryStrategy, integer, seconds
+from .annotations import local_types, names_around, plain_function, resolve
+from .codec import Codec, codec_for
+from .current import context_or_none, in_event_loop
+from .errors import InvalidConfiguration
+from .names import validate_name
+from .options import MAX_ATTEMPTS
+from .policies import Duration, RetryStrategy, integer, seconds
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,6 +154,6 @@ def _make(function: Any, name: str | None, options: StepOptions) -> Step[..., An
 
 
 def _is_async(context: object) -> bool:
-    from durable_sa.context import TaskContext  # contexts import steps
+    from .context import TaskContext  # contexts import steps
 
     return isinstance(context, TaskContext)

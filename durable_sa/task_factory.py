@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Coroutine, Generator
 from typing import Any, TypeVar
 
-from durable_sa import branches
+from . import branches
 
 T = TypeVar("T")
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 
 from pydantic import ValidationError
 
-from durable_sa.annotations import is_coroutine_function, local_types, names_around, plain_function, resolve
-from durable_sa.codec import Codec, codec_for, problems
-from durable_sa.errors import InvalidTaskParams, SerializationError
-from durable_sa.names import validate_name
-from durable_sa.options import TaskOptions
-from durable_sa.policies import CancellationPolicy, RetryStrategy
+from .annotations import is_coroutine_function, local_types, names_around, plain_function, resolve
+from .codec import Codec, codec_for, problems
+from .errors import InvalidTaskParams, SerializationError
+from .names import validate_name
+from .options import TaskOptions
+from .policies import CancellationPolicy, RetryStrategy
 
 if TYPE_CHECKING:
-    from durable_sa.context import TaskContext
-    from durable_sa.sync_context import SyncTaskContext
+    from .context import TaskContext
+    from .sync_context import SyncTaskContext
 
 ParamsT = TypeVar("ParamsT")
 OutputT = TypeVar("OutputT")
