@@ -26,7 +26,6 @@ from .database_errors import (
     sqlstate,
 )
 from .errors import InvalidConfiguration, SchemaMismatch
-from .migrations import check
 from .models import SCHEMA
 from .urls import default_bind, resolve_url
 
@@ -229,6 +228,8 @@ class Database:
         """
         if sqlstate(error) not in MISSING_TABLE_STATES:
             return
+        from .migrations import check
+
         try:
             async with self.engine.connect() as connection:
                 await connection.run_sync(check, self.schema)

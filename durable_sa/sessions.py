@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session, scoped_session
 
 from .database_errors import UNDEFINED_TABLE, sqlstate
 from .hints import Hint, channel_name, send_after_commit
-from .migrations.version import not_installed
 from .models import SCHEMA, Task
 
 T = TypeVar("T")
@@ -71,6 +70,8 @@ def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]
             statement, parameters = steps.send(result.all() if result.returns_rows else ())
     except DBAPIError as error:
         if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
+            from .migrations.version import not_installed
+
             # On its connection nothing more can be asked.
             raise not_installed(schema) from error
         raise
