@@ -386,8 +386,8 @@ MUTANTS = (
         "run.py",
         (
             (
-                "        if self.signal is None and self.host.leased:\n            return\n        await self._refuse()",
-                "        return",
+                "        if self.signal is None and not self.over and self.host.leased:\n            return\n",
+                "        return\n",
             ),
         ),
         ("tests/context/test_suspension.py",),
