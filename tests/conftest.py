@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 
+import hypothesis
 import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -9,6 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from durable_sa import Durable
 
 pytest_plugins = ["pytester"]
+
+# How long an example takes is the machine's affair, which may be busy with others.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture
