@@ -7,43 +7,69 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
 
 from .worker import Worker
 
 
-@contextlib.asynccontextmanager
-async def signals_handled(worker: Worker) -> AsyncGenerator[None]:
-    """Shut the worker down on SIGTERM or SIGINT; a second one gives runs back at once.
+class Interrupts:
+    """What signals do to a worker: the first gives its start up or shuts it down, a second gives runs back at once."""
 
-    In a thread, where signals do not come, it goes on until somebody else shuts it down.
-    """
-    loop = asyncio.get_running_loop()
-    received = 0
+    def __init__(self) -> None:
+        self._starting: asyncio.Task[Worker] | None = None
+        self._worker: Worker | None = None
+        self._received = 0
 
-    def stop() -> None:
-        nonlocal received
-        received += 1
-        if received == 1:
-            worker.start_task(worker.shutdown(), "durable:signal")
+    async def started(self, start: Coroutine[Any, Any, Worker]) -> Worker | None:
+        """The worker that `start` gives; None if it was given up for a signal."""
+        self._starting = asyncio.ensure_future(start)
+        try:
+            self._worker = await self._starting
+        except asyncio.CancelledError:
+            if self._received and self._starting.cancelled():
+                return None
+            raise
+        if self._received:
+            self._shut_down(self._worker)
+        return self._worker
+
+    def signalled(self) -> None:
+        """A signal has come."""
+        self._received += 1
+        if self._worker is None:
+            if self._starting is not None:
+                self._starting.cancel()
+        elif self._received == 1:
+            self._shut_down(self._worker)
         else:
-            worker.hurry()
+            self._worker.hurry()
+
+    def _shut_down(self, worker: Worker) -> None:
+        worker.start_task(worker.shutdown(), "durable:signal")
+
+
+@contextlib.asynccontextmanager
+async def signals_handled() -> AsyncGenerator[Interrupts]:
+    """Handle signals until the end of the block. In a thread there are none: Python tells the main thread only."""
+    loop = asyncio.get_running_loop()
+    interrupts = Interrupts()
 
     def from_thread(_: int, __: object) -> None:
-        loop.call_soon_threadsafe(stop)
+        loop.call_soon_threadsafe(interrupts.signalled)
 
     restore: list[Callable[[], object]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            loop.add_signal_handler(number, stop)
+            loop.add_signal_handler(number, interrupts.signalled)
             restore.append(functools.partial(loop.remove_signal_handler, number))
         except (NotImplementedError, RuntimeError, ValueError):
             if threading.current_thread() is not threading.main_thread():
-                break  # Python tells the main thread only
+                break
             previous = signal.signal(number, from_thread)
             restore.append(functools.partial(signal.signal, number, previous))
     try:
-        yield
+        yield interrupts
     finally:
         for undo in restore:
             undo()

@@ -184,20 +184,24 @@ class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
     async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
         """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them.
 
+        A signal during its start gives that up.
+
         It takes the process to be there for the worker: what is in memory once it has started, code above all, is left
         out of garbage collections from then on (`gc.freeze`), which would cost a quarter of the throughput.
 
         Raises:
             DurableError: whatever :meth:`start_worker` raises.
         """
-        worker = await self.start_worker(**options)
-        try:
-            async with signals_handled(worker):
+        async with signals_handled() as interrupts:
+            worker = await interrupts.started(self.start_worker(**options))
+            if worker is None:
+                return
+            try:
                 gc.collect()
                 gc.freeze()
                 await worker.wait()
-        finally:
-            await worker.shutdown()
+            finally:
+                await worker.shutdown()
 
     def forget_worker(self, worker: Worker) -> None:
         """A worker has ended."""

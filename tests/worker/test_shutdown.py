@@ -1,6 +1,7 @@
 """Shutdown: what runs may end, what does not is given back at once, and nothing is counted against anybody."""
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Generator
@@ -99,6 +100,43 @@ async def test_sigint_and_sigterm_end_the_process_in_any_state(
     assert await process.exit_code() == 0
     assert await sql("SELECT count(*) FROM durable.tasks WHERE claimed_by IS NOT NULL AND outcome IS NULL") == [(0,)]
     assert await sql("SELECT worker_id FROM durable.workers") == []
+
+
+async def test_a_signal_during_the_start_gives_it_up(engine: AsyncEngine, sql: Rows) -> None:
+    entered: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[None]:
+        entered.append("begun")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+            yield
+        finally:
+            entered.append("ended")
+
+    async with Durable(engine, lifespan=lifespan) as durable:
+        await asyncio.wait_for(durable.run_worker(), 10)
+    assert entered == ["begun", "ended"]
+    assert await sql("SELECT worker_id FROM durable.workers") == []
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+async def test_cancelling_run_worker_during_the_start_is_no_signal(engine: AsyncEngine) -> None:
+    begun = asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[None]:
+        begun.set()
+        await asyncio.sleep(60)
+        yield
+
+    async with Durable(engine, lifespan=lifespan) as durable:
+        running = asyncio.create_task(durable.run_worker())
+        await begun.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
 
 
 async def test_a_suspended_task_is_no_concern_of_a_shutdown(durable: Durable, sql: Rows) -> None:
