@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 import weakref
@@ -240,6 +241,9 @@ _senders: weakref.WeakKeyDictionary[
     asyncio.AbstractEventLoop, weakref.WeakValueDictionary[tuple[Pool, str], HintSender]
 ] = weakref.WeakKeyDictionary()
 _thread_senders: weakref.WeakValueDictionary[tuple[Pool, str], _ThreadSender] = weakref.WeakValueDictionary()
+if hasattr(os, "register_at_fork"):
+    # Their threads are not in the child.
+    os.register_at_fork(after_in_child=_thread_senders.clear)
 _sending: set[HintSender] = set()
 _watched: weakref.WeakKeyDictionary[Connection, dict[str, Hint]] = weakref.WeakKeyDictionary()
 

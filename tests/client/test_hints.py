@@ -7,7 +7,10 @@ import gc
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -349,3 +352,18 @@ async def test_sending_a_hint_leaves_its_connection_as_durable_as_it_was(durable
         await connection.execute(NOTIFY, {"channel": "durable", "payload": "x"})
         assert await connection.scalar(sa.text("SHOW synchronous_commit")) == "local"
         await connection.execute(sa.text("RESET synchronous_commit"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_forked_process_does_not_leave_its_hints_to_a_thread_that_it_does_not_have() -> None:
+    program = """
+import os
+from sqlalchemy import create_engine
+from durable_sa import hints
+engine = create_engine("postgresql+psycopg2://nowhere/nothing")
+kept = hints._thread_senders[engine.pool, "durable"] = hints._ThreadSender(engine, "durable")
+if os.fork() == 0:
+    os._exit(len(hints._thread_senders))
+print(os.waitstatus_to_exitcode(os.wait()[1]), len(hints._thread_senders))
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == ["0", "1"]
