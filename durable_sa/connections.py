@@ -27,6 +27,7 @@ from .database_errors import (
 )
 from .errors import InvalidConfiguration, SchemaMismatch
 from .models import SCHEMA
+from .rendering import render
 from .urls import default_bind, resolve_url
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Database:
         """
         if not connection.info[_EXPLICIT]:
             try:
-                return await _run(connection, statement, parameters)
+                return await self._run(connection, statement, parameters)
             except DBAPIError as error:
                 if sqlstate(error) not in POOLER_STATES:
                     raise
@@ -181,7 +182,7 @@ class Database:
             connection = await connection.execution_options(isolation_level="READ COMMITTED")
         try:
             async with connection.begin():
-                return await _run(connection, statement, parameters)
+                return await self._run(connection, statement, parameters)
         except DBAPIError as error:
             pool = self.engine.sync_engine.pool
             if sqlstate(error) in POOLER_STATES and pool not in _explained:
@@ -192,6 +193,29 @@ class Database:
                     "gives unique names with asyncpg, prepare_threshold=None with psycopg"
                 )
             raise
+
+    async def _run(
+        self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None
+    ) -> Sequence[Row[Any]]:
+        """Run a statement, with a new plan now and then.
+
+        The server keeps one plan for whatever values, which is right for tables of the size that they had when it was
+        made. Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for
+        much may have such a plan; one that is not has no need of others.
+        """
+        began = time.monotonic()
+        since, waited = connection.info.get(_REPLAN, (began, 0.0))
+        if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
+            await connection.exec_driver_sql("DISCARD PLANS")
+            since, waited = began, 0.0
+        rendered = render(statement, connection.dialect, self.options.get("schema_translate_map"))
+        if rendered is None:
+            result = await connection.execute(statement, parameters)
+        else:
+            result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
+        rows = result.all() if result.returns_rows else ()
+        connection.info[_REPLAN] = since, waited + time.monotonic() - began
+        return rows
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Run one statement on a connection of the pool, again once if the pool had kept a dead one.
@@ -312,26 +336,6 @@ def _set_date_style(connection: Any, _: Any) -> None:
         cursor.execute("SET datestyle = ISO")
         cursor.close()
         connection.commit()
-
-
-async def _run(
-    connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None
-) -> Sequence[Row[Any]]:
-    """Run a statement, with a new plan now and then.
-
-    The server keeps one plan for whatever values, which is right for tables of the size that they had when it was made.
-    Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for much may
-    have such a plan; one that is not has no need of others.
-    """
-    began = time.monotonic()
-    since, waited = connection.info.get(_REPLAN, (began, 0.0))
-    if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
-        await connection.exec_driver_sql("DISCARD PLANS")
-        since, waited = began, 0.0
-    result = await connection.execute(statement, parameters)
-    rows = result.all() if result.returns_rows else ()
-    connection.info[_REPLAN] = since, waited + time.monotonic() - began
-    return rows
 
 
 async def discard(connection: AsyncConnection) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from .database_errors import UNDEFINED_TABLE, sqlstate
 from .hints import Hint, channel_name, send_after_commit
 from .models import SCHEMA, Task
+from .rendering import Translations, render
 
 T = TypeVar("T")
 
@@ -60,13 +61,18 @@ async def _perform_async(executor: AsyncExecutor, schema: str, script: Callable[
 
 
 def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]]) -> T:
-    options: dict[str, Any] = {} if schema == SCHEMA else {"schema_translate_map": {SCHEMA: schema}}
+    translations: Translations | None = None if schema == SCHEMA else {SCHEMA: schema}
     hint = Hint()
     steps = script(hint)
     try:
         statement, parameters = next(steps)
         while True:
-            result = connection.execute(statement, parameters, execution_options=options)
+            rendered = render(statement, connection.dialect, translations)
+            if rendered is None:
+                options = {} if translations is None else {"schema_translate_map": translations}
+                result = connection.execute(statement, parameters, execution_options=options)
+            else:
+                result = connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
             statement, parameters = steps.send(result.all() if result.returns_rows else ())
     except DBAPIError as error:
         if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):

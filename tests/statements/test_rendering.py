@@ -1,0 +1,108 @@
+"""Statements that are rendered once say and bind what SQLAlchemy's own execution of them would."""
+
+import gc
+import uuid
+import weakref
+from typing import Any
+
+import pytest
+from sqlalchemy import ARRAY, Boolean, Integer, Uuid, bindparam, column, func, select
+from sqlalchemy.dialects.postgresql import asyncpg, psycopg, psycopg2
+from sqlalchemy.engine import Dialect
+
+from durable_sa import TaskRow
+from durable_sa.rendering import render
+from durable_sa.statements.expressions import array
+
+from .test_parameters import STATEMENTS
+
+DIALECTS = {"asyncpg": asyncpg.dialect, "psycopg": psycopg.dialect, "psycopg2": psycopg2.dialect}
+
+
+def value(bind: Any) -> Any:
+    """What the type of a bind takes, and tells it from others."""
+    item = getattr(bind.type, "item_type", bind.type)
+    single = True if isinstance(item, Boolean) else bind.key
+    return [single] if isinstance(bind.type, ARRAY) else single
+
+
+@pytest.mark.parametrize("driver", DIALECTS)
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_each_statement_is_rendered_as_sqlalchemy_would(name: str, driver: str) -> None:
+    dialect: Dialect = DIALECTS[driver]()
+    rendered = render(STATEMENTS[name], dialect, None)
+    compiled: Any = STATEMENTS[name].compile(dialect=dialect)
+    if compiled.post_compile_params:
+        assert rendered is None
+        return
+    assert rendered is not None
+    assert rendered.text == str(compiled)
+    given = {bind: value(parameter) for parameter, bind in compiled.bind_names.items() if parameter.required}
+    expected = compiled.construct_params(given)
+    order = compiled.positiontup if compiled.positional else list(expected)
+    bound: Any = rendered.bind(given)
+    values = dict(zip(order, bound, strict=True)) if compiled.positional else bound
+    assert {bind: values[bind] for bind in given} == given
+    assert values.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_results_are_what_the_driver_gives(name: str) -> None:
+    """Types that have something to convert would need SQLAlchemy to know what the columns are."""
+    dialect = asyncpg.dialect()
+    compiled: Any = STATEMENTS[name].compile(dialect=dialect)
+    if name != "expressions.LEARN_TYPES":
+        for entry in compiled._result_columns:
+            assert isinstance(entry.type, ARRAY) or entry.type.result_processor(dialect, None) is None, entry
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "claiming.CLAIM",
+        "checkpoints.RECORD",
+        "checkpoints.RECORD_ONE",
+        "outcomes.COMPLETE",
+        "outcomes.COMPLETE_ONE",
+        "outcomes.SUSPEND",
+        "spawning.SPAWN",
+        "spawning.SPAWN_ONE",
+    ],
+)
+def test_what_is_executed_most_is_rendered(name: str) -> None:
+    assert render(STATEMENTS[name], asyncpg.dialect(), None) is not None
+
+
+def test_a_schema_of_another_name_is_in_the_text() -> None:
+    dialect = asyncpg.dialect()
+    statement = select(TaskRow.task_id)
+    for schema, name in (("other", "other"), ('its "own"', '"its ""own"""')):
+        rendered = render(statement, dialect, {"durable": schema})
+        assert rendered is not None
+        assert f"FROM {name}.tasks" in rendered.text
+    plain = render(statement, dialect, None)
+    assert plain is not None
+    assert "FROM durable.tasks" in plain.text
+
+
+def test_values_that_belong_to_the_statement_and_those_that_are_bound() -> None:
+    statement = select(func.coalesce(bindparam("number", type_=Integer()), 7), array("ids", Uuid()))
+    rendered = render(statement, asyncpg.dialect(), None)
+    assert rendered is not None
+    some = uuid.uuid4()
+    assert rendered.bind({"number": None, "ids": (some,)}) == (None, 7, [some])
+
+
+def test_a_text_that_depends_on_its_values_is_not_rendered() -> None:
+    number = column("number", Integer())
+    assert render(select(number).where(number.in_([1, 2])), asyncpg.dialect(), None) is None
+
+
+def test_what_is_rendered_is_kept_no_longer_than_its_statement() -> None:
+    dialect = asyncpg.dialect()
+    statement = select(column("number", Integer()))
+    render(statement, dialect, None)
+    gone = weakref.ref(statement)
+    del statement
+    gc.collect()
+    assert gone() is None
