@@ -26,7 +26,7 @@ from durable_sa.news import News
 from durable_sa.retention import delete_tasks
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, queues
-from durable_sa.tender import Tender
+from durable_sa.tender import LOCKED_PAUSE, Tender
 from durable_sa.writer import Writer
 from durable_sa.writes import Kind, WaitSpec, Write
 
@@ -252,8 +252,17 @@ class SimulatedWorker:
         return bool(rows)
 
     def tend(self) -> Steps[None]:
-        """Follow up on what was committed."""
-        return steps(self.tender._do_asked())
+        """Follow up on what was committed, again as long as somebody holds descendants locked."""
+
+        async def until_done() -> None:
+            await self.tender._do_asked()
+            while held := self.tender._cascade_held:
+                await asyncio.sleep(LOCKED_PAUSE)
+                self.tender._cascade |= held
+                held.clear()
+                await self.tender._do_asked()
+
+        return steps(until_done())
 
     def deliver(self) -> Steps[None]:
         """What a hint about an emitted event leads to."""
