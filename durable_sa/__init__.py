@@ -31,6 +31,7 @@ from .options import Spawn, SpawnOptions, WorkerOptions
 from .pgcron import setup_pgcron
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
+    QueueStatistics,
     ScheduleFilter,
     ScheduleInfo,
     SpawnResult,
@@ -61,6 +62,7 @@ __all__ = [
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
+    "QueueStatistics",
     "RetryStrategy",
     "ScheduleFilter",
     "ScheduleInfo",

@@ -88,3 +88,6 @@ class Batch(Generic[ItemT, ResultT]):
         finally:
             if self._latest is asyncio.current_task():
                 self._latest = None
+                if self._impatience is not None:
+                    self._impatience.cancel()
+                    self._impatience = None

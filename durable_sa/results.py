@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
@@ -102,3 +102,20 @@ class ScheduleFilter:
     task_name: str | None = None
     metadata: Mapping[str, Any] | None = None
     """Entries that the schedule's metadata must contain."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """How a queue stands: the numbers of its tasks, counted at one moment."""
+
+    queue_name: str
+    paused: bool
+    ready: int
+    """Due, and claimed by nobody; while the queue is paused they wait for that."""
+    scheduled: int
+    """Due later, asleep, or waiting for an event or a child."""
+    running: int
+    failed: int
+    """Ended so, and not yet deleted after their retention."""
+    oldest_ready: timedelta | None
+    """How long the oldest of those that are ready has been due. None where there is none."""

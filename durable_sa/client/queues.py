@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict
 
+from sqlalchemy.exc import IntegrityError
 from typing_extensions import Unpack
 
 from .. import pgcron
-from ..errors import QueueNotFound
+from ..errors import InvalidState, QueueNotFound
 from ..hints import Hint
+from ..names import validate_name
 from ..policies import Duration, integer, seconds
+from ..results import QueueStatistics
 from ..retention import delete_tasks
 from ..statements import queues, spawning
 from .base import ClientBase
@@ -51,6 +54,9 @@ class Queues(ClientBase):
         """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
 
         What open transactions have spawned into it cannot be seen yet: drop it once more when they are over.
+
+        Raises:
+            InvalidState: rows of the application refer to some of its tasks, which are left; all else is gone.
         """
         queue = self._queue(name)
         async with self.database.transaction() as connection:
@@ -59,13 +65,45 @@ class Queues(ClientBase):
             for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
                 await pgcron.remove_job(connection, row.pgcron_job_name)
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
-        while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
-            pass
+        try:
+            while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
+                pass
+        except IntegrityError as error:
+            raise InvalidState(
+                f"Queue {queue!r}",
+                "dropped but for tasks that rows of the application refer to",
+                "Delete those rows, or give their foreign keys ondelete='SET NULL', and drop it again.",
+            ) from error
         self._sender().send(Hint(taken=True))
 
     async def list_queues(self) -> list[str]:
         """The names of all queues, sorted."""
         return [row.queue_name for row in await self.database.execute(queues.LIST_QUEUES)]
+
+    async def queue_statistics(self, name: str | None = None) -> list[QueueStatistics]:
+        """How all queues stand, or the one of that name, sorted by name.
+
+        Unfinished and failed tasks are counted in their indexes: the more there are, the longer it takes.
+
+        Raises:
+            QueueNotFound: there is no queue of that name.
+        """
+        names = None if name is None else [validate_name("queue", name)]
+        rows = await self.database.execute(queues.QUEUE_STATISTICS, {"queue_names": names})
+        if name is not None and not rows:
+            raise QueueNotFound(name)
+        return [
+            QueueStatistics(
+                row.queue_name,
+                row.paused_at is not None,
+                row.ready,
+                row.scheduled,
+                row.running,
+                row.failed,
+                None if row.oldest_ready_seconds is None else timedelta(seconds=float(row.oldest_ready_seconds)),
+            )
+            for row in rows
+        ]
 
     async def pause_queue(self, name: str | None = None) -> None:
         """Let no worker claim from a queue until it is resumed; what runs goes on.

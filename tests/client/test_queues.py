@@ -16,8 +16,11 @@ from durable_sa import (
     Durable,
     InvalidConfiguration,
     InvalidName,
+    InvalidState,
     QueueNotFound,
+    QueueStatistics,
     Spawn,
+    SpawnResult,
     TaskContext,
     TaskRow,
     TaskStatus,
@@ -298,4 +301,61 @@ async def test_what_was_spawned_by_a_transaction_that_outlived_the_queue_goes_wi
         await connection.commit()
     assert await count(engine) == 1
     await durable.drop_queue("mails")
+    assert await count(engine) == 0
+
+
+async def test_statistics_of_queues(durable: Durable) -> None:
+    @durable.task
+    async def nap(ctx: TaskContext, params: Any = None) -> None:
+        await ctx.sleep_for("nap", 3600)
+
+    @durable.task(max_attempts=1)
+    async def broken(ctx: TaskContext) -> None:
+        raise ValueError
+
+    await durable.create_queue("mails")
+    sleeping = await durable.spawn(nap)
+    failed = await durable.spawn(broken)
+    async with durable.worker():
+        await durable.wait_for_result(failed, timeout=10)
+        await eventually(lambda: _is(durable, sleeping, TaskStatus.SLEEPING))
+    await durable.spawn(idle)
+    await durable.spawn(idle, delay=3600)
+    await durable.spawn(idle, queue_name="mails")
+    await durable.pause_queue("mails")
+
+    default, mails = await durable.queue_statistics()
+    assert (default.queue_name, default.paused) == ("default", False)
+    assert (default.ready, default.scheduled, default.running, default.failed) == (1, 2, 0, 1)
+    assert default.oldest_ready is not None
+    assert timedelta() < default.oldest_ready < timedelta(minutes=1)
+    assert (mails.queue_name, mails.paused, mails.ready) == ("mails", True, 1)
+
+    await durable.create_queue("empty")
+    assert await durable.queue_statistics("empty") == [QueueStatistics("empty", False, 0, 0, 0, 0, None)]
+    with pytest.raises(QueueNotFound, match="nowhere"):
+        await durable.queue_statistics("nowhere")
+    with pytest.raises(InvalidName):
+        await durable.queue_statistics("")
+
+
+async def _is(durable: Durable, spawned: SpawnResult[Any], status: TaskStatus) -> bool:
+    result = await durable.get_task_result(spawned)
+    return result is not None and result.status is status
+
+
+async def test_a_queue_whose_tasks_the_application_refers_to_is_dropped_but_for_those(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    spawned = await durable.spawn(idle)
+    await durable.spawn(idle)
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("CREATE TABLE orders (task_id uuid REFERENCES durable.tasks)"))
+        await connection.execute(sa.text("INSERT INTO orders VALUES (:id)"), {"id": spawned.task_id})
+    with pytest.raises(InvalidState, match="'default' is dropped but for tasks that rows of the application refer to"):
+        await durable.drop_queue()
+    assert await durable.list_queues() == []
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("DELETE FROM orders"))
+    await durable.drop_queue()
     assert await count(engine) == 0
