@@ -191,13 +191,15 @@ async def stall_route(field: Field, chance: random.Random) -> int:
 async def slow_down(field: Field, chance: random.Random) -> int:
     proxies = [proxy for proxy in field.proxies if chance.random() < 0.6]
     for proxy in proxies:
-        proxy.latency = chance.choice([0.0, 0.005, 0.05])
-        proxy.slice = chance.choice([0, 16, 200])
+        proxy.latency = chance.choice([0.0, 0.005, 0.05, 0.5])
+        proxy.jitter = proxy.latency * chance.choice([0.0, 0.4])
+        proxy.slice = chance.choice([0, 3, 16, 200])
     try:
         await asyncio.sleep(chance.uniform(0.5, 1.5))
     finally:
         for proxy in proxies:
-            proxy.latency, proxy.slice = 0.0, 0
+            proxy.latency = proxy.jitter = 0.0
+            proxy.slice = 0
     return sum(len(proxy.links) for proxy in proxies)
 
 

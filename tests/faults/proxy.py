@@ -101,6 +101,8 @@ class Proxy:
         self.links: set[Link] = set()
         self.latency = 0.0
         """Seconds that each piece of data waits, both ways."""
+        self.jitter = 0.0
+        """Seconds by which that varies, up and down."""
         self.slice = 0
         """Bytes at a time, if not 0."""
         self.refusing = False
@@ -113,6 +115,7 @@ class Proxy:
         self._open = asyncio.Event()
         self._open.set()
         self._deaf = False
+        self._chance = random.Random(port)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -165,7 +168,8 @@ class Proxy:
                     link.abort()
         self._open.set()
         self._deaf = self.refusing = False
-        self.latency, self.slice = 0.0, 0
+        self.latency = self.jitter = 0.0
+        self.slice = 0
         self._lose = lambda _: None
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -228,7 +232,7 @@ class Proxy:
         size = self.slice or len(data)
         for start in range(0, len(data), size):
             if self.latency:
-                await asyncio.sleep(self.latency)
+                await asyncio.sleep(self.latency + self._chance.uniform(-self.jitter, self.jitter))
             await self._open.wait()
             writer.write(data[start : start + size])
             await writer.drain()

@@ -23,10 +23,16 @@ class Work(BaseModel):
     seconds: float = 0.0
 
 
+ledger: str | None = None
+"""Of this process; None where the tasks run in that of the tests."""
+
+
 def note(what: str, **details: Any) -> None:
     """Append a line to the ledger; a line is written at once, whoever writes."""
+    if ledger is None:
+        return
     line = json.dumps({"what": what, "pid": os.getpid(), "at": time.time(), **details})
-    descriptor = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    descriptor = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(descriptor, line.encode() + b"\n")
     finally:
@@ -104,7 +110,14 @@ async def nap(ctx: TaskContext, seconds: float) -> int:
     return os.getpid()
 
 
-TASKS = (count, work, block, die, stubborn, hung, nap)
+@task
+async def hoard(ctx: TaskContext, size: int) -> int:
+    """Asks for so many bytes, but only in its first attempt."""
+    note("begin", task=str(ctx.task_id), attempt=ctx.attempt)
+    return len(bytearray(size)) if ctx.attempt == 1 else os.getpid()
+
+
+TASKS = (count, work, block, die, stubborn, hung, nap, hoard)
 
 
 async def main(options: dict[str, Any]) -> None:
@@ -117,5 +130,6 @@ if __name__ == "__main__":
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    assert Path(sys.argv[1]).parent.is_dir()
+    ledger = sys.argv[1]
+    assert Path(ledger).parent.is_dir()
     asyncio.run(main(json.loads(sys.argv[2])))

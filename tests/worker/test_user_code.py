@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from durable_sa import Durable, SyncTaskContext, TaskContext, TaskStatus
+from durable_sa import Durable, RetryStrategy, SyncTaskContext, TaskContext, TaskStatus
 from durable_sa.signals import LeaseLost, Suspended, TaskCancelled
 
 from ..support import eventually
-from .conftest import Rows
+from . import program
+from .conftest import Rows, Start
+from .program import Work
 
 
 class Odd(Exception):
@@ -320,3 +323,16 @@ async def test_a_task_factory_that_is_set_while_the_worker_runs_changes_nothing(
             result = await durable.wait_for_result(await durable.spawn(work), timeout=10)
             assert result.output == [1, 1]
     loop.set_task_factory(before)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
+async def test_what_there_is_no_memory_for_fails_alone(durable: Durable, start_process: Start, sql: Rows) -> None:
+    process = await start_process("one", concurrency=4, under=("prlimit", f"--as={4 * 2**30}"))
+    others = await durable.spawn_many([(program.work, Work(steps=2, seconds=0.05))] * 8)
+    hoarding = await durable.spawn(program.hoard, 16 * 2**30, retry_strategy=RetryStrategy.fixed(0))
+    for spawned in (*others, hoarding):
+        assert (await durable.wait_for_result(spawned, timeout=30)).status is TaskStatus.COMPLETED
+    assert process.process.poll() is None
+    failures = await sql("SELECT task_name, failures, lease_losses FROM durable.tasks WHERE failures > 0")
+    assert failures == [("hoard", 1, 0)]
+    assert await sql("SELECT error ->> 'name' FROM durable.runs WHERE state = 'failed'") == [("MemoryError",)]
