@@ -22,10 +22,12 @@ GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
 
 
 def cases(profile: Profile, only: frozenset[str]) -> list[list[Case]]:
-    """The cases of each group; with `only`, those whose workload or group is named."""
+    """The cases of each group; with `only`, those of the workloads and groups named; a workload comes before its group."""
     found = []
     for group, make in GROUPS.items():
-        chosen = [case for case in make(profile) if not only or {group, case.workload} & only]
+        all_of_it = make(profile)
+        whole = not only or (group in only and group not in {case.workload for case in all_of_it})
+        chosen = [case for case in all_of_it if whole or case.workload in only]
         if chosen:
             found.append(chosen)
     return found
