@@ -91,12 +91,13 @@ class Channel:
         await self.execute(LEARN_TYPES, NO_ARRAYS)
 
     async def close(self) -> None:
-        """Give the connection back to the pool."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            try:
-                async with asyncio.timeout(5.0):
-                    await connection.close()
-            except (SQLAlchemyError, OSError, TimeoutError):
-                await discard(connection)
-        await self._dispose()
+        """Give the connection back to the pool, once the statement that is on its way has been answered."""
+        async with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                try:
+                    async with asyncio.timeout(5.0):
+                        await connection.close()
+                except (SQLAlchemyError, OSError, TimeoutError):
+                    await discard(connection)
+            await self._dispose()

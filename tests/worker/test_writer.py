@@ -161,3 +161,19 @@ async def test_writes_that_are_given_up_are_told_so_on_both_connections(
     traffic.gate.set()
     await asyncio.wait_for(writer.idle.wait(), 5)
     assert len(told) == 2 * TASKS
+
+
+async def test_a_connection_is_not_closed_under_a_statement(durable: Durable) -> None:
+    """The claims end before the writes, and with them the connection that both may use."""
+    channel = Channel(durable.database)
+    async with durable.database.transaction() as connection:
+        await connection.exec_driver_sql("LOCK TABLE durable.workers IN ACCESS EXCLUSIVE MODE")
+        executing = asyncio.create_task(channel.execute(claiming.LOST_WORKERS, {}))
+        await eventually(lambda: channel.busy)
+        closing = asyncio.create_task(channel.close())
+        await asyncio.sleep(0)
+        assert not closing.done()
+    assert await executing == []
+    await closing
+    assert not channel.busy
+    assert durable.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
