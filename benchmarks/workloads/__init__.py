@@ -22,7 +22,7 @@ GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
 
 
 def cases(profile: Profile, only: frozenset[str]) -> list[list[Case]]:
-    """The cases of each group; with `only`, of the workloads and groups named, a workload before a group of its name."""
+    """The cases of each group; with `only`, of workloads and groups that are named, a workload before such a group."""
     found = []
     for group, make in GROUPS.items():
         all_of_it = make(profile)
