@@ -124,6 +124,11 @@ class Writer:
             while batch := self._take(lane):
                 try:
                     await self._send_all(lane, batch)
+                except BaseException:
+                    # Whoever has cancelled this: what was sent may be sent again, and nobody else would tell the runs.
+                    self._queue.extendleft(write for write in reversed(batch) if not write.over)
+                    self._main.wanted.set()
+                    raise
                 finally:
                     lane.flushing = 0
                     lane.task_ids.clear()

@@ -80,9 +80,15 @@ async def channels(durable: Durable, traffic: Traffic) -> AsyncGenerator[tuple[W
 
 
 @pytest.fixture
-async def writer(channels: tuple[Watched, Watched]) -> AsyncGenerator[Writer]:
+def running() -> list[asyncio.Task[None]]:
+    """The two parts of the writer."""
+    return []
+
+
+@pytest.fixture
+async def writer(channels: tuple[Watched, Watched], running: list[asyncio.Task[None]]) -> AsyncGenerator[Writer]:
     writer = Writer(*channels, on_commit=lambda *_: None)
-    running = [asyncio.create_task(writer.run()), asyncio.create_task(writer.run_beside())]
+    running += [asyncio.create_task(writer.run()), asyncio.create_task(writer.run_beside())]
     yield writer
     for task in running:
         task.cancel()
@@ -143,6 +149,22 @@ async def test_a_connection_that_is_in_use_is_left_alone(
     await claiming_
     assert channels[1].statements == 1
     assert told == [None] * TASKS
+
+
+async def test_what_the_second_connection_had_is_sent_by_the_first_if_it_ends(
+    writer: Writer, running: list[asyncio.Task[None]], traffic: Traffic, holders: list[Holder], sql: Rows
+) -> None:
+    told: list[BaseException | None] = []
+    traffic.gate.clear()
+    for holder in holders:
+        writer.submit(holder.write(Kind.CHECKPOINT, lambda _, error: told.append(error)))
+    await eventually(lambda: len(traffic.on_their_way) == 2)
+    running[1].cancel()
+    await asyncio.wait([running[1]])
+    traffic.gate.set()
+    await eventually(lambda: len(told) == TASKS)
+    assert told == [None] * TASKS
+    assert await sql("SELECT count(*) FROM durable.checkpoints") == [(TASKS,)]
 
 
 async def test_writes_that_are_given_up_are_told_so_on_both_connections(
