@@ -29,6 +29,9 @@ class Interrupts:
         except asyncio.CancelledError:
             if self._received and self._starting.cancelled():
                 return None
+            if self._starting.done() and not self._starting.cancelled() and self._starting.exception() is None:
+                # Cancelled just when it had started: nobody else knows of it.
+                await self._starting.result().shutdown()
             raise
         if self._received:
             self._shut_down(self._worker)

@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from durable_sa import Durable, Task, TaskContext, TaskRow, TaskStatus
+from durable_sa import Durable, Task, TaskContext, TaskRow, TaskStatus, Worker
 from durable_sa.embedded import EmbeddedServer, temporary_server
 from durable_sa.models import Run
 
@@ -137,6 +138,25 @@ async def test_cancelling_run_worker_during_the_start_is_no_signal(engine: Async
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
+
+
+async def test_a_worker_that_has_just_started_when_run_worker_is_cancelled_is_shut_down(
+    engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Durable.start_worker
+
+    async def start_and_cancel(durable: Durable, **options: Any) -> Worker:
+        worker = await start(durable, **options)
+        asyncio.get_running_loop().call_soon(running.cancel)
+        return worker
+
+    monkeypatch.setattr(Durable, "start_worker", start_and_cancel)
+    async with Durable(engine) as durable:
+        running = asyncio.create_task(durable.run_worker())
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert await sql("SELECT worker_id FROM durable.workers") == []
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
 async def test_a_suspended_task_is_no_concern_of_a_shutdown(durable: Durable, sql: Rows) -> None:
