@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool, Pool
 
+from . import execution
 from .database_errors import (
     CACHED_PLAN_STATES,
     MISSING_TABLE_STATES,
@@ -27,7 +27,6 @@ from .database_errors import (
 )
 from .errors import InvalidConfiguration, SchemaMismatch
 from .models import SCHEMA
-from .rendering import render
 from .urls import default_bind, resolve_url
 
 if TYPE_CHECKING:
@@ -37,12 +36,6 @@ logger = logging.getLogger("durable_sa")
 
 Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
 
-REPLAN_INTERVAL = 1.0
-REPLAN_SECONDS = 0.2
-"""For how long, and how many seconds of waiting for the server in that time, plans are kept before they are renewed."""
-
-_REPLAN = "durable_replan"
-"""Key in a connection's `info`: since when its plans are kept, and for how long statements have taken since then."""
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
 
@@ -113,7 +106,10 @@ class Database:
         An autocommit connection runs at the isolation the server has by default. Where that is another one, the
         statements get transactions of their own instead; see :meth:`execute_on`.
         """
-        connection = await self._connect("AUTOCOMMIT")
+        return await self._prepare(await self.engine.connect())
+
+    async def _prepare(self, connection: AsyncConnection) -> AsyncConnection:
+        connection = await self._set_level(connection, "AUTOCOMMIT")
         try:
             if self._mixed_up:
                 connection.info[_EXPLICIT] = True
@@ -154,7 +150,9 @@ class Database:
         Not by an engine of that level: if the application's engine was itself derived from another with a level, that
         one would count.
         """
-        connection = await self.engine.connect()
+        return await self._set_level(await self.engine.connect(), isolation_level)
+
+    async def _set_level(self, connection: AsyncConnection, isolation_level: IsolationLevel) -> AsyncConnection:
         try:
             return await connection.execution_options(isolation_level=isolation_level, **self.options)
         except BaseException:
@@ -172,7 +170,7 @@ class Database:
         """
         if not connection.info[_EXPLICIT]:
             try:
-                return await self._run(connection, statement, parameters)
+                return await self._run(connection, statement, parameters, alone=True)
             except DBAPIError as error:
                 if sqlstate(error) not in POOLER_STATES:
                     raise
@@ -182,7 +180,7 @@ class Database:
             connection = await connection.execution_options(isolation_level="READ COMMITTED")
         try:
             async with connection.begin():
-                return await self._run(connection, statement, parameters)
+                return await self._run(connection, statement, parameters, alone=False)
         except DBAPIError as error:
             pool = self.engine.sync_engine.pool
             if sqlstate(error) in POOLER_STATES and pool not in _explained:
@@ -195,27 +193,15 @@ class Database:
             raise
 
     async def _run(
-        self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None
+        self,
+        connection: AsyncConnection,
+        statement: Executable,
+        parameters: Mapping[str, Any] | None,
+        *,
+        alone: bool,
     ) -> Sequence[Row[Any]]:
-        """Run a statement, with a new plan now and then.
-
-        The server keeps one plan for whatever values, which is right for tables of the size that they had when it was
-        made. Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for
-        much may have such a plan; one that is not has no need of others.
-        """
-        began = time.monotonic()
-        since, waited = connection.info.get(_REPLAN, (began, 0.0))
-        if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
-            await connection.exec_driver_sql("DISCARD PLANS")
-            since, waited = began, 0.0
-        rendered = render(statement, connection.dialect, self.options.get("schema_translate_map"))
-        if rendered is None:
-            result = await connection.execute(statement, parameters)
-        else:
-            result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
-        rows = result.all() if result.returns_rows else ()
-        connection.info[_REPLAN] = since, waited + time.monotonic() - began
-        return rows
+        translations = self.options.get("schema_translate_map")
+        return await execution.run(connection, statement, parameters, translations, alone=alone)
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Run one statement on a connection of the pool, again once if the pool had kept a dead one.
@@ -223,12 +209,13 @@ class Database:
         For statements that may be repeated. A cancelled caller leaves it to finish by itself, since cancelling within
         a driver costs the connection.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._execute(statement, parameters)))
+        return await asyncio.shield(asyncio.ensure_future(self.run(statement, parameters)))
 
-    async def _execute(self, statement: Executable, parameters: Mapping[str, Any] | None) -> Sequence[Row[Any]]:
+    async def run(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """As :meth:`execute`, for a caller that is a task of our own, which nobody cancels."""
         for attempt in range(3):
             try:
-                connection = await self.connect()
+                connection = await self._connect_for(statement)
                 try:
                     rows = await self.execute_on(connection, statement, parameters)
                 except BaseException:
@@ -243,6 +230,17 @@ class Database:
                     raise
                 await asyncio.sleep(backoff(attempt))
         raise AssertionError("unreachable")
+
+    async def _connect_for(self, statement: Executable) -> AsyncConnection:
+        """As :meth:`connect`; where the driver is asked directly, SQLAlchemy need not hear of autocommit."""
+        connection = await self.engine.connect()
+        if (
+            connection.info.get(_EXPLICIT) is False
+            and not self._mixed_up
+            and execution.goes_directly(connection, statement, self.options.get("schema_translate_map"))
+        ):
+            return connection
+        return await self._prepare(connection)
 
     async def _explain(self, error: BaseException) -> None:
         """Find out whether a statement has failed because the tables are not those that it is about.

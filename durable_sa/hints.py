@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Row, event
-from sqlalchemy.engine import Connection, Engine, RootTransaction
+from sqlalchemy.engine import Connection, Engine, RootTransaction, TwoPhaseTransaction
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
@@ -36,7 +37,7 @@ logger = logging.getLogger("durable_sa")
 MAX_PAYLOAD = 7000
 """Bytes; Postgres allows 8,000."""
 
-_SPACING = 0.005
+SPACING = 0.005
 """Seconds after a hint in which others gather: of tasks spawned in a row, a hint each would take as long as a spawn."""
 DEADLINE = 5.0
 """Seconds after which a hint is taken to be on a connection that never answers; the next goes on another."""
@@ -69,11 +70,11 @@ class Hint:
     def __bool__(self) -> bool:
         return bool(self.lanes) or self.events or self.taken or self.limits
 
-    def add(self, queue_name: str, priority: int, available_at: datetime | None) -> None:
-        """A task that is, or will be, claimable."""
+    def add(self, queue_name: str, priority: int, available_at: datetime | None, *, tasks: int = 1) -> None:
+        """Tasks of a lane that are, or will be, claimable, the first of them at that time."""
         if available_at is None:
             return
-        self.tasks += 1
+        self.tasks += tasks
         known = self.lanes.get((queue_name, priority))
         if known is None or available_at < known:
             self.lanes[queue_name, priority] = available_at
@@ -157,9 +158,21 @@ class HintSender:
     def __init__(self, engine: AsyncEngine, channel: str) -> None:
         self.channel = channel
         self.loop = asyncio.get_running_loop()
+        self.pool = engine.sync_engine.pool
         self._database = Database(engine)
         self._outbox = _Outbox()
         self._task: asyncio.Task[None] | None = None
+        self._sent_at = -math.inf
+
+    @property
+    def quiet_for(self) -> float:
+        """Seconds since a hint went."""
+        return time.monotonic() - self._sent_at
+
+    def take(self) -> Hint:
+        """What waits, for a statement that takes it along."""
+        self._sent_at = time.monotonic()
+        return self._outbox.take()
 
     def send(self, hint: Hint, after: RootTransaction | None = None) -> None:
         """Send, soon, and not before the end of a transaction. Call it on the event loop."""
@@ -179,14 +192,17 @@ class HintSender:
     async def _drain(self) -> None:
         pause = _SHORTEST_PAUSE
         try:
-            while self._outbox:
+            while (early := SPACING - self.quiet_for) > 0 or self._outbox:
+                if early > 0:
+                    await asyncio.sleep(early)
+                    continue
                 if not (hint := self._outbox.take()):
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
                 async with asyncio.timeout(DEADLINE):
-                    await self._database.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
-                await asyncio.sleep(_SPACING)
+                    await self._database.run(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
+                self._sent_at = time.monotonic()
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
             self._outbox.clear()
             logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
@@ -233,7 +249,7 @@ class _ThreadSender:
                         connection.detach()
             except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
                 logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
-            time.sleep(_SPACING)
+            time.sleep(SPACING)
 
 
 # By pool, which all variants of an engine share that `execution_options()` makes: applications make one each request.
@@ -245,7 +261,10 @@ if hasattr(os, "register_at_fork"):
     # Their threads are not in the child.
     os.register_at_fork(after_in_child=_thread_senders.clear)
 _sending: set[HintSender] = set()
-_watched: weakref.WeakKeyDictionary[Connection, dict[str, Hint]] = weakref.WeakKeyDictionary()
+_pending: weakref.WeakKeyDictionary[RootTransaction, dict[str, Hint]] = weakref.WeakKeyDictionary()
+"""What is to be sent after a transaction, by channel; those of one that is rolled back go with it."""
+_listening: weakref.WeakKeyDictionary[Connection, set[str]] = weakref.WeakKeyDictionary()
+"""To which events of a connection we listen: no more than need be, as that alone takes a tenth of a spawn's time."""
 
 
 def sender(engine: AsyncEngine, channel: str) -> HintSender:
@@ -274,27 +293,23 @@ def send_after_commit(connection: Connection, channel: str, hint: Hint) -> None:
     with savepoints, in two phases, of sessions that joined an outer transaction; and never for a rollback. It fires
     just before the COMMIT is sent.
     """
-    if is_autocommit(connection):
+    transaction = connection.get_transaction()
+    if transaction is None or is_autocommit(connection):
         _send(connection, channel, hint, None)
         return
-    pending = _watched.get(connection)
-    if pending is None:
-        pending = _watched[connection] = {}
+    _pending.setdefault(transaction, {}).setdefault(channel, Hint()).merge(hint)
+    name = "commit_twophase" if isinstance(transaction, TwoPhaseTransaction) else "commit"
+    listening = _listening.setdefault(connection, set())
+    if name not in listening:
+        listening.add(name)
+        event.listen(connection, name, _committing)
 
-        def committing(committed: Connection, *_: Any) -> None:
-            hints = dict(pending)
-            pending.clear()
-            for name, collected in hints.items():
-                _send(committed, name, collected, committed.get_transaction())
 
-        def forgetting(_: Connection, *__: Any) -> None:
-            pending.clear()
-
-        event.listen(connection, "commit", committing)
-        event.listen(connection, "commit_twophase", committing)
-        event.listen(connection, "rollback", forgetting)
-        event.listen(connection, "rollback_twophase", forgetting)
-    pending.setdefault(channel, Hint()).merge(hint)
+def _committing(connection: Connection, *_: Any) -> None:
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        for channel, hint in _pending.pop(transaction, {}).items():
+            _send(connection, channel, hint, transaction)
 
 
 def _send(connection: Connection, channel: str, hint: Hint, after: RootTransaction | None) -> None:

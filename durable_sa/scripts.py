@@ -15,7 +15,7 @@ from .hints import Hint
 from .ids import new_id
 from .results import SpawnResult, TaskStatus
 from .sessions import Script
-from .spawns import Prepared, at_position, columns, created, explain, over, values, wanted
+from .spawns import Prepared, at_position, created, explain, grouped, over, values, wanted
 from .statements import cancelling, queues, spawning, waits
 
 if TYPE_CHECKING:
@@ -85,9 +85,15 @@ def _insert(
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError],
 ) -> Script[None]:
     for _ in range(5):
-        rows = yield (alone, values(missing[0])) if len(missing) == 1 else (many, columns(missing))
-        hint.add_rows(rows)
-        found = {row.task_id for row in rows}
+        found: set[uuid.UUID] = set()
+        if len(missing) == 1:
+            for row in (yield alone, values(missing[0])):
+                found.add(row.task_id)
+                hint.add(row.queue_name, row.priority, row.available_at)
+        else:
+            for row in (yield many, grouped(missing)):
+                found.update(row.task_ids)
+                hint.add(row.queue_name, row.priority, row.available_at, tasks=len(row.task_ids))
         for item in missing:
             if item.task_id in found:
                 outcomes[item.task_id] = created(item)

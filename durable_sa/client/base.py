@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -61,6 +62,7 @@ class ClientBase(Registry):
         self._bind = bind
         self._database: Database | None = None
         self._workers: set[Worker] = set()
+        self._hint_sender: HintSender | None = None
 
     @property
     def database(self) -> Database:
@@ -90,7 +92,11 @@ class ClientBase(Registry):
         return self.queue_name if name is None else validate_name("queue", name)
 
     def _sender(self) -> HintSender:
-        return sender(self.database.engine, channel_name(self.schema))
+        """The sender on the running event loop. The client keeps it, as it knows when the last hint went."""
+        kept, engine = self._hint_sender, self.database.engine
+        if kept is None or kept.pool is not engine.sync_engine.pool or kept.loop is not asyncio.get_running_loop():
+            kept = self._hint_sender = sender(engine, channel_name(self.schema))
+        return kept
 
     async def _perform(self, script: Callable[[Hint], Script[T]]) -> T:
         return await perform_alone(self.database, script)

@@ -19,7 +19,7 @@ from .. import scripts
 from ..batches import Batch
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
-from ..hints import Hint, channel_name
+from ..hints import SPACING, Hint, channel_name
 from ..options import Spawn, SpawnOptions
 from ..results import SpawnResult
 from ..sessions import Executor, Script, perform
@@ -37,12 +37,19 @@ SELDOM = 2
 
 Workers hear of it sooner then, but commits that send something wait for each other, so what comes often must not.
 """
+IN_PASSING = 3
+"""How many times as long as a spawn takes must have passed since the last hint for one of many in a row to carry them.
+
+That saves the statement which would send what has gathered. Where commits take long it is the better way, so that
+nobody waits in line for them.
+"""
 
 
 class Spawning(ClientBase):
     """The part of a client that enqueues tasks."""
 
-    _seldom_from = 0.0
+    _last_spawn = 0.0, 0.0
+    """When it began and ended, on the monotonic clock."""
 
     @overload
     async def spawn(
@@ -236,6 +243,12 @@ class Spawning(ClientBase):
         middle = len(prepared) // 2
         return [*await self._spawn_keyed(prepared[:middle]), *await self._spawn_keyed(prepared[middle:])]
 
+    def _may_tell(self, now: float) -> bool:
+        """Whether a spawn that begins now may carry hints."""
+        began, ended = self._last_spawn
+        took = ended - began
+        return now >= ended + SELDOM * took or self._sender().quiet_for >= max(0.6 * SPACING, IN_PASSING * took)
+
     async def _spawn_batch(
         self,
         prepared: list[Prepared],
@@ -248,19 +261,31 @@ class Spawning(ClientBase):
         # A worker beside it need not be told by way of the database.
         here = next((worker for worker in self._workers if worker.loop is asyncio.get_running_loop()), None)
         began = time.monotonic()
-        telling = here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and began >= self._seldom_from
-        script = scripts.insert(prepared, hint, alone=spawning.SPAWN_AND_TELL if telling else alone, many=many)
+        gathered: Hint | None = None
+        if here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and self._may_tell(began):
+            alone = spawning.SPAWN_AND_TELL
+            gathered = self._sender().take()
+        script = scripts.insert(prepared, hint, alone=alone, many=many)
         try:
             statement, parameters = next(script)
             while True:
                 if statement is spawning.SPAWN_AND_TELL:
-                    parameters = {**parameters, "channel": channel_name(self.schema)}
-                statement, parameters = script.send(await self.database.execute(statement, parameters))
+                    parameters = {
+                        **parameters,
+                        "channel": channel_name(self.schema),
+                        "gathered": gathered.encode() if gathered else None,
+                    }
+                rows = await self.database.run(statement, parameters)
+                if rows and statement is spawning.SPAWN_AND_TELL:
+                    gathered = None
+                statement, parameters = script.send(rows)
         except StopIteration as end:
             results: list[SpawnResult[Any] | DurableError] = end.value
-        ended = time.monotonic()
-        self._seldom_from = ended + SELDOM * (ended - began)
-        told = telling or (
+        finally:
+            if gathered:
+                self._sender().send(gathered)
+        self._last_spawn = began, time.monotonic()
+        told = alone is spawning.SPAWN_AND_TELL or (
             here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)
         )
         if not told:

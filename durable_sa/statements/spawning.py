@@ -16,6 +16,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     bindparam,
+    case,
     cast,
     delete,
     exists,
@@ -64,7 +65,20 @@ SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "parent_task_id": Uuid(),
     "idempotency_key": Text(),
 }
-"""The arrays of a spawn, an element of each a task."""
+"""What there is to say about a spawn."""
+
+_OWN: Final = ("task_id", "run_id", "params", "idempotency_key")
+
+ITEM_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    **{name: SPAWN_COLUMNS[name] for name in _OWN},
+    "kind": Integer(),
+}
+"""What tasks that are spawned together have each for itself, and the number of its kind, from 1."""
+
+KIND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    name: type_ for name, type_ in SPAWN_COLUMNS.items() if name not in _OWN
+}
+"""What many of them have in common: few arrays as long as the batch are sent and unnested, not twenty."""
 
 
 def insert_tasks(source: FromClause) -> Insert:
@@ -106,20 +120,43 @@ def _spawnable(new: FromClause) -> Select[Any]:
     return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
 
 
-def _spawn(spawnable: Select[Any]) -> Executable:
-    return insert_tasks(spawnable.subquery("spawnable")).returning(
-        Task.task_id, Task.queue_name, Task.priority, Task.available_at
+def _spawn(spawnable: Select[Any]) -> Insert:
+    return insert_tasks(spawnable.subquery("spawnable"))
+
+
+def _spawn_one(spawnable: Select[Any]) -> Executable:
+    return _spawn(spawnable).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+
+
+def _spawn_many(spawnable: Select[Any]) -> Executable:
+    spawned = (
+        _spawn(spawnable).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at).cte("spawned")
     )
+    lane = spawned.c.queue_name, spawned.c.priority
+    return select(
+        *lane,
+        func.min(spawned.c.available_at).label("available_at"),
+        func.array_agg(spawned.c.task_id).label("task_ids"),
+    ).group_by(*lane)
 
 
-_many = _spawnable(numbered_rows("spawn", "position", **SPAWN_COLUMNS))
+_items = numbered_rows("items", "position", **ITEM_COLUMNS)
+_kinds = numbered_rows("kinds", "number", **KIND_COLUMNS)
+_many = _spawnable(
+    select(_items.c.position, *(({**_items.c, **_kinds.c})[name] for name in SPAWN_COLUMNS))
+    .join_from(_items, _kinds, _items.c.kind == _kinds.c.number)
+    .subquery("spawn")
+)
 _one = _spawnable(one_row("spawn", **SPAWN_COLUMNS))
 
-SPAWN = _spawn(_many)
-"""Enqueue. A task whose queue does not exist, or whose key is taken, is missing from what comes back."""
+SPAWN = _spawn_many(_many)
+"""Enqueue. Gives the ids of each lane and its earliest time.
 
-SPAWN_ONE = _spawn(_one)
-"""As `SPAWN`, of a task alone."""
+A task whose queue does not exist, or whose key is taken, is missing from what comes back.
+"""
+
+SPAWN_ONE = _spawn_one(_one)
+"""As `SPAWN`, of a task alone, which gives its row."""
 
 
 def hint_payload(spawned: FromClause) -> ColumnElement[Any]:
@@ -137,19 +174,25 @@ _spawned = (
     .cte("spawned")
 )
 
+_channel, _gathered = bindparam("channel", type_=Text()), bindparam("gathered", type_=Text())
+
 SPAWN_AND_TELL = select(
     _spawned.c.task_id,
     _spawned.c.queue_name,
     _spawned.c.priority,
     _spawned.c.available_at,
-    func.pg_notify(bindparam("channel", type_=Text()), hint_payload(_spawned)),
+    func.pg_notify(_channel, hint_payload(_spawned)),
+    case((_gathered.is_not(None), func.pg_notify(_channel, _gathered))),
 )
-"""As `SPAWN_ONE`, with the hint in the same transaction: workers hear of it sooner, but such commits wait in line."""
+"""As `SPAWN_ONE`, with its hint, and that of earlier tasks if there is one, in the same transaction.
 
-SPAWN_KEYED = _spawn(_many.join(impatient(), true()))
+Workers hear of it sooner and no other statement is needed, but such commits wait in line.
+"""
+
+SPAWN_KEYED = _spawn_many(_many.join(impatient(), true()))
 """As `SPAWN`, but 55P03 at once if one of the keys is in somebody's open transaction."""
 
-SPAWN_ONE_KEYED = _spawn(_one.join(impatient(), true()))
+SPAWN_ONE_KEYED = _spawn_one(_one.join(impatient(), true()))
 """As `SPAWN_KEYED`, of a task alone."""
 
 _wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text())

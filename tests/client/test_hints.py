@@ -6,7 +6,6 @@ import asyncio
 import gc
 import itertools
 import json
-import math
 import os
 import random
 import subprocess
@@ -316,7 +315,7 @@ async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
 
     monkeypatch.setattr(Database, "execute_on", observed)
     at = datetime(2100, 1, 1, tzinfo=UTC)
-    monkeypatch.setattr(Durable, "_seldom_from", 0.0)
+    monkeypatch.setattr(Durable, "_may_tell", lambda *_: True)
     limited = CancellationPolicy(max_pending_time=60)
     await durable.spawn(ship, available_at=at, priority=3, cancellation=limited)
     heard = Hint.decode(await hints.next())
@@ -324,7 +323,7 @@ async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
     assert [statement for statement in executed if statement is not spawning.SPAWN_AND_TELL] == []
     # From now on they come too fast.
     executed.clear()
-    monkeypatch.setattr(durable, "_seldom_from", math.inf)
+    monkeypatch.setattr(Durable, "_may_tell", lambda *_: False)
     for _ in range(3):
         await durable.spawn(ship)
     assert executed.count(spawning.SPAWN_ONE) == 3

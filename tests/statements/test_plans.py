@@ -316,8 +316,8 @@ async def test_plans_do_not_outlive_the_size_of_the_tables(
     durable: Durable, database_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few rows are best found by reading them all; what was prepared then must not go on so with thousands."""
-    monkeypatch.setattr("durable_sa.connections.REPLAN_INTERVAL", 0.0)
-    monkeypatch.setattr("durable_sa.connections.REPLAN_SECONDS", 0.01)
+    monkeypatch.setattr("durable_sa.execution.REPLAN_INTERVAL", 0.0)
+    monkeypatch.setattr("durable_sa.execution.REPLAN_SECONDS", 0.01)
     channel = Channel(durable.database)
 
     @durable.task
