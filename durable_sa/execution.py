@@ -96,8 +96,9 @@ def _metadata(keys: tuple[str, ...]) -> SimpleResultMetaData:
 def _raise(connection: Connection, error: Exception, statement: str, parameters: Any) -> NoReturn:
     """Raise what SQLAlchemy would have raised, and have it draw its conclusions about the connection and the pool."""
     adapted: Any = connection.connection.dbapi_connection
+    dialect: Any = connection.dialect
     try:
         adapted._handle_exception(error)
-    except Exception as translated:  # noqa: BLE001 - the next line tells which
+    except dialect.loaded_dbapi.Error as translated:
         connection._handle_dbapi_exception(translated, statement, parameters, None, None)  # pyright: ignore[reportPrivateUsage]
     raise error

@@ -331,6 +331,43 @@ async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
     assert spawning.SPAWN_AND_TELL not in executed
 
 
+@pytest.mark.parametrize("carrier", ["spawned", "refused", "lost"])
+async def test_hints_of_earlier_spawns_go_with_a_later_one(
+    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch, carrier: str
+) -> None:
+    """And are sent by themselves where that spawn comes to nothing."""
+    durable.register(ship)
+    await durable.spawn(ship)
+    await hints.next()
+    hints.heard.clear()
+    # What waits would go by itself soon; here that is late enough for the next spawn.
+    monkeypatch.setattr("durable_sa.hints.SPACING", 0.5)
+    monkeypatch.setattr(Durable, "_may_tell", lambda *_: False)
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    await durable.spawn(ship, available_at=at, priority=5)
+    monkeypatch.setattr(Durable, "_may_tell", lambda *_: True)
+    if carrier == "spawned":
+        await durable.spawn(ship, available_at=at, priority=7)
+    elif carrier == "refused":
+        with pytest.raises(QueueNotFound):
+            await durable.spawn(ship, queue_name="nowhere")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Database, "execute_on", _lose)
+            with pytest.raises(ConnectionError):
+                await durable.spawn(ship)
+    await hints.next()
+    heard = [Hint.decode(payload) for payload in await hints.so_far()]
+    expected = [Hint({("default", 5): at}, tasks=1)]
+    if carrier == "spawned":
+        expected.append(Hint({("default", 7): at}, tasks=1))
+    assert sorted(heard, key=str) == expected
+
+
+async def _lose(*_: Any) -> None:
+    raise ConnectionResetError
+
+
 async def test_many_spawns_at_once_do_not_wait_in_line_for_their_hints(durable: Durable, hints: Hints) -> None:
     durable.register(ship)
     await asyncio.gather(*(durable.spawn(ship) for _ in range(200)))

@@ -1,0 +1,182 @@
+"""Statements that go to asyncpg itself behave as those that SQLAlchemy executes, and leave it what it is asked to see."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import URL, event, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from durable_sa import Durable, task
+from durable_sa.connections import Database
+from durable_sa.execution import goes_directly
+from durable_sa.statements import queues
+from durable_sa.statements.expressions import constant
+
+NUMBER = sa.bindparam("number", type_=sa.Integer())
+DIVIDE = select((constant(10) // NUMBER).label("quotient"), constant("x").label("letter"))
+SLEEP = select(sa.func.pg_sleep(60))
+LEAVE = select(sa.func.pg_terminate_backend(sa.func.pg_backend_pid()))
+
+Way = Callable[[AsyncEngine], AsyncEngine]
+
+
+@task
+async def noop(ctx: Any) -> None: ...
+
+
+def directly(engine: AsyncEngine) -> AsyncEngine:
+    return engine
+
+
+def through_sqlalchemy(engine: AsyncEngine) -> AsyncEngine:
+    event.listen(engine.sync_engine, "before_cursor_execute", lambda *_: None)
+    return engine
+
+
+@pytest.fixture(params=[directly, through_sqlalchemy])
+async def database(request: pytest.FixtureRequest, database_url: URL) -> Any:
+    engine = request.param(create_async_engine(database_url, pool_size=3))
+    yield Database(engine)
+    await engine.dispose()
+
+
+async def failure(call: Awaitable[Any]) -> BaseException:
+    try:
+        await call
+    except BaseException as error:  # noqa: BLE001
+        return error
+    raise AssertionError("it did not fail")
+
+
+async def test_the_ways_are_what_they_are_called(database_url: URL) -> None:
+    for way, expected in ((directly, True), (through_sqlalchemy, False)):
+        engine = way(create_async_engine(database_url))
+        async with engine.connect() as connection:
+            assert goes_directly(connection, DIVIDE, None) is expected
+        await engine.dispose()
+
+
+async def test_rows_have_names_and_positions(database: Database) -> None:
+    (row,) = await database.execute(DIVIDE, {"number": 3})
+    assert (row.quotient, row.letter, tuple(row), row._asdict()) == (3, "x", (3, "x"), {"quotient": 3, "letter": "x"})
+    assert await database.execute(queues.KNOWN_QUEUES, {"queue_names": ["nowhere"]}) in ((), [])
+
+
+@pytest.mark.parametrize("number", [0, "three", 2**40], ids=["server", "driver", "range"])
+async def test_errors_are_those_of_sqlalchemy(database_url: URL, number: object) -> None:
+    errors: list[Any] = []
+    for way in (directly, through_sqlalchemy):
+        engine = way(create_async_engine(database_url))
+        errors.append(await failure(Database(engine).execute(DIVIDE, {"number": number})))
+        assert (await Database(engine).execute(DIVIDE, {"number": 5}))[0].quotient == 2
+        await engine.dispose()
+    direct, usual = errors
+    assert type(direct) is type(usual)
+    assert str(direct) == str(usual)
+    assert isinstance(direct, DBAPIError)
+    assert type(direct.orig) is type(usual.orig)
+    assert direct.connection_invalidated is usual.connection_invalidated is False
+
+
+async def test_a_lost_connection_takes_the_others_of_its_pool_with_it(database: Database) -> None:
+    """They are as old as it was, and the server that they led to may be gone."""
+    pool: Any = database.engine.pool
+    held = [await database.connect() for _ in range(3)]
+    for connection in held:
+        await connection.close()
+    assert pool.checkedin() == 3
+    connection = await database.connect()
+    error: Any = await failure(database.execute_on(connection, LEAVE))
+    assert isinstance(error, DBAPIError)
+    assert error.connection_invalidated
+    await connection.close()
+    before = await pids(database)
+    assert await pids(database) == before
+    assert pool.checkedin() <= 3
+
+
+async def pids(database: Database) -> set[int]:
+    """The servers' processes of three connections at once."""
+    connections = [await database.connect() for _ in range(3)]
+    found = {(await database.execute_on(each, select(sa.func.pg_backend_pid())))[0][0] for each in connections}
+    for each in connections:
+        await each.close()
+    return found
+
+
+async def test_it_is_tried_again_when_all_connections_of_the_pool_are_dead(database: Database) -> None:
+    connections = [await database.connect() for _ in range(3)]
+    for each in connections[1:]:
+        await database.execute_on(connections[0], select(sa.func.pg_terminate_backend(await pid(database, each))))
+    for each in connections[1:]:
+        await each.close()
+    await failure(database.execute_on(connections[0], LEAVE))
+    await connections[0].close()
+    assert (await database.execute(DIVIDE, {"number": 2}))[0].quotient == 5
+
+
+async def pid(database: Database, connection: Any) -> int:
+    return int((await database.execute_on(connection, select(sa.func.pg_backend_pid())))[0][0])
+
+
+async def test_nothing_is_left_open(database: Database, engine: AsyncEngine) -> None:
+    """Neither a transaction nor a changed isolation level remains on a connection that goes back to the pool."""
+    for _ in range(3):
+        await database.execute(DIVIDE, {"number": 2})
+    async with database.engine.connect() as connection:
+        mine = (await connection.execute(select(sa.func.pg_backend_pid()))).scalar_one()
+        await connection.rollback()
+        async with engine.connect() as other:
+            state = sa.text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
+            assert (await other.execute(state, {"pid": mine})).scalar() == "idle"
+
+
+async def test_listeners_and_echo_see_every_statement(database_url: URL, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    listening, echoing = create_async_engine(database_url), create_async_engine(database_url)
+    async with Durable(listening, tasks=[noop]) as durable:
+        await durable.spawn(noop)
+        # Only now, when statements have gone directly on these very connections.
+        event.listen(listening.sync_engine, "before_cursor_execute", lambda *given: seen.append(given[2]))
+        await durable.spawn(noop)
+    assert len([text for text in seen if "INSERT INTO durable.tasks" in text]) == 1
+    echoing.echo = True
+    caplog.set_level(logging.INFO, "sqlalchemy.engine")
+    async with Durable(echoing, tasks=[noop]) as durable:
+        await durable.spawn(noop)
+    assert "INSERT INTO durable.tasks" in caplog.text
+    await listening.dispose()
+    await echoing.dispose()
+
+
+async def test_a_cancelled_statement_costs_its_connection_only(database: Database) -> None:
+    connection = await database.connect()
+    running = asyncio.ensure_future(database.execute_on(connection, SLEEP))
+    await asyncio.sleep(0.05)
+    running.cancel()
+    assert isinstance(await failure(running), asyncio.CancelledError)
+    await connection.invalidate()
+    await connection.close()
+    assert (await database.execute(DIVIDE, {"number": 2}))[0].quotient == 5
+
+
+async def test_a_migration_beside_it_is_noticed(database_url: URL) -> None:
+    """asyncpg prepares anew what no longer fits the table."""
+    database = Database(create_async_engine(database_url))
+    async with database.engine.begin() as connection:
+        await connection.execute(sa.text("CREATE TABLE changing (id integer)"))
+        await connection.execute(sa.text("INSERT INTO changing VALUES (1)"))
+    changing = select(sa.text("*")).select_from(sa.table("changing"))
+    assert [tuple(row) for row in await database.execute(changing)] == [(1,)]
+    async with database.engine.begin() as connection:
+        await connection.execute(sa.text("ALTER TABLE changing ADD COLUMN more text DEFAULT 'x'"))
+
+    assert [tuple(row) for row in await database.execute(changing)] == [(1, "x")]
+    await database.engine.dispose()
