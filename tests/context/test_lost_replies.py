@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import asyncpg  # type: ignore[import-untyped]
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from durable_sa import Durable, RetryStrategy, TaskContext, task
@@ -18,12 +19,25 @@ from tests.context.support import Rows
 class Unreliable:
     """An engine whose connections break now and then, during a statement or a commit."""
 
-    def __init__(self, engine: AsyncEngine, seed: int) -> None:
-        self.engine = engine
+    def __init__(self, url: URL, seed: int) -> None:
+        unreliable = self
+
+        class Connection(asyncpg.Connection):  # type: ignore[misc]
+            """For the statements that go to asyncpg directly."""
+
+            async def fetch(self, *arguments: Any, **options: Any) -> Any:
+                lost, done = unreliable._draw()
+                records = await super().fetch(*arguments, **options) if done else []
+                if lost:
+                    self.terminate()
+                    raise asyncpg.InterfaceError("connection is closed")
+                return records
+
+        self.engine = create_async_engine(url, pool_size=20, connect_args={"connection_class": Connection})
         self.share = 0.0
         self.broken = 0
         self._chance = random.Random(seed)
-        self._dialect = engine.sync_engine.dialect
+        self._dialect = self.engine.sync_engine.dialect
         self._execute, self._commit = self._dialect.do_execute, self._dialect.do_commit
         self._dialect.do_execute = self.execute
         self._dialect.do_commit = self.commit
@@ -34,12 +48,17 @@ class Unreliable:
     def commit(self, connection: Any) -> None:
         self._perhaps(lambda: self._commit(connection), connection)
 
-    def _perhaps(self, perform: Any, connection: Any) -> None:
+    def _draw(self) -> tuple[bool, bool]:
+        """Whether the connection is lost, and whether the server has done what it was told."""
         lost = self._chance.random() < self.share
-        if not lost or self._chance.random() < 0.5:
+        self.broken += lost
+        return lost, not lost or self._chance.random() < 0.5
+
+    def _perhaps(self, perform: Any, connection: Any) -> None:
+        lost, done = self._draw()
+        if done:
             perform()
         if lost:
-            self.broken += 1
             connection.terminate()
             raise self._dialect.loaded_dbapi.InterfaceError("connection is closed")
 
@@ -48,9 +67,9 @@ class Unreliable:
 async def unreliable(engine: AsyncEngine, request: pytest.FixtureRequest) -> AsyncGenerator[Unreliable]:
     async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE ledger (id serial, task_id uuid, what text)"))
-    own = create_async_engine(engine.url, pool_size=20)
-    yield Unreliable(own, request.param)
-    await own.dispose()
+    unreliable = Unreliable(engine.url, request.param)
+    yield unreliable
+    await unreliable.engine.dispose()
 
 
 @pytest.mark.parametrize("unreliable", range(2), indirect=True)

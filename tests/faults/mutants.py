@@ -170,7 +170,7 @@ MUTANTS = (
     Mutant(
         "hints before the commit",
         "hints.py",
-        (("    if is_autocommit(connection):\n        _send(", "    if True:\n        _send("),),
+        (("    if transaction is None or is_autocommit(connection):\n", "    if True:\n"),),
         ("tests/client/test_hints.py::test_no_hint_comes_before_what_it_is_about",),
     ),
     Mutant(
