@@ -27,6 +27,7 @@ from .database_errors import (
 )
 from .errors import InvalidConfiguration, SchemaMismatch
 from .models import SCHEMA
+from .rendering import Translations
 from .urls import default_bind, resolve_url
 
 if TYPE_CHECKING:
@@ -141,6 +142,10 @@ class Database:
             )
 
     @property
+    def _translations(self) -> Translations | None:
+        return self.options.get("schema_translate_map")
+
+    @property
     def _mixed_up(self) -> bool:
         return self.engine.sync_engine.pool in _mixed_up
 
@@ -170,7 +175,7 @@ class Database:
         """
         if not connection.info[_EXPLICIT]:
             try:
-                return await self._run(connection, statement, parameters, alone=True)
+                return await execution.run(connection, statement, parameters, self._translations, alone=True)
             except DBAPIError as error:
                 if sqlstate(error) not in POOLER_STATES:
                     raise
@@ -180,7 +185,7 @@ class Database:
             connection = await connection.execution_options(isolation_level="READ COMMITTED")
         try:
             async with connection.begin():
-                return await self._run(connection, statement, parameters, alone=False)
+                return await self.execute_within(connection, statement, parameters)
         except DBAPIError as error:
             pool = self.engine.sync_engine.pool
             if sqlstate(error) in POOLER_STATES and pool not in _explained:
@@ -192,16 +197,11 @@ class Database:
                 )
             raise
 
-    async def _run(
-        self,
-        connection: AsyncConnection,
-        statement: Executable,
-        parameters: Mapping[str, Any] | None,
-        *,
-        alone: bool,
+    async def execute_within(
+        self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[Row[Any]]:
-        translations = self.options.get("schema_translate_map")
-        return await execution.run(connection, statement, parameters, translations, alone=alone)
+        """Run one statement in the transaction that `connection` is in."""
+        return await execution.run(connection, statement, parameters, self._translations, alone=False)
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Run one statement on a connection of the pool, again once if the pool had kept a dead one.
@@ -237,7 +237,7 @@ class Database:
         if (
             connection.info.get(_EXPLICIT) is False
             and not self._mixed_up
-            and execution.goes_directly(connection, statement, self.options.get("schema_translate_map"))
+            and execution.goes_directly(connection, statement, self._translations)
         ):
             return connection
         return await self._prepare(connection)

@@ -38,7 +38,7 @@ async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T
         done: tuple[T, str | None] | None = None
         try:
             async with database.transaction() as connection:
-                result = await _drive(connection, script(hint))
+                result = await _drive(database, connection, script(hint))
                 done = result, (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
         except DBAPIError as error:
             status: str | None = "aborted"
@@ -55,12 +55,11 @@ async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T
     raise AssertionError("unreachable")
 
 
-async def _drive(connection: AsyncConnection, script: Script[T]) -> T:
+async def _drive(database: Database, connection: AsyncConnection, script: Script[T]) -> T:
     try:
         statement, parameters = next(script)
         while True:
-            result = await connection.execute(statement, parameters)
-            statement, parameters = script.send(result.all() if result.returns_rows else ())
+            statement, parameters = script.send(await database.execute_within(connection, statement, parameters))
     except StopIteration as end:
         value: T = end.value
         return value
