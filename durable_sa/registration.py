@@ -9,10 +9,12 @@ import time
 import uuid
 from collections.abc import Callable
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from .channels import Channel
 from .clock import LocalClock
 from .connections import Database
-from .database_errors import backoff, is_transient, without_values
+from .database_errors import backoff, is_read_only, is_transient, without_values
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
 from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
@@ -61,6 +63,16 @@ class Registration:
         self._loop = asyncio.get_running_loop()
         self._turn_timer: asyncio.TimerHandle | None = None
 
+    async def start(self) -> None:
+        """Get the first lease; where the database is read-only, go on and get it once that takes writes."""
+        try:
+            await self.register()
+        except SQLAlchemyError as error:
+            if not is_read_only(error):
+                raise
+            self._renewing = True
+            self._services.start_task(self._come_back(), "durable:come-back")
+
     async def register(self) -> None:
         """Get a lease, and start to renew it."""
         sent_at = time.monotonic()
@@ -106,16 +118,26 @@ class Registration:
 
     async def _come_back(self) -> None:
         await self.stop_heartbeat()
-        failures, former_id = 0, self.worker_id
+        failures, former_id, waiting = 0, self.worker_id, False
         while not self._stopping.is_set():
             try:
-                if self._settings.fatal_on_lease_timeout and await self._was_taken_over(former_id):
+                registered_before = self._heartbeat is not None
+                if (
+                    registered_before
+                    and self._settings.fatal_on_lease_timeout
+                    and await self._was_taken_over(former_id)
+                ):
                     end_process(TAKEN_OVER)
                 self.worker_id = new_id()
                 await self.register()
+                if waiting:
+                    logger.info("worker %s goes on: the database takes writes", self._settings.name)
                 break
             except Exception as error:
-                if not is_transient(error):
+                if is_read_only(error) and not waiting:
+                    waiting = True
+                    logger.warning("worker %s waits: the database is read-only", self._settings.name)
+                elif not is_transient(error):
                     logger.error("registering the worker anew failed; trying on", exc_info=without_values(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff(failures)):

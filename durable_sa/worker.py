@@ -19,6 +19,7 @@ from . import branches, task_factory
 from .channels import Channel
 from .claims import Claims
 from .clock import LocalClock
+from .database_errors import in_short
 from .errors import InvalidConfiguration, QueueNotFound
 from .health import HealthServer
 from .hints import Hint, channel_name, sender
@@ -142,7 +143,7 @@ class Worker:
         return self._samples.latest
 
     async def start(self) -> None:
-        """Register, and start to claim.
+        """Register, and start to claim. Where the database is read-only, that comes when it takes writes again.
 
         Raises:
             InvalidConfiguration: the pool does not give three connections, or the port for probes cannot be had.
@@ -163,7 +164,7 @@ class Worker:
                 self._health = HealthServer(database, self.settings.health_port, self._registration.vital_signs)
                 self.health_port = await self._health.start()
             await self._writer.rehearse()
-            await self._registration.register()
+            await self._registration.start()
         except BaseException:
             task_factory.uninstall(self.loop)
             if self._health is not None:
@@ -266,7 +267,7 @@ class Worker:
             logger.warning(
                 "worker %s ends without having settled everything (%s); others take over when its lease is over",
                 self.settings.name,
-                type(error).__name__,
+                in_short(error),
             )
         await self._close()
 
