@@ -174,7 +174,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
             return TaskStatus(rows[0].state)
         cancelled = list(rows)
         while True:
-            rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH}
+            rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH, "passed": 0}
             if not rows:
                 break
             rows = yield (
