@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Task, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, readable, rows
 
 _task_ids = array("task_ids", Uuid())
 
@@ -280,9 +280,9 @@ WAKERS = (
 """The trace contexts of the events and children that tasks were woken by."""
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
-PEEK_EVENTS = select(Event.queue_name, Event.name, as_text(Event.payload).label("payload"), Event.emitted_at).join(
-    _peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names)
-)
+PEEK_EVENTS = select(
+    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), readable(Event.emitted_at)
+).join(_peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names))
 """Events that are there already when somebody is about to wait for them."""
 
 PEEK_TASKS = select(
