@@ -104,11 +104,15 @@ class Channel:
         if own is not None:
             await own.dispose()
 
-    async def open(self) -> None:
-        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
+    async def connect(self) -> None:
+        """Take a connection from the pool before the next statement needs it."""
         async with self._lock:
             if self._connection is None:
                 self._connection = await self._database.connect()
+
+    async def open(self) -> None:
+        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
+        await self.connect()
         await self.execute(LEARN_TYPES, NO_ARRAYS)
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .channels import Channel
 from .clock import LocalClock
 from .connections import Database
-from .database_errors import backoff, is_read_only, is_transient, without_values
+from .database_errors import backoff, in_short, is_read_only, is_transient, without_values
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
 from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
@@ -59,6 +59,7 @@ class Registration:
         self._lost = lost
         self._returned = returned
         self._renewing = False
+        self._beating = False
         self._heartbeat: Heartbeat | None = None
         self._loop = asyncio.get_running_loop()
         self._turn_timer: asyncio.TimerHandle | None = None
@@ -101,10 +102,28 @@ class Registration:
         self.lease.turned_at = time.monotonic()
         if not self.lease.valid and not self._renewing:
             self.lose()
+        elif self.lease.late and not self._renewing and not self._beating:
+            self._beating = True
+            self._services.start_task(self._beat(), "durable:beat")
         interval = min(1.0, self._settings.claim_timeout / 8)
         if self.lease.valid:
             interval = min(interval, self.lease.valid_until - time.monotonic())
         self._turn_timer = self._loop.call_later(interval, self.turn)
+
+    async def _beat(self) -> None:
+        """Send a heartbeat beside the thread that should have: this connection is there, and the event loop turns."""
+        lease, sent_at = self.lease, time.monotonic()
+        try:
+            rows = await self._channel.execute(claiming.HEARTBEAT, {"beating_id": self.worker_id})
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            logger.debug("a heartbeat beside the others failed: %s", in_short(error))
+        else:
+            if rows:
+                lease.renewed(sent_at)
+            elif lease is self.lease:
+                self.lose()
+        finally:
+            self._beating = False
 
     def lose(self) -> None:
         """Others may have taken over: come back as a new worker."""

@@ -240,7 +240,7 @@ async def test_a_check_that_takes_too_long_is_said_to(
         assert "could not be checked within 0.05 s" in (await findings(cli))["schedules"]
 
 
-HOSTILE_TIMES = ("0044-03-15 BC", "290000-01-01", "infinity")
+HOSTILE_TIMES = ("0044-03-15 BC", "infinity")
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
