@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -13,7 +13,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .connections import Database, discard
+from .database_errors import backoff, is_conflict, is_read_only
 from .statements.expressions import LEARN_TYPES, NO_ARRAYS
+
+T = TypeVar("T")
 
 logger = logging.getLogger("durable_sa")
 
@@ -21,6 +24,24 @@ STATEMENT_DEADLINE = 30.0
 """Seconds after which a statement's connection is taken for dead."""
 POOL_PATIENCE = 5.0
 """Seconds that a lost connection's successor is waited for in the application's pool."""
+
+
+RECONNECTIONS = 5
+
+
+async def reconnecting(call: Callable[[], Awaitable[T]]) -> T:
+    """Make a call that may be repeated, again if its connection was lost: a server ends those that are idle for long.
+
+    Not often, as for one that stays away: then whoever calls is to hear of it.
+    """
+    for attempt in range(RECONNECTIONS):
+        try:
+            return await call()
+        except SQLAlchemyError as error:
+            if attempt + 1 == RECONNECTIONS or is_read_only(error) or not is_conflict(error):
+                raise
+            await asyncio.sleep(backoff(attempt))
+    raise AssertionError("unreachable")
 
 
 class Executing(Protocol):
@@ -83,11 +104,15 @@ class Channel:
         if own is not None:
             await own.dispose()
 
-    async def open(self) -> None:
-        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
+    async def connect(self) -> None:
+        """Take a connection from the pool before the next statement needs it."""
         async with self._lock:
             if self._connection is None:
                 self._connection = await self._database.connect()
+
+    async def open(self) -> None:
+        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
+        await self.connect()
         await self.execute(LEARN_TYPES, NO_ARRAYS)
 
     async def close(self) -> None:

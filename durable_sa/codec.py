@@ -32,16 +32,19 @@ _TELLTALE: Final = frozenset({"value_error", "assertion_error", "union_tag_inval
 class Codec(Generic[T_co]):
     """Encodes values of one annotation as JSON text, and decodes them. Made by `codec_for`."""
 
-    __slots__ = ("_adapter", "_annotation", "_atoms", "_lenient")
+    __slots__ = ("_adapter", "_annotation", "_atoms", "_drawn", "_lenient")
 
     def __init__(self, annotation: object, names: Mapping[str, object] | None = None) -> None:
         self._annotation = annotation
         self._adapter: TypeAdapter[Any] | None = None
         self._lenient = True
+        self._drawn = False
+        """Whether it has fields that are left out of the JSON and made anew by a function whenever that is read."""
         self._atoms = frozenset(_ATOMS)
         if not any(annotation is unannotated for unannotated in _UNANNOTATED):
             self._adapter = _adapter(annotation, names)
             self._lenient = _has_holes(self._adapter.core_schema)
+            self._drawn = _draws(self._adapter.core_schema)
             self._atoms = frozenset(atom for atom in _ATOMS if annotation is atom)
 
     def __repr__(self) -> str:
@@ -86,6 +89,8 @@ class Codec(Generic[T_co]):
                 # Sorted, for a set may come in another order.
                 if sorted(self._dump(decoded, what)) != sorted(text):
                     raise Unfaithful((), "it would come back as another value")
+            if self._drawn:
+                compare(decoded, self.decode(text, what), lenient=True, whole=True)
         except SerializationError as error:
             raise _better_explained(error, value, text) from None
         except Unfaithful as unfaithful:
@@ -192,6 +197,17 @@ def _has_holes(schema: object) -> bool:
         entries = cast(dict[str, object], schema)
         return entries.get("type") == "any" or any(map(_has_holes, entries.values()))
     return isinstance(schema, list) and any(map(_has_holes, cast(list[object], schema)))
+
+
+def _draws(schema: object) -> bool:
+    """Whether a core schema has a field that is, or may be, left out of the JSON, with a default that is made anew."""
+    if isinstance(schema, dict):
+        entries = cast(dict[str, object], schema)
+        if entries.get("serialization_exclude") or entries.get("serialization_exclude_if"):
+            field = entries.get("schema")
+            return isinstance(field, dict) and "default_factory" in field
+        return any(map(_draws, entries.values()))
+    return isinstance(schema, list) and any(map(_draws, cast(list[object], schema)))
 
 
 def _better_explained(error: SerializationError, value: object, text: str) -> SerializationError:

@@ -23,6 +23,7 @@ from .database_errors import (
     backoff,
     is_conflict,
     is_lost,
+    refuse_read_only,
     sqlstate,
 )
 from .errors import InvalidConfiguration, SchemaMismatch
@@ -243,11 +244,13 @@ class Database:
         return await self._prepare(connection)
 
     async def _explain(self, error: BaseException) -> None:
-        """Find out whether a statement has failed because the tables are not those that it is about.
+        """Find out whether a statement has failed for the state of the database, or of the tables in it.
 
         Raises:
             SchemaMismatch: they are not there, or older.
+            InvalidState: they are, in a database that is read-only.
         """
+        refuse_read_only(error)
         if sqlstate(error) not in MISSING_TABLE_STATES:
             return
         from .migrations import check
@@ -302,8 +305,12 @@ class Database:
         return AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[AsyncConnection]:
-        """A transaction of several statements, each of which sees what was committed before it."""
+    async def transaction(self, *, again: bool = False) -> AsyncGenerator[AsyncConnection]:
+        """A transaction of several statements, each of which sees what was committed before it.
+
+        `again` is for callers that repeat what has met a database that is read-only: as a failover goes on, another
+        connection may lead to one that is not.
+        """
         connection = await self._connect("READ COMMITTED")
         try:
             try:
@@ -316,7 +323,8 @@ class Database:
             finally:
                 await connection.close()
         except SQLAlchemyError as error:
-            await self._explain(error)
+            if not (again and is_conflict(error)):
+                await self._explain(error)
             raise
 
 

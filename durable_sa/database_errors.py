@@ -9,6 +9,8 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from .errors import InvalidState
+
 LOCK_NOT_AVAILABLE = "55P03"
 CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 POOLER_STATES = frozenset({"26000", "42P05"})
@@ -18,10 +20,13 @@ UNDEFINED_TABLE = "42P01"
 MISSING_TABLE_STATES = frozenset({UNDEFINED_TABLE, "42703", "3F000"})
 """No such table, column or schema: durable's are not installed, or older than this version of the package."""
 
+READ_ONLY = "25006"
+"""A standby, or a server, database or role whose transactions are read-only by default."""
+
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
-_TRANSIENT_STATES = frozenset({"40001", "40P01", LOCK_NOT_AVAILABLE, "25006", "25P03", "XX000"})
+_TRANSIENT_STATES = frozenset({"40001", "40P01", LOCK_NOT_AVAILABLE, READ_ONLY, "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
-_LOST_STATES = frozenset({"57P01", "57P02", "25006"})
+_LOST_STATES = frozenset({"57P01", "57P02", READ_ONLY})
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -65,6 +70,31 @@ def is_lost(error: BaseException) -> bool:
         return False
     code = sqlstate(error) or ""
     return error.connection_invalidated or code[:2] == "08" or code in _LOST_STATES
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Whether the database takes no writes."""
+    return sqlstate(error) == READ_ONLY
+
+
+def refuse_read_only(error: BaseException) -> None:
+    """Say it in words of ours if a call has failed because the database takes no writes.
+
+    Raises:
+        InvalidState: it has.
+    """
+    if is_read_only(error):
+        raise InvalidState(
+            "the database",
+            "read-only: a standby, or default_transaction_read_only is on",
+            "Connect to the primary (target_session_attrs in the URL finds it among several hosts), or call again once "
+            "the database takes writes. Workers wait for that by themselves.",
+        ) from error
+
+
+def in_short(error: BaseException) -> str:
+    """What a line of the log says of a transient error, of which there may be many."""
+    return "the database is read-only" if is_read_only(error) else type(error).__name__
 
 
 def without_values(error: BaseException) -> BaseException:

@@ -77,11 +77,12 @@ def same(one: object, other: object) -> bool:
         return False
 
 
-def compare(value: object, decoded: object, *, lenient: bool, path: Path = ()) -> None:
+def compare(value: object, decoded: object, *, lenient: bool, whole: bool = False, path: Path = ()) -> None:
     """Refuse a `value` that has lost something when it came back as `decoded`.
 
     A tuple that comes back as a list has not. With `lenient`, neither has what JSON has no type for and what came
     back as the JSON that stands for it, such as a datetime as text: that is what a value without an annotation gets.
+    With `whole`, fields count that are left out of the JSON, of two values that both have come from there.
 
     Raises:
         Unfaithful: with the place and the types.
@@ -93,7 +94,7 @@ def compare(value: object, decoded: object, *, lenient: bool, path: Path = ()) -
     _refuse_unstorable(value, decoded, path)
     came_back = f"{_a(value)} would come back as {_a(decoded)}"
     if is_mapping(value) and is_mapping(decoded):
-        _compare_entries(value, decoded, lenient, path)
+        _compare_entries(value, decoded, lenient, whole, path)
     elif is_set(value):
         for item in value:
             _refuse_unstorable(item, None, path)
@@ -101,15 +102,16 @@ def compare(value: object, decoded: object, *, lenient: bool, path: Path = ()) -
         if len(value) != len(decoded):
             raise Unfaithful(path, came_back + " of another length")
         for position, (item, decoded_item) in enumerate(zip(value, decoded, strict=True)):
-            compare(item, decoded_item, lenient=lenient, path=(*path, position))
-    elif (fields := _fields(value)) is not None and (lenient or type(decoded) is type(value)):
-        decoded_fields = decoded if is_mapping(decoded) else _fields(decoded) or {}
+            compare(item, decoded_item, lenient=lenient, whole=whole, path=(*path, position))
+    elif (fields := _fields(value, whole=whole)) is not None and (lenient or type(decoded) is type(value)):
+        decoded_fields = decoded if is_mapping(decoded) else _fields(decoded, whole=whole) or {}
         for name, item in fields.items():
             if name in decoded_fields:
-                compare(item, decoded_fields[name], lenient=lenient, path=(*path, name))
+                compare(item, decoded_fields[name], lenient=lenient, whole=whole, path=(*path, name))
     elif type(value) is type(decoded):
         if isinstance(value, _COMPARABLE):
-            raise Unfaithful(path, f"{_a(value)} would come back as a different one")
+            each_time = ", each time: the JSON leaves it out, and its default is made anew" if whole else ""
+            raise Unfaithful(path, f"{_a(value)} would come back as a different one{each_time}")
     elif not (lenient and isinstance(decoded, _JSON_TYPES)):
         raise Unfaithful(path, came_back)
 
@@ -131,13 +133,13 @@ def culprit(value: object, path: Path = ()) -> Unfaithful:
 
 
 def _compare_entries(
-    value: Mapping[object, object], decoded: Mapping[object, object], lenient: bool, path: Path
+    value: Mapping[object, object], decoded: Mapping[object, object], lenient: bool, whole: bool, path: Path
 ) -> None:
     for key, item in value.items():
         if key not in decoded:
             reason = f"a key of type {type(key).__name__} would come back as a str, annotate the dict with its key type"
             raise Unfaithful(path, reason)
-        compare(item, decoded[key], lenient=lenient, path=(*path, key))
+        compare(item, decoded[key], lenient=lenient, whole=whole, path=(*path, key))
 
 
 def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:
@@ -154,10 +156,10 @@ def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:
         raise Unfaithful(path, "bytes have no JSON form of their own, annotate them as bytes")
 
 
-def _fields(value: object) -> dict[str, Any] | None:
-    """The stored attributes of a model, dataclass or named tuple; None for other values."""
+def _fields(value: object, *, whole: bool = False) -> dict[str, Any] | None:
+    """The stored attributes of a model or dataclass, or, with `whole`, all; None for other values."""
     if isinstance(value, BaseModel):
-        excluded = {name for name, field in type(value).model_fields.items() if field.exclude}
+        excluded = {name for name, field in type(value).model_fields.items() if field.exclude and not whole}
         return {name: item for name, item in value if name not in excluded}
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}

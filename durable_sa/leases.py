@@ -1,4 +1,8 @@
-"""The worker's sign of life, sent from a thread so that no step can hold it up, as long as the event loop turns."""
+"""The worker's sign of life, sent from a thread so that no step can hold it up, as long as the event loop turns.
+
+When the thread is late, which needs a dozen round trips where its connection was lost, the event loop sends one beside
+it: see `durable_sa.registration`.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .channels import Channel
 from .connections import Database
-from .database_errors import is_transient, without_values
+from .database_errors import in_short, is_transient, without_values
 from .statements import claiming
 
 logger = logging.getLogger("durable_sa")
 
 BEATS_PER_LEASE = 3
+LATE = 0.6
+"""The share of a lease that is left when a heartbeat is overdue."""
+CONNECT_DEADLINE = 15.0
+"""Seconds that a new connection may take: a dozen round trips, where a heartbeat is one."""
 
 
 TAKEN_OVER = "another worker has taken this one's runs over"
@@ -46,6 +54,11 @@ class Lease:
     def valid(self) -> bool:
         """Whether nobody can have taken over yet."""
         return time.monotonic() < self.valid_until
+
+    @property
+    def late(self) -> bool:
+        """Whether a heartbeat is overdue: its thread may be busy with a new connection, over a slow network."""
+        return self.valid_until - time.monotonic() < self.seconds * LATE
 
     @property
     def age(self) -> float | None:
@@ -91,14 +104,16 @@ class Heartbeat:
         try:
             asyncio.run(self._beat())
         except Exception:
-            logger.exception("the heartbeat has ended; the worker gives up its runs when its lease is over")
+            logger.exception(
+                "the thread of the heartbeat has ended; a step that blocks the event loop may cost the lease"
+            )
 
     async def _beat(self) -> None:
         engine = self._database.private()
         channel = Channel(Database(engine, self._database.schema))
         interval = self._lease.seconds / BEATS_PER_LEASE
         deadline = min(2 * interval, 10.0)
-        pause = interval
+        began = time.monotonic()
         stop, own_loop = asyncio.Event(), asyncio.get_running_loop()
 
         def stop_soon() -> None:
@@ -107,20 +122,28 @@ class Heartbeat:
 
         self._stopping = stop_soon
         try:
+            if self._lease.seconds < 2 * CONNECT_DEADLINE:
+                # What there is time for later with a longer one.
+                with contextlib.suppress(SQLAlchemyError, OSError, TimeoutError):
+                    async with asyncio.timeout(CONNECT_DEADLINE):
+                        await channel.connect()
+            pause = max(0.0, interval - (time.monotonic() - began))
             while not self._stopped and not self._loop.is_closed():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await stop.wait()
                         return
-                sent_at = time.monotonic()
-                stuck = sent_at - self._lease.turned_at > self._lease.seconds
                 try:
+                    async with asyncio.timeout(CONNECT_DEADLINE):
+                        await channel.connect()
+                    sent_at = time.monotonic()
+                    stuck = sent_at - self._lease.turned_at > self._lease.seconds
                     async with asyncio.timeout(deadline):
                         statement = claiming.STILL_HELD if stuck else claiming.HEARTBEAT
                         rows = await channel.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     if is_transient(error):
-                        logger.warning("a heartbeat failed: %s", type(error).__name__)
+                        logger.warning("a heartbeat failed: %s", in_short(error))
                     else:
                         logger.error("a heartbeat failed", exc_info=without_values(error))
                     pause = min(1.0, interval / 4)

@@ -40,6 +40,9 @@ REVISION = "durable_0001"
 RETENTION = "30 days"
 """For how long a queue keeps ended tasks and events if nothing else is said."""
 
+READABLE = (-62135510400, 253402128000)
+"""The first and the last second that drivers can read: of the years 1 to 9999, in whatever time zone."""
+
 metadata = MetaData(
     schema=SCHEMA,
     naming_convention={
@@ -67,8 +70,9 @@ _now = text("clock_timestamp()")
 
 
 def _readable(column: str) -> CheckConstraint:
-    """A time that drivers can read: not infinite, and in the years 1 to 9999 in whatever time zone."""
-    return CheckConstraint(f"{column} BETWEEN to_timestamp(-62135510400) AND to_timestamp(253402128000)", name=column)
+    """A time that drivers can read, and is not infinite."""
+    first, last = READABLE
+    return CheckConstraint(f"{column} BETWEEN to_timestamp({first}) AND to_timestamp({last})", name=column)
 
 
 class Queue(Base):

@@ -9,10 +9,12 @@ import time
 import uuid
 from collections.abc import Callable
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from .channels import Channel
 from .clock import LocalClock
 from .connections import Database
-from .database_errors import backoff, is_transient, without_values
+from .database_errors import backoff, in_short, is_read_only, is_transient, without_values
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
 from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
@@ -57,9 +59,20 @@ class Registration:
         self._lost = lost
         self._returned = returned
         self._renewing = False
+        self._beating = False
         self._heartbeat: Heartbeat | None = None
         self._loop = asyncio.get_running_loop()
         self._turn_timer: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Get the first lease; where the database is read-only, go on and get it once that takes writes."""
+        try:
+            await self.register()
+        except SQLAlchemyError as error:
+            if not is_read_only(error):
+                raise
+            self._renewing = True
+            self._services.start_task(self._come_back(), "durable:come-back")
 
     async def register(self) -> None:
         """Get a lease, and start to renew it."""
@@ -89,10 +102,28 @@ class Registration:
         self.lease.turned_at = time.monotonic()
         if not self.lease.valid and not self._renewing:
             self.lose()
+        elif self.lease.late and not self._renewing and not self._beating:
+            self._beating = True
+            self._services.start_task(self._beat(), "durable:beat")
         interval = min(1.0, self._settings.claim_timeout / 8)
         if self.lease.valid:
             interval = min(interval, self.lease.valid_until - time.monotonic())
         self._turn_timer = self._loop.call_later(interval, self.turn)
+
+    async def _beat(self) -> None:
+        """Send a heartbeat beside the thread that should have: this connection is there, and the event loop turns."""
+        lease, sent_at = self.lease, time.monotonic()
+        try:
+            rows = await self._channel.execute(claiming.HEARTBEAT, {"beating_id": self.worker_id})
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            logger.debug("a heartbeat beside the others failed: %s", in_short(error))
+        else:
+            if rows:
+                lease.renewed(sent_at)
+            elif lease is self.lease:
+                self.lose()
+        finally:
+            self._beating = False
 
     def lose(self) -> None:
         """Others may have taken over: come back as a new worker."""
@@ -106,16 +137,26 @@ class Registration:
 
     async def _come_back(self) -> None:
         await self.stop_heartbeat()
-        failures, former_id = 0, self.worker_id
+        failures, former_id, waiting = 0, self.worker_id, False
         while not self._stopping.is_set():
             try:
-                if self._settings.fatal_on_lease_timeout and await self._was_taken_over(former_id):
+                registered_before = self._heartbeat is not None
+                if (
+                    registered_before
+                    and self._settings.fatal_on_lease_timeout
+                    and await self._was_taken_over(former_id)
+                ):
                     end_process(TAKEN_OVER)
                 self.worker_id = new_id()
                 await self.register()
+                if waiting:
+                    logger.info("worker %s goes on: the database takes writes", self._settings.name)
                 break
             except Exception as error:
-                if not is_transient(error):
+                if is_read_only(error) and not waiting:
+                    waiting = True
+                    logger.warning("worker %s waits: the database is read-only", self._settings.name)
+                elif not is_transient(error):
                     logger.error("registering the worker anew failed; trying on", exc_info=without_values(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff(failures)):

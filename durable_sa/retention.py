@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
 from datetime import UTC, datetime
 
@@ -15,6 +17,8 @@ PAGE = 1000
 PAGES = 3
 """Pages that a worker looks at in one go, of each outcome in each queue; where many tasks are still needed, it goes on
 from there the next time."""
+PATIENCE = 1.0
+"""Seconds after which a worker leaves a page of which somebody holds many rows: it has other things to do."""
 OUTCOMES = ("completed", "cancelled", "failed")
 
 Position = tuple[datetime, uuid.UUID]
@@ -58,17 +62,26 @@ class Retention:
         after = self._reached.pop((queue_name, outcome), _BEGINNING)
         deleted = 0
         for _ in range(PAGES):
-            gone, following = await _delete_page(database, queue_name, outcome, age, PAGE, after)
+            until = time.monotonic() + PATIENCE
+            gone, following = await _delete_page(database, queue_name, outcome, age, PAGE, after, until)
             deleted += gone
             if following is None:
                 return False
             after = following
+            if time.monotonic() >= until:
+                break
         self._reached[queue_name, outcome] = after
         return deleted > 0
 
 
 async def _delete_page(
-    database: Executing, queue_name: str, outcome: str, age: float, limit: int, after: Position
+    database: Executing,
+    queue_name: str,
+    outcome: str,
+    age: float,
+    limit: int,
+    after: Position,
+    until: float = math.inf,
 ) -> tuple[int, Position | None]:
     """Delete what can be of a page of ended tasks; how many, and where the next page begins, if there is one."""
     page = await database.execute(
@@ -86,19 +99,19 @@ async def _delete_page(
         return 0, None
     left = {row.task_id for row in page}
     # A parent goes when its children have gone.
-    while left and (gone := await _delete(database, sorted(left))):
+    while left and (gone := await _delete(database, sorted(left), until)):
         left.difference_update(gone)
     return len(page) - len(left), (page[-1].finished_at, page[-1].task_id)
 
 
-async def _delete(database: Executing, task_ids: list[uuid.UUID]) -> list[uuid.UUID]:
+async def _delete(database: Executing, task_ids: list[uuid.UUID], until: float) -> list[uuid.UUID]:
     try:
         return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
     except DBAPIError as error:
         # An application's foreign key holds one of them, or its open transaction. The others need not stay for that.
         if not isinstance(error, IntegrityError) and sqlstate(error) != LOCK_NOT_AVAILABLE:
             raise
-        if len(task_ids) == 1:
+        if len(task_ids) == 1 or time.monotonic() >= until:
             return []
         middle = len(task_ids) // 2
-        return await _delete(database, task_ids[:middle]) + await _delete(database, task_ids[middle:])
+        return await _delete(database, task_ids[:middle], until) + await _delete(database, task_ids[middle:], until)

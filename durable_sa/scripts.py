@@ -15,7 +15,7 @@ from .hints import Hint
 from .ids import new_id
 from .results import SpawnResult, TaskStatus
 from .sessions import Script
-from .spawns import Prepared, at_position, created, explain, grouped, over, values, wanted
+from .spawns import Prepared, at_position, conflict, created, explain, grouped, over, values, wanted
 from .statements import cancelling, queues, spawning, waits
 
 if TYPE_CHECKING:
@@ -47,6 +47,37 @@ def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnRes
         return results
 
     return script
+
+
+def spawn_looking_first(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
+    """As `spawn`, where each statement commits by itself: what would be taken back could be seen, and run, before.
+
+    Only what comes in between the look and the insert still is taken back.
+    """
+
+    def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
+        try:
+            yield from _refuse(prepared)
+        except DurableError as error:
+            over(prepared, (), error)
+            raise
+        return (yield from spawn(prepared)(hint))
+
+    return script
+
+
+def _refuse(prepared: Sequence[Prepared]) -> Script[None]:
+    keyed: dict[tuple[str, str], Prepared] = {}
+    position = 0
+    for portion in _portions(prepared):
+        rows = yield spawning.EXPLAIN_SPAWN, wanted(portion)
+        for item in portion:
+            outcome = explain(item, rows)
+            if outcome is None and item.idempotency_key is not None:
+                outcome = conflict(item, keyed.setdefault((item.queue_name, item.idempotency_key), item))
+            if isinstance(outcome, DurableError):
+                raise at_position(outcome, position)
+            position += 1
 
 
 def insert(
@@ -180,7 +211,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
             return TaskStatus(rows[0].state)
         cancelled = list(rows)
         while True:
-            rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH}
+            rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH, "passed": 0}
             if not rows:
                 break
             rows = yield (

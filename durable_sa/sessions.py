@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
+from .connections import is_autocommit
 from .database_errors import UNDEFINED_TABLE, sqlstate
 from .hints import Hint, channel_name, send_after_commit
 from .models import SCHEMA, Task
@@ -30,17 +31,25 @@ Script = Generator[tuple[Executable, Mapping[str, Any]], Sequence[Row[Any]], T]
 """Work that yields statements, is sent their rows, and returns its result; so it is written once for both worlds."""
 
 
-def perform(executor: Executor, schema: str, script: Callable[[Hint], Script[T]]) -> T | Coroutine[Any, Any, T]:
+def perform(
+    executor: Executor,
+    schema: str,
+    script: Callable[[Hint], Script[T]],
+    *,
+    in_autocommit: Callable[[Hint], Script[T]] | None = None,
+) -> T | Coroutine[Any, Any, T]:
     """Run a script in the caller's transaction; what it adds to the hint is sent after the commit.
+
+    `in_autocommit` is run instead where there is no transaction, but a connection whose statements commit at once.
 
     Raises:
         TypeError: the executor is none of the six.
     """
     if isinstance(executor, AsyncSession | async_scoped_session | AsyncConnection):
-        return _perform_async(executor, schema, script)
+        return _perform_async(executor, schema, script, in_autocommit)
     if isinstance(executor, Session | scoped_session | Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
         connection = executor if isinstance(executor, Connection) else _connection(executor)
-        return _run(connection, schema, script)
+        return _run(connection, schema, script, in_autocommit)
     raise TypeError(
         f"expected a Session, scoped_session, Connection, AsyncSession, async_scoped_session or AsyncConnection, "
         f"not {type(executor).__name__}"
@@ -52,15 +61,27 @@ def _connection(session: Session | scoped_session[Any]) -> Connection:
     return session.connection(bind_arguments={"mapper": Task})
 
 
-async def _perform_async(executor: AsyncExecutor, schema: str, script: Callable[[Hint], Script[T]]) -> T:
+async def _perform_async(
+    executor: AsyncExecutor,
+    schema: str,
+    script: Callable[[Hint], Script[T]],
+    in_autocommit: Callable[[Hint], Script[T]] | None,
+) -> T:
     if isinstance(executor, AsyncConnection):
         connection = executor
     else:
         connection = await executor.connection(bind_arguments={"mapper": Task})
-    return await connection.run_sync(_run, schema, script)
+    return await connection.run_sync(_run, schema, script, in_autocommit)
 
 
-def _run(connection: Connection, schema: str, script: Callable[[Hint], Script[T]]) -> T:
+def _run(
+    connection: Connection,
+    schema: str,
+    script: Callable[[Hint], Script[T]],
+    in_autocommit: Callable[[Hint], Script[T]] | None,
+) -> T:
+    if in_autocommit is not None and is_autocommit(connection):
+        script = in_autocommit
     translations: Translations | None = None if schema == SCHEMA else {SCHEMA: schema}
     hint = Hint()
     steps = script(hint)

@@ -240,6 +240,13 @@ def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | Dura
     return None
 
 
+def conflict(item: Prepared, first: Prepared) -> IdempotencyConflict | None:
+    """What is wrong with an item that has the idempotency key of another one before it."""
+    if item.task_name == first.task_name and _same_params(item, first.params):
+        return None
+    return IdempotencyConflict(str(item.idempotency_key), item.queue_name, first.task_id)
+
+
 def _same_params(item: Prepared, stored: str | None) -> bool:
     """By meaning: entries of an object may come in another order, and so may the members of a set."""
     if stored is None or item.params is None or stored == item.params:

@@ -39,6 +39,8 @@ RECONCILE_SHARE = 50
 """And at least so many times as long as the last search took."""
 SWEEP_LOST_INTERVAL = 10.0
 """Seconds between repeated searches for runs of workers that are already known to be lost."""
+LOCKED_SHARE = 4
+"""And at least so many times as long as passing over them took."""
 LOCKED_INTERVAL = 0.5
 """Seconds until another look for those of them that somebody held locked."""
 FORGET_LOST_AFTER = 600.0
@@ -83,6 +85,9 @@ class Tender:
         self._cascade: set[uuid.UUID] = set()
         self._cascade_held: set[uuid.UUID] = set()
         self._deliver = False
+        self._held_events = 0
+        """Undelivered events that were passed over, and until when they are."""
+        self._held_again_at = 0.0
         self._check = False
         self._next_reconcile = time.monotonic() + RECONCILE_INTERVAL
         self._next_sweep = 0.0
@@ -195,37 +200,56 @@ class Tender:
             self.look_within(LOCKED_PAUSE)
 
     async def _deliver_events(self) -> None:
+        """Deliver page by page, past the events that somebody keeps from being delivered by a lock."""
+        began = time.monotonic()
+        again = began >= self._held_again_at
+        passed = 0 if again else self._held_events
         previous: set[uuid.UUID] = set()
         while True:
-            rows = await self._execute(waits.UNDELIVERED, {"wanted_events": DELIVERY_EVENTS, "wanted_waits": BATCH})
+            rows = await self._execute(
+                waits.UNDELIVERED, {"wanted_events": DELIVERY_EVENTS, "wanted_waits": BATCH, "passed": passed}
+            )
             if not rows:
                 break
             waiting = {task_id for row in rows for task_id in row.task_ids or ()}
             if waiting:
                 await self._resolve_waits(sorted(waiting))
-            await self._execute(
+            marked = await self._execute(
                 waits.MARK_DELIVERED,
                 {"queue_names": [row.queue_name for row in rows], "names": [row.name for row in rows]},
             )
-            if waiting and waiting == previous:
-                # Somebody holds these rows locked: they stay undelivered and are looked at again.
-                self.look_within(LOCKED_PAUSE)
+            left = len(rows) - len(marked)
+            if left and waiting != previous:
+                # There are more than could be shown, or somebody was just looking at the same wait: once more.
+                previous = waiting
+                continue
+            passed += left
+            previous = set()
+            if len(rows) < DELIVERY_EVENTS:
                 break
-            previous = waiting
+        self._held_events = passed
+        if passed:
+            now = time.monotonic()
+            if again:
+                self._held_again_at = now + max(LOCKED_PAUSE, LOCKED_SHARE * (now - began))
+            self.look_within(self._held_again_at - now)
         self._poll_runs()
 
     async def _cascade_from(self, task_ids: list[uuid.UUID]) -> None:
         for origin in task_ids:
-            while rows := await self._execute(cancelling.DESCENDANTS, {"ancestor_ids": [origin], "wanted": BATCH}):
+            began, passed = time.monotonic(), 0
+            while rows := await self._execute(
+                cancelling.DESCENDANTS, {"ancestor_ids": [origin], "wanted": BATCH, "passed": passed}
+            ):
                 cancelled = await self._execute(
                     cancelling.CASCADE, {"task_ids": [row.task_id for row in rows], "origin": origin}
                 )
                 self._were_cancelled(cancelled, cascade=False)
-                if not cancelled:
-                    # Somebody holds these rows locked, for who knows how long: there is other work to do meanwhile.
-                    self._cascade_held.add(origin)
-                    self.look_within(LOCKED_PAUSE)
-                    break
+                passed += len(rows) - len(cancelled)
+            if passed:
+                # Somebody holds these rows locked, for who knows how long: there is other work to do meanwhile.
+                self._cascade_held.add(origin)
+                self.look_within(max(LOCKED_PAUSE, LOCKED_SHARE * (time.monotonic() - began)))
 
     def _were_cancelled(self, rows: Sequence[Row[Any]], *, cascade: bool) -> None:
         if not rows:
@@ -255,17 +279,19 @@ class Tender:
             return
         worker_ids = [row.worker_id for row in lost]
         queue_names = sorted({name for row in lost for name in row.queue_names})
+        began, passed = time.monotonic(), 0
         while True:
             found = await self._execute(
-                claiming.RUNS_OF_LOST, {"worker_ids": worker_ids, "queue_names": queue_names, "wanted": BATCH}
+                claiming.RUNS_OF_LOST,
+                {"worker_ids": worker_ids, "queue_names": queue_names, "wanted": BATCH, "passed": passed},
             )
-            taken = await self._take([row.task_id for row in found], worker_ids)
-            if taken < len(found):
-                # Somebody holds the rest locked, perhaps what the server has not yet noticed to be gone.
-                self._next_sweep = 0.0
-                self.look_within(LOCKED_INTERVAL)
-            if len(found) < BATCH or not taken:
+            passed += len(found) - await self._take([row.task_id for row in found], worker_ids)
+            if len(found) < BATCH:
                 break
+        if passed:
+            # Somebody holds these locked, perhaps what the server has not yet noticed to be gone.
+            self._next_sweep = 0.0
+            self.look_within(max(LOCKED_INTERVAL, LOCKED_SHARE * (time.monotonic() - began)))
         await self._execute(claiming.FORGET_WORKERS, {"age": FORGET_LOST_AFTER})
 
     async def _take(self, task_ids: list[uuid.UUID], worker_ids: list[uuid.UUID]) -> int:

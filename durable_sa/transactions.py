@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -18,7 +19,7 @@ from .annotations import is_coroutine_function
 from .codec import Codec, check_size
 from .connections import discard
 from .database_errors import backoff, is_conflict, is_lost, is_transient
-from .errors import InvalidState
+from .errors import InvalidState, SerializationError
 from .reader import persistently
 from .signals import LeaseLost
 from .statements import checkpoints
@@ -113,6 +114,7 @@ async def _once(
                 result = await fn(session, *args, **kwargs)
             else:
                 result = await session.run_sync(fn, *args, **kwargs)
+                refuse_awaitable(result, what)
             await session.flush()
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
@@ -137,6 +139,25 @@ async def _once(
         await transaction.rollback()
     stored = await run.host.reader.checkpoint(run.claimed.task_id, key)
     return codec.decode(stored or "null", what)
+
+
+def refuse_awaitable(result: object, what: str) -> None:
+    """Refuse what a plain function gives that calls a coroutine function, such as ``lambda session: save(session)``.
+
+    It could not even be awaited to any purpose: the function has been called with a `Session`.
+
+    Raises:
+        SerializationError: with what to write instead.
+    """
+    if not inspect.isawaitable(result):
+        return
+    if isinstance(result, Coroutine):
+        result.close()  # or Python warns that nobody has awaited it
+    raise SerializationError(
+        what,
+        f"is a {type(result).__name__}, which nobody awaits, as its function is a plain one that gets a Session. Pass "
+        "the coroutine function itself, followed by its arguments, or write an `async def` instead of a lambda",
+    )
 
 
 class _Interrupted(Exception):  # noqa: N818

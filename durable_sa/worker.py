@@ -16,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from . import branches, task_factory
-from .channels import Channel
+from .channels import Channel, reconnecting
 from .claims import Claims
 from .clock import LocalClock
+from .database_errors import in_short
 from .errors import InvalidConfiguration, QueueNotFound
 from .health import HealthServer
 from .hints import Hint, channel_name, sender
@@ -142,7 +143,7 @@ class Worker:
         return self._samples.latest
 
     async def start(self) -> None:
-        """Register, and start to claim.
+        """Register, and start to claim. Where the database is read-only, that comes when it takes writes again.
 
         Raises:
             InvalidConfiguration: the pool does not give three connections, or the port for probes cannot be had.
@@ -150,7 +151,7 @@ class Worker:
             SchemaMismatch: the tables are not those that this version needs.
         """
         database = self._durable.database
-        await self._durable.check_schema()
+        await reconnecting(self._durable.check_schema)
         known = await database.execute(queues.KNOWN_QUEUES, {"queue_names": list(self.settings.queue_names)})
         for name in self.settings.queue_names:
             if name not in {row.queue_name for row in known}:
@@ -162,8 +163,8 @@ class Worker:
             if self.settings.health_port is not None:
                 self._health = HealthServer(database, self.settings.health_port, self._registration.vital_signs)
                 self.health_port = await self._health.start()
-            await self._writer.rehearse()
-            await self._registration.register()
+            await reconnecting(self._writer.rehearse)
+            await reconnecting(self._registration.start)
         except BaseException:
             task_factory.uninstall(self.loop)
             if self._health is not None:
@@ -260,13 +261,14 @@ class Worker:
                 await self._services.ended(CLAIMING)
                 await self._runs.idle.wait()
                 await self._writer.idle.wait()
-                await self.tender.work()
-                await self._rest.execute(claiming.REMOVE_WORKER, {"worker_id": self.worker_id})
+                await reconnecting(self.tender.work)
+                parameters = {"worker_id": self.worker_id}
+                await reconnecting(lambda: self._rest.execute(claiming.REMOVE_WORKER, parameters))
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             logger.warning(
                 "worker %s ends without having settled everything (%s); others take over when its lease is over",
                 self.settings.name,
-                type(error).__name__,
+                in_short(error),
             )
         await self._close()
 

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from .channels import Channel
-from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_transient, sqlstate, without_values
+from .database_errors import LOCK_NOT_AVAILABLE, backoff, in_short, is_read_only, is_transient, sqlstate, without_values
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
 from .writes import ALONE, CONTENDED, Kind, Stored, Write, current, statement_of, statement_of_many
@@ -98,12 +99,19 @@ class Writer:
         self._abandoned = False
 
     async def rehearse(self) -> None:
-        """Have the commonest statements compiled and planned before the first run needs them: that takes 15 ms."""
-        for kind, alone in ALONE.items():
-            many, none = statement_of_many(kind, [])
-            for _ in range(REHEARSALS):
-                await self._main.channel.execute(many, none)
-                await self._main.channel.execute(alone, dict.fromkeys(none))
+        """Have the commonest statements compiled and planned before the first run needs them: that takes 15 ms.
+
+        They write nothing, but a database that is read-only does not know that.
+        """
+        try:
+            for kind, alone in ALONE.items():
+                many, none = statement_of_many(kind, [])
+                for _ in range(REHEARSALS):
+                    await self._main.channel.execute(many, none)
+                    await self._main.channel.execute(alone, dict.fromkeys(none))
+        except SQLAlchemyError as error:
+            if not is_read_only(error):
+                raise
 
     async def run(self) -> None:
         """Flush until cancelled."""
@@ -194,7 +202,7 @@ class Writer:
             except Exception as error:  # noqa: BLE001 - whatever one write meets, the others go out
                 contended = writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
                 if is_transient(error) and not contended:
-                    logger.warning("writing for %d runs failed, trying again: %s", len(writes), type(error).__name__)
+                    logger.warning("writing for %d runs failed, trying again: %s", len(writes), in_short(error))
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue

@@ -48,11 +48,24 @@ def json_value(text: str) -> Any:
         except OSError as error:
             raise typer.BadParameter(f"{text[1:]}: {error.strerror}") from error
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _Twice:
+        raise typer.BadParameter("An object in that JSON has the same key twice, and only one could count.") from None
     except (ValueError, RecursionError) as error:
         # Of the text itself nothing is shown: it may be secret.
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise typer.BadParameter(f"That is no JSON{place}. A string is written '\"so\"'.") from None
+
+
+class _Twice(Exception):  # noqa: N818 - never leaves this module
+    """A key occurs twice in an object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _Twice
+    return made
 
 
 def headers(pairs: list[str]) -> dict[str, str]:
@@ -60,4 +73,7 @@ def headers(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
             raise typer.BadParameter("A header is written NAME=VALUE.")
-    return dict(pair.split("=", 1) for pair in pairs)
+    try:
+        return _object([(name, value) for name, _, value in (pair.partition("=") for pair in pairs)])
+    except _Twice:
+        raise typer.BadParameter("The same header is given twice.") from None

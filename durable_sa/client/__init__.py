@@ -162,6 +162,8 @@ class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
     async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
         """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.
 
+        On a database that is read-only it waits, in the background, until that takes writes.
+
         Raises:
             InvalidConfiguration: an option that cannot work, such as a `claim_timeout` below 1 second.
             QueueNotFound: one of its queues does not exist.

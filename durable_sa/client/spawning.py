@@ -187,8 +187,17 @@ class Spawning(ClientBase):
         items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]],
     ) -> list[SpawnResult[Any]]: ...
     def spawn_many_with(self, session: Executor, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> Any:
-        """As :meth:`spawn_many`, in the caller's transaction."""
-        return perform(session, self.schema, scripts.spawn(self._prepare_many(items)))
+        """As :meth:`spawn_many`, in the caller's transaction.
+
+        On an `AUTOCOMMIT` connection, which has none, what would be refused is looked for before anything is inserted.
+        """
+        prepared = self._prepare_many(items)
+        return perform(
+            session,
+            self.schema,
+            scripts.spawn(prepared),
+            in_autocommit=scripts.spawn_looking_first(prepared) if len(prepared) > 1 else None,
+        )
 
     def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
         prepared: list[Prepared] = []

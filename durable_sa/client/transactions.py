@@ -37,7 +37,7 @@ async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T
         hint = Hint()
         done: tuple[T, str | None] | None = None
         try:
-            async with database.transaction() as connection:
+            async with database.transaction(again=attempt + 1 < _TRIES) as connection:
                 result = await _drive(database, connection, script(hint))
                 done = result, (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
         except DBAPIError as error:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateSchema
 
-from ..database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from ..database_errors import LOCK_NOT_AVAILABLE, refuse_read_only, sqlstate
 from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
 from .chain import BASE, head, is_known, position, scripts
@@ -76,7 +76,7 @@ def migrate(connection: Connection, schema: str = SCHEMA) -> None:
 
     Raises:
         SchemaMismatch: a newer version of the package migrated the database.
-        InvalidState: a lock could not be had in time.
+        InvalidState: a lock could not be had in time, or the database is read-only.
     """
     # What a DBA has set is meant for the application's statements.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -89,6 +89,7 @@ def migrate(connection: Connection, schema: str = SCHEMA) -> None:
         connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
         _upgrade(op, head(), BASE, schema)
     except DBAPIError as error:
+        refuse_read_only(error)
         if sqlstate(error) != LOCK_NOT_AVAILABLE:
             raise
         raise InvalidState(

@@ -23,15 +23,18 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, Task, Wait
 from .expressions import array, clock, constant, raised, rows
-from .outcomes import ended_attempts
+from .outcomes import ended_attempts, free_waits_gone
 
 # An UPDATE takes parameters that are named as columns for values to set.
 _task_id = bindparam("target_id", type_=Uuid())
 _UNHAPPY = ("failed", "cancelled")
 
 
-def _cancel(locked: CTE, cancelled_by: Any) -> Any:
-    """Cancel what is locked, with the error that it has as a column `reason`, if it has one."""
+def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
+    """Cancel what is locked, with the error that it has as a column `reason`, if it has one.
+
+    If not `patient`, it waits for nobody: not for one who holds a wait of it locked either.
+    """
 
     def reason(of: FromClause) -> ColumnElement[Any]:
         return of.c.reason if "reason" in of.c else null()
@@ -42,7 +45,10 @@ def _cancel(locked: CTE, cancelled_by: Any) -> Any:
         .subquery("begun")
     )
     ended = ended_attempts(begun, constant("cancelled"), reason(begun))
-    waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
+    if patient:
+        waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
+    else:
+        waits = free_waits_gone(locked)
     return (
         update(Task)
         .where(Task.task_id == locked.c.task_id)
@@ -94,7 +100,10 @@ _descendant = _descendant.union(
 )
 
 DESCENDANTS = (
-    select(_descendant.c.task_id).where(_descendant.c.finished_at.is_(None)).limit(bindparam("wanted", type_=Integer()))
+    select(_descendant.c.task_id)
+    .where(_descendant.c.finished_at.is_(None))
+    .limit(bindparam("wanted", type_=Integer()))
+    .offset(bindparam("passed", type_=Integer()))
 )
 """Unfinished descendants of what has failed or was cancelled, also those below a child that has completed.
 
@@ -114,7 +123,9 @@ CANCEL_DESCENDANTS = _cancel(_unfinished(Task.task_id == func.any(_targets), ski
 """A step of the cascade inside the caller's transaction."""
 
 CASCADE = _cancel(
-    _unfinished(Task.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True), _origin
+    _unfinished(Task.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True),
+    _origin,
+    patient=False,
 )
 """A step of the cascade on its own; rows locked by somebody are left for the next step.
 
@@ -182,7 +193,7 @@ _overdue = (
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 
-CANCEL_OVERDUE = _cancel(_overdue, null())
+CANCEL_OVERDUE = _cancel(_overdue, null(), patient=False)
 """Cancel a batch of tasks whose pending or running time is over."""
 
 TASK_STATE = select(Task.task_id, Task.state).where(Task.task_id == _task_id)

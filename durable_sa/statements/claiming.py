@@ -239,8 +239,12 @@ RUNS_OF_LOST = (
         Task.claimed_by == func.any(array("worker_ids", Uuid())),
     )
     .limit(_wanted)
+    .offset(bindparam("passed", type_=Integer()))
 )
-"""Unfinished tasks that lost workers hold; whatever is claimed was available before."""
+"""A page of the unfinished tasks that lost workers hold; whatever is claimed was available before.
+
+Those are `passed` over that were found before and that somebody holds locked.
+"""
 
 ORPHANED_RUNS = (
     select(Task.task_id, Task.claimed_by)
@@ -251,10 +255,18 @@ ORPHANED_RUNS = (
         ~exists().where(WorkerRow.worker_id == Task.claimed_by),
     )
     .limit(_wanted)
+    .with_for_update(skip_locked=True, key_share=True, of=Task)
 )
 """Runs whose worker's row is gone altogether, by whatever accident."""
 
-FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
+_forgotten = (
+    select(WorkerRow.worker_id)
+    .where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
+    .with_for_update(skip_locked=True)
+    .cte("forgotten")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
+FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
 """Drop lost workers that nothing can still refer to."""
 
 RUNS_GONE = (

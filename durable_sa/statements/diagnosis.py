@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 
 from ..models import Checkpoint, Event, Queue, Run, Schedule, Task, Wait, WorkerRow
-from .expressions import clock, constant, interval
+from .expressions import clock, constant, interval, readable
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
@@ -37,7 +37,7 @@ _unfinished = Task.finished_at.is_(None)
 
 
 def _age(moment: ColumnElement[Any] | Any) -> ColumnElement[Any]:
-    return func.extract("epoch", clock() - moment)
+    return func.extract("epoch", clock() - readable(moment))
 
 
 _paused = exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None))

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     bindparam,
+    case,
     cast,
     column,
     func,
@@ -34,6 +35,8 @@ from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.sql.selectable import CTE, FromClause, TableValuedAlias
 from sqlalchemy.types import TypeEngine
+
+from ..models import READABLE
 
 
 class _Clock(FunctionElement[Any]):
@@ -144,6 +147,16 @@ def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
     """Seconds, with their fraction, as an interval."""
     zero = constant(0)
     return func.make_interval(zero, zero, zero, zero, zero, zero, cast(seconds, Float(53)), type_=Interval())
+
+
+def readable(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+    """A time on its way out: one that drivers cannot read, infinite or not in the years 1 to 9999, as the nearest.
+
+    Somebody may have written it by hand, and would keep all others from reading the rows beside it.
+    """
+    first, last = (func.to_timestamp(constant(bound), type_=DateTime(timezone=True)) for bound in READABLE)
+    clamped = case((moment < first, first), (moment > last, last), else_=moment)
+    return clamped.label(moment.key) if isinstance(moment, InstrumentedAttribute) else clamped
 
 
 def raised(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Boolean, ColumnElement, Float, Integer, Select, Text, Uuid, bindparam, case, func, select
 
 from ..models import Checkpoint, Queue, Run, Schedule, Task, Wait, WorkerRow
-from .expressions import as_text, clock, interval
+from .expressions import as_text, clock, interval, readable
 
 _task_id = bindparam("task_id", type_=Uuid())
 _with_payloads = bindparam("with_payloads", type_=Boolean())
@@ -34,10 +34,10 @@ _summary = (
     Task.priority,
     Task.parent_task_id,
     Task.idempotency_key,
-    Task.created_at,
+    readable(Task.created_at),
     Task.available_at,
-    Task.first_started_at,
-    Task.finished_at,
+    readable(Task.first_started_at),
+    readable(Task.finished_at),
     Task.error["name"].as_string().label("error_name"),
 )
 
@@ -81,7 +81,7 @@ TASK = (
     select(
         *_summary,
         Task.run_id,
-        Task.started_at,
+        readable(Task.started_at),
         Task.lease_losses,
         Task.cancelled_by,
         Task.cancel_at,
@@ -105,8 +105,8 @@ RUNS = (
         Run.run_id,
         Run.state,
         Run.worker_id,
-        Run.started_at,
-        Run.finished_at,
+        readable(Run.started_at),
+        readable(Run.finished_at),
         Run.error["name"].as_string().label("error_name"),
         Run.error["message"].as_string().label("error_message"),
         _payload(Run.error),
@@ -122,7 +122,7 @@ CHECKPOINTS = (
         Checkpoint.name,
         Checkpoint.status,
         Checkpoint.child_task_id,
-        Checkpoint.created_at,
+        readable(Checkpoint.created_at),
         _payload(Checkpoint.value),
     )
     .where(Checkpoint.task_id == _task_id)
@@ -131,14 +131,14 @@ CHECKPOINTS = (
 """What a task has behind it, in the order in which it was recorded."""
 
 WAITS = (
-    select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, Wait.created_at)
+    select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, readable(Wait.created_at))
     .where(Wait.task_id == _task_id)
     .order_by(Wait.created_at)
 )
 """What a task waits for now."""
 
 CHILDREN = (
-    select(Task.task_id, Task.task_name, Task.state, Task.created_at, Task.finished_at)
+    select(Task.task_id, Task.task_name, Task.state, readable(Task.created_at), readable(Task.finished_at))
     .where(Task.parent_task_id == _task_id)
     .order_by(Task.created_at, Task.task_id)
     .limit(bindparam("wanted", type_=Integer()))
@@ -149,11 +149,11 @@ WORKERS = select(
     WorkerRow.worker_id,
     WorkerRow.name,
     WorkerRow.queue_names,
-    WorkerRow.started_at,
-    WorkerRow.heartbeat_at,
+    readable(WorkerRow.started_at),
+    readable(WorkerRow.heartbeat_at),
     WorkerRow.expires_at,
-    WorkerRow.lost_at,
-    func.extract("epoch", clock() - WorkerRow.heartbeat_at).label("silent_seconds"),
+    readable(WorkerRow.lost_at),
+    func.extract("epoch", clock() - readable(WorkerRow.heartbeat_at)).label("silent_seconds"),
 ).order_by(WorkerRow.started_at)
 """Workers that run, and lost ones that are still remembered."""
 
@@ -164,9 +164,9 @@ SCHEDULES = select(
     Schedule.cron_expression,
     Schedule.timezone,
     Schedule.backend,
-    Schedule.paused_at,
+    readable(Schedule.paused_at),
     Schedule.next_tick_at,
-    Schedule.last_tick_at,
+    readable(Schedule.last_tick_at),
     Schedule.last_task_id,
 ).order_by(Schedule.name)
 """All schedules, with their last and their next tick."""

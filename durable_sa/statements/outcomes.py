@@ -79,6 +79,19 @@ def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnE
     )
 
 
+def free_waits_gone(locked: FromClause, *conditions: ColumnElement[bool]) -> CTE:
+    """Deletes the waits of tasks that end, but for those that somebody has locked: they are found as stray ones."""
+    free = (
+        select(Wait.task_id, Wait.key)
+        .join(locked, Wait.task_id == locked.c.task_id)
+        .where(*conditions)
+        .with_for_update(skip_locked=True, of=Wait)
+        .cte("free_waits")
+        .prefix_with("MATERIALIZED", dialect="postgresql")
+    )
+    return delete(Wait).where(Wait.task_id == free.c.task_id, Wait.key == free.c.key).cte("waits_gone")
+
+
 def _complete(done: FromClause) -> Executable:
     locked = locked_rows(done)
     ended = ended_attempts(locked, constant("completed"), null())
@@ -222,7 +235,7 @@ _lost = func.json_build_object(
 )
 _ended = ended_attempts(_locked, constant("failed"), _lost)
 _given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
-_forgotten = delete(Wait).where(Wait.task_id == _locked.c.task_id, _given_up).cte("forgotten")
+_forgotten = free_waits_gone(_locked, _given_up)
 
 TAKE_OVER = (
     update(Task)

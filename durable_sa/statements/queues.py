@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from ..models import RETENTION, Checkpoint, Event, Queue, Run, Schedule, Task, Wait
-from .expressions import array, clock, constant, impatient, interval, statement_time
+from .expressions import array, clock, constant, impatient, interval, readable, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
 _set_retention = bindparam("set_retention", type_=Boolean())
@@ -81,7 +81,7 @@ _wanted = bindparam("wanted", type_=Integer())
 _after = tuple_(bindparam("after_time", type_=DateTime(timezone=True)), bindparam("after_id", type_=Uuid()))
 
 FINISHED_BEFORE = (
-    select(Task.task_id, Task.finished_at)
+    select(Task.task_id, readable(Task.finished_at))
     .where(
         Task.queue_name == _queue_name,
         Task.outcome == bindparam("outcome", type_=Text()),
@@ -250,7 +250,7 @@ _chosen = array("queue_names", Text())
 QUEUE_STATISTICS = (
     select(
         Queue.queue_name,
-        Queue.paused_at,
+        readable(Queue.paused_at),
         _now.c.ready,
         (
             _count(*_unfinished, Task.available_at > statement_time())

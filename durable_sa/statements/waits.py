@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Task, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, rows
+from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, readable, rows
 
 _task_ids = array("task_ids", Uuid())
 
@@ -72,18 +72,26 @@ _resolved = (
     .cte("resolved")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
+# A wait that somebody has locked is left for later: the others of the batch are not to be held up by it.
+_free_waits = (
+    select(_resolved)
+    .join(Wait, (Wait.task_id == _resolved.c.task_id) & (Wait.key == _resolved.c.key))
+    .with_for_update(skip_locked=True, of=Wait)
+    .cte("free_waits")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
 _removed = (
     delete(Wait)
-    .where(Wait.task_id == _resolved.c.task_id, Wait.key == _resolved.c.key)
+    .where(Wait.task_id == _free_waits.c.task_id, Wait.key == _free_waits.c.key)
     .returning(
         Wait.task_id,
         Wait.key,
         Wait.kind,
         Wait.name,
         Wait.child_task_id,
-        _resolved.c.status,
-        _resolved.c.value,
-        _resolved.c.state,
+        _free_waits.c.status,
+        _free_waits.c.value,
+        _free_waits.c.state,
     )
     .cte("removed")
 )
@@ -136,6 +144,7 @@ An event or a child's end counts if it came before the wait's time was over, eve
 
 UNRESOLVED = (
     select(Wait.task_id)
+    .join(Task, (Task.task_id == Wait.task_id) & Task.finished_at.is_(None))
     .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
     .outerjoin(_child, _child.c.task_id == Wait.child_task_id)
     .where(
@@ -143,16 +152,27 @@ UNRESOLVED = (
         or_(Event.name.is_not(None), _child.c.finished_at.is_not(None), _child_missing),
     )
     .limit(bindparam("wanted", type_=Integer()))
+    .with_for_update(skip_locked=True, key_share=True, of=[Task, Wait])
 )
-"""Waits that should have been resolved: what a crash between two statements leaves behind."""
+"""Waits that should have been resolved: what a crash between two statements leaves behind.
+
+The locks end with the statement. They are taken so that what cannot be resolved now does not hide what can.
+"""
 
 FORGET_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
 """Waits of tasks that have been cancelled, those included that were stored while the cancel waited for its lock."""
 
-FORGET_STRAY_WAITS = delete(Wait).where(
-    Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
-    ~exists().where(Task.task_id == Wait.task_id, Task.finished_at.is_(None)),
+_stray = (
+    select(Wait.task_id, Wait.key)
+    .where(
+        Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
+        ~exists().where(Task.task_id == Wait.task_id, Task.finished_at.is_(None)),
+    )
+    .with_for_update(skip_locked=True, of=Wait)
+    .cte("stray")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
 )
+FORGET_STRAY_WAITS = delete(Wait).where(Wait.task_id == _stray.c.task_id, Wait.key == _stray.c.key)
 """Waits of tasks that have ended: stored at the very moment of the end, which did not see them."""
 
 EMIT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -185,6 +205,7 @@ _undelivered = (
     .where(Event.delivered_at.is_(None))
     .order_by(Event.emitted_at)
     .limit(bindparam("wanted_events", type_=Integer()))
+    .offset(bindparam("passed", type_=Integer()))
     .cte("undelivered")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
@@ -204,17 +225,28 @@ UNDELIVERED = select(
     .scalar_subquery()
     .label("task_ids"),
 )
-"""Events that were not yet handed to all of their waiters, with some of these."""
+"""A page of events that were not yet handed to all of their waiters, with some of these.
+
+The oldest come first, but for as many as have been `passed` over because somebody holds them, or what waits, locked.
+"""
 
 _marked = rows("marked", queue_names=Text(), names=Text())
+_free_events = (
+    select(Event.queue_name, Event.name)
+    .join(_marked, (Event.queue_name == _marked.c.queue_names) & (Event.name == _marked.c.names))
+    .with_for_update(skip_locked=True, key_share=True, of=Event)
+    .cte("free_events")
+    .prefix_with("MATERIALIZED", dialect="postgresql")
+)
 MARK_DELIVERED = (
     update(Event)
     .where(
-        Event.queue_name == _marked.c.queue_names,
-        Event.name == _marked.c.names,
+        Event.queue_name == _free_events.c.queue_name,
+        Event.name == _free_events.c.name,
         ~exists().where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name),
     )
     .values(delivered_at=clock())
+    .returning(Event.queue_name, Event.name)
 )
 """An event without a waiter left is delivered; whoever begins to wait from now on finds it by looking."""
 
@@ -248,9 +280,9 @@ WAKERS = (
 """The trace contexts of the events and children that tasks were woken by."""
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
-PEEK_EVENTS = select(Event.queue_name, Event.name, as_text(Event.payload).label("payload"), Event.emitted_at).join(
-    _peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names)
-)
+PEEK_EVENTS = select(
+    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), readable(Event.emitted_at)
+).join(_peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names))
 """Events that are there already when somebody is about to wait for them."""
 
 PEEK_TASKS = select(

@@ -34,6 +34,7 @@ from ..run import Run
 from ..steps import result_codec
 from ..sync_context import SyncTaskContext
 from ..tasks import Task
+from ..transactions import refuse_awaitable
 from .memory import MemoryRun, Recorded, Slept, SpawnedChild
 
 __all__ = [
@@ -190,6 +191,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
             _guarded(session, savepoint, call.name),
         ):
             result = fn(session, *args, **kwargs)
+            refuse_awaitable(result, f"the result of transaction {call.name!r}")
         return self._stored(call, fn, result)
 
     def _stored(self, call: Call, fn: Callable[..., Any], result: Any) -> Any:

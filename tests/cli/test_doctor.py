@@ -3,6 +3,7 @@
 import json
 import re
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -237,3 +238,68 @@ async def test_a_check_that_takes_too_long_is_said_to(
     async with durable.engine.begin() as connection:
         await connection.execute(text("LOCK TABLE durable.schedules IN ACCESS EXCLUSIVE MODE"))
         assert "could not be checked within 0.05 s" in (await findings(cli))["schedules"]
+
+
+HOSTILE_TIMES = ("0044-03-15 BC", "infinity")
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_times_that_no_driver_can_read_are_shown_as_the_nearest(
+    cli: CommandLine, durable: Durable, driver: str
+) -> None:
+    """Written by hand, in one row each of all tables, they keep nobody from the rows beside them."""
+
+    @durable.task
+    async def waiter(ctx: TaskContext) -> int:
+        return await ctx.await_event("signal", type=int)
+
+    spawned = await durable.spawn(waiter, delay=3600)
+    other = await durable.spawn(waiter)
+    await durable.create_schedule("nightly", task=waiter, cron_expression="0 0 1 1 *")
+    await durable.emit_event("signal", 7)
+    await execute(
+        durable,
+        insert(Run).values(task_id=spawned.task_id, attempt=1, run_id=uuid.uuid4(), state="failed"),
+        insert(Checkpoint).values(task_id=spawned.task_id, key=uuid.uuid4(), kind="step", name="s"),
+        await wait_row(spawned.task_id, event_name="e"),
+        insert(WorkerRow).values(
+            worker_id=uuid.uuid4(),
+            name="w",
+            queue_names=["default"],
+            claim_timeout=timedelta(hours=1),
+            expires_at=text("now() + interval '1 hour'"),
+        ),
+        text("UPDATE durable.queues SET paused_at = now()"),
+        text("INSERT INTO durable.queues (queue_name) VALUES ('open')"),
+    )
+    columns = {
+        "queues": ("created_at", "paused_at"),
+        "tasks": ("created_at", "first_started_at", "started_at"),
+        "runs": ("started_at", "finished_at"),
+        "checkpoints": ("created_at",),
+        "events": ("emitted_at", "delivered_at"),
+        "waits": ("created_at",),
+        "schedules": ("created_at", "updated_at", "last_tick_at"),
+        "workers": ("started_at", "heartbeat_at"),
+    }
+    shown = CommandLine(durable.engine.url.set(drivername=f"postgresql+{driver}"))
+    for moment in HOSTILE_TIMES:
+        for table, names in columns.items():
+            sets = ", ".join(f"{name} = '{moment}'" for name in names)
+            where = "WHERE paused_at IS NOT NULL" if table == "queues" else ""
+            await execute(durable, text(f"UPDATE durable.{table} SET {sets} {where}"))
+        for command in ("tasks list", f"tasks show {spawned.task_id}", "queues list", "schedules list"):
+            for output in ((), ("--json",)):
+                result = await shown(*command.split(), *output)
+                assert result.code == 0, (moment, command, result.stderr)
+        report = await shown("doctor", "--json")
+        assert [worker["name"] for worker in json.loads(report.stdout)["workers"]] == ["w"], (moment, report.stderr)
+        async with Durable(shown.url) as client:
+            assert len(await client.queue_statistics()) == 2
+            assert [schedule.name for schedule in await client.list_schedules()] == ["nightly"]
+            await client.pause_schedule("nightly")
+            await client.resume_schedule("nightly")
+            assert await client.emit_event("signal", 8) is False
+    await durable.resume_queue()
+    async with durable.worker():
+        assert (await durable.wait_for_result(other, timeout=10)).output == 7

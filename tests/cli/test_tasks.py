@@ -186,6 +186,8 @@ async def test_a_task_is_spawned_by_name_with_options(cli: CommandLine, durable:
     [
         ["--params", f"{{{SECRET}"],
         ["--params", "@/no/such/file"],
+        ["--params", f'{{"a": [{{"{SECRET}": 1, "b": 2, "{SECRET}": 3}}]}}'],
+        ["--header", f"a={SECRET}", "--header", "a=b"],
         ["--header", SECRET],
         ["--delay", "soon"],
         ["--max-attempts", "0"],

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from durable_sa import Durable, InvalidConfiguration, TaskContext, task
+from durable_sa import Durable, InvalidConfiguration, InvalidState, TaskContext, task
 from durable_sa.urls import resolve_url
 from tests.client.support import count
 from tests.support import eventually
@@ -205,9 +205,17 @@ async def test_a_read_only_database_says_so(database_url: URL, engine: AsyncEngi
         name = database_url.database
         await connection.execute(sa.text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
     async with Durable(database_url) as durable:
-        for call in (durable.spawn(double, 1), durable.spawn_many([(double, 1)]), durable.emit_event("e")):
-            with pytest.raises(DBAPIError, match="read-only transaction"):
+        for call in (
+            Durable(durable.engine, schema="other").migrate(),
+            durable.spawn(double, 1),
+            durable.spawn(double, 1, idempotency_key="key"),
+            durable.emit_event("e"),
+            durable.create_queue("q"),
+            durable.drop_queue(),
+        ):
+            with pytest.raises(InvalidState, match=r"The database is read-only.*target_session_attrs") as raised:
                 await call
+            assert isinstance(raised.value.__cause__, DBAPIError)
 
 
 async def test_a_database_that_cannot_be_reached_says_so() -> None:

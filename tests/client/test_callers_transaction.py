@@ -259,6 +259,41 @@ async def test_an_autocommit_connection_has_its_task_at_once(
         assert (await read(engine, spawned.task_id)).state == "cancelled"
 
 
+NO_INSERT = (
+    "CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'inserted'; END $$",
+    "CREATE TRIGGER refuse BEFORE INSERT ON durable.tasks FOR EACH STATEMENT EXECUTE FUNCTION public.refuse()",
+)
+
+
+@with_connections
+async def test_an_autocommit_connection_shows_nothing_of_many_of_which_one_is_refused(
+    application: Application, client: Durable, durable: Durable, engine: AsyncEngine
+) -> None:
+    await durable.spawn(ship, {"order": 1}, idempotency_key="taken")
+    key = Spawn(ship, {"order": 7}, idempotency_key="new")
+    refused = {
+        "taken": Spawn(ship, {"order": 2}, idempotency_key="taken"),
+        "queue": Spawn(bill, queue_name="nowhere"),
+        "new": Spawn(ship, {"order": 8}, idempotency_key="new"),
+    }
+    async with engine.begin() as connection:
+        for statement in NO_INSERT:
+            await connection.exec_driver_sql(statement)
+    async with application.caller(isolation_level="AUTOCOMMIT") as caller:
+        for what, item in refused.items():
+            with pytest.raises(QueueNotFound if what == "queue" else IdempotencyConflict) as raised:
+                await caller.call(client.spawn_many_with, [key, (bill, None), item])
+            assert "item 2 " in raised.value.__notes__[0]
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql("DROP TRIGGER refuse ON durable.tasks")
+        # The same again is no conflict, with what is there or among themselves.
+        spawned = await caller.call(
+            client.spawn_many_with, [key, key, Spawn(ship, {"order": 1}, idempotency_key="taken")]
+        )
+        assert [spawn.created for spawn in spawned] == [True, False, False]
+    assert await count(engine) == 2
+
+
 @with_connections
 async def test_a_session_that_joined_an_outer_transaction_commits_with_it(
     application: Application, client: Durable, engine: AsyncEngine

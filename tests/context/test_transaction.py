@@ -293,6 +293,26 @@ async def test_session_that_is_closed_for_an_exception_does_not_hide_it(run: Run
     assert await ledger.entries() == []
 
 
+async def test_lambda_that_calls_a_coroutine_function_is_told_what_to_write(run: Runner, ledger: Ledger):
+    async def write(session: Any, text: str) -> None:
+        session.add(Entry(text=text))
+
+    def both(session: Session) -> Any:
+        session.add(Entry(text="before"))
+        return write(session, "x")
+
+    @task(max_attempts=3)
+    async def work(ctx: TaskContext, fn: str) -> None:
+        await ctx.transaction("write", both if fn == "both" else lambda session: write(session, "x"))
+
+    for fn in ("lambda", "both"):
+        error = await run.failure(work, fn)
+        assert error.name == "SerializationError"
+        assert error.message.startswith("The result of transaction 'write' is a coroutine, which nobody awaits")
+        assert "Pass the coroutine function itself, followed by its arguments" in error.message
+    assert await ledger.entries() == []
+
+
 async def test_part_of_it_may_be_rolled_back(run: Runner, ledger: Ledger):
     async def partly(session: AsyncSession) -> None:
         session.add(Entry(text="kept"))

@@ -284,6 +284,8 @@ class SimulatedWorker:
         """What a worker looks for every few seconds."""
 
         async def look() -> None:
+            # As late as this, whoever held an event's waiters is looked after again.
+            self.tender._held_again_at = 0.0
             await self.tender._look()
             await self.tender._do_asked()
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from durable_sa import Durable
+from durable_sa import Durable, InvalidState
 
 from ..support import eventually
 from ..worker.stories import Parts, Story, create_bookings
@@ -34,6 +34,11 @@ async def test_workers_and_clients_follow_to_the_new_primary(driver: str) -> Non
             engine = create_async_engine(of_both(iter((primary, replica)), driver))
             async with Durable(engine) as durable:
                 story = Story(durable)
+                # Its database takes writes only later.
+                waiting = Durable(replica.url("postgres").set(drivername=f"postgresql+{driver}"))
+                with pytest.raises(InvalidState, match="The database is read-only"):
+                    await waiting.emit_event("early")
+                worker = await waiting.start_worker()
                 async with durable.worker(concurrency=10, claim_timeout=60):
                     spawned = await durable.spawn_many([(story.task, Parts(steps=20, pause=0.05))] * 10)
                     await eventually(lambda: len(story.executed) > 50)
@@ -44,6 +49,10 @@ async def test_workers_and_clients_follow_to_the_new_primary(driver: str) -> Non
                     assert (
                         await durable.wait_for_result(await durable.spawn(story.task, Parts()), timeout=20)
                     ).output == 3
+                    await eventually(
+                        lambda: replica.sql(f"SELECT 1 FROM durable.workers WHERE worker_id = '{worker.worker_id}'")
+                    )
+                    await waiting.close()
             async with engine.connect() as connection:
                 rows = await connection.execute(
                     text("SELECT outcome, max(attempt), sum(failures) FROM durable.tasks GROUP BY 1")

@@ -1,5 +1,6 @@
 """Networks that are slow, uneven and torn: everything is as it would be, and later."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -99,3 +100,21 @@ async def test_a_workflow_over_a_network_that_is(durable: Durable, proxy: Proxy,
         assert list(await connection.scalars(text("SELECT number FROM bookings"))) == [3]
         rows = await connection.execute(text("SELECT attempt, failures, lease_losses FROM durable.tasks"))
         assert {tuple(row) for row in rows} == {(1, 0, 0)}
+
+
+async def test_a_lease_outlives_the_time_that_a_new_connection_takes(durable: Durable, proxy: Proxy) -> None:
+    """As 500 milliseconds each way and a lease of 10 seconds, three times as fast."""
+
+    @durable.task(max_attempts=1)
+    async def work(ctx: TaskContext) -> int:
+        await asyncio.sleep(3.2)
+        return ctx.attempt
+
+    async with durable.worker(claim_timeout=3) as worker:
+        registered = worker.worker_id
+        spawned = await durable.spawn(work)
+        proxy.latency = 0.15
+        result = await durable.wait_for_result(spawned, timeout=30)
+        proxy.heal()
+        assert worker.worker_id == registered
+    assert result.output == 1

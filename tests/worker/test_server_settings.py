@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -303,3 +305,30 @@ async def test_a_worker_keeps_within_its_budget_of_connections(database_url: URL
 async def _listens(sql: Rows) -> bool:
     rows = await sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'victim' AND query ILIKE 'LISTEN%'")
     return bool(rows)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_worker_starts_and_ends_although_the_server_ends_what_is_idle(
+    database_url: URL, durable: Durable, sql: Rows, caplog: pytest.LogCaptureFixture, driver: str
+) -> None:
+    """Between its statements, too: the application's own start takes its time, and so does a quiet night."""
+    await alter_database(sql, database_url, {"idle_session_timeout": "80ms"})
+
+    @asynccontextmanager
+    async def slow() -> AsyncGenerator[None]:
+        await asyncio.sleep(0.2)
+        yield
+
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with Durable(url, lifespan=slow) as client:
+
+        @client.task
+        async def work(ctx: TaskContext) -> int:
+            return await ctx.step("one", int)
+
+        async with client.worker():
+            await asyncio.sleep(0.2)
+            assert (await client.wait_for_result(await client.spawn(work), timeout=10)).output == 0
+            await asyncio.sleep(0.2)
+    assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
+    assert "ends without having settled" not in caplog.text
