@@ -52,6 +52,10 @@ class Evidence:
     """Whether the server's clock was changed, so that times of one process say nothing about those of another."""
     slack: float = 0.5
     """Seconds that a commit may take from its timestamp until it is seen."""
+    steady_since: datetime | None = None
+    """From when on nothing that was done to them kept workers from claiming what was due."""
+    slots: int = 10
+    """What each worker has."""
 
     def __post_init__(self) -> None:
         self.by_relation: dict[str, list[Change]] = defaultdict(list)
@@ -85,6 +89,13 @@ class Evidence:
             if change.relation == "tasks" and change.became and change.became["state"] == "running":
                 found.setdefault(change.became["attempt"], change.seq)
         return found
+
+    def executions(self) -> dict[str, dict[int, list[Row]]]:
+        """The durable calls that each execution of a task has made, in their order; executions by their fences."""
+        found: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for entry in self.noted("called"):
+            found[entry["task"]][entry["fence"]].append(entry)
+        return {task_id: dict(sorted(executions.items())) for task_id, executions in found.items()}
 
     def write(self, path: Path) -> None:
         """The history as lines of JSON, for whoever looks into a violation."""

@@ -33,16 +33,23 @@ class Fault:
     """What the field has to have for it."""
     excuses: frozenset[str] = frozenset()
     """Texts of errors that it gives to statements of the application, which are the application's to handle."""
+    harmless: bool = False
+    """Whether it keeps no worker from claiming."""
 
 
 FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    name: str, pause: float, *, needs: tuple[str, ...] = (), excuses: tuple[str, ...] = ()
+    name: str,
+    pause: float,
+    *,
+    needs: tuple[str, ...] = (),
+    excuses: tuple[str, ...] = (),
+    harmless: bool = False,
 ) -> Callable[[Inject], Inject]:
     def register(inject: Inject) -> Inject:
-        FAULTS[name] = Fault(name, pause, inject, frozenset(needs), frozenset(excuses))
+        FAULTS[name] = Fault(name, pause, inject, frozenset(needs), frozenset(excuses), harmless)
         return inject
 
     return register
@@ -53,7 +60,7 @@ async def kill_worker(field: Field, chance: random.Random) -> int:
     return field.pick("worker", chance).send(signal.SIGKILL)
 
 
-@fault("producer killed", 1.0)
+@fault("producer killed", 1.0, harmless=True)
 async def kill_producer(field: Field, chance: random.Random) -> int:
     return field.pick("producer", chance).send(signal.SIGKILL)
 
@@ -216,7 +223,7 @@ async def lose_notifications(field: Field, chance: random.Random) -> int:
     return len(proxies)
 
 
-@fault("flood of notifications", 0.5)
+@fault("flood of notifications", 0.5, harmless=True)
 async def flood(field: Field, chance: random.Random) -> int:
     """Strange ones and plausible ones."""
     payloads = [
@@ -328,7 +335,7 @@ async def other_isolation(field: Field, chance: random.Random) -> int:
         await field.server.configure("default_transaction_isolation", None)
 
 
-@fault("old snapshot", 1.0)
+@fault("old snapshot", 1.0, harmless=True)
 async def hold_snapshot(field: Field, chance: random.Random) -> int:
     """Which keeps vacuum from removing anything."""
     async with field.connection() as connection, connection.transaction(isolation="repeatable_read"):
@@ -358,7 +365,7 @@ async def restart_pooler(field: Field, chance: random.Random) -> int:
     return 1
 
 
-@fault("old rows deleted", 1.0, needs=("retention",))
+@fault("old rows deleted", 1.0, needs=("retention",), harmless=True)
 async def retention(field: Field, chance: random.Random) -> int:
     """The producers clean up all the time, and so do the workers, by the policy of the queues."""
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from .audit import BALANCE
 from .evidence import Change, Evidence, Row
+from .lags import lags
 
 Invariant = Callable[[Evidence], Iterator[str]]
 
@@ -20,6 +21,10 @@ INVARIANTS: list[Invariant] = []
 
 _SPAWNING = ("spawn", "order", "keyed", "spawn_many")
 _WRITTEN_BY_RUNS = ("step", "transaction", "spawn", "emit", "value", "sleep")
+_FORGETFUL = ("poisoned",)
+"""Tasks whose code asks in its first attempt for what it does not ask for later."""
+_PATIENCE = 3.0
+"""Seconds that due work may wait on a busy machine although there is a slot for it."""
 _NO_FAILURES = ("LeaseLost", "Released")
 _FAILURES = {
     "flaky": {"Planned"},
@@ -255,6 +260,60 @@ def every_run_sees_the_same(e: Evidence) -> Iterator[str]:
         key = entry["task"], entry["step"]
         if seen.setdefault(key, entry["value"]) != entry["value"]:
             yield f"{key[1]!r} of {key[0]} was {seen[key]}, then {entry['value']}"
+
+
+@invariant
+def replays_extend_what_is_recorded(e: Evidence) -> Iterator[str]:
+    """In each branch all executions of a task make the same calls in the same order, as far as they come; and one that
+    ends by itself, for now or for good, has asked for everything that was recorded when it began."""
+    recorded: dict[str, dict[str, int]] = defaultdict(dict)
+    for change in e.by_relation["checkpoints"]:
+        if change.was is None:
+            recorded[change.row["task_id"]].setdefault(change.row["key"], change.seq)
+    for task_id, executions in e.executions().items():
+        if (task := e.tasks.get(task_id)) is None:
+            continue
+        longest: dict[str, list[str]] = {}
+        for fence, calls in executions.items():
+            branches: dict[str, list[str]] = defaultdict(list)
+            for call in calls:
+                branches[call["branch"]].append(f"{call['call']} {call['key']}")
+            for branch, made in branches.items():
+                known = longest.setdefault(branch, made)
+                shared = min(len(known), len(made))
+                if known[:shared] != made[:shared]:
+                    yield f"{_name(task)} under fence {fence} asked for {made}, and before for {known}"
+                longest[branch] = max(known, made, key=len)
+        if task["task_name"] in _FORGETFUL:
+            continue
+        for fence, (claimed, ended) in _orderly(e.by_task[task_id]).items():
+            asked = {call["key"] for call in executions.get(fence, ())}
+            for key, seq in recorded[task_id].items():
+                if seq < claimed and key not in asked:
+                    yield f"{_name(task)} {ended} under fence {fence} without having asked for {key}"
+
+
+def _orderly(changes: list[Change]) -> dict[int, tuple[int, str]]:
+    """By its fence, where in the history each execution began that has suspended or completed, and which of them."""
+    claimed: dict[int, int] = {}
+    found: dict[int, tuple[int, str]] = {}
+    for change in changes:
+        if change.relation != "tasks" or not change.became:
+            continue
+        if change.became["state"] == "running":
+            claimed.setdefault(change.became["fence"], change.seq)
+        elif change.was and change.was["state"] == "running" and change.became["state"] in ("sleeping", "completed"):
+            fence = change.was["fence"]
+            found[fence] = claimed[fence], change.became["state"]
+    return found
+
+
+@invariant
+def due_work_is_claimed_while_there_are_slots(e: Evidence) -> Iterator[str]:
+    """Since the round was steady, nothing that was due has waited for long while a worker had a free slot for it."""
+    for lag in lags(e):
+        if lag.seconds > _PATIENCE:
+            yield f"{_name(lag.task)} of {lag.task['queue_name']} waited for {lag.seconds:.1f} s"
 
 
 @invariant

@@ -30,6 +30,8 @@ from durable_sa import (
     task,
 )
 
+from durable_sa.context.base import Call, ContextBase
+
 from .ledger import Ledger
 
 QUICKLY = RetryStrategy.fixed(0.1)
@@ -64,6 +66,21 @@ class Here:
 def _note(what: str, step: str, **details: Any) -> None:
     context = current_context()
     Here.ledger.write(what, task=str(context.task_id), attempt=context.attempt, step=step, **details)
+
+
+def note_calls() -> None:
+    """Have each durable call noted when it is made, replayed or not: what one execution asks for, in its order."""
+    draw = ContextBase._call
+
+    def call(self: ContextBase, kind: str, name: str, arguments: str = "") -> Call:
+        made = draw(self, kind, name, arguments)
+        if made.key.int:
+            run = self._run
+            about = {"task": str(run.claimed.task_id), "fence": run.claimed.fence, "branch": str(run.branch().path)}
+            Here.ledger.write("called", **about, key=str(made.key), call=f"{kind} {name}")
+        return made
+
+    ContextBase._call = call  # type: ignore[method-assign]
 
 
 async def compute(op: Op, step: str, number: int) -> int:
@@ -268,6 +285,7 @@ async def work(settings: dict[str, Any]) -> None:
     start_logging()
     Here.ledger = Ledger(Path(settings["directory"]), settings["name"])
     Here.claim_timeout = settings["claim_timeout"]
+    note_calls()
     engine = engine_of(settings)
     while True:
         try:
