@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from .server import promote, standby
+from .server import promote, standby, start_as_standby
 
 if TYPE_CHECKING:
     from .field import Field
@@ -346,14 +346,23 @@ async def hold_snapshot(field: Field, chance: random.Random) -> int:
 
 @fault("failover to the standby", 1.0, needs=("failover",))
 async def fail_over(field: Field, chance: random.Random) -> int:
-    """The primary is lost, and a synchronous standby takes its place."""
+    """The primary is lost, and a synchronous standby takes its place. Later the old one is back, as a standby, and new
+    connections lead to it for a moment."""
     async with field.server_changing, contextlib.AsyncExitStack() as stack:
         replica = await stack.enter_async_context(standby(field.server))
         await asyncio.sleep(chance.uniform(0.2, 1.0))
         await field.server.stop(chance.choice(["immediate", "fast"]))
         await asyncio.sleep(chance.choice([0.0, 0.5]))
         await promote(replica)
+        former = field.server
         field.serve(replica)
+        if chance.random() < 0.5:
+            await asyncio.sleep(0.5)
+            await start_as_standby(former)
+            field.mislead(former)
+            await asyncio.sleep(0.7)
+            field.serve(replica)
+            await former.stop("immediate")
         field.exits.push_async_exit(stack.pop_all())
     return 1
 

@@ -78,8 +78,12 @@ class Field:
         return chance.choice([proxy for proxy in self.proxies if proxy.links] or self.proxies)
 
     def serve(self, server: Server) -> None:
-        """Let new connections go to another server."""
+        """Let all connections go to another server."""
         self.server = server
+        self.mislead(server)
+
+    def mislead(self, server: Server) -> None:
+        """Let them go to a server that is not the one."""
         for proxy in self.proxies:
             proxy.target = server.address
             proxy.cut_all()
