@@ -202,7 +202,11 @@ class Database:
             try:
                 row = (await connection.execute(_LOCATE)).one()
             except DBAPIError as error:
-                if is_lost(error) or (sqlstate(error) or "")[:2] in ("", "53", "57") or sqlstate(error) in POOLER_STATES:
+                if (
+                    is_lost(error)
+                    or (sqlstate(error) or "")[:2] in ("", "53", "57")
+                    or sqlstate(error) in POOLER_STATES
+                ):
                     raise
                 # A service that is like Postgres and has no such files, or rights that were taken away.
                 timeline.known = False

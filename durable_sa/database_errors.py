@@ -81,6 +81,20 @@ def without_values(error: BaseException) -> BaseException:
     return bare.with_traceback(error.__traceback__)
 
 
+def reason(error: BaseException) -> str:
+    """What kept a statement from being answered, for a line of the log: the kind of error, and what was said of it.
+
+    Only where it is about the database's condition, as anything else may tell of values.
+    """
+    name = type(error).__name__
+    if not is_transient(error):
+        return name
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    # What the driver says, which its adapter repeats with the name of a class in front.
+    lines = str(getattr(cause, "__cause__", None) or cause).strip().splitlines()
+    return f"{name}: {lines[0][:300]}" if lines else name
+
+
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
     """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
     return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from .channels import Channel
 from .clock import LocalClock
 from .connections import Database
-from .database_errors import backoff, is_transient, without_values
+from .database_errors import backoff, is_transient, reason, without_values
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
 from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
@@ -117,6 +117,8 @@ class Registration:
             except Exception as error:
                 if not is_transient(error):
                     logger.error("registering the worker anew failed; trying on", exc_info=without_values(error))
+                elif failures == 3:
+                    logger.warning("registering the worker anew fails (%s); trying on", reason(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff(failures)):
                         await self._stopping.wait()

@@ -19,6 +19,7 @@ from . import branches, task_factory
 from .channels import Channel
 from .claims import Claims
 from .clock import LocalClock
+from .database_errors import reason
 from .errors import InvalidConfiguration, QueueNotFound
 from .health import HealthServer
 from .hints import Hint, channel_name, sender
@@ -266,7 +267,7 @@ class Worker:
             logger.warning(
                 "worker %s ends without having settled everything (%s); others take over when its lease is over",
                 self.settings.name,
-                type(error).__name__,
+                reason(error),
             )
         await self._close()
 

@@ -99,4 +99,7 @@ def histogram(e: Evidence) -> dict[str, float]:
     if not found:
         return {"count": 0}
     shares = {"p50": 0.5, "p99": 0.99, "most": 1.0}
-    return {"count": len(found), **{name: round(found[int(share * (len(found) - 1))], 3) for name, share in shares.items()}}
+    return {
+        "count": len(found),
+        **{name: round(found[int(share * (len(found) - 1))], 3) for name, share in shares.items()},
+    }
