@@ -63,8 +63,8 @@ class _Timeline:
             if not self.said:
                 self.said = True
                 logger.warning(
-                    "the database's address leads to %s, after timeline %d, and is not used; should it have been restored "
-                    "to an earlier state on purpose, restart this process",
+                    "the database's address leads to %s, after timeline %d, and is not used; if it was restored to an "
+                    "earlier state on purpose, restart this process",
                     what,
                     self.number,
                 )
@@ -87,7 +87,7 @@ _LOCATE = text(
     "SELECT current_setting('default_transaction_isolation'), system_identifier,"
     " CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_lsn()) END FROM pg_control_system()"
 )
-"""The isolation a server has by default, and where it is: its cluster, and the timeline at the head of a file's name."""
+"""The isolation that a server has by default, its cluster, and the file whose name begins with its timeline."""
 
 _ENTERED = {"autobegin": True, "twophase": False}
 """What of an application's options for its sessions cannot be kept inside of a transaction that has begun."""

@@ -194,6 +194,19 @@ async def stall_route(field: Field, chance: random.Random) -> int:
     return hit
 
 
+@fault("route lost one way", 0.7)
+async def lose_direction(field: Field, chance: random.Random) -> int:
+    """Of a worker: what it asks for does not arrive, or is done and nobody hears of it."""
+    proxy = chance.choice([slot.proxy for slot in field.slots if slot.role == "worker"])
+    hit = len(proxy.links)
+    proxy.swallow(chance.choice(["up", "down"]))
+    try:
+        await asyncio.sleep(field.claim_timeout * chance.choice([0.3, 0.8, 1.4, 2.0]))
+    finally:
+        proxy.heal()
+    return hit
+
+
 @fault("slow and torn network", 1.5)
 async def slow_down(field: Field, chance: random.Random) -> int:
     proxies = [proxy for proxy in field.proxies if chance.random() < 0.6]

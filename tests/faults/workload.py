@@ -29,7 +29,6 @@ from durable_sa import (
     current_context,
     task,
 )
-
 from durable_sa.context.base import Call, ContextBase
 
 from .ledger import Ledger
@@ -37,6 +36,8 @@ from .ledger import Ledger
 QUICKLY = RetryStrategy.fixed(0.1)
 
 Poison = Literal["exit", "kill", "segfault", "block", "recurse", "memory", "swallow", "system exit"]
+_CLONE_NEWNET = 0x40000000
+
 POISONS: tuple[Poison, ...] = ("exit", "kill", "segfault", "block", "recurse", "memory", "swallow", "system exit")
 
 
@@ -280,9 +281,19 @@ def start_logging(level: int = logging.DEBUG) -> None:
     logging.getLogger("durable_sa").setLevel(level)
 
 
+def enter(network: str) -> None:
+    """Go to another network namespace, with all threads and connections to come."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", network).open() as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+
 async def work(settings: dict[str, Any]) -> None:
     """A worker process, until SIGTERM."""
     start_logging()
+    if network := settings.get("network"):
+        enter(network)
     Here.ledger = Ledger(Path(settings["directory"]), settings["name"])
     Here.claim_timeout = settings["claim_timeout"]
     note_calls()
