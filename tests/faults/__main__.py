@@ -33,6 +33,7 @@ PAIRS = (
     ("worker told to stop", "conflicts between transactions"),
     ("connection terminated by the server", "old rows deleted"),
     ("worker killed", "pooler restarted"),
+    ("worker replaced by another version", "worker killed"),
     ("route lost one way", "worker stopped and continued"),
 )
 STORM = (

@@ -72,6 +72,8 @@ class Evidence:
         self.deleted = {
             change.row["task_id"] for change in self.by_relation["tasks"] if change.became is None and change.was
         }
+        self.knows: dict[str, set[str]] = {entry["name"]: set(entry["tasks"]) for entry in self.noted("knows")}
+        """The tasks that each worker has registered, by its name."""
         self.workers = {row["worker_id"]: row for row in self.inserted("workers")}
 
     def inserted(self, relation: str) -> Iterable[Row]:

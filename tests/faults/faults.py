@@ -89,6 +89,15 @@ async def terminate_worker(field: Field, chance: random.Random) -> int:
     return int(hit)
 
 
+@fault("worker replaced by another version", 0.2, needs=("versions",), harmless=True)
+async def deploy(field: Field, chance: random.Random) -> int:
+    """One after the other, all of them to the second version of the code, and then back to the first."""
+    async with field.deploying:
+        slots = [slot for slot in field.slots if slot.role == "worker"]
+        slot = min(slots, key=lambda slot: slot.starts)
+        return int(await field.replace(slot, version=3 - slot.settings.get("version", 1)))
+
+
 @fault("poisoned code", 1.0, needs=("poison",))
 async def poison(field: Field, chance: random.Random) -> int:
     """The producers ask for it; it is counted from the ledger."""

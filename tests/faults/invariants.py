@@ -21,8 +21,8 @@ INVARIANTS: list[Invariant] = []
 
 _SPAWNING = ("spawn", "order", "keyed", "spawn_many")
 _WRITTEN_BY_RUNS = ("step", "transaction", "spawn", "emit", "value", "sleep")
-_FORGETFUL = ("poisoned",)
-"""Tasks whose code asks in its first attempt for what it does not ask for later."""
+_FORGETFUL = ("poisoned", "grown")
+"""Tasks whose code, in a later attempt or an earlier version, does not ask for all that it has asked for before."""
 _PATIENCE = 3.0
 """Seconds that due work may wait on a busy machine although there is a slot for it."""
 _NO_FAILURES = ("LeaseLost", "Released")
@@ -463,12 +463,14 @@ def _expected(task: Row) -> Callable[[Any], bool] | None:
     number = params.get("number", 0)
     doubled = number * 2 + 1
     match task["task_name"]:
-        case "leaf" | "flaky" | "nap" | "poisoned":
+        case "leaf" | "flaky" | "nap" | "poisoned" | "former" | "latter":
             return lambda output: output == doubled
         case "tour":
             return lambda output: (
                 len(output) == 9 and [output[0], *output[2:7]] == [3, 5, number, doubled, "timeout", 7]
             )
+        case "grown":
+            return lambda output: output in ([doubled, doubled + 2], [doubled, doubled + 2, doubled + 4])
         case "plain":
             return lambda output: output == [doubled, doubled, doubled + 2]
         case "transfer":
@@ -506,6 +508,16 @@ def workers_claim_from_their_queues(e: Evidence) -> Iterator[str]:
             worker = e.workers.get(change.became["claimed_by"])
             if worker is None or change.became["queue_name"] not in worker["queue_names"]:
                 yield f"{_name(change.became)} of {change.became['queue_name']} was claimed by {worker}"
+
+
+@invariant
+def tasks_are_left_to_those_who_know_them(e: Evidence) -> Iterator[str]:
+    """No worker has claimed a task whose name it has not registered."""
+    for change in e.by_relation["tasks"]:
+        if _claimed(change) and change.became:
+            worker = e.workers.get(change.became["claimed_by"])
+            if worker and change.became["task_name"] not in e.knows.get(worker["name"], ()):
+                yield f"{_name(change.became)} was claimed by {worker['name']}, which does not know it"
 
 
 @invariant

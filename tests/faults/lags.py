@@ -23,16 +23,16 @@ class Lag(NamedTuple):
 
 
 class _Vacancies:
-    """The seconds up to a moment in which any worker of a queue had a free slot."""
+    """The seconds up to a moment in which any of some workers had a free slot."""
 
-    def __init__(self, e: Evidence, queue_name: str) -> None:
+    def __init__(self, e: Evidence, serving: frozenset[str]) -> None:
         self._times: list[float] = []
         self._sums: list[float] = []
         self._free: list[bool] = []
         alive: set[str] = set()
         taken: Counter[str] = Counter()
         total = 0.0
-        for at, kind, worker_id in _turns(e, queue_name):
+        for at, kind, worker_id in _turns(e, serving):
             if self._times:
                 total += (at - self._times[-1]) * self._free[-1]
             if kind == "taken":
@@ -52,10 +52,18 @@ class _Vacancies:
         return 0.0 if index < 0 else self._sums[index] + (at - self._times[index]) * self._free[index]
 
 
-def _turns(e: Evidence, queue_name: str) -> list[tuple[float, str, str]]:
-    """When workers of a queue came and went, and when their slots were taken and freed, in order."""
+def _serving(e: Evidence, queue_name: str, task_name: str) -> frozenset[str]:
+    """The workers that may run such a task."""
+    return frozenset(
+        worker_id
+        for worker_id, row in e.workers.items()
+        if queue_name in row["queue_names"] and task_name in e.knows.get(row["name"], ())
+    )
+
+
+def _turns(e: Evidence, serving: frozenset[str]) -> list[tuple[float, str, str]]:
+    """When workers came and went, and when their slots were taken and freed, in order."""
     turns: list[tuple[int, tuple[float, str, str]]] = []
-    serving = {worker_id for worker_id, row in e.workers.items() if queue_name in row["queue_names"]}
     for change in e.by_relation["workers"]:
         if change.row["worker_id"] in serving:
             kind = "came" if change.was is None else "went"
@@ -75,7 +83,8 @@ def lags(e: Evidence) -> Iterator[Lag]:
     if e.steady_since is None or e.clock_moved or not e.changes:
         return
     steady_since, over = e.steady_since.timestamp(), max(change.at for change in e.changes).timestamp()
-    vacancies: dict[str, _Vacancies] = {}
+    serving: dict[tuple[str, str], frozenset[str]] = {}
+    vacancies: dict[frozenset[str], _Vacancies] = {}
     history = defaultdict(list)
     for change in e.by_relation["tasks"]:
         history[change.row["task_id"]].append(change)
@@ -88,8 +97,12 @@ def lags(e: Evidence) -> Iterator[Lag]:
             due = max(datetime.fromisoformat(row["available_at"]).timestamp(), visible, steady_since)
             end = following.at.timestamp() if following else over
             if end > due:
-                queue_name = row["queue_name"]
-                vacant = vacancies.get(queue_name) or vacancies.setdefault(queue_name, _Vacancies(e, queue_name))
+                kind = row["queue_name"], row["task_name"]
+                if kind not in serving:
+                    serving[kind] = _serving(e, *kind)
+                if serving[kind] not in vacancies:
+                    vacancies[serving[kind]] = _Vacancies(e, serving[kind])
+                vacant = vacancies[serving[kind]]
                 yield Lag(vacant.until(end) - vacant.until(due), row)
 
 

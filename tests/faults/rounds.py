@@ -108,6 +108,7 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
                 rate=plan.rate,
                 operations=plan.operations,
                 poison="poison" in needs,
+                versions="versions" in needs,
                 retention="retention" in needs,
             )
         await battlefield.staff()

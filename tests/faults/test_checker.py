@@ -16,17 +16,24 @@ from .nursery import Nursery
 from .rounds import Plan, Verdict, fight
 
 
+DEPLOYMENT = "worker replaced by another version"
+
+
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    """Of some seconds in which nothing went wrong."""
+    """Of some seconds in which nothing went wrong, and the workers' code was replaced by another version."""
 
     async def observe() -> Verdict:
         async with Nursery() as nursery:
-            plan = Plan((), "quiet", 3.0, workers=2, rate=100.0, operations=80)
+            plan = Plan((DEPLOYMENT,), "quiet", 1.5, workers=4, rate=60.0, operations=80)
             return await fight(plan, tmp_path_factory.mktemp("quiet"), nursery, [])
 
     verdict = asyncio.run(observe())
     assert verdict.violations == {}
+    # All four by the end, while others were at work, and everything that only the second version knows has ended.
+    assert verdict.counts[DEPLOYMENT] > 0
+    assert sum("latter" in names for names in verdict.evidence.knows.values()) >= 4
+    assert any(task["task_name"] == "latter" for task in verdict.evidence.tasks.values())
     return verdict.evidence
 
 
@@ -237,6 +244,16 @@ def outputs_are_what_they_should_be(e: Evidence) -> Evidence:
 @forging
 def workers_claim_from_their_queues(e: Evidence) -> Evidence:
     return with_row(e, find(e, "workers", lambda change: change.became), queue_names=["nowhere"])
+
+
+@forging
+def tasks_are_left_to_those_who_know_them(e: Evidence) -> Evidence:
+    entry = next(entry for entry in e.noted("knows") if "latter" not in entry["tasks"])
+    worker_id = next(worker_id for worker_id, row in e.workers.items() if row["name"] == entry["name"])
+    index = find(
+        e, "tasks", lambda change: change.row["task_name"] == "latter" and change.became and change.became["claimed_by"]
+    )
+    return with_row(e, index, claimed_by=worker_id)
 
 
 @forging

@@ -291,16 +291,20 @@ def enter(network: str) -> None:
 
 async def work(settings: dict[str, Any]) -> None:
     """A worker process, until SIGTERM."""
+    from .versions import VERSIONS
+
     start_logging()
     if network := settings.get("network"):
         enter(network)
     Here.ledger = Ledger(Path(settings["directory"]), settings["name"])
     Here.claim_timeout = settings["claim_timeout"]
     note_calls()
+    tasks = VERSIONS[settings.get("version", 1)]
+    Here.ledger.write("knows", name=settings["name"], tasks=[known.name for known in tasks])
     engine = engine_of(settings)
     while True:
         try:
-            async with Durable(engine, tasks=TASKS, queue_name="main") as durable:
+            async with Durable(engine, tasks=tasks, queue_name="main") as durable:
                 await durable.run_worker(
                     queue_names=settings["queue_names"],
                     concurrency=settings["concurrency"],
