@@ -29,6 +29,7 @@ _NO_FAILURES = ("LeaseLost", "Released")
 _FAILURES = {
     "flaky": {"Planned"},
     "doomed": {"UserError"},
+    "spool": {"OSError"},
     "poisoned": {"RecursionError", "MemoryError", "SystemExit"},
 }
 
@@ -473,7 +474,7 @@ def _expected(task: Row) -> Callable[[Any], bool] | None:
             return lambda output: output in ([doubled, doubled + 2], [doubled, doubled + 2, doubled + 4])
         case "plain":
             return lambda output: output == [doubled, doubled, doubled + 2]
-        case "transfer":
+        case "transfer" | "spool":
             return lambda output: output == number
         case "family":
             return lambda output: output == sum(2 * each + 1 for each in range(number))
@@ -553,7 +554,7 @@ def only_failures_of_the_code_count(e: Evidence) -> Iterator[str]:
         task, name = e.tasks[row["task_id"]], row["error"]["name"]
         if name not in _FAILURES.get(task["task_name"], ()):
             yield f"{_name(task)} failed in attempt {row['attempt']}: {name}: {row['error'].get('message')}"
-        elif name in ("Planned", "UserError") and (row["task_id"], row["attempt"]) not in raised:
+        elif name in ("Planned", "UserError", "OSError") and (row["task_id"], row["attempt"]) not in raised:
             yield f"{_name(task)} did not raise in attempt {row['attempt']}"
     retried = {change.row["task_id"] for change in e.by_relation["tasks"] if change.was and change.was["outcome"]}
     for task_id, task in e.tasks.items():

@@ -256,12 +256,27 @@ def _recurse() -> None:
     _recurse()
 
 
+@task(max_attempts=1000, retry_strategy=QUICKLY)
+async def spool(ctx: TaskContext, op: Op) -> int:
+    """Needs room in the directory that its worker was started in."""
+    return await ctx.step("spool", keep, op)
+
+
+async def keep(op: Op) -> int:
+    _note("step", "spool")
+    try:
+        return Path(op.op).write_bytes(bytes(op.number))  # noqa: ASYNC240
+    except OSError:
+        _note("raised", "spool")
+        raise
+
+
 @task(max_attempts=1)
 async def tick(ctx: TaskContext) -> None:
     """What the schedule spawns."""
 
 
-TASKS = (leaf, tour, plain, transfer, family, waiter, flaky, doomed, nap, poisoned, tick)
+TASKS = (leaf, tour, plain, transfer, family, waiter, flaky, doomed, nap, poisoned, spool, tick)
 
 QUEUES = ("main", "side")
 
@@ -296,6 +311,8 @@ async def work(settings: dict[str, Any]) -> None:
     start_logging()
     if network := settings.get("network"):
         enter(network)
+    if start := settings.get("cwd"):
+        os.chdir(start)
     Here.ledger = Ledger(Path(settings["directory"]), settings["name"])
     Here.claim_timeout = settings["claim_timeout"]
     note_calls()
