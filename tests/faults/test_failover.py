@@ -13,6 +13,7 @@ from durable_sa import Durable
 
 from ..support import eventually
 from ..worker.stories import Parts, Story, create_bookings
+from .proxy import Proxy
 from .server import Server, private_server, promote, standby
 
 
@@ -44,6 +45,7 @@ async def test_workers_and_clients_follow_to_the_new_primary(driver: str, caplog
             await create_bookings(engine)
         await engine.dispose()
         async with standby(primary) as replica:
+            await what_a_standby_says_is_not_believed(primary, replica, driver)
             engine = create_async_engine(of_both(iter((primary, replica)), driver))
             async with Durable(engine) as durable:
                 story = Story(durable)
@@ -67,6 +69,21 @@ async def test_workers_and_clients_follow_to_the_new_primary(driver: str, caplog
                 booked = 21 if driver == "asyncpg" else 11
                 assert bookings.all() == [(booked, booked)]
             await engine.dispose()
+
+
+async def what_a_standby_says_is_not_believed(primary: Server, replica: Server, driver: str) -> None:
+    """By one that has been connected to the primary: it may be behind."""
+    async with Proxy(*primary.address) as proxy:
+        engine = create_async_engine(primary.url("postgres", proxy.port).set(drivername=f"postgresql+{driver}"))
+        async with Durable(engine) as durable:
+            assert await durable.count_unclaimed_ready_tasks() == 0
+            proxy.target = replica.address
+            proxy.cut_all()
+            with pytest.raises(ConnectionError, match="leads to a standby"):
+                await durable.count_unclaimed_ready_tasks()
+            proxy.target = primary.address
+            assert await durable.count_unclaimed_ready_tasks() == 0
+        await engine.dispose()
 
 
 async def the_old_one_comes_back(
