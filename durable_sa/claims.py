@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .channels import Channel
 from .claimed import Claimed
 from .clock import LocalClock
-from .database_errors import backoff, in_short, is_transient, without_values
+from .database_errors import backoff, is_transient, reason, without_values
 from .hints import Hint
 from .lanes import Lanes
 from .registration import Registration
@@ -169,7 +169,7 @@ class Claims:
                 if not is_transient(error):
                     logger.error("claiming failed", exc_info=without_values(error))
                 elif failures == 3:
-                    logger.warning("claiming fails (%s); trying on", in_short(error))
+                    logger.warning("claiming fails (%s); trying on", reason(error))
                 self.doubt()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff(failures)):

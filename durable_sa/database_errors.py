@@ -92,11 +92,6 @@ def refuse_read_only(error: BaseException) -> None:
         ) from error
 
 
-def in_short(error: BaseException) -> str:
-    """What a line of the log says of a transient error, of which there may be many."""
-    return "the database is read-only" if is_read_only(error) else type(error).__name__
-
-
 def without_values(error: BaseException) -> BaseException:
     """The error as it may be logged and stored: with what the server says first, and nothing of rows and parameters.
 
@@ -109,6 +104,22 @@ def without_values(error: BaseException) -> BaseException:
     said.sqlstate = sqlstate(error)
     bare = type(error)(None, None, said, connection_invalidated=error.connection_invalidated)
     return bare.with_traceback(error.__traceback__)
+
+
+def reason(error: BaseException) -> str:
+    """What kept a statement from being answered, for a line of the log: the kind of error, and what was said of it.
+
+    Only where it is about the database's condition, as anything else may tell of values.
+    """
+    name = type(error).__name__
+    if is_read_only(error):
+        return "the database is read-only"
+    if not is_transient(error):
+        return name
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    # What the driver says, which its adapter repeats with the name of a class in front.
+    lines = str(getattr(cause, "__cause__", None) or cause).strip().splitlines()
+    return f"{name}: {lines[0][:300]}" if lines else name
 
 
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:

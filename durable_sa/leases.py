@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .channels import Channel
 from .connections import Database
-from .database_errors import in_short, is_transient, without_values
+from .database_errors import is_transient, reason, without_values
 from .statements import claiming
 
 logger = logging.getLogger("durable_sa")
@@ -143,7 +143,7 @@ class Heartbeat:
                         rows = await channel.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     if is_transient(error):
-                        logger.warning("a heartbeat failed: %s", in_short(error))
+                        logger.warning("a heartbeat failed: %s", reason(error))
                     else:
                         logger.error("a heartbeat failed", exc_info=without_values(error))
                     pause = min(1.0, interval / 4)

@@ -13,7 +13,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .connections import Database, direct_engine
-from .database_errors import backoff
+from .database_errors import backoff, reason
 from .hints import channel_name
 from .statements.notifying import NOTIFY
 
@@ -56,7 +56,7 @@ class Listener:
                 )
                 pause = UNDELIVERED_PAUSE
             except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
-                self._say(f"LISTEN is interrupted ({type(error).__name__}): polling until it works again")
+                self._say(f"LISTEN is interrupted ({reason(error)}): polling until it works again")
                 failures = 0 if self.working else failures + 1
                 pause = backoff(failures, base=1.0, most=LONGEST_PAUSE)
             finally:

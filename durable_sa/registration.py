@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .channels import Channel
 from .clock import LocalClock
 from .connections import Database
-from .database_errors import backoff, in_short, is_read_only, is_transient, without_values
+from .database_errors import backoff, is_read_only, is_transient, reason, without_values
 from .health import STUCK_AFTER, VitalSigns
 from .ids import new_id
 from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
@@ -116,7 +116,7 @@ class Registration:
         try:
             rows = await self._channel.execute(claiming.HEARTBEAT, {"beating_id": self.worker_id})
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            logger.debug("a heartbeat beside the others failed: %s", in_short(error))
+            logger.debug("a heartbeat beside the others failed: %s", reason(error))
         else:
             if rows:
                 lease.renewed(sent_at)
@@ -158,6 +158,8 @@ class Registration:
                     logger.warning("worker %s waits: the database is read-only", self._settings.name)
                 elif not is_transient(error):
                     logger.error("registering the worker anew failed; trying on", exc_info=without_values(error))
+                elif failures == 3:
+                    logger.warning("registering the worker anew fails (%s); trying on", reason(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff(failures)):
                         await self._stopping.wait()

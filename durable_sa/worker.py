@@ -19,7 +19,7 @@ from . import branches, task_factory
 from .channels import Channel, reconnecting
 from .claims import Claims
 from .clock import LocalClock
-from .database_errors import in_short
+from .database_errors import reason
 from .errors import InvalidConfiguration, QueueNotFound
 from .health import HealthServer
 from .hints import Hint, channel_name, sender
@@ -268,7 +268,7 @@ class Worker:
             logger.warning(
                 "worker %s ends without having settled everything (%s); others take over when its lease is over",
                 self.settings.name,
-                in_short(error),
+                reason(error),
             )
         await self._close()
 

@@ -22,7 +22,7 @@ from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from .channels import Channel
-from .database_errors import LOCK_NOT_AVAILABLE, backoff, in_short, is_read_only, is_transient, sqlstate, without_values
+from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_read_only, is_transient, reason, sqlstate, without_values
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
 from .writes import ALONE, CONTENDED, Kind, Stored, Write, current, statement_of, statement_of_many
@@ -202,7 +202,7 @@ class Writer:
             except Exception as error:  # noqa: BLE001 - whatever one write meets, the others go out
                 contended = writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
                 if is_transient(error) and not contended:
-                    logger.warning("writing for %d runs failed, trying again: %s", len(writes), in_short(error))
+                    logger.warning("writing for %d runs failed, trying again: %s", len(writes), reason(error))
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue

@@ -19,10 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from durable_sa import Durable
+
 from . import faults, pooler
+from .churn import PROBE, churn
 from .nursery import Nursery
 from .rounds import Plan, Verdict, fight
-from .server import faketime_library
+from .server import faketime_library, private_server
 
 PAIRS = (
     ("worker killed", "server stopped at once"),
@@ -33,6 +38,8 @@ PAIRS = (
     ("worker told to stop", "conflicts between transactions"),
     ("connection terminated by the server", "old rows deleted"),
     ("worker killed", "pooler restarted"),
+    ("worker replaced by another version", "worker killed"),
+    ("route lost one way", "worker stopped and continued"),
 )
 STORM = (
     "connection terminated by the server",
@@ -141,6 +148,27 @@ async def soak(seed: int, seconds: float, only: str | None, keep: Path) -> dict[
     }
 
 
+async def _churn(tasks: int) -> list[str]:
+    """On a server of its own, whose autovacuum is off; what has become worse than it may."""
+    async with private_server(autovacuum="off", shared_buffers="512MB", synchronous_commit="off") as server:
+        engine = create_async_engine(server.url("postgres"))
+        connection = await server.connect()
+        async with Durable(engine) as durable:
+            await durable.migrate()
+            found = await churn(durable, connection, tasks, measurements=10)
+        await engine.dispose()
+        connection.terminate()
+    for reads in found.reads:
+        _say(
+            f"after {reads.tasks:9} tasks: a claim of {PROBE} reads {reads.claim} blocks, one without floor"
+            f" {reads.search}, a look for what is past its retention {reads.retention}"
+        )
+    for complaint in found.complaints:
+        _say(f"VIOLATION: {complaint}")
+    _say(f"{found.left} tasks are left")
+    return found.complaints
+
+
 def main() -> None:
     """Parse the arguments, and end with 1 if anything was violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -149,7 +177,10 @@ def main() -> None:
     parser.add_argument("--only", help="a round's seed, or the name of a fault")
     parser.add_argument("--report", type=Path, default=Path("soak.json"))
     parser.add_argument("--keep", type=Path, default=Path("soak"), help="where what violated rounds leave is kept")
+    parser.add_argument("--churn", type=int, metavar="TASKS", help="no rounds: so many tasks without vacuum instead")
     chosen = parser.parse_args()
+    if chosen.churn:
+        sys.exit(1 if asyncio.run(_churn(chosen.churn)) else 0)
     _say(f"seed {chosen.seed}")
     report = asyncio.run(soak(chosen.seed, chosen.seconds, chosen.only, chosen.keep))
     chosen.report.write_text(json.dumps(report, indent=1) + "\n")

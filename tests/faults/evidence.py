@@ -52,6 +52,10 @@ class Evidence:
     """Whether the server's clock was changed, so that times of one process say nothing about those of another."""
     slack: float = 0.5
     """Seconds that a commit may take from its timestamp until it is seen."""
+    steady_since: datetime | None = None
+    """From when on nothing that was done to them kept workers from claiming what was due."""
+    slots: int = 10
+    """What each worker has."""
 
     def __post_init__(self) -> None:
         self.by_relation: dict[str, list[Change]] = defaultdict(list)
@@ -68,6 +72,8 @@ class Evidence:
         self.deleted = {
             change.row["task_id"] for change in self.by_relation["tasks"] if change.became is None and change.was
         }
+        self.knows: dict[str, set[str]] = {entry["name"]: set(entry["tasks"]) for entry in self.noted("knows")}
+        """The tasks that each worker has registered, by its name."""
         self.workers = {row["worker_id"]: row for row in self.inserted("workers")}
 
     def inserted(self, relation: str) -> Iterable[Row]:
@@ -85,6 +91,13 @@ class Evidence:
             if change.relation == "tasks" and change.became and change.became["state"] == "running":
                 found.setdefault(change.became["attempt"], change.seq)
         return found
+
+    def executions(self) -> dict[str, dict[int, list[Row]]]:
+        """The durable calls that each execution of a task has made, in their order; executions by their fences."""
+        found: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for entry in self.noted("called"):
+            found[entry["task"]][entry["fence"]].append(entry)
+        return {task_id: dict(sorted(executions.items())) for task_id, executions in found.items()}
 
     def write(self, path: Path) -> None:
         """The history as lines of JSON, for whoever looks into a violation."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from .server import promote, standby
+from .server import promote, standby, start_as_standby
 
 if TYPE_CHECKING:
     from .field import Field
@@ -33,16 +33,23 @@ class Fault:
     """What the field has to have for it."""
     excuses: frozenset[str] = frozenset()
     """Texts of errors that it gives to statements of the application, which are the application's to handle."""
+    harmless: bool = False
+    """Whether it keeps no worker from claiming."""
 
 
 FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    name: str, pause: float, *, needs: tuple[str, ...] = (), excuses: tuple[str, ...] = ()
+    name: str,
+    pause: float,
+    *,
+    needs: tuple[str, ...] = (),
+    excuses: tuple[str, ...] = (),
+    harmless: bool = False,
 ) -> Callable[[Inject], Inject]:
     def register(inject: Inject) -> Inject:
-        FAULTS[name] = Fault(name, pause, inject, frozenset(needs), frozenset(excuses))
+        FAULTS[name] = Fault(name, pause, inject, frozenset(needs), frozenset(excuses), harmless)
         return inject
 
     return register
@@ -53,7 +60,7 @@ async def kill_worker(field: Field, chance: random.Random) -> int:
     return field.pick("worker", chance).send(signal.SIGKILL)
 
 
-@fault("producer killed", 1.0)
+@fault("producer killed", 1.0, harmless=True)
 async def kill_producer(field: Field, chance: random.Random) -> int:
     return field.pick("producer", chance).send(signal.SIGKILL)
 
@@ -80,6 +87,15 @@ async def terminate_worker(field: Field, chance: random.Random) -> int:
         await asyncio.sleep(chance.uniform(0, 0.3))
         hit += child.send(signal.SIGTERM)
     return int(hit)
+
+
+@fault("worker replaced by another version", 0.2, needs=("versions",), harmless=True)
+async def deploy(field: Field, chance: random.Random) -> int:
+    """One after the other, all of them to the second version of the code, and then back to the first."""
+    async with field.deploying:
+        slots = [slot for slot in field.slots if slot.role == "worker"]
+        slot = min(slots, key=lambda slot: slot.starts)
+        return int(await field.replace(slot, version=3 - slot.settings.get("version", 1)))
 
 
 @fault("poisoned code", 1.0, needs=("poison",))
@@ -187,6 +203,19 @@ async def stall_route(field: Field, chance: random.Random) -> int:
     return hit
 
 
+@fault("route lost one way", 0.7)
+async def lose_direction(field: Field, chance: random.Random) -> int:
+    """Of a worker: what it asks for does not arrive, or is done and nobody hears of it."""
+    proxy = chance.choice([slot.proxy for slot in field.slots if slot.role == "worker"])
+    hit = len(proxy.links)
+    proxy.swallow(chance.choice(["up", "down"]))
+    try:
+        await asyncio.sleep(field.claim_timeout * chance.choice([0.3, 0.8, 1.4, 2.0]))
+    finally:
+        proxy.heal()
+    return hit
+
+
 @fault("slow and torn network", 1.5)
 async def slow_down(field: Field, chance: random.Random) -> int:
     proxies = [proxy for proxy in field.proxies if chance.random() < 0.6]
@@ -216,7 +245,7 @@ async def lose_notifications(field: Field, chance: random.Random) -> int:
     return len(proxies)
 
 
-@fault("flood of notifications", 0.5)
+@fault("flood of notifications", 0.5, harmless=True)
 async def flood(field: Field, chance: random.Random) -> int:
     """Strange ones and plausible ones."""
     payloads = [
@@ -328,7 +357,7 @@ async def other_isolation(field: Field, chance: random.Random) -> int:
         await field.server.configure("default_transaction_isolation", None)
 
 
-@fault("old snapshot", 1.0)
+@fault("old snapshot", 1.0, harmless=True)
 async def hold_snapshot(field: Field, chance: random.Random) -> int:
     """Which keeps vacuum from removing anything."""
     async with field.connection() as connection, connection.transaction(isolation="repeatable_read"):
@@ -339,14 +368,23 @@ async def hold_snapshot(field: Field, chance: random.Random) -> int:
 
 @fault("failover to the standby", 1.0, needs=("failover",))
 async def fail_over(field: Field, chance: random.Random) -> int:
-    """The primary is lost, and a synchronous standby takes its place."""
+    """The primary is lost, and a synchronous standby takes its place. Later the old one is back, as a standby, and new
+    connections lead to it for a moment."""
     async with field.server_changing, contextlib.AsyncExitStack() as stack:
         replica = await stack.enter_async_context(standby(field.server))
         await asyncio.sleep(chance.uniform(0.2, 1.0))
         await field.server.stop(chance.choice(["immediate", "fast"]))
         await asyncio.sleep(chance.choice([0.0, 0.5]))
         await promote(replica)
+        former = field.server
         field.serve(replica)
+        if chance.random() < 0.5:
+            await asyncio.sleep(0.5)
+            await start_as_standby(former)
+            field.mislead(former)
+            await asyncio.sleep(0.7)
+            field.serve(replica)
+            await former.stop("immediate")
         field.exits.push_async_exit(stack.pop_all())
     return 1
 
@@ -358,7 +396,7 @@ async def restart_pooler(field: Field, chance: random.Random) -> int:
     return 1
 
 
-@fault("old rows deleted", 1.0, needs=("retention",))
+@fault("old rows deleted", 1.0, needs=("retention",), harmless=True)
 async def retention(field: Field, chance: random.Random) -> int:
     """The producers clean up all the time, and so do the workers, by the policy of the queues."""
     return 0

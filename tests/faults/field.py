@@ -54,6 +54,7 @@ class Field:
         self.clock: Path | None = None
         """The file that the server's clock is read from."""
         self.server_changing = asyncio.Lock()
+        self.deploying = asyncio.Lock()
         self.slots: list[Slot] = []
         self.kept = {"worker", "producer"}
         """Roles whose processes are started again when they end."""
@@ -78,8 +79,12 @@ class Field:
         return chance.choice([proxy for proxy in self.proxies if proxy.links] or self.proxies)
 
     def serve(self, server: Server) -> None:
-        """Let new connections go to another server."""
+        """Let all connections go to another server."""
         self.server = server
+        self.mislead(server)
+
+    def mislead(self, server: Server) -> None:
+        """Let them go to a server that is not the one."""
         for proxy in self.proxies:
             proxy.target = server.address
             proxy.cut_all()
@@ -159,6 +164,20 @@ class Field:
                 return
             await self._start(slot, base)
 
+    async def replace(self, slot: Slot, **settings: Any) -> bool:
+        """End a worker as a deployment does, and wait until another one works in its place; False if that takes long."""
+        slot.settings |= settings
+        former = slot.child
+        assert former is not None
+        former.send(signal.SIGTERM)
+        at_work = "SELECT 1 FROM durable.workers WHERE name = $1 AND lost_at IS NULL"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(15), self.connection() as connection:
+                while slot.child is former or not await connection.fetchval(at_work, slot.child.name):
+                    await asyncio.sleep(0.02)
+                return True
+        return False
+
     async def finished(self, role: str) -> None:
         """Wait until all processes of a role have ended by themselves."""
         self.kept.discard(role)
@@ -194,6 +213,10 @@ class Field:
         for slot in self.slots:
             if slot.child is not None:
                 slot.child.send(signal.SIGCONT)
+        for slot in self.slots:
+            if slot.settings.get("version") == 1:
+                # Everything is to end, and there are tasks that only the second one knows.
+                await self.replace(slot, version=2)
         async with self.server_changing:
             await self.server.start()
         await self.server.sql(f"ALTER DATABASE {self.database} RESET ALL")

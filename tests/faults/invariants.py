@@ -13,6 +13,7 @@ from typing import Any
 
 from .audit import BALANCE
 from .evidence import Change, Evidence, Row
+from .lags import lags
 
 Invariant = Callable[[Evidence], Iterator[str]]
 
@@ -20,10 +21,15 @@ INVARIANTS: list[Invariant] = []
 
 _SPAWNING = ("spawn", "order", "keyed", "spawn_many")
 _WRITTEN_BY_RUNS = ("step", "transaction", "spawn", "emit", "value", "sleep")
+_FORGETFUL = ("poisoned", "grown")
+"""Tasks whose code, in a later attempt or an earlier version, does not ask for all that it has asked for before."""
+_PATIENCE = 3.0
+"""Seconds that due work may wait on a busy machine although there is a slot for it."""
 _NO_FAILURES = ("LeaseLost", "Released")
 _FAILURES = {
     "flaky": {"Planned"},
     "doomed": {"UserError"},
+    "spool": {"OSError"},
     "poisoned": {"RecursionError", "MemoryError", "SystemExit"},
 }
 
@@ -258,6 +264,60 @@ def every_run_sees_the_same(e: Evidence) -> Iterator[str]:
 
 
 @invariant
+def replays_extend_what_is_recorded(e: Evidence) -> Iterator[str]:
+    """In each branch all executions of a task make the same calls in the same order, as far as they come; and one that
+    ends by itself, for now or for good, has asked for everything that was recorded when it began."""
+    recorded: dict[str, dict[str, int]] = defaultdict(dict)
+    for change in e.by_relation["checkpoints"]:
+        if change.was is None:
+            recorded[change.row["task_id"]].setdefault(change.row["key"], change.seq)
+    for task_id, executions in e.executions().items():
+        if (task := e.tasks.get(task_id)) is None:
+            continue
+        longest: dict[str, list[str]] = {}
+        for fence, calls in executions.items():
+            branches: dict[str, list[str]] = defaultdict(list)
+            for call in calls:
+                branches[call["branch"]].append(f"{call['call']} {call['key']}")
+            for branch, made in branches.items():
+                known = longest.setdefault(branch, made)
+                shared = min(len(known), len(made))
+                if known[:shared] != made[:shared]:
+                    yield f"{_name(task)} under fence {fence} asked for {made}, and before for {known}"
+                longest[branch] = max(known, made, key=len)
+        if task["task_name"] in _FORGETFUL:
+            continue
+        for fence, (claimed, ended) in _orderly(e.by_task[task_id]).items():
+            asked = {call["key"] for call in executions.get(fence, ())}
+            for key, seq in recorded[task_id].items():
+                if seq < claimed and key not in asked:
+                    yield f"{_name(task)} {ended} under fence {fence} without having asked for {key}"
+
+
+def _orderly(changes: list[Change]) -> dict[int, tuple[int, str]]:
+    """By its fence, where in the history each execution began that has suspended or completed, and which of them."""
+    claimed: dict[int, int] = {}
+    found: dict[int, tuple[int, str]] = {}
+    for change in changes:
+        if change.relation != "tasks" or not change.became:
+            continue
+        if change.became["state"] == "running":
+            claimed.setdefault(change.became["fence"], change.seq)
+        elif change.was and change.was["state"] == "running" and change.became["state"] in ("sleeping", "completed"):
+            fence = change.was["fence"]
+            found[fence] = claimed[fence], change.became["state"]
+    return found
+
+
+@invariant
+def due_work_is_claimed_while_there_are_slots(e: Evidence) -> Iterator[str]:
+    """Since the round was steady, nothing that was due has waited for long while a worker had a free slot for it."""
+    for lag in lags(e):
+        if lag.seconds > _PATIENCE:
+            yield f"{_name(lag.task)} of {lag.task['queue_name']} waited for {lag.seconds:.1f} s"
+
+
+@invariant
 def waits_end_with_what_was_first(e: Evidence) -> Iterator[str]:
     """A wait for an event ends with the payload of the event, or with a timeout if none was committed in time."""
     events = {(c.row["queue_name"], c.row["name"]): c for c in e.by_relation["events"] if c.was is None}
@@ -404,15 +464,17 @@ def _expected(task: Row) -> Callable[[Any], bool] | None:
     number = params.get("number", 0)
     doubled = number * 2 + 1
     match task["task_name"]:
-        case "leaf" | "flaky" | "nap" | "poisoned":
+        case "leaf" | "flaky" | "nap" | "poisoned" | "former" | "latter":
             return lambda output: output == doubled
         case "tour":
             return lambda output: (
                 len(output) == 9 and [output[0], *output[2:7]] == [3, 5, number, doubled, "timeout", 7]
             )
+        case "grown":
+            return lambda output: output in ([doubled, doubled + 2], [doubled, doubled + 2, doubled + 4])
         case "plain":
             return lambda output: output == [doubled, doubled, doubled + 2]
-        case "transfer":
+        case "transfer" | "spool":
             return lambda output: output == number
         case "family":
             return lambda output: output == sum(2 * each + 1 for each in range(number))
@@ -450,6 +512,16 @@ def workers_claim_from_their_queues(e: Evidence) -> Iterator[str]:
 
 
 @invariant
+def tasks_are_left_to_those_who_know_them(e: Evidence) -> Iterator[str]:
+    """No worker has claimed a task whose name it has not registered."""
+    for change in e.by_relation["tasks"]:
+        if _claimed(change) and change.became:
+            worker = e.workers.get(change.became["claimed_by"])
+            if worker and change.became["task_name"] not in e.knows.get(worker["name"], ()):
+                yield f"{_name(change.became)} was claimed by {worker['name']}, which does not know it"
+
+
+@invariant
 def only_what_is_over_is_deleted(e: Evidence) -> Iterator[str]:
     """Tasks are deleted when they have ended, not before their parent and waiters have, and leave nothing behind."""
     ended: set[str] = set()
@@ -482,7 +554,7 @@ def only_failures_of_the_code_count(e: Evidence) -> Iterator[str]:
         task, name = e.tasks[row["task_id"]], row["error"]["name"]
         if name not in _FAILURES.get(task["task_name"], ()):
             yield f"{_name(task)} failed in attempt {row['attempt']}: {name}: {row['error'].get('message')}"
-        elif name in ("Planned", "UserError") and (row["task_id"], row["attempt"]) not in raised:
+        elif name in ("Planned", "UserError", "OSError") and (row["task_id"], row["attempt"]) not in raised:
             yield f"{_name(task)} did not raise in attempt {row['attempt']}"
     retried = {change.row["task_id"] for change in e.by_relation["tasks"] if change.was and change.was["outcome"]}
     for task_id, task in e.tasks.items():

@@ -115,8 +115,10 @@ def _become(role: Callable[[dict[str, Any]], Awaitable[None]], request: dict[str
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # Where there is no room for what it has said, that is gone.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 

@@ -18,6 +18,7 @@ from durable_sa import Durable, DurableError
 
 from . import workload
 from .ledger import Ledger
+from .versions import VERSIONS
 from .workload import POISONS, QUEUES, Op
 
 SECRET = "canary-7c1d"
@@ -34,6 +35,7 @@ class Producer:
         self.name: str = settings["name"]
         self.poison: bool = settings.get("poison", False)
         self.operations: int = settings.get("operations", 0)
+        self.versions: bool = settings.get("versions", False)
         self.retention: bool = settings.get("retention", False)
         self.chance = random.Random(settings["seed"])
         self.pause = 1.0 / settings["rate"]
@@ -79,6 +81,8 @@ class Producer:
         }
         if self.poison:
             kinds["poisoned"] = 4
+        if self.versions:
+            kinds |= {"grown": 4, "former": 2, "latter": 3}
         if self.retention:
             kinds["forget"] = 4
         while not stop.is_set() and (not self.operations or self.count < self.operations):
@@ -108,6 +112,8 @@ class Producer:
             case "transfer":
                 source, target = chance.sample(range(1, 11), 2)
                 await self.spawn(kind, self.op(name, number=number, source=source, target=target))
+            case "grown" | "former" | "latter":
+                await self.spawn(kind, self.op(name, number=number, seconds=chance.choice([0.0, 0.1])))
             case "waiter":
                 op = self.op(name, number=number, seconds=chance.uniform(0.2, 2.0))
                 await self.spawn(kind, op)
@@ -136,12 +142,10 @@ class Producer:
 
     async def spawn(self, kind: str, op: Op) -> None:
         queue_name = self.chance.choice(QUEUES)
-        known = self.durable.tasks[kind]
-        spawned = await self.attempt(
-            "spawn",
-            op.op,
-            self.durable.spawn(known, op, queue_name=queue_name, priority=self.chance.choice([-1, 0, 0])),
-        )
+        priority = self.chance.choice([-1, 0, 0])
+        # Producers have the code of the first version.
+        spawning = self.durable.spawn_by_name(kind, op, unchecked=True, queue_name=queue_name, priority=priority)
+        spawned = await self.attempt("spawn", op.op, spawning)
         if spawned is None:
             return
         self.spawned.append(spawned.task_id)
@@ -229,6 +233,6 @@ async def produce(settings: dict[str, Any]) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     ledger = Ledger(Path(settings["directory"]), settings["name"])
-    async with Durable(engine, tasks=workload.TASKS, queue_name="main") as durable:
+    async with Durable(engine, tasks=VERSIONS[1], queue_name="main") as durable:
         await Producer(settings, engine, durable, ledger).run(stop)
     await engine.dispose()

@@ -115,6 +115,7 @@ class Proxy:
         self._open = asyncio.Event()
         self._open.set()
         self._deaf = False
+        self._swallowing: str | None = None
         self._chance = random.Random(port)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -154,19 +155,24 @@ class Proxy:
         """Nothing passes any more, and nobody is told: the half-open connection of a lost route."""
         self._open.clear()
 
+    def swallow(self, direction: str) -> None:
+        """What is sent "up" to the server, or "down" from it, is lost, and nobody is told; the other way all passes."""
+        self._swallowing = direction
+
     def deafen(self) -> None:
         """Notifications do not arrive any more."""
         self._deaf = True
 
     def heal(self) -> None:
         """Let everything pass again. What was stalled is cut, as a route that comes back does not know it."""
-        if not self._open.is_set():
+        if not self._open.is_set() or self._swallowing:
             self.cut_all()
         if self._deaf:
             for link in list(self.links):
                 if link.listens:
                     link.abort()
         self._open.set()
+        self._swallowing = None
         self._deaf = self.refusing = False
         self.latency = self.jitter = 0.0
         self.slice = 0
@@ -213,7 +219,8 @@ class Proxy:
                 if fate == "request":
                     raise ConnectionAbortedError
                 link.swallowing = Frames()
-            await self._pass(link.server, data)
+            if self._swallowing != "up":
+                await self._pass(link.server, data)
         raise EOFError
 
     async def _downstream(self, link: Link, reader: asyncio.StreamReader) -> None:
@@ -225,7 +232,8 @@ class Proxy:
                     link.abort()
                     return
                 continue
-            await self._pass(link.client, data)
+            if self._swallowing != "down":
+                await self._pass(link.client, data)
         raise EOFError
 
     async def _pass(self, writer: asyncio.StreamWriter, data: bytes) -> None:

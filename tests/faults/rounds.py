@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from .evidence import Evidence, collect
 from .faults import FAULTS, injecting
 from .field import Field, opened
 from .invariants import violations
+from .lags import histogram
 from .nursery import Nursery
 from .producer import SECRET
 
 HEAL_SECONDS = 45.0
 """In which everything has to come to its end after the last fault; the workers' leases are 2 seconds."""
 DRAIN_SECONDS = 20.0
+SETTLE_SECONDS = 5.0
+"""After the last fault, until every worker that lives is certainly back: a lease, and the longest pause between tries."""
+CONCURRENCY = 10
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Verdict:
     tasks: int = 0
     operations: Counter[str] = field(default_factory=Counter)
     heal_seconds: float = 0.0
+    lags: dict[str, float] = field(default_factory=dict)
+    """How long due work has waited while there was a slot for it."""
     evidence: Evidence = field(default_factory=Evidence, repr=False)
 
     @property
@@ -65,6 +72,7 @@ class Verdict:
             "tasks": self.tasks,
             "operations": dict(self.operations),
             "heal_seconds": round(self.heal_seconds, 2),
+            "lags": self.lags,
             "violations": self.violations,
         }
 
@@ -89,7 +97,7 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
                 "worker",
                 skewed[number % len(skewed)] if skew and skewed else nursery,
                 queue_names=["side", "main"] if number else ["main", "side"],
-                concurrency=10,
+                concurrency=CONCURRENCY,
                 skewed=bool(skew),
                 fatal=number == 1,
             )
@@ -100,9 +108,11 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
                 rate=plan.rate,
                 operations=plan.operations,
                 poison="poison" in needs,
+                versions="versions" in needs,
                 retention="retention" in needs,
             )
         await battlefield.staff()
+        steady_since = await _now(battlefield)
         await asyncio.sleep(0.5)
         chance = random.Random(f"{plan.seed}:faults")
         async with contextlib.AsyncExitStack() as faults:
@@ -113,6 +123,8 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
             await asyncio.sleep(plan.seconds)
         began = time.monotonic()
         await battlefield.heal()
+        if not all(each.harmless for each in chosen):
+            steady_since = await _now(battlefield) + timedelta(seconds=SETTLE_SECONDS)
         found: dict[str, list[str]] = {}
         if late := await battlefield.dismiss("producer", DRAIN_SECONDS):
             found["producers_end"] = late
@@ -123,7 +135,9 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
             found["workers_end"] = late
         if leaks := await _leaks(battlefield):
             found["nothing_is_left_open"] = leaks
-        evidence = await _evidence(battlefield, settled="everything_heals_in_time" not in found)
+        settled = "everything_heals_in_time" not in found
+        evidence = await _evidence(battlefield, settled=settled, steady_since=steady_since)
+        verdict.lags = await asyncio.to_thread(histogram, evidence)
         excuses = {text for each in chosen for text in each.excuses}
         verdict.violations = found | await asyncio.to_thread(_judge, evidence, excuses)
         if verdict.violations:
@@ -184,7 +198,12 @@ async def _leaks(battlefield: Field) -> list[str]:
         await asyncio.sleep(0.05)
 
 
-async def _evidence(battlefield: Field, *, settled: bool) -> Evidence:
+async def _now(battlefield: Field) -> datetime:
+    """By the server's clock."""
+    return (await battlefield.server.sql("SELECT clock_timestamp()"))[0][0]  # type: ignore[no-any-return]
+
+
+async def _evidence(battlefield: Field, *, settled: bool, steady_since: datetime) -> Evidence:
     password = battlefield.server.url(battlefield.database).password
     assert password is not None
     async with battlefield.connection() as connection:
@@ -193,6 +212,8 @@ async def _evidence(battlefield: Field, *, settled: bool) -> Evidence:
             battlefield.directory,
             secrets=(SECRET, str(password)),
             settled=settled,
+            steady_since=steady_since,
+            slots=CONCURRENCY,
             clock_moved=battlefield.clock is not None,
             slack=3.0 if "failover to the standby" in battlefield.counts else 0.5,
         )

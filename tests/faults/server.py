@@ -237,6 +237,15 @@ async def promote(replica: Server) -> None:
     await replica.configure("synchronous_standby_names", "")
 
 
+async def start_as_standby(server: Server) -> None:
+    """Start a former primary as whoever manages a failover does: it can be read, and not written to."""
+    owner = server.embedded.data_dir.stat()
+    signal_file = server.embedded.data_dir / "standby.signal"
+    signal_file.touch()
+    os.chown(signal_file, owner.st_uid, owner.st_gid)
+    await asyncio.to_thread(server.embedded._launch)
+
+
 async def _until(server: Server, query: str) -> None:
     async with asyncio.timeout(30):
         while not await server.sql(query):

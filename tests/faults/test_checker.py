@@ -4,27 +4,35 @@ import asyncio
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from .evidence import Change, Evidence
 from .invariants import INVARIANTS, violations
+from .lags import histogram
 from .nursery import Nursery
 from .rounds import Plan, Verdict, fight
+
+DEPLOYMENT = "worker replaced by another version"
 
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    """Of some seconds in which nothing went wrong."""
+    """Of some seconds in which nothing went wrong, and the workers' code was replaced by another version."""
 
     async def observe() -> Verdict:
         async with Nursery() as nursery:
-            plan = Plan((), "quiet", 3.0, workers=2, rate=100.0, operations=80)
+            plan = Plan((DEPLOYMENT,), "quiet", 1.5, workers=4, rate=60.0, operations=80)
             return await fight(plan, tmp_path_factory.mktemp("quiet"), nursery, [])
 
     verdict = asyncio.run(observe())
     assert verdict.violations == {}
+    # All four by the end, while others were at work, and everything that only the second version knows has ended.
+    assert verdict.counts[DEPLOYMENT] > 0
+    assert sum("latter" in names for names in verdict.evidence.knows.values()) >= 4
+    assert any(task["task_name"] == "latter" for task in verdict.evidence.tasks.values())
     return verdict.evidence
 
 
@@ -64,6 +72,24 @@ def with_table(evidence: Evidence, name: str, change: Callable[[list[dict[str, A
     tables = copy.deepcopy(evidence.tables)
     change(tables[name])
     return replace(evidence, tables=tables)
+
+
+def in_the_second_execution(evidence: Evidence, change: Callable[[list[Any]], list[Any]]) -> Evidence:
+    """With other calls of a task that was executed twice, and made two calls the second time."""
+    task_id, fence = next(
+        (task_id, list(executions)[1])
+        for task_id, executions in evidence.executions().items()
+        if evidence.tasks[task_id]["task_name"] == "tour"
+        and len(executions) > 1
+        and all(len(calls) > 2 for calls in executions.values())
+    )
+    mine = [entry for entry in evidence.noted("called") if (entry["task"], entry["fence"]) == (task_id, fence)]
+    others = [entry for entry in evidence.ledger if entry not in mine]
+    return replace(evidence, ledger=[*others, *change(mine)])
+
+
+def first_claimed(change: Change) -> bool:
+    return bool(change.was and change.was["attempt"] == 0 and change.became and change.became["claimed_by"])
 
 
 def ended(change: Change) -> bool:
@@ -119,6 +145,30 @@ def steps_run_once_an_attempt_and_never_after_their_checkpoint(e: Evidence) -> E
 @forging
 def every_run_sees_the_same(e: Evidence) -> Evidence:
     return replace(e, ledger=[*e.ledger, {**next(iter(e.noted("seen"))), "value": "something else"}])
+
+
+@forging
+def replays_extend_what_is_recorded(e: Evidence) -> Evidence:
+    return in_the_second_execution(e, lambda calls: [calls[1], calls[0], *calls[2:]])
+
+
+@forging
+def due_work_is_claimed_while_there_are_slots(e: Evidence) -> Evidence:
+    """A task was claimed a minute after it was spawned, with a worker there for as long."""
+    index = find(e, "tasks", first_claimed)
+    changes = list(e.changes)
+    earlier = next(
+        each
+        for each in range(index - 1, -1, -1)
+        if changes[each].relation == "tasks" and changes[each].row["task_id"] == changes[index].row["task_id"]
+    )
+    early = changes[earlier].at - timedelta(seconds=60)
+    changes[earlier] = changes[earlier]._replace(
+        at=early, committed_at=early, became={**changes[earlier].row, "available_at": early.isoformat()}
+    )
+    worker = find(e, "workers", lambda change: change.was is None)
+    changes[worker] = changes[worker]._replace(at=early)
+    return replace(e, changes=changes, steady_since=early)
 
 
 @forging
@@ -198,6 +248,15 @@ def workers_claim_from_their_queues(e: Evidence) -> Evidence:
 
 
 @forging
+def tasks_are_left_to_those_who_know_them(e: Evidence) -> Evidence:
+    worker_id = next(worker_id for worker_id, row in e.workers.items() if "latter" not in e.knows[row["name"]])
+    index = find(
+        e, "tasks", lambda change: change.row["task_name"] == "latter" and change.became and change.became["claimed_by"]
+    )
+    return with_row(e, index, claimed_by=worker_id)
+
+
+@forging
 def only_what_is_over_is_deleted(e: Evidence) -> Evidence:
     change = e.changes[find(e, "tasks", lambda change: change.row["outcome"] is None)]
     return replace(e, changes=[*e.changes, change._replace(was=change.became, became=None)])
@@ -222,3 +281,19 @@ def nobody_complains(e: Evidence) -> Evidence:
 @pytest.mark.parametrize("name", [check.__name__ for check in INVARIANTS])
 def test_a_forged_history_is_told(history: Evidence, name: str) -> None:
     assert name in violations(FORGERIES[name](history))
+
+
+def test_a_replay_that_passes_over_what_is_recorded_is_told(history: Evidence) -> None:
+    forged = in_the_second_execution(history, lambda calls: calls[:1])
+    assert "replays_extend_what_is_recorded" in violations(forged)
+
+
+def test_what_waits_because_all_slots_are_taken_does_not_count(history: Evidence) -> None:
+    forged = FORGERIES["due_work_is_claimed_while_there_are_slots"](history)
+    assert "due_work_is_claimed_while_there_are_slots" not in violations(replace(forged, slots=0))
+
+
+def test_how_long_due_work_waits_is_known(history: Evidence) -> None:
+    waited = histogram(history)
+    assert waited["count"] > len(history.tasks) / 2
+    assert 0 <= waited["p50"] <= waited["p99"] <= waited["most"]

@@ -1,14 +1,20 @@
-"""A disk that is full: what it has no room for is refused, and what was accepted comes to its end once there is room."""
+"""A disk that is full: what it has no room for is refused, and what was accepted comes to its end once there is room.
+
+One that only a worker has fails the tasks that need it, which are retried, and nothing else.
+"""
 
 import asyncio
 import contextlib
 import shutil
+import signal
 import subprocess
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
+import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -18,22 +24,38 @@ from durable_sa.database_errors import sqlstate
 from durable_sa.embedded import EmbeddedServer, temporary_server
 
 from ..support import eventually
+from . import audit, workload
+from .ledger import entries
+from .nursery import Nursery
+from .producer import SECRET
+from .workload import Op
 
 MEGABYTE = 1024 * 1024
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Generator[Path]:
-    """A disk of 96 MB."""
-    directory = tmp_path / "disk"
+@contextlib.contextmanager
+def mounted(directory: Path, size: str) -> Generator[Path]:
+    """A disk of that size."""
     directory.mkdir()
     try:
-        command = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(directory)]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no disks can be made here: {getattr(error, 'stderr', error)}")
     yield directory
     subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Generator[Path]:
+    with mounted(tmp_path / "disk", "96m") as directory:
+        yield directory
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Generator[Path]:
+    with mounted(tmp_path / "small", "64k") as directory:
+        yield directory
 
 
 @pytest.fixture
@@ -126,3 +148,53 @@ async def test_a_full_disk_of_the_log(server: EmbeddedServer, disk: Path) -> Non
     await asyncio.to_thread(move_log, server, disk)
     await asyncio.to_thread(server.start)
     await nothing_is_lost(server.url(), disk, server, left=10 * MEGABYTE, refusals={None, "57P02", "57P03"})
+
+
+async def test_a_full_disk_of_a_worker(database_url: URL, durable: Durable, small_disk: Path, tmp_path: Path) -> None:
+    """It has no room for what tasks write into its directory, nor for its log."""
+    plain = await asyncpg.connect(database_url.set(drivername="postgresql").render_as_string(hide_password=False))
+    await plain.execute(audit.DDL)
+    for known in workload.TASKS:
+        durable.register(known)
+    url = database_url.render_as_string(hide_password=False)
+    common = {
+        "url": url,
+        "directory": str(tmp_path),
+        "queue_names": ["default"],
+        "concurrency": 20,
+        "claim_timeout": 10.0,
+    }
+
+    def raised() -> list[str]:
+        return [entry["task"] for entry in entries(tmp_path) if entry["what"] == "raised"]
+
+    async def ended(task_name: str) -> bool:
+        left = "SELECT count(*) FROM durable.tasks WHERE outcome IS NULL AND task_name = $1"
+        return int(await plain.fetchval(left, task_name)) == 0
+
+    async with Nursery() as nursery:
+        with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(1024)):
+                pass
+        full = await nursery.fork("worker", "full", small_disk / "full.log", cwd=str(small_disk), **common)
+        await durable.spawn_many(
+            [(workload.spool, Op(op=f"spool-{number}", secret=SECRET, number=5000)) for number in range(5)]
+        )
+        await eventually(lambda: len(raised()) > 10 and len(set(raised())) == 5)
+        tours = [(workload.tour, Op(op=f"tour-{number}", secret=SECRET, number=number)) for number in range(10)]
+        await durable.spawn_many(tours)
+        await eventually(lambda: ended("tour"))
+        # Another one has room, and what comes to it is done.
+        other = await nursery.fork("worker", "other", tmp_path / "other.log", cwd=str(tmp_path), **common)
+        await eventually(lambda: ended("spool"))
+        for worker in (full, other):
+            worker.send(signal.SIGTERM)
+            assert await worker.ended == 0
+    rows = await plain.fetch("SELECT task_id::text, task_name, outcome, failures, lease_losses FROM durable.tasks")
+    await plain.close()
+    failures = Counter(raised())
+    for row in rows:
+        assert (row["outcome"], row["lease_losses"]) == ("completed", 0)
+        assert row["failures"] == failures[row["task_id"]], row["task_name"]
+    assert len(rows) == 25
+    assert len(failures) == 5

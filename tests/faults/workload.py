@@ -29,12 +29,15 @@ from durable_sa import (
     current_context,
     task,
 )
+from durable_sa.context.base import Call, ContextBase
 
 from .ledger import Ledger
 
 QUICKLY = RetryStrategy.fixed(0.1)
 
 Poison = Literal["exit", "kill", "segfault", "block", "recurse", "memory", "swallow", "system exit"]
+_CLONE_NEWNET = 0x40000000
+
 POISONS: tuple[Poison, ...] = ("exit", "kill", "segfault", "block", "recurse", "memory", "swallow", "system exit")
 
 
@@ -64,6 +67,21 @@ class Here:
 def _note(what: str, step: str, **details: Any) -> None:
     context = current_context()
     Here.ledger.write(what, task=str(context.task_id), attempt=context.attempt, step=step, **details)
+
+
+def note_calls() -> None:
+    """Have each durable call noted when it is made, replayed or not: what one execution asks for, in its order."""
+    draw = ContextBase._call
+
+    def call(self: ContextBase, kind: str, name: str, arguments: str = "") -> Call:
+        made = draw(self, kind, name, arguments)
+        if made.key.int:
+            run = self._run
+            about = {"task": str(run.claimed.task_id), "fence": run.claimed.fence, "branch": str(run.branch().path)}
+            Here.ledger.write("called", **about, key=str(made.key), call=f"{kind} {name}")
+        return made
+
+    ContextBase._call = call  # type: ignore[method-assign]
 
 
 async def compute(op: Op, step: str, number: int) -> int:
@@ -238,12 +256,27 @@ def _recurse() -> None:
     _recurse()
 
 
+@task(max_attempts=1000, retry_strategy=QUICKLY)
+async def spool(ctx: TaskContext, op: Op) -> int:
+    """Needs room in the directory that its worker was started in."""
+    return await ctx.step("spool", keep, op)
+
+
+async def keep(op: Op) -> int:
+    _note("step", "spool")
+    try:
+        return Path(op.op).write_bytes(bytes(op.number))  # noqa: ASYNC240
+    except OSError:
+        _note("raised", "spool")
+        raise
+
+
 @task(max_attempts=1)
 async def tick(ctx: TaskContext) -> None:
     """What the schedule spawns."""
 
 
-TASKS = (leaf, tour, plain, transfer, family, waiter, flaky, doomed, nap, poisoned, tick)
+TASKS = (leaf, tour, plain, transfer, family, waiter, flaky, doomed, nap, poisoned, spool, tick)
 
 QUEUES = ("main", "side")
 
@@ -263,15 +296,32 @@ def start_logging(level: int = logging.DEBUG) -> None:
     logging.getLogger("durable_sa").setLevel(level)
 
 
+def enter(network: str) -> None:
+    """Go to another network namespace, with all threads and connections to come."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", network).open() as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+
 async def work(settings: dict[str, Any]) -> None:
     """A worker process, until SIGTERM."""
+    from .versions import VERSIONS
+
     start_logging()
+    if network := settings.get("network"):
+        enter(network)
+    if start := settings.get("cwd"):
+        os.chdir(start)
     Here.ledger = Ledger(Path(settings["directory"]), settings["name"])
     Here.claim_timeout = settings["claim_timeout"]
+    note_calls()
+    tasks = VERSIONS[settings.get("version", 1)]
+    Here.ledger.write("knows", name=settings["name"], tasks=[known.name for known in tasks])
     engine = engine_of(settings)
     while True:
         try:
-            async with Durable(engine, tasks=TASKS, queue_name="main") as durable:
+            async with Durable(engine, tasks=tasks, queue_name="main") as durable:
                 await durable.run_worker(
                     queue_names=settings["queue_names"],
                     concurrency=settings["concurrency"],
