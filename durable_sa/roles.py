@@ -28,7 +28,7 @@ WORKER: Final = {
     "tasks": "SELECT, INSERT, UPDATE, DELETE",
     "runs": "SELECT, INSERT, DELETE",
     "checkpoints": "SELECT, INSERT, DELETE",
-    "waits": "SELECT, INSERT, DELETE",
+    "waits": "SELECT, INSERT, UPDATE, DELETE",  # the third to lock them
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
