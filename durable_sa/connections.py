@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Executable, Row, event, text
+from sqlalchemy import Executable, Row, event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -29,6 +29,7 @@ from .database_errors import (
 from .errors import InvalidConfiguration, SchemaMismatch
 from .models import SCHEMA
 from .rendering import Translations
+from .timelines import inspect, share_timeline
 from .urls import default_bind, resolve_url
 
 if TYPE_CHECKING:
@@ -36,60 +37,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("durable_sa")
 
-
-class _Timeline:
-    """Of the primary that the connections of a pool have led to. A failover begins the next one.
-
-    What is read from a standby may be over: a claim that has been given up, a step that has been recorded. A primary
-    that a failover has left behind even has other tasks under the same fences, and takes writes.
-    """
-
-    def __init__(self) -> None:
-        self.cluster: int | None = None
-        self.number = 0
-        self.known = True
-        """Whether the server tells."""
-        self.said = False
-
-    def follow(self, cluster: int, number: int | None) -> None:
-        """Take note of where a new connection leads; a standby has no number.
-
-        Raises:
-            ConnectionError: not to the primary any more, or to one that was left behind.
-        """
-        if number is not None and (cluster != self.cluster or number >= self.number):
-            self.cluster, self.number, self.said = cluster, number, False
-        elif cluster == self.cluster:
-            what = "a standby" if number is None else f"a primary that a failover has left behind (timeline {number})"
-            if not self.said:
-                self.said = True
-                logger.warning(
-                    "the database's address leads to %s, after timeline %d, and is not used; if it was restored to an "
-                    "earlier state on purpose, restart this process",
-                    what,
-                    self.number,
-                )
-            raise ConnectionError(f"the database's address leads to {what}")
-
-
 Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
 
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
-
-_INSPECT = text("SELECT current_setting('default_transaction_isolation')")
-_LOCATE = text(
-    "SELECT current_setting('default_transaction_isolation'), system_identifier,"
-    " CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_lsn()) END FROM pg_control_system()"
-)
-"""The isolation that a server has by default, its cluster, and the file whose name begins with its timeline."""
 
 _ENTERED = {"autobegin": True, "twophase": False}
 """What of an application's options for its sessions cannot be kept inside of a transaction that has begun."""
 
 _mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools whose connections lead to a pooler that has been seen to mix up prepared statements."""
-_timelines: weakref.WeakKeyDictionary[Pool, _Timeline] = weakref.WeakKeyDictionary()
 _explained: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools of which it has been logged what to do about that."""
 
@@ -193,30 +150,8 @@ class Database:
         return self.engine.sync_engine.pool in _mixed_up
 
     async def _inspect(self, connection: AsyncConnection) -> None:
-        """Find out, once for each connection, where it leads and what isolation it has by default.
-
-        Raises:
-            ConnectionError: it does not lead to the primary that others have led to.
-        """
-        timeline = _timelines.setdefault(self.engine.sync_engine.pool, _Timeline())
-        row = None
-        if timeline.known:
-            try:
-                row = (await connection.execute(_LOCATE)).one()
-            except DBAPIError as error:
-                if (
-                    is_lost(error)
-                    or (sqlstate(error) or "")[:2] in ("", "53", "57")
-                    or sqlstate(error) in POOLER_STATES
-                ):
-                    raise
-                # A service that is like Postgres and has no such files, or rights that were taken away.
-                timeline.known = False
-                await connection.rollback()
-        isolation = (await connection.execute(_INSPECT)).scalar() if row is None else row[0]
-        await connection.rollback()
-        if row is not None:
-            timeline.follow(row[1], row[2] and int(row[2][:8], 16))
+        """Find out, once for each connection, where it leads and what isolation it has by default."""
+        isolation = await inspect(connection, self.engine.sync_engine.pool)
         connection.info[_EXPLICIT] = isolation != "read committed"
 
     async def _connect(self, isolation_level: IsolationLevel) -> AsyncConnection:
@@ -380,7 +315,7 @@ class Database:
         pool = engine.pool.recreate()
         if self._mixed_up:
             _mixed_up.add(pool)
-        _timelines[pool] = _timelines.setdefault(engine.pool, _Timeline())
+        share_timeline(pool, engine.pool)
         return AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
 
     @asynccontextmanager

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -151,7 +151,7 @@ def refuse_awaitable(result: object, what: str) -> None:
     """
     if not inspect.isawaitable(result):
         return
-    if isinstance(result, Coroutine):
+    if inspect.iscoroutine(result):
         result.close()  # or Python warns that nobody has awaited it
     raise SerializationError(
         what,

@@ -2,18 +2,18 @@
 
 import pytest
 
-from durable_sa.connections import _Timeline
+from durable_sa.timelines import Timeline
 
 
 def test_later_timelines_and_other_clusters_are_followed() -> None:
-    timeline = _Timeline()
+    timeline = Timeline()
     for cluster, number in ((1, 3), (1, 3), (1, 4), (2, 1), (2, 2)):
         timeline.follow(cluster, number)
 
 
 @pytest.mark.parametrize("number", [None, 1, 2])
 def test_what_is_behind_is_refused_and_said_once(number: int | None, caplog: pytest.LogCaptureFixture) -> None:
-    timeline = _Timeline()
+    timeline = Timeline()
     timeline.follow(1, 3)
     for _ in range(2):
         with pytest.raises(ConnectionError, match="leads to a"):
@@ -26,6 +26,6 @@ def test_what_is_behind_is_refused_and_said_once(number: int | None, caplog: pyt
 
 
 def test_a_client_of_a_standby_may_read_from_it() -> None:
-    timeline = _Timeline()
+    timeline = Timeline()
     timeline.follow(1, None)
     timeline.follow(1, 3)
