@@ -213,10 +213,6 @@ class Field:
         for slot in self.slots:
             if slot.child is not None:
                 slot.child.send(signal.SIGCONT)
-        for slot in self.slots:
-            if slot.settings.get("version") == 1:
-                # Everything is to end, and there are tasks that only the second one knows.
-                await self.replace(slot, version=2)
         async with self.server_changing:
             await self.server.start()
         await self.server.sql(f"ALTER DATABASE {self.database} RESET ALL")
@@ -225,6 +221,10 @@ class Field:
         async with self.connection() as connection:
             for table in ("tasks", "checkpoints", "waits", "events"):
                 await connection.execute(f"DROP TRIGGER IF EXISTS failing ON durable.{table}")
+        for slot in self.slots:
+            if slot.settings.get("version") == 1:
+                # Everything is to end, and there are tasks that only the second one knows.
+                await self.replace(slot, version=2)
 
     async def close(self) -> None:
         """End everything that still runs."""

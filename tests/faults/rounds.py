@@ -100,6 +100,7 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
                 concurrency=CONCURRENCY,
                 skewed=bool(skew),
                 fatal=number == 1,
+                **({"version": 1} if "versions" in needs else {}),
             )
         for _ in range(plan.producers):
             await battlefield.add(
