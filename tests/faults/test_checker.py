@@ -24,7 +24,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
 
     async def observe() -> Verdict:
         async with Nursery() as nursery:
-            plan = Plan((DEPLOYMENT,), "quiet", 1.5, workers=4, rate=60.0, operations=80)
+            plan = Plan((DEPLOYMENT,), "quiet", 0.5, workers=4, rate=30.0, operations=80)
             return await fight(plan, tmp_path_factory.mktemp("quiet"), nursery, [])
 
     verdict = asyncio.run(observe())
