@@ -54,6 +54,8 @@ class Evidence:
     """Seconds that a commit may take from its timestamp until it is seen."""
     steady_since: datetime | None = None
     """From when on nothing that was done to them kept workers from claiming what was due."""
+    told: dict[str, datetime] = field(default_factory=dict)
+    """Workers that were told to stop, and since when they claim nothing more."""
     slots: int = 10
     """What each worker has."""
 

@@ -95,7 +95,7 @@ async def deploy(field: Field, chance: random.Random) -> int:
     async with field.deploying:
         slots = [slot for slot in field.slots if slot.role == "worker"]
         slot = min(slots, key=lambda slot: slot.starts)
-        return int(await field.replace(slot, version=3 - slot.settings.get("version", 1)))
+        return int(await field.replace(slot, version=3 - slot.settings["version"]))
 
 
 @fault("poisoned code", 1.0, needs=("poison",))

@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Field:
         """The file that the server's clock is read from."""
         self.server_changing = asyncio.Lock()
         self.deploying = asyncio.Lock()
+        self.told: dict[str, datetime] = {}
+        """Since when workers that were replaced claim nothing more, by the server's clock."""
         self.slots: list[Slot] = []
         self.kept = {"worker", "producer"}
         """Roles whose processes are started again when they end."""
@@ -169,8 +172,9 @@ class Field:
         slot.settings |= settings
         former = slot.child
         assert former is not None
-        former.send(signal.SIGTERM)
         at_work = "SELECT 1 FROM durable.workers WHERE name = $1 AND lost_at IS NULL"
+        self.told.setdefault(former.name, (await self.server.sql("SELECT clock_timestamp()"))[0][0])
+        former.send(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(15), self.connection() as connection:
                 while slot.child is former or not await connection.fetchval(at_work, slot.child.name):
@@ -213,10 +217,6 @@ class Field:
         for slot in self.slots:
             if slot.child is not None:
                 slot.child.send(signal.SIGCONT)
-        for slot in self.slots:
-            if slot.settings.get("version") == 1:
-                # Everything is to end, and there are tasks that only the second one knows.
-                await self.replace(slot, version=2)
         async with self.server_changing:
             await self.server.start()
         await self.server.sql(f"ALTER DATABASE {self.database} RESET ALL")
@@ -225,6 +225,10 @@ class Field:
         async with self.connection() as connection:
             for table in ("tasks", "checkpoints", "waits", "events"):
                 await connection.execute(f"DROP TRIGGER IF EXISTS failing ON durable.{table}")
+        for slot in self.slots:
+            if slot.settings.get("version") == 1:
+                # Everything is to end, and there are tasks that only the second one knows.
+                await self.replace(slot, version=2)
 
     async def close(self) -> None:
         """End everything that still runs."""

@@ -23,8 +23,8 @@ _SPAWNING = ("spawn", "order", "keyed", "spawn_many")
 _WRITTEN_BY_RUNS = ("step", "transaction", "spawn", "emit", "value", "sleep")
 _FORGETFUL = ("poisoned", "grown")
 """Tasks whose code, in a later attempt or an earlier version, does not ask for all that it has asked for before."""
-_PATIENCE = 3.0
-"""Seconds that due work may wait on a busy machine although there is a slot for it."""
+_PATIENCE = 5.5
+"""Seconds that due work may wait although there is a slot for it: those from one poll to the next, and a claim's."""
 _NO_FAILURES = ("LeaseLost", "Released")
 _FAILURES = {
     "flaky": {"Planned"},

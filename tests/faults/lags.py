@@ -68,6 +68,8 @@ def _turns(e: Evidence, serving: frozenset[str]) -> list[tuple[float, str, str]]
         if change.row["worker_id"] in serving:
             kind = "came" if change.was is None else "went"
             turns.append((change.seq, (change.at.timestamp(), kind, change.row["worker_id"])))
+            if change.was is None and (told := e.told.get(change.row["name"])):
+                turns.append((change.seq, (max(told, change.at).timestamp(), "went", change.row["worker_id"])))
     for change in e.by_relation["tasks"]:
         before = change.was["claimed_by"] if change.was and change.was["state"] == "running" else None
         after = change.became["claimed_by"] if change.became and change.became["state"] == "running" else None

@@ -100,6 +100,7 @@ async def fight(plan: Plan, directory: Path, nursery: Nursery, skewed: list[Nurs
                 concurrency=CONCURRENCY,
                 skewed=bool(skew),
                 fatal=number == 1,
+                **({"version": 1} if "versions" in needs else {}),
             )
         for _ in range(plan.producers):
             await battlefield.add(
@@ -214,6 +215,7 @@ async def _evidence(battlefield: Field, *, settled: bool, steady_since: datetime
             settled=settled,
             steady_since=steady_since,
             slots=CONCURRENCY,
+            told=battlefield.told,
             clock_moved=battlefield.clock is not None,
             slack=3.0 if "failover to the standby" in battlefield.counts else 0.5,
         )
