@@ -28,7 +28,7 @@ WORKER: Final = {
     "tasks": "SELECT, INSERT, UPDATE, DELETE",
     "runs": "SELECT, INSERT, DELETE",
     "checkpoints": "SELECT, INSERT, DELETE",
-    "waits": "SELECT, INSERT, UPDATE, DELETE",  # the third to lock them
+    "waits": "SELECT, INSERT, UPDATE, DELETE",  # the third to pass over what somebody has locked
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
@@ -39,6 +39,7 @@ OPERATOR: Final = {
     **WORKER,
     "queues": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, INSERT, UPDATE, DELETE",
+    "waits": "SELECT, INSERT, DELETE",
     "workers": "SELECT",
 }
 """Of the command line, and of applications that define queues and schedules themselves."""

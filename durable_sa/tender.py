@@ -185,7 +185,7 @@ class Tender:
         return await self._channel.execute(statement, parameters)
 
     async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> None:
-        rows = await self._execute(waits.RESOLVE, {"task_ids": task_ids})
+        rows = await self._execute(waits.RESOLVE_FREE, {"task_ids": task_ids})
         self._announce(Hint().add_rows(rows))
 
     async def _wake_parents(self, task_ids: list[uuid.UUID]) -> None:

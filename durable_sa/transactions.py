@@ -149,13 +149,14 @@ def refuse_awaitable(result: object, what: str) -> None:
     Raises:
         SerializationError: with what to write instead.
     """
+    kind = type(result).__name__
     if not inspect.isawaitable(result):
         return
     if inspect.iscoroutine(result):
         result.close()  # or Python warns that nobody has awaited it
     raise SerializationError(
         what,
-        f"is a {type(result).__name__}, which nobody awaits, as its function is a plain one that gets a Session. Pass "
+        f"is a {kind}, which nobody awaits, as its function is a plain one that gets a Session. Pass "
         "the coroutine function itself, followed by its arguments, or write an `async def` instead of a lambda",
     )
 

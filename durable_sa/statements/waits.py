@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sqlalchemy import (
+    Executable,
     Float,
     Integer,
     Text,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Task, Wait
@@ -72,7 +74,6 @@ _resolved = (
     .cte("resolved")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-# A wait that somebody has locked is left for later: the others of the batch are not to be held up by it.
 _free_waits = (
     select(_resolved)
     .join(Wait, (Wait.task_id == _resolved.c.task_id) & (Wait.key == _resolved.c.key))
@@ -80,67 +81,75 @@ _free_waits = (
     .cte("free_waits")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-_removed = (
-    delete(Wait)
-    .where(Wait.task_id == _free_waits.c.task_id, Wait.key == _free_waits.c.key)
-    .returning(
-        Wait.task_id,
-        Wait.key,
-        Wait.kind,
-        Wait.name,
-        Wait.child_task_id,
-        _free_waits.c.status,
-        _free_waits.c.value,
-        _free_waits.c.state,
-    )
-    .cte("removed")
-)
-_recorded = (
-    insert(Checkpoint)
-    .from_select(
-        ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
-        select(
-            _removed.c.task_id,
-            _removed.c.key,
-            _removed.c.kind,
-            _removed.c.name,
-            _removed.c.status,
-            as_json(_removed.c.value),
-            _removed.c.child_task_id,
-            clock(),
-        ),
-    )
-    .on_conflict_do_nothing()
-    .cte("recorded")
-)
-# Who sleeps is told by the row as it is under its lock: the statement's snapshot may have it running still.
-_woken_ids = (
-    select(_removed.c.task_id, func.count().label("count"))
-    .where(_removed.c.state == constant("sleeping"))
-    .group_by(_removed.c.task_id)
-    .subquery("woken_ids")
-)
-_left = (
-    select(func.count()).select_from(Wait).where(Wait.task_id == _woken_ids.c.task_id).scalar_subquery()
-) - _woken_ids.c.count
 
 COALESCING_SECONDS = 0.001
 """How much later a task wakes for each wait that it still has: a thousand joins must not cost a thousand replays."""
 
-RESOLVE = (
-    update(Task)
-    .where(Task.task_id == _woken_ids.c.task_id)
-    .values(
-        available_at=func.least(Task.available_at, clock() + interval(func.least(_left * COALESCING_SECONDS, 1.0))),
-        fence=raised(Task.fence),
+
+def _resolve(settled: CTE) -> Executable:
+    removed = (
+        delete(Wait)
+        .where(Wait.task_id == settled.c.task_id, Wait.key == settled.c.key)
+        .returning(
+            Wait.task_id,
+            Wait.key,
+            Wait.kind,
+            Wait.name,
+            Wait.child_task_id,
+            settled.c.status,
+            settled.c.value,
+            settled.c.state,
+        )
+        .cte("removed")
     )
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
-    .add_cte(_recorded)
-)
+    recorded = (
+        insert(Checkpoint)
+        .from_select(
+            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+            select(
+                removed.c.task_id,
+                removed.c.key,
+                removed.c.kind,
+                removed.c.name,
+                removed.c.status,
+                as_json(removed.c.value),
+                removed.c.child_task_id,
+                clock(),
+            ),
+        )
+        .on_conflict_do_nothing()
+        .cte("recorded")
+    )
+    # Who sleeps is told by the row as it is under its lock: the statement's snapshot may have it running still.
+    woken_ids = (
+        select(removed.c.task_id, func.count().label("count"))
+        .where(removed.c.state == constant("sleeping"))
+        .group_by(removed.c.task_id)
+        .subquery("woken_ids")
+    )
+    left = (
+        select(func.count()).select_from(Wait).where(Wait.task_id == woken_ids.c.task_id).scalar_subquery()
+    ) - woken_ids.c.count
+    return (
+        update(Task)
+        .where(Task.task_id == woken_ids.c.task_id)
+        .values(
+            available_at=func.least(Task.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0))),
+            fence=raised(Task.fence),
+        )
+        .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+        .add_cte(recorded)
+    )
+
+
+RESOLVE = _resolve(_resolved)
 """Settle what can be settled of these tasks' waits, each once and for good, and make the sleepers among them claimable.
 
 An event or a child's end counts if it came before the wait's time was over, even when nobody looked until afterwards.
 """
+
+RESOLVE_FREE = _resolve(_free_waits)
+"""As `RESOLVE`, but waits that somebody has locked are left for later and do not hold up the others of the batch."""
 
 UNRESOLVED = (
     select(Wait.task_id)

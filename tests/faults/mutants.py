@@ -210,8 +210,8 @@ MUTANTS = (
         "statements/waits.py",
         (
             (
-                "    .where(Task.task_id == _woken_ids.c.task_id)\n    .values(",
-                '    .where(Task.task_id == _woken_ids.c.task_id, Task.state == constant("sleeping"))\n    .values(',
+                ".where(Task.task_id == woken_ids.c.task_id)\n        .values(",
+                '.where(Task.task_id == woken_ids.c.task_id, Task.state == constant("sleeping"))\n        .values(',
             ),
         ),
         (f"{RACES}test_suspend_and_delivery_to_a_run_that_goes_on",),
@@ -258,10 +258,10 @@ MUTANTS = (
         "statements/waits.py",
         (
             (
-                '            clock(),\n        ),\n    )\n    .on_conflict_do_nothing()\n    .cte("recorded")',
+                '                clock(),\n            ),\n        )\n        .on_conflict_do_nothing()\n        .cte("recorded")',
                 (
-                    '            clock(),\n        ).where(_removed.c.status != constant("timeout")),\n    )\n'
-                    '    .on_conflict_do_nothing()\n    .cte("recorded")'
+                    '                clock(),\n            ).where(removed.c.status != constant("timeout")),\n        )\n'
+                    '        .on_conflict_do_nothing()\n        .cte("recorded")'
                 ),
             ),
         ),

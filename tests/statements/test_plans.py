@@ -187,6 +187,12 @@ CASES = {
     "resolve": Case(
         waits.RESOLVE, {"task_ids": task_ids(WAITING)}, frozenset({"tasks_pkey", "waits_pkey", "events_pkey"}), 7_000
     ),
+    "resolve what is free": Case(
+        waits.RESOLVE_FREE,
+        {"task_ids": task_ids(WAITING)},
+        frozenset({"tasks_pkey", "waits_pkey", "events_pkey"}),
+        7_000,
+    ),
     "load checkpoints": Case(
         checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
     ),
