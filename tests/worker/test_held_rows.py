@@ -112,8 +112,10 @@ async def test_more_than_a_batch_of_held_rows_holds_up_no_other(
 
 HELD = {
     "waits": ["SELECT 1 FROM durable.waits WHERE name LIKE 'held%'"],
-    "events": ["SELECT 1 FROM durable.events WHERE name LIKE 'held%'"],
-    "workers": ["SELECT 1 FROM durable.workers WHERE name LIKE 'held%'"],
+    "events": [
+        "SELECT 1 FROM durable.events WHERE name LIKE 'held%'",
+        "SELECT 1 FROM durable.workers WHERE name LIKE 'held%'",
+    ],
 }
 
 

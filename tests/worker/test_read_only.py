@@ -39,13 +39,12 @@ async def set_read_only(admin: Rows, url: URL, value: str) -> None:
     )
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_worker_that_starts_on_a_read_only_database_waits(
-    database_url: URL, durable: Durable, admin: Rows, caplog: pytest.LogCaptureFixture, driver: str
+    database_url: URL, durable: Durable, admin: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     await set_read_only(admin, database_url, "on")
-    async with named(database_url.set(drivername=f"postgresql+{driver}"), "victim") as victim:
+    async with named(database_url, "victim") as victim:
 
         @victim.task
         async def work(ctx: TaskContext) -> int:

@@ -307,9 +307,8 @@ async def _listens(sql: Rows) -> bool:
     return bool(rows)
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_worker_starts_and_ends_although_the_server_ends_what_is_idle(
-    database_url: URL, durable: Durable, sql: Rows, caplog: pytest.LogCaptureFixture, driver: str
+    database_url: URL, durable: Durable, sql: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Between its statements, too: the application's own start takes its time, and so does a quiet night."""
     await alter_database(sql, database_url, {"idle_session_timeout": "80ms"})
@@ -319,7 +318,7 @@ async def test_a_worker_starts_and_ends_although_the_server_ends_what_is_idle(
         await asyncio.sleep(0.2)
         yield
 
-    url = database_url.set(drivername=f"postgresql+{driver}")
+    url = database_url.set(drivername="postgresql+psycopg")
     async with Durable(url, lifespan=slow) as client:
 
         @client.task
