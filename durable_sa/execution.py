@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
+import asyncpg  # type: ignore[import-untyped]
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection, IteratorResult
 from sqlalchemy.engine.result import SimpleResultMetaData
@@ -25,6 +27,8 @@ REPLAN_SECONDS = 0.2
 
 _REPLAN = "durable_replan"
 """Key in a connection's `info`: since when its plans are kept, and for how long statements have taken since then."""
+_PREPARED = "durable_prepared"
+"""Key in a connection's `info`: what has been prepared on it, by its text."""
 
 
 def goes_directly(connection: AsyncConnection, statement: Executable, translations: Translations | None) -> bool:
@@ -36,6 +40,8 @@ def goes_directly(connection: AsyncConnection, statement: Executable, translatio
         and not inner._has_events  # pyright: ignore[reportPrivateUsage]
         and not inner.engine._has_events  # pyright: ignore[reportPrivateUsage]
         and not inner._echo  # pyright: ignore[reportPrivateUsage]
+        # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
+        and getattr(inner.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
         and render(statement, inner.dialect, translations) is not None
     )
 
@@ -76,16 +82,31 @@ async def run(
 
 
 async def _fetch(connection: AsyncConnection, text: str, values: Sequence[Any] = ()) -> Sequence[Row[Any]]:
-    inner = cast("Connection", connection.sync_connection)
-    driver: Any = inner.connection.driver_connection
     try:
-        records: list[Any] = await driver.fetch(text, *values)
+        try:
+            records = await (await _prepared(connection, text)).fetch(*values)
+        except asyncpg.InvalidCachedStatementError:
+            # A migration has changed what it gives. Nothing has been executed.
+            records = await (await _prepared(connection, text, anew=True)).fetch(*values)
     except Exception as error:  # noqa: BLE001 - SQLAlchemy tells what is an error of the database
         return await connection.run_sync(_raise, error, text, values)
     if not records:
         return ()
     result: IteratorResult[Any] = IteratorResult(_metadata(tuple(records[0].keys())), iter(records))
     return result.all()
+
+
+async def _prepared(connection: AsyncConnection, text: str, *, anew: bool = False) -> Any:
+    """The statement as it is prepared on the connection, under a name that no other client of a pooler uses.
+
+    By the names that asyncpg makes, a pooler that mixes up connections would find statements of other processes.
+    """
+    inner = cast("Connection", connection.sync_connection)
+    prepared: dict[str, Any] = inner.info.setdefault(_PREPARED, {})
+    if anew or text not in prepared:
+        driver: Any = inner.connection.driver_connection
+        prepared[text] = await driver.prepare(text, name=f"durable_{uuid.uuid4().hex}")
+    return prepared[text]
 
 
 @functools.lru_cache(maxsize=256)

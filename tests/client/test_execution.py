@@ -156,6 +156,14 @@ async def test_listeners_and_echo_see_every_statement(database_url: URL, caplog:
     await echoing.dispose()
 
 
+async def test_whoever_keeps_no_prepared_statements_has_none_kept(database_url: URL) -> None:
+    engine = create_async_engine(database_url, connect_args={"prepared_statement_cache_size": 0})
+    async with engine.connect() as connection:
+        assert not goes_directly(connection, DIVIDE, None)
+        assert (await Database(engine).execute(DIVIDE, {"number": 5}))[0].quotient == 2
+    await engine.dispose()
+
+
 async def test_a_cancelled_statement_costs_its_connection_only(database: Database) -> None:
     connection = await database.connect()
     running = asyncio.ensure_future(database.execute_on(connection, SLEEP))
@@ -168,7 +176,7 @@ async def test_a_cancelled_statement_costs_its_connection_only(database: Databas
 
 
 async def test_a_migration_beside_it_is_noticed(database_url: URL) -> None:
-    """asyncpg prepares anew what no longer fits the table."""
+    """What no longer fits the table is prepared anew."""
     database = Database(create_async_engine(database_url))
     async with database.engine.begin() as connection:
         await connection.execute(sa.text("CREATE TABLE changing (id integer)"))

@@ -3,7 +3,9 @@
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
@@ -23,11 +25,17 @@ class Unreliable:
         unreliable = self
 
         class Connection(asyncpg.Connection):  # type: ignore[misc]
-            """For the statements that go to asyncpg directly."""
+            """For the statements that go to asyncpg directly, as their names tell."""
 
-            async def fetch(self, *arguments: Any, **options: Any) -> Any:
+            async def prepare(self, query: str, *, name: Any = None, **options: Any) -> Any:
+                prepared = await super().prepare(query, name=name, **options)
+                if not str(name).startswith("durable_"):
+                    return prepared
+                return SimpleNamespace(fetch=partial(self.fetch_prepared, prepared))
+
+            async def fetch_prepared(self, prepared: Any, *values: Any) -> Any:
                 lost, done = unreliable._draw()
-                records = await super().fetch(*arguments, **options) if done else []
+                records = await prepared.fetch(*values) if done else []
                 if lost:
                     self.terminate()
                     raise asyncpg.InterfaceError("connection is closed")
