@@ -37,8 +37,8 @@ def goes_directly(connection: AsyncConnection, statement: Executable, translatio
     return (
         inner is not None
         and inner.dialect.driver == "asyncpg"
-        and not inner._has_events  # pyright: ignore[reportPrivateUsage]
-        and not inner.engine._has_events  # pyright: ignore[reportPrivateUsage]
+        and not inner.dispatch.before_cursor_execute
+        and not inner.dispatch.after_cursor_execute
         and not inner._echo  # pyright: ignore[reportPrivateUsage]
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
         and getattr(inner.connection.dbapi_connection, "_prepared_statement_cache", None) is not None

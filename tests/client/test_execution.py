@@ -63,6 +63,21 @@ async def test_the_ways_are_what_they_are_called(database_url: URL) -> None:
         await engine.dispose()
 
 
+async def test_listeners_count_wherever_they_are_and_as_long_as_they_are_there(database_url: URL) -> None:
+    engine = create_async_engine(database_url)
+    async with engine.connect() as connection:
+        for target in (sa.Engine, engine.sync_engine, connection.sync_connection):
+            for name in ("before_cursor_execute", "after_cursor_execute"):
+                event.listen(target, name, listener_of_cursors)
+                assert not goes_directly(connection, DIVIDE, None)
+                event.remove(target, name, listener_of_cursors)
+                assert goes_directly(connection, DIVIDE, None)
+    await engine.dispose()
+
+
+def listener_of_cursors(*_: object) -> None: ...
+
+
 async def test_rows_have_names_and_positions(database: Database) -> None:
     (row,) = await database.execute(DIVIDE, {"number": 3})
     assert (row.quotient, row.letter, tuple(row), row._asdict()) == (3, "x", (3, "x"), {"quotient": 3, "letter": "x"})
