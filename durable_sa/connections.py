@@ -29,7 +29,7 @@ from .database_errors import (
 from .errors import InvalidConfiguration, SchemaMismatch
 from .models import SCHEMA
 from .rendering import Translations
-from .timelines import inspect, share_timeline
+from .timelines import inspect, locate
 from .urls import default_bind, resolve_url
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
 
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: whether statements need transactions of their own on it."""
+
+_LOCATED = "durable_located"
+"""Key in a connection's `info`: that it is known where it leads, though not the other."""
 
 _ENTERED = {"autobegin": True, "twophase": False}
 """What of an application's options for its sessions cannot be kept inside of a transaction that has begun."""
@@ -151,7 +154,7 @@ class Database:
 
     async def _inspect(self, connection: AsyncConnection) -> None:
         """Find out, once for each connection, where it leads and what isolation it has by default."""
-        isolation = await inspect(connection, self.engine.sync_engine.pool)
+        isolation = await inspect(connection)
         connection.info[_EXPLICIT] = isolation != "read committed"
 
     async def _connect(self, isolation_level: IsolationLevel) -> AsyncConnection:
@@ -282,12 +285,18 @@ class Database:
             raise
 
     async def _locate(self, connection: AsyncConnection) -> None:
-        if _EXPLICIT not in connection.info:
-            try:
+        """As :meth:`_inspect`, of a connection on which the application may have begun something already."""
+        if _EXPLICIT in connection.info or _LOCATED in connection.info:
+            return
+        try:
+            if await connection.run_sync(execution.in_transaction):
+                await connection.run_sync(locate)
+                connection.info[_LOCATED] = True
+            else:
                 await self._inspect(connection)
-            except BaseException:
-                await discard(connection)
-                raise
+        except BaseException:
+            await discard(connection)
+            raise
 
     def session(self, connection: AsyncConnection) -> AsyncSession:
         """A session of the application's kind, inside the transaction that `connection` has begun.
@@ -315,7 +324,6 @@ class Database:
         pool = engine.pool.recreate()
         if self._mixed_up:
             _mixed_up.add(pool)
-        share_timeline(pool, engine.pool)
         return AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
 
     @asynccontextmanager

@@ -39,11 +39,23 @@ def goes_directly(connection: AsyncConnection, statement: Executable, translatio
         and inner.dialect.driver == "asyncpg"
         and not inner.dispatch.before_cursor_execute
         and not inner.dispatch.after_cursor_execute
+        and not inner.dialect.dispatch.do_execute
+        and not inner.dialect.dispatch.do_execute_no_params
         and not inner._echo  # pyright: ignore[reportPrivateUsage]
+        # What the application has begun when the connection left the pool would be rolled back when it returns.
+        and not in_transaction(inner)
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
         and getattr(inner.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
         and render(statement, inner.dialect, translations) is not None
     )
+
+
+def in_transaction(connection: Connection) -> bool:
+    """Whether the server's connection is in a transaction, whoever began it; SQLAlchemy may know nothing of it."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.driver == "asyncpg":
+        return bool(driver.is_in_transaction())
+    return bool(driver.info.transaction_status.name != "IDLE")
 
 
 async def run(

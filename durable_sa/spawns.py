@@ -13,7 +13,7 @@ from .arguments import encode_arguments
 from .codec import UNTYPED, Codec, check_size
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
 from .hooks import OutgoingSpawn, outgoing_headers
-from .ids import new_id
+from .ids import new_id, plain
 from .names import validate_name
 from .options import SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
@@ -210,7 +210,7 @@ def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
 
 def created(item: Prepared) -> SpawnResult[Any]:
     """The result of a spawn that was inserted."""
-    return SpawnResult(item.task_id, item.run_id, 1, True)
+    return SpawnResult(plain(item.task_id), plain(item.run_id), 1, True)
 
 
 def over(prepared: Sequence[Prepared], created: Collection[uuid.UUID], error: BaseException | None = None) -> None:
@@ -232,11 +232,11 @@ def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | Dura
         return QueueNotFound(item.queue_name)
     for row in found:
         if row.task_id == item.task_id:
-            return SpawnResult(item.task_id, item.run_id, 1, True)
+            return created(item)
         if row.task_id is not None:
             if row.task_name != item.task_name or not _same_params(item, row.params):
                 return IdempotencyConflict(str(item.idempotency_key), item.queue_name, row.task_id)
-            return SpawnResult(row.task_id, row.run_id, max(row.attempt, 1), False)
+            return SpawnResult(plain(row.task_id), plain(row.run_id), max(row.attempt, 1), False)
     return None
 
 

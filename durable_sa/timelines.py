@@ -6,9 +6,9 @@ import logging
 import weakref
 
 from sqlalchemy import text
+from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import Pool
 
 from .database_errors import POOLER_STATES, is_lost, sqlstate
 
@@ -20,10 +20,11 @@ _LOCATE = text(
     " CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_lsn()) END FROM pg_control_system()"
 )
 """The isolation that a server has by default, its cluster, and the file whose name begins with its timeline."""
+_SAVEPOINT = "durable_locate"
 
 
 class Timeline:
-    """Of the primary that the connections of a pool have led to. A failover begins the next one.
+    """Of the primary that the connections of an engine have led to. A failover begins the next one.
 
     What is read from a standby may be over: a claim that has been given up, a step that has been recorded. A primary
     that a failover has left behind even has other tasks under the same fences, and takes writes.
@@ -57,26 +58,25 @@ class Timeline:
             raise ConnectionError(f"the database's address leads to {what}")
 
 
-_timelines: weakref.WeakKeyDictionary[Pool, Timeline] = weakref.WeakKeyDictionary()
+_timelines: weakref.WeakKeyDictionary[Dialect, Timeline] = weakref.WeakKeyDictionary()
 
 
-def timeline_of(pool: Pool) -> Timeline:
-    """What is known of where the connections of a pool lead."""
-    return _timelines.setdefault(pool, Timeline())
+def _number(file: str | None) -> int | None:
+    return None if file is None else int(file[:8], 16)
 
 
-def share_timeline(pool: Pool, of: Pool) -> None:
-    """Have a pool know what another one does, which leads to the same place."""
-    _timelines[pool] = timeline_of(of)
+def timeline_of(dialect: Dialect) -> Timeline:
+    """What is known of where the connections of an engine lead; its variants and its next pools have its dialect."""
+    return _timelines.setdefault(dialect, Timeline())
 
 
-async def inspect(connection: AsyncConnection, pool: Pool) -> str:
-    """Find out where a new connection leads. Gives the isolation that it has by default.
+async def inspect(connection: AsyncConnection) -> str:
+    """Find out where a new connection leads. Gives the isolation that it has by default. Leaves no transaction.
 
     Raises:
-        ConnectionError: it does not lead to the primary that others of the pool have led to.
+        ConnectionError: it does not lead to the primary that others of the engine have led to.
     """
-    timeline = timeline_of(pool)
+    timeline = timeline_of(connection.dialect)
     row = None
     if timeline.known:
         try:
@@ -91,5 +91,35 @@ async def inspect(connection: AsyncConnection, pool: Pool) -> str:
     isolation = (await connection.execute(_ISOLATION)).scalar_one() if row is None else row[0]
     await connection.rollback()
     if row is not None:
-        timeline.follow(row[1], row[2] and int(row[2][:8], 16))
+        timeline.follow(row[1], _number(row[2]))
     return str(isolation)
+
+
+def locate(connection: Connection) -> None:
+    """Find out where a connection leads in the transaction that it is in, and leave that as it was.
+
+    The application has begun it when the connection left the pool, and set in it what its own statements need.
+
+    Raises:
+        ConnectionError: as :func:`inspect`, or the connection is lost.
+    """
+    timeline = timeline_of(connection.dialect)
+    if not timeline.known:
+        return
+    row = None
+    failure: type[Exception] = connection.dialect.loaded_dbapi.Error
+    try:
+        cursor = connection.connection.cursor()
+        cursor.execute(f"SAVEPOINT {_SAVEPOINT}")
+        try:
+            cursor.execute(str(_LOCATE))
+            row = cursor.fetchone()
+        except failure:
+            timeline.known = False
+        cursor.execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+        cursor.execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
+        cursor.close()
+    except failure as error:
+        raise ConnectionError("a connection was lost before its first transaction") from error
+    if row is not None:
+        timeline.follow(row[1], _number(row[2]))

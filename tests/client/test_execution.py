@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, event, select
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import NullPool
 
-from durable_sa import Durable, task
+from durable_sa import Durable, TaskContext, task
 from durable_sa.connections import Database
 from durable_sa.execution import goes_directly
 from durable_sa.statements import queues
 from durable_sa.statements.expressions import constant
+from durable_sa.timelines import timeline_of
 
 NUMBER = sa.bindparam("number", type_=sa.Integer())
 DIVIDE = select((constant(10) // NUMBER).label("quotient"), constant("x").label("letter"))
@@ -151,6 +154,66 @@ async def test_nothing_is_left_open(database: Database, engine: AsyncEngine) -> 
         async with engine.connect() as other:
             state = sa.text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
             assert (await other.execute(state, {"pid": mine})).scalar() == "idle"
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["pool", "no pool"])
+async def test_what_an_application_begins_at_checkout_is_kept_from_spawns_and_for_transactions(
+    database_url: URL, pooled: bool
+) -> None:
+    """A tenant, a timeout: the statement begins a transaction, which the pool rolls back at the end."""
+    engine = create_async_engine(database_url, **({"pool_size": 2} if pooled else {"poolclass": NullPool}))
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def checkout(dbapi_connection: Any, *_: Any) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute("SELECT set_config('app.tenant', 'seven', false)")
+        cursor.close()
+
+    seen: list[str | None] = []
+
+    async def look(session: AsyncSession) -> None:
+        seen.append(await session.scalar(sa.text("SELECT current_setting('app.tenant', true)")))
+
+    @task
+    async def looking(ctx: TaskContext) -> None:
+        await ctx.transaction("look", look)
+
+    async with Durable(engine, tasks=[looking]) as durable:
+        spawned = [await durable.spawn(looking) for _ in range(5)]
+        async with durable.worker():
+            for each in spawned:
+                await durable.wait_for_result(each, timeout=20)
+        assert seen == ["seven"] * 5
+    await engine.dispose()
+
+
+async def test_a_listener_may_execute_in_place_of_sqlalchemy(database_url: URL) -> None:
+    engine = create_async_engine(database_url)
+    await Database(engine).execute(DIVIDE, {"number": 2})
+    event.listen(engine.sync_engine, "do_execute", listener_of_cursors)
+    async with engine.connect() as connection:
+        assert not goes_directly(connection, DIVIDE, None)
+    await engine.dispose()
+
+
+async def test_an_engine_knows_the_timeline_of_its_primary_when_its_pool_is_another_one(database_url: URL) -> None:
+    engine = create_async_engine(database_url)
+    database = Database(engine)
+    await database.execute(DIVIDE, {"number": 2})
+    timeline_of(engine.dialect).number += 1  # as if this server had been left behind since
+    await engine.dispose()
+    for call in (database.execute(DIVIDE, {"number": 2}), database.transactional()):
+        with pytest.raises(ConnectionError, match="left behind"):
+            await call
+    await engine.dispose()
+
+
+async def test_ids_of_spawns_are_plain_ones(database_url: URL) -> None:
+    """Some encoders of JSON take no subclass of `uuid.UUID`."""
+    async with Durable(database_url, tasks=[noop]) as durable:
+        for _ in range(2):
+            for spawned in (await durable.spawn(noop, idempotency_key="once"), await durable.spawn(noop)):
+                assert (type(spawned.task_id), type(spawned.run_id)) == (uuid.UUID, uuid.UUID)
 
 
 async def test_listeners_and_echo_see_every_statement(database_url: URL, caplog: pytest.LogCaptureFixture) -> None:
