@@ -103,7 +103,7 @@ async def _fetch(connection: AsyncConnection, text: str, values: Sequence[Any] =
     except Exception as error:  # noqa: BLE001 - SQLAlchemy tells what is an error of the database
         return await connection.run_sync(_raise, error, text, values)
     if not records:
-        return ()
+        return []
     result: IteratorResult[Any] = IteratorResult(_metadata(tuple(records[0].keys())), iter(records))
     return result.all()
 
