@@ -27,6 +27,7 @@ POOL_PATIENCE = 5.0
 
 
 RECONNECTIONS = 5
+"""How often a call is made that loses its connection each time: for less than a second."""
 
 
 async def reconnecting(call: Callable[[], Awaitable[T]]) -> T:

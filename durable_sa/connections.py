@@ -28,7 +28,7 @@ from .database_errors import (
 )
 from .errors import InvalidConfiguration, SchemaMismatch
 from .models import SCHEMA
-from .rendering import Translations
+from .rendering import Translations, render
 from .timelines import inspect, locate
 from .urls import default_bind, resolve_url
 
@@ -217,9 +217,11 @@ class Database:
         For statements that may be repeated. A cancelled caller leaves it to finish by itself, since cancelling within
         a driver costs the connection.
         """
-        return await asyncio.shield(asyncio.ensure_future(self.run(statement, parameters)))
+        return await asyncio.shield(asyncio.ensure_future(self.execute_unshielded(statement, parameters)))
 
-    async def run(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+    async def execute_unshielded(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[Any]]:
         """As :meth:`execute`, for a caller that is a task of our own, which nobody cancels."""
         for attempt in range(3):
             try:
@@ -245,7 +247,8 @@ class Database:
         if (
             connection.info.get(_EXPLICIT) is False
             and not self._mixed_up
-            and execution.goes_directly(connection, statement, self._translations)
+            and render(statement, connection.dialect, self._translations) is not None
+            and execution.leads_directly(connection)
         ):
             return connection
         return await self._prepare(connection)

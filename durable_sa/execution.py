@@ -2,7 +2,8 @@
 
 A statement that SQLAlchemy executes takes three times as much of the client's CPU time as one that asyncpg does. Where
 nobody listens to what SQLAlchemy would tell of it, asyncpg is asked itself: the text, the connection and the errors are
-the same. Where an engine has listeners for cursors or echoes, or has another driver, SQLAlchemy executes everything.
+the same. SQLAlchemy executes everything for an engine that echoes, has listeners for cursors or keeps no prepared
+statements, for one with another driver, and in transactions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
-import asyncpg  # type: ignore[import-untyped]
+import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has no types
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection, IteratorResult
 from sqlalchemy.engine.result import SimpleResultMetaData
@@ -31,8 +32,8 @@ _PREPARED = "durable_prepared"
 """Key in a connection's `info`: what has been prepared on it, by its text."""
 
 
-def goes_directly(connection: AsyncConnection, statement: Executable, translations: Translations | None) -> bool:
-    """Whether asyncpg is asked itself. The statement then commits by itself, whatever SQLAlchemy's isolation level."""
+def leads_directly(connection: AsyncConnection) -> bool:
+    """Whether asyncpg is asked itself. Statements then commit by themselves, whatever SQLAlchemy's isolation level."""
     inner = connection.sync_connection
     return (
         inner is not None
@@ -46,7 +47,6 @@ def goes_directly(connection: AsyncConnection, statement: Executable, translatio
         and not in_transaction(inner)
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
         and getattr(inner.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
-        and render(statement, inner.dialect, translations) is not None
     )
 
 
@@ -72,14 +72,14 @@ async def run(
     made. Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for
     much may have such a plan; one that is not has no need of others.
     """
-    direct = alone and goes_directly(connection, statement, translations)
+    rendered = render(statement, connection.dialect, translations)
+    direct = alone and rendered is not None and leads_directly(connection)
     info = connection.info
     began = time.monotonic()
     since, waited = info.get(_REPLAN) or (began, 0.0)
     if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
         await (_fetch(connection, "DISCARD PLANS") if direct else connection.exec_driver_sql("DISCARD PLANS"))
         since, waited = began, 0.0
-    rendered = render(statement, connection.dialect, translations)
     rows: Sequence[Row[Any]]
     if rendered is None:
         result = await connection.execute(statement, parameters)

@@ -39,6 +39,8 @@ MAX_PAYLOAD = 7000
 
 SPACING = 0.005
 """Seconds after a hint in which others gather: of tasks spawned in a row, a hint each would take as long as a spawn."""
+BOARDING = 0.003
+"""Seconds after a hint from which on a spawn takes along what has gathered: before it would be sent by itself."""
 DEADLINE = 5.0
 """Seconds after which a hint is taken to be on a connection that never answers; the next goes on another."""
 
@@ -201,7 +203,7 @@ class HintSender:
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
                 async with asyncio.timeout(DEADLINE):
-                    await self._database.run(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
+                    await self._database.execute_unshielded(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
                 self._sent_at = time.monotonic()
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
             self._outbox.clear()

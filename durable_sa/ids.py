@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 
 import uuid_utils
-from asyncpg.pgproto import pgproto  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
+from asyncpg.pgproto import pgproto  # pyright: ignore[reportMissingTypeStubs] - it has no types
 
 _uuid: Callable[[bytes], uuid.UUID] = pgproto.UUID
 

@@ -118,13 +118,13 @@ def _insert(
     for _ in range(5):
         found: set[uuid.UUID] = set()
         if len(missing) == 1:
-            for row in (yield alone, values(missing[0])):
-                found.add(row.task_id)
-                hint.add(row.queue_name, row.priority, row.available_at)
+            rows = yield alone, values(missing[0])
+            found.update(row.task_id for row in rows)
+            hint.add_rows(rows)
         else:
-            for row in (yield many, grouped(missing)):
-                found.update(row.task_ids)
-                hint.add(row.queue_name, row.priority, row.available_at, tasks=len(row.task_ids))
+            for lane in (yield many, grouped(missing)):
+                found.update(lane.task_ids)
+                hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=len(lane.task_ids))
         for item in missing:
             if item.task_id in found:
                 outcomes[item.task_id] = created(item)

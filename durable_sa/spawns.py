@@ -17,6 +17,7 @@ from .ids import new_id, plain
 from .names import validate_name
 from .options import SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
+from .statements.expressions import arrays
 from .statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
 from .tasks import Task
 
@@ -175,14 +176,14 @@ def values(prepared: Prepared) -> dict[str, Any]:
 
 def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
     """The arrays of `SPAWN_COLUMNS`, an element of each a task."""
-    return _arrays(SPAWN_COLUMNS, [item.values for item in prepared])
+    return arrays(SPAWN_COLUMNS, [item.values for item in prepared])
 
 
 def grouped(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
     """The arrays that the insert of many binds: what each has for itself, and each kind once."""
     kinds: dict[tuple[Any, ...], int] = {}
     items = [(*_own(item.values), kinds.setdefault(_common(item.values), len(kinds) + 1)) for item in prepared]
-    return {**_arrays(ITEM_COLUMNS, items), **_arrays(KIND_COLUMNS, list(kinds))}
+    return {**arrays(ITEM_COLUMNS, items), **arrays(KIND_COLUMNS, list(kinds))}
 
 
 def _picker(names: Iterable[str]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -192,10 +193,6 @@ def _picker(names: Iterable[str]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]
 
 _own = _picker(name for name in ITEM_COLUMNS if name in SPAWN_COLUMNS)
 _common = _picker(KIND_COLUMNS)
-
-
-def _arrays(names: Iterable[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
-    return {name: list(array) for name, array in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from sqlalchemy import Executable
 
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
+from .statements.expressions import arrays
 from .statements.spawning import SPAWN_COLUMNS
 
 
@@ -88,39 +89,33 @@ def current(batch: list[Write]) -> list[Write]:
     return current
 
 
-def _columns(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
-    """Rows as the arrays that a statement binds."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return dict(zip(names, columns, strict=True)) if columns else {name: [] for name in names}
-
-
 def _checkpoints(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, write.key, *write.values) for write in writes]
-    return checkpoints.RECORD, _columns(checkpoints.CHECKPOINT_COLUMNS, rows)
+    return checkpoints.RECORD, arrays(checkpoints.CHECKPOINT_COLUMNS, rows)
 
 
 def _children(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    parameters = _columns(
+    parameters = arrays(
         checkpoints.CHECKPOINT_COLUMNS, [(write.task_id, write.fence, write.key, *write.values[0]) for write in writes]
     )
-    parameters |= _columns(SPAWN_COLUMNS, [write.values[1] for write in writes])
+    parameters |= arrays(SPAWN_COLUMNS, [write.values[1] for write in writes])
     return checkpoints.RECORD_CHILDREN, parameters
 
 
 def _events(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     names = [*checkpoints.CHECKPOINT_COLUMNS, "event_names", "payloads", "metadata"]
-    return checkpoints.RECORD_EVENTS, _columns(
+    return checkpoints.RECORD_EVENTS, arrays(
         names, [(write.task_id, write.fence, write.key, *write.values) for write in writes]
     )
 
 
 def _fenced(writes: list[Write], names: Iterable[str] = ()) -> dict[str, list[Any]]:
-    return _columns(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
+    return arrays(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
 
 
 def _wait_columns(writes: list[Write]) -> dict[str, list[Any]]:
     rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
-    return _columns(outcomes.SUSPEND_COLUMNS, rows)
+    return arrays(outcomes.SUSPEND_COLUMNS, rows)
 
 
 def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
@@ -135,7 +130,7 @@ def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
         for write in writes
     ]
     names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
-    return outcomes.SUSPEND, _columns(names, rows) | _wait_columns(writes)
+    return outcomes.SUSPEND, arrays(names, rows) | _wait_columns(writes)
 
 
 _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {

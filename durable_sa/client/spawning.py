@@ -19,7 +19,7 @@ from .. import scripts
 from ..batches import Batch
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
-from ..hints import SPACING, Hint, channel_name
+from ..hints import BOARDING, Hint, channel_name
 from ..options import Spawn, SpawnOptions
 from ..results import SpawnResult
 from ..sessions import Executor, Script, perform
@@ -256,7 +256,7 @@ class Spawning(ClientBase):
         """Whether a spawn that begins now may carry hints."""
         began, ended = self._last_spawn
         took = ended - began
-        return now >= ended + SELDOM * took or self._sender().quiet_for >= max(0.6 * SPACING, IN_PASSING * took)
+        return now >= ended + SELDOM * took or self._sender().quiet_for >= max(BOARDING, IN_PASSING * took)
 
     async def _spawn_batch(
         self,
@@ -284,7 +284,7 @@ class Spawning(ClientBase):
                         "channel": channel_name(self.schema),
                         "gathered": gathered.encode() if gathered else None,
                     }
-                rows = await self.database.run(statement, parameters)
+                rows = await self.database.execute_unshielded(statement, parameters)
                 if rows and statement is spawning.SPAWN_AND_TELL:
                     gathered = None
                 statement, parameters = script.send(rows)

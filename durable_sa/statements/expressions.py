@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -126,6 +126,12 @@ def unseen(bind: ColumnElement[Any]) -> ColumnElement[Any]:
 def array(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """A bound list, for ``= ANY(...)``."""
     return bindparam(name, type_=ARRAY(type_))
+
+
+def arrays(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows as the arrays that a statement binds under these names."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return dict(zip(names, columns, strict=True)) if columns else {name: [] for name in names}
 
 
 def as_json(text: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, TaskContext, task
 from durable_sa.connections import Database
-from durable_sa.execution import goes_directly
+from durable_sa.execution import leads_directly
 from durable_sa.statements import queues
 from durable_sa.statements.expressions import constant
 from durable_sa.timelines import timeline_of
@@ -62,7 +62,7 @@ async def test_the_ways_are_what_they_are_called(database_url: URL) -> None:
     for way, expected in ((directly, True), (through_sqlalchemy, False)):
         engine = way(create_async_engine(database_url))
         async with engine.connect() as connection:
-            assert goes_directly(connection, DIVIDE, None) is expected
+            assert leads_directly(connection) is expected
         await engine.dispose()
 
 
@@ -72,9 +72,9 @@ async def test_listeners_count_wherever_they_are_and_as_long_as_they_are_there(d
         for target in (sa.Engine, engine.sync_engine, connection.sync_connection):
             for name in ("before_cursor_execute", "after_cursor_execute"):
                 event.listen(target, name, listener_of_cursors)
-                assert not goes_directly(connection, DIVIDE, None)
+                assert not leads_directly(connection)
                 event.remove(target, name, listener_of_cursors)
-                assert goes_directly(connection, DIVIDE, None)
+                assert leads_directly(connection)
     await engine.dispose()
 
 
@@ -192,7 +192,7 @@ async def test_a_listener_may_execute_in_place_of_sqlalchemy(database_url: URL) 
     await Database(engine).execute(DIVIDE, {"number": 2})
     event.listen(engine.sync_engine, "do_execute", listener_of_cursors)
     async with engine.connect() as connection:
-        assert not goes_directly(connection, DIVIDE, None)
+        assert not leads_directly(connection)
     await engine.dispose()
 
 
@@ -237,7 +237,7 @@ async def test_listeners_and_echo_see_every_statement(database_url: URL, caplog:
 async def test_whoever_keeps_no_prepared_statements_has_none_kept(database_url: URL) -> None:
     engine = create_async_engine(database_url, connect_args={"prepared_statement_cache_size": 0})
     async with engine.connect() as connection:
-        assert not goes_directly(connection, DIVIDE, None)
+        assert not leads_directly(connection)
         assert (await Database(engine).execute(DIVIDE, {"number": 5}))[0].quotient == 2
     await engine.dispose()
 

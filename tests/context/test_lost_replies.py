@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import asyncpg  # type: ignore[import-untyped]
+import asyncpg
 import pytest
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -24,7 +24,7 @@ class Unreliable:
     def __init__(self, url: URL, seed: int) -> None:
         unreliable = self
 
-        class Connection(asyncpg.Connection):  # type: ignore[misc]
+        class Connection(asyncpg.Connection):
             """For the statements that go to asyncpg directly, as their names tell."""
 
             async def prepare(self, query: str, *, name: Any = None, **options: Any) -> Any:

@@ -201,7 +201,7 @@ async def _leaks(battlefield: Field) -> list[str]:
 
 async def _now(battlefield: Field) -> datetime:
     """By the server's clock."""
-    return (await battlefield.server.sql("SELECT clock_timestamp()"))[0][0]  # type: ignore[no-any-return]
+    return (await battlefield.server.sql("SELECT clock_timestamp()"))[0][0]
 
 
 async def _evidence(battlefield: Field, *, settled: bool, steady_since: datetime) -> Evidence:

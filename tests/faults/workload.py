@@ -81,7 +81,7 @@ def note_calls() -> None:
             Here.ledger.write("called", **about, key=str(made.key), call=f"{kind} {name}")
         return made
 
-    ContextBase._call = call  # type: ignore[method-assign]
+    ContextBase._call = call
 
 
 async def compute(op: Op, step: str, number: int) -> int:

@@ -120,7 +120,7 @@ async def test_a_signal_during_the_start_gives_it_up(engine: AsyncEngine, sql: R
         await asyncio.wait_for(durable.run_worker(), 10)
     assert entered == ["begun", "ended"]
     assert await sql("SELECT worker_id FROM durable.workers") == []
-    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert engine.pool.checkedout() == 0
 
 
 async def test_cancelling_run_worker_during_the_start_is_no_signal(engine: AsyncEngine) -> None:
@@ -156,7 +156,7 @@ async def test_a_worker_that_has_just_started_when_run_worker_is_cancelled_is_sh
         with pytest.raises(asyncio.CancelledError):
             await running
         assert await sql("SELECT worker_id FROM durable.workers") == []
-    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert engine.pool.checkedout() == 0
 
 
 async def test_a_suspended_task_is_no_concern_of_a_shutdown(durable: Durable, sql: Rows) -> None:
@@ -284,7 +284,7 @@ async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_sh
         await worker.shutdown()
     assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
     # Its connections are back in the pool.
-    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert engine.pool.checkedout() == 0
     client = Durable(database_url, lifespan=badly)
     workers = [await client.start_worker() for _ in range(2)]
     with pytest.raises(LookupError, match="still in use"):

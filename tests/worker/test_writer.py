@@ -151,14 +151,20 @@ async def test_a_connection_that_is_in_use_is_left_alone(
     assert told == [None] * TASKS
 
 
-async def test_what_the_second_connection_had_is_sent_by_the_first_if_it_ends(
-    writer: Writer, running: list[asyncio.Task[None]], traffic: Traffic, holders: list[Holder], sql: Rows
-) -> None:
+async def on_both_connections(writer: Writer, traffic: Traffic, holders: list[Holder]) -> list[BaseException | None]:
+    """Have a checkpoint of each holder on its way, held up; what they are told of it."""
     told: list[BaseException | None] = []
     traffic.gate.clear()
     for holder in holders:
         writer.submit(holder.write(Kind.CHECKPOINT, lambda _, error: told.append(error)))
     await eventually(lambda: len(traffic.on_their_way) == 2)
+    return told
+
+
+async def test_what_the_second_connection_had_is_sent_by_the_first_if_it_ends(
+    writer: Writer, running: list[asyncio.Task[None]], traffic: Traffic, holders: list[Holder], sql: Rows
+) -> None:
+    told = await on_both_connections(writer, traffic, holders)
     running[1].cancel()
     await asyncio.wait([running[1]])
     traffic.gate.set()
@@ -170,11 +176,7 @@ async def test_what_the_second_connection_had_is_sent_by_the_first_if_it_ends(
 async def test_writes_that_are_given_up_are_told_so_on_both_connections(
     writer: Writer, traffic: Traffic, holders: list[Holder]
 ) -> None:
-    told: list[BaseException | None] = []
-    traffic.gate.clear()
-    for holder in holders:
-        writer.submit(holder.write(Kind.CHECKPOINT, lambda _, error: told.append(error)))
-    await eventually(lambda: len(traffic.on_their_way) == 2)
+    told = await on_both_connections(writer, traffic, holders)
     for holder in holders:
         writer.submit(holder.write(Kind.COMPLETION, lambda _, error: told.append(error)))
     writer.abandon()
@@ -198,4 +200,4 @@ async def test_a_connection_is_not_closed_under_a_statement(durable: Durable) ->
     assert await executing == []
     await closing
     assert not channel.busy
-    assert durable.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert durable.engine.pool.checkedout() == 0
