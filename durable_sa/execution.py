@@ -38,8 +38,7 @@ def leads_directly(connection: AsyncConnection) -> bool:
     return (
         inner is not None
         and inner.dialect.driver == "asyncpg"
-        and not inner.dispatch.before_cursor_execute
-        and not inner.dispatch.after_cursor_execute
+        and not _has_listeners(inner)
         and not inner.dialect.dispatch.do_execute
         and not inner.dialect.dispatch.do_execute_no_params
         and not inner._echo  # pyright: ignore[reportPrivateUsage]
@@ -48,6 +47,16 @@ def leads_directly(connection: AsyncConnection) -> bool:
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
         and getattr(inner.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
     )
+
+
+def _has_listeners(connection: Connection) -> bool:
+    """Whether somebody listens to its statements.
+
+    To look for them takes long on a new connection, and SQLAlchemy knows whether there has ever been one of any kind.
+    """
+    if not (connection._has_events or connection.engine._has_events):  # pyright: ignore[reportPrivateUsage]
+        return False
+    return bool(connection.dispatch.before_cursor_execute) or bool(connection.dispatch.after_cursor_execute)
 
 
 def in_transaction(connection: Connection) -> bool:
