@@ -143,7 +143,9 @@ class RetryStrategy:
             try:
                 delay *= self.factor ** (failures - 1)
             except OverflowError:
-                delay = math.inf if delay else 0.0
+                # The power alone is beyond what a number can hold, its product with a tiny delay need not be.
+                logarithm = math.log(delay) + (failures - 1) * math.log(self.factor) if delay else -math.inf
+                delay = math.exp(min(logarithm, math.log(MAX_DURATION)))
             delay = min(delay, self.max_backoff)
         if self.jitter:
             delay *= 1 - self.jitter + 2 * self.jitter * random()

@@ -290,6 +290,7 @@ BOUNDARIES = [
     (RetryStrategy.exponential(10, 2, 0), 5),
     (RetryStrategy.exponential(1e-9, 1000, 300), 5),
     (RetryStrategy.exponential(1e-300, 1000, 300), 104),
+    (RetryStrategy.exponential(2.2250738585072014e-308, 703.4463436894061, MAX_DURATION), 110),
     (RetryStrategy.exponential(0.001, 1.0001, 300), 50_000),
     (RetryStrategy.exponential(1e-6, 1000, MAX_DURATION), 6),
 ]

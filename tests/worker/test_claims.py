@@ -68,7 +68,7 @@ async def test_of_ten_thousand_tasks_each_is_claimed_by_one_of_three_processes(
     durable: Durable, start_process: Start, sql: Rows, ledger: Ledger
 ) -> None:
     wanted = 10_000
-    processes = [await start_process(f"worker-{number}", wait=False, concurrency=50) for number in range(3)]
+    processes = [await start_process(f"worker-{number}", concurrency=50) for number in range(3)]
     for _ in range(10):
         await durable.spawn_many([(program.count, None)] * (wanted // 10))
 
