@@ -12,8 +12,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from .connections import Database, discard
+from .connections import Database
 from .database_errors import backoff, is_conflict, is_read_only
+from .loans import discard
 from .statements.expressions import LEARN_TYPES, NO_ARRAYS
 
 T = TypeVar("T")

@@ -17,16 +17,15 @@ from sqlalchemy.pool import NullPool, Pool
 
 from . import execution
 from .database_errors import (
-    CACHED_PLAN_STATES,
     MISSING_TABLE_STATES,
     POOLER_STATES,
-    backoff,
     is_conflict,
     is_lost,
     refuse_read_only,
     sqlstate,
 )
 from .errors import InvalidConfiguration, SchemaMismatch
+from .loans import Loan, discard
 from .models import SCHEMA
 from .rendering import Translations, render
 from .timelines import inspect, locate
@@ -112,9 +111,10 @@ class Database:
         An autocommit connection runs at the isolation the server has by default. Where that is another one, the
         statements get transactions of their own instead; see :meth:`execute_on`.
         """
-        return await self._prepare(await self.engine.connect())
+        return await self.prepare(await self.engine.connect())
 
-    async def _prepare(self, connection: AsyncConnection) -> AsyncConnection:
+    async def prepare(self, connection: AsyncConnection) -> AsyncConnection:
+        """Make of a connection of the pool what :meth:`connect` gives."""
         connection = await self._set_level(connection, "AUTOCOMMIT")
         try:
             if self._mixed_up:
@@ -223,37 +223,20 @@ class Database:
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[Row[Any]]:
         """As :meth:`execute`, for a caller that is a task of our own, which nobody cancels."""
-        for attempt in range(3):
-            try:
-                connection = await self._connect_for(statement)
-                try:
-                    rows = await self.execute_on(connection, statement, parameters)
-                except BaseException:
-                    await discard(connection)
-                    raise
-                await connection.close()
-                return rows
-            except (SQLAlchemyError, OSError) as error:
-                lost = isinstance(error, ConnectionError) or is_conflict(error)
-                if attempt == 2 or not (lost or sqlstate(error) in CACHED_PLAN_STATES):
-                    await self._explain(error)
-                    raise
-                await asyncio.sleep(backoff(attempt))
-        raise AssertionError("unreachable")
+        async with Loan(self) as loan:
+            return await loan.execute(statement, parameters)
 
-    async def _connect_for(self, statement: Executable) -> AsyncConnection:
-        """As :meth:`connect`; where the driver is asked directly, SQLAlchemy need not hear of autocommit."""
-        connection = await self.engine.connect()
-        if (
+    def leads_directly(self, connection: AsyncConnection, statement: Executable) -> bool:
+        """Whether the driver is asked itself to run a statement, so that SQLAlchemy need not hear of autocommit."""
+        return (
             connection.info.get(_EXPLICIT) is False
             and not self._mixed_up
             and render(statement, connection.dialect, self._translations) is not None
-            and execution.leads_directly(connection)
-        ):
-            return connection
-        return await self._prepare(connection)
+            and connection.sync_connection is not None
+            and execution.leads_directly(connection.sync_connection)
+        )
 
-    async def _explain(self, error: BaseException) -> None:
+    async def explain(self, error: BaseException) -> None:
         """Find out whether a statement has failed for the state of the database, or of the tables in it.
 
         Raises:
@@ -350,7 +333,7 @@ class Database:
                 await connection.close()
         except SQLAlchemyError as error:
             if not (again and is_conflict(error)):
-                await self._explain(error)
+                await self.explain(error)
             raise
 
 
@@ -368,17 +351,3 @@ def _set_date_style(connection: Any, _: Any) -> None:
         cursor.execute("SET datestyle = ISO")
         cursor.close()
         connection.commit()
-
-
-async def discard(connection: AsyncConnection) -> None:
-    """Get rid of a connection in an unknown state. Takes no longer than 5 seconds, and raises only when cancelled."""
-
-    async def close() -> None:
-        try:
-            await connection.invalidate()
-        finally:
-            await connection.close()
-
-    task = asyncio.ensure_future(close())
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    await asyncio.wait([task], timeout=5.0)

@@ -32,20 +32,21 @@ _PREPARED = "durable_prepared"
 """Key in a connection's `info`: what has been prepared on it, by its text."""
 
 
-def leads_directly(connection: AsyncConnection) -> bool:
-    """Whether asyncpg is asked itself. Statements then commit by themselves, whatever SQLAlchemy's isolation level."""
-    inner = connection.sync_connection
+def leads_directly(connection: Connection, *, alone: bool = True) -> bool:
+    """Whether asyncpg is asked itself: for a statement that is `alone`, or in the transaction that has been begun.
+
+    Statements that are alone commit by themselves then, whatever SQLAlchemy's isolation level.
+    """
     return (
-        inner is not None
-        and inner.dialect.driver == "asyncpg"
-        and not _has_listeners(inner)
-        and not inner.dialect.dispatch.do_execute
-        and not inner.dialect.dispatch.do_execute_no_params
-        and not inner._echo  # pyright: ignore[reportPrivateUsage]
+        connection.dialect.driver == "asyncpg"
+        and not _has_listeners(connection)
+        and not connection.dialect.dispatch.do_execute
+        and not connection.dialect.dispatch.do_execute_no_params
+        and not connection._echo  # pyright: ignore[reportPrivateUsage]
         # What the application has begun when the connection left the pool would be rolled back when it returns.
-        and not in_transaction(inner)
+        and (not in_transaction(connection) if alone else _has_begun(connection))
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
-        and getattr(inner.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
+        and getattr(connection.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
     )
 
 
@@ -54,9 +55,19 @@ def _has_listeners(connection: Connection) -> bool:
 
     To look for them takes long on a new connection, and SQLAlchemy knows whether there has ever been one of any kind.
     """
-    if not (connection._has_events or connection.engine._has_events):  # pyright: ignore[reportPrivateUsage]
-        return False
-    return bool(connection.dispatch.before_cursor_execute) or bool(connection.dispatch.after_cursor_execute)
+    for target in (connection, connection.engine):
+        if target._has_events:  # pyright: ignore[reportPrivateUsage]
+            dispatch = target.dispatch
+            if dispatch.before_cursor_execute or dispatch.after_cursor_execute:
+                return True
+    return False
+
+
+def _has_begun(connection: Connection) -> bool:
+    """Whether SQLAlchemy's transaction is there on the server, which it is from the first statement on, and usable."""
+    innermost = connection.get_nested_transaction() or connection.get_transaction()
+    adapted = connection.connection.dbapi_connection
+    return innermost is not None and innermost.is_active and getattr(adapted, "_transaction", None) is not None
 
 
 def in_transaction(connection: Connection) -> bool:
@@ -82,19 +93,24 @@ async def run(
     much may have such a plan; one that is not has no need of others.
     """
     rendered = render(statement, connection.dialect, translations)
-    direct = alone and rendered is not None and leads_directly(connection)
+    inner = cast("Connection", connection.sync_connection)
+    direct = rendered is not None and leads_directly(inner, alone=alone)
     info = connection.info
     began = time.monotonic()
     since, waited = info.get(_REPLAN) or (began, 0.0)
     if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
-        await (_fetch(connection, "DISCARD PLANS") if direct else connection.exec_driver_sql("DISCARD PLANS"))
+        await (_fetch(inner, "DISCARD PLANS") if direct else connection.exec_driver_sql("DISCARD PLANS"))
         since, waited = began, 0.0
     rows: Sequence[Row[Any]]
     if rendered is None:
         result = await connection.execute(statement, parameters)
         rows = result.all() if result.returns_rows else ()
     elif direct:
-        rows = await _fetch(connection, rendered.text, cast("tuple[Any, ...]", rendered.bind(parameters)))
+        values = rendered.bind(parameters)
+        try:
+            rows = await _fetch(inner, rendered.text, values, again=alone)
+        except Exception as error:  # noqa: BLE001 - SQLAlchemy tells what is an error of the database
+            rows = await connection.run_sync(_raise, error, rendered.text, values)
     else:
         result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
         rows = result.all() if result.returns_rows else ()
@@ -102,32 +118,67 @@ async def run(
     return rows
 
 
-async def _fetch(connection: AsyncConnection, text: str, values: Sequence[Any] = ()) -> Sequence[Row[Any]]:
+def run_within(
+    connection: Connection, statement: Executable, parameters: Mapping[str, Any], translations: Translations | None
+) -> Sequence[Row[Any]]:
+    """Run a statement in the transaction of the application's that the connection is in; its plans are its own."""
+    rendered = render(statement, connection.dialect, translations)
+    if rendered is None:
+        options = {} if translations is None else {"schema_translate_map": translations}
+        result = connection.execute(statement, parameters, execution_options=options)
+    elif leads_directly(connection, alone=False):
+        return _fetch_within(connection, rendered.text, rendered.bind(parameters))
+    else:
+        result = connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
+    return result.all() if result.returns_rows else ()
+
+
+def _fetch_within(connection: Connection, text: str, values: Any) -> Sequence[Row[Any]]:
+    adapted: Any = connection.connection.dbapi_connection
+
+    async def fetch(_: Any) -> Sequence[Row[Any]]:
+        # Several of the application's tasks may have statements for one connection, which takes one at a time.
+        async with adapted._execute_mutex:
+            return await _fetch(connection, text, values, again=False)
+
     try:
-        try:
-            records = await (await _prepared(connection, text)).fetch(*values)
-        except asyncpg.InvalidCachedStatementError:
-            # A migration has changed what it gives. Nothing has been executed.
-            records = await (await _prepared(connection, text, anew=True)).fetch(*values)
+        return cast("Sequence[Row[Any]]", adapted.run_async(fetch))
     except Exception as error:  # noqa: BLE001 - SQLAlchemy tells what is an error of the database
-        return await connection.run_sync(_raise, error, text, values)
+        _raise(connection, error, text, values)
+
+
+async def _fetch(connection: Connection, text: str, values: Any = (), *, again: bool = False) -> Sequence[Row[Any]]:
+    """The rows of a statement, which may be sent `again` if a migration has changed what it gives.
+
+    Nothing has been executed then; but a transaction that it was in is over.
+    """
+    try:
+        records = await (await _prepared(connection, text)).fetch(*values)
+    except asyncpg.InvalidCachedStatementError:
+        _forget(connection, text)
+        if not again:
+            raise
+        records = await (await _prepared(connection, text)).fetch(*values)
     if not records:
         return []
     result: IteratorResult[Any] = IteratorResult(_metadata(tuple(records[0].keys())), iter(records))
     return result.all()
 
 
-async def _prepared(connection: AsyncConnection, text: str, *, anew: bool = False) -> Any:
+async def _prepared(connection: Connection, text: str) -> Any:
     """The statement as it is prepared on the connection, under a name that no other client of a pooler uses.
 
     By the names that asyncpg makes, a pooler that mixes up connections would find statements of other processes.
     """
-    inner = cast("Connection", connection.sync_connection)
-    prepared: dict[str, Any] = inner.info.setdefault(_PREPARED, {})
-    if anew or text not in prepared:
-        driver: Any = inner.connection.driver_connection
+    prepared: dict[str, Any] = connection.info.setdefault(_PREPARED, {})
+    if text not in prepared:
+        driver: Any = connection.connection.driver_connection
         prepared[text] = await driver.prepare(text, name=f"durable_{uuid.uuid4().hex}")
     return prepared[text]
+
+
+def _forget(connection: Connection, text: str) -> None:
+    connection.info.get(_PREPARED, {}).pop(text, None)
 
 
 @functools.lru_cache(maxsize=256)

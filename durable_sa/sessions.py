@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session, scoped_session
 
 from .connections import is_autocommit
 from .database_errors import UNDEFINED_TABLE, sqlstate
+from .execution import run_within
 from .hints import Hint, channel_name, send_after_commit
 from .models import SCHEMA, Task
-from .rendering import Translations, render
+from .rendering import Translations
 
 T = TypeVar("T")
 
@@ -68,10 +69,9 @@ async def _perform_async(
     in_autocommit: Callable[[Hint], Script[T]] | None,
 ) -> T:
     if isinstance(executor, AsyncConnection):
-        connection = executor
-    else:
-        connection = await executor.connection(bind_arguments={"mapper": Task})
-    return await connection.run_sync(_run, schema, script, in_autocommit)
+        return await executor.run_sync(_run, schema, script, in_autocommit)
+    session: AsyncSession = executor() if isinstance(executor, async_scoped_session) else executor
+    return await session.run_sync(lambda inner: _run(_connection(inner), schema, script, in_autocommit))
 
 
 def _run(
@@ -88,13 +88,7 @@ def _run(
     try:
         statement, parameters = next(steps)
         while True:
-            rendered = render(statement, connection.dialect, translations)
-            if rendered is None:
-                options = {} if translations is None else {"schema_translate_map": translations}
-                result = connection.execute(statement, parameters, execution_options=options)
-            else:
-                result = connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
-            statement, parameters = steps.send(result.all() if result.returns_rows else ())
+            statement, parameters = steps.send(run_within(connection, statement, parameters, translations))
     except DBAPIError as error:
         if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
             from .migrations.version import not_installed

@@ -17,9 +17,9 @@ from sqlalchemy.orm import SessionTransaction
 
 from .annotations import is_coroutine_function
 from .codec import Codec, check_size
-from .connections import discard
 from .database_errors import backoff, is_conflict, is_lost, is_transient
 from .errors import InvalidState, SerializationError
+from .loans import discard
 from .reader import persistently
 from .signals import LeaseLost
 from .statements import checkpoints
@@ -119,13 +119,16 @@ async def _once(
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
         try:
-            locked = await connection.execute(
-                checkpoints.LOCK_UNDER_FENCE, {"task_id": run.claimed.task_id, "fence": run.claimed.fence}
+            locked = await durable.database.execute_within(
+                connection,
+                checkpoints.LOCK_UNDER_FENCE,
+                {"task_id": run.claimed.task_id, "fence": run.claimed.fence},
             )
-            if locked.first() is None:
+            if not locked:
                 run.take_away(LeaseLost())
                 raise LeaseLost
-            written = await connection.execute(
+            written = await durable.database.execute_within(
+                connection,
                 checkpoints.RECORD_IN_TRANSACTION,
                 {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
             )
@@ -133,7 +136,7 @@ async def _once(
             if is_transient(error):
                 raise _Interrupted from error
             raise
-        if written.first() is not None:
+        if written:
             return value
         # The commit of an earlier try went through although its reply was lost: what it stored counts, not this try.
         await transaction.rollback()

@@ -20,6 +20,7 @@ from ..batches import Batch
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
 from ..hints import BOARDING, Hint, channel_name
+from ..loans import Loan, lent
 from ..options import Spawn, SpawnOptions
 from ..results import SpawnResult
 from ..sessions import Executor, Script, perform
@@ -224,11 +225,11 @@ class Spawning(ClientBase):
 
     @functools.cached_property
     def _spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
-        return Batch(self._spawn_batch)
+        return Batch(lent(lambda: self.database, self._spawn_batch))
 
     @functools.cached_property
     def _keyed_spawns(self) -> Batch[Prepared, SpawnResult[Any] | None]:
-        return Batch(self._spawn_keyed)
+        return Batch(lent(lambda: self.database, self._spawn_keyed))
 
     async def _spawn(self, prepared: Prepared) -> SpawnResult[Any]:
         """Together with others, but none waits for a transaction that has the idempotency key of another one."""
@@ -240,17 +241,19 @@ class Spawning(ClientBase):
             attempt += 1
         return spawned
 
-    async def _spawn_keyed(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException | None]:
+    async def _spawn_keyed(
+        self, loan: Loan, prepared: list[Prepared]
+    ) -> Sequence[SpawnResult[Any] | BaseException | None]:
         """As `_spawn_batch`, with None for those whose key is in somebody's open transaction."""
         try:
-            return await self._spawn_batch(prepared, alone=spawning.SPAWN_ONE_KEYED, many=spawning.SPAWN_KEYED)
+            return await self._spawn_batch(loan, prepared, alone=spawning.SPAWN_ONE_KEYED, many=spawning.SPAWN_KEYED)
         except DBAPIError as error:
             if sqlstate(error) != LOCK_NOT_AVAILABLE:
                 raise
         if len(prepared) == 1:
             return [None]
         middle = len(prepared) // 2
-        return [*await self._spawn_keyed(prepared[:middle]), *await self._spawn_keyed(prepared[middle:])]
+        return [*await self._spawn_keyed(loan, prepared[:middle]), *await self._spawn_keyed(loan, prepared[middle:])]
 
     def _may_tell(self, now: float) -> bool:
         """Whether a spawn that begins now may carry hints."""
@@ -260,6 +263,7 @@ class Spawning(ClientBase):
 
     async def _spawn_batch(
         self,
+        loan: Loan,
         prepared: list[Prepared],
         *,
         alone: Executable = spawning.SPAWN_ONE,
@@ -284,7 +288,7 @@ class Spawning(ClientBase):
                         "channel": channel_name(self.schema),
                         "gathered": gathered.encode() if gathered else None,
                     }
-                rows = await self.database.execute_unshielded(statement, parameters)
+                rows = await loan.execute(statement, parameters)
                 if rows and statement is spawning.SPAWN_AND_TELL:
                     gathered = None
                 statement, parameters = script.send(rows)

@@ -21,6 +21,7 @@ from ..codec import UNTYPED, Codec
 from ..database_errors import is_transient
 from ..errors import TaskNotFound
 from ..failures import stored_failure
+from ..loans import Loan, lent
 from ..options import MAX_ATTEMPTS
 from ..policies import Duration, integer, seconds
 from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
@@ -153,10 +154,10 @@ class Tasks(ClientBase):
 
     @functools.cached_property
     def _polls(self) -> Batch[uuid.UUID, Row[Any] | None]:
-        return Batch(self._poll_batch)
+        return Batch(lent(lambda: self.database, self._poll_batch))
 
-    async def _poll_batch(self, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
-        rows = await self.database.execute(waits.POLL_TASKS, {"task_ids": task_ids})
+    async def _poll_batch(self, loan: Loan, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
+        rows = await loan.execute(waits.POLL_TASKS, {"task_ids": task_ids})
         found = {row.task_id: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, event, select
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.exc import DBAPIError, NotSupportedError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, TaskContext, task
 from durable_sa.connections import Database
-from durable_sa.execution import leads_directly
+from durable_sa.execution import leads_directly, run_within
 from durable_sa.statements import queues
 from durable_sa.statements.expressions import constant
 from durable_sa.timelines import timeline_of
@@ -50,6 +50,11 @@ async def database(request: pytest.FixtureRequest, database_url: URL) -> Any:
     await engine.dispose()
 
 
+def inner(connection: AsyncConnection) -> sa.Connection:
+    assert connection.sync_connection is not None
+    return connection.sync_connection
+
+
 async def failure(call: Awaitable[Any]) -> BaseException:
     try:
         await call
@@ -62,7 +67,7 @@ async def test_the_ways_are_what_they_are_called(database_url: URL) -> None:
     for way, expected in ((directly, True), (through_sqlalchemy, False)):
         engine = way(create_async_engine(database_url))
         async with engine.connect() as connection:
-            assert leads_directly(connection) is expected
+            assert leads_directly(inner(connection)) is expected
         await engine.dispose()
 
 
@@ -72,9 +77,9 @@ async def test_listeners_count_wherever_they_are_and_as_long_as_they_are_there(d
         for target in (sa.Engine, engine.sync_engine, connection.sync_connection):
             for name in ("before_cursor_execute", "after_cursor_execute"):
                 event.listen(target, name, listener_of_cursors)
-                assert not leads_directly(connection)
+                assert not leads_directly(inner(connection))
                 event.remove(target, name, listener_of_cursors)
-                assert leads_directly(connection)
+                assert leads_directly(inner(connection))
     await engine.dispose()
 
 
@@ -192,7 +197,7 @@ async def test_a_listener_may_execute_in_place_of_sqlalchemy(database_url: URL) 
     await Database(engine).execute(DIVIDE, {"number": 2})
     event.listen(engine.sync_engine, "do_execute", listener_of_cursors)
     async with engine.connect() as connection:
-        assert not leads_directly(connection)
+        assert not leads_directly(inner(connection))
     await engine.dispose()
 
 
@@ -237,7 +242,7 @@ async def test_listeners_and_echo_see_every_statement(database_url: URL, caplog:
 async def test_whoever_keeps_no_prepared_statements_has_none_kept(database_url: URL) -> None:
     engine = create_async_engine(database_url, connect_args={"prepared_statement_cache_size": 0})
     async with engine.connect() as connection:
-        assert not leads_directly(connection)
+        assert not leads_directly(inner(connection))
         assert (await Database(engine).execute(DIVIDE, {"number": 5}))[0].quotient == 2
     await engine.dispose()
 
@@ -266,3 +271,64 @@ async def test_a_migration_beside_it_is_noticed(database_url: URL) -> None:
 
     assert [tuple(row) for row in await database.execute(changing)] == [(1, "x")]
     await database.engine.dispose()
+
+
+async def test_statements_in_the_transaction_of_a_session_are_those_of_sqlalchemy(database_url: URL) -> None:
+    """They go to asyncpg once SQLAlchemy has begun the transaction; savepoints and errors are as they always are."""
+    engine = create_async_engine(database_url)
+    async with Durable(engine, tasks=[noop]) as durable, AsyncSession(engine) as session:
+        connection = inner(await session.connection())
+        assert not leads_directly(connection, alone=False)
+        kept = [await durable.spawn_with(session, noop)]
+        assert leads_directly(connection, alone=False)
+        assert not leads_directly(connection)
+        kept.append(await durable.spawn_with(session, noop))
+        async with session.begin_nested() as savepoint:
+            dropped = await durable.spawn_with(session, noop)
+            await savepoint.rollback()
+        error: Any = await failure(session.execute(sa.text("SELECT 1 / 0")))
+        refused: Any = await failure(durable.spawn_with(session, noop))
+        assert isinstance(error, DBAPIError)
+        assert isinstance(refused, DBAPIError)
+        assert refused.orig.sqlstate == "25P02"
+        await session.rollback()
+        assert await durable.get_task_result(kept[0]) is None
+
+        kept = [await durable.spawn_with(session, noop) for _ in range(3)]
+        async with session.begin_nested() as savepoint:
+            dropped = await durable.spawn_with(session, noop)
+            await savepoint.rollback()
+        await session.commit()
+        found = await session.execute(sa.text("SELECT task_id FROM durable.tasks"))
+        assert {row.task_id for row in found} == {spawned.task_id for spawned in kept}
+        assert dropped.task_id not in {spawned.task_id for spawned in kept}
+    await engine.dispose()
+
+
+async def test_spawns_at_once_in_one_transaction_take_turns(database_url: URL) -> None:
+    engine = create_async_engine(database_url)
+    async with Durable(engine, tasks=[noop]) as durable, engine.connect() as connection:
+        await connection.execute(sa.text("SELECT 1"))
+        spawned = await asyncio.gather(*(durable.spawn_with(connection, noop) for _ in range(20)))
+        await connection.commit()
+        assert (await connection.execute(sa.text("SELECT count(*) FROM durable.tasks"))).scalar() == len(spawned)
+    await engine.dispose()
+
+
+async def test_a_migration_in_the_middle_of_a_transaction_fails_it_and_the_next_goes_on(database_url: URL) -> None:
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    changing = select(sa.text("*")).select_from(sa.table("changing"))
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("CREATE TABLE changing (id integer)"))
+    for columns in (("id",), ("id", "more")):
+        for attempt in range(2):
+            async with engine.connect() as connection:
+                await connection.execute(sa.text("INSERT INTO changing (id) VALUES (1)"))
+                call = connection.run_sync(run_within, changing, {}, None)
+                if columns == ("id", "more") and attempt == 0:
+                    assert isinstance(await failure(call), NotSupportedError)
+                else:
+                    assert {tuple(row._fields) for row in await call} == {columns}
+        async with engine.begin() as connection:
+            await connection.execute(sa.text("ALTER TABLE changing ADD COLUMN IF NOT EXISTS more text"))
+    await engine.dispose()
