@@ -93,24 +93,19 @@ async def run(
     much may have such a plan; one that is not has no need of others.
     """
     rendered = render(statement, connection.dialect, translations)
-    inner = cast("Connection", connection.sync_connection)
-    direct = rendered is not None and leads_directly(inner, alone=alone)
+    direct = rendered is not None and leads_directly(cast("Connection", connection.sync_connection), alone=alone)
     info = connection.info
     began = time.monotonic()
     since, waited = info.get(_REPLAN) or (began, 0.0)
     if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
-        await (_fetch(inner, "DISCARD PLANS") if direct else connection.exec_driver_sql("DISCARD PLANS"))
+        await (_fetch_ours(connection, "DISCARD PLANS") if direct else connection.exec_driver_sql("DISCARD PLANS"))
         since, waited = began, 0.0
     rows: Sequence[Row[Any]]
     if rendered is None:
         result = await connection.execute(statement, parameters)
         rows = result.all() if result.returns_rows else ()
     elif direct:
-        values = rendered.bind(parameters)
-        try:
-            rows = await _fetch(inner, rendered.text, values, again=alone)
-        except Exception as error:  # noqa: BLE001 - SQLAlchemy tells what is an error of the database
-            rows = await connection.run_sync(_raise, error, rendered.text, values)
+        rows = await _fetch_ours(connection, rendered.text, rendered.bind(parameters), again=alone)
     else:
         result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
         rows = result.all() if result.returns_rows else ()
@@ -133,6 +128,16 @@ def run_within(
     return result.all() if result.returns_rows else ()
 
 
+async def _fetch_ours(
+    connection: AsyncConnection, text: str, values: Any = (), *, again: bool = False
+) -> Sequence[Row[Any]]:
+    inner = cast("Connection", connection.sync_connection)
+    try:
+        return await _fetch(inner, text, values, again=again)
+    except Exception as error:  # noqa: BLE001 - SQLAlchemy tells what is an error of the database
+        return await connection.run_sync(_raise, error, text, values)
+
+
 def _fetch_within(connection: Connection, text: str, values: Any) -> Sequence[Row[Any]]:
     adapted: Any = connection.connection.dbapi_connection
 
@@ -147,7 +152,7 @@ def _fetch_within(connection: Connection, text: str, values: Any) -> Sequence[Ro
         _raise(connection, error, text, values)
 
 
-async def _fetch(connection: Connection, text: str, values: Any = (), *, again: bool = False) -> Sequence[Row[Any]]:
+async def _fetch(connection: Connection, text: str, values: Any, *, again: bool) -> Sequence[Row[Any]]:
     """The rows of a statement, which may be sent `again` if a migration has changed what it gives.
 
     Nothing has been executed then; but a transaction that it was in is over.

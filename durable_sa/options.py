@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast, overload
 
 from sqlalchemy import URL
@@ -162,21 +161,8 @@ def resolve_spawn_options(
         TypeError: for an option there is not.
         InvalidConfiguration, InvalidName, SerializationError, PayloadTooLarge: for a value that cannot work.
     """
-    if not spawn and not internal_headers:
-        return _without_options(task, defaults)
     if unknown := spawn.keys() - SpawnOptions.__annotations__.keys():
         raise TypeError(f"spawn() got an unexpected keyword argument {min(unknown)!r}")
-    return _resolve(spawn, task, defaults, internal_headers)
-
-
-@lru_cache(maxsize=1024)
-def _without_options(task: TaskOptions, defaults: TaskOptions) -> ResolvedSpawn:
-    return _resolve({}, task, defaults, None)
-
-
-def _resolve(
-    spawn: SpawnOptions, task: TaskOptions, defaults: TaskOptions, internal_headers: Mapping[str, Any] | None
-) -> ResolvedSpawn:
     own = TaskOptions(
         spawn.get("max_attempts"), spawn.get("retry_strategy"), spawn.get("cancellation"), spawn.get("queue_name")
     )

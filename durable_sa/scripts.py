@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +28,18 @@ SPAWN_BATCH_CHARACTERS = 16 * 1024 * 1024
 """Of params in one statement; Postgres takes messages of up to 1 GiB."""
 CASCADE_BATCH = 500
 
-_MAX_PENDING = list(spawning.SPAWN_COLUMNS).index("max_pending_seconds")
-"""Where a spawn's values have it."""
 
-
-def spawn(prepared: Sequence[Prepared]) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
+def spawn(
+    prepared: Sequence[Prepared], portions: Iterable[Portion] | None = None
+) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
     """Insert tasks, all or none: those that were inserted are taken back when an error is raised for the first refused.
 
-    The transaction may be the caller's, who may go on with it after the error.
+    The transaction may be the caller's, who may go on with it after the error. The portions are made here if they are
+    not given.
     """
 
     def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
-        outcomes = yield from insert(prepared, hint)
+        outcomes = yield from insert(prepared, hint, portions=portions)
         results = [outcome for outcome in outcomes if isinstance(outcome, SpawnResult)]
         for position, outcome in enumerate(outcomes):
             if isinstance(outcome, DurableError):
@@ -69,7 +71,7 @@ def spawn_looking_first(prepared: Sequence[Prepared]) -> Callable[[Hint], Script
 def _refuse(prepared: Sequence[Prepared]) -> Script[None]:
     keyed: dict[tuple[str, str], Prepared] = {}
     position = 0
-    for portion in _portions(prepared):
+    for portion in portioned(prepared):
         rows = yield spawning.EXPLAIN_SPAWN, wanted(portion)
         for item in portion:
             outcome = explain(item, rows)
@@ -86,11 +88,12 @@ def insert(
     *,
     alone: Executable = spawning.SPAWN_ONE,
     many: Executable = spawning.SPAWN,
+    portions: Iterable[Portion] | None = None,
 ) -> Script[list[SpawnResult[Any] | DurableError]]:
     """Insert tasks, by one of two statements; an item that cannot be is an error in the result, the others are not."""
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
     try:
-        for portion in _portions(prepared):
+        for portion in portioned(prepared) if portions is None else portions:
             yield from _insert(portion, hint, alone, many, outcomes)
     finally:
         if any(item.spawning is not None for item in prepared):
@@ -109,7 +112,7 @@ def _tell(prepared: Sequence[Prepared], outcomes: dict[uuid.UUID, SpawnResult[An
 
 
 def _insert(
-    missing: list[Prepared],
+    missing: Portion,
     hint: Hint,
     alone: Executable,
     many: Executable,
@@ -122,15 +125,15 @@ def _insert(
             found.update(row.task_id for row in rows)
             hint.add_rows(rows)
         else:
-            for lane in (yield many, grouped(missing)):
+            for lane in (yield many, missing.arrays):
                 found.update(lane.task_ids)
                 hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=len(lane.task_ids))
         for item in missing:
             if item.task_id in found:
-                outcomes[item.task_id] = created(item)
-                if item.values[_MAX_PENDING] is not None:
+                outcomes[item.task_id] = missing.results[item.task_id]
+                if item.kind.max_pending_seconds is not None:
                     hint.limits = True
-        missing = [item for item in missing if item.task_id not in found]
+        missing = Portion(item for item in missing if item.task_id not in found)
         if not missing:
             return
         rows = yield spawning.EXPLAIN_SPAWN, wanted(missing)
@@ -139,26 +142,47 @@ def _insert(
             if explained is not None:
                 outcomes[item.task_id] = explained
         # What took the key has gone again in the meantime: the next insert will do.
-        missing = [item for item in missing if item.task_id not in outcomes]
+        missing = Portion(item for item in missing if item.task_id not in outcomes)
         if not missing:
             return
     for item in missing:
         outcomes[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
 
 
-def _portions(prepared: Sequence[Prepared]) -> Iterator[list[Prepared]]:
+class Portion(list[Prepared]):
     """What goes into one statement."""
-    portion: list[Prepared] = []
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, list[Any]]:
+        """What the statement binds."""
+        return grouped(self)
+
+    @functools.cached_property
+    def results(self) -> dict[uuid.UUID, SpawnResult[Any]]:
+        """Of those that are inserted, by id."""
+        return {item.task_id: created(item) for item in self}
+
+
+def portioned(prepared: Iterable[Prepared]) -> Iterator[Portion]:
+    """Tasks in portions."""
+    portion = Portion()
     size = 0
     for item in prepared:
         length = len(item.params or "")
         if portion and (len(portion) == SPAWN_BATCH or size + length > SPAWN_BATCH_CHARACTERS):
             yield portion
-            portion, size = [], 0
+            portion, size = Portion(), 0
         portion.append(item)
         size += length
     if portion:
         yield portion
+
+
+async def look_ahead(portions: Iterable[Portion]) -> None:
+    """Compute what their statements need and give, while the database is busy with those before."""
+    for portion in portions:
+        _ = portion.arrays, portion.results
+        await asyncio.sleep(0)
 
 
 def emit(queue_name: str, name: str, payload: str, emission: Emission | None = None) -> Callable[[Hint], Script[bool]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Row
 
@@ -15,7 +16,7 @@ from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueN
 from .hooks import OutgoingSpawn, outgoing_headers
 from .ids import new_id, plain
 from .names import validate_name
-from .options import SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
+from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
 from .statements.expressions import arrays
 from .statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
@@ -28,23 +29,57 @@ if TYPE_CHECKING:
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 
+class Kind(NamedTuple):
+    """What many tasks may have in common, in the order of `KIND_COLUMNS`."""
+
+    queue_name: str
+    task_name: str
+    headers: str | None
+    priority: int
+    max_attempts: int
+    retry_kind: str
+    retry_base_delay: float
+    retry_factor: float
+    retry_max_backoff: float
+    retry_jitter: float
+    max_pending_seconds: float | None
+    max_running_seconds: float | None
+    available_at: datetime | None
+    delay_seconds: float | None
+    parent_task_id: uuid.UUID | None
+
+
 class Prepared(NamedTuple):
     """One task to insert. Nothing of it has been written yet, and nothing of it can be refused for its form."""
 
     task_id: uuid.UUID
     run_id: uuid.UUID
-    task_name: str
-    queue_name: str
     params: str | None
+    idempotency_key: str | None
+    kind: Kind
+    """The rest of what is inserted, which others may have as well: then it is the same object, or an equal one."""
     codec: Codec[Any]
     """Of the params."""
-    idempotency_key: str | None
-    values: tuple[Any, ...]
-    """In the order of `SPAWN_COLUMNS`."""
     known: bool
     """Whether the task is registered here."""
     spawning: Spawning | None
     """The span of the call that spawns it."""
+
+    @property
+    def task_name(self) -> str:
+        """Of the task."""
+        return self.kind.task_name
+
+    @property
+    def queue_name(self) -> str:
+        """Of the queue that it goes to."""
+        return self.kind.queue_name
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """What is inserted, in the order of `SPAWN_COLUMNS`."""
+        kind = self.kind
+        return (self.task_id, self.run_id, *kind[:2], self.params, *kind[2:], self.idempotency_key)
 
 
 def prepare(
@@ -87,7 +122,11 @@ def prepare(
     defaults = TaskOptions() if known is None else known.options
     if text is not None:
         check_size(text, client.max_payload_bytes, f"the params of task {name!r}")
-    resolved = resolve_spawn_options(options, defaults, client.defaults, internal_headers=internal_headers)
+    if options or internal_headers:
+        resolved = resolve_spawn_options(options, defaults, client.defaults, internal_headers=internal_headers)
+        kind = _kind(name, resolved)
+    else:
+        resolved, kind = _without_options(name, defaults, client.defaults)
     task_id, run_id = task_id or new_id(), new_id()
     headers = resolved.headers
     if spawning is None and observed and hooked and (telemetry := client.telemetry) is not None:
@@ -111,14 +150,23 @@ def prepare(
             if spawning is not None:
                 spawning.over((), error)
             raise
+    if headers is not resolved.headers or parent_task_id is not None:
+        kind = kind._replace(headers=None if headers == "{}" else headers, parent_task_id=parent_task_id)
+    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec, name in client.tasks, spawning)
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_options(name: str, task: TaskOptions, defaults: TaskOptions) -> tuple[ResolvedSpawn, Kind]:
+    resolved = resolve_spawn_options({}, task, defaults)
+    return resolved, _kind(name, resolved)
+
+
+def _kind(name: str, resolved: ResolvedSpawn) -> Kind:
     strategy, cancellation = resolved.retry_strategy, resolved.cancellation
-    values = (
-        task_id,
-        run_id,
+    return Kind(
         resolved.queue_name,
         name,
-        text,
-        None if headers == "{}" else headers,
+        None if resolved.headers == "{}" else resolved.headers,
         resolved.priority,
         resolved.max_attempts,
         strategy.kind,
@@ -126,24 +174,12 @@ def prepare(
         strategy.factor,
         strategy.max_backoff,
         strategy.jitter,
-        cancellation.max_pending_time,
-        cancellation.max_running_time,
+        # Seconds, once they have been checked.
+        cast("float | None", cancellation.max_pending_time),
+        cast("float | None", cancellation.max_running_time),
         resolved.available_at,
         resolved.delay,
-        parent_task_id,
-        resolved.idempotency_key,
-    )
-    return Prepared(
-        task_id,
-        run_id,
-        name,
-        resolved.queue_name,
-        text,
-        codec,
-        resolved.idempotency_key,
-        values,
-        name in client.tasks,
-        spawning,
+        None,
     )
 
 
@@ -181,18 +217,15 @@ def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
 
 def grouped(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
     """The arrays that the insert of many binds: what each has for itself, and each kind once."""
-    kinds: dict[tuple[Any, ...], int] = {}
-    items = [(*_own(item.values), kinds.setdefault(_common(item.values), len(kinds) + 1)) for item in prepared]
-    return {**arrays(ITEM_COLUMNS, items), **arrays(KIND_COLUMNS, list(kinds))}
-
-
-def _picker(names: Iterable[str]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    positions = list(SPAWN_COLUMNS)
-    return itemgetter(*(positions.index(name) for name in names))
-
-
-_own = _picker(name for name in ITEM_COLUMNS if name in SPAWN_COLUMNS)
-_common = _picker(KIND_COLUMNS)
+    numbers: dict[Kind, int] = {}
+    items: list[tuple[Any, ...]] = []
+    last, number = None, 0
+    for item in prepared:
+        if item.kind is not last:
+            last = item.kind
+            number = numbers.setdefault(last, len(numbers) + 1)
+        items.append((*item[:4], number))
+    return {**arrays(ITEM_COLUMNS, items), **arrays(KIND_COLUMNS, list(numbers))}
 
 
 def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:

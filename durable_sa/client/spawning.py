@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from .. import scripts
 from ..batches import Batch
+from ..branches import detached
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
 from ..hints import BOARDING, Hint, channel_name
@@ -173,7 +174,14 @@ class Spawning(ClientBase):
             DurableError: whatever :meth:`spawn` raises, for the first item that is at fault, with its position in a
                 note.
         """
-        return await self._perform(scripts.spawn(self._prepare_many(items)))
+        prepared = self._prepare_many(items)
+        portions = list(scripts.portioned(prepared))
+        with detached():
+            ahead = asyncio.ensure_future(scripts.look_ahead(portions))
+        try:
+            return await self._perform(scripts.spawn(prepared, portions))
+        finally:
+            ahead.cancel()
 
     @overload
     def spawn_many_with(

@@ -346,7 +346,11 @@ MUTANTS = (
         "transactions.py",
         (
             (
-                "            written = await connection.execute(\n                checkpoints.RECORD_IN_TRANSACTION,",
+                (
+                    "            written = await durable.database.execute_within(\n"
+                    "                connection,\n"
+                    "                checkpoints.RECORD_IN_TRANSACTION,"
+                ),
                 "            written = await _apart(\n                durable,",
             ),
             (
@@ -354,7 +358,8 @@ MUTANTS = (
                 (
                     "async def _apart(durable: Durable[Any], parameters: dict[str, Any]) -> Any:\n"
                     "    async with durable.database.transaction() as connection:\n"
-                    "        return await connection.execute(checkpoints.RECORD_IN_TRANSACTION, parameters)\n\n\n"
+                    "        written = await connection.execute(checkpoints.RECORD_IN_TRANSACTION, parameters)\n"
+                    "        return written.all()\n\n\n"
                     "class _Interrupted(Exception)"
                 ),
             ),
