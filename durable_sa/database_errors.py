@@ -32,10 +32,12 @@ _LOST_STATES = frozenset({"57P01", "57P02", READ_ONLY})
 def sqlstate(error: BaseException) -> str | None:
     """The server's five-letter code, wherever the driver keeps it; None where the server said nothing."""
     cause: Any = error.orig if isinstance(error, DBAPIError) else error
-    for name in ("sqlstate", "pgcode"):
-        code = getattr(cause, name, None)
-        if isinstance(code, str):
-            return code
+    # What SQLAlchemy makes of asyncpg's error about a cached plan has the code only in what it comes from.
+    for source in (cause, getattr(cause, "__cause__", None)):
+        for name in ("sqlstate", "pgcode"):
+            code = getattr(source, name, None)
+            if isinstance(code, str):
+                return code
     return None
 
 

@@ -258,9 +258,8 @@ async def test_a_cancelled_statement_costs_its_connection_only(database: Databas
     assert (await database.execute(DIVIDE, {"number": 2}))[0].quotient == 5
 
 
-async def test_a_migration_beside_it_is_noticed(database_url: URL) -> None:
-    """What no longer fits the table is prepared anew."""
-    database = Database(create_async_engine(database_url))
+async def test_a_migration_beside_it_is_noticed(database: Database) -> None:
+    """What no longer fits the table is prepared anew, by whomever it was."""
     async with database.engine.begin() as connection:
         await connection.execute(sa.text("CREATE TABLE changing (id integer)"))
         await connection.execute(sa.text("INSERT INTO changing VALUES (1)"))
@@ -270,7 +269,6 @@ async def test_a_migration_beside_it_is_noticed(database_url: URL) -> None:
         await connection.execute(sa.text("ALTER TABLE changing ADD COLUMN more text DEFAULT 'x'"))
 
     assert [tuple(row) for row in await database.execute(changing)] == [(1, "x")]
-    await database.engine.dispose()
 
 
 async def test_statements_in_the_transaction_of_a_session_are_those_of_sqlalchemy(database_url: URL) -> None:
