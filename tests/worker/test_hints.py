@@ -273,7 +273,8 @@ async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in
 
     @durable.task
     async def nap(ctx: TaskContext) -> None:
-        await ctx.sleep_for("nap", 1.0)
+        # Long enough for the other worker to know the task by then.
+        await ctx.sleep_for("nap", 3.0)
 
     @durable.task
     async def hold(ctx: TaskContext) -> None:
@@ -287,7 +288,7 @@ async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in
         await eventually(lambda: _is(sql, "nap", "sleeping"))
         # From now on both might run it, but the one that it was put to sleep by has something else to do.
         idle.register(nap)
-        await durable.wait_for_result(naps, timeout=8)
+        await durable.wait_for_result(naps, timeout=12)
         release.set()
         await durable.wait_for_result(holds, timeout=5)
     ((late,),) = await sql(
