@@ -35,9 +35,9 @@ class Batch(Generic[ItemT, ResultT]):
     """
 
     def __init__(
-        self, function: Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]], *, most: int = 1000
+        self, opened: Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]], *, most: int = 1000
     ) -> None:
-        self._function = function
+        self._opened = opened
         self._most = most
         self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,7 +79,7 @@ class Batch(Generic[ItemT, ResultT]):
         answer = _nothing
         try:
             while self._waiting:
-                async with self._function() as function:
+                async with self._opened() as function:
                     until = loop.time() + ROW
                     while True:
                         answer = await self._call(function)

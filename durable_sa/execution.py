@@ -3,7 +3,7 @@
 A statement that SQLAlchemy executes takes three times as much of the client's CPU time as one that asyncpg does. Where
 nobody listens to what SQLAlchemy would tell of it, asyncpg is asked itself: the text, the connection and the errors are
 the same. SQLAlchemy executes everything for an engine that echoes, has listeners for cursors or keeps no prepared
-statements, for one with another driver, and in transactions.
+statements, for one with another driver, and the first statement of a transaction, which begins it.
 """
 
 from __future__ import annotations

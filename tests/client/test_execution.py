@@ -280,10 +280,6 @@ async def test_statements_in_the_transaction_of_a_session_are_those_of_sqlalchem
         kept = [await durable.spawn_with(session, noop)]
         assert leads_directly(connection, alone=False)
         assert not leads_directly(connection)
-        kept.append(await durable.spawn_with(session, noop))
-        async with session.begin_nested() as savepoint:
-            dropped = await durable.spawn_with(session, noop)
-            await savepoint.rollback()
         error: Any = await failure(session.execute(sa.text("SELECT 1 / 0")))
         refused: Any = await failure(durable.spawn_with(session, noop))
         assert isinstance(error, DBAPIError)
@@ -294,12 +290,11 @@ async def test_statements_in_the_transaction_of_a_session_are_those_of_sqlalchem
 
         kept = [await durable.spawn_with(session, noop) for _ in range(3)]
         async with session.begin_nested() as savepoint:
-            dropped = await durable.spawn_with(session, noop)
+            await durable.spawn_with(session, noop)
             await savepoint.rollback()
         await session.commit()
         found = await session.execute(sa.text("SELECT task_id FROM durable.tasks"))
         assert {row.task_id for row in found} == {spawned.task_id for spawned in kept}
-        assert dropped.task_id not in {spawned.task_id for spawned in kept}
     await engine.dispose()
 
 

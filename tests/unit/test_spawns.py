@@ -7,6 +7,7 @@ from typing import Any
 
 from durable_sa import Durable, RetryStrategy, TaskContext, task
 from durable_sa.ids import new_id
+from durable_sa.options import SpawnOptions
 from durable_sa.policies import CancellationPolicy
 from durable_sa.spawns import Kind, grouped, prepare
 from durable_sa.statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
@@ -17,7 +18,7 @@ async def work(ctx: TaskContext, params: int) -> None: ...
 
 
 CLIENT: Durable[Any] = Durable("postgresql+asyncpg://nobody@nowhere/nothing", tasks=[work], telemetry=False)
-OPTIONS: dict[str, Any] = {
+OPTIONS: SpawnOptions = {
     "queue_name": "some",
     "headers": {"a": 1},
     "priority": 3,
@@ -32,7 +33,7 @@ OPTIONS: dict[str, Any] = {
 def test_values_are_in_the_order_of_the_columns() -> None:
     assert Kind._fields == tuple(KIND_COLUMNS)
     parent = new_id()
-    prepared = prepare(CLIENT, work, 1, OPTIONS, parent_task_id=parent)  # type: ignore[arg-type]
+    prepared = prepare(CLIENT, work, 1, OPTIONS, parent_task_id=parent)
     assert dict(zip(SPAWN_COLUMNS, prepared.values, strict=True)) == {
         "task_id": prepared.task_id,
         "run_id": prepared.run_id,
