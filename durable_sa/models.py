@@ -144,22 +144,13 @@ class Task(Base):
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
 
+    # No more checks than these, whose breach would stop other tasks, or hide one: the server prepares each check anew for
+    # every statement, 6 us apiece, and fifteen of them took it as long as inserting or updating the row.
     __table_args__ = (
         CheckConstraint(
             "state IN ('pending', 'running', 'sleeping', 'completed', 'failed', 'cancelled')", name="state"
         ),
-        CheckConstraint("outcome IN ('completed', 'failed', 'cancelled')", name="outcome"),
         CheckConstraint("(finished_at IS NULL) = (outcome IS NULL)", name="finished"),
-        CheckConstraint("max_attempts >= 1", name="max_attempts"),
-        CheckConstraint("retry_kind IN ('none', 'fixed', 'exponential')", name="retry_kind"),
-        CheckConstraint("retry_base_delay BETWEEN 0 AND 3155760000", name="retry_base_delay"),
-        CheckConstraint("retry_factor BETWEEN 1 AND 1000", name="retry_factor"),
-        CheckConstraint("retry_max_backoff BETWEEN 0 AND 3155760000", name="retry_max_backoff"),
-        CheckConstraint("retry_jitter BETWEEN 0 AND 1", name="retry_jitter"),
-        CheckConstraint("max_pending_time BETWEEN '0' AND '36525 days'", name="max_pending_time"),
-        CheckConstraint("max_running_time BETWEEN '0' AND '36525 days'", name="max_running_time"),
-        CheckConstraint("octet_length(task_name) BETWEEN 1 AND 200", name="task_name"),
-        CheckConstraint("octet_length(idempotency_key) BETWEEN 1 AND 255", name="idempotency_key"),
         _readable("available_at"),
         _readable("cancel_at"),
         # The claim walks this index and changes none of its columns, so that claiming a task is a heap-only update.
@@ -196,8 +187,6 @@ class Run(Base):
     """One row an ended attempt. ``failed`` also for a lost worker or a release at shutdown: ``error`` says which."""
 
     __tablename__ = "runs"
-    __table_args__ = (CheckConstraint("state IN ('completed', 'failed', 'cancelled')", name="state"),)
-
     task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(Integer(), primary_key=True, autoincrement=False)
     run_id: Mapped[uuid.UUID]
@@ -212,13 +201,6 @@ class Checkpoint(Base):
     """What a call in a task came to, once and for all: a step's result, a child, a payload, a timeout, a wake time."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (
-        CheckConstraint(
-            "kind IN ('step', 'transaction', 'spawn', 'sleep', 'event', 'emit', 'join', 'value')", name="kind"
-        ),
-        CheckConstraint("status IN ('completed', 'failed', 'cancelled', 'timeout')", name="status"),
-    )
-
     task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     key: Mapped[uuid.UUID] = mapped_column(
         primary_key=True, comment="hash of kind, name, arguments, branch and occurrence"
@@ -254,9 +236,6 @@ class Wait(Base):
 
     __tablename__ = "waits"
     __table_args__ = (
-        CheckConstraint("kind IN ('event', 'join')", name="kind"),
-        CheckConstraint("(kind = 'event') = (event_name IS NOT NULL)", name="event_name"),
-        CheckConstraint("(kind = 'join') = (child_task_id IS NOT NULL)", name="child_task_id"),
         _readable("due_at"),
         Index("waits_event_idx", "queue_name", "event_name", postgresql_where=text("event_name IS NOT NULL")),
         Index("waits_child_idx", "child_task_id", postgresql_where=text("child_task_id IS NOT NULL")),

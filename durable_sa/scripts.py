@@ -126,8 +126,8 @@ def _insert(
             hint.add_rows(rows)
         else:
             for lane in (yield many, missing.arrays):
-                found.update(lane.task_ids)
-                hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=len(lane.task_ids))
+                found.update(missing.results if lane.task_ids is None else lane.task_ids)
+                hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
         for item in missing:
             if item.task_id in found:
                 outcomes[item.task_id] = missing.results[item.task_id]
@@ -179,10 +179,23 @@ def portioned(prepared: Iterable[Prepared]) -> Iterator[Portion]:
 
 
 async def look_ahead(portions: Iterable[Portion]) -> None:
-    """Compute what their statements need and give, while the database is busy with those before."""
+    """Compute what their statements need and give, while the database is busy with those before, or with themselves."""
     for portion in portions:
-        _ = portion.arrays, portion.results
+        _ = portion.arrays
         await asyncio.sleep(0)
+        _ = portion.results
+        await asyncio.sleep(0)
+
+
+def indivisible(portions: Sequence[Portion]) -> bool:
+    """Whether all goes into one statement that inserts either everything or nothing, so that none need be taken back.
+
+    What is in one queue finds that queue or does not, and only an idempotency key may be taken.
+    """
+    return len(portions) <= 1 and all(
+        len({item.queue_name for item in portion}) == 1 and not any(item.idempotency_key for item in portion)
+        for portion in portions
+    )
 
 
 def emit(queue_name: str, name: str, payload: str, emission: Emission | None = None) -> Callable[[Hint], Script[bool]]:

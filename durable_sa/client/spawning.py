@@ -29,6 +29,7 @@ from ..spawns import Prepared, at_position, prepare
 from ..statements import spawning
 from ..tasks import Task
 from .base import ClientBase
+from .transactions import perform_singly
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -179,7 +180,10 @@ class Spawning(ClientBase):
         with detached():
             ahead = asyncio.ensure_future(scripts.look_ahead(portions))
         try:
-            return await self._perform(scripts.spawn(prepared, portions))
+            script = scripts.spawn(prepared, portions)
+            if scripts.indivisible(portions):
+                return await perform_singly(self.database, script)
+            return await self._perform(script)
         finally:
             ahead.cancel()
 

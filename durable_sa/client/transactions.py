@@ -1,18 +1,20 @@
-"""Scripts in transactions of their own, seen through to the end."""
+"""Scripts in transactions of their own, one for all statements or one for each, seen through to the end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
+from sqlalchemy import Executable, Row
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..branches import detached
 from ..connections import Database
 from ..database_errors import backoff, is_conflict, is_lost
 from ..hints import Hint, channel_name, sender
+from ..loans import Loan
 from ..sessions import Script
 from ..statements import maintenance
 
@@ -27,9 +29,26 @@ async def perform_alone(database: Database, script: Callable[[Hint], Script[T]])
 
     A caller that is cancelled leaves it to finish by itself.
     """
+    return await _left_alone(_perform(database, script))
+
+
+async def perform_singly(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    """As :meth:`perform_alone`, of a script whose statements may each be repeated, and commit by itself."""
+    return await _left_alone(_perform_singly(database, script))
+
+
+async def _left_alone(performing: Coroutine[Any, Any, T]) -> T:
     with detached():
-        task = asyncio.get_running_loop().create_task(_perform(database, script), name="durable:client")
+        task = asyncio.get_running_loop().create_task(performing, name="durable:client")
     return await asyncio.shield(task)
+
+
+async def _perform_singly(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    hint = Hint()
+    async with Loan(database) as loan:
+        result = await _drive(loan.execute, script(hint))
+    sender(database.engine, channel_name(database.schema)).send(hint)
+    return result
 
 
 async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
@@ -38,7 +57,7 @@ async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T
         done: tuple[T, str | None] | None = None
         try:
             async with database.transaction(again=attempt + 1 < _TRIES) as connection:
-                result = await _drive(database, connection, script(hint))
+                result = await _drive(functools.partial(database.execute_within, connection), script(hint))
                 done = result, (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
         except DBAPIError as error:
             status: str | None = "aborted"
@@ -55,11 +74,13 @@ async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T
     raise AssertionError("unreachable")
 
 
-async def _drive(database: Database, connection: AsyncConnection, script: Script[T]) -> T:
+async def _drive(
+    execute: Callable[[Executable, Mapping[str, Any]], Awaitable[Sequence[Row[Any]]]], script: Script[T]
+) -> T:
     try:
         statement, parameters = next(script)
         while True:
-            statement, parameters = script.send(await database.execute_within(connection, statement, parameters))
+            statement, parameters = script.send(await execute(statement, parameters))
     except StopIteration as end:
         value: T = end.value
         return value

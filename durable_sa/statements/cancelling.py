@@ -22,7 +22,7 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, Task, Wait
-from .expressions import array, clock, constant, raised, rows
+from .expressions import array, bounded, clock, constant, raised, rows
 from .outcomes import ended_attempts, free_waits_gone
 
 # An UPDATE takes parameters that are named as columns for values to set.
@@ -213,7 +213,7 @@ _fresh: dict[str, Any] = {
     "parent_fence": select(_parent.fence).where(_parent.task_id == Task.parent_task_id).scalar_subquery(),
     "claimed_by": null(),
     "available_at": clock(),
-    "cancel_at": clock() + Task.max_pending_time,
+    "cancel_at": clock() + bounded(Task.max_pending_time),
     "fence": raised(Task.fence),
 }
 

@@ -49,7 +49,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Queue, Task, WorkerRow
-from .expressions import array, as_text, clock, constant, interval, numbered_rows, rows, statement_time, unseen
+from .expressions import array, as_text, bounded, clock, constant, interval, numbered_rows, rows, statement_time, unseen
 
 _worker_id = bindparam("worker_id", type_=Uuid())
 _wanted = unseen(bindparam("wanted", type_=Integer()))
@@ -123,7 +123,7 @@ CLAIM = (
         attempt=Task.attempt + case((Task.state == constant("pending"), constant(1)), else_=constant(0)),
         started_at=case((Task.state == constant("pending"), clock()), else_=Task.started_at),
         first_started_at=func.coalesce(Task.first_started_at, clock()),
-        cancel_at=case((Task.first_started_at.is_(None), clock() + Task.max_running_time), else_=Task.cancel_at),
+        cancel_at=case((Task.first_started_at.is_(None), clock() + bounded(Task.max_running_time)), else_=Task.cancel_at),
     )
     .returning(*_CLAIMED)
 )

@@ -165,6 +165,12 @@ def readable(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnE
     return clamped.label(moment.key) if isinstance(moment, InstrumentedAttribute) else clamped
 
 
+def bounded(limit: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+    """A limit on time as it is stored, to be added to the clock. One that is beyond all limits would fail a batch."""
+    none, most = (cast(constant(text), Interval()) for text in ("0", "36525 days"))
+    return case((limit < none, none), (limit > most, most), else_=limit)
+
+
 def raised(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:
     """The next fence. One that somebody has set beyond all limits would fail all tasks of a batch by its overflow."""
     return func.least(fence, constant(2**62)) + constant(1)

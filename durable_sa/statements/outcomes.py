@@ -29,10 +29,12 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
+from ..policies import MAX_DURATION
 from .expressions import array, as_json, clock, constant, interval, one_row, raised, rows, statement_time
 
 LEASE_LOSS_LIMIT = 20
@@ -144,25 +146,35 @@ _forgotten = (
     .where(Wait.task_id == _locked.c.task_id, Task.task_id == Wait.task_id, _locked.c.waited, ~_again)
     .cte("forgotten")
 )
-_half = func.power(Task.retry_factor, _failures / 2.0)
+
+
+def _within(number: InstrumentedAttribute[float], least: float, most: float) -> ColumnElement[Any]:
+    """A number as `RetryStrategy` allows it. NaN is greater than all to Postgres, and as bad as infinity."""
+    return func.least(func.greatest(number, least), most, type_=Float(53))
+
+
+_base_delay = _within(Task.retry_base_delay, 0.0, MAX_DURATION)
+_max_backoff = _within(Task.retry_max_backoff, 0.0, MAX_DURATION)
+_factor = _within(Task.retry_factor, 1.0, 1000.0)
+_jitter = _within(Task.retry_jitter, 0.0, 1.0)
+_half = func.power(_factor, _failures / 2.0)
 _backoff = case(
-    (Task.retry_kind == constant("fixed"), Task.retry_base_delay),
-    (Task.retry_base_delay == 0.0, 0.0),
+    (Task.retry_kind == constant("fixed"), _base_delay),
+    (_base_delay == 0.0, 0.0),
     # In logarithms first, as the product itself may be beyond what a number can hold.
     (
-        func.ln(Task.retry_base_delay) + _failures * func.ln(Task.retry_factor)
-        >= func.ln(func.greatest(Task.retry_max_backoff, 1e-300)),
-        Task.retry_max_backoff,
+        func.ln(_base_delay) + _failures * func.ln(_factor) >= func.ln(func.greatest(_max_backoff, 1e-300)),
+        _max_backoff,
     ),
-    else_=Task.retry_base_delay * _half * _half,
+    else_=_base_delay * _half * _half,
 )
 _jittered = case(
     # What is shorter is nothing to an interval, and Postgres refuses products that are too small for a number.
     (_backoff < 1e-6, 0.0),
-    (Task.retry_jitter < 1e-6, _backoff),
-    else_=_backoff * (1 + Task.retry_jitter * (2 * func.random() - 1)),
+    (_jitter < 1e-6, _backoff),
+    else_=_backoff * (1 + _jitter * (2 * func.random() - 1)),
 )
-_delay = func.least(_jittered, Task.retry_max_backoff)
+_delay = func.least(_jittered, _max_backoff)
 
 FAIL = (
     update(Task)

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from durable_sa import (
     CancellationPolicy,
     Durable,
+    IdempotencyConflict,
     InvalidConfiguration,
     InvalidName,
     InvalidTaskParams,
@@ -493,6 +494,31 @@ async def test_bulk_results_come_in_the_order_of_the_items(durable: Durable, eng
     assert [stored[result.task_id] for result in spawned] == list(range(2500))
     assert all(result.created for result in spawned)
     assert await durable.spawn_many([]) == []
+
+
+COMMITTED = (
+    "CREATE TABLE public.committed AS SELECT task_id FROM durable.tasks LIMIT 0",
+    "CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+    "INSERT INTO public.committed SELECT task_id FROM durable.tasks WHERE task_id = NEW.task_id; RETURN NULL; END $$",
+    "CREATE CONSTRAINT TRIGGER note AFTER INSERT ON durable.tasks DEFERRABLE INITIALLY DEFERRED "
+    "FOR EACH ROW EXECUTE FUNCTION public.note()",
+)
+
+
+async def test_not_even_for_a_moment_is_there_a_part_of_many(durable: Durable, engine: AsyncEngine) -> None:
+    await durable.spawn(tick, idempotency_key="taken")
+    async with engine.begin() as connection:
+        for statement in COMMITTED:
+            await connection.exec_driver_sql(statement)
+    for bad in (Spawn(tick, queue_name="nowhere"), Spawn(anything, idempotency_key="taken")):
+        for items in ([(tick, None), bad], [bad, (tick, None)], [(tick, None)] * 1200 + [bad]):
+            with pytest.raises((QueueNotFound, IdempotencyConflict), match=r".") as raised:
+                await durable.spawn_many(items)
+            assert f"item {items.index(bad)} " in raised.value.__notes__[0]
+    assert await count(engine, "committed") == 0
+    await durable.spawn_many([(tick, None)] * 3)
+    await durable.spawn_many([(tick, None)] * 1200)
+    assert await count(engine, "committed") == 1203
 
 
 async def test_a_bad_item_names_itself_and_spoils_all(durable: Durable, engine: AsyncEngine) -> None:

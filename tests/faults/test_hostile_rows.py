@@ -67,19 +67,9 @@ async def test_rows_that_cannot_be_read_fail_alone(durable: Durable, engine: Asy
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        "state = 'garbage'",
-        "available_at = 'infinity'",
-        "retry_base_delay = 'NaN'",
-        "retry_factor = 1e300",
-        "max_attempts = 0",
-        "retry_kind = 'linear'",
-        "max_running_time = '1000000 years'",
-        "finished_at = now()",
-    ],
+    "change", ["state = 'garbage'", "available_at = 'infinity'", "cancel_at = '-infinity'", "finished_at = now()"]
 )
-async def test_rows_that_would_stop_a_worker_cannot_be_written(
+async def test_rows_that_would_stop_a_worker_or_hide_from_all_cannot_be_written(
     durable: Durable, engine: AsyncEngine, change: str
 ) -> None:
     @durable.task
@@ -89,6 +79,51 @@ async def test_rows_that_would_stop_a_worker_cannot_be_written(
     async with engine.begin() as connection:
         with pytest.raises(IntegrityError):
             await connection.execute(text(f"UPDATE durable.tasks SET {change}"))
+
+
+NONSENSE = {
+    "retry_base_delay = 'NaN', retry_kind = 'exponential'": 1,
+    "retry_base_delay = '-Infinity', retry_kind = 'exponential'": 2,
+    "retry_factor = 'Infinity', retry_kind = 'exponential', retry_max_backoff = 0": 2,
+    "retry_factor = 'NaN', retry_kind = 'exponential', retry_max_backoff = 0": 2,
+    "retry_factor = -1, retry_kind = 'exponential', retry_max_backoff = 0": 2,
+    "retry_max_backoff = 'NaN', retry_kind = 'fixed', retry_base_delay = 0": 2,
+    "retry_max_backoff = -1, retry_kind = 'fixed'": 2,
+    "retry_jitter = 'NaN', retry_kind = 'fixed', retry_max_backoff = 0": 2,
+    "retry_jitter = -1e300, retry_kind = 'fixed', retry_max_backoff = 0": 2,
+    "retry_kind = 'linear', retry_max_backoff = 0": 2,
+    "max_attempts = 0": 1,
+    "max_attempts = -2147483648": 1,
+    "max_running_time = '1000000 years', retry_max_backoff = 0": 2,
+    "max_running_time = '-1000000 years'": None,
+    "max_pending_time = '1000000 years', retry_max_backoff = 0": 2,
+    "task_name = ''": None,
+    "idempotency_key = ''": 2,
+}
+"""Changes to the policy of a task that fails, and its attempts within a moment; None of one that is not to be run."""
+
+
+async def test_policies_that_make_no_sense_stop_nobody(durable: Durable, engine: AsyncEngine) -> None:
+    attempts: dict[int, int] = {}
+
+    @durable.task(max_attempts=2, retry_strategy=RetryStrategy.fixed(0))
+    async def work(ctx: TaskContext, number: int) -> int:
+        attempts[number] = attempts.get(number, 0) + 1
+        if number < len(NONSENSE):
+            raise ValueError(number)
+        return number
+
+    spawned = [await durable.spawn(work, number) for number in range(len(NONSENSE) + 3)]
+    async with engine.begin() as connection:
+        for task, change in zip(spawned, NONSENSE, strict=False):
+            await connection.execute(
+                text(f"UPDATE durable.tasks SET {change} WHERE task_id = :task_id"), {"task_id": task.task_id}
+            )
+    async with durable.worker(concurrency=20):
+        for number, task in enumerate(spawned[len(NONSENSE) :], len(NONSENSE)):
+            assert (await durable.wait_for_result(task, timeout=10)).output == number
+        wanted = {number: count for number, count in enumerate(NONSENSE.values()) if count is not None}
+        await eventually(lambda: {number: attempts.get(number) for number in wanted} == wanted)
 
 
 @pytest.mark.parametrize(
