@@ -123,7 +123,9 @@ CLAIM = (
         attempt=Task.attempt + case((Task.state == constant("pending"), constant(1)), else_=constant(0)),
         started_at=case((Task.state == constant("pending"), clock()), else_=Task.started_at),
         first_started_at=func.coalesce(Task.first_started_at, clock()),
-        cancel_at=case((Task.first_started_at.is_(None), clock() + bounded(Task.max_running_time)), else_=Task.cancel_at),
+        cancel_at=case(
+            (Task.first_started_at.is_(None), clock() + bounded(Task.max_running_time)), else_=Task.cancel_at
+        ),
     )
     .returning(*_CLAIMED)
 )

@@ -498,10 +498,16 @@ async def test_bulk_results_come_in_the_order_of_the_items(durable: Durable, eng
 
 COMMITTED = (
     "CREATE TABLE public.committed AS SELECT task_id FROM durable.tasks LIMIT 0",
-    "CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-    "INSERT INTO public.committed SELECT task_id FROM durable.tasks WHERE task_id = NEW.task_id; RETURN NULL; END $$",
-    "CREATE CONSTRAINT TRIGGER note AFTER INSERT ON durable.tasks DEFERRABLE INITIALLY DEFERRED "
-    "FOR EACH ROW EXECUTE FUNCTION public.note()",
+    """
+    CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO public.committed SELECT task_id FROM durable.tasks WHERE task_id = NEW.task_id;
+        RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER note AFTER INSERT ON durable.tasks DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION public.note()
+    """,
 )
 
 
