@@ -144,8 +144,8 @@ class Task(Base):
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
 
-    # Only checks whose breach would stop other tasks, or hide one: the server prepares each anew for every statement, in
-    # 6 us, and fifteen of them took it as long as inserting the row.
+    # Only checks whose breach would stop other tasks, or hide one: the server prepares each anew for every statement,
+    # in 6 us, and fifteen of them took it as long as inserting the row.
     __table_args__ = (
         CheckConstraint(
             "state IN ('pending', 'running', 'sleeping', 'completed', 'failed', 'cancelled')", name="state"
