@@ -12,6 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from .errors import InvalidState
 
 LOCK_NOT_AVAILABLE = "55P03"
+UNIQUE_VIOLATION = "23505"
 CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 POOLER_STATES = frozenset({"26000", "42P05"})
 """A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""

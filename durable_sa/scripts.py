@@ -30,7 +30,7 @@ CASCADE_BATCH = 500
 
 
 def spawn(
-    prepared: Sequence[Prepared], portions: Iterable[Portion] | None = None
+    prepared: Sequence[Prepared], portions: Iterable[Portion] | None = None, *, many: Executable = spawning.SPAWN
 ) -> Callable[[Hint], Script[list[SpawnResult[Any]]]]:
     """Insert tasks, all or none: those that were inserted are taken back when an error is raised for the first refused.
 
@@ -39,7 +39,7 @@ def spawn(
     """
 
     def script(hint: Hint) -> Script[list[SpawnResult[Any]]]:
-        outcomes = yield from insert(prepared, hint, portions=portions)
+        outcomes = yield from insert(prepared, hint, many=many, portions=portions)
         results = [outcome for outcome in outcomes if isinstance(outcome, SpawnResult)]
         for position, outcome in enumerate(outcomes):
             if isinstance(outcome, DurableError):

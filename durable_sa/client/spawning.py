@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, overload
 
 from sqlalchemy import Executable
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from .. import scripts
 from ..batches import Batch
 from ..branches import detached
-from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
+from ..database_errors import LOCK_NOT_AVAILABLE, UNIQUE_VIOLATION, backoff, sqlstate
 from ..errors import DurableError
 from ..hints import BOARDING, Hint, channel_name
 from ..loans import Loan, lent
@@ -180,10 +180,14 @@ class Spawning(ClientBase):
         with detached():
             ahead = asyncio.ensure_future(scripts.look_ahead(portions))
         try:
-            script = scripts.spawn(prepared, portions)
             if scripts.indivisible(portions):
-                return await perform_singly(self.database, script)
-            return await self._perform(script)
+                try:
+                    script = scripts.spawn(prepared, portions, many=spawning.SPAWN_UNKNOWN)
+                    return await perform_singly(self.database, script)
+                except IntegrityError as error:
+                    if sqlstate(error) != UNIQUE_VIOLATION:
+                        raise
+            return await self._perform(scripts.spawn(prepared, portions))
         finally:
             ahead.cancel()
 

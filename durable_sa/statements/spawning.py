@@ -82,10 +82,10 @@ KIND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 """What many of them have in common: few arrays as long as the batch are sent and unnested, not twenty."""
 
 
-def insert_tasks(source: FromClause) -> Insert:
+def insert_tasks(source: FromClause, *, unknown: bool = False) -> Insert:
     """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone.
 
-    If the rows are numbered, by a column `position`, they become available in that order; a join forgets it.
+    That there are such is an error if all are said to be `unknown`, and an eighth of the work is saved. If the rows are numbered, by a column `position`, they become available in that order; a join forgets it.
     """
     timed = select(source, clock().label("now"))
     if "position" in source.c:
@@ -114,25 +114,25 @@ def insert_tasks(source: FromClause) -> Insert:
         "parent_task_id": t.parent_task_id,
         "idempotency_key": t.idempotency_key,
     }
-    return insert(Task).from_select(list(values), select(*values.values())).on_conflict_do_nothing()
+    inserted = insert(Task).from_select(list(values), select(*values.values()))
+    return inserted if unknown else inserted.on_conflict_do_nothing()
 
 
 def _spawnable(new: FromClause) -> Select[Any]:
     return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
 
 
-def _spawn(spawnable: Select[Any]) -> Insert:
-    return insert_tasks(spawnable.subquery("spawnable"))
+def _spawn(spawnable: Select[Any], *, unknown: bool = False) -> Insert:
+    return insert_tasks(spawnable.subquery("spawnable"), unknown=unknown)
 
 
 def _spawn_one(spawnable: Select[Any]) -> Executable:
     return _spawn(spawnable).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
 
 
-def _spawn_many(spawnable: Select[Any]) -> Executable:
-    spawned = (
-        _spawn(spawnable).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at).cte("spawned")
-    )
+def _spawn_many(spawnable: Select[Any], *, unknown: bool = False) -> Executable:
+    inserted = _spawn(spawnable, unknown=unknown)
+    spawned = inserted.returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at).cte("spawned")
     lane = spawned.c.queue_name, spawned.c.priority
     wanted = func.cardinality(unseen(array("task_id", SPAWN_COLUMNS["task_id"])))
     return select(
@@ -151,6 +151,9 @@ _many = _spawnable(
     .subquery("spawn")
 )
 _one = _spawnable(one_row("spawn", **SPAWN_COLUMNS))
+
+SPAWN_UNKNOWN = _spawn_many(_many, unknown=True)
+"""As `SPAWN`, of tasks without keys in one queue. 23505 where they are there: it is repeated after a lost reply."""
 
 SPAWN = _spawn_many(_many)
 """Enqueue. Gives the number and the ids of each lane's tasks and its earliest time.
