@@ -85,7 +85,8 @@ KIND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 def insert_tasks(source: FromClause, *, unknown: bool = False) -> Insert:
     """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone.
 
-    That there are such is an error if all are said to be `unknown`, and an eighth of the work is saved. If the rows are numbered, by a column `position`, they become available in that order; a join forgets it.
+    That there are such is an error if all are said to be `unknown`, and an eighth of the work is saved. If the rows
+    are numbered, by a column `position`, they become available in that order; a join forgets it.
     """
     timed = select(source, clock().label("now"))
     if "position" in source.c:

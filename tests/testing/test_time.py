@@ -208,15 +208,17 @@ async def test_schedules_fire_and_queues_forget_by_the_clock(durable: Durable) -
             return [moment for moment in found.scalars() if moment is not None]
 
     async with time_travel(durable) as clock, durable.worker():
-        noon = (await clock.now()).replace(hour=12, minute=0, second=0, microsecond=0)
-        await clock.move_to(noon + timedelta(days=1, hours=-1))
-        await clock.advance(timedelta(days=2, hours=2))
+        now = await clock.now()
+        noon = now.replace(hour=12, minute=0, second=0, microsecond=0)
+        if noon <= now:
+            noon += timedelta(days=1)
+        await clock.move_to(noon + timedelta(days=2, hours=1))
         await eventually(lambda: has_length(completed(), 3))
         await clock.advance(timedelta(days=3))
 
         async def only_new_ones_are_left() -> bool:
             moments = await completed()
-            return len(moments) == 3 and min(moments) > noon + timedelta(days=6)
+            return len(moments) == 3 and min(moments) > noon + timedelta(days=5)
 
         await eventually(only_new_ones_are_left)
 
