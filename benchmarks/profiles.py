@@ -75,7 +75,7 @@ PROFILES: Final = {
             "full",
             rounds=5,
             patience=1_200,
-            spawns={1: 1_000, 8: 5_000, 32: 10_000},
+            spawns={1: 5_000, 8: 5_000, 32: 10_000},
             bulk=50_000,
             drained={"default": 1_000, "1": 1_000, "8": 6_000, "100": 30_000, "best": 40_000, "two": 40_000},
             pings=150,

@@ -11,13 +11,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable
+from sqlalchemy.exc import IntegrityError
 
+from .database_errors import UNIQUE_VIOLATION, sqlstate
 from .errors import DurableError, InvalidState, QueueNotFound, TaskNotFound
 from .hints import Hint
 from .ids import new_id
 from .results import SpawnResult, TaskStatus
 from .sessions import Script
-from .spawns import Prepared, at_position, conflict, created, explain, grouped, over, values, wanted
+from .spawns import Prepared, alike, at_position, conflict, created, explain, grouped, over, values, wanted
 from .statements import cancelling, queues, spawning, waits
 
 if TYPE_CHECKING:
@@ -125,7 +127,15 @@ def _insert(
             found.update(row.task_id for row in rows)
             hint.add_rows(rows)
         else:
-            for lane in (yield many, missing.arrays):
+            try:
+                lanes = yield many, missing.alike if many is spawning.SPAWN_ALIKE else missing.arrays
+            except IntegrityError as error:
+                if many is not spawning.SPAWN_ALIKE or sqlstate(error) != UNIQUE_VIOLATION:
+                    raise
+                # This very statement has been here before, and its reply was lost.
+                many = spawning.SPAWN
+                lanes = yield many, missing.arrays
+            for lane in lanes:
                 found.update(missing.results if lane.task_ids is None else lane.task_ids)
                 hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
         for item in missing:
@@ -157,6 +167,11 @@ class Portion(list[Prepared]):
         """What the statement binds."""
         return grouped(self)
 
+    @property
+    def alike(self) -> dict[str, Any]:
+        """What it binds where all are of one kind."""
+        return alike(self)
+
     @functools.cached_property
     def results(self) -> dict[uuid.UUID, SpawnResult[Any]]:
         """Of those that are inserted, by id."""
@@ -179,23 +194,24 @@ def portioned(prepared: Iterable[Prepared]) -> Iterator[Portion]:
 
 
 async def look_ahead(portions: Iterable[Portion]) -> None:
-    """Compute what their statements need and give, while the database is busy with those before, or with themselves."""
-    for portion in portions:
-        _ = portion.arrays
+    """Compute what statements need and give, while the database is busy with those before, or with themselves."""
+    for number, portion in enumerate(portions):
+        if number > 0:
+            _ = portion.arrays
         await asyncio.sleep(0)
         _ = portion.results
         await asyncio.sleep(0)
 
 
-def indivisible(portions: Sequence[Portion]) -> bool:
-    """Whether all goes into one statement that inserts either everything or nothing, so that none need be taken back.
+def are_alike(portions: Sequence[Portion]) -> bool:
+    """Whether all go into one statement, are of one kind, and have no keys.
 
-    What is in one queue finds that queue or does not, and only an idempotency key may be taken.
+    Then either all or none are inserted, as their queue is there or is not, and none need be taken back.
     """
-    return len(portions) <= 1 and all(
-        len({item.queue_name for item in portion}) == 1 and not any(item.idempotency_key for item in portion)
-        for portion in portions
-    )
+    if len(portions) != 1:
+        return False
+    kind = portions[0][0].kind
+    return all((item.kind is kind or item.kind == kind) and item.idempotency_key is None for item in portions[0])
 
 
 def emit(queue_name: str, name: str, payload: str, emission: Emission | None = None) -> Callable[[Hint], Script[bool]]:

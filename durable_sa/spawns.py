@@ -19,7 +19,7 @@ from .names import validate_name
 from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
 from .statements.expressions import arrays
-from .statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
+from .statements.spawning import ALIKE_COLUMNS, ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -155,6 +155,14 @@ def prepare(
     return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec, name in client.tasks, spawning)
 
 
+def prepare_another(client: ClientBase, task: Task[Any, Any], params: Any, like: Prepared) -> Prepared:
+    """As `prepare`, of the same task and with the same options, where hooks do not hear of it."""
+    text = task.encode_params(params)
+    if text is not None:
+        check_size(text, client.max_payload_bytes, f"the params of task {task.name!r}")
+    return Prepared(new_id(), new_id(), text, *like[3:])
+
+
 @functools.lru_cache(maxsize=1024)
 def _without_options(name: str, task: TaskOptions, defaults: TaskOptions) -> tuple[ResolvedSpawn, Kind]:
     resolved = resolve_spawn_options({}, task, defaults)
@@ -226,6 +234,12 @@ def grouped(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
             number = numbers.setdefault(last, len(numbers) + 1)
         items.append((*item[:4], number))
     return {**arrays(ITEM_COLUMNS, items), **arrays(KIND_COLUMNS, list(numbers))}
+
+
+def alike(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """What the insert of many of one kind binds: arrays of what each has for itself, and the kind."""
+    kind = zip(KIND_COLUMNS, prepared[0].kind, strict=True)
+    return {**arrays(ALIKE_COLUMNS, [item[:3] for item in prepared]), **dict(kind)}
 
 
 def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, overload
 
 from sqlalchemy import Executable
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
@@ -18,18 +18,18 @@ from typing_extensions import Unpack
 from .. import scripts
 from ..batches import Batch
 from ..branches import detached
-from ..database_errors import LOCK_NOT_AVAILABLE, UNIQUE_VIOLATION, backoff, sqlstate
+from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
 from ..hints import BOARDING, Hint, channel_name
 from ..loans import Loan, lent
 from ..options import Spawn, SpawnOptions
 from ..results import SpawnResult
 from ..sessions import Executor, Script, perform
-from ..spawns import Prepared, at_position, prepare
+from ..spawns import Prepared, at_position, prepare, prepare_another
 from ..statements import spawning
 from ..tasks import Task
 from .base import ClientBase
-from .transactions import perform_singly
+from .transactions import perform_in_autocommit
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -180,13 +180,9 @@ class Spawning(ClientBase):
         with detached():
             ahead = asyncio.ensure_future(scripts.look_ahead(portions))
         try:
-            if scripts.indivisible(portions):
-                try:
-                    script = scripts.spawn(prepared, portions, many=spawning.SPAWN_UNKNOWN)
-                    return await perform_singly(self.database, script)
-                except IntegrityError as error:
-                    if sqlstate(error) != UNIQUE_VIOLATION:
-                        raise
+            if scripts.are_alike(portions):
+                script = scripts.spawn(prepared, portions, many=spawning.SPAWN_ALIKE)
+                return await perform_in_autocommit(self.database, script)
             return await self._perform(scripts.spawn(prepared, portions))
         finally:
             ahead.cancel()
@@ -220,13 +216,18 @@ class Spawning(ClientBase):
         prepared: list[Prepared] = []
         spawning = None if (telemetry := self.telemetry) is None else telemetry.spawn()
         ready = functools.partial(prepare, self, spawning=spawning, observed=spawning is not None)
+        last: tuple[object, Prepared] | None = None
+        """A task that was spawned without options, as most are again, and what came of it."""
         for position, item in enumerate(items):
             try:
                 match item:
                     case Spawn():
                         prepared.append(ready(item.task, item.params, item.options))
+                    case (Task() as task, params) if last is not None and last[0] is task and not self.hooks.on_spawn:
+                        prepared.append(prepare_another(self, task, params, last[1]))
                     case (task, params):
                         prepared.append(ready(task, params, {}))
+                        last = task, prepared[-1]
                     case _:
                         raise TypeError(
                             "what is to be spawned is a tuple of a task and its params, or Spawn(task, params, ...), "

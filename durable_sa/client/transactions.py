@@ -32,9 +32,9 @@ async def perform_alone(database: Database, script: Callable[[Hint], Script[T]])
     return await _left_alone(_perform(database, script))
 
 
-async def perform_singly(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+async def perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     """As :meth:`perform_alone`, of a script whose statements may each be repeated, and commit by itself."""
-    return await _left_alone(_perform_singly(database, script))
+    return await _left_alone(_perform_in_autocommit(database, script))
 
 
 async def _left_alone(performing: Coroutine[Any, Any, T]) -> T:
@@ -43,7 +43,7 @@ async def _left_alone(performing: Coroutine[Any, Any, T]) -> T:
     return await asyncio.shield(task)
 
 
-async def _perform_singly(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+async def _perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     hint = Hint()
     async with Loan(database) as loan:
         result = await _drive(loan.execute, script(hint))
@@ -80,7 +80,12 @@ async def _drive(
     try:
         statement, parameters = next(script)
         while True:
-            statement, parameters = script.send(await execute(statement, parameters))
+            try:
+                rows = await execute(statement, parameters)
+            except Exception as error:  # noqa: BLE001 - the script raises it, unless it knows better
+                statement, parameters = script.throw(error)
+            else:
+                statement, parameters = script.send(rows)
     except StopIteration as end:
         value: T = end.value
         return value

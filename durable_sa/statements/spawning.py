@@ -21,6 +21,7 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    null,
     or_,
     select,
     true,
@@ -81,12 +82,15 @@ KIND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 }
 """What many of them have in common: few arrays as long as the batch are sent and unnested, not twenty."""
 
+ALIKE_COLUMNS: Final = ("task_id", "run_id", "params")
+"""What each has for itself of tasks that have all else in common, and no key."""
 
-def insert_tasks(source: FromClause, *, unknown: bool = False) -> Insert:
+
+def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
     """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone.
 
-    That there are such is an error if all are said to be `unknown`, and an eighth of the work is saved. If the rows
-    are numbered, by a column `position`, they become available in that order; a join forgets it.
+    If they are said to be `new`, that there are such is an error, and an eighth of the work is saved. If the rows are
+    numbered, by a column `position`, they become available in that order; a join forgets it.
     """
     timed = select(source, clock().label("now"))
     if "position" in source.c:
@@ -116,23 +120,23 @@ def insert_tasks(source: FromClause, *, unknown: bool = False) -> Insert:
         "idempotency_key": t.idempotency_key,
     }
     inserted = insert(Task).from_select(list(values), select(*values.values()))
-    return inserted if unknown else inserted.on_conflict_do_nothing()
+    return inserted if new else inserted.on_conflict_do_nothing()
 
 
 def _spawnable(new: FromClause) -> Select[Any]:
     return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
 
 
-def _spawn(spawnable: Select[Any], *, unknown: bool = False) -> Insert:
-    return insert_tasks(spawnable.subquery("spawnable"), unknown=unknown)
+def _spawn(spawnable: Select[Any], *, new: bool = False) -> Insert:
+    return insert_tasks(spawnable.subquery("spawnable"), new=new)
 
 
 def _spawn_one(spawnable: Select[Any]) -> Executable:
     return _spawn(spawnable).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
 
 
-def _spawn_many(spawnable: Select[Any], *, unknown: bool = False) -> Executable:
-    inserted = _spawn(spawnable, unknown=unknown)
+def _spawn_many(spawnable: Select[Any], *, new: bool = False) -> Executable:
+    inserted = _spawn(spawnable, new=new)
     spawned = inserted.returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at).cte("spawned")
     lane = spawned.c.queue_name, spawned.c.priority
     wanted = func.cardinality(unseen(array("task_id", SPAWN_COLUMNS["task_id"])))
@@ -151,10 +155,21 @@ _many = _spawnable(
     .join_from(_items, _kinds, _items.c.kind == _kinds.c.number)
     .subquery("spawn")
 )
+_ones = numbered_rows("ones", "position", **{name: SPAWN_COLUMNS[name] for name in ALIKE_COLUMNS})
+_kind = one_row("kind", **KIND_COLUMNS)
+_alike = _spawnable(
+    select(
+        _ones.c.position,
+        *({**_ones.c, **_kind.c}[name] for name in SPAWN_COLUMNS if name != "idempotency_key"),
+        cast(null(), Text()).label("idempotency_key"),
+    )
+    .join_from(_ones, _kind, true())
+    .subquery("spawn")
+)
 _one = _spawnable(one_row("spawn", **SPAWN_COLUMNS))
 
-SPAWN_UNKNOWN = _spawn_many(_many, unknown=True)
-"""As `SPAWN`, of tasks without keys in one queue. 23505 where they are there: it is repeated after a lost reply."""
+SPAWN_ALIKE = _spawn_many(_alike, new=True)
+"""As `SPAWN`, of new tasks of one kind without keys. 23505 where they are there: it is repeated after a lost reply."""
 
 SPAWN = _spawn_many(_many)
 """Enqueue. Gives the number and the ids of each lane's tasks and its earliest time.
