@@ -187,6 +187,7 @@ class Run(Base):
     """One row an ended attempt. ``failed`` also for a lost worker or a release at shutdown: ``error`` says which."""
 
     __tablename__ = "runs"
+
     task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(Integer(), primary_key=True, autoincrement=False)
     run_id: Mapped[uuid.UUID]
@@ -201,6 +202,7 @@ class Checkpoint(Base):
     """What a call in a task came to, once and for all: a step's result, a child, a payload, a timeout, a wake time."""
 
     __tablename__ = "checkpoints"
+
     task_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     key: Mapped[uuid.UUID] = mapped_column(
         primary_key=True, comment="hash of kind, name, arguments, branch and occurrence"

@@ -216,8 +216,8 @@ class Spawning(ClientBase):
         prepared: list[Prepared] = []
         spawning = None if (telemetry := self.telemetry) is None else telemetry.spawn()
         ready = functools.partial(prepare, self, spawning=spawning, observed=spawning is not None)
+        # A task that was there without options, as most are again, and what came of it.
         last: tuple[object, Prepared] | None = None
-        """A task that was spawned without options, as most are again, and what came of it."""
         for position, item in enumerate(items):
             try:
                 match item:

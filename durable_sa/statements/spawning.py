@@ -168,15 +168,15 @@ _alike = _spawnable(
 )
 _one = _spawnable(one_row("spawn", **SPAWN_COLUMNS))
 
-SPAWN_ALIKE = _spawn_many(_alike, new=True)
-"""As `SPAWN`, of new tasks of one kind without keys. 23505 where they are there: it is repeated after a lost reply."""
-
 SPAWN = _spawn_many(_many)
 """Enqueue. Gives the number and the ids of each lane's tasks and its earliest time.
 
 A task whose queue does not exist, or whose key is taken, is missing from what comes back. Ids that say nothing, as all
 tasks are there in one lane, are left out: reading a thousand takes the client as long as encoding them.
 """
+
+SPAWN_ALIKE = _spawn_many(_alike, new=True)
+"""As `SPAWN`, of new tasks of one kind without keys. 23505 where they are there: it is repeated after a lost reply."""
 
 SPAWN_ONE = _spawn_one(_one)
 """As `SPAWN`, of a task alone, which gives its row."""

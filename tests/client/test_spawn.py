@@ -541,6 +541,12 @@ async def test_a_bad_item_names_itself_and_spoils_all(durable: Durable, engine: 
             await durable.spawn_many([(tick, None)] * 1200 + [bad, (tick, None)])
         assert raised.value.__notes__ == ["It is item 1200 of those to be spawned (counted from 0); none was spawned."]
         assert await count(engine) == 0
+    small = Durable(engine, max_payload_bytes=100)
+    for params, error in [({"number": "x"}, InvalidTaskParams), ({"number": 10**100}, PayloadTooLarge)]:
+        with pytest.raises(error) as raised:
+            await small.spawn_many([(ship, {"number": 1}), (ship, {"number": 2}), (ship, params)])
+        assert "item 2 " in raised.value.__notes__[0]
+        assert await count(engine) == 0
 
 
 async def test_a_cancelled_caller_leaves_all_or_nothing_and_the_pool_intact(

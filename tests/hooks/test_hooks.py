@@ -92,10 +92,10 @@ async def test_every_way_to_spawn_is_seen(engine: AsyncEngine) -> None:
         await durable.spawn_by_name("leaf")
         await durable.spawn_with(session, leaf)
         await durable.spawn_by_name_with(session, "leaf")
-        await durable.spawn_many([(leaf, None), Spawn(leaf)])
+        await durable.spawn_many([(leaf, None), (leaf, None), Spawn(leaf)])
         await durable.spawn_many_with(session, [(leaf, None)])
         await session.rollback()
-        assert journal.entries == ["spawn leaf"] * 7
+        assert journal.entries == ["spawn leaf"] * 8
         journal.entries.clear()
         await durable.create_schedule("hourly", task=leaf, cron_expression="0 * * * *")
         assert journal.entries == []
