@@ -196,6 +196,7 @@ def portioned(prepared: Iterable[Prepared]) -> Iterator[Portion]:
 async def look_ahead(portions: Iterable[Portion]) -> None:
     """Compute what statements need and give, while the database is busy with those before, or with themselves."""
     for number, portion in enumerate(portions):
+        # The first statement is sent before anything can be computed ahead of it.
         if number > 0:
             _ = portion.arrays
         await asyncio.sleep(0)

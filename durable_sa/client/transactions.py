@@ -33,7 +33,7 @@ async def perform_alone(database: Database, script: Callable[[Hint], Script[T]])
 
 
 async def perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
-    """As :meth:`perform_alone`, of a script whose statements may each be repeated, and commit by itself."""
+    """As :func:`perform_alone`, of a script whose statements may each be repeated, and commit by itself."""
     return await _left_alone(_perform_in_autocommit(database, script))
 
 

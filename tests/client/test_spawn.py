@@ -518,7 +518,7 @@ async def test_not_even_for_a_moment_is_there_a_part_of_many(durable: Durable, e
             await connection.exec_driver_sql(statement)
     for bad in (Spawn(tick, queue_name="nowhere"), Spawn(anything, idempotency_key="taken")):
         for items in ([(tick, None), bad], [bad, (tick, None)], [(tick, None)] * 1200 + [bad]):
-            with pytest.raises((QueueNotFound, IdempotencyConflict), match=r".") as raised:
+            with pytest.raises((QueueNotFound, IdempotencyConflict)) as raised:
                 await durable.spawn_many(items)
             assert f"item {items.index(bad)} " in raised.value.__notes__[0]
     assert await count(engine, "committed") == 0

@@ -126,6 +126,17 @@ async def test_policies_that_make_no_sense_stop_nobody(durable: Durable, engine:
         await eventually(lambda: {number: attempts.get(number) for number in wanted} == wanted)
 
 
+async def test_a_task_with_a_limit_beyond_the_calendar_is_retried(durable: Durable, engine: AsyncEngine) -> None:
+    @durable.task
+    async def work(ctx: TaskContext) -> None: ...
+
+    spawned = await durable.spawn(work)
+    async with engine.begin() as connection:
+        await connection.execute(text("UPDATE durable.tasks SET max_pending_time = '1000000 years'"))
+    await durable.cancel_task(spawned)
+    assert await durable.retry_task(spawned) is TaskStatus.PENDING
+
+
 @pytest.mark.parametrize(
     "change",
     [
