@@ -90,7 +90,8 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
     """New tasks from rows of `SPAWN_COLUMNS`; what is there already, by id or by idempotency key, is left alone.
 
     If they are said to be `new`, that there are such is an error, and an eighth of the work is saved. If the rows are
-    numbered, by a column `position`, they become available in that order; a join forgets it.
+    numbered, by a column `position`, they become available in that order; a join forgets it. They are inserted in the
+    order of their keys: two statements that insert the same ones wait for each other, but not both.
     """
     timed = select(source, clock().label("now"))
     if "position" in source.c:
@@ -119,8 +120,12 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
         "parent_task_id": t.parent_task_id,
         "idempotency_key": t.idempotency_key,
     }
-    inserted = insert(Task).from_select(list(values), select(*values.values()))
-    return inserted if new else inserted.on_conflict_do_nothing()
+    selected = select(*values.values())
+    if new:
+        return insert(Task).from_select(list(values), selected)
+    if "position" in source.c:
+        selected = selected.order_by(t.queue_name, t.idempotency_key)
+    return insert(Task).from_select(list(values), selected).on_conflict_do_nothing()
 
 
 def _spawnable(new: FromClause) -> Select[Any]:

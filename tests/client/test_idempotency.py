@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from durable_sa import Durable, IdempotencyConflict, InvalidName, Spawn, TaskRow, TaskStatus, task
 from tests.client.support import Gate, count
+from tests.support import eventually
 
 
 @task
@@ -262,6 +263,41 @@ async def test_bulk_spawns_with_the_same_keys_in_other_orders_do_not_deadlock(da
     for n, batch in enumerate(results):
         order = batch if n % 2 else batch[::-1]
         assert [result.task_id for result in order] == [result.task_id for result in results[1]]
+
+
+async def test_keys_are_taken_in_their_own_order(
+    durable: Durable, engine: AsyncEngine, database_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that come from both ends do not meet each holding what the other one is after."""
+    monkeypatch.setattr("durable_sa.client.transactions._TRIES", 1)
+    keys = [f"key {n}" for n in range(10, 20)]
+    other = Durable(database_url)
+
+    async def waiting() -> bool:
+        async with engine.connect() as observer:
+            return await observer.scalar(sa.text(_WAITING)) == 2
+
+    async with engine.connect() as holder:
+        await durable.spawn_with(holder, ship, 1, idempotency_key="key 15")
+        spawning = [
+            asyncio.create_task(client.spawn_many([Spawn(ship, 1, idempotency_key=key) for key in order]))
+            for client, order in ((durable, keys), (other, keys[::-1]))
+        ]
+        await eventually(waiting)
+        await holder.rollback()
+    first, second = await asyncio.gather(*spawning)
+    await other.close()
+    assert {result.created for result in first} != {result.created for result in second}
+    assert [result.task_id for result in first] == [result.task_id for result in second[::-1]]
+    async with engine.connect() as connection:
+        rows = await connection.execute(sa.select(TaskRow.idempotency_key).order_by(TaskRow.available_at))
+        assert rows.scalars().all() == (keys if first[0].created else keys[::-1])
+
+
+_WAITING = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%INSERT INTO%'
+"""
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
