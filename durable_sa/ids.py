@@ -33,9 +33,8 @@ def step_key(
     What is a `part` of a step is not asked for any more once that step is recorded; its last bit says so.
     """
     identity = repr((kind, name, arguments, path, occurrence)).encode("utf-8", "surrogatepass")
-    raw = bytearray(hashlib.blake2b(identity, digest_size=16).digest())
-    raw[15] = raw[15] & 0xFE | part
-    return _uuid(bytes(raw))
+    raw = hashlib.blake2b(identity, digest_size=16).digest()
+    return _uuid(raw if raw[15] & 1 == part else raw[:15] + bytes((raw[15] ^ 1,)))
 
 
 def is_part(key: uuid.UUID) -> bool:

@@ -25,9 +25,8 @@ class News:
         """Follow up on what the writer has just committed."""
         self._claims.written()
         if kind is Kind.COMPLETION:
-            ended = [row.task_id for row in rows if row.parent_task_id is not None]
-            if ended:
-                self._tender.ended(ended)
+            if children := rows[0].child_task_ids:
+                self._tender.ended(children)
         elif kind is Kind.FAILURE:
             given_up = [row for row in rows if row.state == "failed"]
             if given_up:

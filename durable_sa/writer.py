@@ -25,7 +25,20 @@ from .channels import Channel
 from .database_errors import LOCK_NOT_AVAILABLE, backoff, is_read_only, is_transient, reason, sqlstate, without_values
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
-from .writes import ALONE, CONTENDED, Kind, Stored, Write, current, statement_of, statement_of_many
+from .writes import (
+    ALONE,
+    CONTENDED,
+    KEYED,
+    TALLIED,
+    Kind,
+    Stored,
+    Write,
+    answers,
+    current,
+    identify,
+    statement_of,
+    statement_of_many,
+)
 
 logger = logging.getLogger("durable_sa")
 
@@ -222,43 +235,24 @@ class Writer:
         kind = writes[0].kind
         statement, parameters = statement_of(kind, writes)
         rows = await channel.execute(statement, parameters)
-        keyed = kind in (Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT)
         missing: list[Write] = []
-        if kind is Kind.WAITS:
+        if kind in TALLIED and rows[0].written == len(writes):
             for write in writes:
-                own = [row for row in rows if row.task_id == write.task_id]
-                if own:
-                    write.settle(own)
-            missing = [write for write in writes if not write.over]
-        elif kind is Kind.CHILD:
-            born = {row.child_task_id for row in rows}
-            for write in writes:
-                if write.values[0][-1] in born:
-                    write.settle(None)
-                else:
-                    missing.append(write)
-        elif keyed:
-            written = {(row.task_id, row.key): row for row in rows}
-            for write in writes:
-                row = written.get((write.task_id, write.key))
-                if row is None:
-                    missing.append(write)
-                else:
-                    write.settle(Stored("completed", row.value) if kind is Kind.EVENT else None)
+                write.settle(None)
         else:
-            found = {row.task_id: row for row in rows}
+            told = answers(kind, rows)
             for write in writes:
-                row = found.get(write.task_id)
-                if row is None:
-                    missing.append(write)
+                identity = identify(write)
+                if identity in told:
+                    write.settle(told[identity])
                 else:
-                    write.settle(row)
-        if rows:
+                    missing.append(write)
+        if len(missing) < len(writes):
             self._on_commit(kind, writes, rows)
         if missing:
-            await self._settle(channel, missing, keyed)
+            await self._settle(channel, missing, keyed=kind in KEYED)
 
-    async def _settle(self, channel: Channel, missing: list[Write], keyed: bool) -> None:
+    async def _settle(self, channel: Channel, missing: list[Write], *, keyed: bool) -> None:
         """Find out why writes were passed over: lost fence, stored before, or a row that somebody holds locked."""
         ids = list({write.task_id: write.fence for write in missing}.items())
         rows = await channel.execute(

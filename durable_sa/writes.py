@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-from sqlalchemy import Executable
+from sqlalchemy import Executable, Row
 
 from .signals import LeaseLost
 from .statements import checkpoints, outcomes
@@ -31,6 +31,13 @@ class Kind(Enum):
 
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
 """What may meet an insert of the same key in a transaction that is still open."""
+
+
+KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT})
+"""What is stored under a key, once."""
+
+TALLIED = frozenset({Kind.CHECKPOINT, Kind.COMPLETION})
+"""The commonest, whose statements give one row: how many were written, and which only where some are missing."""
 
 
 class Stored(NamedTuple):
@@ -162,3 +169,30 @@ def statement_of(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str,
 def statement_of_many(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     """As `statement_of`, also of none or one."""
     return _STATEMENTS[kind](writes)
+
+
+def identify(write: Write) -> Hashable:
+    """What a write goes by in :func:`answers`."""
+    if write.kind in (Kind.CHECKPOINT, Kind.EVENT):
+        return write.task_id, write.key
+    return write.values[0][-1] if write.kind is Kind.CHILD else write.task_id
+
+
+def answers(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
+    """What a statement gave to each write that it has written."""
+    match kind:
+        case Kind.CHECKPOINT:
+            return dict.fromkeys(zip(rows[0].task_ids or (), rows[0].keys or (), strict=True))
+        case Kind.COMPLETION:
+            return dict.fromkeys(rows[0].task_ids or ())
+        case Kind.CHILD:
+            return dict.fromkeys(row.child_task_id for row in rows)
+        case Kind.EVENT:
+            return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
+        case Kind.WAITS:
+            groups: dict[Hashable, list[Row[Any]]] = {}
+            for row in rows:
+                groups.setdefault(row.task_id, []).append(row)
+            return groups
+        case _:
+            return {row.task_id: row for row in rows}

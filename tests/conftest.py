@@ -16,6 +16,14 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+SLOW = ("tests/worker", "tests/faults", "tests/examples", "tests/docs", "tests/testing", "tests/context")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that wait most come first, so that no process is left with a few of them when the others have finished."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
+
+
 @pytest.fixture
 def database_url(durable_database_url: URL) -> URL:
     return durable_database_url

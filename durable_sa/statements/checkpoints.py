@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Executable, Text, Uuid, bindparam, case, exists, func, null, select, true
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Executable,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    exists,
+    func,
+    null,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, Queue, Task, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, impatient, numbered_rows, one_row, rows
+from .expressions import (
+    array,
+    as_json,
+    as_jsonb,
+    as_text,
+    clock,
+    constant,
+    impatient,
+    length,
+    numbered_rows,
+    one_row,
+    rows,
+    tally,
+)
 from .outcomes import is_one_of, locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
@@ -47,15 +73,14 @@ def _fences(source: FromClause) -> FromClause:
     return select(source.c.task_ids, source.c.fences).distinct().subquery("fenced")
 
 
-def _record(new: FromClause) -> Executable:
-    written = _insert_checkpoints(new, locked_rows(_fences(new)))
-    return select(written.c.task_id, written.c.key)
+def _record(new: FromClause, wanted: ColumnElement[int]) -> Executable:
+    return tally(_insert_checkpoints(new, locked_rows(_fences(new))), wanted, told=("task_id", "key"))
 
 
-RECORD = _record(rows("entry", **CHECKPOINT_COLUMNS))
+RECORD = _record(rows("entry", **CHECKPOINT_COLUMNS), length("task_ids", Uuid()))
 """Write checkpoints. One that is there already stays as it is; one whose run has lost its fence is not written."""
 
-RECORD_ONE = _record(one_row("entry", **CHECKPOINT_COLUMNS))
+RECORD_ONE = _record(one_row("entry", **CHECKPOINT_COLUMNS), constant(1))
 """As `RECORD`, of a checkpoint alone."""
 
 _impatient = impatient()

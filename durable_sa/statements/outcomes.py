@@ -35,7 +35,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Run, Task, Wait
 from ..policies import MAX_DURATION
-from .expressions import array, as_json, clock, constant, interval, one_row, raised, rows, statement_time
+from .expressions import array, as_json, clock, constant, interval, length, one_row, raised, rows, statement_time, tally
 
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
@@ -94,11 +94,11 @@ def free_waits_gone(locked: FromClause, *conditions: ColumnElement[bool]) -> CTE
     return delete(Wait).where(Wait.task_id == free.c.task_id, Wait.key == free.c.key).cte("waits_gone")
 
 
-def _complete(done: FromClause) -> Executable:
+def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
     locked = locked_rows(done)
     ended = ended_attempts(locked, constant("completed"), null())
     forgotten = delete(Wait).where(Wait.task_id == locked.c.task_id, locked.c.waited).cte("forgotten")
-    return (
+    completed = (
         update(Task)
         .where(Task.task_id == locked.c.task_id)
         .values(
@@ -110,8 +110,11 @@ def _complete(done: FromClause) -> Executable:
             fence=Task.fence + constant(1),
         )
         .returning(Task.task_id, Task.parent_task_id)
-        .add_cte(ended, forgotten)
+        .cte("completed")
     )
+    children = func.array_agg(completed.c.task_id).filter(completed.c.parent_task_id.is_not(None))
+    reply = tally(completed, wanted, told=("task_id",)).add_columns(children.label("child_task_ids"))
+    return reply.add_cte(ended, forgotten)
 
 
 COMPLETION_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -121,10 +124,10 @@ COMPLETION_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "waited": Boolean(),
 }
 
-COMPLETE = _complete(rows("done", **COMPLETION_COLUMNS))
+COMPLETE = _complete(rows("done", **COMPLETION_COLUMNS), length("task_ids", Uuid()))
 """Store results. Found by id and fence alone: with a condition on the state the planner walks an index instead."""
 
-COMPLETE_ONE = _complete(one_row("done", **COMPLETION_COLUMNS))
+COMPLETE_ONE = _complete(one_row("done", **COMPLETION_COLUMNS), constant(1))
 """As `COMPLETE`, of a result alone."""
 
 _failed = rows(

@@ -40,10 +40,10 @@ from .expressions import (
     constant,
     impatient,
     interval,
+    length,
     numbered_rows,
     one_row,
     rows,
-    unseen,
 )
 
 SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -144,7 +144,7 @@ def _spawn_many(spawnable: Select[Any], *, new: bool = False) -> Executable:
     inserted = _spawn(spawnable, new=new)
     spawned = inserted.returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at).cte("spawned")
     lane = spawned.c.queue_name, spawned.c.priority
-    wanted = func.cardinality(unseen(array("task_id", SPAWN_COLUMNS["task_id"])))
+    wanted = length("task_id", SPAWN_COLUMNS["task_id"])
     return select(
         *lane,
         func.min(spawned.c.available_at).label("available_at"),

@@ -111,7 +111,7 @@ async def churn(durable: Durable, plain: asyncpg.Connection, tasks: int, *, meas
             lanes.claimed(runs, search=False, full=True)
             held = {"task_ids": [run.task_id for run in runs], "fences": [run.fence for run in runs]}
             ended = {**held, "outputs": ["1"] * len(runs), "waited": [False] * len(runs)}
-            done += len(await channel.execute(outcomes.COMPLETE, ended))
+            done += (await channel.execute(outcomes.COMPLETE, ended))[0].written
             await forget(channel)
         ((found.left,),) = await channel.execute(text("SELECT count(*) FROM durable.tasks"))
     finally:

@@ -66,6 +66,12 @@ MUTANTS = (
         (f"{RACES}test_takeover_and_what_a_run_writes", "tests/worker/test_fences.py"),
     ),
     Mutant(
+        "a reply that is taken to be about all writes",
+        "writer.py",
+        (("if kind in TALLIED and rows[0].written == len(writes):", "if kind in TALLIED:"),),
+        (f"{RACES}test_takeover_and_what_a_run_writes", "tests/worker/test_fences.py"),
+    ),
+    Mutant(
         "a fence that a suspension leaves as it is",
         "statements/outcomes.py",
         (
@@ -182,7 +188,7 @@ MUTANTS = (
     Mutant(
         "a child's end that tells nobody",
         "news.py",
-        (("            if ended:\n                self._tender.ended(ended)\n", ""),),
+        (("                self._tender.ended(children)\n", "                pass\n"),),
         (f"{RACES}test_join_and_finish",),
     ),
     Mutant(

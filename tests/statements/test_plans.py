@@ -303,12 +303,20 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(child)
 
 
+def done(plan: dict[str, Any]) -> int:
+    """How many rows a statement gives, or tells the number of."""
+    if plan["Node Type"] == "Aggregate":
+        (plan,) = (node for node in plan["Plans"] if node["Parent Relationship"] == "Outer")
+    rows: int = plan["Actual Rows"]
+    return rows
+
+
 @pytest.mark.parametrize("name", CASES)
 async def test_a_statement_touches_little_of_large_tables(connection: Any, name: str) -> None:
     case = CASES[name]
     plan = await explained(connection, case)
-    assert plan["Actual Rows"] == case.rows
     found = list(nodes(plan))
+    assert done(plan) == case.rows
     scanned = {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"}
     assert not scanned & LARGE
     assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
