@@ -7,9 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any, NamedTuple
-
-from sqlalchemy import Row
+from typing import NamedTuple
 
 from .ids import is_part
 
@@ -33,11 +31,10 @@ class Journal:
 
     __slots__ = ("_entries", "_unused", "_waits")
 
-    def __init__(self, rows: Iterable[Row[Any]] = (), waits: Iterable[tuple[uuid.UUID, datetime | None]] = ()) -> None:
-        self._entries = {
-            row.key: Entry(row.kind, row.name, row.status, row.value, row.child_task_id, row.left_behind)
-            for row in rows
-        }
+    def __init__(
+        self, entries: dict[uuid.UUID, Entry] | None = None, waits: Iterable[tuple[uuid.UUID, datetime | None]] = ()
+    ) -> None:
+        self._entries = entries or {}
         self._waits = dict(waits)
         self._unused: Counter[tuple[str, str]] | None = None
 

@@ -20,7 +20,7 @@ from .clock import LocalClock
 from .context import TaskContext
 from .current import enter
 from .hooks import around_task
-from .journal import EMPTY_JOURNAL, Journal
+from .journal import EMPTY_JOURNAL, Entry, Journal
 from .reader import Reader, persistently
 from .registration import Registration
 from .run import Run
@@ -145,9 +145,9 @@ class Runs:
             elif (run := self._runs.get(claimed[0].key)) is not None:
                 run.refuse(error)
             return
-        rows: dict[uuid.UUID, list[Row[Any]]] = {task_id: [] for task_id in task_ids}
+        entries: dict[uuid.UUID, dict[uuid.UUID, Entry]] = {task_id: {} for task_id in task_ids}
         for row in recorded:
-            rows[row.task_id].append(row)
+            entries[row.task_id][row.key] = Entry._make(row[2:])
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
         for row in waiting:
             open_waits[row.task_id].append((row.key, row.due_at))
@@ -156,7 +156,7 @@ class Runs:
             reserved = self._runs.get(item.key)
             if reserved is None or reserved.signal is not None or reserved.over:
                 continue
-            self._start(item, Journal(rows[item.task_id], open_waits[item.task_id]), links.get(item.task_id))
+            self._start(item, Journal(entries[item.task_id], open_waits[item.task_id]), links.get(item.task_id))
 
     def _start(self, item: Claimed, journal: Journal, wakers: str | None = None) -> None:
         task = self._durable.tasks[item.task_name]

@@ -221,11 +221,11 @@ LOAD_CHECKPOINTS = select(
     _page.c.kind,
     _page.c.name,
     _page.c.status,
-    _page.c.child_task_id,
     case((_page.c.size_so_far <= INLINE_BYTES, as_text(_page.c.value)), else_=null()).label("value"),
+    _page.c.child_task_id,
     (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
 ).select_from(_resumed.join(_page, true()))
-"""The journals of runs that go on: every key, and the values up to a bound on their size.
+"""The journals of runs that go on: every key, with an `Entry` and its value up to a bound on their size.
 
 Task by task: for many ids at once the planner reads the whole table as long as it has no statistics of it.
 """

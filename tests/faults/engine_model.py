@@ -347,7 +347,7 @@ class EngineModel:
         task.output, task.error, task.finished_at = output, None, now
         task.fence += 1
         self._forget_waits(task_id)
-        return STORED
+        return NEW
 
     def fail(self, task_id: uuid.UUID, fence: int, retryable: bool, now: datetime) -> str:
         task = self.held(task_id, fence)
