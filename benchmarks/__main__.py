@@ -49,9 +49,12 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     earlier = None if arguments.after is None else Results.load(arguments.after)
-    results = asyncio.run(run(PROFILES[arguments.profile], only, systems, console))
+    profile = PROFILES[arguments.profile]
+    results = asyncio.run(run(profile, only, systems, console))
     if earlier is not None:
-        results = results.after(earlier)
+        results = results.after(
+            earlier, {(case.workload, case.variant) for group in cases(profile, frozenset()) for case in group}
+        )
     directory = _directory(results)
     results.save(directory / "results.json")
     print_report(results, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ METRICS: Final[dict[str, tuple[str, bool]]] = {
     "claim p50": ("ms", False),
     "claim p99": ("ms", False),
     "last tenth over first": ("", True),
+    "over none": ("", True),
     "rate": ("spawns/s", True),
     "database growth": ("KB a task", False),
     "resident growth": ("MB", False),
@@ -110,8 +112,10 @@ class Results:
         """All that were measured, in the order of measuring."""
         return list(dict.fromkeys(each.workload for each in self.measurements))
 
-    def after(self, before: Results) -> Results:
+    def after(self, before: Results, variants: Collection[tuple[str, str]]) -> Results:
         """These results, with those of an earlier run for the workloads that this one did not measure.
+
+        Of those it has the `variants` of workloads that are measured still.
 
         Raises:
             ValueError: the earlier run was of another profile, or on another machine.
@@ -122,6 +126,11 @@ class Results:
         if before.profile != self.profile:
             raise ValueError(f"the earlier run was of the profile {before.profile}")
         missing = [name for name in before.workloads if name not in self.workloads]
+        kept = [
+            each
+            for each in before.measurements
+            if each.workload in missing and (each.workload, each.variant) in variants
+        ]
         parts = [
             {**part, "workloads": [name for name in part["workloads"] if name in missing]} for part in before.parts
         ]
@@ -130,7 +139,7 @@ class Results:
             self.machine,
             self.server,
             {**before.systems, **self.systems},
-            [each for each in before.measurements if each.workload in missing] + self.measurements,
+            kept + self.measurements,
             [each for each in before.failures if each.workload in missing] + self.failures,
             {**before.series, **self.series},
             self.seconds,

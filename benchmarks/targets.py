@@ -96,14 +96,7 @@ def _wake_up(results: Results) -> float | None:
 
 
 def _listening(spawners: int) -> Callable[[Results], float | None]:
-    variant = f"in a transaction, {spawners} at once"
-
-    def ratio(results: Results) -> float | None:
-        alone = results.value("spawn", variant, REFERENCE)
-        heard = results.value("spawn", f"{variant}, worker listening", REFERENCE)
-        return None if not alone or heard is None else heard / alone
-
-    return ratio
+    return lambda results: results.value("listener", f"in a transaction, {spawners} at once", REFERENCE, "over none")
 
 
 def _steps(workflows: int, peer: str) -> Callable[[Results], float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 from ..bench import Bench
@@ -15,9 +16,11 @@ LISTENERS = "elsewhere"
 
 COMMITTERS = (8, 32)
 """How many commit at once where it is measured what listening workers cost them."""
+BLOCKS = 10
+"""How often a worker comes to listen and goes again: so both ways share what the machine does meanwhile."""
 
 
-async def spawn(bench: Bench, system: System, *, mode: str, spawners: int, listening: bool = False) -> Outcome:
+async def spawn(bench: Bench, system: System, *, mode: str, spawners: int) -> Outcome:
     profile = bench.profile
     count = share(profile.bulk if mode == "bulk" else profile.spawns[spawners], system)
     loop = system.best["loop"]
@@ -27,13 +30,26 @@ async def spawn(bench: Bench, system: System, *, mode: str, spawners: int, liste
     ):
         # Connections are made, and statements prepared, before time is taken.
         await driver.call("spawn", mode=mode, count=2 * spawners, spawners=spawners)
-        if listening:
-            listener = await bench.driver(system, loop, 1)
-            async with working(listener, database, {"queue_names": [LISTENERS]}):
-                seconds = await driver.call("spawn", mode=mode, count=count, spawners=spawners)
-        else:
-            seconds = await driver.call("spawn", mode=mode, count=count, spawners=spawners)
+        seconds = await driver.call("spawn", mode=mode, count=count, spawners=spawners)
     return Outcome({"throughput": count / seconds}, count)
+
+
+async def spawn_beside_a_listener(bench: Bench, system: System, *, spawners: int) -> Outcome:
+    """In transactions of the application, in turns with a worker that listens and without."""
+    count = bench.profile.spawns[spawners] // BLOCKS
+    loop = system.best["loop"]
+    took = {True: 0.0, False: 0.0}
+    async with (
+        bench.server.database(system) as database,
+        client(bench, system, database, loop=loop, connections=spawners) as driver,
+    ):
+        await driver.call("spawn", mode="session", count=2 * spawners, spawners=spawners)
+        listener = await bench.driver(system, loop, 1)
+        for block in range(BLOCKS):
+            for listening in (True, False) if block % 2 else (False, True):
+                async with working(listener, database, {"queue_names": [LISTENERS]}) if listening else nullcontext():
+                    took[listening] += await driver.call("spawn", mode="session", count=count, spawners=spawners)
+    return Outcome({"throughput": BLOCKS * count / took[True], "over none": took[False] / took[True]}, BLOCKS * count)
 
 
 def cases(profile: Profile) -> list[Case]:
@@ -42,10 +58,9 @@ def cases(profile: Profile) -> list[Case]:
         for spawners in profile.spawns:
             run = partial(spawn, mode=mode, spawners=spawners)
             found.append(Case("spawn", f"{name}, {spawners} at once", needs, run))
-            if mode == "session" and spawners in COMMITTERS:
-                # At once after the run that it is compared with, as the machine's speed changes by the minute.
-                listening = partial(run, listening=True)
-                variant = f"{name}, {spawners} at once, worker listening"
-                found.append(Case("spawn", variant, needs, listening, systems=frozenset({REFERENCE})))
     found.append(Case("spawn", "in bulk", "bulk", partial(spawn, mode="bulk", spawners=1)))
+    for spawners in COMMITTERS:
+        run = partial(spawn_beside_a_listener, spawners=spawners)
+        variant = f"in a transaction, {spawners} at once"
+        found.append(Case("listener", variant, "session", run, systems=frozenset({REFERENCE})))
     return found
