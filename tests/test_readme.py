@@ -62,9 +62,10 @@ def test_the_test_passes(durable_server: TestServer, tmp_path: Path) -> None:
     assert "1 passed" in result.stdout, result.stdout + result.stderr
 
 
-def test_env_py_has_revisions_written() -> None:
+def test_env_py_has_revisions_written(monkeypatch: pytest.MonkeyPatch) -> None:
     context = mock.Mock()
-    with mock.patch.dict(sys.modules, {"alembic.context": context}), mock.patch("alembic.context", context):
+    monkeypatch.setitem(sys.modules, "alembic.context", context)
+    with mock.patch("alembic.context", context):
         exec(file("alembic/env.py"), {})
     context.configure.assert_called_once_with(process_revision_directives=migrations.autogenerate)
 

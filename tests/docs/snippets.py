@@ -87,13 +87,19 @@ async def run_python(page: Path, block: Block, module: types.ModuleType) -> None
 async def module(name: str) -> AsyncGenerator[types.ModuleType]:
     """An empty module; the clients that its code makes are closed at the end."""
     made = types.ModuleType(name)
-    with mock.patch.dict(sys.modules, {name: made}):
-        try:
-            yield made
-        finally:
-            for value in list(vars(made).values()):
-                if isinstance(value, Durable):
-                    await value.close()
+    # Not by patch.dict, which would also forget what is imported meanwhile: a driver has classes of errors only once.
+    before = sys.modules.get(name)
+    sys.modules[name] = made
+    try:
+        yield made
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        for value in list(vars(made).values()):
+            if isinstance(value, Durable):
+                await value.close()
 
 
 def check_typed(page: Path, block: Block) -> None:
