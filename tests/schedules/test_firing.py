@@ -90,16 +90,17 @@ async def test_each_tick_has_one_task_however_many_workers_there_are(
     durable: Durable, database_url: URL, sql: Sql
 ) -> None:
     await create(durable, misfire="run_all")
+    # The minute may end at any time from now on.
+    (first,) = [row.next_tick_at for row in await sql("SELECT next_tick_at FROM durable.schedules")]
     others = [Durable(database_url, tasks=[report]) for _ in range(3)]
     async with time_travel(durable) as clock:
         workers = [await each.start_worker(listen=False, poll_interval=0.05) for each in (durable, *others)]
-        start = (await clock.now()).replace(second=0, microsecond=0)
-        for minute in range(1, 6):
-            await clock.move_to(start + timedelta(minutes=minute, seconds=1))
+        for minute in range(5):
+            await clock.move_to(first + timedelta(minutes=minute, seconds=30))
             for worker in workers:
                 worker.clock_moved(timedelta())
 
-            async def enough(wanted: int = minute) -> bool:
+            async def enough(wanted: int = minute + 1) -> bool:
                 return len(await ticks(sql)) >= wanted
 
             await eventually(enough)
@@ -107,7 +108,7 @@ async def test_each_tick_has_one_task_however_many_workers_there_are(
             await worker.shutdown()
     for each in others:
         await each.close()
-    assert await ticks(sql) == [start + timedelta(minutes=minute) for minute in range(1, 6)]
+    assert await ticks(sql) == [first + timedelta(minutes=minute) for minute in range(5)]
     assert [row.n for row in await sql("SELECT count(*) AS n FROM durable.tasks")] == [5]
 
 
