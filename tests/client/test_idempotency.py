@@ -290,7 +290,8 @@ async def test_keys_are_taken_in_their_own_order(
     assert {result.created for result in first} != {result.created for result in second}
     assert [result.task_id for result in first] == [result.task_id for result in second[::-1]]
     async with engine.connect() as connection:
-        rows = await connection.execute(sa.select(TaskRow.idempotency_key).order_by(TaskRow.available_at))
+        ordered = sa.select(TaskRow.idempotency_key).order_by(TaskRow.available_at, TaskRow.task_id)
+        rows = await connection.execute(ordered)
         assert rows.scalars().all() == (keys if first[0].created else keys[::-1])
 
 
