@@ -27,9 +27,8 @@ async def test_reminder(durable_database_url):
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -45,9 +44,6 @@ __all__ = ["Clock", "time_travel"]
 
 _TIMES: Final = ("pg_catalog.clock_timestamp()", "pg_catalog.now()")
 """How durable's statements write the time. Nothing else in an application writes it so."""
-
-_ON_THEIR_WAY: Final = 1.0
-"""Seconds for which statements that go by the earlier time are waited for."""
 
 _NOW = select(clock())
 
@@ -66,8 +62,6 @@ class Clock:
     def __init__(self, durable: Durable[Any]) -> None:
         self._durable = durable
         self._offset = timedelta()
-        self._executing: set[object] = set()
-        """Cursors whose statements go by this clock, as it was when they were sent."""
 
     async def now(self) -> datetime:
         """The time."""
@@ -100,15 +94,9 @@ class Clock:
 
     async def _move(self, by: timedelta) -> None:
         # Nobody may find the leases of these workers over: they are alive, and beat by this clock from now on. A beat
-        # that is on its way just now still goes by the earlier time, so they are renewed after it, too.
+        # that is on its way just now still goes by the earlier time, so they are renewed afterwards, too.
         await self._renew(by)
         self._offset += by
-        earlier = set(self._executing)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_ON_THEIR_WAY):
-                while earlier & self._executing:  # noqa: ASYNC110 - other threads execute, too
-                    await asyncio.sleep(0.001)
-        self._executing -= earlier  # those that have failed
         await self._renew(timedelta())
         self._tell(by)
 
@@ -124,27 +112,19 @@ class Clock:
     def _rewrite(
         self, connection: object, cursor: object, statement: str, parameters: Any, context: object, many: bool
     ) -> tuple[str, Any]:
-        if "pg_catalog." not in statement:
-            return statement, parameters
-        self._executing.add(cursor)  # before the offset is read
-        if self._offset:
+        if self._offset and "pg_catalog." in statement:
             microseconds = self._offset // timedelta(microseconds=1)
             for time in _TIMES:
                 statement = statement.replace(time, f"({time} + interval '{microseconds} microseconds')")
         return statement, parameters
 
-    def _executed(self, connection: object, cursor: object, *_: object) -> None:
-        self._executing.discard(cursor)
-
     @asynccontextmanager
     async def in_use(self) -> AsyncGenerator[None]:
         """Have all engines of this process, also those that workers make for themselves, go by this clock."""
         event.listen(Engine, "before_cursor_execute", self._rewrite, retval=True)
-        event.listen(Engine, "after_cursor_execute", self._executed)
         try:
             yield
         finally:
-            event.remove(Engine, "after_cursor_execute", self._executed)
             event.remove(Engine, "before_cursor_execute", self._rewrite)
             self._tell(-self._offset)
 
