@@ -177,11 +177,11 @@ class Claims:
                 failures += 1
 
     async def _wait(self, most: float) -> None:
+        timer = self._loop.call_later(most, self._wake.set)
         try:
-            async with asyncio.timeout(most):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
+            await self._wake.wait()
+        finally:
+            timer.cancel()
         self._wake.clear()
 
     async def _claim(self, wanted: int) -> int:

@@ -27,7 +27,7 @@ from .database_errors import (
 from .errors import InvalidConfiguration, SchemaMismatch
 from .loans import Loan, discard
 from .models import SCHEMA
-from .rendering import Translations, render
+from .rendering import Translations
 from .timelines import inspect, locate
 from .urls import default_bind, resolve_url
 
@@ -226,15 +226,22 @@ class Database:
         async with Loan(self) as loan:
             return await loan.execute(statement, parameters)
 
-    def leads_directly(self, connection: AsyncConnection, statement: Executable) -> bool:
-        """Whether the driver is asked itself to run a statement, so that SQLAlchemy need not hear of autocommit."""
-        return (
-            connection.info.get(_EXPLICIT) is False
-            and not self._mixed_up
-            and render(statement, connection.dialect, self._translations) is not None
-            and connection.sync_connection is not None
-            and execution.leads_directly(connection.sync_connection)
-        )
+    async def execute_directly(
+        self, connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[Any]] | None:
+        """As :meth:`execute_on`, on a connection that has not been prepared for it, which takes a while.
+
+        None, and nothing is done, where SQLAlchemy has to hear of autocommit first.
+        """
+        if connection.info.get(_EXPLICIT) is not False or self._mixed_up:
+            return None
+        try:
+            return await execution.run_directly(connection, statement, parameters, self._translations, alone=True)
+        except DBAPIError as error:
+            if sqlstate(error) not in POOLER_STATES:
+                raise
+        _mixed_up.add(self.engine.sync_engine.pool)
+        return None
 
     async def explain(self, error: BaseException) -> None:
         """Find out whether a statement has failed for the state of the database, or of the tables in it.

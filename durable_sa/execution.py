@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has no types
 from sqlalchemy import Executable, Row
-from sqlalchemy.engine import Connection, IteratorResult
+from sqlalchemy.engine import Connection
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -37,16 +37,18 @@ def leads_directly(connection: Connection, *, alone: bool = True) -> bool:
 
     Statements that are alone commit by themselves then, whatever SQLAlchemy's isolation level.
     """
+    dialect = connection.dialect
+    if dialect.driver != "asyncpg" or _has_listeners(connection):
+        return False
+    pooled = connection.connection
     return (
-        connection.dialect.driver == "asyncpg"
-        and not _has_listeners(connection)
-        and not connection.dialect.dispatch.do_execute
-        and not connection.dialect.dispatch.do_execute_no_params
+        not dialect.dispatch.do_execute
+        and not dialect.dispatch.do_execute_no_params
         and not connection._echo  # pyright: ignore[reportPrivateUsage]
         # What the application has begun when the connection left the pool would be rolled back when it returns.
         and (not in_transaction(connection) if alone else _has_begun(connection))
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
-        and getattr(connection.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
+        and getattr(pooled.dbapi_connection, "_prepared_statement_cache", None) is not None
     )
 
 
@@ -86,31 +88,63 @@ async def run(
     *,
     alone: bool,
 ) -> Sequence[Row[Any]]:
-    """Run a statement, with a new plan now and then. One that is `alone` is in no transaction, and commits by itself.
+    """Run a statement, with a new plan now and then. One that is `alone` is in no transaction, and commits by itself."""
+    rows = await run_directly(connection, statement, parameters, translations, alone=alone)
+    if rows is not None:
+        return rows
+    info = connection.info
+    if _has_old_plans(info):
+        await connection.exec_driver_sql("DISCARD PLANS")
+    began = time.monotonic()
+    rendered = render(statement, connection.dialect, translations)
+    if rendered is None:
+        result = await connection.execute(statement, parameters)
+    else:
+        result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
+    rows = result.all() if result.returns_rows else ()
+    _add_wait(info, time.monotonic() - began)
+    return rows
+
+
+async def run_directly(
+    connection: AsyncConnection,
+    statement: Executable,
+    parameters: Mapping[str, Any] | None,
+    translations: Translations | None,
+    *,
+    alone: bool,
+) -> Sequence[Row[Any]] | None:
+    """As :func:`run`; but None, and nothing is done, where SQLAlchemy has to execute it."""
+    inner = cast("Connection", connection.sync_connection)
+    rendered = render(statement, inner.dialect, translations)
+    if rendered is None or not leads_directly(inner, alone=alone):
+        return None
+    info = inner.connection.info
+    if _has_old_plans(info):
+        await _fetch_ours(connection, "DISCARD PLANS")
+    began = time.monotonic()
+    rows = await _fetch_ours(connection, rendered.text, rendered.bind(parameters), again=alone)
+    _add_wait(info, time.monotonic() - began)
+    return rows
+
+
+def _has_old_plans(info: dict[Any, Any]) -> bool:
+    """Whether a connection's plans are to be renewed.
 
     The server keeps one plan for whatever values, which is right for tables of the size that they had when it was
     made. Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for
     much may have such a plan; one that is not has no need of others.
     """
-    rendered = render(statement, connection.dialect, translations)
-    direct = rendered is not None and leads_directly(cast("Connection", connection.sync_connection), alone=alone)
-    info = connection.info
-    began = time.monotonic()
-    since, waited = info.get(_REPLAN) or (began, 0.0)
-    if waited >= REPLAN_SECONDS and began - since >= REPLAN_INTERVAL:
-        await (_fetch_ours(connection, "DISCARD PLANS") if direct else connection.exec_driver_sql("DISCARD PLANS"))
-        since, waited = began, 0.0
-    rows: Sequence[Row[Any]]
-    if rendered is None:
-        result = await connection.execute(statement, parameters)
-        rows = result.all() if result.returns_rows else ()
-    elif direct:
-        rows = await _fetch_ours(connection, rendered.text, rendered.bind(parameters), again=alone)
-    else:
-        result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
-        rows = result.all() if result.returns_rows else ()
-    info[_REPLAN] = since, waited + time.monotonic() - began
-    return rows
+    since, waited = info.get(_REPLAN) or (0.0, 0.0)
+    if waited < REPLAN_SECONDS or time.monotonic() - since < REPLAN_INTERVAL:
+        return False
+    del info[_REPLAN]
+    return True
+
+
+def _add_wait(info: dict[Any, Any], seconds: float) -> None:
+    since, waited = info.get(_REPLAN) or (time.monotonic() - seconds, 0.0)
+    info[_REPLAN] = since, waited + seconds
 
 
 def run_within(
@@ -166,8 +200,8 @@ async def _fetch(connection: Connection, text: str, values: Any, *, again: bool)
         records = await (await _prepared(connection, text)).fetch(*values)
     if not records:
         return []
-    result: IteratorResult[Any] = IteratorResult(_metadata(tuple(records[0].keys())), iter(records))
-    return result.all()
+    row = _row(tuple(records[0].keys()))
+    return [row(record) for record in records]
 
 
 async def _prepared(connection: Connection, text: str) -> Any:
@@ -187,8 +221,10 @@ def _forget(connection: Connection, text: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _metadata(keys: tuple[str, ...]) -> SimpleResultMetaData:
-    return SimpleResultMetaData(keys)
+def _row(keys: tuple[str, ...]) -> Callable[[Any], Row[Any]]:
+    """What makes rows of records. SQLAlchemy's results make them the same way, but take longer to set up than a row."""
+    metadata = SimpleResultMetaData(keys)
+    return functools.partial(Row, metadata, None, metadata._key_to_index)  # pyright: ignore[reportPrivateUsage]
 
 
 def _raise(connection: Connection, error: Exception, statement: str, parameters: Any) -> NoReturn:

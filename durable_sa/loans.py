@@ -63,7 +63,10 @@ class Loan:
             if self._connection is None:
                 self._pool = self._database.engine.sync_engine.pool
                 self._connection, self._prepared = await self._database.engine.connect(), False
-            if not (self._prepared or self._database.leads_directly(self._connection, statement)):
+            if not self._prepared:
+                rows = await self._database.execute_directly(self._connection, statement, parameters)
+                if rows is not None:
+                    return rows
                 self._connection = await self._database.prepare(self._connection)
                 self._prepared = True
             return await self._database.execute_on(self._connection, statement, parameters)

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from sqlalchemy import Executable
+from sqlalchemy import ARRAY, Executable
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
@@ -64,5 +64,9 @@ def _render(statement: Executable, dialect: Dialect, translations: Translations 
         return None
     constants = {name: bind.effective_value for bind, name in compiled.bind_names.items() if not bind.required}
     # A type's conversion of what it binds. SQLAlchemy has no public name for it, in 2.0 and 2.1 the same one.
-    processors = cast("dict[str, Callable[[Any], Any]]", compiled._bind_processors)  # pyright: ignore[reportPrivateUsage]
+    processors = dict(cast("dict[str, Callable[[Any], Any]]", compiled._bind_processors))  # pyright: ignore[reportPrivateUsage]
+    for bind, name in compiled.bind_names.items():
+        if isinstance(bind.type, ARRAY) and not bind.type.item_type.dialect_impl(dialect).bind_processor(dialect):
+            # What is bound is a list already, of what the driver takes.
+            processors.pop(name, None)
     return Rendered(compiled.string, compiled.positiontup if compiled.positional else None, constants, processors)
