@@ -65,8 +65,9 @@ def _render(statement: Executable, dialect: Dialect, translations: Translations 
     constants = {name: bind.effective_value for bind, name in compiled.bind_names.items() if not bind.required}
     # A type's conversion of what it binds. SQLAlchemy has no public name for it, in 2.0 and 2.1 the same one.
     processors = dict(cast("dict[str, Callable[[Any], Any]]", compiled._bind_processors))  # pyright: ignore[reportPrivateUsage]
-    for bind, name in compiled.bind_names.items():
-        if isinstance(bind.type, ARRAY) and not bind.type.item_type.dialect_impl(dialect).bind_processor(dialect):
-            # What is bound is a list already, of what the driver takes.
-            processors.pop(name, None)
+    if dialect.driver == "asyncpg":
+        for bind, name in compiled.bind_names.items():
+            if isinstance(bind.type, ARRAY) and not bind.type.item_type.dialect_impl(dialect).bind_processor(dialect):
+                # It would be copied into a list, while asyncpg takes whatever sequence there is.
+                processors.pop(name, None)
     return Rendered(compiled.string, compiled.positiontup if compiled.positional else None, constants, processors)

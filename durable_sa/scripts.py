@@ -95,7 +95,7 @@ def insert(
     """Insert tasks, by one of two statements; an item that cannot be is an error in the result, the others are not."""
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError] = {}
     try:
-        for portion in portioned(prepared) if portions is None else portions:
+        for portion in portions or portioned(prepared):
             yield from _insert(portion, hint, alone, many, outcomes)
     finally:
         if any(item.spawning is not None for item in prepared):
@@ -121,31 +121,14 @@ def _insert(
     outcomes: dict[uuid.UUID, SpawnResult[Any] | DurableError],
 ) -> Script[None]:
     for _ in range(5):
-        found: set[uuid.UUID] = set()
         if len(missing) == 1:
-            rows = yield alone, values(missing[0])
-            found.update(row.task_id for row in rows)
-            hint.add_rows(rows)
+            inserted = yield from _insert_one(missing[0], hint, alone)
         else:
-            try:
-                lanes = yield many, missing.alike if many is spawning.SPAWN_ALIKE else missing.arrays
-            except IntegrityError as error:
-                if many is not spawning.SPAWN_ALIKE or sqlstate(error) != UNIQUE_VIOLATION:
-                    raise
-                # This very statement has been here before, and its reply was lost.
-                many = spawning.SPAWN
-                lanes = yield many, missing.arrays
-            for lane in lanes:
-                found.update(missing.results if lane.task_ids is None else lane.task_ids)
-                hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
-        for item in missing:
-            if item.task_id in found:
-                outcomes[item.task_id] = missing.results[item.task_id]
-                if item.kind.max_pending_seconds is not None:
-                    hint.limits = True
-        missing = Portion(item for item in missing if item.task_id not in found)
-        if not missing:
+            inserted = yield from _insert_many(missing, hint, many)
+        outcomes.update(inserted)
+        if len(inserted) == len(missing):
             return
+        missing = Portion(item for item in missing if item.task_id not in inserted)
         rows = yield spawning.EXPLAIN_SPAWN, wanted(missing)
         for item in missing:
             explained = explain(item, rows)
@@ -157,6 +140,34 @@ def _insert(
             return
     for item in missing:
         outcomes[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
+
+
+def _insert_one(item: Prepared, hint: Hint, statement: Executable) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
+    rows = yield statement, values(item)
+    if not rows:
+        return {}
+    hint.add_rows(rows)
+    hint.limits |= item.kind.max_pending_seconds is not None
+    return {item.task_id: created(item)}
+
+
+def _insert_many(missing: Portion, hint: Hint, statement: Executable) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
+    try:
+        lanes = yield statement, missing.alike if statement is spawning.SPAWN_ALIKE else missing.arrays
+    except IntegrityError as error:
+        if statement is not spawning.SPAWN_ALIKE or sqlstate(error) != UNIQUE_VIOLATION:
+            raise
+        # This very statement has been here before, and its reply was lost.
+        lanes = yield spawning.SPAWN, missing.arrays
+    inserted: dict[uuid.UUID, SpawnResult[Any]] = {}
+    for lane in lanes:
+        if lane.task_ids is None:
+            inserted = missing.results
+        else:
+            inserted.update((task_id, missing.results[task_id]) for task_id in lane.task_ids)
+        hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
+    hint.limits |= any(item.kind.max_pending_seconds is not None for item in missing if item.task_id in inserted)
+    return inserted
 
 
 class Portion(list[Prepared]):

@@ -20,7 +20,7 @@ from ..batches import Batch
 from ..branches import detached
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
-from ..hints import BOARDING, Hint, channel_name
+from ..hints import BOARDING, Hint, HintSender, channel_name
 from ..loans import Loan, lent
 from ..options import Spawn, SpawnOptions
 from ..results import SpawnResult
@@ -272,11 +272,11 @@ class Spawning(ClientBase):
         middle = len(prepared) // 2
         return [*await self._spawn_keyed(loan, prepared[:middle]), *await self._spawn_keyed(loan, prepared[middle:])]
 
-    def _may_tell(self, now: float) -> bool:
+    def _may_tell(self, sender: HintSender, now: float) -> bool:
         """Whether a spawn that begins now may carry hints."""
         began, ended = self._last_spawn
         took = ended - began
-        return now >= ended + SELDOM * took or self._sender().quiet_for >= max(BOARDING, IN_PASSING * took)
+        return now >= ended + SELDOM * took or sender.quiet_for >= max(BOARDING, IN_PASSING * took)
 
     async def _spawn_batch(
         self,
@@ -287,14 +287,14 @@ class Spawning(ClientBase):
         many: Executable = spawning.SPAWN,
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawns of callers that came at the same time: one statement, an outcome each."""
-        hint = Hint()
+        hint, sender = Hint(), self._sender()
         # A worker beside it need not be told by way of the database.
-        here = next((worker for worker in self._workers if worker.loop is asyncio.get_running_loop()), None)
+        here = next((worker for worker in self._workers if worker.loop is sender.loop), None)
         began = time.monotonic()
         gathered: Hint | None = None
-        if here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and self._may_tell(began):
+        if here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and self._may_tell(sender, began):
             alone = spawning.SPAWN_AND_TELL
-            gathered = self._sender().take()
+            gathered = sender.take()
         script = scripts.insert(prepared, hint, alone=alone, many=many)
         try:
             statement, parameters = next(script)
@@ -313,13 +313,13 @@ class Spawning(ClientBase):
             results: list[SpawnResult[Any] | DurableError] = end.value
         finally:
             if gathered:
-                self._sender().send(gathered)
+                sender.send(gathered)
         self._last_spawn = began, time.monotonic()
         told = alone is spawning.SPAWN_AND_TELL or (
             here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)
         )
         if not told:
-            self._sender().send(hint)
+            sender.send(hint)
         return cast("list[SpawnResult[Any] | BaseException]", results)
 
 

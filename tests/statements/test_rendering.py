@@ -88,10 +88,13 @@ def test_a_schema_of_another_name_is_in_the_text() -> None:
 
 def test_values_that_belong_to_the_statement_and_those_that_are_bound() -> None:
     statement = select(func.coalesce(bindparam("number", type_=Integer()), 7), array("ids", Uuid()))
-    rendered = render(statement, asyncpg.dialect(), None)
-    assert rendered is not None
     some = uuid.uuid4()
-    assert rendered.bind({"number": None, "ids": (some,)}) == (None, 7, [some])
+    by_position = render(statement, asyncpg.dialect(), None)
+    assert by_position is not None
+    assert by_position.bind({"number": None, "ids": [some]}) == (None, 7, [some])
+    by_name = render(statement, psycopg.dialect(), None)
+    assert by_name is not None
+    assert by_name.bind({"number": None, "ids": (some,)}) == {"number": None, "coalesce_1": 7, "ids": [some]}
 
 
 def test_a_text_that_depends_on_its_values_is_not_rendered() -> None:
