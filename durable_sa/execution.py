@@ -88,7 +88,10 @@ async def run(
     *,
     alone: bool,
 ) -> Sequence[Row[Any]]:
-    """Run a statement, with a new plan now and then. One that is `alone` is in no transaction, and commits by itself."""
+    """Run a statement, with a new plan now and then.
+
+    One that is `alone` is in no transaction, and commits by itself.
+    """
     rows = await run_directly(connection, statement, parameters, translations, alone=alone)
     if rows is not None:
         return rows
@@ -224,7 +227,8 @@ def _forget(connection: Connection, text: str) -> None:
 def _row(keys: tuple[str, ...]) -> Callable[[Any], Row[Any]]:
     """What makes rows of records. SQLAlchemy's results make them the same way, but take longer to set up than a row."""
     metadata = SimpleResultMetaData(keys)
-    return functools.partial(Row, metadata, None, metadata._key_to_index)  # pyright: ignore[reportPrivateUsage]
+    indexes = metadata._key_to_index  # pyright: ignore[reportPrivateUsage]
+    return cast("Callable[[Any], Row[Any]]", functools.partial(Row, metadata, None, indexes))
 
 
 def _raise(connection: Connection, error: Exception, statement: str, parameters: Any) -> NoReturn:

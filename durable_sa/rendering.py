@@ -14,6 +14,7 @@ from sqlalchemy import ARRAY, Executable
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.types import TypeEngine
 
 Translations: TypeAlias = dict[str | None, str | None]
 """Schemas as the statements name them, and what they are called in the database."""
@@ -67,7 +68,14 @@ def _render(statement: Executable, dialect: Dialect, translations: Translations 
     processors = dict(cast("dict[str, Callable[[Any], Any]]", compiled._bind_processors))  # pyright: ignore[reportPrivateUsage]
     if dialect.driver == "asyncpg":
         for bind, name in compiled.bind_names.items():
-            if isinstance(bind.type, ARRAY) and not bind.type.item_type.dialect_impl(dialect).bind_processor(dialect):
-                # It would be copied into a list, while asyncpg takes whatever sequence there is.
+            if _is_only_copied(bind.type, dialect):
                 processors.pop(name, None)
     return Rendered(compiled.string, compiled.positiontup if compiled.positional else None, constants, processors)
+
+
+def _is_only_copied(kind: TypeEngine[Any], dialect: Dialect) -> bool:
+    """Whether what a type does to a value is to make a list of it. asyncpg takes whatever sequence there is."""
+    if not isinstance(kind, ARRAY):
+        return False
+    item_type: TypeEngine[Any] = cast("ARRAY[Any]", kind).item_type
+    return item_type.dialect_impl(dialect).bind_processor(dialect) is None
