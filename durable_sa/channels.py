@@ -73,6 +73,11 @@ class Channel:
         """Whether a statement is on its way."""
         return self._lock.locked()
 
+    async def answered(self) -> None:
+        """Wait for the statements that have been given to it."""
+        async with self._lock:
+            pass
+
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Run one statement as a transaction of its own."""
         async with self._lock:

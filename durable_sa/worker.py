@@ -312,6 +312,10 @@ class Worker:
         self.tender.hurry()
         self._claims.look_everywhere()
 
+    async def answered(self) -> None:
+        """Wait for what its maintenance has on its way, which may go by a time that is not the database's any more."""
+        await self._rest.answered()
+
     def _listening(self) -> bool:
         return self._listener is not None and self._listener.working
 

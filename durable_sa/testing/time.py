@@ -27,6 +27,8 @@ async def test_reminder(durable_database_url):
 
 from __future__ import annotations
 
+import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -47,13 +49,16 @@ _TIMES: Final = ("pg_catalog.clock_timestamp()", "pg_catalog.now()")
 
 _NOW = select(clock())
 
-_then = clock() + interval(bindparam("ahead", type_=Float(53)))
-_RENEW = (
+HELD: Final = 100 * 365.25 * 86400.0
+"""Seconds for which the leases of workers in a moving time hold."""
+
+_claim_timeout = interval(bindparam("claim_timeout", type_=Float(53)))
+_HOLD = (
     update(WorkerRow)
     .where(WorkerRow.worker_id == func.any(array("worker_ids", Uuid())), WorkerRow.lost_at.is_(None))
-    .values(heartbeat_at=_then, expires_at=_then + WorkerRow.claim_timeout)
+    .values(claim_timeout=_claim_timeout, expires_at=clock() + _claim_timeout)
 )
-"""What the next heartbeats of these workers would do, as of some seconds from now."""
+"""Let the leases of these workers hold for so many seconds, from now on and from each of their heartbeats on."""
 
 
 class Clock:
@@ -93,17 +98,24 @@ class Clock:
         await self._move(moment - now)
 
     async def _move(self, by: timedelta) -> None:
-        # Nobody may find the leases of these workers over: they are alive, and beat by this clock from now on. A beat
-        # that is on its way just now still goes by the earlier time, so they are renewed afterwards, too.
-        await self._renew(by)
+        # Nobody may find the leases of these workers over, as they are alive; but a beat that is on its way still goes
+        # by the earlier time when a search for lost workers goes by the later already.
+        workers = self._durable.workers
+        await self._hold([worker.worker_id for worker in workers], HELD)
         self._offset += by
-        await self._renew(timedelta())
         self._tell(by)
 
-    async def _renew(self, ahead: timedelta) -> None:
-        if worker_ids := [worker.worker_id for worker in self._durable.workers]:
-            parameters = {"worker_ids": worker_ids, "ahead": ahead.total_seconds()}
-            await self._durable.database.execute(_RENEW, parameters)
+    async def _return(self) -> None:
+        workers = self._durable.workers
+        self._tell(-self._offset)
+        # A search that is on its way goes by the later time still.
+        await asyncio.gather(*(worker.answered() for worker in workers))
+        for worker in workers:
+            await self._hold([worker.worker_id], worker.settings.claim_timeout)
+
+    async def _hold(self, worker_ids: list[uuid.UUID], claim_timeout: float) -> None:
+        if worker_ids:
+            await self._durable.database.execute(_HOLD, {"worker_ids": worker_ids, "claim_timeout": claim_timeout})
 
     def _tell(self, by: timedelta) -> None:
         for worker in self._durable.workers:
@@ -126,7 +138,8 @@ class Clock:
             yield
         finally:
             event.remove(Engine, "before_cursor_execute", self._rewrite)
-            self._tell(-self._offset)
+            if self._offset:
+                await self._return()
 
 
 _in_use: list[Clock] = []
