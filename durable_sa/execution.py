@@ -37,18 +37,16 @@ def leads_directly(connection: Connection, *, alone: bool = True) -> bool:
 
     Statements that are alone commit by themselves then, whatever SQLAlchemy's isolation level.
     """
-    dialect = connection.dialect
-    if dialect.driver != "asyncpg" or _has_listeners(connection):
-        return False
-    pooled = connection.connection
     return (
-        not dialect.dispatch.do_execute
-        and not dialect.dispatch.do_execute_no_params
+        connection.dialect.driver == "asyncpg"
+        and not _has_listeners(connection)
+        and not connection.dialect.dispatch.do_execute
+        and not connection.dialect.dispatch.do_execute_no_params
         and not connection._echo  # pyright: ignore[reportPrivateUsage]
         # What the application has begun when the connection left the pool would be rolled back when it returns.
         and (not in_transaction(connection) if alone else _has_begun(connection))
         # Whoever has told SQLAlchemy to keep no prepared statements has a pooler that loses them.
-        and getattr(pooled.dbapi_connection, "_prepared_statement_cache", None) is not None
+        and getattr(connection.connection.dbapi_connection, "_prepared_statement_cache", None) is not None
     )
 
 
@@ -98,6 +96,7 @@ async def run(
     info = connection.info
     if _has_old_plans(info):
         await connection.exec_driver_sql("DISCARD PLANS")
+        del info[_REPLAN]
     began = time.monotonic()
     rendered = render(statement, connection.dialect, translations)
     if rendered is None:
@@ -125,6 +124,7 @@ async def run_directly(
     info = inner.connection.info
     if _has_old_plans(info):
         await _fetch_ours(connection, "DISCARD PLANS")
+        del info[_REPLAN]
     began = time.monotonic()
     rows = await _fetch_ours(connection, rendered.text, rendered.bind(parameters), again=alone)
     _add_wait(info, time.monotonic() - began)
@@ -138,15 +138,12 @@ def _has_old_plans(info: dict[Any, Any]) -> bool:
     made. Queues grow from nothing to millions sooner than autovacuum looks at them. A connection that is waited for
     much may have such a plan; one that is not has no need of others.
     """
-    since, waited = info.get(_REPLAN) or (0.0, 0.0)
-    if waited < REPLAN_SECONDS or time.monotonic() - since < REPLAN_INTERVAL:
-        return False
-    del info[_REPLAN]
-    return True
+    since, waited = cast("tuple[float, float]", info.get(_REPLAN, (0.0, 0.0)))
+    return waited >= REPLAN_SECONDS and time.monotonic() - since >= REPLAN_INTERVAL
 
 
 def _add_wait(info: dict[Any, Any], seconds: float) -> None:
-    since, waited = info.get(_REPLAN) or (time.monotonic() - seconds, 0.0)
+    since, waited = info.get(_REPLAN, (time.monotonic() - seconds, 0.0))
     info[_REPLAN] = since, waited + seconds
 
 

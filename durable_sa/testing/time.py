@@ -28,8 +28,8 @@ async def test_reminder(durable_database_url):
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -41,6 +41,7 @@ from ..errors import InvalidConfiguration, InvalidState
 from ..models import WorkerRow
 from ..policies import Duration, seconds, timestamp
 from ..statements.expressions import array, clock, interval
+from ..worker import Worker
 
 __all__ = ["Clock", "time_travel"]
 
@@ -49,8 +50,8 @@ _TIMES: Final = ("pg_catalog.clock_timestamp()", "pg_catalog.now()")
 
 _NOW = select(clock())
 
-HELD: Final = 100 * 365.25 * 86400.0
-"""Seconds for which the leases of workers in a moving time hold."""
+_HELD: Final = 100 * timedelta(days=365)
+"""How long the leases of workers hold while the time moves."""
 
 _claim_timeout = interval(bindparam("claim_timeout", type_=Float(53)))
 _HOLD = (
@@ -58,7 +59,7 @@ _HOLD = (
     .where(WorkerRow.worker_id == func.any(array("worker_ids", Uuid())), WorkerRow.lost_at.is_(None))
     .values(claim_timeout=_claim_timeout, expires_at=clock() + _claim_timeout)
 )
-"""Let the leases of these workers hold for so many seconds, from now on and from each of their heartbeats on."""
+"""Let the leases of these workers hold for so many seconds, from now on, and again from each of their heartbeats on."""
 
 
 class Clock:
@@ -100,9 +101,9 @@ class Clock:
     async def _move(self, by: timedelta) -> None:
         # Nobody may find the leases of these workers over, as they are alive; but a beat that is on its way still goes
         # by the earlier time when a search for lost workers goes by the later already.
-        workers = self._durable.workers
-        await self._hold([worker.worker_id for worker in workers], HELD)
+        await self._hold(self._durable.workers, _HELD + by)
         self._offset += by
+        await self._hold(self._durable.workers, _HELD)
         self._tell(by)
 
     async def _return(self) -> None:
@@ -111,11 +112,13 @@ class Clock:
         # A search that is on its way goes by the later time still.
         await asyncio.gather(*(worker.answered() for worker in workers))
         for worker in workers:
-            await self._hold([worker.worker_id], worker.settings.claim_timeout)
+            await self._hold({worker}, timedelta(seconds=worker.settings.claim_timeout))
 
-    async def _hold(self, worker_ids: list[uuid.UUID], claim_timeout: float) -> None:
-        if worker_ids:
-            await self._durable.database.execute(_HOLD, {"worker_ids": worker_ids, "claim_timeout": claim_timeout})
+    async def _hold(self, workers: AbstractSet[Worker], time: timedelta) -> None:
+        if workers:
+            worker_ids = [worker.worker_id for worker in workers]
+            parameters = {"worker_ids": worker_ids, "claim_timeout": time.total_seconds()}
+            await self._durable.database.execute(_HOLD, parameters)
 
     def _tell(self, by: timedelta) -> None:
         for worker in self._durable.workers:
@@ -152,7 +155,8 @@ async def time_travel(durable: Durable[Any]) -> AsyncGenerator[Clock]:
     What moves is the time in durable's own statements, sent from this process: those of clients, of sessions that are
     passed to `spawn_with`, and of workers, started before or in the block. The database's settings, other connections
     and other statements do not notice. Neither do timeouts of steps, which are counted by the local clock, nor workers
-    in other processes: their leases end by the clock as all others do.
+    in other processes: their leases end by the clock as all others do. Those of the client's own workers, which are
+    alive, hold for as long as the block lasts.
 
     After the block it is as late as it was. What was written in the block keeps its times, which may be ahead by then.
 

@@ -1,6 +1,7 @@
 """The clock of tests: what it moves, and what it leaves alone."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Awaitable
 from datetime import UTC, datetime, timedelta
 
@@ -239,9 +240,80 @@ async def test_workers_keep_their_leases(durable: Durable, caplog: pytest.LogCap
                 rows = (await connection.execute(sa.select(WorkerRow.expires_at, WorkerRow.lost_at))).all()
             assert [row.lost_at for row in rows] == [None, None]
             assert all(row.expires_at > datetime.now(UTC) + 19 * WEEK for row in rows)
+        async with durable.engine.connect() as connection:
+            rows = (await connection.execute(sa.select(WorkerRow.expires_at, WorkerRow.claim_timeout))).all()
+        assert [row.claim_timeout for row in rows] == [timedelta(seconds=1)] * 2
+        assert all(row.expires_at < datetime.now(UTC) + timedelta(minutes=1) for row in rows)
         spawned = await durable.spawn(quick)
         assert (await durable.wait_for_result(spawned, timeout=10)).output == "done"
     assert "lease" not in caplog.text
+
+
+async def lost(durable: Durable) -> list[str]:
+    """Which workers are found lost by a search that begins now and finds one that has crashed."""
+    async with durable.engine.begin() as connection:
+        crashed = sa.insert(WorkerRow).values(
+            worker_id=sa.func.gen_random_uuid(),
+            name="crashed",
+            queue_names=["default"],
+            claim_timeout=timedelta(hours=1),
+            expires_at=sa.func.now() - timedelta(hours=1),
+        )
+        await connection.execute(crashed)
+
+    async def found() -> list[str]:
+        async with durable.engine.connect() as connection:
+            return list(await connection.scalars(sa.select(WorkerRow.name).where(WorkerRow.lost_at.is_not(None))))
+
+    async def crashed_is_found() -> list[str]:
+        for worker in durable.workers:
+            worker.clock_moved(timedelta())
+        names = await found()
+        return names if "crashed" in names else []
+
+    return await eventually(crashed_is_found)
+
+
+async def test_a_heartbeat_that_is_on_its_way_does_not_end_a_lease(durable: Durable) -> None:
+    """It goes by the earlier time, by which the lease would be over long before the later."""
+    on_its_way, moved = threading.Event(), threading.Event()
+
+    def delay(connection: object, cursor: object, statement: str, *_: object) -> None:
+        # It is called after the clock, and so with a statement that has its time.
+        if "heartbeat_at=" in statement and threading.current_thread().name == "durable-heartbeat":
+            on_its_way.set()
+            moved.wait(1)
+
+    async def beats() -> list[datetime]:
+        async with durable.engine.connect() as connection:
+            return list(await connection.scalars(sa.select(WorkerRow.heartbeat_at)))
+
+    async with durable.worker(claim_timeout=3), time_travel(durable) as clock:
+        await clock.advance(WEEK)
+        # As long as it is called, nobody may take it away.
+        sa.event.listen(sa.Engine, "before_cursor_execute", delay)
+        try:
+            assert await asyncio.to_thread(on_its_way.wait, 10)
+            await clock.advance(WEEK)
+            before = await beats()
+            moved.set()
+
+            async def beaten() -> bool:
+                return await beats() != before
+
+            await eventually(beaten)
+        finally:
+            moved.set()
+            sa.event.remove(sa.Engine, "before_cursor_execute", delay)
+        assert await clock.now() - (await beats())[0] > timedelta(days=6)
+        async with durable.worker():
+            assert await lost(durable) == ["crashed"]
+
+
+async def test_centuries_do_not_end_a_lease(durable: Durable) -> None:
+    async with durable.worker(), durable.worker(), time_travel(durable) as clock:
+        await clock.move_to(datetime(3000, 1, 1, tzinfo=UTC))
+        assert await lost(durable) == ["crashed"]
 
 
 async def test_a_lease_that_nobody_holds_any_more_is_over(durable: Durable) -> None:
