@@ -8,8 +8,8 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from durable_sa.database.urls import resolve_url
 from durable_sa.models import metadata
-from durable_sa.urls import resolve_url
 
 URL = resolve_url(os.environ["DURABLE_DATABASE_URL"])
 

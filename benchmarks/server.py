@@ -14,8 +14,8 @@ from typing import Any, Final
 import asyncpg
 import psutil
 
-from durable_sa.binaries import Binaries
 from durable_sa.embedded import EmbeddedServer, temporary_server
+from durable_sa.embedded.binaries import Binaries
 
 from .catalogue import System
 

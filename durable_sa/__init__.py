@@ -2,6 +2,7 @@
 
 from .client import Durable, QueuePolicy
 from .context import TaskContext
+from .context.sync import SyncTaskContext
 from .current import current_context, heartbeat
 from .errors import (
     ChildCancelled,
@@ -26,9 +27,8 @@ from .errors import (
     UserError,
 )
 from .hooks import Hooks, OutgoingSpawn
-from .models import Task as TaskRow
+from .models import TaskRow
 from .options import Spawn, SpawnOptions, WorkerOptions
-from .pgcron import setup_pgcron
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
     QueueStatistics,
@@ -40,10 +40,10 @@ from .results import (
     TaskPollResult,
     TaskStatus,
 )
+from .schedules.pgcron import setup_pgcron
 from .steps import step
-from .sync_context import SyncTaskContext
 from .tasks import Task, task
-from .worker import Worker
+from .worker.worker import Worker
 
 __all__ = [
     "CancellationPolicy",

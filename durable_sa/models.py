@@ -96,8 +96,8 @@ class Queue(Base):
     )
 
 
-class Task(Base):
-    """One row a task, from spawn to its end: input, policy, schedule, lease and outcome."""
+class TaskRow(Base):
+    """One row per task, from spawn to its end: input, policy, schedule, lease and outcome."""
 
     __tablename__ = "tasks"
 
@@ -183,8 +183,8 @@ class Task(Base):
     )
 
 
-class Run(Base):
-    """One row an ended attempt. ``failed`` also for a lost worker or a release at shutdown: ``error`` says which."""
+class RunRow(Base):
+    """One row per ended attempt. ``failed`` also for a lost worker or a release at shutdown: ``error`` says which."""
 
     __tablename__ = "runs"
 
@@ -324,3 +324,8 @@ for _table, _percent in FILLFACTOR.items():
 def _create_default_queue(target: Any, connection: Connection, **_: Any) -> None:
     """The queue of a client that names none is there from the start, as after a migration."""
     connection.execute(insert(target).values(queue_name=DEFAULT_QUEUE))
+
+
+Task = TaskRow
+"""The name that applications use; `durable_sa` exports it as `TaskRow`, because `Task` is the declaration there."""
+Run = RunRow

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast,
 from sqlalchemy import URL
 from typing_extensions import Unpack
 
-from .codec import UNTYPED, check_size
 from .errors import InvalidConfiguration, SerializationError
 from .names import validate_name
 from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
+from .serialization.codec import UNTYPED, check_size
 
 if TYPE_CHECKING:
     from .tasks import Task

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Row
 
-from .arguments import encode_arguments
-from .codec import UNTYPED, Codec, check_size
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
 from .hooks import OutgoingSpawn, outgoing_headers
 from .ids import new_id, plain
 from .names import validate_name
 from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
+from .serialization.canonical import encode_arguments
+from .serialization.codec import UNTYPED, Codec, check_size
 from .statements.expressions import arrays
 from .statements.spawning import ALIKE_COLUMNS, ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
-    from .client.base import ClientBase
+    from .app import App
     from .telemetry.operations import Spawning
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
@@ -83,7 +83,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    client: ClientBase,
+    client: App,
     task: Task[Any, Any] | str,
     params: Any,
     options: SpawnOptions,
@@ -155,7 +155,7 @@ def prepare(
     return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec, name in client.tasks, spawning)
 
 
-def prepare_another(client: ClientBase, task: Task[Any, Any], params: Any, like: Prepared) -> Prepared:
+def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepared) -> Prepared:
     """As `prepare`, of the same task and with the same options, where hooks do not hear of it."""
     text = task.encode_params(params)
     if text is not None:

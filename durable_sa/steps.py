@@ -7,13 +7,18 @@ from types import FunctionType, MethodType
 from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from .annotations import local_types, names_around, plain_function, resolve
-from .codec import Codec, codec_for
 from .current import context_or_none, in_event_loop
 from .errors import InvalidConfiguration
 from .names import validate_name
 from .options import MAX_ATTEMPTS
 from .policies import Duration, RetryStrategy, integer, seconds
+from .serialization.annotations import (
+    local_types,
+    names_around,
+    plain_function,
+    resolve,
+)
+from .serialization.codec import Codec, codec_for
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overloa
 
 from pydantic import ValidationError
 
-from .annotations import is_coroutine_function, local_types, names_around, plain_function, resolve
-from .codec import Codec, codec_for, problems
 from .errors import InvalidTaskParams, SerializationError
 from .names import validate_name
 from .options import TaskOptions
 from .policies import CancellationPolicy, RetryStrategy
+from .serialization.annotations import (
+    is_coroutine_function,
+    local_types,
+    names_around,
+    plain_function,
+    resolve,
+)
+from .serialization.codec import Codec, codec_for, problems
 
 if TYPE_CHECKING:
     from .context import TaskContext
-    from .sync_context import SyncTaskContext
+    from .context.sync import SyncTaskContext
 
 ParamsT = TypeVar("ParamsT")
 OutputT = TypeVar("OutputT")

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy import URL, create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from durable_sa import binaries, embedded
-from durable_sa.embedded import EmbeddedServer, temporary_server
+from durable_sa import embedded
+from durable_sa.embedded import EmbeddedServer, binaries, temporary_server
 from durable_sa.errors import InvalidConfiguration
 from durable_sa.testing.database import fast_directory
 

@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql
 
 from durable_sa import errors, models
 from durable_sa.cli.app import app
-from durable_sa.failures import is_retryable
+from durable_sa.serialization.failures import is_retryable
 from durable_sa.telemetry.meters import Meters
 
 WIDTH = 96

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json
 from sqlalchemy import Executable
 
-from ..connections import Database
+from ..database.connections import Database
 from ..statements import inspection
 from .output import Output, as_dicts, clean, shown, span
 

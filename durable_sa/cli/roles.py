@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .. import roles as privileges
+from ..migrations import roles as privileges
 from ..migrations.sql import verbatim
 from .invocation import Invocation, connected
 

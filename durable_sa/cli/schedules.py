@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..schedules.cron import next_tick
 from ..statements import inspection
-from ..ticks import next_tick
 from .invocation import Invocation, connected, examples
 from .output import as_dicts
 

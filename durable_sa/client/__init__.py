@@ -15,17 +15,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
-from ..codec import DEFAULT_MAX_PAYLOAD_BYTES
+from ..database.notifier import channel_name, flush
 from ..errors import InvalidConfiguration
-from ..hints import channel_name, flush
 from ..hooks import Hooks
-from ..interrupts import signals_handled
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
-from ..settings import Settings
+from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import Task
-from ..worker import Worker
+from ..worker.interrupts import signals_handled
+from ..worker.settings import Settings
+from ..worker.worker import Worker
 from .events import Events
 from .queues import QueuePolicy, Queues
 from .schedules import Schedules

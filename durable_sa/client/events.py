@@ -9,15 +9,15 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from .. import scripts
-from ..codec import UNTYPED, check_size
-from ..hints import Hint
+from ..app import App
+from ..database.notifier import Hint
+from ..database.sessions import Script, SessionOrConnection, perform
 from ..names import validate_name
-from ..sessions import Executor, Script, perform
-from .base import ClientBase
+from ..serialization.codec import UNTYPED, check_size
+from . import inserting
 
 
-class Events(ClientBase):
+class Events(App):
     """The part of a client that emits events."""
 
     async def emit_event(self, name: str, payload: Any = None, *, queue_name: str | None = None) -> bool:
@@ -48,7 +48,7 @@ class Events(ClientBase):
         queue_name: str | None = None,
     ) -> bool: ...
     def emit_event_with(
-        self, session: Executor, name: str, payload: Any = None, *, queue_name: str | None = None
+        self, session: SessionOrConnection, name: str, payload: Any = None, *, queue_name: str | None = None
     ) -> Any:
         """As :meth:`emit_event`, in the caller's transaction; whoever waits is woken after the commit."""
         return perform(session, self.schema, self._emission(name, payload, queue_name))
@@ -60,4 +60,4 @@ class Events(ClientBase):
         text = UNTYPED.encode(payload, what)
         check_size(text, self.max_payload_bytes, what)
         telemetry = self.telemetry
-        return scripts.emit(queue, name, text, None if telemetry is None else telemetry.emit(name, queue))
+        return inserting.emit(queue, name, text, None if telemetry is None else telemetry.emit(name, queue))

@@ -8,15 +8,15 @@ from typing import Any, TypedDict
 from sqlalchemy.exc import IntegrityError
 from typing_extensions import Unpack
 
-from .. import pgcron
+from ..app import App
+from ..database.notifier import Hint
 from ..errors import InvalidState, QueueNotFound
-from ..hints import Hint
 from ..names import validate_name
 from ..policies import Duration, integer, seconds
 from ..results import QueueStatistics
-from ..retention import delete_tasks
+from ..schedules import pgcron
 from ..statements import queues, spawning
-from .base import ClientBase
+from ..worker.retention import delete_tasks
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -28,7 +28,7 @@ class QueuePolicy(TypedDict, total=False):
     """Age at which emitted events are deleted."""
 
 
-class Queues(ClientBase):
+class Queues(App):
     """The part of a client that deals with queues."""
 
     async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from .. import schedules
-from ..hints import Hint
+from ..database.notifier import Hint
 from ..names import validate_name
 from ..options import SpawnOptions
 from ..results import ScheduleFilter, ScheduleInfo, SpawnResult
-from ..schedules import Backend, Overlap
+from ..schedules import store
+from ..schedules.cron import Misfire
+from ..schedules.store import Backend, Overlap
 from ..tasks import Task
-from ..ticks import Misfire
 from .spawning import Spawning
 
 
@@ -52,9 +52,9 @@ class Schedules(Spawning):
             InvalidName, InvalidTaskParams, InvalidConfiguration, TaskNotRegistered: as for a spawn.
             QueueNotFound: there is no such queue.
         """
-        await schedules.create(
+        await store.create(
             self,
-            schedules.Definition(
+            store.Definition(
                 validate_name("schedule", name),
                 task,
                 params,
@@ -75,11 +75,11 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        await schedules.delete(self, validate_name("schedule", name))
+        await store.delete(self, validate_name("schedule", name))
 
     async def list_schedules(self, filter: ScheduleFilter | None = None) -> list[ScheduleInfo]:  # noqa: A002
         """Schedules by name, those that match everything in `filter`."""
-        return await schedules.listed(self, filter or ScheduleFilter())
+        return await store.listed(self, filter or ScheduleFilter())
 
     async def pause_schedule(self, name: str) -> None:
         """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for.
@@ -87,7 +87,7 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        await schedules.pause(self, validate_name("schedule", name), paused=True)
+        await store.pause(self, validate_name("schedule", name), paused=True)
 
     async def resume_schedule(self, name: str) -> None:
         """Let a paused schedule fire again, from its next tick on.
@@ -95,7 +95,7 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        await schedules.pause(self, validate_name("schedule", name), paused=False)
+        await store.pause(self, validate_name("schedule", name), paused=False)
         self._sender().send(Hint(limits=True))
 
     async def trigger_schedule(self, name: str) -> SpawnResult[Any]:
@@ -104,5 +104,5 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        prepared = await schedules.triggered(self, validate_name("schedule", name))
+        prepared = await store.triggered(self, validate_name("schedule", name))
         return await self._spawn(prepared)

@@ -15,21 +15,26 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
-from .. import scripts
-from ..batches import Batch
-from ..branches import detached
+from ..app import App
+from ..concurrency.branches import detached
+from ..database.batches import Batch
+from ..database.loans import HeldConnection, lent
+from ..database.notifier import (
+    BOARDING,
+    Hint,
+    HintSender,
+    channel_name,
+)
+from ..database.scripts import perform_in_autocommit
+from ..database.sessions import Script, SessionOrConnection, perform
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
-from ..hints import BOARDING, Hint, HintSender, channel_name
-from ..loans import Loan, lent
 from ..options import Spawn, SpawnOptions
 from ..results import SpawnResult
-from ..sessions import Executor, Script, perform
 from ..spawns import Prepared, at_position, prepare, prepare_another
 from ..statements import spawning
 from ..tasks import Task
-from .base import ClientBase
-from .transactions import perform_in_autocommit
+from . import inserting
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -48,7 +53,7 @@ nobody waits in line for them.
 """
 
 
-class Spawning(ClientBase):
+class Spawning(App):
     """The part of a client that enqueues tasks."""
 
     _last_spawn = 0.0, 0.0
@@ -122,7 +127,7 @@ class Spawning(ClientBase):
         **options: Unpack[SpawnOptions],
     ) -> SpawnResult[T]: ...
     def spawn_with(
-        self, session: Executor, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
+        self, session: SessionOrConnection, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
     ) -> Any:
         """Enqueue a task in the caller's transaction: it exists if and only if that commits.
 
@@ -133,7 +138,7 @@ class Spawning(ClientBase):
             DurableError: whatever :meth:`spawn` raises; the transaction is then still usable.
         """
         prepared = prepare(self, task, params, options)
-        return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
+        return perform(session, self.schema, lambda hint: _first(inserting.spawn([prepared])(hint)))
 
     @overload
     def spawn_by_name_with(
@@ -157,7 +162,7 @@ class Spawning(ClientBase):
     ) -> SpawnResult[Any]: ...
     def spawn_by_name_with(
         self,
-        session: Executor,
+        session: SessionOrConnection,
         name: str,
         params: Any = None,
         *,
@@ -166,7 +171,7 @@ class Spawning(ClientBase):
     ) -> Any:
         """As :meth:`spawn_with`, by the task's name."""
         prepared = prepare(self, name, params, options, unchecked=unchecked)
-        return perform(session, self.schema, lambda hint: _first(scripts.spawn([prepared])(hint)))
+        return perform(session, self.schema, lambda hint: _first(inserting.spawn([prepared])(hint)))
 
     async def spawn_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[SpawnResult[Any]]:
         """Enqueue many tasks, all or none, with one statement a thousand. Results come in the order of the items.
@@ -176,14 +181,14 @@ class Spawning(ClientBase):
                 note.
         """
         prepared = self._prepare_many(items)
-        portions = list(scripts.portioned(prepared))
+        portions = list(inserting.portioned(prepared))
         with detached():
-            ahead = asyncio.ensure_future(scripts.look_ahead(portions))
+            ahead = asyncio.ensure_future(inserting.look_ahead(portions))
         try:
-            if scripts.are_alike(portions):
-                script = scripts.spawn(prepared, portions, many=spawning.SPAWN_ALIKE)
+            if inserting.are_alike(portions):
+                script = inserting.spawn(prepared, portions, many=spawning.SPAWN_ALIKE)
                 return await perform_in_autocommit(self.database, script)
-            return await self._perform(scripts.spawn(prepared, portions))
+            return await self._perform(inserting.spawn(prepared, portions))
         finally:
             ahead.cancel()
 
@@ -199,7 +204,9 @@ class Spawning(ClientBase):
         session: Session | scoped_session[Any] | Connection,
         items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]],
     ) -> list[SpawnResult[Any]]: ...
-    def spawn_many_with(self, session: Executor, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> Any:
+    def spawn_many_with(
+        self, session: SessionOrConnection, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]
+    ) -> Any:
         """As :meth:`spawn_many`, in the caller's transaction.
 
         On an `AUTOCOMMIT` connection, which has none, what would be refused is looked for before anything is inserted.
@@ -208,8 +215,8 @@ class Spawning(ClientBase):
         return perform(
             session,
             self.schema,
-            scripts.spawn(prepared),
-            in_autocommit=scripts.spawn_looking_first(prepared) if len(prepared) > 1 else None,
+            inserting.spawn(prepared),
+            in_autocommit=inserting.spawn_looking_first(prepared) if len(prepared) > 1 else None,
         )
 
     def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
@@ -259,7 +266,7 @@ class Spawning(ClientBase):
         return spawned
 
     async def _spawn_keyed(
-        self, loan: Loan, prepared: list[Prepared]
+        self, loan: HeldConnection, prepared: list[Prepared]
     ) -> Sequence[SpawnResult[Any] | BaseException | None]:
         """As `_spawn_batch`, with None for those whose key is in somebody's open transaction."""
         try:
@@ -280,7 +287,7 @@ class Spawning(ClientBase):
 
     async def _spawn_batch(
         self,
-        loan: Loan,
+        loan: HeldConnection,
         prepared: list[Prepared],
         *,
         alone: Executable = spawning.SPAWN_ONE,
@@ -295,7 +302,7 @@ class Spawning(ClientBase):
         if here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and self._may_tell(sender, began):
             alone = spawning.SPAWN_AND_TELL
             gathered = sender.take()
-        script = scripts.insert(prepared, hint, alone=alone, many=many)
+        script = inserting.insert(prepared, hint, alone=alone, many=many)
         try:
             statement, parameters = next(script)
             while True:

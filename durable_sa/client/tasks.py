@@ -15,19 +15,19 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from .. import scripts
-from ..batches import Batch
-from ..codec import UNTYPED, Codec
+from ..app import App
+from ..database.batches import Batch
+from ..database.loans import HeldConnection, lent
+from ..database.sessions import SessionOrConnection, perform
 from ..database_errors import is_transient
 from ..errors import TaskNotFound
-from ..failures import stored_failure
-from ..loans import Loan, lent
 from ..options import MAX_ATTEMPTS
 from ..policies import Duration, integer, seconds
 from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
-from ..sessions import Executor, perform
+from ..serialization.codec import UNTYPED, Codec
+from ..serialization.failures import stored_failure
 from ..statements import waits
-from .base import ClientBase
+from . import inserting
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ _FIRST_POLL = 0.002
 _LONGEST_POLL = 0.25
 
 
-class Tasks(ClientBase):
+class Tasks(App):
     """The part of a client that deals with tasks that there are."""
 
     async def cancel_task(self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> TaskStatus:
@@ -48,7 +48,7 @@ class Tasks(ClientBase):
         Raises:
             TaskNotFound: there is no such task.
         """
-        return await self._perform(scripts.cancel(_id_of(task_id)))
+        return await self._perform(inserting.cancel(_id_of(task_id)))
 
     @overload
     def cancel_task_with(
@@ -62,9 +62,11 @@ class Tasks(ClientBase):
         session: Session | scoped_session[Any] | Connection,
         task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any],
     ) -> TaskStatus: ...
-    def cancel_task_with(self, session: Executor, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> Any:
+    def cancel_task_with(
+        self, session: SessionOrConnection, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]
+    ) -> Any:
         """As :meth:`cancel_task`, in the caller's transaction."""
-        return perform(session, self.schema, scripts.cancel(_id_of(task_id)))
+        return perform(session, self.schema, inserting.cancel(_id_of(task_id)))
 
     async def retry_task(
         self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any], *, max_attempts: int | None = None
@@ -79,7 +81,7 @@ class Tasks(ClientBase):
         """
         if max_attempts is not None:
             integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
-        return await self._perform(scripts.retry(_id_of(task_id), max_attempts))
+        return await self._perform(inserting.retry(_id_of(task_id), max_attempts))
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
@@ -156,7 +158,7 @@ class Tasks(ClientBase):
     def _polls(self) -> Batch[uuid.UUID, Row[Any] | None]:
         return Batch(lent(lambda: self.database, self._poll_batch))
 
-    async def _poll_batch(self, loan: Loan, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
+    async def _poll_batch(self, loan: HeldConnection, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
         rows = await loan.execute(waits.POLL_TASKS, {"task_ids": task_ids})
         found = {row.task_id: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]

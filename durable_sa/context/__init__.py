@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 from typing_extensions import TypeVar as DefaultTypeVar
 
-from ..claimed import Claimed
-from ..codec import UNTYPED
 from ..hooks import Hooks
 from ..policies import Duration, seconds
+from ..serialization.codec import UNTYPED
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
+from ..statements.claiming import ClaimedRun
 from .children import Children
 from .events import Events
 from .sleeps import Sleeps
@@ -22,7 +22,7 @@ from .values import Values
 
 if TYPE_CHECKING:
     from ..client import Durable
-    from ..run import Run
+    from ..execution.run import Run
 
 __all__ = ["TaskContext"]
 
@@ -94,7 +94,7 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
         return self._run.in_another_loop()
 
     @property
-    def claimed(self) -> Claimed:
+    def claimed(self) -> ClaimedRun:
         """What the claim of the run said."""
         return self._run.claimed
 

@@ -13,18 +13,18 @@ from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from ..codec import Codec, check_size
 from ..errors import InvalidState
+from ..execution.journal import Entry
+from ..execution.waits import PendingWait
+from ..execution.writes import Kind, Stored
 from ..hooks import around_step
 from ..ids import is_part, step_key
-from ..journal import Entry
 from ..names import validate_name
-from ..parked import Parked
-from ..writes import Kind, Stored
+from ..serialization.codec import Codec, check_size
 
 if TYPE_CHECKING:
     from ..client import Durable
-    from ..run import Run
+    from ..execution.run import Run
     from . import TaskContext
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class ContextBase:
         self._refuse_inside_step(call)
         waiting, due_at = self._run.journal.wait(call.key)
         future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
-        parked = Parked(
+        parked = PendingWait(
             future, call.key, call.kind, call.name, event_name, child_task_id, due_at, None if waiting else timeout
         )
         return await self._run.park(parked)

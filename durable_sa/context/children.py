@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from typing_extensions import Unpack
 
-from ..codec import UNTYPED
 from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
-from ..failures import stored_failure
+from ..execution.writes import Kind, Stored
 from ..ids import child_id, digest
 from ..policies import Duration, seconds
 from ..results import SpawnResult, TaskHandle
+from ..serialization.codec import UNTYPED
+from ..serialization.failures import stored_failure
 from ..spawns import over, prepare
-from ..writes import Kind, Stored
 from .base import NULL, Call, ContextBase
 
 if TYPE_CHECKING:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeVar, overload
 
-from ..codec import UNTYPED, Codec, check_size, codec_for
 from ..errors import TaskTimeout
+from ..execution.writes import Kind, Stored
 from ..names import validate_name
 from ..policies import Duration, seconds
-from ..writes import Kind, Stored
+from ..serialization.codec import (
+    UNTYPED,
+    Codec,
+    check_size,
+    codec_for,
+)
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from datetime import datetime
 
-from ..codec import Codec, codec_for
-from ..parked import Parked
+from ..execution.waits import PendingWait
+from ..execution.writes import Stored
 from ..policies import Duration, seconds, timestamp
-from ..writes import Stored
+from ..serialization.codec import Codec, codec_for
 from .base import NULL, Call, ContextBase
 
 _PLAIN_TIME: Codec[datetime] = codec_for(datetime)
@@ -48,4 +48,4 @@ class Sleeps(ContextBase):
         self._refuse_inside_step(call)
         future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
         with self._observed("sleep", call.name):
-            await run.park(Parked(future, call.key, "sleep", call.name, due_at=due_at, delay=delay))
+            await run.park(PendingWait(future, call.key, "sleep", call.name, due_at=due_at, delay=delay))

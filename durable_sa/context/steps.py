@@ -9,15 +9,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
-from ..annotations import is_coroutine_function
-from ..arguments import encode_arguments
-from ..codec import Codec
 from ..errors import TaskTimeout
-from ..failures import is_retryable
+from ..execution.writes import Kind
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
+from ..serialization.annotations import is_coroutine_function
+from ..serialization.canonical import encode_arguments
+from ..serialization.codec import Codec
+from ..serialization.failures import is_retryable
 from ..steps import PLAIN, Step, StepOptions, result_codec
-from ..writes import Kind
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
 

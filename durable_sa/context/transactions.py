@@ -8,10 +8,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ..arguments import encode_arguments
+from ..execution.transactions import run_transaction
 from ..ids import is_part
+from ..serialization.canonical import encode_arguments
 from ..steps import result_codec
-from ..transactions import run_transaction
 from .base import NULL, Call, ContextBase, check_function
 
 P = ParamSpec("P")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import TypeVar
 
-from ..codec import Codec, codec_for
 from ..ids import new_id
+from ..serialization.codec import Codec, codec_for
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
-from ..models import Checkpoint, Task, Wait
+from ..models import Checkpoint, TaskRow, Wait
 from .expressions import array, bounded, clock, constant, raised, rows
 from .outcomes import ended_attempts, free_waits_gone
 
@@ -50,26 +50,26 @@ def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
     else:
         waits = free_waits_gone(locked)
     return (
-        update(Task)
-        .where(Task.task_id == locked.c.task_id)
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
         .values(
             state=constant("cancelled"),
             outcome=constant("cancelled"),
             finished_at=clock(),
-            error=func.coalesce(reason(locked), Task.error),
+            error=func.coalesce(reason(locked), TaskRow.error),
             cancelled_by=cancelled_by,
-            fence=raised(Task.fence),
+            fence=raised(TaskRow.fence),
         )
-        .returning(Task.task_id, Task.parent_task_id, locked.c.state.label("was"))
+        .returning(TaskRow.task_id, TaskRow.parent_task_id, locked.c.state.label("was"))
         .add_cte(ended, waits)
     )
 
 
 def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
     statement = (
-        select(Task.task_id, Task.run_id, Task.attempt, Task.state, Task.claimed_by, Task.started_at)
-        .where(Task.finished_at.is_(None), *conditions)
-        .order_by(Task.task_id)
+        select(TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskRow.claimed_by, TaskRow.started_at)
+        .where(TaskRow.finished_at.is_(None), *conditions)
+        .order_by(TaskRow.task_id)
         .with_for_update(skip_locked=skip_locked, key_share=True)
     )
     if limit is not None:
@@ -77,25 +77,25 @@ def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
     return statement.cte("locked").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
-CANCEL = _cancel(_unfinished(Task.task_id == _task_id, skip_locked=False), null())
+CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
 """Cancel one task, waiting for whoever holds its row. Nothing comes back for a task that has ended."""
 
-_parent = aliased(Task, name="parent")
+_parent = aliased(TaskRow, name="parent")
 _descendant = (
-    select(Task.task_id, Task.finished_at, Task.fence)
-    .join(_parent, Task.parent_task_id == _parent.task_id)
+    select(TaskRow.task_id, TaskRow.finished_at, TaskRow.fence)
+    .join(_parent, TaskRow.parent_task_id == _parent.task_id)
     .where(
         _parent.task_id == func.any(array("ancestor_ids", Uuid())),
         _parent.outcome.in_(_UNHAPPY),
-        Task.parent_fence.is_distinct_from(_parent.fence),
+        TaskRow.parent_fence.is_distinct_from(_parent.fence),
     )
     .cte("descendant", recursive=True)
 )
 # Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
 _descendant = _descendant.union(
-    select(Task.task_id, Task.finished_at, Task.fence).join(
+    select(TaskRow.task_id, TaskRow.finished_at, TaskRow.fence).join(
         _descendant,
-        (Task.parent_task_id == _descendant.c.task_id) & Task.parent_fence.is_distinct_from(_descendant.c.fence),
+        (TaskRow.parent_task_id == _descendant.c.task_id) & TaskRow.parent_fence.is_distinct_from(_descendant.c.fence),
     )
 )
 
@@ -113,17 +113,17 @@ Not those below one that was put back by hand after its parent's end, as long as
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
 _still_ended = (
-    select(Task.task_id)
-    .where(Task.task_id == _origin, Task.outcome.in_(_UNHAPPY))
+    select(TaskRow.task_id)
+    .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNHAPPY))
     .with_for_update(skip_locked=True, key_share=True)
     .cte("still_ended")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-CANCEL_DESCENDANTS = _cancel(_unfinished(Task.task_id == func.any(_targets), skip_locked=False), _origin)
+CANCEL_DESCENDANTS = _cancel(_unfinished(TaskRow.task_id == func.any(_targets), skip_locked=False), _origin)
 """A step of the cascade inside the caller's transaction."""
 
 CASCADE = _cancel(
-    _unfinished(Task.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True),
+    _unfinished(TaskRow.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True),
     _origin,
     patient=False,
 )
@@ -134,14 +134,14 @@ Nothing is cancelled for a task that was put back in the meantime: its descendan
 
 _line = (
     select(
-        Task.task_id.label("task_id"),
-        Task.parent_task_id.label("ancestor_id"),
-        Task.parent_fence.label("ancestor_fence"),
+        TaskRow.task_id.label("task_id"),
+        TaskRow.parent_task_id.label("ancestor_id"),
+        TaskRow.parent_fence.label("ancestor_fence"),
     )
-    .where(Task.finished_at.is_(None), Task.parent_task_id.is_not(None))
+    .where(TaskRow.finished_at.is_(None), TaskRow.parent_task_id.is_not(None))
     .cte("line", recursive=True)
 )
-_ancestor = aliased(Task, name="ancestor")
+_ancestor = aliased(TaskRow, name="ancestor")
 
 
 def _next_in(line: CTE) -> ColumnElement[bool]:
@@ -170,23 +170,23 @@ _limit_error = func.json_build_object(
     constant("CancellationPolicy"),
     constant("message"),
     case(
-        (Task.first_started_at.is_(None), constant("max_pending_time was over before the first start")),
+        (TaskRow.first_started_at.is_(None), constant("max_pending_time was over before the first start")),
         else_=constant("max_running_time was over"),
     ),
 )
 _overdue = (
     select(
-        Task.task_id,
-        Task.run_id,
-        Task.attempt,
-        Task.state,
-        Task.claimed_by,
-        Task.started_at,
-        Task.parent_task_id,
+        TaskRow.task_id,
+        TaskRow.run_id,
+        TaskRow.attempt,
+        TaskRow.state,
+        TaskRow.claimed_by,
+        TaskRow.started_at,
+        TaskRow.parent_task_id,
         _limit_error.label("reason"),
     )
-    .where(Task.finished_at.is_(None), Task.cancel_at.is_not(None), Task.cancel_at <= clock())
-    .order_by(Task.task_id)
+    .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None), TaskRow.cancel_at <= clock())
+    .order_by(TaskRow.task_id)
     .limit(bindparam("wanted", type_=Integer()))
     .with_for_update(skip_locked=True, key_share=True)
     .cte("locked")
@@ -196,7 +196,7 @@ _overdue = (
 CANCEL_OVERDUE = _cancel(_overdue, null(), patient=False)
 """Cancel a batch of tasks whose pending or running time is over."""
 
-TASK_STATE = select(Task.task_id, Task.state).where(Task.task_id == _task_id)
+TASK_STATE = select(TaskRow.task_id, TaskRow.state).where(TaskRow.task_id == _task_id)
 """Where a task stands."""
 
 _fresh: dict[str, Any] = {
@@ -210,32 +210,34 @@ _fresh: dict[str, Any] = {
     "failures": 0,
     "lease_losses": 0,
     "cancelled_by": null(),
-    "parent_fence": select(_parent.fence).where(_parent.task_id == Task.parent_task_id).scalar_subquery(),
+    "parent_fence": select(_parent.fence).where(_parent.task_id == TaskRow.parent_task_id).scalar_subquery(),
     "claimed_by": null(),
     "available_at": clock(),
-    "cancel_at": clock() + bounded(Task.max_pending_time),
-    "fence": raised(Task.fence),
+    "cancel_at": clock() + bounded(TaskRow.max_pending_time),
+    "fence": raised(TaskRow.fence),
 }
 
 RETRY = (
-    update(Task)
-    .where(Task.task_id == _task_id, Task.outcome.in_(_UNHAPPY))
+    update(TaskRow)
+    .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNHAPPY))
     .values(
         **_fresh,
         run_id=bindparam("next_run_id", type_=Uuid()),
-        max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), Task.max_attempts),
+        max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), TaskRow.max_attempts),
     )
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
 """Put an ended task back with fresh counts and clocks; its checkpoints stay."""
 
 _fallen = (
-    select(Task.task_id, Task.outcome, Task.cancelled_by)
-    .where(Task.parent_task_id == _task_id)
+    select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by)
+    .where(TaskRow.parent_task_id == _task_id)
     .cte("fallen", recursive=True)
 )
 _fallen = _fallen.union(
-    select(Task.task_id, Task.outcome, Task.cancelled_by).join(_fallen, Task.parent_task_id == _fallen.c.task_id)
+    select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by).join(
+        _fallen, TaskRow.parent_task_id == _fallen.c.task_id
+    )
 )
 FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(
     _fallen.c.outcome == constant("cancelled"), _fallen.c.cancelled_by == func.any(array("origins", Uuid()))
@@ -243,18 +245,20 @@ FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(
 """Descendants that a cascade from these origins cancelled."""
 
 BEFORE_RETRY = (
-    select(Task.state, Task.cancelled_by, Task.run_id, Task.queue_name, Task.priority, Task.available_at)
-    .where(Task.task_id == _task_id)
+    select(
+        TaskRow.state, TaskRow.cancelled_by, TaskRow.run_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at
+    )
+    .where(TaskRow.task_id == _task_id)
     .with_for_update(key_share=True)
 )
 """An ended task before it is put back, under its lock."""
 
 _restored = rows("restored", task_ids=Uuid(), next_run_ids=Uuid())
 RETRY_DESCENDANTS = (
-    update(Task)
-    .where(Task.task_id == _restored.c.task_ids, Task.outcome == constant("cancelled"))
+    update(TaskRow)
+    .where(TaskRow.task_id == _restored.c.task_ids, TaskRow.outcome == constant("cancelled"))
     .values(**_fresh, run_id=_restored.c.next_run_ids)
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
 """Put back what the cascade had cancelled."""
 
@@ -264,9 +268,9 @@ FORGET_JOINS = delete(Checkpoint).where(
     Checkpoint.kind == constant("join"),
     Checkpoint.status.in_(["failed", "cancelled"]),
     exists().where(
-        Task.parent_task_id == Checkpoint.task_id,
-        Task.task_id == Checkpoint.child_task_id,
-        or_(Task.finished_at.is_(None), Task.outcome == constant("completed")),
+        TaskRow.parent_task_id == Checkpoint.task_id,
+        TaskRow.task_id == Checkpoint.child_task_id,
+        or_(TaskRow.finished_at.is_(None), TaskRow.outcome == constant("completed")),
     ),
 )
 """Joins that ended badly for children that run again, or did and came to a good end: they are to be awaited anew."""

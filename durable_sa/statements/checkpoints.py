@@ -22,7 +22,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Event, Queue, Task, Wait
+from ..models import Checkpoint, Event, Queue, TaskRow, Wait
 from .expressions import (
     array,
     as_json,
@@ -94,7 +94,7 @@ _children = (
         .where(is_one_of(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
         .subquery("spawnable")
     )
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
     .cte("children")
 )
 _with_child = select(_new).where(is_one_of(_new.c.child_ids, _children)).subquery("with_child")
@@ -107,7 +107,7 @@ RECORD_CHILDREN = select(
 
 _event = numbered_rows("event", "position", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
 _locked = locked_rows(_fences(_event))
-_queue_name = select(Task.queue_name).where(Task.task_id == _event.c.task_ids).scalar_subquery()
+_queue_name = select(TaskRow.queue_name).where(TaskRow.task_id == _event.c.task_ids).scalar_subquery()
 _ranked = (
     select(
         _event,
@@ -170,10 +170,10 @@ READ_CHECKPOINTS = select(
 """What is stored under keys that a write found taken, or that a journal left in the database for their size."""
 
 LOCK_UNDER_FENCE = (
-    select(Task.task_id)
+    select(TaskRow.task_id)
     .where(
-        Task.task_id == bindparam("task_id", type_=Uuid()),
-        Task.fence == bindparam("fence", type_=BigInteger()),
+        TaskRow.task_id == bindparam("task_id", type_=Uuid()),
+        TaskRow.fence == bindparam("fence", type_=BigInteger()),
     )
     .with_for_update(key_share=True)
 )

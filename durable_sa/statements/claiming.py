@@ -24,7 +24,9 @@ write.
 
 from __future__ import annotations
 
-from typing import Any
+import uuid
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -48,13 +50,52 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert
 
-from ..models import Queue, Task, WorkerRow
+from ..models import Queue, TaskRow, WorkerRow
 from .expressions import array, as_text, bounded, clock, constant, interval, numbered_rows, rows, statement_time, unseen
+
+
+class ClaimedRun(NamedTuple):
+    """What a claim says about a run, in the order of the statement's columns."""
+
+    task_id: uuid.UUID
+    run_id: uuid.UUID
+    queue_name: str
+    priority: int
+    available_at: datetime
+    task_name: str
+    params: str | None
+    headers: str | None
+    attempt: int
+    fence: int
+    cancel_at: datetime | None
+    now: datetime
+
+    @property
+    def key(self) -> tuple[uuid.UUID, int]:
+        """What no other run has."""
+        return self.task_id, self.fence
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """Which run a line in the log is about, as attributes of its record."""
+        return {
+            "task_id": str(self.task_id),
+            "task_name": self.task_name,
+            "run_id": str(self.run_id),
+            "attempt": self.attempt,
+            "queue_name": self.queue_name,
+        }
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing can have been recorded yet: nobody had it before."""
+        return self.fence == 1
+
 
 _worker_id = bindparam("worker_id", type_=Uuid())
 _wanted = unseen(bindparam("wanted", type_=Integer()))
 
-_lanes = numbered_rows(
+_cursors = numbered_rows(
     "lane",
     "position",
     queue_names=Text(),
@@ -63,32 +104,32 @@ _lanes = numbered_rows(
     floor_ids=Uuid(),
 )
 _open_lanes = (
-    select(_lanes)
+    select(_cursors)
     .where(
-        ~exists().where(Queue.queue_name == _lanes.c.queue_names, Queue.paused_at.is_not(None)),
+        ~exists().where(Queue.queue_name == _cursors.c.queue_names, Queue.paused_at.is_not(None)),
         # A worker that was taken over claims nothing more under its old id.
         exists().where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None)),
     )
-    .order_by(_lanes.c.position)
+    .order_by(_cursors.c.position)
     .cte("open_lanes")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 _next_in_lane = (
-    select(Task.task_id)
+    select(TaskRow.task_id)
     .where(
-        Task.finished_at.is_(None),
-        Task.queue_name == _open_lanes.c.queue_names,
-        Task.priority == _open_lanes.c.priorities,
-        Task.available_at <= statement_time(),
-        tuple_(Task.available_at, Task.task_id) > tuple_(_open_lanes.c.floor_times, _open_lanes.c.floor_ids),
-        Task.claimed_by.is_(None),
-        Task.task_name == func.any(array("task_names", Text())),
-        or_(Task.cancel_at.is_(None), Task.cancel_at > statement_time()),
+        TaskRow.finished_at.is_(None),
+        TaskRow.queue_name == _open_lanes.c.queue_names,
+        TaskRow.priority == _open_lanes.c.priorities,
+        TaskRow.available_at <= statement_time(),
+        tuple_(TaskRow.available_at, TaskRow.task_id) > tuple_(_open_lanes.c.floor_times, _open_lanes.c.floor_ids),
+        TaskRow.claimed_by.is_(None),
+        TaskRow.task_name == func.any(array("task_names", Text())),
+        or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > statement_time()),
         # One row whose numbers would overflow must not stop the others.
-        Task.attempt < constant(2**31 - 1),
-        Task.fence < constant(2**62),
+        TaskRow.attempt < constant(2**31 - 1),
+        TaskRow.fence < constant(2**62),
     )
-    .order_by(Task.available_at, Task.task_id)
+    .order_by(TaskRow.available_at, TaskRow.task_id)
     .limit(_wanted)
     .with_for_update(skip_locked=True, key_share=True)
     .correlate(_open_lanes)
@@ -97,34 +138,34 @@ _next_in_lane = (
 _ready = select(_next_in_lane.c.task_id).select_from(_open_lanes.join(_next_in_lane, true())).limit(_wanted)
 
 _CLAIMED = (
-    Task.task_id,
-    Task.run_id,
-    Task.queue_name,
-    Task.priority,
-    Task.available_at,
-    Task.task_name,
-    as_text(Task.params).label("params"),
-    as_text(Task.headers).label("headers"),
-    Task.attempt,
-    Task.fence,
-    Task.cancel_at,
+    TaskRow.task_id,
+    TaskRow.run_id,
+    TaskRow.queue_name,
+    TaskRow.priority,
+    TaskRow.available_at,
+    TaskRow.task_name,
+    as_text(TaskRow.params).label("params"),
+    as_text(TaskRow.headers).label("headers"),
+    TaskRow.attempt,
+    TaskRow.fence,
+    TaskRow.cancel_at,
     clock().label("now"),
 )
 
 CLAIM = (
-    update(Task)
+    update(TaskRow)
     # As an array: a join with what the planner expects to be many rows would read the whole table.
-    .where(Task.task_id == func.any(func.array(_ready.scalar_subquery())))
+    .where(TaskRow.task_id == func.any(func.array(_ready.scalar_subquery())))
     .values(
         state=constant("running"),
         claimed_by=_worker_id,
-        fence=Task.fence + constant(1),
+        fence=TaskRow.fence + constant(1),
         # A suspended task goes on with its attempt; anything else begins one.
-        attempt=Task.attempt + case((Task.state == constant("pending"), constant(1)), else_=constant(0)),
-        started_at=case((Task.state == constant("pending"), clock()), else_=Task.started_at),
-        first_started_at=func.coalesce(Task.first_started_at, clock()),
+        attempt=TaskRow.attempt + case((TaskRow.state == constant("pending"), constant(1)), else_=constant(0)),
+        started_at=case((TaskRow.state == constant("pending"), clock()), else_=TaskRow.started_at),
+        first_started_at=func.coalesce(TaskRow.first_started_at, clock()),
         cancel_at=case(
-            (Task.first_started_at.is_(None), clock() + bounded(Task.max_running_time)), else_=Task.cancel_at
+            (TaskRow.first_started_at.is_(None), clock() + bounded(TaskRow.max_running_time)), else_=TaskRow.cancel_at
         ),
     )
     .returning(*_CLAIMED)
@@ -134,11 +175,11 @@ CLAIM = (
 _held = rows("held", task_ids=Uuid(), fences=BigInteger())
 
 UNHEARD_CLAIMS = select(*_CLAIMED).where(
-    Task.finished_at.is_(None),
-    Task.queue_name == func.any(array("queue_names", Text())),
-    Task.available_at <= statement_time(),
-    Task.claimed_by == _worker_id,
-    ~exists().where(Task.task_id == _held.c.task_ids, Task.fence == _held.c.fences),
+    TaskRow.finished_at.is_(None),
+    TaskRow.queue_name == func.any(array("queue_names", Text())),
+    TaskRow.available_at <= statement_time(),
+    TaskRow.claimed_by == _worker_id,
+    ~exists().where(TaskRow.task_id == _held.c.task_ids, TaskRow.fence == _held.c.fences),
 )
 """Runs that a worker has but does not know of: their claim was committed, and its reply was lost."""
 
@@ -147,8 +188,12 @@ _asked = rows("asked", queue_names=Text())
 
 def _smallest_priority(queue_name: ColumnElement[str], *above: ColumnElement[int]) -> ColumnElement[Any]:
     return (
-        select(func.min(Task.priority))
-        .where(Task.finished_at.is_(None), Task.queue_name == queue_name, *(Task.priority > bound for bound in above))
+        select(func.min(TaskRow.priority))
+        .where(
+            TaskRow.finished_at.is_(None),
+            TaskRow.queue_name == queue_name,
+            *(TaskRow.priority > bound for bound in above),
+        )
         .scalar_subquery()
     )
 
@@ -165,12 +210,12 @@ _used = _used.union_all(
 SURVEY_LANES = select(
     _used.c.queue_name,
     _used.c.priority,
-    select(func.min(Task.available_at))
+    select(func.min(TaskRow.available_at))
     .where(
-        Task.finished_at.is_(None),
-        Task.queue_name == _used.c.queue_name,
-        Task.priority == _used.c.priority,
-        Task.available_at > statement_time(),
+        TaskRow.finished_at.is_(None),
+        TaskRow.queue_name == _used.c.queue_name,
+        TaskRow.priority == _used.c.priority,
+        TaskRow.available_at > statement_time(),
     )
     .scalar_subquery()
     .label("next_at"),
@@ -233,12 +278,12 @@ LOST_WORKERS = select(WorkerRow.worker_id, WorkerRow.name, WorkerRow.queue_names
 """Workers whose runs are to be taken over; a row stays a while, for runs claimed in its last moment."""
 
 RUNS_OF_LOST = (
-    select(Task.task_id)
+    select(TaskRow.task_id)
     .where(
-        Task.finished_at.is_(None),
-        Task.queue_name == func.any(array("queue_names", Text())),
-        Task.available_at <= statement_time(),
-        Task.claimed_by == func.any(array("worker_ids", Uuid())),
+        TaskRow.finished_at.is_(None),
+        TaskRow.queue_name == func.any(array("queue_names", Text())),
+        TaskRow.available_at <= statement_time(),
+        TaskRow.claimed_by == func.any(array("worker_ids", Uuid())),
     )
     .limit(_wanted)
     .offset(bindparam("passed", type_=Integer()))
@@ -249,15 +294,15 @@ Those are `passed` over that were found before and that somebody holds locked.
 """
 
 ORPHANED_RUNS = (
-    select(Task.task_id, Task.claimed_by)
+    select(TaskRow.task_id, TaskRow.claimed_by)
     .where(
-        Task.finished_at.is_(None),
-        Task.available_at <= statement_time(),
-        Task.claimed_by.is_not(None),
-        ~exists().where(WorkerRow.worker_id == Task.claimed_by),
+        TaskRow.finished_at.is_(None),
+        TaskRow.available_at <= statement_time(),
+        TaskRow.claimed_by.is_not(None),
+        ~exists().where(WorkerRow.worker_id == TaskRow.claimed_by),
     )
     .limit(_wanted)
-    .with_for_update(skip_locked=True, key_share=True, of=Task)
+    .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
 )
 """Runs whose worker's row is gone altogether, by whatever accident."""
 
@@ -272,9 +317,9 @@ FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.wor
 """Drop lost workers that nothing can still refer to."""
 
 RUNS_GONE = (
-    select(_held.c.task_ids.label("task_id"), _held.c.fences.label("fence"), Task.state)
-    .select_from(_held.outerjoin(Task, Task.task_id == _held.c.task_ids))
-    .where(or_(Task.fence != _held.c.fences, Task.task_id.is_(None)))
+    select(_held.c.task_ids.label("task_id"), _held.c.fences.label("fence"), TaskRow.state)
+    .select_from(_held.outerjoin(TaskRow, TaskRow.task_id == _held.c.task_ids))
+    .where(or_(TaskRow.fence != _held.c.fences, TaskRow.task_id.is_(None)))
 )
 """Which of a worker's runs are no longer its own: cancelled, taken over, or deleted with their queue.
 

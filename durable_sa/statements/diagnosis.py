@@ -28,41 +28,41 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import aliased
 
-from ..models import Checkpoint, Event, Queue, Run, Schedule, Task, Wait, WorkerRow
+from ..models import Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
 from .expressions import clock, constant, interval, readable
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
-_unfinished = Task.finished_at.is_(None)
+_unfinished = TaskRow.finished_at.is_(None)
 
 
 def _age(moment: ColumnElement[Any] | Any) -> ColumnElement[Any]:
     return func.extract("epoch", clock() - readable(moment))
 
 
-_paused = exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None))
+_paused = exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None))
 _served = exists().where(
     WorkerRow.lost_at.is_(None),
     WorkerRow.expires_at > clock(),
-    Task.queue_name == func.any(WorkerRow.queue_names),
+    TaskRow.queue_name == func.any(WorkerRow.queue_names),
 )
 
 UNCLAIMED = (
     select(
-        Task.queue_name,
-        Task.task_name,
+        TaskRow.queue_name,
+        TaskRow.task_name,
         func.count().label("count"),
-        _age(func.min(Task.available_at)).label("oldest_seconds"),
+        _age(func.min(TaskRow.available_at)).label("oldest_seconds"),
         func.bool_or(_served).label("served"),
     )
-    .where(_unfinished, Task.claimed_by.is_(None), Task.available_at < _moment_ago, ~_paused)
-    .group_by(Task.queue_name, Task.task_name)
-    .order_by(func.min(Task.available_at))
+    .where(_unfinished, TaskRow.claimed_by.is_(None), TaskRow.available_at < _moment_ago, ~_paused)
+    .group_by(TaskRow.queue_name, TaskRow.task_name)
+    .order_by(func.min(TaskRow.available_at))
     .limit(_wanted)
 )
 """Tasks that are due and that nobody claims, and whether any worker serves their queue."""
 
-_child = aliased(Task, name="child")
+_child = aliased(TaskRow, name="child")
 STUCK_WAITS = (
     select(
         Wait.task_id,
@@ -76,7 +76,7 @@ STUCK_WAITS = (
         ).label("reason"),
         _age(Wait.created_at).label("waiting_seconds"),
     )
-    .join(Task, (Task.task_id == Wait.task_id) & _unfinished & Task.claimed_by.is_(None))
+    .join(TaskRow, (TaskRow.task_id == Wait.task_id) & _unfinished & TaskRow.claimed_by.is_(None))
     .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
     .outerjoin(_child, _child.task_id == Wait.child_task_id)
     .where(
@@ -95,12 +95,12 @@ STUCK_WAITS = (
 """Waits that are over, and whose tasks sleep on."""
 
 SLEEPLESS = (
-    select(Task.task_id, Task.task_name, Task.queue_name)
+    select(TaskRow.task_id, TaskRow.task_name, TaskRow.queue_name)
     .where(
         _unfinished,
-        Task.available_at.is_(None),
-        Task.claimed_by.is_(None),
-        ~exists().where(Wait.task_id == Task.task_id),
+        TaskRow.available_at.is_(None),
+        TaskRow.claimed_by.is_(None),
+        ~exists().where(Wait.task_id == TaskRow.task_id),
     )
     .limit(_wanted)
 )
@@ -115,38 +115,38 @@ UNDELIVERED = (
 """Events that no worker has delivered."""
 
 OVERDUE = (
-    select(Task.task_id, Task.task_name, _age(Task.cancel_at).label("seconds"))
-    .where(_unfinished, Task.cancel_at.is_not(None), Task.cancel_at < _moment_ago)
-    .order_by(Task.cancel_at)
+    select(TaskRow.task_id, TaskRow.task_name, _age(TaskRow.cancel_at).label("seconds"))
+    .where(_unfinished, TaskRow.cancel_at.is_not(None), TaskRow.cancel_at < _moment_ago)
+    .order_by(TaskRow.cancel_at)
     .limit(_wanted)
 )
 """Tasks past their `max_pending_time` or `max_running_time`."""
 
 EXPIRED_LEASES = (
     select(
-        Task.claimed_by.label("worker_id"),
+        TaskRow.claimed_by.label("worker_id"),
         WorkerRow.name.label("worker_name"),
         func.count().label("runs"),
         _age(func.max(WorkerRow.expires_at)).label("seconds"),
     )
-    .outerjoin(WorkerRow, WorkerRow.worker_id == Task.claimed_by)
+    .outerjoin(WorkerRow, WorkerRow.worker_id == TaskRow.claimed_by)
     .where(
         _unfinished,
-        Task.claimed_by.is_not(None),
+        TaskRow.claimed_by.is_not(None),
         or_(WorkerRow.worker_id.is_(None), WorkerRow.expires_at < _moment_ago, WorkerRow.lost_at < _moment_ago),
     )
-    .group_by(Task.claimed_by, WorkerRow.name)
+    .group_by(TaskRow.claimed_by, WorkerRow.name)
     .limit(_wanted)
 )
 """Runs that workers hold which are silent, or unknown, and that nobody has taken over."""
 
 INCONSISTENT = (
-    select(Task.task_id, Task.task_name, Task.state)
+    select(TaskRow.task_id, TaskRow.task_name, TaskRow.state)
     .where(
         _unfinished,
         or_(
-            Task.state.not_in(["pending", "running", "sleeping"]),
-            (Task.state == constant("running")) != Task.claimed_by.is_not(None),
+            TaskRow.state.not_in(["pending", "running", "sleeping"]),
+            (TaskRow.state == constant("running")) != TaskRow.claimed_by.is_not(None),
         ),
     )
     .limit(_wanted)
@@ -161,7 +161,7 @@ OVERDUE_TICKS = (
 )
 """Schedules whose tick no worker has fired."""
 
-_parent = aliased(Task, name="parent")
+_parent = aliased(TaskRow, name="parent")
 
 
 def _orphan(what: str, id_: ColumnElement[Any] | Any, query: Select[Any]) -> Any:
@@ -172,44 +172,46 @@ def _orphan(what: str, id_: ColumnElement[Any] | Any, query: Select[Any]) -> Any
 ORPHANS = union_all(
     _orphan(
         "task in a queue that does not exist",
-        Task.task_id,
-        select(Task).where(_unfinished, ~exists().where(Queue.queue_name == Task.queue_name)),
+        TaskRow.task_id,
+        select(TaskRow).where(_unfinished, ~exists().where(Queue.queue_name == TaskRow.queue_name)),
     ),
     _orphan(
         "task whose parent does not exist",
-        Task.task_id,
-        select(Task).where(
+        TaskRow.task_id,
+        select(TaskRow).where(
             _unfinished,
-            Task.parent_task_id.is_not(None),
-            ~exists().where(_parent.task_id == Task.parent_task_id),
+            TaskRow.parent_task_id.is_not(None),
+            ~exists().where(_parent.task_id == TaskRow.parent_task_id),
         ),
     ),
     _orphan(
         "task whose parent has failed or was cancelled",
-        Task.task_id,
-        select(Task)
-        .join(_parent, _parent.task_id == Task.parent_task_id)
+        TaskRow.task_id,
+        select(TaskRow)
+        .join(_parent, _parent.task_id == TaskRow.parent_task_id)
         .where(
             _unfinished,
             _parent.outcome.in_(["failed", "cancelled"]),
             _parent.finished_at < _moment_ago,
-            Task.created_at < _moment_ago,
+            TaskRow.created_at < _moment_ago,
         ),
     ),
     _orphan(
         "wait of a task that has ended or does not exist",
         Wait.task_id,
-        select(Wait).where(~exists().where(Task.task_id == Wait.task_id, _unfinished), Wait.created_at < _moment_ago),
+        select(Wait).where(
+            ~exists().where(TaskRow.task_id == Wait.task_id, _unfinished), Wait.created_at < _moment_ago
+        ),
     ),
     _orphan(
         "checkpoint of a task that does not exist",
         Checkpoint.task_id,
-        select(Checkpoint).where(~exists().where(Task.task_id == Checkpoint.task_id)),
+        select(Checkpoint).where(~exists().where(TaskRow.task_id == Checkpoint.task_id)),
     ),
     _orphan(
         "run of a task that does not exist",
-        Run.task_id,
-        select(Run).where(~exists().where(Task.task_id == Run.task_id)),
+        RunRow.task_id,
+        select(RunRow).where(~exists().where(TaskRow.task_id == RunRow.task_id)),
     ),
     _orphan(
         "event of a queue that does not exist",

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Boolean, ColumnElement, Float, Integer, Select, Text, Uuid, bindparam, case, func, select
 
-from ..models import Checkpoint, Queue, Run, Schedule, Task, Wait, WorkerRow
+from ..models import Checkpoint, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
 from .expressions import as_text, clock, interval, readable
 
 _task_id = bindparam("task_id", type_=Uuid())
@@ -24,21 +24,21 @@ def _payload(column: ColumnElement[Any] | Any) -> ColumnElement[Any]:
 
 
 _summary = (
-    Task.task_id,
-    Task.task_name,
-    Task.queue_name,
-    Task.state,
-    Task.attempt,
-    Task.failures,
-    Task.max_attempts,
-    Task.priority,
-    Task.parent_task_id,
-    Task.idempotency_key,
-    readable(Task.created_at),
-    Task.available_at,
-    readable(Task.first_started_at),
-    readable(Task.finished_at),
-    Task.error["name"].as_string().label("error_name"),
+    TaskRow.task_id,
+    TaskRow.task_name,
+    TaskRow.queue_name,
+    TaskRow.state,
+    TaskRow.attempt,
+    TaskRow.failures,
+    TaskRow.max_attempts,
+    TaskRow.priority,
+    TaskRow.parent_task_id,
+    TaskRow.idempotency_key,
+    readable(TaskRow.created_at),
+    TaskRow.available_at,
+    readable(TaskRow.first_started_at),
+    readable(TaskRow.finished_at),
+    TaskRow.error["name"].as_string().label("error_name"),
 )
 
 
@@ -56,63 +56,63 @@ def tasks(
     `since` is when they were spawned, or how long ago. The conditions name what the two partial indexes hold, so that
     a rare kind of task is not searched for among all.
     """
-    query = select(*_summary).order_by(Task.task_id.desc()).limit(limit)
+    query = select(*_summary).order_by(TaskRow.task_id.desc()).limit(limit)
     ended = [state for state in states if state in ("completed", "failed", "cancelled")]
     if states and len(ended) == len(states):
-        query = query.where(Task.finished_at.is_not(None), Task.outcome.in_(ended))
+        query = query.where(TaskRow.finished_at.is_not(None), TaskRow.outcome.in_(ended))
     elif states and not ended:
-        query = query.where(Task.finished_at.is_(None), Task.state.in_(states))
+        query = query.where(TaskRow.finished_at.is_(None), TaskRow.state.in_(states))
     elif states:
-        query = query.where(Task.state.in_(states))
+        query = query.where(TaskRow.state.in_(states))
     if queue_name is not None:
-        query = query.where(Task.queue_name == queue_name)
+        query = query.where(TaskRow.queue_name == queue_name)
     elif states:
-        query = query.where(Task.queue_name.in_(select(Queue.queue_name)))
+        query = query.where(TaskRow.queue_name.in_(select(Queue.queue_name)))
     if task_name is not None:
-        query = query.where(Task.task_name == task_name)
+        query = query.where(TaskRow.task_name == task_name)
     if since is not None:
-        query = query.where(Task.created_at >= (clock() - since if isinstance(since, timedelta) else since))
+        query = query.where(TaskRow.created_at >= (clock() - since if isinstance(since, timedelta) else since))
     if before is not None:
-        query = query.where(Task.task_id < before)
+        query = query.where(TaskRow.task_id < before)
     return query
 
 
 TASK = (
     select(
         *_summary,
-        Task.run_id,
-        readable(Task.started_at),
-        Task.lease_losses,
-        Task.cancelled_by,
-        Task.cancel_at,
-        Task.claimed_by,
+        TaskRow.run_id,
+        readable(TaskRow.started_at),
+        TaskRow.lease_losses,
+        TaskRow.cancelled_by,
+        TaskRow.cancel_at,
+        TaskRow.claimed_by,
         WorkerRow.name.label("worker_name"),
-        Task.error["message"].as_string().label("error_message"),
-        _payload(Task.params),
-        _payload(Task.headers),
-        _payload(Task.output),
-        _payload(Task.error),
+        TaskRow.error["message"].as_string().label("error_message"),
+        _payload(TaskRow.params),
+        _payload(TaskRow.headers),
+        _payload(TaskRow.output),
+        _payload(TaskRow.error),
         clock().label("now"),
     )
-    .outerjoin(WorkerRow, WorkerRow.worker_id == Task.claimed_by)
-    .where(Task.task_id == _task_id)
+    .outerjoin(WorkerRow, WorkerRow.worker_id == TaskRow.claimed_by)
+    .where(TaskRow.task_id == _task_id)
 )
 """One task, with the worker that has it."""
 
 RUNS = (
     select(
-        Run.attempt,
-        Run.run_id,
-        Run.state,
-        Run.worker_id,
-        readable(Run.started_at),
-        readable(Run.finished_at),
-        Run.error["name"].as_string().label("error_name"),
-        Run.error["message"].as_string().label("error_message"),
-        _payload(Run.error),
+        RunRow.attempt,
+        RunRow.run_id,
+        RunRow.state,
+        RunRow.worker_id,
+        readable(RunRow.started_at),
+        readable(RunRow.finished_at),
+        RunRow.error["name"].as_string().label("error_name"),
+        RunRow.error["message"].as_string().label("error_message"),
+        _payload(RunRow.error),
     )
-    .where(Run.task_id == _task_id)
-    .order_by(Run.attempt)
+    .where(RunRow.task_id == _task_id)
+    .order_by(RunRow.attempt)
 )
 """The attempts of a task that have ended."""
 
@@ -138,9 +138,11 @@ WAITS = (
 """What a task waits for now."""
 
 CHILDREN = (
-    select(Task.task_id, Task.task_name, Task.state, readable(Task.created_at), readable(Task.finished_at))
-    .where(Task.parent_task_id == _task_id)
-    .order_by(Task.created_at, Task.task_id)
+    select(
+        TaskRow.task_id, TaskRow.task_name, TaskRow.state, readable(TaskRow.created_at), readable(TaskRow.finished_at)
+    )
+    .where(TaskRow.parent_task_id == _task_id)
+    .order_by(TaskRow.created_at, TaskRow.task_id)
     .limit(bindparam("wanted", type_=Integer()))
 )
 """The subtasks of a task."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from sqlalchemy import Text, Uuid, bindparam, cast, exists, func, literal_column, select
 
-from ..models import Event, Schedule, Task, WorkerRow
+from ..models import Event, Schedule, TaskRow, WorkerRow
 from .expressions import clock, constant, statement_time
 
 _fired = (Schedule.paused_at.is_(None), Schedule.backend == constant("worker"))
 
 LOOK = select(
-    select(func.min(Task.cancel_at))
-    .where(Task.finished_at.is_(None), Task.cancel_at.is_not(None))
+    select(func.min(TaskRow.cancel_at))
+    .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None))
     .scalar_subquery()
     .label("next_cancel_at"),
     select(func.min(WorkerRow.expires_at))

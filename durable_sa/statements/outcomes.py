@@ -33,7 +33,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Run, Task, Wait
+from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..policies import MAX_DURATION
 from .expressions import array, as_json, clock, constant, interval, length, one_row, raised, rows, statement_time, tally
 
@@ -49,19 +49,19 @@ def locked_rows(source: FromClause) -> CTE:
     """
     return (
         select(
-            Task.task_id,
-            Task.run_id,
-            Task.attempt,
-            Task.state,
-            Task.claimed_by,
-            Task.started_at,
-            Task.parent_task_id,
-            Task.queue_name,
+            TaskRow.task_id,
+            TaskRow.run_id,
+            TaskRow.attempt,
+            TaskRow.state,
+            TaskRow.claimed_by,
+            TaskRow.started_at,
+            TaskRow.parent_task_id,
+            TaskRow.queue_name,
             *(each for each in source.c if each.key not in ("task_ids", "fences")),
         )
-        .join(source, (Task.task_id == source.c.task_ids) & (Task.fence == source.c.fences))
-        .order_by(Task.task_id)
-        .with_for_update(skip_locked=True, key_share=True, of=Task)
+        .join(source, (TaskRow.task_id == source.c.task_ids) & (TaskRow.fence == source.c.fences))
+        .order_by(TaskRow.task_id)
+        .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
         .cte("locked")
         .prefix_with("MATERIALIZED", dialect="postgresql")
     )
@@ -71,7 +71,7 @@ def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnE
     """The row in ``runs`` of each attempt that ends, from the tasks as they were before the change."""
     c = locked.c
     return (
-        insert(Run)
+        insert(RunRow)
         .from_select(
             ["task_id", "attempt", "run_id", "state", "worker_id", "started_at", "finished_at", "error"],
             select(c.task_id, c.attempt, c.run_id, state, c.claimed_by, c.started_at, clock(), error),
@@ -99,17 +99,17 @@ def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
     ended = ended_attempts(locked, constant("completed"), null())
     forgotten = delete(Wait).where(Wait.task_id == locked.c.task_id, locked.c.waited).cte("forgotten")
     completed = (
-        update(Task)
-        .where(Task.task_id == locked.c.task_id)
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
         .values(
             state=constant("completed"),
             outcome=constant("completed"),
             output=as_json(locked.c.outputs),
             error=null(),
             finished_at=clock(),
-            fence=Task.fence + constant(1),
+            fence=TaskRow.fence + constant(1),
         )
-        .returning(Task.task_id, Task.parent_task_id)
+        .returning(TaskRow.task_id, TaskRow.parent_task_id)
         .cte("completed")
     )
     children = func.array_agg(completed.c.task_id).filter(completed.c.parent_task_id.is_not(None))
@@ -142,11 +142,13 @@ _failed = rows(
 _locked = locked_rows(_failed)
 _ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
 # By hand they may have been set to anything.
-_failures = func.least(func.greatest(Task.failures, constant(0)), constant(2**31 - 2))
-_again = _locked.c.retryable & (Task.retry_kind != constant("none")) & (_failures + constant(1) < Task.max_attempts)
+_failures = func.least(func.greatest(TaskRow.failures, constant(0)), constant(2**31 - 2))
+_again = (
+    _locked.c.retryable & (TaskRow.retry_kind != constant("none")) & (_failures + constant(1) < TaskRow.max_attempts)
+)
 _forgotten = (
     delete(Wait)
-    .where(Wait.task_id == _locked.c.task_id, Task.task_id == Wait.task_id, _locked.c.waited, ~_again)
+    .where(Wait.task_id == _locked.c.task_id, TaskRow.task_id == Wait.task_id, _locked.c.waited, ~_again)
     .cte("forgotten")
 )
 
@@ -156,13 +158,13 @@ def _within(number: InstrumentedAttribute[float], least: float, most: float) -> 
     return func.least(func.greatest(number, least), most, type_=Float(53))
 
 
-_base_delay = _within(Task.retry_base_delay, 0.0, MAX_DURATION)
-_max_backoff = _within(Task.retry_max_backoff, 0.0, MAX_DURATION)
-_factor = _within(Task.retry_factor, 1.0, 1000.0)
-_jitter = _within(Task.retry_jitter, 0.0, 1.0)
+_base_delay = _within(TaskRow.retry_base_delay, 0.0, MAX_DURATION)
+_max_backoff = _within(TaskRow.retry_max_backoff, 0.0, MAX_DURATION)
+_factor = _within(TaskRow.retry_factor, 1.0, 1000.0)
+_jitter = _within(TaskRow.retry_jitter, 0.0, 1.0)
 _half = func.power(_factor, _failures / 2.0)
 _backoff = case(
-    (Task.retry_kind == constant("fixed"), _base_delay),
+    (TaskRow.retry_kind == constant("fixed"), _base_delay),
     (_base_delay == 0.0, 0.0),
     # In logarithms first, as the product itself may be beyond what a number can hold.
     (
@@ -180,21 +182,28 @@ _jittered = case(
 _delay = func.least(_jittered, _max_backoff)
 
 FAIL = (
-    update(Task)
-    .where(Task.task_id == _locked.c.task_id)
+    update(TaskRow)
+    .where(TaskRow.task_id == _locked.c.task_id)
     .values(
         state=case((_again, constant("pending")), else_=constant("failed")),
         outcome=case((_again, null()), else_=constant("failed")),
         error=as_json(_locked.c.errors),
         failures=_failures + constant(1),
         lease_losses=constant(0),
-        available_at=case((_again, clock() + interval(_delay)), else_=Task.available_at),
+        available_at=case((_again, clock() + interval(_delay)), else_=TaskRow.available_at),
         finished_at=case((_again, null()), else_=clock()),
-        run_id=case((_again, _locked.c.next_run_ids), else_=Task.run_id),
+        run_id=case((_again, _locked.c.next_run_ids), else_=TaskRow.run_id),
         claimed_by=null(),
-        fence=Task.fence + constant(1),
+        fence=TaskRow.fence + constant(1),
     )
-    .returning(Task.task_id, Task.parent_task_id, Task.state, Task.queue_name, Task.priority, Task.available_at)
+    .returning(
+        TaskRow.task_id,
+        TaskRow.parent_task_id,
+        TaskRow.state,
+        TaskRow.queue_name,
+        TaskRow.priority,
+        TaskRow.available_at,
+    )
     .add_cte(_ended, _forgotten)
 )
 """Record failures of user code: the next attempt after the policy's delay, or the end of the task."""
@@ -204,16 +213,16 @@ _locked = locked_rows(_released)
 _ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
 
 RELEASE = (
-    update(Task)
-    .where(Task.task_id == _locked.c.task_id)
+    update(TaskRow)
+    .where(TaskRow.task_id == _locked.c.task_id)
     .values(
         state=constant("pending"),
         run_id=_locked.c.next_run_ids,
         available_at=clock(),
         claimed_by=null(),
-        fence=Task.fence + constant(1),
+        fence=TaskRow.fence + constant(1),
     )
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
     .add_cte(_ended)
 )
 """Give runs back at shutdown: claimable at once, and no failure of anybody."""
@@ -221,19 +230,19 @@ RELEASE = (
 _taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
 _locked = (
     select(
-        Task.task_id,
-        Task.run_id,
-        Task.attempt,
-        Task.claimed_by,
-        Task.started_at,
-        Task.lease_losses,
+        TaskRow.task_id,
+        TaskRow.run_id,
+        TaskRow.attempt,
+        TaskRow.claimed_by,
+        TaskRow.started_at,
+        TaskRow.lease_losses,
         _taken.c.next_run_ids,
         array("worker_ids", Uuid()).label("worker_ids"),
     )
-    .join(_taken, Task.task_id == _taken.c.task_ids)
-    .where(Task.claimed_by == func.any(array("worker_ids", Uuid())), Task.finished_at.is_(None))
-    .order_by(Task.task_id)
-    .with_for_update(skip_locked=True, key_share=True, of=Task)
+    .join(_taken, TaskRow.task_id == _taken.c.task_ids)
+    .where(TaskRow.claimed_by == func.any(array("worker_ids", Uuid())), TaskRow.finished_at.is_(None))
+    .order_by(TaskRow.task_id)
+    .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
     .cte("locked")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
@@ -253,27 +262,27 @@ _given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
 _forgotten = free_waits_gone(_locked, _given_up)
 
 TAKE_OVER = (
-    update(Task)
-    .where(Task.task_id == _locked.c.task_id)
+    update(TaskRow)
+    .where(TaskRow.task_id == _locked.c.task_id)
     .values(
         state=case((_given_up, constant("failed")), else_=constant("pending")),
         outcome=case((_given_up, constant("failed")), else_=null()),
         finished_at=case((_given_up, clock()), else_=null()),
-        error=case((_given_up, _lost), else_=Task.error),
-        available_at=case((_given_up, Task.available_at), else_=clock()),
-        run_id=case((_given_up, Task.run_id), else_=_locked.c.next_run_ids),
-        lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=Task.lease_losses + constant(1)),
+        error=case((_given_up, _lost), else_=TaskRow.error),
+        available_at=case((_given_up, TaskRow.available_at), else_=clock()),
+        run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),
+        lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=TaskRow.lease_losses + constant(1)),
         claimed_by=null(),
-        fence=raised(Task.fence),
+        fence=raised(TaskRow.fence),
     )
     .returning(
-        Task.task_id,
-        Task.queue_name,
-        Task.task_name,
-        Task.priority,
-        Task.available_at,
-        Task.parent_task_id,
-        Task.state,
+        TaskRow.task_id,
+        TaskRow.queue_name,
+        TaskRow.task_name,
+        TaskRow.priority,
+        TaskRow.available_at,
+        TaskRow.parent_task_id,
+        TaskRow.state,
     )
     .add_cte(_ended, _forgotten)
 )
@@ -304,7 +313,7 @@ def is_one_of(column: ColumnElement[Any], found: CTE) -> ColumnElement[bool]:
 
 def _due(locked: CTE) -> CTE:
     due_at = func.coalesce(_waits.c.due_times, statement_time() + interval(_waits.c.delays))
-    queue_name = select(Task.queue_name).where(Task.task_id == _waits.c.wait_task_ids).scalar_subquery()
+    queue_name = select(TaskRow.queue_name).where(TaskRow.task_id == _waits.c.wait_task_ids).scalar_subquery()
     return (
         select(_waits, due_at.label("due_at"), queue_name.label("queue_name"))
         .where(is_one_of(_waits.c.wait_task_ids, locked))
@@ -370,16 +379,16 @@ _forgotten = (
 )
 
 SUSPEND = (
-    update(Task)
-    .where(Task.task_id == _locked.c.task_id)
+    update(TaskRow)
+    .where(TaskRow.task_id == _locked.c.task_id)
     .values(
         state=constant("sleeping"),
         available_at=func.least(_locked.c.earliest_times, statement_time() + interval(_locked.c.earliest_delays)),
         claimed_by=null(),
         lease_losses=constant(0),
-        fence=Task.fence + constant(1),
+        fence=TaskRow.fence + constant(1),
     )
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
     .add_cte(_sleeps, _new_waits, _forgotten)
 )
 """Put runs to sleep with all that they wait for, until the first of it is due; they wait for nothing else any more."""
@@ -398,15 +407,15 @@ REGISTER_WAITS = select(
 
 _asked = rows("asked", task_ids=Uuid(), fences=BigInteger())
 _free = (
-    select(Task.task_id)
-    .join(_asked, Task.task_id == _asked.c.task_ids)
-    .with_for_update(skip_locked=True, key_share=True, of=Task)
+    select(TaskRow.task_id)
+    .join(_asked, TaskRow.task_id == _asked.c.task_ids)
+    .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
     .cte("free")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 UNDER_FENCE = (
-    select(Task.task_id, Task.fence, _free.c.task_id.is_not(None).label("free"))
-    .join(_asked, Task.task_id == _asked.c.task_ids)
-    .outerjoin(_free, _free.c.task_id == Task.task_id)
+    select(TaskRow.task_id, TaskRow.fence, _free.c.task_id.is_not(None).label("free"))
+    .join(_asked, TaskRow.task_id == _asked.c.task_ids)
+    .outerjoin(_free, _free.c.task_id == TaskRow.task_id)
 )
 """Whether rows that a fenced statement passed over are lost (another fence), or were locked by somebody."""

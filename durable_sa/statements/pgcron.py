@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects import postgresql
 
-from ..models import SCHEMA, Queue, Schedule, Task
+from ..models import SCHEMA, Queue, Schedule, TaskRow
 from .expressions import constant, statement_time
 from .spawning import SPAWN_COLUMNS, hint_payload, insert_tasks
 
@@ -105,7 +105,7 @@ def firing(schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, sc
     The schedule's row is locked and compared, so that of two jobs that fire the same tick one spawns.
     """
     name = literal_column(quoted(schedule_name), Text())
-    unfinished = exists().where(Task.task_id == Schedule.last_task_id, Task.finished_at.is_(None))
+    unfinished = exists().where(TaskRow.task_id == Schedule.last_task_id, TaskRow.finished_at.is_(None))
     advanced = (
         update(cast(Table, Schedule.__table__))
         .where(
@@ -133,7 +133,9 @@ def firing(schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, sc
         )
     ).subquery("spawn")
     spawned = (
-        insert_tasks(spawn).returning(Task.queue_name, Task.priority, Task.available_at, Task.cancel_at).cte("spawned")
+        insert_tasks(spawn)
+        .returning(TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.cancel_at)
+        .cte("spawned")
     )
     statement = select(func.pg_notify(literal_column(quoted(channel), Text()), hint_payload(spawned))).select_from(
         spawned

@@ -28,7 +28,7 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
-from ..models import RETENTION, Checkpoint, Event, Queue, Run, Schedule, Task, Wait
+from ..models import RETENTION, Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait
 from .expressions import array, clock, constant, impatient, interval, readable, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
@@ -81,26 +81,26 @@ _wanted = bindparam("wanted", type_=Integer())
 _after = tuple_(bindparam("after_time", type_=DateTime(timezone=True)), bindparam("after_id", type_=Uuid()))
 
 FINISHED_BEFORE = (
-    select(Task.task_id, readable(Task.finished_at))
+    select(TaskRow.task_id, readable(TaskRow.finished_at))
     .where(
-        Task.queue_name == _queue_name,
-        Task.outcome == bindparam("outcome", type_=Text()),
-        Task.finished_at.is_not(None),
-        Task.finished_at < statement_time() - interval(bindparam("age", type_=Float(53))),
-        tuple_(Task.finished_at, Task.task_id) > _after,
+        TaskRow.queue_name == _queue_name,
+        TaskRow.outcome == bindparam("outcome", type_=Text()),
+        TaskRow.finished_at.is_not(None),
+        TaskRow.finished_at < statement_time() - interval(bindparam("age", type_=Float(53))),
+        tuple_(TaskRow.finished_at, TaskRow.task_id) > _after,
     )
-    .order_by(Task.finished_at, Task.task_id)
+    .order_by(TaskRow.finished_at, TaskRow.task_id)
     .limit(_wanted)
 )
 """A page of ended tasks old enough to go, oldest first."""
 
 _candidates = array("task_ids", Uuid())
 _line = (
-    select(Task.task_id.label("task_id"), Task.parent_task_id.label("ancestor_id"))
-    .where(Task.task_id == func.any(_candidates), Task.parent_task_id.is_not(None))
+    select(TaskRow.task_id.label("task_id"), TaskRow.parent_task_id.label("ancestor_id"))
+    .where(TaskRow.task_id == func.any(_candidates), TaskRow.parent_task_id.is_not(None))
     .cte("line", recursive=True)
 )
-_ancestor = aliased(Task, name="ancestor")
+_ancestor = aliased(TaskRow, name="ancestor")
 # Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
 _line = _line.union(
     select(_line.c.task_id, _ancestor.parent_task_id).where(
@@ -112,31 +112,31 @@ _needed = (
     .join(_ancestor, _ancestor.task_id == _line.c.ancestor_id)
     .where(_ancestor.finished_at.is_(None))
 )
-_child = aliased(Task, name="child")
+_child = aliased(TaskRow, name="child")
 _impatient = impatient()
 _gone = (
-    select(Task.task_id)
+    select(TaskRow.task_id)
     .join(_impatient, true())
     .where(
-        Task.task_id == func.any(_candidates),
-        Task.finished_at.is_not(None),
-        Task.task_id.not_in(_needed),
-        ~exists().where(_child.parent_task_id == Task.task_id),
-        ~exists().where(Wait.child_task_id == Task.task_id),
+        TaskRow.task_id == func.any(_candidates),
+        TaskRow.finished_at.is_not(None),
+        TaskRow.task_id.not_in(_needed),
+        ~exists().where(_child.parent_task_id == TaskRow.task_id),
+        ~exists().where(Wait.child_task_id == TaskRow.task_id),
     )
-    .order_by(Task.task_id)
-    .with_for_update(skip_locked=True, of=Task)
+    .order_by(TaskRow.task_id)
+    .with_for_update(skip_locked=True, of=TaskRow)
     .cte("gone")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 
 DELETE_TASKS = (
-    delete(Task)
-    .where(Task.task_id == _gone.c.task_id)
-    .returning(Task.task_id)
+    delete(TaskRow)
+    .where(TaskRow.task_id == _gone.c.task_id)
+    .returning(TaskRow.task_id)
     .add_cte(
         delete(Checkpoint).where(Checkpoint.task_id == _gone.c.task_id).cte("gone_checkpoints"),
-        delete(Run).where(Run.task_id == _gone.c.task_id).cte("gone_runs"),
+        delete(RunRow).where(RunRow.task_id == _gone.c.task_id).cte("gone_runs"),
     )
 )
 """Delete ended tasks with all that belongs to them; those that a live ancestor, a child or a waiter needs stay.
@@ -172,21 +172,21 @@ DELETE_EVENTS = (
 """Delete a batch of old events that nobody waits for. Whoever began to wait before an event came is seen here."""
 
 _some = (
-    select(Task.task_id)
-    .where(Task.queue_name == _queue_name)
-    .order_by(Task.task_id)
+    select(TaskRow.task_id)
+    .where(TaskRow.queue_name == _queue_name)
+    .order_by(TaskRow.task_id)
     .limit(_wanted)
     .with_for_update()
     .cte("some")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 DELETE_QUEUE_TASKS = (
-    delete(Task)
-    .where(Task.task_id == _some.c.task_id)
-    .returning(Task.task_id)
+    delete(TaskRow)
+    .where(TaskRow.task_id == _some.c.task_id)
+    .returning(TaskRow.task_id)
     .add_cte(
         delete(Checkpoint).where(Checkpoint.task_id == _some.c.task_id).cte("gone_checkpoints"),
-        delete(Run).where(Run.task_id == _some.c.task_id).cte("gone_runs"),
+        delete(RunRow).where(RunRow.task_id == _some.c.task_id).cte("gone_runs"),
         delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
     )
 )
@@ -208,7 +208,9 @@ _ages = (
         Queue.event_retention,
         func.least(
             *(
-                _oldest(Task.finished_at, Task.queue_name == Queue.queue_name, Task.outcome == constant(outcome))
+                _oldest(
+                    TaskRow.finished_at, TaskRow.queue_name == Queue.queue_name, TaskRow.outcome == constant(outcome)
+                )
                 for outcome in ("completed", "cancelled", "failed")
             )
         ).label("oldest_task"),
@@ -226,23 +228,23 @@ RETENTIONS = select(
 ).where(or_(_old_task, _old_event))
 """Queues that have something to forget, and after how many seconds; null where there is nothing."""
 
-_unfinished = (Task.finished_at.is_(None), Task.queue_name == Queue.queue_name)
-_unclaimed = Task.claimed_by.is_(None)
+_unfinished = (TaskRow.finished_at.is_(None), TaskRow.queue_name == Queue.queue_name)
+_unclaimed = TaskRow.claimed_by.is_(None)
 _now = (
     select(
         func.count().filter(_unclaimed).label("ready"),
         func.count().filter(~_unclaimed).label("running"),
-        func.min(Task.available_at).filter(_unclaimed).label("oldest_at"),
+        func.min(TaskRow.available_at).filter(_unclaimed).label("oldest_at"),
     )
     # The start of the statement, for that can be the bound of an index scan. What runs was available before.
-    .where(*_unfinished, Task.available_at <= statement_time())
+    .where(*_unfinished, TaskRow.available_at <= statement_time())
     .correlate(Queue)
     .lateral("now")
 )
 
 
 def _count(*conditions: ColumnElement[bool]) -> ColumnElement[int]:
-    return select(func.count()).select_from(Task).where(*conditions).correlate(Queue).scalar_subquery()
+    return select(func.count()).select_from(TaskRow).where(*conditions).correlate(Queue).scalar_subquery()
 
 
 _chosen = array("queue_names", Text())
@@ -253,12 +255,14 @@ QUEUE_STATISTICS = (
         readable(Queue.paused_at),
         _now.c.ready,
         (
-            _count(*_unfinished, Task.available_at > statement_time())
-            + _count(*_unfinished, Task.available_at.is_(None))
+            _count(*_unfinished, TaskRow.available_at > statement_time())
+            + _count(*_unfinished, TaskRow.available_at.is_(None))
         ).label("scheduled"),
         _now.c.running,
         _count(
-            Task.finished_at.is_not(None), Task.queue_name == Queue.queue_name, Task.outcome == constant("failed")
+            TaskRow.finished_at.is_not(None),
+            TaskRow.queue_name == Queue.queue_name,
+            TaskRow.outcome == constant("failed"),
         ).label("failed"),
         func.extract("epoch", statement_time() - _now.c.oldest_at).label("oldest_ready_seconds"),
     )

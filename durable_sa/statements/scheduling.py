@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert
 
-from ..models import Schedule, Task
+from ..models import Schedule, TaskRow
 from .expressions import as_json, as_jsonb, as_text, clock, constant, readable, rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
@@ -166,7 +166,7 @@ DUE_SCHEDULES = (
 TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in SPAWN_COLUMNS.items()}
 _tick = rows("tick", **TICK_COLUMNS)
 _last_task = bindparam("last_task", type_=Uuid())
-_goes_on = exists().where(Task.task_id == Schedule.last_task_id, Task.finished_at.is_(None))
+_goes_on = exists().where(TaskRow.task_id == Schedule.last_task_id, TaskRow.finished_at.is_(None))
 _fires = _last_task.is_not(None) & or_(Schedule.overlap == constant("allow"), ~_goes_on)
 _advanced = (
     update(Schedule)
@@ -191,7 +191,11 @@ _due = (
     .subquery("due")
 )
 
-FIRE = insert_tasks(_due).add_cte(_advanced).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+FIRE = (
+    insert_tasks(_due)
+    .add_cte(_advanced)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+)
 """Spawn a schedule's ticks and move on to the next one, in one. The tick moves from what was read: of several workers
 that have read the same one, one succeeds, and the others spawn nothing, and nor does one that has read a definition
 which has been replaced since."""

@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
-from ..models import Queue, Task
+from ..models import Queue, TaskRow
 from .expressions import (
     array,
     as_json,
@@ -122,10 +122,10 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
     }
     selected = select(*values.values())
     if new:
-        return insert(Task).from_select(list(values), selected)
+        return insert(TaskRow).from_select(list(values), selected)
     if "position" in source.c:
         selected = selected.order_by(t.queue_name, t.idempotency_key)
-    return insert(Task).from_select(list(values), selected).on_conflict_do_nothing()
+    return insert(TaskRow).from_select(list(values), selected).on_conflict_do_nothing()
 
 
 def _spawnable(new: FromClause) -> Select[Any]:
@@ -137,12 +137,14 @@ def _spawn(spawnable: Select[Any], *, new: bool = False) -> Insert:
 
 
 def _spawn_one(spawnable: Select[Any]) -> Executable:
-    return _spawn(spawnable).returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+    return _spawn(spawnable).returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 
 
 def _spawn_many(spawnable: Select[Any], *, new: bool = False) -> Executable:
     inserted = _spawn(spawnable, new=new)
-    spawned = inserted.returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at).cte("spawned")
+    spawned = inserted.returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at).cte(
+        "spawned"
+    )
     lane = spawned.c.queue_name, spawned.c.priority
     wanted = length("task_id", SPAWN_COLUMNS["task_id"])
     return select(
@@ -198,7 +200,7 @@ def hint_payload(spawned: FromClause) -> ColumnElement[Any]:
 
 _spawned = (
     insert_tasks(_one.subquery("spawnable"))
-    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at, Task.cancel_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.cancel_at)
     .cte("spawned")
 )
 
@@ -229,35 +231,35 @@ EXPLAIN_SPAWN = (
     select(
         _wanted.c.task_ids.label("wanted_id"),
         exists().where(Queue.queue_name == _wanted.c.queue_names).label("queue_exists"),
-        Task.task_id,
-        Task.run_id,
-        Task.attempt,
-        Task.task_name,
-        Task.parent_task_id,
-        as_text(Task.params).label("params"),
+        TaskRow.task_id,
+        TaskRow.run_id,
+        TaskRow.attempt,
+        TaskRow.task_name,
+        TaskRow.parent_task_id,
+        as_text(TaskRow.params).label("params"),
     )
     .select_from(_wanted)
     .outerjoin(
-        Task,
+        TaskRow,
         or_(
-            Task.task_id == _wanted.c.task_ids,
-            (Task.queue_name == _wanted.c.queue_names)
-            & (Task.idempotency_key == _wanted.c.idempotency_keys)
-            & Task.idempotency_key.is_not(None),
+            TaskRow.task_id == _wanted.c.task_ids,
+            (TaskRow.queue_name == _wanted.c.queue_names)
+            & (TaskRow.idempotency_key == _wanted.c.idempotency_keys)
+            & TaskRow.idempotency_key.is_not(None),
         ),
     )
 )
 """Why tasks are missing from a spawn: no such queue, the same key earlier, or this very spawn whose reply was lost."""
 
-WITHDRAW = delete(Task).where(Task.task_id == func.any(array("task_ids", Uuid())))
+WITHDRAW = delete(TaskRow).where(TaskRow.task_id == func.any(array("task_ids", Uuid())))
 """Take back what this very transaction has spawned."""
 
 COUNT_READY = select(func.count()).where(
-    Task.finished_at.is_(None),
-    Task.queue_name == bindparam("queue_name", type_=Text()),
-    Task.available_at <= clock(),
-    Task.claimed_by.is_(None),
-    or_(Task.cancel_at.is_(None), Task.cancel_at > clock()),
-    ~exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None)),
+    TaskRow.finished_at.is_(None),
+    TaskRow.queue_name == bindparam("queue_name", type_=Text()),
+    TaskRow.available_at <= clock(),
+    TaskRow.claimed_by.is_(None),
+    or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > clock()),
+    ~exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None)),
 )
 """Tasks of a queue that a worker could claim at this moment."""

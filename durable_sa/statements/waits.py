@@ -31,20 +31,20 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Event, Task, Wait
+from ..models import Checkpoint, Event, TaskRow, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, readable, rows
 
 _task_ids = array("task_ids", Uuid())
 
 _waiters = (
-    select(Task.task_id, Task.state)
-    .where(Task.task_id == func.any(_task_ids), Task.finished_at.is_(None))
-    .order_by(Task.task_id)
+    select(TaskRow.task_id, TaskRow.state)
+    .where(TaskRow.task_id == func.any(_task_ids), TaskRow.finished_at.is_(None))
+    .order_by(TaskRow.task_id)
     .with_for_update(skip_locked=True, key_share=True)
     .cte("waiters")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-_child = Task.__table__.alias("child")
+_child = TaskRow.__table__.alias("child")
 _in_time = or_(Wait.due_at.is_(None), Wait.due_at > clock())
 _event_came = Event.name.is_not(None) & (or_(_in_time, Event.emitted_at <= Wait.due_at))
 _child_ended = _child.c.finished_at.is_not(None) & (or_(_in_time, _child.c.finished_at <= Wait.due_at))
@@ -131,13 +131,15 @@ def _resolve(settled: CTE) -> Executable:
         select(func.count()).select_from(Wait).where(Wait.task_id == woken_ids.c.task_id).scalar_subquery()
     ) - woken_ids.c.count
     return (
-        update(Task)
-        .where(Task.task_id == woken_ids.c.task_id)
+        update(TaskRow)
+        .where(TaskRow.task_id == woken_ids.c.task_id)
         .values(
-            available_at=func.least(Task.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0))),
-            fence=raised(Task.fence),
+            available_at=func.least(
+                TaskRow.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0))
+            ),
+            fence=raised(TaskRow.fence),
         )
-        .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)
+        .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
         .add_cte(recorded)
     )
 
@@ -153,7 +155,7 @@ RESOLVE_FREE = _resolve(_free_waits)
 
 UNRESOLVED = (
     select(Wait.task_id)
-    .join(Task, (Task.task_id == Wait.task_id) & Task.finished_at.is_(None))
+    .join(TaskRow, (TaskRow.task_id == Wait.task_id) & TaskRow.finished_at.is_(None))
     .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
     .outerjoin(_child, _child.c.task_id == Wait.child_task_id)
     .where(
@@ -161,7 +163,7 @@ UNRESOLVED = (
         or_(Event.name.is_not(None), _child.c.finished_at.is_not(None), _child_missing),
     )
     .limit(bindparam("wanted", type_=Integer()))
-    .with_for_update(skip_locked=True, key_share=True, of=[Task, Wait])
+    .with_for_update(skip_locked=True, key_share=True, of=[TaskRow, Wait])
 )
 """Waits that should have been resolved: what a crash between two statements leaves behind.
 
@@ -175,7 +177,7 @@ _stray = (
     select(Wait.task_id, Wait.key)
     .where(
         Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
-        ~exists().where(Task.task_id == Wait.task_id, Task.finished_at.is_(None)),
+        ~exists().where(TaskRow.task_id == Wait.task_id, TaskRow.finished_at.is_(None)),
     )
     .with_for_update(skip_locked=True, of=Wait)
     .cte("stray")
@@ -264,7 +266,7 @@ WAITING_FOR = select(Wait.task_id).join(_ended, Wait.child_task_id == _ended.c.t
 """Tasks that wait for the end of any of these."""
 
 _awoken = rows("awoken", task_ids=Uuid())
-_sleeper = Task.__table__.alias("sleeper")
+_sleeper = TaskRow.__table__.alias("sleeper")
 # What has woken a task was recorded by the statement that made it available, at most a second later than that.
 _latest = (Checkpoint.task_id == _awoken.c.task_ids) & (
     Checkpoint.created_at >= _sleeper.c.available_at - interval(literal_column("1.1"))
@@ -295,21 +297,21 @@ PEEK_EVENTS = select(
 """Events that are there already when somebody is about to wait for them."""
 
 PEEK_TASKS = select(
-    Task.task_id,
-    Task.parent_task_id,
-    Task.outcome,
-    Task.task_name,
-    as_text(Task.output).label("output"),
-    as_text(Task.error).label("error"),
-).where(Task.task_id == func.any(_task_ids))
+    TaskRow.task_id,
+    TaskRow.parent_task_id,
+    TaskRow.outcome,
+    TaskRow.task_name,
+    as_text(TaskRow.output).label("output"),
+    as_text(TaskRow.error).label("error"),
+).where(TaskRow.task_id == func.any(_task_ids))
 """Children that have ended already when somebody is about to join them."""
 
 POLL_TASKS = select(
-    Task.task_id,
-    Task.state,
-    Task.outcome,
-    Task.task_name,
-    case((Task.outcome.is_not(None), as_text(Task.output))).label("output"),
-    case((Task.outcome.is_not(None), as_text(Task.error))).label("error"),
-).where(Task.task_id == func.any(_task_ids))
+    TaskRow.task_id,
+    TaskRow.state,
+    TaskRow.outcome,
+    TaskRow.task_name,
+    case((TaskRow.outcome.is_not(None), as_text(TaskRow.output))).label("output"),
+    case((TaskRow.outcome.is_not(None), as_text(TaskRow.error))).label("error"),
+).where(TaskRow.task_id == func.any(_task_ids))
 """How tasks stand, for clients that wait for them."""

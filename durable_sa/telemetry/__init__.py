@@ -38,10 +38,10 @@ from .propagation import OTEL_CONTEXT, carried, context_of, encoded, links_to
 from .spans import Scope, Tracing, harmless
 
 if TYPE_CHECKING:
-    from ..claimed import Claimed
     from ..context import TaskContext
-    from ..run import Run
-    from ..worker import Worker
+    from ..execution.run import Run
+    from ..statements.claiming import ClaimedRun
+    from ..worker.worker import Worker
 
 __all__ = ["OTEL_CONTEXT", "Telemetry", "shared"]
 
@@ -75,7 +75,7 @@ class Telemetry:
         attributes = {"durable.event": name, "durable.queue": queue_name}
         return Emission(self._tracing.begin("emit", trace.SpanKind.PRODUCER, attributes), self._meters, queue_name)
 
-    def call(self, kind: str, name: str | None, claimed: Claimed, **more: Any) -> Scope:
+    def call(self, kind: str, name: str | None, claimed: ClaimedRun, **more: Any) -> Scope:
         """A durable call of a task, from its beginning to its end or to the suspension of its run.
 
         The name of the span is that of the kind and the call; where the latter is made up at run time it is left out.
@@ -111,12 +111,12 @@ class Telemetry:
             self._executed(claimed, outcome, time.perf_counter() - began)
 
     @harmless
-    def _executed(self, claimed: Claimed, outcome: str, seconds: float) -> None:
+    def _executed(self, claimed: ClaimedRun, outcome: str, seconds: float) -> None:
         labels = self._meters.labels(claimed.queue_name, claimed.task_name)
         self._meters.executions.record(seconds, {**labels, "outcome": outcome})
 
     @harmless
-    def claimed(self, queue_names: Sequence[str], claimed: Sequence[Claimed], seconds: float) -> None:
+    def claimed(self, queue_names: Sequence[str], claimed: Sequence[ClaimedRun], seconds: float) -> None:
         """A worker has asked for tasks. Only a claim that has brought some has a span."""
         self._meters.claims.record(seconds, self._meters.queue(queue_names[0] if len(queue_names) == 1 else None))
         for item in claimed:
@@ -126,7 +126,7 @@ class Telemetry:
             self._tracing.past("claim", attributes, seconds)
 
     @harmless
-    def checkpointed(self, claimed: Claimed, seconds: float) -> None:
+    def checkpointed(self, claimed: ClaimedRun, seconds: float) -> None:
         """A checkpoint is committed."""
         self._meters.checkpoints.record(seconds, self._meters.labels(claimed.queue_name, claimed.task_name))
 
@@ -177,7 +177,7 @@ def _present(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in attributes.items() if value is not None}
 
 
-def _attributes(claimed: Claimed) -> dict[str, Any]:
+def _attributes(claimed: ClaimedRun) -> dict[str, Any]:
     return {
         "durable.task.id": str(claimed.task_id),
         "durable.task.name": claimed.task_name,

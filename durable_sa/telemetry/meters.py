@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 if TYPE_CHECKING:
-    from ..worker import Worker
+    from ..worker.worker import Worker
 
 MOST_QUEUES: Final = 100
 """Queues that have series of their own, in the order in which they are met."""

@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ..codec import UNTYPED
+from ..serialization.codec import UNTYPED
 
 OTEL_CONTEXT: Final = "durable::otel_context"
 """The key of an object with `traceparent` and, where there is one, `tracestate`."""

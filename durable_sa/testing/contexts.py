@@ -18,23 +18,23 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from typing_extensions import Unpack
 
-from ..annotations import is_coroutine_function
-from ..claimed import Claimed
 from ..client import Durable
-from ..codec import UNTYPED, check_size, codec_for
 from ..context import TaskContext
 from ..context.base import Call
+from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
+from ..execution.run import Run
+from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
 from ..policies import timestamp
 from ..results import TaskHandle
-from ..run import Run
+from ..serialization.annotations import is_coroutine_function
+from ..serialization.codec import UNTYPED, check_size, codec_for
+from ..statements.claiming import ClaimedRun
 from ..steps import result_codec
-from ..sync_context import SyncTaskContext
 from ..tasks import Task
-from ..transactions import refuse_awaitable
 from .memory import MemoryRun, Recorded, Slept, SpawnedChild
 
 __all__ = [
@@ -96,7 +96,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
     def __init__(self, options: ContextOptions, events: dict[str, str] | None = None) -> None:
         durable: Durable[Any] = Durable(telemetry=False)
         now = timestamp(options["now"], "now") if "now" in options else datetime.now(UTC)
-        claimed = Claimed(
+        claimed = ClaimedRun(
             task_id=options.get("task_id") or new_id(),
             run_id=options.get("run_id") or new_id(),
             queue_name=options.get("queue_name", durable.queue_name),

@@ -21,8 +21,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from ..database.urls import resolve_url
 from ..errors import InvalidConfiguration
-from ..urls import resolve_url
 
 if TYPE_CHECKING:
     from testcontainers.core.container import DockerContainer

@@ -10,7 +10,7 @@ from sqlalchemy import Row, Text, Uuid, cast, exists, func, null, or_, select, u
 from typing_extensions import Unpack
 
 from ..client import Durable
-from ..models import Event, Queue, Schedule, Task, Wait
+from ..models import Event, Queue, Schedule, TaskRow, Wait
 from ..options import WorkerOptions
 from ..policies import Duration, seconds
 from ..statements.expressions import array, clock, constant, interval
@@ -23,33 +23,33 @@ _LONGEST_PAUSE = 0.05
 _SHOWN = 10
 
 _queue_names = array("queue_names", Text())
-_in_queues = Task.queue_name == func.any(_queue_names)
-_unfinished = Task.finished_at.is_(None)
-_paused = exists().where(Queue.queue_name == Task.queue_name, Queue.paused_at.is_not(None))
-_child = Task.__table__.alias("child")
+_in_queues = TaskRow.queue_name == func.any(_queue_names)
+_unfinished = TaskRow.finished_at.is_(None)
+_paused = exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None))
+_child = TaskRow.__table__.alias("child")
 
 # A task that was woken while it has other waits is given a moment for these.
-_waits = select(func.count()).where(Wait.task_id == Task.task_id).scalar_subquery()
+_waits = select(func.count()).where(Wait.task_id == TaskRow.task_id).scalar_subquery()
 _soon = clock() + interval(func.least(_waits * COALESCING_SECONDS, 1.0))
 
 BUSY = union_all(
-    select(Task.task_id, Task.task_name.label("name"), constant("running").label("what")).where(
-        _unfinished, _in_queues, Task.claimed_by.is_not(None)
+    select(TaskRow.task_id, TaskRow.task_name.label("name"), constant("running").label("what")).where(
+        _unfinished, _in_queues, TaskRow.claimed_by.is_not(None)
     ),
-    select(Task.task_id, Task.task_name, constant("ready")).where(
+    select(TaskRow.task_id, TaskRow.task_name, constant("ready")).where(
         _unfinished,
         _in_queues,
-        Task.claimed_by.is_(None),
-        Task.available_at <= _soon,
-        Task.task_name == func.any(array("task_names", Text())),
+        TaskRow.claimed_by.is_(None),
+        TaskRow.available_at <= _soon,
+        TaskRow.task_name == func.any(array("task_names", Text())),
         ~_paused,
     ),
-    select(Task.task_id, Task.task_name, constant("past its time limit")).where(
-        _unfinished, _in_queues, Task.cancel_at <= clock()
+    select(TaskRow.task_id, TaskRow.task_name, constant("past its time limit")).where(
+        _unfinished, _in_queues, TaskRow.cancel_at <= clock()
     ),
     select(Wait.task_id, Wait.name, constant("waiting for what has happened")).where(
         Wait.queue_name == func.any(_queue_names),
-        exists().where(Task.task_id == Wait.task_id, _unfinished),
+        exists().where(TaskRow.task_id == Wait.task_id, _unfinished),
         or_(
             exists().where(Event.queue_name == Wait.queue_name, Event.name == Wait.event_name),
             exists().where(_child.c.task_id == Wait.child_task_id, _child.c.finished_at.is_not(None)),
@@ -112,7 +112,7 @@ async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **o
     try:
         while busy := await durable.database.execute(BUSY, parameters):
             if asyncio.get_running_loop().time() >= deadline:
-                worker.hurry()
+                worker.release_now()
                 raise TimeoutError(f"after {limit:g} seconds there is still something to do: {_named(busy)}")
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 1.3)

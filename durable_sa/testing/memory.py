@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, cast
 
-from ..branches import Branch
-from ..claimed import Claimed
-from ..codec import UNTYPED, Codec
+from ..concurrency.branches import Branch
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
-from ..failures import encode_error
+from ..execution.journal import EMPTY_JOURNAL
+from ..execution.reader import JoinTarget
+from ..execution.waits import PendingWait
+from ..execution.writes import Kind, Stored
 from ..hooks import HookChain
-from ..journal import EMPTY_JOURNAL
 from ..options import SpawnOptions
-from ..parked import Parked
-from ..reader import EndedTask
 from ..results import TaskHandle
+from ..serialization.codec import UNTYPED, Codec
+from ..serialization.failures import encode_error
+from ..statements.claiming import ClaimedRun
 from ..tasks import Task
-from ..writes import Kind, Stored
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class MemoryRun:
 
     def __init__(
         self,
-        claimed: Claimed,
+        claimed: ClaimedRun,
         max_payload_bytes: int,
         events: dict[str, str],
         results: Mapping[str, Any],
@@ -141,7 +141,7 @@ class MemoryRun:
             self.recorded.emitted[name] = UNTYPED.decode(text, f"the payload of event {name!r}")
         return Stored("completed", "true" if first else "false")
 
-    async def park(self, parked: Parked) -> Stored:
+    async def park(self, parked: PendingWait) -> Stored:
         """A wait is over at once, by its time."""
         due_at = parked.due_at or (None if parked.delay is None else self._now + timedelta(seconds=parked.delay))
         if due_at is None:
@@ -160,12 +160,12 @@ class MemoryRun:
         """The payload of an event, if it is there."""
         return self.events.get(queue_and_name[1])
 
-    async def task(self, task_id: uuid.UUID) -> EndedTask | None:
+    async def task(self, task_id: uuid.UUID) -> JoinTarget | None:
         """A child, which has ended unless it was said to take too long."""
         for child in self.recorded.spawned:
             if child.handle.task_id == task_id:
                 outcome, output, error = await self._outcome(child, self.children.get(task_id))
-                return EndedTask(self.claimed.task_id, child.task_name, outcome, output, error)
+                return JoinTarget(self.claimed.task_id, child.task_name, outcome, output, error)
         return None
 
     async def _outcome(

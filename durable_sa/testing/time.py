@@ -41,7 +41,7 @@ from ..errors import InvalidConfiguration, InvalidState
 from ..models import WorkerRow
 from ..policies import Duration, seconds, timestamp
 from ..statements.expressions import array, clock, interval
-from ..worker import Worker
+from ..worker.worker import Worker
 
 __all__ = ["Clock", "time_travel"]
 

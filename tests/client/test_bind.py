@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from durable_sa import Durable, InvalidConfiguration, InvalidState, TaskContext, task
-from durable_sa.urls import resolve_url
+from durable_sa.database.urls import resolve_url
 from tests.client.support import count
 from tests.support import eventually
 

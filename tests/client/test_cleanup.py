@@ -25,7 +25,7 @@ from durable_sa import (
     task,
 )
 from durable_sa.models import Event
-from durable_sa.retention import PAGES, Retention
+from durable_sa.worker.retention import PAGES, Retention
 from tests.client.support import count, read
 from tests.support import eventually
 
@@ -266,7 +266,7 @@ async def test_what_an_application_holds_locked_stays_and_neither_worker_nor_cal
         async with durable.worker(concurrency=5) as worker:
             waiting = await durable.spawn(work, "wait")
             await eventually(lambda: has_waits(engine, 1))
-            worker.tender.hurry()
+            worker.maintenance.look_now()
             await asyncio.sleep(0.2)
             await durable.emit_event("go")
             # Runs that go on are loaded over the connection that the worker deletes with.
@@ -331,7 +331,7 @@ async def test_tasks_that_are_still_needed_are_passed_over_a_few_pages_at_a_time
     durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers do not look at all of them in each cycle, and come to what lies behind them all the same."""
-    monkeypatch.setattr("durable_sa.retention.PAGE", 2)
+    monkeypatch.setattr("durable_sa.worker.retention.PAGE", 2)
 
     @durable.task
     async def leaf(ctx: TaskContext) -> None: ...
@@ -367,13 +367,13 @@ async def waiting(engine: AsyncEngine) -> bool:
 async def test_a_worker_that_finds_much_to_delete_does_not_wait_for_its_next_round(
     durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.retention.PAGE", 2)
+    monkeypatch.setattr("durable_sa.worker.retention.PAGE", 2)
     spawned = await durable.spawn_many([(work, "") for _ in range(20)])
     for each in spawned:
         await durable.cancel_task(each)
     await durable.create_queue(retention=0)
     async with durable.worker() as worker:
-        worker.tender.hurry()
+        worker.maintenance.look_now()
 
         async def all_gone() -> bool:
             return await count(engine, "durable.tasks") == 0

@@ -16,11 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, c
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, TaskContext, task
-from durable_sa.connections import Database
-from durable_sa.execution import leads_directly, run_within
+from durable_sa.database.connections import Database
+from durable_sa.database.direct import leads_directly, run_within
+from durable_sa.database.failover import timeline_of
 from durable_sa.statements import queues
 from durable_sa.statements.expressions import constant
-from durable_sa.timelines import timeline_of
 
 NUMBER = sa.bindparam("number", type_=sa.Integer())
 DIVIDE = select((constant(10) // NUMBER).label("quotient"), constant("x").label("letter"))

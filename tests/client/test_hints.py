@@ -24,9 +24,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from durable_sa import CancellationPolicy, Durable, QueueNotFound, task
+from durable_sa.database.loans import HeldConnection
+from durable_sa.database.notifier import Hint
 from durable_sa.embedded import temporary_server
-from durable_sa.hints import Hint
-from durable_sa.loans import Loan
 from durable_sa.statements import spawning
 from durable_sa.statements.notifying import NOTIFY
 from tests.client.support import (
@@ -307,13 +307,13 @@ async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
 ) -> None:
     durable.register(ship)
     executed: list[Any] = []
-    execute = Loan.execute
+    execute = HeldConnection.execute
 
-    async def observed(self: Loan, statement: Any, parameters: Any = None) -> Any:
+    async def observed(self: HeldConnection, statement: Any, parameters: Any = None) -> Any:
         executed.append(statement)
         return await execute(self, statement, parameters)
 
-    monkeypatch.setattr(Loan, "execute", observed)
+    monkeypatch.setattr(HeldConnection, "execute", observed)
     at = datetime(2100, 1, 1, tzinfo=UTC)
     monkeypatch.setattr(Durable, "_may_tell", lambda *_: True)
     limited = CancellationPolicy(max_pending_time=60)
@@ -341,7 +341,7 @@ async def test_hints_of_earlier_spawns_go_with_a_later_one(
     await hints.next()
     hints.heard.clear()
     # What waits would go by itself soon; here that is late enough for the next spawn.
-    monkeypatch.setattr("durable_sa.hints.SPACING", 0.5)
+    monkeypatch.setattr("durable_sa.database.notifier.SPACING", 0.5)
     monkeypatch.setattr(Durable, "_may_tell", lambda *_: False)
     at = datetime(2100, 1, 1, tzinfo=UTC)
     await durable.spawn(ship, available_at=at, priority=5)
@@ -353,7 +353,7 @@ async def test_hints_of_earlier_spawns_go_with_a_later_one(
             await durable.spawn(ship, queue_name="nowhere")
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(Loan, "_execute", _lose)
+            patch.setattr(HeldConnection, "_execute", _lose)
             with pytest.raises(ConnectionError):
                 await durable.spawn(ship)
     await hints.next()

@@ -269,7 +269,7 @@ async def test_keys_are_taken_in_their_own_order(
     durable: Durable, engine: AsyncEngine, database_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two that come from both ends do not meet each holding what the other one is after."""
-    monkeypatch.setattr("durable_sa.client.transactions._TRIES", 1)
+    monkeypatch.setattr("durable_sa.database.scripts._TRIES", 1)
     keys = [f"key {n}" for n in range(10, 20)]
     other = Durable(database_url)
 

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, task
-from durable_sa.batches import IN_A_ROW, ROW
-from durable_sa.hints import HintSender
+from durable_sa.database.batches import IN_A_ROW, ROW
+from durable_sa.database.notifier import HintSender
 
 from ..support import eventually
 

@@ -141,14 +141,14 @@ async def test_every_column_to_rely_on_is_there_and_filled(durable: Durable, eng
 
 
 def test_names_and_metadata_are_apart_from_the_applications() -> None:
-    assert TaskRow is models.Task
+    assert TaskRow is models.Task is models.TaskRow
     assert models.Base.metadata is models.metadata
     assert models.metadata.schema == "durable"
     assert not {table.key for table in Base.metadata.sorted_tables} & {
         table.key for table in models.metadata.sorted_tables
     }
     assert str(Task.__table__) == "tasks"
-    names = {"Queue", "Task", "Run", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow"}
+    names = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow"}
     assert {mapper.class_.__name__ for mapper in models.Base.registry.mappers} == names
 
 

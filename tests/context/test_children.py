@@ -312,7 +312,7 @@ async def test_handle_that_is_not_of_a_child_is_refused_at_once(run: Runner, who
 
 async def test_join_of_a_child_that_was_deleted_does_not_wait_for_ever(run: Runner, monkeypatch: pytest.MonkeyPatch):
     """The search for what was lost, which runs every few seconds, finds it."""
-    monkeypatch.setattr("durable_sa.tender.REPAIR_AGE", 0.0)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_AGE", 0.0)
 
     @run.durable.task
     async def child(ctx: TaskContext) -> None:
@@ -334,7 +334,7 @@ async def test_join_of_a_child_that_was_deleted_does_not_wait_for_ever(run: Runn
         await connection.execute(text("DELETE FROM durable.waits WHERE task_id = :id"), {"id": row.task_id})
         await connection.execute(text("DELETE FROM durable.tasks WHERE task_id = :id"), {"id": row.task_id})
     for worker in run.durable.workers:
-        worker.tender.hurry()
+        worker.maintenance.look_now()
     assert (await run.wait(spawned)).output == "ChildCancelled"
 
 
@@ -619,7 +619,7 @@ async def test_child_that_finishes_while_the_parent_begins_to_wait_is_never_miss
         results = [await run.wait(each) for each in spawned]
         assert [result.output for result in results] == [number * 2 for number in range(500)]
         # By being told, not by the search for what was missed.
-        assert all(worker.tender.repaired == 0 for worker in durable._workers)
+        assert all(worker.maintenance.repaired == 0 for worker in durable._workers)
 
 
 async def test_parent_whose_row_is_locked_spawns_once_it_is_free(run: Runner):

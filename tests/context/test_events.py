@@ -675,7 +675,7 @@ async def test_thousands_of_races_between_emit_and_wait_lose_nothing(
                         *(durable.emit_event(f"event-{number}", number) for number in numbers if number % 2 == 0)
                     )
                 results = [await durable.wait_for_result(each, timeout=60) for each in spawned]
-                repaired = worker.tender.repaired
+                repaired = worker.maintenance.repaired
     assert [result.output for result in results] == list(range(count))
     assert repaired == 0
 

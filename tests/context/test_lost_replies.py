@@ -147,7 +147,7 @@ async def test_a_transaction_outlasts_many_lost_connections_but_not_any_number(
     durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, times: int, failures: int
 ):
     """A query that crashes the server each time must come to an end."""
-    monkeypatch.setattr("durable_sa.transactions.backoff", lambda _: 0.0)
+    monkeypatch.setattr("durable_sa.execution.transactions.backoff", lambda _: 0.0)
     async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE ledger (id serial)"))
     tries = 0

@@ -13,11 +13,11 @@ import asyncpg
 from sqlalchemy import text
 
 from durable_sa import Durable, TaskContext, task
-from durable_sa.channels import Channel
-from durable_sa.claimed import Claimed
-from durable_sa.lanes import Lanes
-from durable_sa.retention import Retention
+from durable_sa.database.channel import DedicatedConnection
 from durable_sa.statements import claiming, outcomes, queues
+from durable_sa.statements.claiming import ClaimedRun
+from durable_sa.worker.cursors import ClaimCursors
+from durable_sa.worker.retention import Retention
 
 from ..statements.test_plans import Case, explained
 
@@ -74,7 +74,12 @@ async def churn(durable: Durable, plain: asyncpg.Connection, tasks: int, *, meas
     for table in ("tasks", "runs", "checkpoints", "waits", "workers"):
         await plain.execute(f"ALTER TABLE durable.{table} SET (autovacuum_enabled = false)")
     durable.register(work)
-    channel, lanes, forget, worker_id = Channel(durable.database), Lanes(["default"]), Retention(), uuid.uuid4()
+    channel, lanes, forget, worker_id = (
+        DedicatedConnection(durable.database),
+        ClaimCursors(["default"]),
+        Retention(),
+        uuid.uuid4(),
+    )
     await durable.create_queue(retention=0)
     about = {"worker_id": worker_id, "name": "churn", "queue_names": ["default"], "claim_timeout": 86400.0}
     await channel.execute(claiming.REGISTER_WORKER, about)
@@ -107,7 +112,7 @@ async def churn(durable: Durable, plain: asyncpg.Connection, tasks: int, *, meas
                     )
                 )
             rows = await channel.execute(claiming.CLAIM, claim(BATCH, search=False))
-            runs = [Claimed._make(row) for row in rows]
+            runs = [ClaimedRun._make(row) for row in rows]
             lanes.claimed(runs, search=False, full=True)
             held = {"task_ids": [run.task_id for run in runs], "fences": [run.fence for run in runs]}
             ended = {**held, "outputs": ["1"] * len(runs), "waited": [False] * len(runs)}

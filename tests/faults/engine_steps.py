@@ -18,17 +18,17 @@ from sqlalchemy import Engine, Executable, Row, event
 from sqlalchemy.exc import DBAPIError
 
 from durable_sa import Durable
-from durable_sa.clock import LocalClock
+from durable_sa.database.clock import LocalClock
 from durable_sa.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from durable_sa.execution.writer import Writer
+from durable_sa.execution.writes import Kind, WaitSpec, Write
 from durable_sa.ids import child_id, new_id, step_key
-from durable_sa.lanes import BOTTOM
-from durable_sa.news import News
-from durable_sa.retention import delete_tasks
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, queues
-from durable_sa.tender import LOCKED_PAUSE, Tender
-from durable_sa.writer import Writer
-from durable_sa.writes import Kind, WaitSpec, Write
+from durable_sa.worker.cursors import BOTTOM
+from durable_sa.worker.dispatcher import News
+from durable_sa.worker.maintenance import LOCKED_PAUSE, Maintenance
+from durable_sa.worker.retention import delete_tasks
 
 T = TypeVar("T")
 
@@ -126,12 +126,12 @@ class SimulatedWorker:
         self.worker_id = new_id()
         # Of what a tender tells its worker, nothing matters here.
         told: dict[str, Any] = {
-            name: _Silent() for name, p in signature(Tender).parameters.items() if p.kind is p.KEYWORD_ONLY
+            name: _Silent() for name, p in signature(Maintenance).parameters.items() if p.kind is p.KEYWORD_ONLY
         }
         told |= {"interval": lambda: 5.0, "check_runs": _nothing, "fire_schedules": _nothing, "forget": _nothing}
-        self.tender = Tender(cast("Any", SteppedChannel()), self.worker_id, LocalClock(), **told)
+        self.maintenance = Maintenance(cast("Any", SteppedChannel()), self.worker_id, LocalClock(), **told)
         # Nor does what its claims and other workers hear of its commits.
-        news = News(cast("Any", _Silent()), self.tender, cast("Any", _Silent()))
+        news = News(cast("Any", _Silent()), self.maintenance, cast("Any", _Silent()))
         self._channel = cast("Any", SteppedChannel())
         self._writer = _SteppedWriter(self._channel, on_commit=news.committed)
 
@@ -255,29 +255,29 @@ class SimulatedWorker:
         """Follow up on what was committed, again as long as somebody holds descendants locked."""
 
         async def until_done() -> None:
-            await self.tender._do_asked()
-            while held := self.tender._cascade_held:
+            await self.maintenance._do_asked()
+            while held := self.maintenance._cascade_held:
                 await asyncio.sleep(LOCKED_PAUSE)
-                self.tender._cascade |= held
+                self.maintenance._cascade |= held
                 held.clear()
-                await self.tender._do_asked()
+                await self.maintenance._do_asked()
 
         return steps(until_done())
 
     def deliver(self) -> Steps[None]:
         """What a hint about an emitted event leads to."""
-        self.tender.deliver()
+        self.maintenance.deliver()
         return self.tend()
 
     def take_over(self) -> Steps[None]:
-        return steps(self.tender._take_over())
+        return steps(self.maintenance._take_over())
 
     def cancel_overdue(self) -> Steps[None]:
-        return steps(self.tender._cancel_overdue())
+        return steps(self.maintenance._cancel_overdue())
 
     def look_at_waits(self, *task_ids: uuid.UUID) -> Steps[None]:
         """What a worker does before it starts runs that it has claimed again."""
-        self.tender.resolve(task_ids)
+        self.maintenance.resolve(task_ids)
         return self.tend()
 
     def look(self) -> Steps[None]:
@@ -285,15 +285,15 @@ class SimulatedWorker:
 
         async def look() -> None:
             # As late as this, whoever held an event's waiters is looked after again.
-            self.tender._held_again_at = 0.0
-            await self.tender._look()
-            await self.tender._do_asked()
+            self.maintenance._held_again_at = 0.0
+            await self.maintenance._look()
+            await self.maintenance._do_asked()
 
         return steps(look())
 
     def repair(self) -> Steps[None]:
         """Everything that a worker ever looks for."""
-        self.tender.hurry()
+        self.maintenance.look_now()
         return self.look()
 
 

@@ -53,8 +53,8 @@ MUTANTS = (
         "statements/outcomes.py",
         (
             (
-                "(Task.task_id == source.c.task_ids) & (Task.fence == source.c.fences)",
-                "Task.task_id == source.c.task_ids",
+                "(TaskRow.task_id == source.c.task_ids) & (TaskRow.fence == source.c.fences)",
+                "TaskRow.task_id == source.c.task_ids",
             ),
         ),
         (f"{RACES}test_takeover_and_what_a_run_writes", MACHINE),
@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "a reply that is taken to be about all writes",
-        "writer.py",
+        "execution/writer.py",
         (("if kind in TALLIED and rows[0].written == len(writes):", "if kind in TALLIED:"),),
         (f"{RACES}test_takeover_and_what_a_run_writes", "tests/worker/test_fences.py"),
     ),
@@ -77,13 +77,13 @@ MUTANTS = (
         (
             (
                 (
-                    "        lease_losses=constant(0),\n        fence=Task.fence + constant(1),\n    )\n"
-                    "    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)\n"
+                    "        lease_losses=constant(0),\n        fence=TaskRow.fence + constant(1),\n    )\n"
+                    "    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)\n"
                     "    .add_cte(_sleeps"
                 ),
                 (
                     "        lease_losses=constant(0),\n    )\n"
-                    "    .returning(Task.task_id, Task.queue_name, Task.priority, Task.available_at)\n"
+                    "    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)\n"
                     "    .add_cte(_sleeps"
                 ),
             ),
@@ -104,7 +104,7 @@ MUTANTS = (
     ),
     Mutant(
         "a spawn that does not ask why its insert was passed over",
-        "scripts.py",
+        "client/inserting.py",
         (
             (
                 "            explained = explain(item, rows)\n",
@@ -167,33 +167,33 @@ MUTANTS = (
         "statements/claiming.py",
         (
             (
-                "        Task.claimed_by.is_(None),\n        Task.task_name == func.any",
-                "        Task.task_name == func.any",
+                "        TaskRow.claimed_by.is_(None),\n        TaskRow.task_name == func.any",
+                "        TaskRow.task_name == func.any",
             ),
         ),
         (f"{RACES}test_claim_and_claim", MACHINE),
     ),
     Mutant(
         "hints before the commit",
-        "hints.py",
+        "database/notifier.py",
         (("    if transaction is None or is_autocommit(connection):\n", "    if True:\n"),),
         ("tests/client/test_hints.py::test_no_hint_comes_before_what_it_is_about",),
     ),
     Mutant(
         "a suspension that does not look whether it need wait",
-        "news.py",
-        (("self._tender.resolve(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
+        "worker/dispatcher.py",
+        (("self._maintenance.resolve(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
         (f"{RACES}test_emit_and_await",),
     ),
     Mutant(
         "a child's end that tells nobody",
-        "news.py",
-        (("                self._tender.ended(children)\n", "                pass\n"),),
+        "worker/dispatcher.py",
+        (("                self._maintenance.ended(children)\n", "                pass\n"),),
         (f"{RACES}test_join_and_finish",),
     ),
     Mutant(
         "a parent that is not told because its row was locked",
-        "tender.py",
+        "worker/maintenance.py",
         (("            self._ended_unheard.update(task_ids)\n", ""),),
         (f"{RACES}test_join_and_finish",),
     ),
@@ -216,8 +216,8 @@ MUTANTS = (
         "statements/waits.py",
         (
             (
-                ".where(Task.task_id == woken_ids.c.task_id)\n        .values(",
-                '.where(Task.task_id == woken_ids.c.task_id, Task.state == constant("sleeping"))\n        .values(',
+                ".where(TaskRow.task_id == woken_ids.c.task_id)\n        .values(",
+                '.where(TaskRow.task_id == woken_ids.c.task_id, TaskRow.state == constant("sleeping"))\n        .values(',
             ),
         ),
         (f"{RACES}test_suspend_and_delivery_to_a_run_that_goes_on",),
@@ -230,7 +230,7 @@ MUTANTS = (
     ),
     Mutant(
         "a failure that leaves the children to a search",
-        "news.py",
+        "worker/dispatcher.py",
         (("                    cascade=(row.task_id for row in given_up),\n", ""),),
         (f"{RACES}test_fail_and_claim_of_a_child",),
     ),
@@ -247,7 +247,7 @@ MUTANTS = (
     ),
     Mutant(
         "runs of a claim that was answered after the lease",
-        "claims.py",
+        "worker/claims.py",
         (
             (
                 (
@@ -278,15 +278,15 @@ MUTANTS = (
         "statements/cancelling.py",
         (
             (
-                ".where(Task.finished_at.is_(None), *conditions)",
-                '.where(Task.finished_at.is_(None), Task.state != "running", *conditions)',
+                ".where(TaskRow.finished_at.is_(None), *conditions)",
+                '.where(TaskRow.finished_at.is_(None), TaskRow.state != "running", *conditions)',
             ),
         ),
         (f"{RACES}test_cancel_and_what_a_run_writes", MACHINE),
     ),
     Mutant(
         "a cancel that overlooks waits which are just stored",
-        "scripts.py",
+        "client/inserting.py",
         (('            yield waits.FORGET_WAITS, {"task_ids": begun}\n', "            pass\n"),),
         (f"{RACES}test_cancel_and_what_a_run_writes",),
     ),
@@ -303,8 +303,8 @@ MUTANTS = (
         "retention of what is waited for and of what has ancestors",
         "statements/queues.py",
         (
-            ("        Task.task_id.not_in(_needed),\n", ""),
-            ("        ~exists().where(Wait.child_task_id == Task.task_id),\n", ""),
+            ("        TaskRow.task_id.not_in(_needed),\n", ""),
+            ("        ~exists().where(Wait.child_task_id == TaskRow.task_id),\n", ""),
         ),
         (f"{RACES}test_join_and_retention", "tests/client/test_cleanup.py::test_what_a_task_waits_for_stays"),
     ),
@@ -330,7 +330,7 @@ MUTANTS = (
     ),
     Mutant(
         "a wake time by the clock of the worker's machine",
-        "parked.py",
+        "execution/waits.py",
         (
             (
                 (
@@ -349,7 +349,7 @@ MUTANTS = (
     ),
     Mutant(
         "a transaction step whose checkpoint is a transaction of its own",
-        "transactions.py",
+        "execution/transactions.py",
         (
             (
                 (
@@ -375,7 +375,7 @@ MUTANTS = (
     Mutant(
         "retries without end",
         "statements/outcomes.py",
-        ((" & (_failures + constant(1) < Task.max_attempts)", ""),),
+        ((" & (_failures + constant(1) < TaskRow.max_attempts)", ""),),
         (MACHINE, "tests/context/test_retries.py::test_max_attempts_counts_the_executions"),
     ),
     Mutant(
@@ -383,10 +383,10 @@ MUTANTS = (
         "statements/outcomes.py",
         (
             (
-                "        run_id=case((_given_up, Task.run_id), else_=_locked.c.next_run_ids),\n",
+                "        run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),\n",
                 (
-                    "        run_id=case((_given_up, Task.run_id), else_=_locked.c.next_run_ids),\n"
-                    "        failures=Task.failures + constant(1),\n"
+                    "        run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),\n"
+                    "        failures=TaskRow.failures + constant(1),\n"
                 ),
             ),
         ),
@@ -394,7 +394,7 @@ MUTANTS = (
     ),
     Mutant(
         "code that goes on after its suspension",
-        "run.py",
+        "execution/run.py",
         (
             (
                 "        if self.signal is None and not self.over and self.host.leased:\n            return\n",

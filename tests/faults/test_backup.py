@@ -8,8 +8,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import Durable
-from durable_sa.binaries import Binaries
 from durable_sa.embedded import EmbeddedServer, temporary_server
+from durable_sa.embedded.binaries import Binaries
 
 from ..support import eventually
 from ..worker.stories import Parts, Story, create_bookings

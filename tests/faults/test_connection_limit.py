@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable
-from durable_sa.roles import grants
+from durable_sa.migrations.roles import grants
 from durable_sa.testing.database import TestServer
 
 from ..support import eventually

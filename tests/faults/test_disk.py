@@ -19,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import Durable, TaskContext
-from durable_sa.binaries import Binaries
 from durable_sa.database_errors import sqlstate
 from durable_sa.embedded import EmbeddedServer, temporary_server
+from durable_sa.embedded.binaries import Binaries
 
 from ..support import eventually
 from . import audit, workload

@@ -15,10 +15,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, TaskContext
-from durable_sa.hints import Hint
+from durable_sa.client.inserting import (
+    cancel,
+    emit,
+    insert,
+    retry,
+)
+from durable_sa.database.notifier import Hint
 from durable_sa.models import Checkpoint, Event, Run, Task, Wait
 from durable_sa.results import SpawnResult
-from durable_sa.scripts import cancel, emit, insert, retry
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
 from durable_sa.statements import diagnosis, waits

@@ -25,14 +25,19 @@ from sqlalchemy import URL, Executable, Row, create_engine, select, text
 from sqlalchemy.engine import Connection
 
 from durable_sa import CancellationPolicy, Durable, RetryStrategy, TaskContext
+from durable_sa.client.inserting import (
+    cancel,
+    emit,
+    insert,
+    retry,
+)
+from durable_sa.database.notifier import Hint
 from durable_sa.errors import IdempotencyConflict
-from durable_sa.hints import Hint
+from durable_sa.execution.writes import Stored, WaitSpec
 from durable_sa.models import Checkpoint, Event, Run, Task, Wait, WorkerRow
-from durable_sa.scripts import cancel, emit, insert, retry
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
 from durable_sa.statements import diagnosis, spawning
-from durable_sa.writes import Stored, WaitSpec
 
 from .engine_model import LOST, NEW, STORED, EngineModel, TaskModel
 from .engine_steps import (
@@ -350,8 +355,14 @@ class Machine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def tend(self, index: int) -> None:
         worker = self.workers[index % len(self.workers)]
-        tender = worker.tender
-        self.model.tend(set(tender._resolve), set(tender._ended), set(tender._cascade), tender._deliver, self.now)
+        maintenance = worker.maintenance
+        self.model.tend(
+            set(maintenance._resolve),
+            set(maintenance._ended),
+            set(maintenance._cascade),
+            maintenance._deliver,
+            self.now,
+        )
         self.drive(worker.tend())
 
     @rule(index=INDEX)
@@ -359,7 +370,7 @@ class Machine(RuleBasedStateMachine):
         """As when runs are taken up again, or look while they go on."""
         worker = self.workers[index % len(self.workers)]
         waiting = {task_id for task_id, _ in self.model.waits}
-        worker.tender.resolve(waiting)
+        worker.maintenance.resolve(waiting)
         self.tend(index)
 
     @rule(index=INDEX)

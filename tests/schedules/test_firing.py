@@ -30,7 +30,7 @@ from durable_sa import (
     task,
 )
 from durable_sa.models import Schedule
-from durable_sa.schedules import fire_due
+from durable_sa.schedules.store import fire_due
 from durable_sa.statements import queues, scheduling
 from durable_sa.testing import time_travel
 from tests.support import eventually

@@ -12,7 +12,13 @@ import pytest
 from cronsim import CronSim
 
 from durable_sa import InvalidConfiguration, InvalidCron
-from durable_sa.ticks import MISSED_AFTER, MOST_MISSED, due_ticks, next_tick, ticks
+from durable_sa.schedules.cron import (
+    MISSED_AFTER,
+    MOST_MISSED,
+    due_ticks,
+    next_tick,
+    ticks,
+)
 
 BERLIN = "Europe/Berlin"
 

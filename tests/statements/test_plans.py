@@ -15,10 +15,10 @@ from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.sql import ClauseElement
 
 from durable_sa import Durable, TaskContext
-from durable_sa.channels import Channel
-from durable_sa.lanes import BOTTOM
+from durable_sa.database.channel import DedicatedConnection
 from durable_sa.statements import checkpoints, claiming, outcomes, queues, waits
 from durable_sa.testing.database import TestServer
+from durable_sa.worker.cursors import BOTTOM
 
 FINISHED = range(1, 200_001)
 SLEEPING = range(200_001, 225_001)
@@ -330,9 +330,9 @@ async def test_plans_do_not_outlive_the_size_of_the_tables(
     durable: Durable, database_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few rows are best found by reading them all; what was prepared then must not go on so with thousands."""
-    monkeypatch.setattr("durable_sa.execution.REPLAN_INTERVAL", 0.0)
-    monkeypatch.setattr("durable_sa.execution.REPLAN_SECONDS", 0.01)
-    channel = Channel(durable.database)
+    monkeypatch.setattr("durable_sa.database.direct.REPLAN_INTERVAL", 0.0)
+    monkeypatch.setattr("durable_sa.database.direct.REPLAN_SECONDS", 0.01)
+    channel = DedicatedConnection(durable.database)
 
     @durable.task
     async def work(ctx: TaskContext, number: int) -> None: ...

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import asyncpg, psycopg, psycopg2
 from sqlalchemy.engine import Dialect
 
 from durable_sa import TaskRow
-from durable_sa.rendering import render
+from durable_sa.database.rendering import render
 from durable_sa.statements.expressions import array
 
 from .test_parameters import STATEMENTS

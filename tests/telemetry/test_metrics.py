@@ -10,9 +10,15 @@ import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from durable_sa import Durable, TaskContext, UserError, samples, task
+from durable_sa import (
+    Durable,
+    TaskContext,
+    UserError,
+    task,
+)
 from durable_sa.telemetry.meters import MOST_QUEUES, Meters
 from durable_sa.testing import run_until_idle
+from durable_sa.worker import sampler
 from tests.support import eventually
 from tests.telemetry.support import Values
 
@@ -88,7 +94,7 @@ async def test_tasks_that_nobody_knows_and_queues_beyond_the_bound_share_a_serie
 async def test_gauges_show_workers_their_runs_and_what_is_ready(
     durable: Durable, metrics: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples, "SAMPLE_INTERVAL", 0.01)
+    monkeypatch.setattr(sampler, "SAMPLE_INTERVAL", 0.01)
     held = asyncio.Event()
 
     @durable.task

@@ -19,9 +19,9 @@ from durable_sa import (
     TaskRow,
     TaskStatus,
     TaskTimeout,
-    run,
     task,
 )
+from durable_sa.execution import run
 from durable_sa.models import WorkerRow
 from durable_sa.testing import Clock, run_until_idle, time_travel
 

@@ -7,8 +7,8 @@ from typing import Any, ForwardRef, Optional
 import pytest
 from pydantic import BaseModel
 
-from durable_sa.annotations import is_coroutine_function, plain_function
 from durable_sa.errors import SerializationError
+from durable_sa.serialization.annotations import is_coroutine_function, plain_function
 from durable_sa.tasks import task
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, RootModel, SecretStr
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from durable_sa.arguments import encode_arguments
 from durable_sa.errors import SerializationError
+from durable_sa.serialization.canonical import encode_arguments
 
 
 class Colour(enum.Enum):
@@ -141,7 +141,7 @@ def test_positions_and_keywords_are_told_apart() -> None:
 
 def test_the_text_is_the_same_in_another_process() -> None:
     program = (
-        "from durable_sa.arguments import encode_arguments\n"
+        "from durable_sa.serialization.canonical import encode_arguments\n"
         "print(encode_arguments([{'x', 'y', 'z', 'abc'}, frozenset('hello')], {'b': {'q', 'r'}, 'a': 1}, 'it'))"
     )
     outputs = {

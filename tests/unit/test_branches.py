@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from durable_sa import awaits, branches, quiescence
-from durable_sa.branches import Branches, current_branch, detached
+from durable_sa.concurrency import blocking, branches, suspension
+from durable_sa.concurrency.branches import Branches, current_branch, detached
+from durable_sa.concurrency.task_factory import BranchExit, install, uninstall
 from durable_sa.errors import InvalidState
-from durable_sa.task_factory import BranchExit, install, uninstall
 
 Path = tuple[int | str, ...]
 AnyTask = asyncio.Task[Any]
@@ -1026,8 +1026,8 @@ async def test_branches_that_block_without_telling_are_found() -> None:
 
 @on_every_loop
 async def test_the_end_of_a_branch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quiescence, "SHORTEST_DELAY", 1000)
-    monkeypatch.setattr(quiescence, "LONGEST_DELAY", 1000)
+    monkeypatch.setattr(suspension, "SHORTEST_DELAY", 1000)
+    monkeypatch.setattr(suspension, "LONGEST_DELAY", 1000)
 
     async def body(run: Run) -> None:
         await asyncio.gather(run.wait(), asyncio.sleep(0.05))
@@ -1184,13 +1184,13 @@ async def test_an_await_that_ends_in_its_time_of_grace_is_not_cut_off(caplog: py
 
 def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     looks: list[None] = []
-    examine = awaits.examine
+    examine = blocking.examine
 
-    def counted(*args: Any) -> awaits.Blocked:
+    def counted(*args: Any) -> blocking.Blocked:
         looks.append(None)
         return examine(*args)
 
-    monkeypatch.setattr(awaits, "examine", counted)
+    monkeypatch.setattr(blocking, "examine", counted)
     return looks
 
 
@@ -1203,7 +1203,7 @@ async def test_a_thousand_waits_are_looked_at_a_few_times_each(monkeypatch: pyte
 
     run = Run(body)
     assert await run.is_quiescent()
-    assert len(looks) <= 1001 * (quiescence.TURNS + 3)
+    assert len(looks) <= 1001 * (suspension.TURNS + 3)
     await run.end()
 
 
@@ -1224,7 +1224,7 @@ async def test_waits_that_begin_one_by_one_are_looked_at_a_few_times_each(
 
     run = Run(body)
     assert await run.is_quiescent(within=20)
-    assert len(looks) <= count * (quiescence.TURNS + 15)
+    assert len(looks) <= count * (suspension.TURNS + 15)
     await run.end()
 
 
@@ -1283,7 +1283,7 @@ async def test_unwinding_cancels_every_task_and_runs_what_is_finally() -> None:
         try:
             await run.wait()
         finally:
-            await turns(2 * quiescence.TURNS)
+            await turns(2 * suspension.TURNS)
             ended.append(name)
 
     async def body(run: Run) -> None:

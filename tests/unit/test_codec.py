@@ -26,9 +26,9 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from durable_sa.codec import DEFAULT_MAX_PAYLOAD_BYTES, check_size, codec_for
 from durable_sa.errors import PayloadTooLarge, SerializationError
 from durable_sa.results import TaskHandle
+from durable_sa.serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES, check_size, codec_for
 
 plain = codec_for(inspect.Parameter.empty)
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from durable_sa.codec import codec_for
 from durable_sa.errors import (
     ChildCancelled,
     ChildFailed,
@@ -26,7 +25,8 @@ from durable_sa.errors import (
     TaskTimeout,
     UserError,
 )
-from durable_sa.failures import (
+from durable_sa.serialization.codec import codec_for
+from durable_sa.serialization.failures import (
     MAX_MESSAGE_BYTES,
     MAX_RAW_BYTES,
     MAX_TRACEBACK_BYTES,
@@ -113,7 +113,7 @@ def test_name_message_and_the_frames_of_all_causes_are_recorded() -> None:
 
 def test_frames_of_this_package_are_left_out() -> None:
     error = caught(lambda: codec_for(Any).encode(float("nan"), "it"))
-    assert any("durable_sa/codec.py" in line for line in traceback.format_exception(error))
+    assert any("durable_sa/serialization/codec.py" in line for line in traceback.format_exception(error))
     failure = describe(error)
     assert "codec.py" not in failure["traceback"]
     assert "test_failures.py" in failure["traceback"]

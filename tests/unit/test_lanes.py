@@ -2,7 +2,7 @@
 
 import pytest
 
-from durable_sa.lanes import SEARCH_INTERVAL, SEARCH_SHARE, Lanes
+from durable_sa.worker.cursors import SEARCH_INTERVAL, SEARCH_SHARE, ClaimCursors
 
 
 @pytest.mark.parametrize(("took", "interval"), [(0.0, SEARCH_INTERVAL), (2.0, 2.0 * SEARCH_SHARE)])
@@ -11,7 +11,7 @@ def test_a_search_is_due_after_a_while_and_hints_put_it_off_only_so_long(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    lanes = Lanes(["default"])
+    lanes = ClaimCursors(["default"])
     assert lanes.search_overdue
     lanes.searched(took)
     now += interval - 0.01

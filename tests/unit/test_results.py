@@ -3,8 +3,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from durable_sa.codec import codec_for
 from durable_sa.results import ScheduleInfo, SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
+from durable_sa.serialization.codec import codec_for
 
 task_id = uuid.UUID(int=7)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from durable_sa import DurableError, InvalidConfiguration, InvalidName
-from durable_sa.settings import Settings
+from durable_sa.worker.settings import Settings
 
 
 def resolve(**options: Any) -> Settings:

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from durable_sa.threads import StepThreads
+from durable_sa.concurrency.threads import StepThreads
 
 
 class Gate:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from durable_sa.timelines import Timeline
+from durable_sa.database.failover import Timeline
 
 
 def test_later_timelines_and_other_clusters_are_followed() -> None:

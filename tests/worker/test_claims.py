@@ -13,11 +13,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from durable_sa import Durable, Spawn, TaskContext, TaskRow, TaskTimeout
-from durable_sa.connections import Database
+from durable_sa.database.connections import Database
 from durable_sa.ids import new_id
-from durable_sa.lanes import Lanes
 from durable_sa.models import Run, WorkerRow
 from durable_sa.statements import checkpoints, claiming, waits
+from durable_sa.worker.cursors import ClaimCursors
 
 from ..support import eventually
 from . import program
@@ -29,7 +29,7 @@ class Claimer:
 
     def __init__(self, database: Database, queue_names: Sequence[str] = ("default",)) -> None:
         self._database = database
-        self._lanes = Lanes(queue_names)
+        self._lanes = ClaimCursors(queue_names)
         self._queue_names = queue_names
         self.worker_id = new_id()
 

@@ -10,13 +10,13 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from durable_sa import Durable, TaskContext
-from durable_sa.channels import Channel
+from durable_sa.database.channel import DedicatedConnection
+from durable_sa.execution.writer import Writer
+from durable_sa.execution.writes import Kind, WaitSpec, Write
 from durable_sa.ids import child_id, new_id
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, outcomes
-from durable_sa.writer import Writer
-from durable_sa.writes import Kind, WaitSpec, Write
 
 from ..support import eventually
 from . import program
@@ -64,7 +64,7 @@ class Holder:
     async def send(self, kind: Kind, fence: int = 1) -> BaseException | None:
         """Write through a writer; the error that it tells."""
         future: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
-        channel = Channel(self.durable.database)
+        channel = DedicatedConnection(self.durable.database)
         writer = Writer(channel, on_commit=lambda *_: None)
         running = asyncio.create_task(writer.run())
         try:
@@ -197,7 +197,7 @@ async def test_old_and_new_writes_of_one_batch_are_told_apart(holder: Holder, sq
     """A worker that lost a run and claimed it again sends both in one statement."""
     await _same_worker_runs_it(holder)
     told: dict[int, BaseException | None] = {}
-    channel = Channel(holder.durable.database)
+    channel = DedicatedConnection(holder.durable.database)
     writer = Writer(channel, on_commit=lambda *_: None)
     ((fence,),) = await sql("SELECT fence FROM durable.tasks")
     for number in (1, fence):
@@ -256,7 +256,7 @@ async def test_a_transaction_of_a_run_that_was_taken_over_is_rolled_back(durable
         async with durable.worker():
 
             async def taken_over() -> bool:
-                first.tender.look_within(0.0)
+                first.maintenance.look_within(0.0)
                 return await sql("SELECT lease_losses FROM durable.tasks") == [(1,)]
 
             await eventually(taken_over)

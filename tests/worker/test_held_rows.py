@@ -11,8 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import Durable, TaskContext, TaskStatus
-from durable_sa.channels import Channel
-from durable_sa.retention import Retention
+from durable_sa.database.channel import DedicatedConnection
+from durable_sa.worker.retention import Retention
 
 from ..support import eventually
 from .conftest import Rows
@@ -63,7 +63,7 @@ async def test_more_than_a_batch_of_held_rows_holds_up_no_other(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs of a lost worker, and subtasks of what has failed."""
-    monkeypatch.setattr("durable_sa.tender.BATCH", 5)
+    monkeypatch.setattr("durable_sa.worker.maintenance.BATCH", 5)
 
     @durable.task
     async def work(ctx: TaskContext) -> int:
@@ -97,13 +97,13 @@ async def test_more_than_a_batch_of_held_rows_holds_up_no_other(
     first = [spawn.task_id for spawn in (*lost[:12], *children[:12])]
     ids = ", ".join(f"'{task_id}'" for task_id in first)
     async with held(observer, f"SELECT 1 FROM durable.tasks WHERE task_id IN ({ids})"), durable.worker() as worker:
-        worker.tender.hurry()
+        worker.maintenance.look_now()
         for spawn in lost[12:]:
             assert (await durable.wait_for_result(spawn, timeout=PROMPT)).output == 2
         for spawn in children[12:]:
             assert (await durable.wait_for_result(spawn, timeout=PROMPT)).status is TaskStatus.CANCELLED
     async with durable.worker() as worker:
-        worker.tender.hurry()
+        worker.maintenance.look_now()
         for spawn in lost:
             assert (await durable.wait_for_result(spawn, timeout=PROMPT)).output == 2
         for spawn in children:
@@ -123,10 +123,10 @@ HELD = {
 async def test_rows_that_are_held_hold_up_nothing_else(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr("durable_sa.tender.RECONCILE_INTERVAL", 0.2)
-    monkeypatch.setattr("durable_sa.tender.RECONCILE_SHARE", 0)
-    monkeypatch.setattr("durable_sa.tender.REPAIR_AGE", 0.0)
-    monkeypatch.setattr("durable_sa.tender.FORGET_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_SHARE", 0)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_AGE", 0.0)
+    monkeypatch.setattr("durable_sa.worker.maintenance.FORGET_INTERVAL", 0.2)
 
     @durable.task
     async def waiter(ctx: TaskContext, name: str) -> Any:
@@ -188,7 +188,7 @@ async def test_ended_tasks_of_which_rows_are_held_are_soon_left(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each refusal takes its time, and a page may have a thousand."""
-    monkeypatch.setattr("durable_sa.retention.PATIENCE", 0.1)
+    monkeypatch.setattr("durable_sa.worker.retention.PATIENCE", 0.1)
     await sql(
         "INSERT INTO durable.tasks (task_id, queue_name, task_name, state, outcome, finished_at, run_id, max_attempts,"
         " retry_kind, retry_base_delay, retry_factor, retry_max_backoff, retry_jitter)"
@@ -199,7 +199,7 @@ async def test_ended_tasks_of_which_rows_are_held_are_soon_left(
         "INSERT INTO durable.checkpoints (task_id, key, kind, name)"
         " SELECT task_id, gen_random_uuid(), 'step', 'one' FROM durable.tasks"
     )
-    forget, channel = Retention(), Channel(durable.database)
+    forget, channel = Retention(), DedicatedConnection(durable.database)
     async with held(observer, "SELECT 1 FROM durable.checkpoints"):
         async with asyncio.timeout(1.0):
             await forget(channel)

@@ -24,9 +24,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.orm import Session
 
 from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext, task
-from durable_sa.connections import Database
-from durable_sa.hints import Hint, HintSender
-from durable_sa.listener import Listener
+from durable_sa.database.connections import Database
+from durable_sa.database.listener import Listener
+from durable_sa.database.notifier import Hint, HintSender
 
 from ..support import eventually
 from .conftest import Rows
@@ -162,7 +162,7 @@ async def test_a_listener_tries_again_however_often_it_has_failed(monkeypatch: p
         await asyncio.sleep(0)
         raise OSError
 
-    monkeypatch.setattr("durable_sa.listener.LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr("durable_sa.database.listener.LONGEST_PAUSE", 0.0)
     monkeypatch.setattr(AsyncConnection, "start", refuse)
     listener = Listener(Database("postgresql+asyncpg://u:p@127.0.0.1:1/d"), None, lambda _: None)
     listening = asyncio.create_task(listener.run())
@@ -194,7 +194,7 @@ async def test_polling_begins_as_soon_as_listen_is_lost(
 async def test_hints_that_are_lost_cost_a_poll_interval(
     durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.claims.LISTENING_POLL", 0.5)
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 0.5)
     monkeypatch.setattr(HintSender, "send", lambda *_: None)
     async with durable.worker() as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
@@ -252,7 +252,7 @@ async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
         await durable.wait_for_result(await durable.spawn(quick), timeout=2)
         assert worker._listener is not None
         assert worker._listener.working
-        assert not [service for service in worker._services.lasting.values() if service.done()]
+        assert not [service for service in worker._background.services.values() if service.done()]
 
 
 async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durable, quick: Any, sql: Rows) -> None:
@@ -442,7 +442,7 @@ async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("durable_sa.listener.ARRIVAL_DEADLINE", 0.5)
+    monkeypatch.setattr("durable_sa.database.listener.ARRIVAL_DEADLINE", 0.5)
     await create_bookings(engine)
     caplog.set_level(logging.WARNING, "durable_sa")
     pooled = pooled_engine(bouncer, driver)
@@ -499,7 +499,7 @@ async def test_a_url_that_leads_elsewhere_is_noticed(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("durable_sa.listener.ARRIVAL_DEADLINE", 0.3)
+    monkeypatch.setattr("durable_sa.database.listener.ARRIVAL_DEADLINE", 0.3)
     elsewhere = database_url.set(database="postgres").render_as_string(hide_password=False)
     async with durable.worker(listen_url=elsewhere, poll_interval=0.05):
         await eventually(lambda: _warnings(caplog))

@@ -72,7 +72,7 @@ class Route(Gate):
 async def test_connections_that_answer_nothing_are_given_up_and_no_lease_is_lost(
     database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.channels.STATEMENT_DEADLINE", 0.5)
+    monkeypatch.setattr("durable_sa.database.channel.STATEMENT_DEADLINE", 0.5)
     route = Route(database_url)
     await route.open()
     async with Durable(create_async_engine(route.url, poolclass=NullPool)) as client:
@@ -167,9 +167,9 @@ async def test_the_reply_to_any_statement_may_be_lost_and_so_may_the_statement(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """Each statement of a worker once, one after the other, as far as a task has statements."""
-    monkeypatch.setattr("durable_sa.claims.LISTENING_POLL", 0.3)
-    monkeypatch.setattr("durable_sa.tender.RECONCILE_INTERVAL", 0.2)
-    monkeypatch.setattr("durable_sa.tender.REPAIR_AGE", 0.2)
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 0.3)
+    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_AGE", 0.2)
     await create_bookings(engine)
     statements: list[str] = []
     async with named(database_url, "victim") as victim:

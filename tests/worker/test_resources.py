@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, SyncTaskContext, TaskContext
-from durable_sa.run import Run
+from durable_sa.execution.run import Run
 
 from ..support import eventually
 from .conftest import Rows
@@ -142,7 +142,7 @@ async def test_nothing_grows_over_twenty_thousand_tasks(database_url: URL, durab
                     return await sql("SELECT count(*) FROM durable.tasks WHERE outcome IS NULL") == [(0,)]
 
                 await eventually(finished, within=90)
-                await eventually(lambda: not worker._services.errands and not worker._runs.ending)
+                await eventually(lambda: not worker._background.jobs and not worker._runs.ending)
                 # The last replies may still be on their way.
                 await eventually(lambda: _runs() <= others + 2)
                 return {

@@ -256,7 +256,7 @@ async def test_runs_that_hold_all_connections_while_they_wait_for_the_worker_do_
     database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each holds a session of its own over its steps, and what the worker has lost was taken by the next of them."""
-    monkeypatch.setattr("durable_sa.channels.POOL_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_sa.database.channel.POOL_PATIENCE", 0.5)
     async with named(database_url, "victim", pool_size=6, max_overflow=0, pool_timeout=20) as victim:
 
         @victim.task(max_attempts=1)

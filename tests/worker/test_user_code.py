@@ -123,7 +123,7 @@ async def test_nothing_that_a_task_raises_ends_its_worker(durable: Durable, wher
             assert result.error.name, name
         results = [await durable.wait_for_result(await durable.spawn(healthy), timeout=5) for _ in range(3)]
         assert [result.output for result in results] == [1, 1, 1]
-        assert not [service for service in worker._services.lasting.values() if service.done()]
+        assert not [service for service in worker._background.services.values() if service.done()]
     assert await sql("SELECT count(*) FROM durable.runs WHERE state = 'failed'") == [(len(BEHAVIOURS),)]
 
 

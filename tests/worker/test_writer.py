@@ -9,11 +9,11 @@ import pytest
 from sqlalchemy import Executable
 
 from durable_sa import Durable
-from durable_sa.channels import Channel
+from durable_sa.database.channel import DedicatedConnection
+from durable_sa.execution.writer import PIPELINED, Writer
+from durable_sa.execution.writes import Kind
 from durable_sa.signals import LeaseLost
 from durable_sa.statements import claiming
-from durable_sa.writer import PIPELINED, Writer
-from durable_sa.writes import Kind
 
 from ..support import eventually
 from . import program
@@ -36,7 +36,7 @@ class Traffic:
         self.gate.set()
 
 
-class Watched(Channel):
+class Watched(DedicatedConnection):
     def __init__(self, durable: Durable, traffic: Traffic) -> None:
         super().__init__(durable.database)
         self.traffic = traffic
@@ -189,7 +189,7 @@ async def test_writes_that_are_given_up_are_told_so_on_both_connections(
 
 async def test_a_connection_is_not_closed_under_a_statement(durable: Durable) -> None:
     """The claims end before the writes, and with them the connection that both may use."""
-    channel = Channel(durable.database)
+    channel = DedicatedConnection(durable.database)
     async with durable.database.transaction() as connection:
         await connection.exec_driver_sql("LOCK TABLE durable.workers IN ACCESS EXCLUSIVE MODE")
         executing = asyncio.create_task(channel.execute(claiming.LOST_WORKERS, {}))

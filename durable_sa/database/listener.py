@@ -1,0 +1,172 @@
+"""LISTEN in the worker: on a connection of its own, replaced when it is lost, checked that what is sent arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NoReturn
+
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from ..database_errors import backoff, reason
+from ..statements.notifying import NOTIFY
+from .connections import Database, direct_engine
+from .notifier import channel_name
+
+logger = logging.getLogger("durable_sa")
+
+ARRIVAL_DEADLINE = 5.0
+"""Seconds after which what was sent is taken not to arrive any more."""
+CHECK_INTERVAL = 30.0
+LONGEST_PAUSE = 15.0
+"""Seconds, at most, until the next try where the connection cannot be had."""
+UNDELIVERED_PAUSE = 60.0
+"""Seconds until the next try where LISTEN has no effect."""
+
+
+class Listener:
+    """Listens for a worker's hints. They are sent over the database's engine; `url` may lead to it more directly."""
+
+    def __init__(self, database: Database, url: str | URL | None, on_payload: Callable[[str], None]) -> None:
+        self._database = database
+        self._url = url
+        self._channel = channel_name(database.schema)
+        self._on_payload = on_payload
+        self.working = False
+        self._said = False
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        failures = 0
+        while True:
+            engine = self._database.private() if self._url is None else direct_engine(self._url)
+            try:
+                async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                    await self._listen(connection)
+            except _NotDelivered:
+                self._say(
+                    "LISTEN has no effect here (a connection pooler in transaction mode?): polling instead; "
+                    "give the worker a listen_url that leads around it"
+                    if self._url is None
+                    else "what is sent does not arrive over listen_url (another database?): polling instead"
+                )
+                pause = UNDELIVERED_PAUSE
+            except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
+                self._say(f"LISTEN is interrupted ({reason(error)}): polling until it works again")
+                failures = 0 if self.working else failures + 1
+                pause = backoff(failures, base=1.0, most=LONGEST_PAUSE)
+            finally:
+                worked, self.working = self.working, False
+                await asyncio.shield(engine.dispose())
+            if worked:
+                # What was sent meanwhile is lost, and from now on there is polling to do.
+                self._on_payload("")
+            await asyncio.sleep(pause)
+
+    def _say(self, message: str) -> None:
+        if not self._said:
+            logger.warning(message)
+            self._said = True
+
+    async def _listen(self, connection: AsyncConnection) -> NoReturn:
+        """Listen until the connection is lost."""
+        raw = await connection.get_raw_connection()
+        driver: Any = raw.driver_connection
+        arrived = asyncio.Event()
+        lost = asyncio.Event()
+        probe = f"probe:{id(self)}:{time.monotonic_ns()}"
+
+        def receive(payload: str) -> None:
+            if payload == probe:
+                arrived.set()
+            elif not payload.startswith("probe:"):
+                self._on_payload(payload)
+
+        reading: asyncio.Task[None] | None = None
+
+        def lose(_: Any) -> None:
+            lost.set()
+            arrived.set()  # Nobody waits for what a lost connection does not bring.
+
+        if hasattr(driver, "add_listener"):
+
+            def received(_: Any, __: int, ___: str, payload: Any) -> None:
+                receive(str(payload))
+
+            driver.add_termination_listener(lose)
+            # What it sends is prepared, and a pooler has to keep that together.
+            transaction: AbstractAsyncContextManager[Any] = driver.transaction()
+            async with transaction:
+                await driver.add_listener(self._channel, received)
+            # Said once more as the latest statement, pg_stat_activity shows what the connection is for.
+            await driver.execute(f'LISTEN "{self._channel}"')
+        else:
+            await driver.execute(f'LISTEN "{self._channel}"')
+
+            async def read() -> None:
+                async for notification in driver.notifies():
+                    receive(notification.payload)
+
+            reading = asyncio.create_task(read(), name="durable:notifies")
+
+            def ended(done: asyncio.Task[None]) -> None:
+                if not done.cancelled():
+                    done.exception()
+                lose(done)
+
+            reading.add_done_callback(ended)
+        try:
+            await self._probe(probe)
+            try:
+                async with asyncio.timeout(ARRIVAL_DEADLINE):
+                    await arrived.wait()
+            except TimeoutError:
+                raise _NotDelivered from None
+            if not lost.is_set():
+                self.working = True
+                self._said = False
+                self._on_payload("")
+            while not lost.is_set():
+                try:
+                    async with asyncio.timeout(CHECK_INTERVAL):
+                        await lost.wait()
+                except TimeoutError:
+                    if reading is None:
+                        async with asyncio.timeout(ARRIVAL_DEADLINE):
+                            await driver.fetchval("SELECT 1")
+                    else:
+                        arrived.clear()
+                        await self._probe(probe)
+                        async with asyncio.timeout(ARRIVAL_DEADLINE):
+                            await arrived.wait()
+            raise ConnectionError("the connection was closed")
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait([reading])
+
+    async def _probe(self, payload: str) -> None:
+        """Send something to ourselves, in the way of hints but not over the application's connections."""
+
+        async def send() -> None:
+            engine: AsyncEngine = self._database.private()
+            try:
+                await Database(engine).execute(NOTIFY, {"channel": self._channel, "payload": payload})
+            finally:
+                await engine.dispose()
+
+        # Cancelled in the middle of opening or closing, a driver would leave its connection open.
+        sending = asyncio.ensure_future(send())
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait([sending], timeout=2.0)
+            raise
+
+
+class _NotDelivered(Exception):  # noqa: N818
+    """What was sent to the channel did not arrive."""

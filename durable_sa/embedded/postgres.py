@@ -1,0 +1,291 @@
+"""A PostgreSQL 18 that comes as a wheel: nothing to install, nothing to configure.
+
+`server()` is for applications: it lives in the user's data directory, keeps its data and is shared by all processes
+of the user. `temporary_server()` is for tests: it lives in a temporary directory and is gone afterwards. Both need the
+`embedded` extra and Linux or macOS, and both block while they start: some tenths of a second, longer the first time.
+Where root starts them they run as the system user `pgserver`: see `durable_sa.binaries`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+from sqlalchemy import URL
+
+from ..errors import InvalidConfiguration
+
+if sys.platform == "win32":
+    raise InvalidConfiguration("embedded", "runs on Linux and macOS only", "Set DURABLE_DATABASE_URL.")
+
+import fcntl
+
+from .binaries import Binaries
+
+if TYPE_CHECKING:
+    import psutil
+
+__all__ = ["EmbeddedServer", "server", "temporary_server"]
+
+StopMode = Literal["smart", "fast", "immediate"]
+
+_START_SECONDS = 60
+_SOCKET_PATH_BYTES = 100  # of 104 on macOS and 108 on Linux
+
+_REMOVE = """
+read -r _
+if pid=$(head -n 1 "$0/data/postmaster.pid" 2>/dev/null); then
+    kill -QUIT "$pid"
+    for _ in 1 2 3 4 5 6 7 8 9 10; do [ -e "$0/data/postmaster.pid" ] && sleep 0.2; done
+fi
+rm -rf "$0"
+"""
+
+_mutex = threading.Lock()
+_joined: dict[Path, EmbeddedServer] = {}
+
+
+def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
+    """Start the user's embedded server, or join it where it runs already.
+
+    The data is kept in `data_dir`, else in `DURABLE_EMBEDDED_DIR`, else in the user's data directory (for root below
+    `/var/lib`). It listens on a unix socket that only this user can reach. The last process to exit stops it; one that
+    is killed counts as gone, and a server it leaves behind is joined, and stopped, by the next.
+
+    Raises:
+        InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
+    """
+    Binaries()  # raises where the extra is missing, which also brings what finds the directory
+    directory = Path(data_dir or os.environ.get("DURABLE_EMBEDDED_DIR") or _default_directory()).expanduser().resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _mutex, _exclusively(directory):
+        shared = _joined.get(directory) or EmbeddedServer(directory / "postgres-18")
+        shared.start()
+        if directory not in _joined:
+            # A lock and not a list of process ids: the system drops it with the process, however that ends.
+            users = (directory / "users").open("a")
+            fcntl.flock(users, fcntl.LOCK_SH)
+            atexit.register(_leave, directory, users, shared)
+            _joined[directory] = shared
+    return shared
+
+
+@contextlib.contextmanager
+def temporary_server(
+    *, settings: Mapping[str, str | int] | None = None, listen: str | None = None, parent: Path | None = None
+) -> Generator[EmbeddedServer]:
+    """Run a server of one's own, with its data in a temporary directory below `parent`.
+
+    `settings` go to `postgresql.conf`. With `listen`, an address such as `127.0.0.1`, it takes TCP connections on a
+    free port that stays the same over restarts, and asks for the password that `url()` contains; without, it has a
+    unix socket only. Server and data are gone at the end, also if this process is killed.
+
+    Raises:
+        InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="durable-", dir=parent)).resolve()
+    # Waits for the end of its input, which comes with the end of this process at the latest.
+    remover = subprocess.Popen(
+        ["/bin/sh", "-c", _REMOVE, str(directory)], stdin=subprocess.PIPE, cwd="/", start_new_session=True
+    )
+    with remover:
+        temporary = EmbeddedServer(
+            directory / "data", settings={"log_checkpoints": "off", **(settings or {})}, listen=listen
+        )
+        try:
+            temporary.start()
+            yield temporary
+        finally:
+            temporary.stop("immediate")
+
+
+class EmbeddedServer:
+    """A PostgreSQL server over a data directory; `server()` and `temporary_server()` make them."""
+
+    def __init__(
+        self, data_dir: Path, *, settings: Mapping[str, str | int] | None = None, listen: str | None = None
+    ) -> None:
+        self.data_dir = data_dir
+        self._settings = dict(settings or {})
+        self._listen = listen
+        self._port = _free_port(listen) if listen else 5432
+        self._password = secrets.token_urlsafe() if listen else None
+        self._binaries = Binaries()
+        self._socket_dir = str(data_dir)
+
+    def url(self, *, database: str = "postgres", driver: str = "asyncpg") -> URL:
+        """The URL of a database on the running server, for SQLAlchemy and the superuser `postgres`."""
+        name = f"postgresql+{driver}"
+        if self._listen:
+            return URL.create(name, "postgres", self._password, self._listen, self._port, database)
+        query = {"host": self._socket_dir, "port": str(self._port)}
+        return URL.create(name, "postgres", database=database, query=query)
+
+    def start(self) -> None:
+        """Start the server and wait until it takes connections; nothing to do where it runs.
+
+        Raises:
+            InvalidConfiguration: it does not within a minute. The message has the end of its log.
+        """
+        if not self.data_dir.exists():
+            self._initialise()
+        deadline = time.monotonic() + _START_SECONDS
+        while self._postmaster() is None or self._postmaster_file()[7:] != ["ready"]:
+            if time.monotonic() > deadline:
+                raise self._failure("is not ready after a minute")
+            if self._postmaster() is None:
+                self._launch()
+            else:
+                time.sleep(0.02)
+        self._socket_dir = self._postmaster_file()[4]
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop the server and wait for its end; nothing to do where it does not run.
+
+        `smart` waits for clients to leave, `fast` disconnects them, `immediate` leaves recovery to the next start.
+        """
+        if self._postmaster() is not None:
+            self._binaries.run("pg_ctl", "stop", "-w", "-D", str(self.data_dir), "-m", mode)
+            if self._socket_dir != str(self.data_dir):
+                shutil.rmtree(self._socket_dir, ignore_errors=True)
+        self._forget()
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop, then start."""
+        self.stop(mode)
+        self.start()
+
+    def kill(self) -> None:
+        """Kill every process of the server at once, as a crash of the machine would."""
+        import psutil
+
+        if (postmaster := self._postmaster()) is not None:
+            processes = [postmaster, *postmaster.children()]
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes)
+
+    def _launch(self) -> None:
+        self._forget()
+        options = {
+            "unix_socket_directories": self._usable_socket_dir(),
+            "listen_addresses": self._listen or "",
+            "port": self._port,
+        }
+        arguments = shlex.join(part for key, value in options.items() for part in ("-c", f"{key}={value}"))
+        log = self.data_dir / "log"
+        if log.exists():
+            log.replace(log.with_name("log.old"))
+        try:
+            self._binaries.run(
+                *("pg_ctl", "start", "-w", "-t", str(_START_SECONDS), "-D", str(self.data_dir)),
+                *("-l", str(log), "-o", arguments),
+            )
+        except subprocess.CalledProcessError:
+            # A start whose process was killed may still have been under way.
+            if self._postmaster() is None:
+                raise self._failure("does not start") from None
+
+    def _forget(self) -> None:
+        # What a killed server leaves behind. PostgreSQL takes it for a running one where the process id is in use
+        # again, which is likely in containers, or not yet reaped.
+        for stale in ("postmaster.pid", f".s.PGSQL.{self._port}", f".s.PGSQL.{self._port}.lock"):
+            (self.data_dir / stale).unlink(missing_ok=True)
+
+    def _initialise(self) -> None:
+        # Renamed into place at the end: a process killed in the middle leaves nothing that looks like a database.
+        fresh = self.data_dir.with_name(f"{self.data_dir.name}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(mode=0o700)
+        self._binaries.give(fresh)
+        options = [f"--set={name}={value}" for name, value in self._settings.items()]
+        if self._password is not None:
+            password_file = self.data_dir.with_name("password")
+            password_file.touch(mode=0o600)
+            password_file.write_text(self._password)
+            self._binaries.give(password_file)
+            options.append(f"--pwfile={password_file}")
+        try:
+            self._binaries.run(
+                *("initdb", "-D", str(fresh), "-U", "postgres", "--auth-local=trust", "--auth-host=scram-sha-256"),
+                *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
+                *options,
+            )
+        except subprocess.CalledProcessError as error:
+            raise self._failure("could not be made", error.output) from None
+        fresh.rename(self.data_dir)
+
+    def _usable_socket_dir(self) -> str:
+        directory = str(self.data_dir)
+        short = len(os.fsencode(f"{directory}/.s.PGSQL.{self._port}")) <= _SOCKET_PATH_BYTES
+        # In a URL commas and colons separate hosts and ports.
+        if short and not set(directory) & set(",:"):
+            return directory
+        other = Path(tempfile.mkdtemp(prefix="durable-", dir="/tmp"))
+        self._binaries.give(other)
+        return str(other)
+
+    def _postmaster_file(self) -> list[str]:
+        """Process id, data directory, start time, port, socket directory, address, shared memory, status."""
+        with contextlib.suppress(FileNotFoundError):
+            return [line.strip() for line in (self.data_dir / "postmaster.pid").read_text().splitlines()]
+        return []
+
+    def _postmaster(self) -> psutil.Process | None:
+        import psutil
+
+        try:
+            process = psutil.Process(int(self._postmaster_file()[0]))
+            # The id may belong to another program by now.
+            return process if str(self.data_dir) in process.cmdline() else None
+        except (IndexError, ValueError, psutil.Error):
+            return None
+
+    def _failure(self, problem: str, output: str | None = None) -> InvalidConfiguration:
+        if output is None:
+            log = self.data_dir / "log"
+            output = log.read_text(errors="replace") if log.exists() else ""
+        return InvalidConfiguration(f"embedded PostgreSQL in {self.data_dir}", problem, f"It said:\n{output[-2000:]}")
+
+
+def _default_directory() -> Path:
+    import platformdirs
+
+    # Root's own directories are closed to the user that the server runs as.
+    return Path("/var/lib/durable_sa") if os.geteuid() == 0 else platformdirs.user_data_path("durable_sa")
+
+
+@contextlib.contextmanager
+def _exclusively(directory: Path) -> Generator[None]:
+    """One start or stop at a time, over all processes."""
+    with (directory / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _leave(directory: Path, users: IO[str], shared: EmbeddedServer) -> None:
+    with _exclusively(directory):
+        users.close()
+        with (directory / "users").open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shared.stop()
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,106 @@
+"""What runs read while they run, batched over all runs of a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import Executable, Row
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..database.batches import Batch, always
+from ..database.channel import DedicatedConnection
+from ..database_errors import backoff, is_transient
+from ..statements import checkpoints, claiming, waits
+from .writes import Stored
+
+T = TypeVar("T")
+
+
+class JoinTarget(NamedTuple):
+    """A task as it looks to one that wants to join it."""
+
+    parent_task_id: uuid.UUID | None
+    task_name: str
+    outcome: str | None
+    output: str | None
+    error: str | None
+
+
+async def persistently(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a call until the database answers it; what is not about the database's condition is raised."""
+    failures = 0
+    while True:
+        try:
+            return await call()
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            if not is_transient(error):
+                raise
+            await asyncio.sleep(backoff(failures))
+            failures += 1
+
+
+class Reader:
+    """Reads on one connection, for runs that look before they wait and for those that wait while they run."""
+
+    def __init__(self, channel: DedicatedConnection) -> None:
+        self._channel = channel
+        self.event: Batch[tuple[str, str], str | None] = Batch(always(self._events))
+        """The payload of an event of a queue, None if it has not been emitted."""
+        self.task: Batch[uuid.UUID, JoinTarget | None] = Batch(always(self._tasks))
+        """Another task, None if there is none of that id."""
+        self.gone: Batch[tuple[uuid.UUID, int], str | None] = Batch(always(self._gone))
+        """What became of a run whose fence is another by now: the task's state; None while all is well."""
+        self._checkpoints: Batch[tuple[uuid.UUID, uuid.UUID], Stored | None] = Batch(always(self._read_checkpoints))
+        self._resolve: Batch[uuid.UUID, None] = Batch(always(self._resolve_waits))
+
+    async def checkpoint(self, task_id: uuid.UUID, key: uuid.UUID) -> str | None:
+        """The value of a checkpoint that the journal left behind."""
+        stored = await self._checkpoints((task_id, key))
+        return stored.value if stored is not None else None
+
+    async def resolved(self, task_id: uuid.UUID, keys: Sequence[uuid.UUID]) -> dict[uuid.UUID, Stored]:
+        """Resolve what can be resolved of a task's waits, and say which of these are."""
+        await self._resolve(task_id)
+        found = await asyncio.gather(*(self._checkpoints((task_id, key)) for key in keys))
+        return {key: stored for key, stored in zip(keys, found, strict=True) if stored is not None}
+
+    async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
+        return await persistently(lambda: self._channel.execute(statement, parameters))
+
+    async def _events(self, wanted: list[tuple[str, str]]) -> list[str | None]:
+        rows = await self._execute(
+            waits.PEEK_EVENTS,
+            {"queue_names": [queue for queue, _ in wanted], "event_names": [name for _, name in wanted]},
+        )
+        payloads = {(row.queue_name, row.name): row.payload for row in rows}
+        return [payloads.get(item) for item in wanted]
+
+    async def _tasks(self, task_ids: list[uuid.UUID]) -> list[JoinTarget | None]:
+        rows = await self._execute(waits.PEEK_TASKS, {"task_ids": task_ids})
+        tasks = {
+            row.task_id: JoinTarget(row.parent_task_id, row.task_name, row.outcome, row.output, row.error)
+            for row in rows
+        }
+        return [tasks.get(task_id) for task_id in task_ids]
+
+    async def _gone(self, held: list[tuple[uuid.UUID, int]]) -> list[str | None]:
+        rows = await self._execute(
+            claiming.RUNS_GONE, {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]}
+        )
+        states = {(row.task_id, row.fence): row.state or "deleted" for row in rows}
+        return [states.get(key) for key in held]
+
+    async def _read_checkpoints(self, wanted: list[tuple[uuid.UUID, uuid.UUID]]) -> list[Stored | None]:
+        rows = await self._execute(
+            checkpoints.READ_CHECKPOINTS,
+            {"task_ids": [task_id for task_id, _ in wanted], "keys": [key for _, key in wanted]},
+        )
+        found = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in rows}
+        return [found.get(item) for item in wanted]
+
+    async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> list[None]:
+        await self._execute(waits.RESOLVE, {"task_ids": sorted(set(task_ids))})
+        return [None] * len(task_ids)

@@ -1,0 +1,263 @@
+"""Transaction steps: the user's writes and the checkpoint in one commit, under the fence."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
+from sqlalchemy.orm import SessionTransaction
+
+from ..database.loans import discard
+from ..database_errors import (
+    backoff,
+    is_conflict,
+    is_lost,
+    is_transient,
+)
+from ..errors import InvalidState, SerializationError
+from ..serialization.annotations import is_coroutine_function
+from ..serialization.codec import Codec, check_size
+from ..signals import LeaseLost
+from ..statements import checkpoints
+from .reader import persistently
+
+if TYPE_CHECKING:
+    from ..client import Durable
+    from .run import Run
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+"""How often a transaction is run that loses against another one."""
+LOST_CONNECTIONS = 20
+"""How many connections in a row `fn` may lose, which is hardly its fault; unless its query crashes the server."""
+
+_COMMITTED: Final = (
+    "committed by the engine, together with the checkpoint",
+    "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
+)
+_ROLLED_BACK: Final = (
+    "rolled back by the engine if its function raises",
+    "Raise an exception instead of calling rollback().",
+)
+_CLOSED: Final = (
+    "closed by the engine, and what is written before that is undone by a close() of one's own",
+    "Remove the close(), or the `async with` or `with` around the session.",
+)
+_ONE_BIND: Final = (
+    "Give the client a sessionmaker whose sessions leave the choice to their bind, and go to other databases in a step."
+)
+_ENDING: Final = re.compile(
+    r"\s*(?:(?P<commit>commit|end|prepare\s+transaction)|(?:rollback|abort)(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
+    re.IGNORECASE,
+)
+
+
+async def run_transaction(
+    run: Run,
+    durable: Durable[Any],
+    key: uuid.UUID,
+    name: str,
+    codec: Codec[T],
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> T:
+    """Run `fn` on a session whose transaction ends with the fence and the checkpoint.
+
+    The fence is locked last: held from the beginning, it would block the checkpoints of parallel branches for as long
+    as `fn` takes. After a lost commit nobody knows what happened, so the next try looks for the checkpoint, under the
+    lock, before it commits another one.
+    """
+    attempt = lost = interruptions = 0
+    while True:
+        await run.enter()
+        connection = await persistently(durable.database.transactional)
+        try:
+            return await _once(run, durable, connection, key, name, codec, fn, args, kwargs)
+        except _Interrupted:
+            interruptions += 1
+        except SQLAlchemyError as error:
+            if is_lost(error):
+                lost += 1
+                await discard(connection)
+            else:
+                attempt += 1
+            if lost == LOST_CONNECTIONS or attempt == ATTEMPTS or not is_conflict(error):
+                raise
+        finally:
+            await _give_back(connection)
+        # What `fn` asks of its context the next time is what it has asked already.
+        run.branch().begin_anew()
+        await asyncio.sleep(backoff(attempt + lost + interruptions))
+
+
+async def _once(
+    run: Run,
+    durable: Durable[Any],
+    connection: AsyncConnection,
+    key: uuid.UUID,
+    name: str,
+    codec: Codec[T],
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> T:
+    what = f"the result of transaction {name!r}"
+    async with _transaction(connection) as transaction:
+        session = durable.database.session(connection)
+        async with _guarded(session, connection, name):
+            if is_coroutine_function(fn):
+                result = await fn(session, *args, **kwargs)
+            else:
+                result = await session.run_sync(fn, *args, **kwargs)
+                refuse_awaitable(result, what)
+            await session.flush()
+        text, value = codec.round_trip(result, what)
+        check_size(text, run.host.max_payload_bytes, what)
+        try:
+            locked = await durable.database.execute_within(
+                connection,
+                checkpoints.LOCK_UNDER_FENCE,
+                {"task_id": run.claimed.task_id, "fence": run.claimed.fence},
+            )
+            if not locked:
+                run.take_away(LeaseLost())
+                raise LeaseLost
+            written = await durable.database.execute_within(
+                connection,
+                checkpoints.RECORD_IN_TRANSACTION,
+                {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
+            )
+        except SQLAlchemyError as error:
+            if is_transient(error):
+                raise _Interrupted from error
+            raise
+        if written:
+            return value
+        # The commit of an earlier try went through although its reply was lost: what it stored counts, not this try.
+        await transaction.rollback()
+    stored = await run.host.reader.checkpoint(run.claimed.task_id, key)
+    return codec.decode(stored or "null", what)
+
+
+def refuse_awaitable(result: object, what: str) -> None:
+    """Refuse what a plain function gives that calls a coroutine function, such as ``lambda session: save(session)``.
+
+    It could not even be awaited to any purpose: the function has been called with a `Session`.
+
+    Raises:
+        SerializationError: with what to write instead.
+    """
+    kind = type(result).__name__
+    if not inspect.isawaitable(result):
+        return
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns that nobody has awaited it
+    raise SerializationError(
+        what,
+        f"is a {kind}, which nobody awaits, as its function is a plain one that gets a Session. Pass "
+        "the coroutine function itself, followed by its arguments, or write an `async def` instead of a lambda",
+    )
+
+
+class _Interrupted(Exception):  # noqa: N818
+    """The engine's own statements met the database in a bad moment: no fault of `fn`, however often."""
+
+
+@asynccontextmanager
+async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTransaction]:
+    """A transaction that leaves nothing open, also if its commit or rollback was refused.
+
+    SQLAlchemy then takes it for ended although nothing was sent, and the pool would hand the connection on as it is:
+    with the writes of this transaction, for another one to commit.
+    """
+    async with connection.begin() as transaction:
+        try:
+            yield transaction
+        except BaseException:
+            if not transaction.is_active:
+                await discard(connection)
+            raise
+
+
+@asynccontextmanager
+async def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> AsyncGenerator[None]:
+    """Refuses the end of the whole transaction by the code inside, also if that catches the refusal.
+
+    That is a commit, a rollback, either as SQL, and a close of the session, which undoes what was written. Savepoints
+    are its own. Another connection is refused as well, as it would be of a transaction that nobody commits: a session
+    may have classes of another database, or choose its engine by itself.
+    """
+    what = f"The session of transaction {name!r}"
+    refusals: list[InvalidState] = []
+    others: list[Connection] = []
+
+    def refuse(refusal: tuple[str, str]) -> NoReturn:
+        refusals.append(InvalidState(what, *refusal))
+        raise refusals[0]
+
+    def refuse_commit(target: object) -> None:
+        if target is connection.sync_connection or not session.in_nested_transaction():
+            refuse(_COMMITTED)
+
+    def refuse_rollback(_: object, previous: SessionTransaction | None = None) -> None:
+        if previous is None or previous.parent is None:
+            refuse(_ROLLED_BACK)
+
+    def refuse_sql(_: object, __: object, statement: str, *___: object) -> None:
+        if ending := _ENDING.match(statement):
+            refuse(_COMMITTED if ending["commit"] else _ROLLED_BACK)
+
+    def note_close(_: object, ended: SessionTransaction) -> None:
+        # Not raised in there: a session is closed for an exception, too, and then that is what counts.
+        if ended.parent is None:
+            refusals.append(InvalidState(what, *_CLOSED))
+
+    def refuse_others(_: object, __: object, begun: Connection) -> None:
+        if begun is not connection.sync_connection:
+            others.append(begun)
+            database = begun.engine.url.database
+            refuse((f"about to use another connection, to {database!r}, whose transaction is not this one", _ONE_BIND))
+
+    listeners: list[tuple[object, str, Callable[..., None]]] = [
+        (session.sync_session, "after_begin", refuse_others),
+        (session.sync_session, "before_commit", refuse_commit),
+        (session.sync_session, "after_soft_rollback", refuse_rollback),
+        (session.sync_session, "after_transaction_end", note_close),
+        (connection.sync_connection, "commit", refuse_commit),
+        (connection.sync_connection, "rollback", refuse_rollback),
+        (connection.sync_connection, "before_cursor_execute", refuse_sql),
+    ]
+    for target, event_name, listener in listeners:
+        event.listen(target, event_name, listener)
+    try:
+        yield
+        if refusals:
+            raise refusals[0]
+    finally:
+        for target, event_name, listener in listeners:
+            event.remove(target, event_name, listener)
+        for other in others:
+            await session.run_sync(_close, other)
+
+
+def _close(_: object, connection: Connection) -> None:
+    connection.close()
+
+
+async def _give_back(connection: AsyncConnection) -> None:
+    closing = asyncio.ensure_future(connection.close())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await discard(connection)
+        raise

@@ -1,0 +1,140 @@
+"""Schedules that the pg_cron extension fires, inside the database and without a worker.
+
+A job of the extension stands beside each of them, and is made, changed and removed in the transaction that does so
+with the schedule. What the extension cannot do is refused: other time zones than its own, seconds, the days `L`, `W`
+and `#`, and making up for ticks at which the server was down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..database.connections import Bind, Database
+from ..database.notifier import channel_name
+from ..database_errors import sqlstate
+from ..errors import InvalidConfiguration, InvalidCron
+from ..spawns import Prepared
+from ..statements import pgcron as statements
+from ..statements.spawning import SPAWN_COLUMNS
+
+if TYPE_CHECKING:
+    from ..app import App
+
+_FIELDS: Final = re.compile(r"[0-9A-Za-z*,/-]+( +[0-9A-Za-z*,/-]+){4}")
+_BEYOND: Final = re.compile(r"(?<![A-Za-z])[LWH](?![A-Za-z])|[0-9][LWlw]", re.ASCII)
+_GMT: Final = frozenset({"GMT", "UTC", "Etc/UTC", "Etc/GMT", "Zulu", "Etc/Zulu", "Universal", "Etc/Universal"})
+_LONGEST_NAME: Final = 63
+_INVALID_PARAMETER: Final = "22023"
+
+
+async def setup_pgcron(bind: Bind | None = None) -> None:
+    """Install the pg_cron extension into the database that has durable's tables, for `backend="pg_cron"`.
+
+    Safe to repeat. The server has to load it (`shared_preload_libraries = 'pg_cron'`, `cron.database_name` naming this
+    database), and the role needs the right to create extensions. Roles that define schedules need
+    `GRANT USAGE ON SCHEMA cron`.
+
+    Raises:
+        InvalidConfiguration: the server has no such extension, or does not allow it here; the message says why.
+    """
+    database = Database(bind)
+    try:
+        async with database.transaction() as connection:
+            await connection.execute(statements.CREATE_EXTENSION)
+    except DBAPIError as error:
+        raise InvalidConfiguration(
+            "pg_cron",
+            f"it cannot be set up: {_first_line(error)}",
+            "It is installed with the server's packages, loaded by shared_preload_libraries, and belongs into the "
+            "database that cron.database_name names.",
+        ) from error
+    finally:
+        await database.close()
+
+
+def check_expression(expression: str) -> None:
+    """Refuse what the extension reads in another way, or not at all.
+
+    Raises:
+        InvalidCron: there is something of that kind in it.
+    """
+    if not _FIELDS.fullmatch(expression.strip()):
+        raise InvalidCron(expression, "pg_cron takes five fields of numbers, names, and the signs *,/-")
+    if _BEYOND.search(expression):
+        raise InvalidCron(expression, "pg_cron does not know L, W or H")
+
+
+def job_name(schedule_name: str, schema: str) -> str:
+    """The name of a schedule's job, which no other schedule in the database has."""
+    name = f"durable:{schema}:{schedule_name}"
+    if len(name.encode()) > _LONGEST_NAME:
+        return f"durable:{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+    return name
+
+
+async def require_extension(connection: AsyncConnection, timezone: str) -> None:
+    """Refuse a schedule where the extension is not there, or goes by another time zone.
+
+    Raises:
+        InvalidConfiguration: one of the two.
+    """
+    row = (await connection.execute(statements.INSTALLED)).one()
+    if not row.installed:
+        raise InvalidConfiguration(
+            "backend",
+            "the extension pg_cron is not in this database",
+            "Call `await setup_pgcron(bind)` first, or leave the schedule to the workers: backend='worker'.",
+        )
+    if timezone != row.timezone and not {timezone, row.timezone} <= _GMT:
+        raise InvalidConfiguration(
+            "timezone",
+            f"pg_cron goes by {row.timezone}, not by {timezone}",
+            "Write the times in that zone, or leave the schedule to the workers: backend='worker'.",
+        )
+
+
+async def put_job(connection: AsyncConnection, client: App, name: str, cron: str, spawn: Prepared) -> None:
+    """Make a schedule's job, or change it.
+
+    Raises:
+        InvalidCron: the extension refuses the expression.
+    """
+    command = statements.firing(
+        name,
+        f"durable::{name}:",
+        dict(zip(SPAWN_COLUMNS, spawn.values, strict=True)),
+        schema=client.schema,
+        channel=channel_name(client.schema),
+    )
+    parameters = {"job_name": job_name(name, client.schema), "job_schedule": cron, "command": command}
+    try:
+        await connection.execute(statements.SCHEDULE_JOB, parameters)
+    except DBAPIError as error:
+        if sqlstate(error) == _INVALID_PARAMETER:
+            raise InvalidCron(cron, _first_line(error)) from error
+        raise
+
+
+async def remove_job(connection: AsyncConnection, name: str | None) -> None:
+    """Remove a job, if there is one."""
+    if name is not None and await _installed(connection):
+        await connection.execute(statements.UNSCHEDULE_JOB, {"job_name": name})
+
+
+async def activate_job(connection: AsyncConnection, name: str, *, active: bool) -> None:
+    """Let a job run, or not."""
+    if await _installed(connection):
+        await connection.execute(statements.ACTIVATE_JOB, {"job_name": name, "active": active})
+
+
+async def _installed(connection: AsyncConnection) -> bool:
+    return bool((await connection.execute(statements.INSTALLED)).one().installed)
+
+
+def _first_line(error: DBAPIError) -> str:
+    return (str(error.orig).strip().splitlines() or [type(error.orig).__name__])[0]

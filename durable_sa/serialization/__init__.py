@@ -1,0 +1,1 @@
+"""Engine only: values to JSON and back, faithfully. Not for applications."""

@@ -1,0 +1,240 @@
+"""Values as JSON text and back, by their annotations: what goes in is what comes out, or a `SerializationError`.
+
+A value that task code gets is always the decoded one, in the first run as in every replay, so that code cannot branch
+on a difference between the two. Only data is decoded: no code and no type name is ever read from the database.
+"""
+
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Final, Generic, Never, NoReturn, TypeVar, cast
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
+
+from ..errors import PayloadTooLarge, SerializationError
+from .fidelity import (
+    Unfaithful,
+    compare,
+    culprit,
+    place,
+    same,
+)
+
+T_co = TypeVar("T_co", covariant=True)
+
+DEFAULT_MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
+
+# The last two are of functions that always raise.
+_UNANNOTATED: Final = (inspect.Parameter.empty, Any, object, NoReturn, Never)
+_ATOMS: Final = (type(None), bool, int, str)
+_INT64: Final = 2**63
+# bytes that are no UTF-8 come back as well. Models, dataclasses and TypedDicts keep their own configuration.
+_BASE64: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+# Their messages repeat (a part of) the value.
+_TELLTALE: Final = frozenset({"value_error", "assertion_error", "union_tag_invalid", "uuid_parsing"})
+
+
+class Codec(Generic[T_co]):
+    """Encodes values of one annotation as JSON text, and decodes them. Made by `codec_for`."""
+
+    __slots__ = ("_adapter", "_annotation", "_atoms", "_drawn", "_lenient")
+
+    def __init__(self, annotation: object, names: Mapping[str, object] | None = None) -> None:
+        self._annotation = annotation
+        self._adapter: TypeAdapter[Any] | None = None
+        self._lenient = True
+        self._drawn = False
+        """Whether it has fields that are left out of the JSON and made anew by a function whenever that is read."""
+        self._atoms = frozenset(_ATOMS)
+        if not any(annotation is unannotated for unannotated in _UNANNOTATED):
+            self._adapter = _adapter(annotation, names)
+            self._lenient = _has_holes(self._adapter.core_schema)
+            self._drawn = _draws(self._adapter.core_schema)
+            self._atoms = frozenset(atom for atom in _ATOMS if annotation is atom)
+
+    def __repr__(self) -> str:
+        return f"Codec({self._name})"
+
+    @property
+    def _name(self) -> str:
+        return "plain JSON" if self._adapter is None else _name(self._annotation)
+
+    def validate(self, value: object) -> T_co:
+        """Return `value`, already a `T` or something pydantic makes a `T` of, such as a dict for a model.
+
+        Raises:
+            pydantic.ValidationError: if it does neither. `problems` tells what of it may be shown.
+        """
+        if self._adapter is None:
+            return cast(T_co, value)
+        return cast(T_co, self._adapter.validator.validate_python(value, by_alias=True, by_name=True))
+
+    def encode(self, value: object, what: str) -> str:
+        """Return `value` as JSON text that decodes to it. `what` names the value in errors.
+
+        Raises:
+            SerializationError: if it has no JSON form or would come back changed.
+        """
+        return self.round_trip(value, what)[0]
+
+    def round_trip(self, value: object, what: str) -> tuple[str, T_co]:
+        """Return `value` as JSON text, and as it comes back from that text.
+
+        Raises:
+            SerializationError: if it has no JSON form or would come back changed.
+        """
+        kind = type(value)
+        if kind in self._atoms and (kind is not int or -_INT64 <= cast(int, value) < _INT64):
+            return self._dump(value, what), cast(T_co, value)
+        text = self._dump(value, what)
+        try:
+            decoded = self.decode(text, what)
+            if not same(value, decoded):
+                compare(value, decoded, lenient=self._lenient)
+                # Sorted, for a set may come in another order.
+                if sorted(self._dump(decoded, what)) != sorted(text):
+                    raise Unfaithful((), "it would come back as another value")
+            if self._drawn:
+                compare(decoded, self.decode(text, what), lenient=True, whole=True)
+        except SerializationError as error:
+            raise _better_explained(error, value, text) from None
+        except Unfaithful as unfaithful:
+            raise SerializationError(what, f"cannot be stored: {unfaithful}") from None
+        return text, decoded
+
+    def decode(self, text: str, what: str) -> T_co:
+        """Return the value of which `text` is the JSON form.
+
+        Raises:
+            SerializationError: if the text is no JSON, is nested deeper than about 200 levels, holds an integer of more
+                than 4300 digits, or does not fit the annotation.
+        """
+        try:
+            if self._adapter is None:
+                return cast(T_co, from_json(text, allow_inf_nan=False))
+            return cast(T_co, self._adapter.validator.validate_json(text, by_alias=True, by_name=True))
+        except ValidationError as error:
+            reason = "; ".join(problems(error))
+        except ValueError as error:
+            reason = str(error)
+        except Exception as error:
+            raise SerializationError(what, f"cannot be read back as {self._name}: {type(error).__name__}") from error
+        raise SerializationError(what, f"cannot be read back as {self._name}: {reason}")
+
+    def _dump(self, value: object, what: str) -> str:
+        try:
+            if self._adapter is None:
+                encoded = to_json(value, by_alias=False, inf_nan_mode="null")
+            else:
+                encoded = self._adapter.serializer.to_json(value, by_alias=False, round_trip=True, warnings=False)
+        except Exception:  # noqa: BLE001 - serializers are user code
+            raise SerializationError(what, f"cannot be stored: {culprit(value)}") from None
+        text = encoded.decode()
+        # In the text: in bytes Python takes ten times as long to look.
+        if "NaN" in text or "Infinity" in text:
+            _refuse_constants(text, what)
+        return text
+
+
+def codec_for(annotation: object, names: Mapping[str, object] | None = None) -> Codec[Any]:
+    """Return the codec of an annotation. `Any`, `object` and `inspect.Parameter.empty` mean plain JSON.
+
+    `names` are those that fields of local dataclasses and the like may use, where their annotations are text.
+
+    Raises:
+        SerializationError: if pydantic knows no JSON form for the annotation.
+    """
+    try:
+        # Equal unions may differ in the order of their members, which decides between members that fit equally well.
+        return _codec_for(annotation, annotation if isinstance(annotation, type) else repr(annotation))
+    except TypeError:  # unhashable metadata of an Annotated
+        return Codec(annotation, names)
+    except SerializationError:
+        if not names:
+            raise
+        return Codec(annotation, names)
+
+
+@lru_cache(maxsize=1024)
+def _codec_for(annotation: object, _spelling: object) -> Codec[Any]:
+    return Codec(annotation)
+
+
+UNTYPED: Final[Codec[Any]] = codec_for(Any)
+"""The codec of what has no annotation: plain JSON."""
+
+
+def check_size(text: str, limit: int, what: str) -> None:
+    """Refuse JSON text of more than `limit` bytes of UTF-8.
+
+    Raises:
+        PayloadTooLarge: with the size and the limit.
+    """
+    if len(text) * 4 > limit and (size := len(text.encode())) > limit:
+        raise PayloadTooLarge(what, size, limit)
+
+
+def problems(error: ValidationError) -> list[str]:
+    """Say where and why a value does not fit, without the value."""
+    return [
+        place(detail["loc"]) + (detail["type"] if detail["type"] in _TELLTALE else detail["msg"])
+        for detail in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+
+
+def _adapter(annotation: Any, names: Mapping[str, object] | None) -> TypeAdapter[Any]:
+    try:
+        try:
+            adapter = TypeAdapter(annotation, config=_BASE64)
+        except PydanticUserError as error:
+            if error.code != "type-adapter-config-unused":
+                raise
+            adapter = TypeAdapter(annotation)
+        if not adapter.pydantic_complete:
+            adapter.rebuild(raise_errors=True, _types_namespace=None if names is None else dict(names))
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise SerializationError(f"The type {_name(annotation)}", f"has no JSON form: {reason}") from error
+    return adapter
+
+
+def _has_holes(schema: object) -> bool:
+    """Whether `Any` occurs in a core schema: what stands there is plain JSON."""
+    if isinstance(schema, dict):
+        entries = cast(dict[str, object], schema)
+        return entries.get("type") == "any" or any(map(_has_holes, entries.values()))
+    return isinstance(schema, list) and any(map(_has_holes, cast(list[object], schema)))
+
+
+def _draws(schema: object) -> bool:
+    """Whether a core schema has a field that is, or may be, left out of the JSON, with a default that is made anew."""
+    if isinstance(schema, dict):
+        entries = cast(dict[str, object], schema)
+        if entries.get("serialization_exclude") or entries.get("serialization_exclude_if"):
+            field = entries.get("schema")
+            return isinstance(field, dict) and "default_factory" in field
+        return any(map(_draws, entries.values()))
+    return isinstance(schema, list) and any(map(_draws, cast(list[object], schema)))
+
+
+def _better_explained(error: SerializationError, value: object, text: str) -> SerializationError:
+    """NaN is written as null and a secret as asterisks: name them, not what reading those back says."""
+    try:
+        compare(value, from_json(text), lenient=True)
+    except Unfaithful as unfaithful:
+        return SerializationError(error.what, f"cannot be stored: {unfaithful}")
+    except ValueError:
+        return error
+    return error
+
+
+def _refuse_constants(text: str, what: str) -> None:
+    try:
+        from_json(text, allow_inf_nan=False)
+    except ValueError:
+        raise SerializationError(what, "cannot be stored: NaN and infinities have no JSON form") from None
+
+
+def _name(annotation: object) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else repr(annotation)

@@ -1,0 +1,1 @@
+"""Engine only: the worker, from claim to shutdown. Applications start one with `Durable.start_worker`."""

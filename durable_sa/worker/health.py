@@ -1,0 +1,162 @@
+"""Answers to probes: whether a worker's event loop turns, and whether it can work.
+
+They come over HTTP from a thread with an event loop of its own, since that of the worker is what may be stuck.
+`GET /live` fails where nothing but a restart helps; `GET /ready` also while the database is away, the lease is lost or
+the worker is being shut down. Both say why, as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import text
+
+from ..database.channel import DedicatedConnection
+from ..database.connections import Database
+from ..errors import InvalidConfiguration
+
+logger = logging.getLogger("durable_sa")
+
+STUCK_AFTER: Final = 5.0
+"""Seconds without a turn of the event loop after which it is stuck; no more than the worker's `claim_timeout`."""
+_REACH: Final = text("SELECT 1")
+_DEADLINE: Final = 2.0
+"""Seconds that a request has to arrive, and the database to answer."""
+_MOST_HEADERS: Final = 8 * 1024
+
+
+class VitalSigns(NamedTuple):
+    """What another thread can see of a worker."""
+
+    turned: float
+    """Seconds since its event loop has turned."""
+    stuck_after: float
+    beaten: float | None
+    """Seconds since the last heartbeat that the database has answered; None without a lease."""
+    stopping: bool
+
+
+class HealthServer:
+    """Serves probes on a port of all interfaces, until it is stopped."""
+
+    def __init__(self, database: Database, port: int, look: Callable[[], VitalSigns]) -> None:
+        self._database = database
+        self._port = port
+        self._look = look
+        self._started: Future[int] = Future()
+        self._stop: Callable[[], None] | None = None
+        self._thread = threading.Thread(target=self._run, name="durable-health", daemon=True)
+
+    async def start(self) -> int:
+        """Start the thread; gives the port.
+
+        Raises:
+            InvalidConfiguration: the port cannot be had.
+        """
+        self._thread.start()
+        try:
+            return await asyncio.wrap_future(self._started)
+        except OSError as error:
+            raise InvalidConfiguration("health_port", f"{self._port} cannot be had: {error.strerror}") from error
+
+    async def stop(self) -> None:
+        """Stop the thread, and wait a moment for it."""
+        if self._stop is not None:
+            self._stop()
+        deadline = time.monotonic() + _DEADLINE
+        while self._thread.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - a thread sets no asyncio.Event
+            await asyncio.sleep(0.005)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except Exception as error:
+            if not self._started.done():
+                self._started.set_exception(error)
+            else:
+                logger.exception("the health probe has ended")
+
+    async def _serve(self) -> None:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        engine = self._database.private()
+        channel = DedicatedConnection(Database(engine, self._database.schema))
+
+        def stop() -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(stopped.set)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(_DEADLINE):
+                    request = await reader.readuntil(b"\r\n\r\n")
+                writer.write(await self._answer(request, channel))
+                await writer.drain()
+            writer.close()
+
+        try:
+            server = await asyncio.start_server(answer, None, self._port, limit=_MOST_HEADERS, reuse_address=True)
+            async with server:
+                self._stop = stop
+                # Where any port will do, those of IPv4 and IPv6 differ.
+                sockets = sorted(server.sockets, key=lambda bound: bound.family != socket.AF_INET)
+                self._started.set_result(sockets[0].getsockname()[1])
+                await stopped.wait()
+        finally:
+            await channel.close()
+            await engine.dispose()
+
+    async def _answer(self, request: bytes, channel: DedicatedConnection) -> bytes:
+        method, _, rest = request.partition(b" ")
+        path = rest.split(maxsplit=1)[0].partition(b"?")[0] if rest.split() else b""
+        if method not in (b"GET", b"HEAD"):
+            return _response("405 Method Not Allowed", {"error": "GET /live or GET /ready"})
+        if path == b"/live":
+            well, body = self._live()
+        elif path == b"/ready":
+            well, body = await self._ready(channel)
+        else:
+            return _response("404 Not Found", {"error": "GET /live or GET /ready"})
+        response = _response("200 OK" if well else "503 Service Unavailable", {"ok": well, **body})
+        return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else response
+
+    def _live(self) -> tuple[bool, dict[str, Any]]:
+        signs = self._look()
+        body = {"seconds_since_loop_turned": round(signs.turned, 3)}
+        if signs.turned > signs.stuck_after:
+            return False, {**body, "problem": "the event loop is stuck: a task blocks it"}
+        return True, body
+
+    async def _ready(self, channel: DedicatedConnection) -> tuple[bool, dict[str, Any]]:
+        live, body = self._live()
+        signs = self._look()
+        body["seconds_since_heartbeat"] = None if signs.beaten is None else round(signs.beaten, 3)
+        if not live:
+            return False, body
+        if signs.stopping:
+            return False, {**body, "problem": "the worker is being shut down"}
+        if signs.beaten is None:
+            return False, {**body, "problem": "the worker has no lease"}
+        try:
+            async with asyncio.timeout(_DEADLINE):
+                await channel.execute(_REACH)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the database does not answer
+            return False, {**body, "problem": f"the database does not answer: {type(error).__name__}"}
+        return True, body
+
+
+def _response(status: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode() + b"\n"
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + content
