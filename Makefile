@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint soak mutants bench docs
+.PHONY: demo test lint soak mutants bench docs reference
 
 demo: $(READY)
 	$(BIN)/durable demo
@@ -23,8 +23,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: $(READY)
+docs: $(READY) reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pages of docs/reference are written from the docstrings and checked in.
+reference: $(READY)
+	$(BIN)/python docs/reference/generated.py
 
 # SOAK_SECONDS and SOAK_SEED in the environment choose its length and what happens in it.
 soak: $(READY)

@@ -40,17 +40,31 @@ Span = tuple[str, Style]
 def run_demo() -> str:
     """Run the demo on an empty database and return its output, with its colours."""
     with tempfile.TemporaryDirectory(prefix="durable-picture-") as directory:
-        variables = {**os.environ, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "DURABLE_EMBEDDED_DIR": directory}
+        variables = {
+            **os.environ,
+            "FORCE_COLOR": "1",
+            "TTY_INTERACTIVE": "0",
+            "DURABLE_EMBEDDED_DIR": directory,
+        }
         variables.pop("DURABLE_DATABASE_URL", None)
         command = [sys.executable, "-m", "durable_sa.cli", "demo"]
-        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     return OTHER_ESCAPES.sub("", done.stdout)
 
 
 def without_history(lines: Sequence[str]) -> list[str]:
     """Leave out the first of the two tables, from its title to the blank line below it."""
     plain = [SGR.sub("", line).rstrip() for line in lines]
-    rule = next(number for number, line in enumerate(plain) if RULE.fullmatch(line))
+    rule = next(
+        number for number, line in enumerate(plain) if RULE.fullmatch(line)
+    )
     title = next(number for number in range(rule - 2, 0, -1) if plain[number])
     end = plain.index("", rule)
     return [*lines[:title], *lines[end + 1 :]]
@@ -72,7 +86,10 @@ def wrapped(line: str) -> Iterator[list[Span]]:
     found = list(spans(line.rstrip()))
     if len(found) == 1 and len(found[0][0]) > COLUMNS:
         text, style = found[0]
-        yield from ([(part, style)] for part in textwrap.wrap(text, COLUMNS, break_long_words=False))
+        yield from (
+            [(part, style)]
+            for part in textwrap.wrap(text, COLUMNS, break_long_words=False)
+        )
     else:
         yield found
 
@@ -93,7 +110,9 @@ def draw(lines: Sequence[Sequence[Span]]) -> str:
         column = 0
         for text, style in line:
             if text.strip():
-                shapes.append(draw_text(text, style, column, TOP + LINE * number))
+                shapes.append(
+                    draw_text(text, style, column, TOP + LINE * number)
+                )
             column += len(text)
     body = "\n".join(shapes)
     return f"""\
@@ -110,15 +129,24 @@ def draw_text(text: str, style: Style, column: int, y: int) -> str:
     """Draw text of one style, as wide as its cells in whatever font the reader has."""
     shown = text.strip()
     x = LEFT + CELL * (column + len(text) - len(text.lstrip()))
-    fill = next((COLOURS[code] for code in style if code in COLOURS), FOREGROUND)
+    fill = next(
+        (COLOURS[code] for code in style if code in COLOURS), FOREGROUND
+    )
     weight = ' font-weight="700"' if "1" in style else ""
-    length = f'textLength="{CELL * len(shown):.1f}" lengthAdjust="spacingAndGlyphs"'
+    length = (
+        f'textLength="{CELL * len(shown):.1f}" lengthAdjust="spacingAndGlyphs"'
+    )
     return f'<text x="{x:.1f}" y="{y}" fill="{fill}"{weight} {length}>{escape(shown, quote=False)}</text>'
 
 
 def main() -> None:
-    printed = ["\x1b[1m$ durable demo\x1b[0m", *without_history(run_demo().splitlines())]
-    PICTURE.write_text(draw([part for line in printed for part in wrapped(line)]))
+    printed = [
+        "\x1b[1m$ durable demo\x1b[0m",
+        *without_history(run_demo().splitlines()),
+    ]
+    PICTURE.write_text(
+        draw([part for line in printed for part in wrapped(line)])
+    )
 
 
 if __name__ == "__main__":

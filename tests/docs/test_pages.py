@@ -1,5 +1,6 @@
 """Each page of the documentation is run from its top to its bottom, and its commands and links exist."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from durable_sa.testing.database import TestServer
 from .snippets import DOCS, ROOT, blocks, check_durable_command, check_typed, durable_commands, run_page
 
 README = ROOT / "README.md"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if any(blocks(path)))
+EVERY_PAGE = [README, *sorted(DOCS.rglob("*.md"))]
+PAGES = [path for path in EVERY_PAGE[1:] if path.parent.name != "reference" and any(blocks(path))]
 COMMANDS = {line for page in PAGES for line in durable_commands(list(blocks(page)))}
 
 
@@ -32,3 +34,26 @@ def test_commands_and_their_options_exist() -> None:
     assert len(COMMANDS) > 10
     for line in sorted(COMMANDS):
         check_durable_command(line)
+
+
+WIDTH = 80
+GENERATED = {DOCS / "benchmarks.md"}
+"""Pages with text from elsewhere, such as the server's own name for its version."""
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_code_is_narrow_enough_to_be_read_without_scrolling(page: Path) -> None:
+    if page in GENERATED:
+        pytest.skip("is generated")
+    lines = [line for block in blocks(page) for line in block.text.splitlines()]
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)|<img[^>]* alt=\"([^\"]*)\"[^>]* src=\"([^\"]+)\"")
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_pictures_exist_and_have_a_description(page: Path) -> None:
+    for found in PICTURE.finditer(page.read_text()):
+        assert found[1] or found[3], found[0]
+        assert (page.parent / (found[2] or found[4])).is_file(), found[0]
