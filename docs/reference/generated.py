@@ -272,6 +272,7 @@ def api(request: Request, page: str) -> Iterator[str]:
         member for member in members(request) if not member.is_function
     ]
     if attributes:
+        yield "Attributes:"
         yield "\n".join(
             attribute(member, page, request.path) for member in attributes
         )
