@@ -20,7 +20,7 @@ async def count_words(page: str) -> int:
 
 @task
 async def count_book(ctx: TaskContext, title: str) -> int:
-    """Pages are steps: they run beside each other in this task, and each is stored as soon as it is done."""
+    """Count the words of a book. Its pages are steps: they run concurrently, and each result is stored at once."""
     pages = BOOKS[title]
     if not pages:
         raise UserError(f"{title} has no pages")
@@ -29,7 +29,7 @@ async def count_book(ctx: TaskContext, title: str) -> int:
 
 @task
 async def count_library(ctx: TaskContext, titles: list[str]) -> dict[str, int | str]:
-    """Books are subtasks: they run wherever a worker is free. This task holds no worker while it waits."""
+    """Count the words of all books. Each is a subtask on any free worker; this task holds none while it waits."""
     children = [await ctx.spawn("count", count_book, title) for title in titles]
     counts: dict[str, int | str] = {}
     for title, child in zip(titles, children, strict=True):

@@ -1,4 +1,4 @@
-"""A task asks a person, and goes on without an answer when that takes too long.
+"""A task asks a person, and continues without an answer if that takes too long.
 
 It uses the database of DURABLE_DATABASE_URL, else the embedded one: python examples/human_approval.py
 """
@@ -14,7 +14,7 @@ class Expense(BaseModel):
     employee: str
     amount: int
     patience: float
-    """Seconds for the answer; in real life rather days."""
+    """Seconds to wait for the answer; in production rather days."""
 
 
 class Decision(BaseModel):
@@ -36,7 +36,7 @@ async def reimburse(ctx: TaskContext, expense: Expense) -> str:
     try:
         decision = await ctx.await_event(f"decision:{ctx.task_id}", timeout=expense.patience, type=Decision)
     except TaskTimeout:
-        # Remembered like any other outcome: an answer that comes later does not change what has been done.
+        # The timeout is stored like any other outcome: a later answer does not change what has been done.
         return "nobody has answered: back to the employee"
     if not decision.approved:
         return f"refused by {decision.by}"
@@ -57,7 +57,7 @@ async def main() -> None:
                 expense = Expense(employee=employee, amount=amount, patience=60 if answer else 0.5)
                 spawned = await durable.spawn(reimburse, expense)
                 if answer is not None:
-                    # What the handler of a link in the mail would do; before or after the task waits for it.
+                    # The handler of a link in the mail would do this, before or after the task waits for it.
                     await durable.emit_event(f"decision:{spawned.task_id}", answer)
                 result = await durable.wait_for_result(spawned, timeout=30)
                 print(f"{employee}: {result.output}")

@@ -37,7 +37,7 @@ async def hand_over(item: str) -> str:
 
 @task(max_attempts=3)
 async def ship(ctx: TaskContext, parcel: Parcel) -> str:
-    """A subtask: retried by itself, with checkpoints of its own."""
+    """Send one parcel: a subtask, with retries and checkpoints of its own."""
     return await ctx.step("hand-over", hand_over, parcel.item)
 
 

@@ -31,7 +31,7 @@ async def publish(ctx: TaskContext, picture: str) -> None:
 
 
 def scrape(port: int, *names: str) -> list[str]:
-    """What Prometheus gets of these metrics, without the labels that say which library it is from."""
+    """Return the metrics as Prometheus scrapes them, without the labels that name the library."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         lines = response.read().decode().splitlines()
     return sorted(re.sub(r'otel_scope_\w+="[^"]*",', "", line) for line in lines if line.startswith(names))

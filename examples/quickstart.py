@@ -31,7 +31,7 @@ async def summarize(sources: list[str]) -> str:
 
 @task
 async def research(ctx: TaskContext, question: Question) -> Report:
-    # The result of each step is stored. After a crash the task goes on behind the last step that has finished.
+    # The result of each step is stored. After a crash the task continues after the last finished step.
     sources = await ctx.step("find-sources", find_sources, question.topic)
     summary = await ctx.step("summarize", summarize, sources)
     return Report(summary=summary, sources=sources)

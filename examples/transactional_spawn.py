@@ -1,4 +1,4 @@
-"""A row and the task that works on it, in one transaction: both are there, or neither.
+"""A row and the task that works on it, in one transaction: both exist, or neither.
 
 It uses the database of DURABLE_DATABASE_URL, else the embedded one: python examples/transactional_spawn.py
 """
@@ -32,7 +32,7 @@ async def mark_packed(session: AsyncSession, order_id: int) -> str:
 
 @task
 async def pack(ctx: TaskContext, order_id: int) -> str:
-    # The change of the order and the memory of this step commit together: it happens exactly once.
+    # The change of the order commits together with the checkpoint of this step: it happens exactly once.
     item = await ctx.transaction("mark-packed", mark_packed, order_id)
     return f"packed: {item}"
 

@@ -58,7 +58,7 @@ def create_app(sessions: async_sessionmaker[AsyncSession], durable: Durable[Carr
                 await session.flush()  # for order.id
                 spawned = await durable.spawn_with(session, fulfil, order.id)
                 order.task_id = spawned.task_id
-            # Both are there now. A reference that was taken would have cost the task as well.
+            # Both rows exist now. If the reference had been taken, the task would have been rolled back, too.
         except IntegrityError as error:
             raise HTTPException(409, "That reference is taken, or there is no such product.") from error
         return OrderView(id=order.id, status="new", task_id=order.task_id, task_state="pending")
@@ -95,7 +95,7 @@ def create_app(sessions: async_sessionmaker[AsyncSession], durable: Durable[Carr
             order = await locked(session, order_id)
             if order.task_id is None or await durable.cancel_task_with(session, order.task_id) != TaskStatus.CANCELLED:
                 raise HTTPException(409, f"The order is {order.status}.")
-            # The task writes nothing any more, wherever it was.
+            # From the commit on the task writes nothing more.
             await release(session, order_id, "cancelled")
 
     async def locked(session: AsyncSession, order_id: int) -> Order:

@@ -1,4 +1,4 @@
-"""The carrier, who is somebody else's service."""
+"""The carrier, an external service."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -7,12 +7,12 @@ from typing import Protocol
 
 class Carrier(Protocol):
     async def ship(self, order_id: int) -> str:
-        """Have an order collected; the tracking code. Asking twice for the same order gives the same code."""
+        """Have an order collected, and return the tracking code: the same one for the same order."""
         ...
 
 
 class PretendedCarrier:
-    """Stands for an HTTP client."""
+    """Stand in for an HTTP client."""
 
     async def ship(self, order_id: int) -> str:
         return f"TRACK-{order_id}"
@@ -20,5 +20,5 @@ class PretendedCarrier:
 
 @asynccontextmanager
 async def carrier() -> AsyncGenerator[Carrier]:
-    """Opened by each worker when it starts and closed when it ends; tasks have it as `ctx.state`."""
+    """Open the client for a worker, from its start to its end; tasks get it as `ctx.state`."""
     yield PretendedCarrier()

@@ -1,4 +1,4 @@
-"""The application put together: `uvicorn orders.main:app` and `durable worker orders.main:durable`."""
+"""Wire the application: `uvicorn orders.main:app` and `durable worker orders.main:durable`."""
 
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 

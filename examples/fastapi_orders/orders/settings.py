@@ -1,4 +1,4 @@
-"""What differs from one deployment to the next."""
+"""Settings that differ between deployments."""
 
 import os
 

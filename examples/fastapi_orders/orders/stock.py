@@ -1,4 +1,4 @@
-"""Changes of orders and of what is in stock. The caller has the transaction."""
+"""Changes of orders and of the stock, in the transaction of the caller."""
 
 from sqlalchemy.ext.asyncio import AsyncSession
 

@@ -1,4 +1,4 @@
-"""What happens to an order, from its reservation to the carrier."""
+"""The life of an order, from its reservation to the carrier."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -20,7 +20,7 @@ def payment_event(order_id: int) -> str:
 
 @task("fulfil-order", retry_strategy=RetryStrategy.exponential(base_delay=1, max_backoff=600))
 async def fulfil(ctx: TaskContext[Carrier], order_id: int) -> str:
-    """Each transaction commits with the memory of it: however often this is interrupted, stock is taken once."""
+    """Each transaction commits with its checkpoint: however often the task is interrupted, stock is taken once."""
     if not await ctx.transaction("reserve", reserve, order_id):
         return "rejected"
     try:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def durable_migrate() -> Callable[[URL], None]:
-    """The tables of the application instead of durable's alone."""
+    """Create the tables of the application, not durable's alone."""
 
     def migrate(url: URL) -> None:
         config = Config(ROOT / "alembic.ini")
@@ -60,7 +60,7 @@ class Shop:
         return int(response.json()["id"])
 
     async def status(self, order_id: int) -> tuple[str, str]:
-        """Of the order and of its task."""
+        """Return the states of the order and of its task."""
         found = (await self.http.get(f"/orders/{order_id}")).json()
         return found["status"], found["task_state"]
 

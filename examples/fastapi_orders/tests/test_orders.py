@@ -1,4 +1,4 @@
-"""Orders from their beginning to whichever end."""
+"""Orders, from their beginning to each of their ends."""
 
 from datetime import timedelta
 

@@ -15,7 +15,7 @@ from .settings import DATABASE_URL, TRIAL_DAYS
 from .tasks import Terms, card_event, subscription
 
 durable = Durable()
-"""Without a database: what this application writes, it writes with its own sessions."""
+"""The client has no database, because the application writes with its own sessions."""
 
 
 def create_app(url: Any = DATABASE_URL, trial_days: float = TRIAL_DAYS) -> Flask:

@@ -1,12 +1,12 @@
-"""The bank, which is somebody else's service."""
+"""The bank, an external service."""
 
 
 class CardRefusedError(Exception):
-    """No use to try the same card again."""
+    """The bank refused the card, and will refuse it in the next attempt."""
 
 
 def charge(invoice_id: int, card: str, cents: int) -> str:
-    """Take money; a receipt. The invoice is the bank's idempotency key: asking twice takes it once.
+    """Take money and return a receipt. The invoice is the bank's idempotency key: two requests take the money once.
 
     Stands for a call over HTTP.
 

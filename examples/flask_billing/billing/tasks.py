@@ -50,7 +50,7 @@ def set_status(session: Session, subscription_id: int, status: str) -> None:
 
 @step(max_attempts=5)
 def charge(bill: Bill) -> str | None:
-    """A receipt, or None where the card was refused. A bank that does not answer is asked again."""
+    """Return a receipt, or None if the card was refused. If the bank does not answer, the request is retried."""
     try:
         return bank.charge(bill.invoice_id, bill.card, CENTS)
     except bank.CardRefusedError:

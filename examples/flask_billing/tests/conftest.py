@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def durable_migrate() -> Callable[[URL], None]:
-    """The tables of the application instead of durable's alone."""
+    """Create the tables of the application, not durable's alone."""
 
     def migrate(url: URL) -> None:
         config = Config(ROOT / "alembic.ini")
@@ -34,7 +34,7 @@ def durable_migrate() -> Callable[[URL], None]:
 class Office:
     http: FlaskClient
     durable: Durable
-    """What the worker has."""
+    """The client of the worker."""
 
     def subscribe(self, card: str = "visa") -> int:
         response = self.http.post("/subscriptions", json={"customer": "ada", "card": card})

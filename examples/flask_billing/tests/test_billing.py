@@ -1,4 +1,4 @@
-"""Subscriptions, from their trial to whichever end."""
+"""Subscriptions, from their trial to each of their ends."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""What a machine can find in a text."""
+"""Checks of a text that need no person."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Mails to those who read."""
+"""Mails to the readers of articles."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -10,7 +10,7 @@ class Mailer(Protocol):
 
 
 class PrintingMailer:
-    """Stands for a mail server."""
+    """Stand in for a mail server."""
 
     async def send(self, text: str) -> None:
         print(f"mail: {text}", flush=True)
@@ -18,5 +18,5 @@ class PrintingMailer:
 
 @asynccontextmanager
 async def mailer() -> AsyncGenerator[Mailer]:
-    """Opened by each worker when it starts and closed when it ends; tasks have it as `ctx.state`."""
+    """Open the mail server for a worker, from its start to its end; tasks get it as `ctx.state`."""
     yield PrintingMailer()

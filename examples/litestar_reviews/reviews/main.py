@@ -1,4 +1,4 @@
-"""The application put together: `uvicorn reviews.main:app` and `durable worker reviews.main:durable`."""
+"""Wire the application: `uvicorn reviews.main:app` and `durable worker reviews.main:durable`."""
 
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 

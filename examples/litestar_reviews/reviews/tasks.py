@@ -48,7 +48,7 @@ async def note(session: AsyncSession, article_id: int, findings: list[str]) -> N
 
 
 async def give_up(session: AsyncSession, article_id: int) -> str:
-    """Unless the verdict came in the last moment."""
+    """Close an article as unread, unless the verdict came at the last moment."""
     article = await session.get_one(Article, article_id, with_for_update=True)
     if article.status == "reading":
         article.status = "unread"
@@ -92,5 +92,5 @@ def make_durable(
 
 
 async def define_schedules(durable: Durable[Mailer]) -> None:
-    """Whoever starts may define them again: what is there is replaced by the same."""
+    """Define the schedules; each process that starts may do so, because the same name replaces the schedule."""
     await durable.create_schedule("digest", task=digest, cron_expression="0 8 * * *", timezone="Europe/Berlin")

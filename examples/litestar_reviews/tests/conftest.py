@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def durable_migrate() -> Callable[[URL], None]:
-    """The tables of the application instead of durable's alone."""
+    """Create the tables of the application, not durable's alone."""
 
     def migrate(url: URL) -> None:
         config = Config(ROOT / "alembic.ini")

@@ -1,4 +1,4 @@
-"""Articles, from their submission to a verdict, or to nobody's having read them."""
+"""Articles, from their submission to a verdict, or to the end of the wait for one."""
 
 from datetime import timedelta
 
@@ -53,7 +53,7 @@ async def test_every_day_there_is_a_digest(desk: Desk) -> None:
             await run_until_idle(desk.durable)
     digests = [mail for mail in desk.outbox.sent if "articles wait" in mail]
     assert digests[0] == "2 articles wait for their readers"
-    # One a day; a day may be one of those that are shorter or longer.
+    # One per day; a change of the clocks may make a day shorter or longer.
     assert 6 <= len(digests) <= 8
 
 
