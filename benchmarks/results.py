@@ -7,32 +7,44 @@ import statistics
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 FORMAT: Final = 1
 
-METRICS: Final[dict[str, tuple[str, bool]]] = {
-    "throughput": ("/s", True),
-    "wal": ("bytes WAL a task", False),
-    "dead": ("dead tuples a task", False),
-    "hot": ("% of updates heap-only", True),
-    "start p50": ("ms", False),
-    "start p99": ("ms", False),
-    "result p50": ("ms", False),
-    "result p99": ("ms", False),
-    "megabytes": ("MB/s", True),
-    "statements": ("statements/s", False),
-    "memory": ("KB a task", False),
-    "claim p50": ("ms", False),
-    "claim p99": ("ms", False),
-    "last tenth over first": ("", True),
-    "over none": ("", True),
-    "rate": ("spawns/s", True),
-    "database growth": ("KB a task", False),
-    "resident growth": ("MB", False),
-    "connections": ("", False),
+
+class Metric(NamedTuple):
+    """The unit of a metric, and True if a larger value is better."""
+
+    unit: str
+    more_is_better: bool
+
+    def gain(self, old: float, new: float) -> float:
+        """Return how many times as good the new value is."""
+        return new / old if self.more_is_better else old / new
+
+
+METRICS: Final = {
+    "throughput": Metric("/s", more_is_better=True),
+    "wal": Metric("bytes WAL a task", more_is_better=False),
+    "dead": Metric("dead tuples a task", more_is_better=False),
+    "hot": Metric("% of updates heap-only", more_is_better=True),
+    "start p50": Metric("ms", more_is_better=False),
+    "start p99": Metric("ms", more_is_better=False),
+    "result p50": Metric("ms", more_is_better=False),
+    "result p99": Metric("ms", more_is_better=False),
+    "megabytes": Metric("MB/s", more_is_better=True),
+    "statements": Metric("statements/s", more_is_better=False),
+    "memory": Metric("KB a task", more_is_better=False),
+    "claim p50": Metric("ms", more_is_better=False),
+    "claim p99": Metric("ms", more_is_better=False),
+    "last tenth over first": Metric("", more_is_better=True),
+    "over none": Metric("", more_is_better=True),
+    "rate": Metric("spawns/s", more_is_better=True),
+    "database growth": Metric("KB a task", more_is_better=False),
+    "resident growth": Metric("MB", more_is_better=False),
+    "connections": Metric("", more_is_better=False),
+    "cpu": Metric("ms CPU a task", more_is_better=False),
 }
-"""Unit of each metric, and whether more of it is better."""
 
 
 @dataclass

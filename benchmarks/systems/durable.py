@@ -11,6 +11,7 @@ from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
+import durable_sa
 from durable_sa import Durable, SpawnResult, TaskContext, Worker, task
 
 from .base import QUEUE, Params, Settings, System, noop_step
@@ -91,6 +92,10 @@ class DurableSystem(System):
             await ctx.sleep_for("nap", 3600)
 
         return {each.name: each for each in (noop, stamp, steps, wait, child, parent, hold, nap)}
+
+    async def source(self) -> str:
+        """Return the file of the durable_sa that this process has imported."""
+        return durable_sa.__file__
 
     def _client(self, engine: AsyncEngine) -> Durable:
         return Durable(engine, queue_name=QUEUE, tasks=self._tasks.values())
