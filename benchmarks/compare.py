@@ -42,7 +42,7 @@ def comparison(results: Results) -> str:
     """Return a table of the medians, the gain from old to new, and the range of the gains of the rounds."""
     lines = [
         "A gain above 1 means that the new checkout is better, whether more or less of the unit is better.",
-        f"{'':58}{'old':>9}{'new':>9}{'gain':>8}  range",
+        f"{'':66}{'old':>9}{'new':>9}{'gain':>8}  range",
     ]
     for workload, variant, metric in results.rows():
         old, new = (results.find(workload, variant, name, metric) for name in ("old", "new"))
@@ -53,5 +53,5 @@ def comparison(results: Results) -> str:
         kind = "" if metric in ("throughput", "cpu") else f" {metric}"
         label = f"{workload}: {variant},{kind} {METRICS[metric].unit}"
         medians = f"{figure(old.median):>9}{figure(new.median):>9}{gain(old.median, new.median):>8.3f}"
-        lines.append(f"{label:58}{medians}  {min(gains):.2f} to {max(gains):.2f}")
+        lines.append(f"{label:66}{medians}  {min(gains):.2f} to {max(gains):.2f}")
     return "\n".join(lines)

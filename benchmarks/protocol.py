@@ -25,7 +25,7 @@ from typing import IO, Any
 from .systems.base import System
 
 LINE_BYTES = 64 * 1024 * 1024
-"""The longest message: a soak sends the times of all tasks of a sample in one."""
+"""The limit of a message. The times of a run exceed asyncio's default of 64 KB."""
 
 
 async def serve(system: System, replies: IO[str], *, tuned: bool) -> None:

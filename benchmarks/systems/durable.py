@@ -20,18 +20,18 @@ _ORDER = text("INSERT INTO orders (note) VALUES ('x')")
 
 
 async def filler(size: int) -> str:
-    """A step's result of a given length."""
+    """Return a string of the given length, as a step's result."""
     return "x" * size
 
 
 def engine_for(url: str, connections: int | None = None) -> AsyncEngine:
-    """An engine as an application makes it; with a pool of the library's default size if none is given."""
+    """Return an engine, with SQLAlchemy's default pool size unless a number of connections is given."""
     options: dict[str, Any] = {} if connections is None else {"pool_size": connections, "max_overflow": 0}
     return create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **options)
 
 
 class DurableSystem(System):
-    """The tasks are closures over the system, as its numbers are kept there."""
+    """durable_sa. The tasks are closures, so that they reach the probe of their system."""
 
     distribution = "durable_sa"
 

@@ -1,4 +1,4 @@
-"""Steps: many in one workflow, in many at once, of any size, and again from their checkpoints."""
+"""Steps in one workflow and in many at once, with results of several sizes, and replayed from their checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..profiles import KIB, Profile
 from .common import Case, Outcome, client, drain, load, until_ended, until_suspended, working
 
 REPLAYING = frozenset({"durable", "absurd"})
-"""dbos holds waits in memory and replays nothing when they end."""
+"""dbos holds waiting workflows in memory, so it does not replay them."""
 
 
 async def run_steps(bench: Bench, system: System, *, workflows: int, steps: int, size: int, variant: str) -> Outcome:
@@ -26,7 +26,7 @@ async def run_steps(bench: Bench, system: System, *, workflows: int, steps: int,
 
 
 async def replay(bench: Bench, system: System, *, steps: int) -> Outcome:
-    """Workflows that have taken their steps wait for an event; from its emit until all of them have ended."""
+    """Measure the time from an event until all workflows that wait for it, after their steps, have ended."""
     settings = system.worker("best")
     loop, count = settings["loop"], bench.profile.replayed_workflows
     async with bench.server.database(system) as database:

@@ -1,4 +1,4 @@
-"""Tasks that wait: a parent for a thousand children, thousands of tasks for one event."""
+"""Tasks that wait: a parent for its children, many tasks for one event."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import Case, Outcome, client, drain, load, share, until_ended, unti
 
 
 async def fan_out(bench: Bench, system: System, *, children: int) -> Outcome:
-    """From the start of the parent until all have ended."""
+    """Measure the time from the start of the parent until all tasks have ended."""
     count = share(children, system)
     settings = {**system.worker("best"), **({"children": True} if system.name == "absurd" else {})}
     async with bench.server.database(system) as database:
@@ -23,7 +23,7 @@ async def fan_out(bench: Bench, system: System, *, children: int) -> Outcome:
 
 
 async def wake(bench: Bench, system: System, *, waiters: int) -> Outcome:
-    """From the emit until all waiters have ended."""
+    """Measure the time from the emit until all waiters have ended."""
     settings = system.worker("best")
     loop, count = settings["loop"], share(waiters, system)
     async with bench.server.database(system) as database:
