@@ -60,8 +60,7 @@ def main() -> None:
     earlier = None if arguments.after is None else Results.load(arguments.after)
     results = asyncio.run(run(profile, cases(profile, only), systems, console))
     if earlier is not None:
-        variants = {(case.workload, case.variant) for group in cases(profile, frozenset()) for case in group}
-        results = results.after(earlier, variants)
+        results = results.after(earlier)
     directory = directory_of(results)
     results.save(directory / "results.json")
     publish(results, directory)

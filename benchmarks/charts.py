@@ -6,7 +6,7 @@ Run as ``python -m benchmarks.charts RESULTS DIRECTORY``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,14 @@ def bars(results: Results, workload: str, metric: str, title: str) -> Any | None
         position += 0.8
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()
-    if _range([each.median for each in found]) > LOGARITHMIC_FROM:
+    medians = [each.median for each in found if each.median > 0]
+    if medians and max(medians) / min(medians) > LOGARITHMIC_FROM:
         axes.set_xscale("log")
     axes.set_title(title, loc="left")
     axes.set_xlabel(METRICS[metric].unit.replace("/s", "per second") + ", log scale" * (axes.get_xscale() == "log"))
-    _legend(axes, [name for name in SYSTEMS if any(each.system == name for each in found)])
+    names = [name for name in SYSTEMS if any(each.system == name for each in found)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    axes.legend(handles, [SYSTEMS[name].title for name in names], frameon=False, fontsize=8)
     return figure
 
 
@@ -68,16 +71,6 @@ def _bar(axes: Any, position: float, member: Measurement) -> None:
     middle = member.median
     reach = [[middle - min(member.samples)], [max(member.samples) - middle]]
     axes.barh(position, middle, 0.9, xerr=reach, color=COLOURS[member.system], error_kw={"elinewidth": 0.8})
-
-
-def _range(values: Sequence[float]) -> float:
-    positive = [value for value in values if value > 0]
-    return max(positive) / min(positive) if positive else 1.0
-
-
-def _legend(axes: Any, names: Sequence[str]) -> None:
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
-    axes.legend(handles, [SYSTEMS[name].title for name in names], frameon=False, fontsize=8)
 
 
 def soak(results: Results) -> Any | None:

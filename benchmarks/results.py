@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -123,38 +122,28 @@ class Results:
     def workloads(self) -> list[str]:
         return list(dict.fromkeys(each.workload for each in self.measurements))
 
-    def after(self, before: Results, variants: Collection[tuple[str, str]]) -> Results:
+    def after(self, before: Results) -> Results:
         """Return these results, completed with the workloads that only an earlier run measured.
-
-        Only the given `variants`, pairs of a workload and a variant, are taken from the earlier run.
 
         Raises:
             ValueError: the earlier run had another profile or another machine.
         """
-        for what in ("processor", "cores", "memory_gib"):
-            if before.machine[what] != self.machine[what]:
-                raise ValueError(f"the earlier run had another machine: {what} was {before.machine[what]}")
+        for fact in ("processor", "cores", "memory_gib"):
+            if before.machine[fact] != self.machine[fact]:
+                raise ValueError(f"the earlier run had another machine: {fact} was {before.machine[fact]}")
         if before.profile != self.profile:
-            raise ValueError(f"the earlier run was of the profile {before.profile}")
-        missing = [name for name in before.workloads if name not in self.workloads]
-        kept = [
-            each
-            for each in before.measurements
-            if each.workload in missing and (each.workload, each.variant) in variants
-        ]
+            raise ValueError(f"the earlier run had the profile {before.profile}")
+        missing = set(before.workloads) - set(self.workloads)
         parts = [
             {**part, "workloads": [name for name in part["workloads"] if name in missing]} for part in before.parts
         ]
-        return Results(
-            self.profile,
-            self.machine,
-            self.server,
-            {**before.systems, **self.systems},
-            kept + self.measurements,
-            [each for each in before.failures if each.workload in missing] + self.failures,
-            {**before.series, **self.series},
-            self.seconds,
-            [part for part in parts if part["workloads"]],
+        return replace(
+            self,
+            systems={**before.systems, **self.systems},
+            measurements=[each for each in before.measurements if each.workload in missing] + self.measurements,
+            failures=[each for each in before.failures if each.workload in missing] + self.failures,
+            series={**before.series, **self.series},
+            earlier=[part for part in parts if part["workloads"]],
         )
 
     @property

@@ -151,10 +151,29 @@ async def until_ended(drivers: list[Driver], database: Database, count: int) -> 
     return min(each["first"] for each in progress if each["first"] is not None)
 
 
+async def until(driver: Driver, what: str, count: int) -> None:
+    """Wait until a driver's number of tasks that have `started`, `ended` or are `waiting` is at least `count`."""
+    while (await driver.call("progress"))[what] < count:
+        await asyncio.sleep(0.02)
+
+
 async def until_suspended(driver: Driver, system: System, database: Database, count: int) -> None:
     """Wait until `count` tasks are waiting."""
-    while (await driver.call("progress"))["waiting"] < count:
-        await asyncio.sleep(0.02)
+    await until(driver, "waiting", count)
     if system.suspended is not None:
         while await database.suspended() < count:
             await asyncio.sleep(0.02)
+
+
+async def wake(bench: Bench, system: System, count: int, params: dict[str, Any]) -> float:
+    """Return the seconds from the emit of an event until `count` tasks that wait for it have ended."""
+    settings = system.worker("best")
+    loop = settings["loop"]
+    async with bench.server.database(system) as database:
+        driver = await load(bench, system, database, "wait", count, params, loop)
+        async with working(driver, database, settings), client(bench, system, database, loop=loop, index=1) as emitter:
+            await until_suspended(driver, system, database, count)
+            began = time.monotonic()
+            await emitter.call("emit", name="go")
+            await until_ended([driver], database, count)
+            return time.monotonic() - began

@@ -8,9 +8,8 @@ from functools import partial
 
 from ..bench import Bench
 from ..catalogue import System
-from ..driver import Driver
 from ..profiles import Profile
-from .common import Case, Outcome, client, drain, until_suspended, working
+from .common import Case, Outcome, client, drain, until, until_suspended, working
 
 SETTLING_SECONDS = 2.0
 """Seconds between the start of a worker and the count of its statements."""
@@ -55,17 +54,12 @@ async def memory(bench: Bench, system: System, *, task: str) -> Outcome:
             if task == "nap":
                 await until_suspended(driver, system, database, count)
             else:
-                await _until(driver, "started", WARM_UP_TASKS + count)
+                await until(driver, "started", WARM_UP_TASKS + count)
             grown = driver.resident_bytes - before
             await driver.call("release")
             if task == "hold":
-                await _until(driver, "ended", WARM_UP_TASKS + count)
+                await until(driver, "ended", WARM_UP_TASKS + count)
     return Outcome({"memory": grown / count / 1000}, count)
-
-
-async def _until(driver: Driver, what: str, count: int) -> None:
-    while (await driver.call("progress"))[what] < count:
-        await asyncio.sleep(0.02)
 
 
 def cases(profile: Profile) -> list[Case]:

@@ -12,7 +12,7 @@ from ..driver import Driver
 from ..profiles import Profile
 from ..results import percentile
 from ..server import Database
-from .common import Case, Outcome, client, working
+from .common import Case, Outcome, client, until, working
 
 WARM_UP_TASKS = 2_000
 
@@ -51,8 +51,7 @@ async def _highest_rate(spawner: Driver, worker: Driver) -> float:
     """Return the tasks per second that eight callers can spawn, one commit each, while a worker runs them."""
     began = time.monotonic()
     await spawner.call("spawn", mode="single", count=WARM_UP_TASKS, spawners=8)
-    while (await worker.call("progress"))["ended"] < WARM_UP_TASKS:
-        await asyncio.sleep(0.01)
+    await until(worker, "ended", WARM_UP_TASKS)
     return WARM_UP_TASKS / (time.monotonic() - began)
 
 
