@@ -46,10 +46,12 @@ def comparison(results: Results) -> str:
     ]
     for workload, variant, metric in results.rows():
         old, new = (results.find(workload, variant, name, metric) for name in ("old", "new"))
-        if old is None or new is None or not old.median or not new.median:
+        if old is None or new is None:
             continue
         gain = METRICS[metric].gain
         gains = [gain(*pair) for pair in zip(old.samples, new.samples, strict=False) if all(pair)]
+        if not gains or not old.median or not new.median:
+            continue
         kind = "" if metric in ("throughput", "cpu") else f" {metric}"
         label = f"{workload}: {variant},{kind} {METRICS[metric].unit}"
         medians = f"{figure(old.median):>9}{figure(new.median):>9}{gain(old.median, new.median):>8.3f}"

@@ -36,7 +36,7 @@ class Rounds:
         try:
             for number in range(rounds):
                 for case in cases:
-                    # The order alternates, so that no system always runs on what another has left on the server.
+                    # The order alternates, so that no system always runs just after the same other one.
                     for system in self._systems[:: -1 if number % 2 else 1]:
                         if self._takes_part(system, case):
                             await self._run(case, system, number, warm_up=rounds > 1 and number == 0)
