@@ -284,7 +284,7 @@ class Run:
         await self.poll()
 
     async def poll(self) -> None:
-        """Let the branches of stored waits that have been resolved go on, and look again when the next is due."""
+        """Let the branches of stored waits that have been resolved go on, and poll once more when the next is due."""
         if not self._going_on():
             return
         now = self.now()

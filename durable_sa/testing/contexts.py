@@ -54,7 +54,7 @@ class ContextOptions(TypedDict, total=False):
     """Keywords of `task_context`."""
 
     state: Any
-    """What `ctx.state` is. None if absent."""
+    """The value of `ctx.state`; None if absent."""
     headers: Mapping[str, Any]
     task_name: str
     queue_name: str
