@@ -15,37 +15,41 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "durable_sa"
 
-LAYERS = """
-    cli
-    testing
-    durable_sa
-    client
-    worker
-    decorators hooks
-    context
-    schedules
-    spawns
-    app
-    execution
-    telemetry
-    tasks steps
-    current logs
-    database
-    embedded
-    migrations
-    statements
-    options
-    results
-    policies
-    validation
-    serialization
-    concurrency
-    database_errors
-    signals
-    models
-    names ids
-    errors
-""".split()
+LAYERS = [
+    "cli",
+    "testing",
+    "durable_sa",
+    "client",
+    "worker",
+    "decorators",
+    "hooks",
+    "context",
+    "schedules",
+    "spawns",
+    "app",
+    "execution",
+    "telemetry",
+    "tasks",
+    "steps",
+    "current",
+    "logs",
+    "database",
+    "embedded",
+    "migrations",
+    "statements",
+    "options",
+    "results",
+    "policies",
+    "validation",
+    "serialization",
+    "concurrency",
+    "database_errors",
+    "signals",
+    "models",
+    "names",
+    "ids",
+    "errors",
+]
 """The modules and packages that lie directly in the package, and its own `__init__`, from the top to the bottom."""
 
 
