@@ -27,7 +27,7 @@ from .outcomes import ended_attempts, free_waits_gone
 
 # An UPDATE takes parameters that are named as columns for values to set.
 _task_id = bindparam("target_id", type_=Uuid())
-_UNHAPPY = ("failed", "cancelled")
+_UNHAPPY = (constant("failed"), constant("cancelled"))
 
 
 def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
@@ -266,7 +266,7 @@ _family = array("task_ids", Uuid())
 FORGET_JOINS = delete(Checkpoint).where(
     Checkpoint.task_id == func.any(_family),
     Checkpoint.kind == constant("join"),
-    Checkpoint.status.in_(["failed", "cancelled"]),
+    Checkpoint.status.in_(_UNHAPPY),
     exists().where(
         TaskRow.parent_task_id == Checkpoint.task_id,
         TaskRow.task_id == Checkpoint.child_task_id,

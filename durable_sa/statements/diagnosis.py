@@ -145,7 +145,7 @@ INCONSISTENT = (
     .where(
         _unfinished,
         or_(
-            TaskRow.state.not_in(["pending", "running", "sleeping"]),
+            TaskRow.state.not_in([constant(state) for state in ("pending", "running", "sleeping")]),
             (TaskRow.state == constant("running")) != TaskRow.claimed_by.is_not(None),
         ),
     )
@@ -191,7 +191,7 @@ ORPHANS = union_all(
         .join(_parent, _parent.task_id == TaskRow.parent_task_id)
         .where(
             _unfinished,
-            _parent.outcome.in_(["failed", "cancelled"]),
+            _parent.outcome.in_([constant("failed"), constant("cancelled")]),
             _parent.finished_at < _moment_ago,
             TaskRow.created_at < _moment_ago,
         ),

@@ -10,7 +10,21 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Boolean, ColumnElement, Float, Integer, Select, Text, Uuid, bindparam, case, func, select
+from sqlalchemy import (
+    ARRAY,
+    Boolean,
+    ColumnElement,
+    Float,
+    Integer,
+    Select,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    func,
+    literal,
+    select,
+)
 
 from ..models import Checkpoint, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
 from .expressions import as_text, clock, interval, readable
@@ -42,6 +56,10 @@ _summary = (
 )
 
 
+def _any_of(values: Sequence[str]) -> ColumnElement[Any]:
+    return func.any(literal(list(values), ARRAY(Text())))
+
+
 def tasks(
     *,
     queue_name: str | None = None,
@@ -59,11 +77,11 @@ def tasks(
     query = select(*_summary).order_by(TaskRow.task_id.desc()).limit(limit)
     ended = [state for state in states if state in ("completed", "failed", "cancelled")]
     if states and len(ended) == len(states):
-        query = query.where(TaskRow.finished_at.is_not(None), TaskRow.outcome.in_(ended))
+        query = query.where(TaskRow.finished_at.is_not(None), TaskRow.outcome == _any_of(ended))
     elif states and not ended:
-        query = query.where(TaskRow.finished_at.is_(None), TaskRow.state.in_(states))
+        query = query.where(TaskRow.finished_at.is_(None), TaskRow.state == _any_of(states))
     elif states:
-        query = query.where(TaskRow.state.in_(states))
+        query = query.where(TaskRow.state == _any_of(states))
     if queue_name is not None:
         query = query.where(TaskRow.queue_name == queue_name)
     elif states:
