@@ -264,7 +264,7 @@ class Writer:
         """Find out why writes were passed over: lost fence, stored before, or a row that somebody holds locked."""
         ids = list({write.task_id: write.fence for write in missing}.items())
         rows = await channel.execute(
-            outcomes.UNDER_FENCE, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
+            outcomes.FENCE_STATUS, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
         )
         fences = {row.task_id: row.fence for row in rows}
         free = {row.task_id for row in rows if row.free}

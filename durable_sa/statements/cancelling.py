@@ -22,12 +22,12 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, TaskRow, Wait
-from .expressions import array, bounded, clock, constant, raised, rows
-from .outcomes import ended_attempts, free_waits_gone
+from .expressions import array, clamped_limit, clock, constant, next_fence, rows
+from .outcomes import delete_unlocked_waits, record_attempts
 
 # An UPDATE takes parameters that are named as columns for values to set.
 _task_id = bindparam("target_id", type_=Uuid())
-_UNHAPPY = (constant("failed"), constant("cancelled"))
+_UNSUCCESSFUL = (constant("failed"), constant("cancelled"))
 
 
 def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
@@ -44,11 +44,11 @@ def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
         .where(or_(locked.c.state == constant("running"), locked.c.state == constant("sleeping")))
         .subquery("begun")
     )
-    ended = ended_attempts(begun, constant("cancelled"), reason(begun))
+    ended = record_attempts(begun, constant("cancelled"), reason(begun))
     if patient:
         waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
     else:
-        waits = free_waits_gone(locked)
+        waits = delete_unlocked_waits(locked)
     return (
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
@@ -58,7 +58,7 @@ def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
             finished_at=clock(),
             error=func.coalesce(reason(locked), TaskRow.error),
             cancelled_by=cancelled_by,
-            fence=raised(TaskRow.fence),
+            fence=next_fence(TaskRow.fence),
         )
         .returning(TaskRow.task_id, TaskRow.parent_task_id, locked.c.state.label("was"))
         .add_cte(ended, waits)
@@ -86,7 +86,7 @@ _descendant = (
     .join(_parent, TaskRow.parent_task_id == _parent.task_id)
     .where(
         _parent.task_id == func.any(array("ancestor_ids", Uuid())),
-        _parent.outcome.in_(_UNHAPPY),
+        _parent.outcome.in_(_UNSUCCESSFUL),
         TaskRow.parent_fence.is_distinct_from(_parent.fence),
     )
     .cte("descendant", recursive=True)
@@ -114,7 +114,7 @@ _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
 _still_ended = (
     select(TaskRow.task_id)
-    .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNHAPPY))
+    .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNSUCCESSFUL))
     .with_for_update(skip_locked=True, key_share=True)
     .cte("still_ended")
     .prefix_with("MATERIALIZED", dialect="postgresql")
@@ -156,10 +156,10 @@ _line = _line.union(
     )
 )
 
-LEFT_BEHIND = (
+INCOMPLETE_CASCADES = (
     select(_line.c.ancestor_id.label("task_id"))
     .join(_ancestor, _next_in(_line))
-    .where(_ancestor.outcome.in_(_UNHAPPY))
+    .where(_ancestor.outcome.in_(_UNSUCCESSFUL))
     .distinct()
     .limit(bindparam("wanted", type_=Integer()))
 )
@@ -213,13 +213,13 @@ _fresh: dict[str, Any] = {
     "parent_fence": select(_parent.fence).where(_parent.task_id == TaskRow.parent_task_id).scalar_subquery(),
     "claimed_by": null(),
     "available_at": clock(),
-    "cancel_at": clock() + bounded(TaskRow.max_pending_time),
-    "fence": raised(TaskRow.fence),
+    "cancel_at": clock() + clamped_limit(TaskRow.max_pending_time),
+    "fence": next_fence(TaskRow.fence),
 }
 
 RETRY = (
     update(TaskRow)
-    .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNHAPPY))
+    .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNSUCCESSFUL))
     .values(
         **_fresh,
         run_id=bindparam("next_run_id", type_=Uuid()),
@@ -239,12 +239,12 @@ _fallen = _fallen.union(
         _fallen, TaskRow.parent_task_id == _fallen.c.task_id
     )
 )
-FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(
+CASCADE_CANCELLED = select(_fallen.c.task_id).where(
     _fallen.c.outcome == constant("cancelled"), _fallen.c.cancelled_by == func.any(array("origins", Uuid()))
 )
 """Descendants that a cascade from these origins cancelled."""
 
-BEFORE_RETRY = (
+LOCK_FOR_RETRY = (
     select(
         TaskRow.state, TaskRow.cancelled_by, TaskRow.run_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at
     )
@@ -263,10 +263,10 @@ RETRY_DESCENDANTS = (
 """Put back what the cascade had cancelled."""
 
 _family = array("task_ids", Uuid())
-FORGET_JOINS = delete(Checkpoint).where(
+DELETE_FAILED_JOINS = delete(Checkpoint).where(
     Checkpoint.task_id == func.any(_family),
     Checkpoint.kind == constant("join"),
-    Checkpoint.status.in_(_UNHAPPY),
+    Checkpoint.status.in_(_UNSUCCESSFUL),
     exists().where(
         TaskRow.parent_task_id == Checkpoint.task_id,
         TaskRow.task_id == Checkpoint.child_task_id,

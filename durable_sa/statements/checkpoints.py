@@ -30,14 +30,14 @@ from .expressions import (
     as_text,
     clock,
     constant,
-    impatient,
+    count_or_ids,
     length,
+    lock_timeout,
     numbered_rows,
     one_row,
     rows,
-    tally,
 )
-from .outcomes import is_one_of, locked_rows
+from .outcomes import is_in, locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -61,7 +61,7 @@ def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
             ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
             select(
                 c.task_ids, c["keys"], c.kinds, c.names, c.statuses, as_json(c["values"]), c.child_ids, clock()
-            ).where(is_one_of(c.task_ids, locked)),
+            ).where(is_in(c.task_ids, locked)),
         )
         .on_conflict_do_nothing()
         .returning(Checkpoint.task_id, Checkpoint.key)
@@ -74,7 +74,7 @@ def _fences(source: FromClause) -> FromClause:
 
 
 def _record(new: FromClause, wanted: ColumnElement[int]) -> Executable:
-    return tally(_insert_checkpoints(new, locked_rows(_fences(new))), wanted, told=("task_id", "key"))
+    return count_or_ids(_insert_checkpoints(new, locked_rows(_fences(new))), wanted, columns=("task_id", "key"))
 
 
 RECORD = _record(rows("entry", **CHECKPOINT_COLUMNS), length("task_ids", Uuid()))
@@ -83,21 +83,21 @@ RECORD = _record(rows("entry", **CHECKPOINT_COLUMNS), length("task_ids", Uuid())
 RECORD_ONE = _record(one_row("entry", **CHECKPOINT_COLUMNS), constant(1))
 """As `RECORD`, of a checkpoint alone."""
 
-_impatient = impatient()
+_lock_timeout = lock_timeout()
 _child = numbered_rows("child", "position", **SPAWN_COLUMNS)
 _new = rows("entry", **CHECKPOINT_COLUMNS)
 _locked = locked_rows(_fences(_new))
 _children = (
     insert_tasks(
         select(_child)
-        .join(_impatient, true())
-        .where(is_one_of(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
+        .join(_lock_timeout, true())
+        .where(is_in(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
         .subquery("spawnable")
     )
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
     .cte("children")
 )
-_with_child = select(_new).where(is_one_of(_new.c.child_ids, _children)).subquery("with_child")
+_with_child = select(_new).where(is_in(_new.c.child_ids, _children)).subquery("with_child")
 _written = _insert_checkpoints(_with_child, _locked)
 
 RECORD_CHILDREN = select(
@@ -116,7 +116,7 @@ _ranked = (
         .over(partition_by=(_queue_name, _event.c.event_names), order_by=_event.c.position)
         .label("rank"),
     )
-    .where(is_one_of(_event.c.task_ids, _locked))
+    .where(is_in(_event.c.task_ids, _locked))
     .cte("ranked")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
@@ -132,7 +132,7 @@ _emitted = (
             as_jsonb(_ranked.c.metadata),
             clock(),
         )
-        .join(_impatient, true())
+        .join(_lock_timeout, true())
         .where(_first)
         .order_by(_ranked.c.queue_name, _ranked.c.event_names),
     )

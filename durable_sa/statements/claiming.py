@@ -51,7 +51,18 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Queue, TaskRow, WorkerRow
-from .expressions import array, as_text, bounded, clock, constant, interval, numbered_rows, rows, statement_time, unseen
+from .expressions import (
+    array,
+    as_text,
+    clamped_limit,
+    clock,
+    constant,
+    interval,
+    numbered_rows,
+    opaque,
+    rows,
+    statement_time,
+)
 
 
 class ClaimedRun(NamedTuple):
@@ -93,15 +104,15 @@ class ClaimedRun(NamedTuple):
 
 
 _worker_id = bindparam("worker_id", type_=Uuid())
-_wanted = unseen(bindparam("wanted", type_=Integer()))
+_wanted = opaque(bindparam("wanted", type_=Integer()))
 
 _cursors = numbered_rows(
     "lane",
     "position",
     queue_names=Text(),
     priorities=SmallInteger(),
-    floor_times=DateTime(timezone=True),
-    floor_ids=Uuid(),
+    cursor_times=DateTime(timezone=True),
+    cursor_ids=Uuid(),
 )
 _open_lanes = (
     select(_cursors)
@@ -121,7 +132,7 @@ _next_in_lane = (
         TaskRow.queue_name == _open_lanes.c.queue_names,
         TaskRow.priority == _open_lanes.c.priorities,
         TaskRow.available_at <= statement_time(),
-        tuple_(TaskRow.available_at, TaskRow.task_id) > tuple_(_open_lanes.c.floor_times, _open_lanes.c.floor_ids),
+        tuple_(TaskRow.available_at, TaskRow.task_id) > tuple_(_open_lanes.c.cursor_times, _open_lanes.c.cursor_ids),
         TaskRow.claimed_by.is_(None),
         TaskRow.task_name == func.any(array("task_names", Text())),
         or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > statement_time()),
@@ -165,7 +176,8 @@ CLAIM = (
         started_at=case((TaskRow.state == constant("pending"), clock()), else_=TaskRow.started_at),
         first_started_at=func.coalesce(TaskRow.first_started_at, clock()),
         cancel_at=case(
-            (TaskRow.first_started_at.is_(None), clock() + bounded(TaskRow.max_running_time)), else_=TaskRow.cancel_at
+            (TaskRow.first_started_at.is_(None), clock() + clamped_limit(TaskRow.max_running_time)),
+            else_=TaskRow.cancel_at,
         ),
     )
     .returning(*_CLAIMED)
@@ -174,7 +186,7 @@ CLAIM = (
 
 _held = rows("held", task_ids=Uuid(), fences=BigInteger())
 
-UNHEARD_CLAIMS = select(*_CLAIMED).where(
+UNREPORTED_CLAIMS = select(*_CLAIMED).where(
     TaskRow.finished_at.is_(None),
     TaskRow.queue_name == func.any(array("queue_names", Text())),
     TaskRow.available_at <= statement_time(),
@@ -251,7 +263,7 @@ HEARTBEAT = (
 )
 """One small write for all runs of a worker. No row back: it was taken over."""
 
-STILL_HELD = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
+LEASE_STATUS = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
 """Whether a worker that may not beat, for its event loop is stuck or its lease over, has been taken over."""
 
 REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
@@ -313,10 +325,10 @@ _forgotten = (
     .cte("forgotten")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
+DELETE_LOST_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
 """Drop lost workers that nothing can still refer to."""
 
-RUNS_GONE = (
+LOST_RUNS = (
     select(_held.c.task_ids.label("task_id"), _held.c.fences.label("fence"), TaskRow.state)
     .select_from(_held.outerjoin(TaskRow, TaskRow.task_id == _held.c.task_ids))
     .where(or_(TaskRow.fence != _held.c.fences, TaskRow.task_id.is_(None)))

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 
 from ..models import Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
-from .expressions import clock, constant, interval, readable
+from .expressions import clamped_time, clock, constant, interval
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
@@ -37,7 +37,7 @@ _unfinished = TaskRow.finished_at.is_(None)
 
 
 def _age(moment: ColumnElement[Any] | Any) -> ColumnElement[Any]:
-    return func.extract("epoch", clock() - readable(moment))
+    return func.extract("epoch", clock() - clamped_time(moment))
 
 
 _paused = exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None))

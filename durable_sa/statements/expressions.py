@@ -107,7 +107,7 @@ def one_row(name: str, /, **columns: TypeEngine[Any]) -> FromClause:
 
 
 def _unnest(columns: Mapping[str, TypeEngine[Any]]) -> Function[Any]:
-    return func.unnest(*(unseen(array(name, type_)) for name, type_ in columns.items()))
+    return func.unnest(*(opaque(array(name, type_)) for name, type_ in columns.items()))
 
 
 def _typed(columns: Mapping[str, TypeEngine[Any]]) -> list[ColumnClause[Any]]:
@@ -116,10 +116,10 @@ def _typed(columns: Mapping[str, TypeEngine[Any]]) -> list[ColumnClause[Any]]:
 
 def length(name: str, type_: TypeEngine[Any]) -> ColumnElement[int]:
     """The number of elements of a bound list."""
-    return func.cardinality(unseen(array(name, type_)))
+    return func.cardinality(opaque(array(name, type_)))
 
 
-def unseen(bind: ColumnElement[Any]) -> ColumnElement[Any]:
+def opaque(bind: ColumnElement[Any]) -> ColumnElement[Any]:
     """A bind whose value the planner does not look at.
 
     What it would learn is the length of a batch, which says little, and costs much: each execution would be planned
@@ -140,14 +140,14 @@ def arrays(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, lis
     return dict(zip(names, columns, strict=True)) if columns else {name: [] for name in names}
 
 
-def tally(done: FromClause, wanted: ColumnElement[int], *, told: Sequence[str]) -> Select[Any]:
-    """One row about many that were written: how many, and which, by these columns, only if fewer than `wanted`.
+def count_or_ids(written: FromClause, expected: ColumnElement[int], *, columns: Sequence[str]) -> Select[Any]:
+    """Select the number of rows written, and these columns of them as arrays only if fewer than `expected` were.
 
-    Mostly all of them are, and to read a row for each is a tenth of what a step takes the client.
+    Mostly all are, and reading one row for each is a tenth of the client's time for a step.
     """
     count = func.count()
-    columns = (case((count < wanted, func.array_agg(done.c[name]))).label(f"{name}s") for name in told)
-    return select(count.label("written"), *columns).select_from(done)
+    arrays = (case((count < expected, func.array_agg(written.c[name]))).label(f"{name}s") for name in columns)
+    return select(count.label("written"), *arrays).select_from(written)
 
 
 def as_json(text: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -171,7 +171,7 @@ def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
     return func.make_interval(zero, zero, zero, zero, zero, zero, cast(seconds, Float(53)), type_=Interval())
 
 
-def readable(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+def clamped_time(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
     """A time on its way out: one that drivers cannot read, infinite or not in the years 1 to 9999, as the nearest.
 
     Somebody may have written it by hand, and would keep all others from reading the rows beside it.
@@ -181,25 +181,25 @@ def readable(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnE
     return clamped.label(moment.key) if isinstance(moment, InstrumentedAttribute) else clamped
 
 
-def bounded(limit: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+def clamped_limit(limit: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
     """A limit on time as it is stored, to be added to the clock. One that is beyond all limits would fail a batch."""
     none, most = (cast(constant(text), Interval()) for text in ("0", "36525 days"))
     return case((limit < none, none), (limit > most, most), else_=limit)
 
 
-def raised(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:
+def next_fence(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:
     """The next fence. One that somebody has set beyond all limits would fail all tasks of a batch by its overflow."""
     return func.least(fence, constant(2**62)) + constant(1)
 
 
-def impatient() -> CTE:
+def lock_timeout() -> CTE:
     """Joined to the source of an insert, lets that one statement fail with 55P03 instead of waiting for a lock.
 
     It does not wait then for an open transaction of somebody else that has inserted the same key, which would hold up
     what others send in the same statement.
     """
     setting = func.pg_catalog.set_config(constant("lock_timeout"), constant("5ms"), true())
-    return select(setting.label("lock_timeout")).cte("impatient").prefix_with("MATERIALIZED", dialect="postgresql")
+    return select(setting.label("lock_timeout")).cte("lock_timeout").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 _ARRAYS: dict[str, TypeEngine[Any]] = {
@@ -212,6 +212,6 @@ _ARRAYS: dict[str, TypeEngine[Any]] = {
     "floats": Float(53),
     "times": DateTime(timezone=True),
 }
-LEARN_TYPES = select(*(array(name, type_) for name, type_ in _ARRAYS.items()))
+INTROSPECT_TYPES = select(*(array(name, type_) for name, type_ in _ARRAYS.items()))
 """What asyncpg asks the server about arrays, once a connection, takes 10 ms: better now than with the first task."""
 NO_ARRAYS: dict[str, list[Any]] = {name: [] for name in _ARRAYS}

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from ..models import Checkpoint, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
-from .expressions import as_text, clock, interval, readable
+from .expressions import as_text, clamped_time, clock, interval
 
 _task_id = bindparam("task_id", type_=Uuid())
 _with_payloads = bindparam("with_payloads", type_=Boolean())
@@ -48,10 +48,10 @@ _summary = (
     TaskRow.priority,
     TaskRow.parent_task_id,
     TaskRow.idempotency_key,
-    readable(TaskRow.created_at),
+    clamped_time(TaskRow.created_at),
     TaskRow.available_at,
-    readable(TaskRow.first_started_at),
-    readable(TaskRow.finished_at),
+    clamped_time(TaskRow.first_started_at),
+    clamped_time(TaskRow.finished_at),
     TaskRow.error["name"].as_string().label("error_name"),
 )
 
@@ -99,7 +99,7 @@ TASK = (
     select(
         *_summary,
         TaskRow.run_id,
-        readable(TaskRow.started_at),
+        clamped_time(TaskRow.started_at),
         TaskRow.lease_losses,
         TaskRow.cancelled_by,
         TaskRow.cancel_at,
@@ -123,8 +123,8 @@ RUNS = (
         RunRow.run_id,
         RunRow.state,
         RunRow.worker_id,
-        readable(RunRow.started_at),
-        readable(RunRow.finished_at),
+        clamped_time(RunRow.started_at),
+        clamped_time(RunRow.finished_at),
         RunRow.error["name"].as_string().label("error_name"),
         RunRow.error["message"].as_string().label("error_message"),
         _payload(RunRow.error),
@@ -140,7 +140,7 @@ CHECKPOINTS = (
         Checkpoint.name,
         Checkpoint.status,
         Checkpoint.child_task_id,
-        readable(Checkpoint.created_at),
+        clamped_time(Checkpoint.created_at),
         _payload(Checkpoint.value),
     )
     .where(Checkpoint.task_id == _task_id)
@@ -149,7 +149,7 @@ CHECKPOINTS = (
 """What a task has behind it, in the order in which it was recorded."""
 
 WAITS = (
-    select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, readable(Wait.created_at))
+    select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, clamped_time(Wait.created_at))
     .where(Wait.task_id == _task_id)
     .order_by(Wait.created_at)
 )
@@ -157,7 +157,11 @@ WAITS = (
 
 CHILDREN = (
     select(
-        TaskRow.task_id, TaskRow.task_name, TaskRow.state, readable(TaskRow.created_at), readable(TaskRow.finished_at)
+        TaskRow.task_id,
+        TaskRow.task_name,
+        TaskRow.state,
+        clamped_time(TaskRow.created_at),
+        clamped_time(TaskRow.finished_at),
     )
     .where(TaskRow.parent_task_id == _task_id)
     .order_by(TaskRow.created_at, TaskRow.task_id)
@@ -169,11 +173,11 @@ WORKERS = select(
     WorkerRow.worker_id,
     WorkerRow.name,
     WorkerRow.queue_names,
-    readable(WorkerRow.started_at),
-    readable(WorkerRow.heartbeat_at),
+    clamped_time(WorkerRow.started_at),
+    clamped_time(WorkerRow.heartbeat_at),
     WorkerRow.expires_at,
-    readable(WorkerRow.lost_at),
-    func.extract("epoch", clock() - readable(WorkerRow.heartbeat_at)).label("silent_seconds"),
+    clamped_time(WorkerRow.lost_at),
+    func.extract("epoch", clock() - clamped_time(WorkerRow.heartbeat_at)).label("silent_seconds"),
 ).order_by(WorkerRow.started_at)
 """Workers that run, and lost ones that are still remembered."""
 
@@ -184,9 +188,9 @@ SCHEDULES = select(
     Schedule.cron_expression,
     Schedule.timezone,
     Schedule.backend,
-    readable(Schedule.paused_at),
+    clamped_time(Schedule.paused_at),
     Schedule.next_tick_at,
-    readable(Schedule.last_tick_at),
+    clamped_time(Schedule.last_tick_at),
     Schedule.last_task_id,
 ).order_by(Schedule.name)
 """All schedules, with their last and their next tick."""

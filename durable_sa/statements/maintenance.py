@@ -9,7 +9,7 @@ from .expressions import clock, constant, statement_time
 
 _fired = (Schedule.paused_at.is_(None), Schedule.backend == constant("worker"))
 
-LOOK = select(
+NEXT_DUE = select(
     select(func.min(TaskRow.cancel_at))
     .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None))
     .scalar_subquery()

@@ -35,7 +35,19 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..policies import MAX_DURATION
-from .expressions import array, as_json, clock, constant, interval, length, one_row, raised, rows, statement_time, tally
+from .expressions import (
+    array,
+    as_json,
+    clock,
+    constant,
+    count_or_ids,
+    interval,
+    length,
+    next_fence,
+    one_row,
+    rows,
+    statement_time,
+)
 
 LEASE_LOSS_LIMIT = 20
 """Workers that may be lost in a row while they run a task, before the task is given up as the likely cause."""
@@ -67,7 +79,7 @@ def locked_rows(source: FromClause) -> CTE:
     )
 
 
-def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
+def record_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
     """The row in ``runs`` of each attempt that ends, from the tasks as they were before the change."""
     c = locked.c
     return (
@@ -81,7 +93,7 @@ def ended_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnE
     )
 
 
-def free_waits_gone(locked: FromClause, *conditions: ColumnElement[bool]) -> CTE:
+def delete_unlocked_waits(locked: FromClause, *conditions: ColumnElement[bool]) -> CTE:
     """Deletes the waits of tasks that end, but for those that somebody has locked: they are found as stray ones."""
     free = (
         select(Wait.task_id, Wait.key)
@@ -96,7 +108,7 @@ def free_waits_gone(locked: FromClause, *conditions: ColumnElement[bool]) -> CTE
 
 def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
     locked = locked_rows(done)
-    ended = ended_attempts(locked, constant("completed"), null())
+    ended = record_attempts(locked, constant("completed"), null())
     forgotten = delete(Wait).where(Wait.task_id == locked.c.task_id, locked.c.waited).cte("forgotten")
     completed = (
         update(TaskRow)
@@ -113,7 +125,7 @@ def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
         .cte("completed")
     )
     children = func.array_agg(completed.c.task_id).filter(completed.c.parent_task_id.is_not(None))
-    reply = tally(completed, wanted, told=("task_id",)).add_columns(children.label("child_task_ids"))
+    reply = count_or_ids(completed, wanted, columns=("task_id",)).add_columns(children.label("child_task_ids"))
     return reply.add_cte(ended, forgotten)
 
 
@@ -140,7 +152,7 @@ _failed = rows(
     waited=Boolean(),
 )
 _locked = locked_rows(_failed)
-_ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+_ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
 # By hand they may have been set to anything.
 _failures = func.least(func.greatest(TaskRow.failures, constant(0)), constant(2**31 - 2))
 _again = (
@@ -210,7 +222,7 @@ FAIL = (
 
 _released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
 _locked = locked_rows(_released)
-_ended = ended_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+_ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
 
 RELEASE = (
     update(TaskRow)
@@ -257,9 +269,9 @@ _lost = func.json_build_object(
         _locked.c.attempt,
     ),
 )
-_ended = ended_attempts(_locked, constant("failed"), _lost)
+_ended = record_attempts(_locked, constant("failed"), _lost)
 _given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
-_forgotten = free_waits_gone(_locked, _given_up)
+_forgotten = delete_unlocked_waits(_locked, _given_up)
 
 TAKE_OVER = (
     update(TaskRow)
@@ -273,7 +285,7 @@ TAKE_OVER = (
         run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),
         lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=TaskRow.lease_losses + constant(1)),
         claimed_by=null(),
-        fence=raised(TaskRow.fence),
+        fence=next_fence(TaskRow.fence),
     )
     .returning(
         TaskRow.task_id,
@@ -303,7 +315,7 @@ SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 _waits = rows("wait", **SUSPEND_COLUMNS)
 
 
-def is_one_of(column: ColumnElement[Any], found: CTE) -> ColumnElement[bool]:
+def is_in(column: ColumnElement[Any], found: CTE) -> ColumnElement[bool]:
     """Whether it is in the only column of `found`, looked up in a hash table.
 
     A join, and what is in a plain `IN` becomes one, is done in nested loops where the planner expects few rows.
@@ -316,7 +328,7 @@ def _due(locked: CTE) -> CTE:
     queue_name = select(TaskRow.queue_name).where(TaskRow.task_id == _waits.c.wait_task_ids).scalar_subquery()
     return (
         select(_waits, due_at.label("due_at"), queue_name.label("queue_name"))
-        .where(is_one_of(_waits.c.wait_task_ids, locked))
+        .where(is_in(_waits.c.wait_task_ids, locked))
         .cte("due")
         .prefix_with("MATERIALIZED", dialect="postgresql")
     )
@@ -413,7 +425,7 @@ _free = (
     .cte("free")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-UNDER_FENCE = (
+FENCE_STATUS = (
     select(TaskRow.task_id, TaskRow.fence, _free.c.task_id.is_not(None).label("free"))
     .join(_asked, TaskRow.task_id == _asked.c.task_ids)
     .outerjoin(_free, _free.c.task_id == TaskRow.task_id)

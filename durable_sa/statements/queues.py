@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from ..models import RETENTION, Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait
-from .expressions import array, clock, constant, impatient, interval, readable, statement_time
+from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
 _set_retention = bindparam("set_retention", type_=Boolean())
@@ -58,7 +58,7 @@ LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
 KNOWN_QUEUES = select(Queue.queue_name).where(Queue.queue_name == func.any(array("queue_names", Text())))
 """Which of these queues exist."""
 
-HOLD_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
+LOCK_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
 """Keep a queue from being dropped until the end of the transaction; nothing comes back if there is none."""
 
 DROP_QUEUE = delete(Queue).where(Queue.queue_name == _queue_name).returning(Queue.queue_name)
@@ -81,7 +81,7 @@ _wanted = bindparam("wanted", type_=Integer())
 _after = tuple_(bindparam("after_time", type_=DateTime(timezone=True)), bindparam("after_id", type_=Uuid()))
 
 FINISHED_BEFORE = (
-    select(TaskRow.task_id, readable(TaskRow.finished_at))
+    select(TaskRow.task_id, clamped_time(TaskRow.finished_at))
     .where(
         TaskRow.queue_name == _queue_name,
         TaskRow.outcome == bindparam("outcome", type_=Text()),
@@ -113,10 +113,10 @@ _needed = (
     .where(_ancestor.finished_at.is_(None))
 )
 _child = aliased(TaskRow, name="child")
-_impatient = impatient()
+_lock_timeout = lock_timeout()
 _gone = (
     select(TaskRow.task_id)
-    .join(_impatient, true())
+    .join(_lock_timeout, true())
     .where(
         TaskRow.task_id == func.any(_candidates),
         TaskRow.finished_at.is_not(None),
@@ -252,7 +252,7 @@ _chosen = array("queue_names", Text())
 QUEUE_STATISTICS = (
     select(
         Queue.queue_name,
-        readable(Queue.paused_at),
+        clamped_time(Queue.paused_at),
         _now.c.ready,
         (
             _count(*_unfinished, TaskRow.available_at > statement_time())

@@ -24,11 +24,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Schedule, TaskRow
-from .expressions import as_json, as_jsonb, as_text, clock, constant, readable, rows
+from .expressions import as_json, as_jsonb, as_text, clamped_time, clock, constant, rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
-_as_read = readable(Schedule.updated_at) == bindparam("read_as_of", type_=DateTime(timezone=True))
+_as_read = clamped_time(Schedule.updated_at) == bindparam("read_as_of", type_=DateTime(timezone=True))
 
 _new = insert(cast("Table", Schedule.__table__)).values(
     name=_name,
@@ -98,11 +98,11 @@ LIST_SCHEDULES = (
         Schedule.pgcron_job_name,
         Schedule.misfire,
         Schedule.overlap,
-        readable(Schedule.paused_at),
+        clamped_time(Schedule.paused_at),
         Schedule.next_tick_at,
-        readable(Schedule.last_tick_at),
-        readable(Schedule.created_at),
-        readable(Schedule.updated_at),
+        clamped_time(Schedule.last_tick_at),
+        clamped_time(Schedule.created_at),
+        clamped_time(Schedule.updated_at),
     )
     .where(
         or_(bindparam("only_name", type_=Text()).is_(None), Schedule.name == bindparam("only_name", type_=Text())),
@@ -146,7 +146,7 @@ DUE_SCHEDULES = (
         Schedule.misfire,
         Schedule.overlap,
         Schedule.next_tick_at,
-        readable(Schedule.updated_at),
+        clamped_time(Schedule.updated_at),
         clock().label("now"),
     )
     .where(

@@ -32,7 +32,7 @@ from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, TaskRow, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, readable, rows
+from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, interval, next_fence, rows
 
 _task_ids = array("task_ids", Uuid())
 
@@ -137,7 +137,7 @@ def _resolve(settled: CTE) -> Executable:
             available_at=func.least(
                 TaskRow.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0))
             ),
-            fence=raised(TaskRow.fence),
+            fence=next_fence(TaskRow.fence),
         )
         .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
         .add_cte(recorded)
@@ -170,7 +170,7 @@ UNRESOLVED = (
 The locks end with the statement. They are taken so that what cannot be resolved now does not hide what can.
 """
 
-FORGET_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
+DELETE_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
 """Waits of tasks that have been cancelled, those included that were stored while the cancel waited for its lock."""
 
 _stray = (
@@ -183,7 +183,7 @@ _stray = (
     .cte("stray")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-FORGET_STRAY_WAITS = delete(Wait).where(Wait.task_id == _stray.c.task_id, Wait.key == _stray.c.key)
+DELETE_STRAY_WAITS = delete(Wait).where(Wait.task_id == _stray.c.task_id, Wait.key == _stray.c.key)
 """Waits of tasks that have ended: stored at the very moment of the end, which did not see them."""
 
 EMIT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -292,7 +292,7 @@ WAKERS = (
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
 PEEK_EVENTS = select(
-    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), readable(Event.emitted_at)
+    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), clamped_time(Event.emitted_at)
 ).join(_peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names))
 """Events that are there already when somebody is about to wait for them."""
 

@@ -49,7 +49,7 @@ def test_results_are_what_the_driver_gives(name: str) -> None:
     """Types that have something to convert would need SQLAlchemy to know what the columns are."""
     dialect = asyncpg.dialect()
     compiled: Any = STATEMENTS[name].compile(dialect=dialect)
-    if name != "expressions.LEARN_TYPES":
+    if name != "expressions.INTROSPECT_TYPES":
         for entry in compiled._result_columns:
             assert isinstance(entry.type, ARRAY) or entry.type.result_processor(dialect, None) is None, entry
 
