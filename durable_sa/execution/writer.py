@@ -32,7 +32,7 @@ from ..database_errors import (
     without_values,
 )
 from ..signals import LeaseLost
-from ..statements import checkpoints, outcomes
+from ..statements import checkpoints, fencing
 from .writes import (
     ALONE,
     CONTENDED,
@@ -264,7 +264,7 @@ class Writer:
         """Find out why writes were passed over: lost fence, stored before, or a row that somebody holds locked."""
         ids = list({write.task_id: write.fence for write in missing}.items())
         rows = await channel.execute(
-            outcomes.FENCE_STATUS, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
+            fencing.FENCE_STATUS, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
         )
         fences = {row.task_id: row.fence for row in rows}
         free = {row.task_id for row in rows if row.free}

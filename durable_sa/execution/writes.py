@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Executable, Row
 
 from ..signals import LeaseLost
-from ..statements import checkpoints, outcomes
+from ..statements import checkpoints, outcomes, suspending
 from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
 
@@ -122,7 +122,7 @@ def _fenced(writes: list[Write], names: Iterable[str] = ()) -> dict[str, list[An
 
 def _wait_columns(writes: list[Write]) -> dict[str, list[Any]]:
     rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
-    return arrays(outcomes.SUSPEND_COLUMNS, rows)
+    return arrays(suspending.SUSPEND_COLUMNS, rows)
 
 
 def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
@@ -137,14 +137,14 @@ def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
         for write in writes
     ]
     names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
-    return outcomes.SUSPEND, arrays(names, rows) | _wait_columns(writes)
+    return suspending.SUSPEND, arrays(names, rows) | _wait_columns(writes)
 
 
 _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {
     Kind.CHECKPOINT: _checkpoints,
     Kind.CHILD: _children,
     Kind.EVENT: _events,
-    Kind.WAITS: lambda writes: (outcomes.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
+    Kind.WAITS: lambda writes: (suspending.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))),
     Kind.RELEASE: lambda writes: (outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))),

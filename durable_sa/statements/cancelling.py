@@ -1,4 +1,4 @@
-"""Cancelling tasks with their descendants, and putting ended ones back."""
+"""Cancels tasks with their descendants, and retries failed or cancelled ones."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ..models import Checkpoint, TaskRow, Wait
 from .expressions import array, clamped_limit, clock, constant, next_fence, rows
 from .outcomes import delete_unlocked_waits, record_attempts
 
-# An UPDATE takes parameters that are named as columns for values to set.
+# Not named `task_id`, because in an UPDATE SQLAlchemy takes a parameter named like a column for a value to set.
 _task_id = bindparam("target_id", type_=Uuid())
 _UNSUCCESSFUL = (constant("failed"), constant("cancelled"))
 
 
-def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
-    """Cancel what is locked, with the error that it has as a column `reason`, if it has one.
+def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any:
+    """Cancel the tasks in `locked`, with the error in its column `reason`, if there is that column.
 
-    If not `patient`, it waits for nobody: not for one who holds a wait of it locked either.
+    With `skip_locked`, waits that another transaction has locked are left in place: maintenance deletes them later.
     """
 
     def reason(of: FromClause) -> ColumnElement[Any]:
@@ -45,10 +45,10 @@ def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
         .subquery("begun")
     )
     ended = record_attempts(begun, constant("cancelled"), reason(begun))
-    if patient:
-        waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
-    else:
+    if skip_locked:
         waits = delete_unlocked_waits(locked)
+    else:
+        waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
     return (
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
@@ -78,7 +78,7 @@ def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
 
 
 CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
-"""Cancel one task, waiting for whoever holds its row. Nothing comes back for a task that has ended."""
+"""Cancel one task, waiting for the lock on its row. Returns no row if the task has ended."""
 
 _parent = aliased(TaskRow, name="parent")
 _descendant = (
@@ -91,7 +91,7 @@ _descendant = (
     )
     .cte("descendant", recursive=True)
 )
-# Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
+# UNION, not UNION ALL, which would never end if two tasks were made each other's parent by hand.
 _descendant = _descendant.union(
     select(TaskRow.task_id, TaskRow.finished_at, TaskRow.fence).join(
         _descendant,
@@ -105,9 +105,10 @@ DESCENDANTS = (
     .limit(bindparam("wanted", type_=Integer()))
     .offset(bindparam("passed", type_=Integer()))
 )
-"""Unfinished descendants of what has failed or was cancelled, also those below a child that has completed.
+"""Unfinished descendants of failed or cancelled tasks, including those below a child that has completed.
 
-Not those below one that was put back by hand after its parent's end, as long as that parent stays as it was then.
+A descendant that was retried by hand after its parent's end is left out, with all below it, as long as the parent's
+fence is unchanged since.
 """
 
 _targets = array("task_ids", Uuid())
@@ -120,16 +121,16 @@ _still_ended = (
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 CANCEL_DESCENDANTS = _cancel(_unfinished(TaskRow.task_id == func.any(_targets), skip_locked=False), _origin)
-"""A step of the cascade inside the caller's transaction."""
+"""Cancel a batch of descendants inside the caller's transaction, waiting for locks."""
 
 CASCADE = _cancel(
     _unfinished(TaskRow.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True),
     _origin,
-    patient=False,
+    skip_locked=True,
 )
-"""A step of the cascade on its own; rows locked by somebody are left for the next step.
+"""Cancel a batch of descendants in a transaction of its own; rows locked by other transactions are left for later.
 
-Nothing is cancelled for a task that was put back in the meantime: its descendants go on with it.
+Nothing is cancelled if the origin was retried in the meantime: its descendants continue with it.
 """
 
 _line = (
@@ -163,7 +164,7 @@ INCOMPLETE_CASCADES = (
     .distinct()
     .limit(bindparam("wanted", type_=Integer()))
 )
-"""Ended tasks whose cascade a crash has left incomplete."""
+"""Failed or cancelled tasks that still have unfinished descendants, because a crash interrupted the cascade."""
 
 _limit_error = func.json_build_object(
     constant("name"),
@@ -193,13 +194,13 @@ _overdue = (
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 
-CANCEL_OVERDUE = _cancel(_overdue, null(), patient=False)
-"""Cancel a batch of tasks whose pending or running time is over."""
+CANCEL_OVERDUE = _cancel(_overdue, null(), skip_locked=True)
+"""Cancel a batch of tasks past their pending or running time limit."""
 
 TASK_STATE = select(TaskRow.task_id, TaskRow.state).where(TaskRow.task_id == _task_id)
-"""Where a task stands."""
+"""The state of a task."""
 
-_fresh: dict[str, Any] = {
+_reset: dict[str, Any] = {
     "state": constant("pending"),
     "outcome": null(),
     "finished_at": null(),
@@ -221,28 +222,29 @@ RETRY = (
     update(TaskRow)
     .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNSUCCESSFUL))
     .values(
-        **_fresh,
+        **_reset,
         run_id=bindparam("next_run_id", type_=Uuid()),
         max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), TaskRow.max_attempts),
     )
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
-"""Put an ended task back with fresh counts and clocks; its checkpoints stay."""
+"""Make a failed or cancelled task pending, with counters and time limits reset; its checkpoints stay."""
 
-_fallen = (
+_descendants_below = (
     select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by)
     .where(TaskRow.parent_task_id == _task_id)
     .cte("fallen", recursive=True)
 )
-_fallen = _fallen.union(
+_descendants_below = _descendants_below.union(
     select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by).join(
-        _fallen, TaskRow.parent_task_id == _fallen.c.task_id
+        _descendants_below, TaskRow.parent_task_id == _descendants_below.c.task_id
     )
 )
-CASCADE_CANCELLED = select(_fallen.c.task_id).where(
-    _fallen.c.outcome == constant("cancelled"), _fallen.c.cancelled_by == func.any(array("origins", Uuid()))
+CASCADE_CANCELLED = select(_descendants_below.c.task_id).where(
+    _descendants_below.c.outcome == constant("cancelled"),
+    _descendants_below.c.cancelled_by == func.any(array("origins", Uuid())),
 )
-"""Descendants that a cascade from these origins cancelled."""
+"""Descendants that were cancelled by a cascade from these origins."""
 
 LOCK_FOR_RETRY = (
     select(
@@ -251,16 +253,16 @@ LOCK_FOR_RETRY = (
     .where(TaskRow.task_id == _task_id)
     .with_for_update(key_share=True)
 )
-"""An ended task before it is put back, under its lock."""
+"""Lock a task before its retry, and read its state."""
 
 _restored = rows("restored", task_ids=Uuid(), next_run_ids=Uuid())
 RETRY_DESCENDANTS = (
     update(TaskRow)
     .where(TaskRow.task_id == _restored.c.task_ids, TaskRow.outcome == constant("cancelled"))
-    .values(**_fresh, run_id=_restored.c.next_run_ids)
+    .values(**_reset, run_id=_restored.c.next_run_ids)
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
-"""Put back what the cascade had cancelled."""
+"""Make descendants pending that the cascade had cancelled."""
 
 _family = array("task_ids", Uuid())
 DELETE_FAILED_JOINS = delete(Checkpoint).where(
@@ -273,4 +275,4 @@ DELETE_FAILED_JOINS = delete(Checkpoint).where(
         or_(TaskRow.finished_at.is_(None), TaskRow.outcome == constant("completed")),
     ),
 )
-"""Joins that ended badly for children that run again, or did and came to a good end: they are to be awaited anew."""
+"""Delete the recorded joins of failed or cancelled children that were retried since: the parent joins them anew."""

@@ -1,6 +1,6 @@
-"""What there is to see, for the command line: tasks with their history, workers, schedules.
+"""Queries of the command line: tasks with their history, workers, schedules.
 
-Nothing here locks anything. Payloads (params, results, headers) leave the database only where they are asked for.
+None of them locks anything. Payloads (params, results, headers) are read only on request.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def tasks(
     before: uuid.UUID | None = None,
     limit: int,
 ) -> Select[*tuple[Any, ...]]:
-    """Tasks that meet all that is given, the newest first; `before` is where the next page begins.
+    """Select the tasks that meet all given conditions, the newest first; `before` starts the next page.
 
-    `since` is when they were spawned, or how long ago. The conditions name what the two partial indexes hold, so that
-    a rare kind of task is not searched for among all.
+    `since` is the earliest time of the spawn, or its greatest age. The conditions match the predicates of the two
+    partial indexes, so that rare tasks are found without reading all.
     """
     query = select(*_summary).order_by(TaskRow.task_id.desc()).limit(limit)
     ended = [state for state in states if state in ("completed", "failed", "cancelled")]
@@ -115,7 +115,7 @@ TASK = (
     .outerjoin(WorkerRow, WorkerRow.worker_id == TaskRow.claimed_by)
     .where(TaskRow.task_id == _task_id)
 )
-"""One task, with the worker that has it."""
+"""One task, with the worker that runs it."""
 
 RUNS = (
     select(
@@ -132,7 +132,7 @@ RUNS = (
     .where(RunRow.task_id == _task_id)
     .order_by(RunRow.attempt)
 )
-"""The attempts of a task that have ended."""
+"""The ended attempts of a task."""
 
 CHECKPOINTS = (
     select(
@@ -146,14 +146,14 @@ CHECKPOINTS = (
     .where(Checkpoint.task_id == _task_id)
     .order_by(Checkpoint.created_at)
 )
-"""What a task has behind it, in the order in which it was recorded."""
+"""The checkpoints of a task, in the order in which they were recorded."""
 
 WAITS = (
     select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, clamped_time(Wait.created_at))
     .where(Wait.task_id == _task_id)
     .order_by(Wait.created_at)
 )
-"""What a task waits for now."""
+"""The unresolved waits of a task."""
 
 CHILDREN = (
     select(
@@ -179,7 +179,7 @@ WORKERS = select(
     clamped_time(WorkerRow.lost_at),
     func.extract("epoch", clock() - clamped_time(WorkerRow.heartbeat_at)).label("silent_seconds"),
 ).order_by(WorkerRow.started_at)
-"""Workers that run, and lost ones that are still remembered."""
+"""Running workers, and lost ones that are not yet deleted."""
 
 SCHEDULES = select(
     Schedule.name,
@@ -203,4 +203,4 @@ OLD_QUEUES = (
     )
     .order_by(Queue.queue_name)
 )
-"""Queues whose names begin in some way and that are of some age: what earlier demos have left behind."""
+"""Queues with a name prefix and a minimum age, which earlier demos have left."""

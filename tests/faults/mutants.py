@@ -50,7 +50,7 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "outcomes without a fence",
-        "statements/outcomes.py",
+        "statements/fencing.py",
         (
             (
                 "(TaskRow.task_id == source.c.task_ids) & (TaskRow.fence == source.c.fences)",
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "a fence that a suspension leaves as it is",
-        "statements/outcomes.py",
+        "statements/suspending.py",
         (
             (
                 (

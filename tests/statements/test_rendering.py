@@ -62,7 +62,7 @@ def test_results_are_what_the_driver_gives(name: str) -> None:
         "checkpoints.RECORD_ONE",
         "outcomes.COMPLETE",
         "outcomes.COMPLETE_ONE",
-        "outcomes.SUSPEND",
+        "suspending.SUSPEND",
         "spawning.SPAWN",
         "spawning.SPAWN_ALIKE",
         "spawning.SPAWN_ONE",
