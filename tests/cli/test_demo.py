@@ -35,4 +35,4 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
     assert executions["read a talk on durable execution"] == ["1", "-"]
     assert executions["read a book on durable execution"] == ["1", "1"]
     assert executions["analyze"] == ["-", "1"]
-    assert any(line.startswith("It held: 3 steps were finished before the kill") for line in lines)
+    assert any(line.startswith("Held: 3 steps were finished before the kill") for line in lines)
