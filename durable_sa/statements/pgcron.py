@@ -48,7 +48,7 @@ INSTALLED = select(
     .label("installed"),
     func.coalesce(func.current_setting("cron.timezone", true()), "GMT").label("timezone"),
 )
-"""Whether the extension is installed, and the time zone it uses."""
+"""Read whether the extension is installed, and the time zone it uses."""
 
 SCHEDULE_JOB = select(
     func.cron.schedule(_job_name, bindparam("job_schedule", type_=Text()), bindparam("command", type_=Text()))
