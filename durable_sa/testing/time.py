@@ -163,7 +163,7 @@ async def time_travel(durable: Durable[Any]) -> AsyncGenerator[Clock]:
         InvalidState: another block is entered in this process.
     """
     if _in_use:
-        raise InvalidState("`time_travel()`", "already in use in this process", "Leave the first block before.")
+        raise InvalidState("`time_travel()`", "already in use in this process", "Leave the other block first.")
     travelling = Clock(durable)
     _in_use.append(travelling)
     try:
