@@ -34,6 +34,7 @@ soak: $(READY)
 mutants: $(READY)
 	$(BIN)/python -m tests.faults.mutants $(MUTANTS)
 
+# BENCH_ARGS are the options of `python -m benchmarks`; see benchmarks/README.md.
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 

@@ -1,1 +1,1 @@
-"""Measures durable_sa against its peers and against plain SQL, all on one server and in turns. See README.md."""
+"""Benchmarks of durable_sa, its peers and plain SQL, in turns on one server. See README.md."""

@@ -1,4 +1,4 @@
-"""A run of the benchmarks: its server, the drivers that are up, and what was measured so far."""
+"""A run of the benchmarks: the server, the drivers, the profile and the results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from .catalogue import System
+from .catalogue import REFERENCE, System
 from .driver import Driver
+from .environments import ROOT, environment
 from .profiles import Profile
 from .results import Results
 from .server import Server
@@ -16,40 +17,51 @@ INSTALL_SECONDS = 120
 
 
 class Bench:
-    """Hands out drivers, each started when it is first asked for and kept for the rounds of a workload."""
+    """Starts drivers on demand and keeps them for all rounds of a group of workloads.
 
-    def __init__(
-        self, profile: Profile, server: Server, results: Results, pythons: dict[str, Path], directory: Path
-    ) -> None:
+    `directory` receives the drivers' logs.
+    """
+
+    def __init__(self, profile: Profile, server: Server, results: Results, directory: Path) -> None:
         self.profile = profile
         self.server = server
         self.results = results
-        self._pythons = pythons
         self._directory = directory
+        self._pythons: dict[str, Path] = {}
         self._drivers: dict[tuple[str, str, int], Driver] = {}
         self.kept: dict[str, Any] = {}
-        """What a workload keeps from one round to the next."""
+        """The objects that a workload keeps from one round to the next."""
+        (directory / "benchmarks").symlink_to(ROOT / "benchmarks")
 
     async def driver(self, system: System, loop: str, index: int = 0) -> Driver:
-        """The driver of that number of a system, in an event loop of that kind."""
+        """Return a driver of a system; `index` distinguishes drivers with the same event loop."""
         key = (system.name, loop, index)
         if key not in self._drivers:
-            log = self._directory / f"{system.name}.log"
-            path = str(self.server.programs.directory)
-            self._drivers[key] = await Driver.start(self._pythons[system.name], system.name, loop, log, path)
+            self._drivers[key] = await Driver.start(
+                self._pythons[system.name], system, loop, self._directory, self.server.programs.directory
+            )
         return self._drivers[key]
 
     async def install(self, system: System) -> dict[str, Any]:
-        """Make the template database of a system; its versions."""
+        """Make the environment and the template database of a system; return its versions."""
+        python = await asyncio.to_thread(environment, system.driver, system.requirements)
+        self._pythons[system.name] = python
         name = await self.server.make_template(system.name)
         driver = await self.driver(system, "asyncio")
         async with asyncio.timeout(INSTALL_SECONDS):
             await driver.call("install", url=self.server.url(name))
-        facts = driver.facts
+        if system.driver == REFERENCE:
+            source = Path(await driver.call("source"))
+            if not source.is_relative_to(system.checkout):
+                raise RuntimeError(f"the driver has imported {source} instead of {system.checkout}")
         await self.dismiss(system)
-        return facts
+        return driver.facts
+
+    def cpu_seconds(self, system: System) -> float:
+        """Return the CPU time of a system's running drivers."""
+        return sum(driver.cpu_seconds for key, driver in self._drivers.items() if key[0] == system.name)
 
     async def dismiss(self, system: System | None = None) -> None:
-        """End the drivers of a system, or all."""
+        """Stop the drivers of a system, or of all systems."""
         for key in [key for key in self._drivers if system is None or key[0] == system.name]:
             await self._drivers.pop(key).stop()

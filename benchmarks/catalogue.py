@@ -1,44 +1,56 @@
-"""The systems that are compared: where they come from, what they can do, and the settings they are measured at."""
+"""The systems under test: their packages, their abilities, and the settings they are measured with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
+
+from .environments import ROOT
 
 Settings = Mapping[str, Any]
 
 REFERENCE: Final = "durable"
 """The system that the others are compared with."""
+PEERS: Final = ("absurd", "dbos", "procrastinate", "pgqueuer")
 
 
 @dataclass(frozen=True)
 class System:
     """A system under test.
 
-    `default` is a worker as the system's documentation starts it; `best` the one that drains fastest on two cores of
-    those that were tried; `quick` the one that answers soonest when idle. They are arguments of the driver's `work` and
-    `open`, besides `loop`, which is the kind of event loop of the process.
+    `default` is a worker as the system's documentation starts it. `best` drained fastest, and `quick` answered soonest
+    when idle, of the settings that were tried on two cores. `loop` is the event loop of the process; the other settings
+    are arguments of the driver's `work` and `open`.
     """
 
     name: str
     title: str
     requirements: tuple[str, ...]
     offers: frozenset[str]
+    """The abilities that workloads need; see `Case.needs`."""
     unfinished: str
-    """SQL: how many tasks are ready or run."""
+    """SQL that returns the number of tasks that are ready or running."""
     default: Settings = field(default_factory=dict)
     best: Settings = field(default_factory=dict)
     quick: Settings = field(default_factory=dict)
     suspended: str | None = None
-    """SQL: how many tasks wait, held by nobody."""
+    """SQL that returns the number of tasks that wait in the database, without a worker."""
     share: float = 1.0
-    """Of the number of tasks of a workload: slow systems are given less to do, for the same figure."""
+    """The fraction of a workload's tasks that a slow system is given."""
     default_poll: float = 0.0
-    """Seconds between the polls of an idle worker; the pauses of latency runs span them."""
+    """Seconds between two polls of an idle worker; the pauses between the tasks of a latency run are as long."""
+    checkout: Path = ROOT
+    """The source tree that durable_sa is imported from."""
+
+    @property
+    def driver(self) -> str:
+        """The module in `systems`; two checkouts of durable_sa share one."""
+        return self.name if self.name in SYSTEMS else REFERENCE
 
     def worker(self, variant: str | int) -> dict[str, Any]:
-        """The settings of a worker: `default`, `best`, or the best with that concurrency."""
+        """Return the settings of a worker: `default`, `best`, or the best ones with the given concurrency."""
         if variant == "default":
             return dict(self.default)
         return {**self.best, **({} if variant == "best" else {"concurrency": variant})}
@@ -52,7 +64,7 @@ SYSTEMS: Final = {
             "durable_sa",
             (".", "uvloop==0.23.0"),
             frozenset({"spawn", "session", "bulk", "drain", "results", "steps", "events", "children", "memory", "nap"}),
-            # Not those that sleep, of which there may be a million.
+            # Sleeping tasks are not counted: the growth workload has a million of them.
             "SELECT count(*) FROM durable.tasks WHERE finished_at IS NULL"
             " AND queue_name = 'bench' AND priority = 0 AND available_at <= now()",
             default={"loop": "asyncio"},
@@ -105,7 +117,7 @@ SYSTEMS: Final = {
             # `pgq run` runs in uvloop.
             default={"loop": "uvloop"},
             best={"loop": "uvloop", "batch_size": 200},
-            # Results are written when so many have gathered, or after a tenth of a second.
+            # pgqueuer writes results once `batch_size` of them have gathered, or after a tenth of a second.
             quick={"loop": "uvloop", "batch_size": 1, "debounce": 0.001},
         ),
         System(

@@ -1,12 +1,12 @@
-"""Charts from a results file, PNG and SVG. Runs in an environment that has matplotlib.
+"""Charts from a results file, PNG and SVG. It runs in an environment of its own that has matplotlib.
 
-Run as ``python -m benchmarks.charts RESULTS DIRECTORY``; prints the names of the charts.
+Run as ``python -m benchmarks.charts RESULTS DIRECTORY``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,21 @@ COLOURS = {
 }
 
 BARS = (
-    ("spawn", "spawn", "throughput", "Spawning, tasks a second"),
-    ("drain", "drain", "throughput", "Draining no-op tasks, tasks a second"),
+    ("spawn", "spawn", "throughput", "Spawning, tasks per second"),
+    ("drain", "drain", "throughput", "Draining no-op tasks, tasks per second"),
     ("latency", "latency", "result p50", "Spawn to result on an idle system, milliseconds, median"),
     ("latency-p99", "latency", "result p99", "Spawn to result on an idle system, milliseconds, 99th percentile"),
-    ("steps", "steps", "throughput", "Steps a second"),
-    ("checkpoints", "checkpoints", "megabytes", "Checkpoints, MB a second"),
-    ("wal", "drain", "wal", "WAL a task, bytes"),
-    ("growth", "growth", "throughput", "Draining beside other rows, tasks a second"),
+    ("steps", "steps", "throughput", "Steps per second"),
+    ("checkpoints", "checkpoints", "megabytes", "Checkpoints, MB per second"),
+    ("wal", "drain", "wal", "WAL per task, bytes"),
+    ("growth", "growth", "throughput", "Draining beside other rows, tasks per second"),
 )
 LOGARITHMIC_FROM = 30.0
-"""A ratio of the largest to the smallest bar from which a linear axis shows nothing."""
+"""The ratio of the largest to the smallest bar above which a linear axis would hide the smallest."""
 
 
 def bars(results: Results, workload: str, metric: str, title: str) -> Any | None:
-    """A bar for each system in each variant; the whiskers are the range of the samples."""
+    """Draw a bar for each system in each variant, with the range of the samples as whiskers."""
     found = [each for each in results.measurements if (each.workload, each.metric) == (workload, metric)]
     if not found:
         return None
@@ -56,11 +56,14 @@ def bars(results: Results, workload: str, metric: str, title: str) -> Any | None
         position += 0.8
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()
-    if _range([each.median for each in found]) > LOGARITHMIC_FROM:
+    medians = [each.median for each in found if each.median > 0]
+    if medians and max(medians) / min(medians) > LOGARITHMIC_FROM:
         axes.set_xscale("log")
     axes.set_title(title, loc="left")
-    axes.set_xlabel(METRICS[metric][0].replace("/s", "a second") + ", log scale" * (axes.get_xscale() == "log"))
-    _legend(axes, [name for name in SYSTEMS if any(each.system == name for each in found)])
+    axes.set_xlabel(METRICS[metric].unit.replace("/s", "per second") + ", log scale" * (axes.get_xscale() == "log"))
+    names = [name for name in SYSTEMS if any(each.system == name for each in found)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    axes.legend(handles, [SYSTEMS[name].title for name in names], frameon=False, fontsize=8)
     return figure
 
 
@@ -70,18 +73,8 @@ def _bar(axes: Any, position: float, member: Measurement) -> None:
     axes.barh(position, middle, 0.9, xerr=reach, color=COLOURS[member.system], error_kw={"elinewidth": 0.8})
 
 
-def _range(values: Sequence[float]) -> float:
-    positive = [value for value in values if value > 0]
-    return max(positive) / min(positive) if positive else 1.0
-
-
-def _legend(axes: Any, names: Sequence[str]) -> None:
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
-    axes.legend(handles, [SYSTEMS[name].title for name in names], frameon=False, fontsize=8)
-
-
 def soak(results: Results) -> Any | None:
-    """Latency, size, memory and connections over the time of the long run."""
+    """Plot latency, size, memory and connections of the long run over time."""
     series = results.series.get("soak")
     if not series:
         return None
@@ -109,7 +102,7 @@ def soak(results: Results) -> Any | None:
 
 
 def charts(results: Results) -> Iterator[tuple[str, Any]]:
-    """Every chart there are figures for, with its name."""
+    """Yield the name and the figure of each chart whose workload was measured."""
     for name, workload, metric, title in BARS:
         if (figure := bars(results, workload, metric, title)) is not None:
             yield name, figure
@@ -118,7 +111,6 @@ def charts(results: Results) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    """Write the charts and print their names."""
     source, directory = map(Path, sys.argv[1:])
     plt.switch_backend("agg")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "benchmarks"})
@@ -126,7 +118,6 @@ def main() -> None:
         for kind, metadata in (("svg", {"Date": None}), ("png", {})):
             figure.savefig(directory / f"{name}.{kind}", bbox_inches="tight", dpi=120, metadata=metadata)
         plt.close(figure)
-        sys.stdout.write(f"{name}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The conductor's side of the conversation: a system in a process of its own, told what to do over pipes."""
+"""The benchmarks' side of the pipe: starts the process of a system and calls its methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import psutil
 
-from .environments import ROOT
+from .catalogue import System
 from .protocol import LINE_BYTES
 
 START_SECONDS = 60.0
@@ -20,11 +20,11 @@ STOP_SECONDS = 5.0
 
 
 class DriverError(Exception):
-    """Raised when a driver reports an error or ends; carries what it said."""
+    """Raised when a driver reports an error or exits; carries the traceback or the log."""
 
 
 class Driver:
-    """A running driver."""
+    """A running driver process."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: IO[bytes]) -> None:
         self._process = process
@@ -33,23 +33,33 @@ class Driver:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read())
+        self.process = psutil.Process(process.pid)
         self.facts: dict[str, Any] = {}
-        """Versions and the kind of event loop, as the driver reports them."""
+        """The versions and the event loop that the driver reports."""
 
     @classmethod
-    async def start(cls, python: Path, system: str, loop: str, log: Path, path: str) -> Driver:
-        """Start a driver and wait until its system is imported. `path` goes to the front of its PATH."""
-        file = log.open("ab")
+    async def start(cls, python: Path, system: System, loop: str, directory: Path, programs: Path) -> Driver:
+        """Start a driver and wait until its system is imported.
+
+        `directory` has a link to this package, which is all that the driver finds there, and receives its log. The
+        driver imports durable_sa from the system's checkout. `programs` is put first in its PATH.
+        """
+        log = (directory / f"{system.name}.log").open("ab")
         process = await asyncio.create_subprocess_exec(
-            *(str(python), "-m", "benchmarks.protocol", system, loop),
-            cwd=ROOT,
-            env={**os.environ, "PATH": f"{path}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1"},
+            *(str(python), "-m", "benchmarks.protocol", system.driver, loop),
+            cwd=directory,
+            env={
+                **os.environ,
+                "PATH": os.pathsep.join((str(programs), os.environ.get("PATH", ""))),
+                "PYTHONPATH": str(system.checkout),
+                "PYTHONUNBUFFERED": "1",
+            },
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=file,
+            stderr=log,
             limit=LINE_BYTES,
         )
-        driver = cls(process, file)
+        driver = cls(process, log)
         try:
             async with asyncio.timeout(START_SECONDS):
                 driver.facts = await driver._ready
@@ -60,20 +70,24 @@ class Driver:
 
     @property
     def resident_bytes(self) -> int:
-        """The memory of the process."""
-        return int(psutil.Process(self._process.pid).memory_info().rss)
+        return int(self.process.memory_info().rss)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The CPU time of the process, in user and system mode."""
+        return float(sum(self.process.cpu_times()[:2]))
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
-        """Let the driver call a method of its system, and wait for what it returns.
+        """Call a method of the driver's system and return its result.
 
         Raises:
-            DriverError: it raised, or the driver has ended.
+            DriverError: the method raised, or the driver has exited.
         """
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         assert self._process.stdin is not None
         if self._reading.done():
-            raise self._ended()
+            raise self._exited()
         self._process.stdin.write(json.dumps({"go": name, "id": number, "args": arguments}).encode() + b"\n")
         try:
             return await answer
@@ -81,7 +95,7 @@ class Driver:
             self._answers.pop(number, None)
 
     async def stop(self) -> None:
-        """End the process: asked to, then made to."""
+        """Close the driver's input; kill the process if it does not exit in time."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -107,8 +121,8 @@ class Driver:
                     answer.set_result(message["result"])
         for answer in (self._ready, *self._answers.values()):
             if not answer.done():
-                answer.set_exception(self._ended())
+                answer.set_exception(self._exited())
 
-    def _ended(self) -> DriverError:
-        said = Path(self._log.name).read_text(errors="replace")[-2000:]
-        return DriverError(f"the driver has ended; its log:\n{said}")
+    def _exited(self) -> DriverError:
+        log = Path(self._log.name).read_text(errors="replace")[-2000:]
+        return DriverError(f"the driver has exited; its log:\n{log}")

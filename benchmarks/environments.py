@@ -1,6 +1,6 @@
-"""Environments of their own for the systems, so that none decides about the versions of another.
+"""A virtual environment for each system, so that the requirements of one do not constrain those of another.
 
-They are made once below the user's cache directory, with uv where it is found, and kept until requirements change.
+Environments are made below the user's cache directory, with uv if it is installed, and kept until requirements change.
 """
 
 from __future__ import annotations
@@ -16,23 +16,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def cache_directory() -> Path:
-    """Where the environments are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "durable_sa-benchmarks"
-
-
 def environment(name: str, requirements: Sequence[str]) -> Path:
-    """The Python of an environment with these packages, made if need be. ``.`` stands for this project.
+    """Return the Python of an environment with these packages, made if it is missing. ``.`` stands for this project.
 
     Raises:
-        subprocess.CalledProcessError: the packages cannot be had; `output` says why.
+        subprocess.CalledProcessError: the packages cannot be installed; `output` says why.
     """
     key = [sys.version, *requirements]
     if "." in requirements:
         key += [str(ROOT), (ROOT / "pyproject.toml").read_text()]
     digest = hashlib.blake2b("\n".join(key).encode(), digest_size=6).hexdigest()
-    directory = cache_directory() / f"{name}-{digest}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = cache / "durable_sa-benchmarks" / f"{name}-{digest}"
     python = directory / "bin" / "python"
     if not (directory / "complete").exists():
         shutil.rmtree(directory, ignore_errors=True)
@@ -49,5 +44,5 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
 
 
 def run(*command: str) -> None:
-    """Run a program; what it says is in the error if it fails."""
+    """Run a program, with its output in the error if it fails."""
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

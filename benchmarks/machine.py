@@ -1,4 +1,4 @@
-"""What the figures were taken on."""
+"""The machine that the figures were measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .environments import ROOT
 
 
 def machine() -> dict[str, Any]:
-    """The machine, the system, the source: all that figures depend on and that can be asked for."""
+    """Return what figures depend on and the system reports: hardware, operating system, load, commit."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,105 +1,98 @@
-"""The page for the documentation, written from the results and nothing else."""
+"""The page of the documentation, rendered from page.md.jinja."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from .catalogue import SYSTEMS
-from .report import cell, describe, figure, systems_of
-from .results import METRICS, Results
-from .targets import verdicts
+import jinja2
 
-REASONS = Path(__file__).with_name("reasons.toml")
-TEXTS = Path(__file__).with_name("texts.toml")
+from .catalogue import PEERS, REFERENCE, SYSTEMS
+from .results import METRICS, Measurement, Results
 
-HEAD = """\
-# Benchmarks
-
-How fast durable_sa is beside other systems that keep tasks in PostgreSQL, and beside the same work as plain SQL. This
-page is written by `python -m benchmarks` from [its results](benchmarks/results.json); nothing on it is edited by hand.
-
-For each workload, all systems run in turns on one server in one run, each in a process and an environment of its own,
-through its public API, with fsync and synchronous_commit on. A figure is the median of {rounds} runs after one to warm
-up; behind it is half the range of the runs, and in brackets durable_sa's lead: how many times as good it is in that
-row. Each run has a fresh database, unless it is about old data. Slow systems are given fewer tasks for the same figure.
-"""
-SMALL = """\
-**This is the `{profile}` profile: sizes are small, runs are short, and the figures are for a look, not for quoting.**
-"""
+TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
-def write_page(results: Results, charts: Sequence[str], path: Path) -> None:
-    """Write the page; the charts are in a directory beside it."""
-    path.write_text("\n".join(_lines(results, charts)) + "\n")
+def figure(value: float) -> str:
+    """Format a value with three significant digits."""
+    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _lines(results: Results, charts: Sequence[str]) -> Iterator[str]:
-    yield HEAD.format(rounds=max((len(each.samples) for each in results.measurements), default=0))
-    if results.profile != "full":
-        yield SMALL.format(profile=results.profile)
-    yield "## Machine and versions\n\n```text\n" + describe(results) + "\n```\n"
-    yield "## Targets\n"
-    yield from _targets(results)
-    texts = tomllib.loads(TEXTS.read_text())
-    for workload in dict.fromkeys(each.workload for each in results.measurements):
-        title, text = texts[workload]["title"], texts[workload]["text"]
-        yield f"## {title}\n\n{text}\n"
-        for chart in charts:
-            if chart.split("-")[0] == workload:
-                yield f"![{title}](benchmarks/{chart}.svg)\n"
-        yield from _table(results, workload)
-    yield "## Settings\n"
-    yield from _settings(results)
-    yield from _failures(results)
+def over(dividend: float | None, divisor: float | None) -> float | None:
+    """Divide; return None if one of the values was not measured."""
+    return None if dividend is None or not divisor else dividend / divisor
 
 
-def _targets(results: Results) -> Iterator[str]:
-    reasons = tomllib.loads(REASONS.read_text())
-    yield "| ratio | at least | reached | |\n| --- | ---: | ---: | --- |"
-    missed = []
-    for verdict in verdicts(results):
-        reached = "not measured" if verdict.ratio is None else figure(verdict.ratio)
-        mark = {True: "yes", False: "**no**", None: ""}[verdict.reached]
-        yield f"| {verdict.target.name} | {figure(verdict.target.least)} | {reached} | {mark} |"
-        if verdict.reached is False:
-            missed.append(verdict.target.name)
-    yield ""
-    for name in missed:
-        yield f"- *{name}* was missed: {reasons.get(name, 'no reason has been found yet.')}"
-    if missed:
-        yield ""
+def lowest(values: Iterable[float | None]) -> float | None:
+    """Return the smallest of the values that were measured."""
+    return min((value for value in values if value is not None), default=None)
 
 
-def _table(results: Results, workload: str) -> Iterator[str]:
-    measured = {each.system for each in results.measurements if each.workload == workload}
-    names = [name for name in systems_of(results) if name in measured]
-    yield "| | " + " | ".join(SYSTEMS[name].title for name in names) + " |"
-    yield "| --- |" + " ---: |" * len(names)
-    for row_workload, variant, metric in results.rows():
-        if row_workload == workload:
-            unit = METRICS[metric][0]
-            label = f"{variant}, {unit}" if metric == "throughput" else f"{variant}: {metric}, {unit}"
-            found = [results.find(workload, variant, name, metric) for name in names]
-            yield f"| {label.rstrip(', ')} | " + " | ".join(cell(results, each) for each in found) + " |"
-    yield ""
+class Page:
+    """The functions that the template calls to read the results."""
 
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._value = results.value
 
-def _settings(results: Results) -> Iterator[str]:
-    yield "| | version | default | best for throughput | best for latency |\n| --- | --- | --- | --- | --- |"
-    for name, facts in results.systems.items():
-        kinds = [
-            ", ".join(f"{key}={value}" for key, value in facts[kind].items()) for kind in ("default", "best", "quick")
+    def render(self) -> str:
+        """Return the page as Markdown."""
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+        functions = (
+            *(figure, over, self._value, self.ratio, self.ratio_to_best_peer),
+            *(self.lowest_peer_latency_ratio, self.growth_ratio, self.table),
+        )
+        page = environment.from_string(TEMPLATE.read_text()).render(
+            results=self._results,
+            rounds=max((len(each.samples) for each in self._results.measurements), default=0),
+            titles={name: system.title for name, system in SYSTEMS.items()},
+            **{function.__name__: function for function in functions},
+        )
+        # A section that is left out leaves its blank lines.
+        return re.sub(r"\n{3,}", "\n\n", page).rstrip() + "\n"
+
+    def ratio(self, workload: str, variant: str, peer: str) -> float | None:
+        """Return durable_sa's throughput over a peer's."""
+        return over(self._value(workload, variant, REFERENCE), self._value(workload, variant, peer))
+
+    def ratio_to_best_peer(self, workload: str, variant: str) -> float | None:
+        """Return durable_sa's throughput over that of the fastest peer."""
+        return lowest(self.ratio(workload, variant, peer) for peer in PEERS)
+
+    def lowest_peer_latency_ratio(self, metric: str) -> float | None:
+        """Return the lowest latency of the peers over durable_sa's, each at the better of its settings."""
+        variants = ("default settings", "best settings")
+        peers = lowest(self._value("latency", variant, peer, metric) for peer in PEERS for variant in variants)
+        return over(peers, lowest(self._value("latency", variant, REFERENCE, metric) for variant in variants))
+
+    def growth_ratio(self) -> float | None:
+        """Return the throughput beside the most rows over the throughput on empty tables."""
+        values = [
+            self._value("growth", variant, REFERENCE)
+            for workload, variant, metric in self._results.rows()
+            if (workload, metric) == ("growth", "throughput")
         ]
-        yield f"| {SYSTEMS[name].title} | {facts['version']} | " + " | ".join(kinds) + " |"
-    yield ""
+        return over(values[-1], values[0]) if len(values) > 1 else None
 
+    def table(self, workload: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+        """Return the titles of the systems measured in a workload, and the label and the cells of each row."""
+        measured = {each.system for each in self._results.measurements if each.workload == workload}
+        names = [name for name in SYSTEMS if name in measured]
+        rows = []
+        for row_workload, variant, metric in self._results.rows():
+            if row_workload == workload:
+                label, unit = variant if metric == "throughput" else f"{variant}: {metric}", METRICS[metric].unit
+                cells = [self._cell(self._results.find(workload, variant, name, metric)) for name in names]
+                rows.append((f"{label}, {unit}" if unit else label, cells))
+        return [SYSTEMS[name].title for name in names], rows
 
-def _failures(results: Results) -> Iterator[str]:
-    if results.failures:
-        yield "## Runs that failed\n"
-        for failure in results.failures:
-            what = f"{failure.workload}, {failure.variant}: {SYSTEMS[failure.system].title}, round {failure.round}"
-            yield f"- {what}: `{failure.error.strip().splitlines()[-1]}`"
-        yield ""
+    def _cell(self, found: Measurement | None) -> str:
+        """Format a median with its spread, and durable_sa's lead over it."""
+        if found is None:
+            return ""
+        text = f"{figure(found.median)} ±{100 * found.spread:.0f}%"
+        own = self._value(found.workload, found.variant, REFERENCE, found.metric)
+        if found.system == REFERENCE or not own or not found.median:
+            return text
+        return f"{text} ({figure(METRICS[found.metric].gain(found.median, own))}x)"

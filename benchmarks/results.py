@@ -1,38 +1,49 @@
-"""What was measured: samples by workload, variant, system and metric, and all that is needed to read them."""
+"""The samples of a run by workload, variant, system and metric, with the facts about machine, server and systems."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 FORMAT: Final = 1
 
-METRICS: Final[dict[str, tuple[str, bool]]] = {
-    "throughput": ("/s", True),
-    "wal": ("bytes WAL a task", False),
-    "dead": ("dead tuples a task", False),
-    "hot": ("% of updates heap-only", True),
-    "start p50": ("ms", False),
-    "start p99": ("ms", False),
-    "result p50": ("ms", False),
-    "result p99": ("ms", False),
-    "megabytes": ("MB/s", True),
-    "statements": ("statements/s", False),
-    "memory": ("KB a task", False),
-    "claim p50": ("ms", False),
-    "claim p99": ("ms", False),
-    "last tenth over first": ("", True),
-    "over none": ("", True),
-    "rate": ("spawns/s", True),
-    "database growth": ("KB a task", False),
-    "resident growth": ("MB", False),
-    "connections": ("", False),
+
+class Metric(NamedTuple):
+    """The unit of a metric, and True if a larger value is better."""
+
+    unit: str
+    more_is_better: bool
+
+    def gain(self, old: float, new: float) -> float:
+        """Return how many times as good the new value is."""
+        return new / old if self.more_is_better else old / new
+
+
+METRICS: Final = {
+    "throughput": Metric("/s", more_is_better=True),
+    "wal": Metric("bytes WAL per task", more_is_better=False),
+    "dead": Metric("dead tuples per task", more_is_better=False),
+    "hot": Metric("% of updates heap-only", more_is_better=True),
+    "start p50": Metric("ms", more_is_better=False),
+    "start p99": Metric("ms", more_is_better=False),
+    "result p50": Metric("ms", more_is_better=False),
+    "result p99": Metric("ms", more_is_better=False),
+    "megabytes": Metric("MB/s", more_is_better=True),
+    "statements": Metric("statements/s", more_is_better=False),
+    "memory": Metric("KB per task", more_is_better=False),
+    "claim p50": Metric("ms", more_is_better=False),
+    "claim p99": Metric("ms", more_is_better=False),
+    "last tenth over first": Metric("", more_is_better=True),
+    "over none": Metric("", more_is_better=True),
+    "rate": Metric("spawns/s", more_is_better=True),
+    "database growth": Metric("KB per task", more_is_better=False),
+    "resident growth": Metric("MB", more_is_better=False),
+    "connections": Metric("", more_is_better=False),
+    "cpu": Metric("ms CPU per task", more_is_better=False),
 }
-"""Unit of each metric, and whether more of it is better."""
 
 
 @dataclass
@@ -45,7 +56,7 @@ class Measurement:
     metric: str
     samples: list[float] = field(default_factory=list)
     tasks: int = 0
-    """How many tasks each run had."""
+    """Tasks in each run."""
 
     @property
     def median(self) -> float:
@@ -53,13 +64,13 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Half of the range of the samples, over the median."""
+        """Half the range of the samples, relative to the median."""
         return (max(self.samples) - min(self.samples)) / 2 / self.median if self.median else 0.0
 
 
 @dataclass
 class Failure:
-    """A run that gave no figures."""
+    """A run without figures."""
 
     workload: str
     variant: str
@@ -70,7 +81,7 @@ class Failure:
 
 @dataclass
 class Results:
-    """Everything about a run of the benchmarks; as JSON in a file."""
+    """The content of a results.json."""
 
     profile: str
     machine: dict[str, Any]
@@ -81,10 +92,10 @@ class Results:
     series: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: float = 0.0
     earlier: list[dict[str, Any]] = field(default_factory=list)
-    """Runs on the same machine that other workloads were measured in: start, commit, seconds and workloads of each."""
+    """Earlier runs on the same machine whose workloads are included: start, commit, seconds and workloads of each."""
 
     def add(self, workload: str, variant: str, system: str, figures: dict[str, float], tasks: int) -> None:
-        """Note the figures of a run."""
+        """Add the figures of a run."""
         for metric, value in figures.items():
             found = self.find(workload, variant, system, metric)
             if found is None:
@@ -99,56 +110,45 @@ class Results:
         return None
 
     def value(self, workload: str, variant: str, system: str, metric: str = "throughput") -> float | None:
-        """The median, where it was measured."""
+        """Return a median, or None if it was not measured."""
         found = self.find(workload, variant, system, metric)
         return None if found is None else found.median
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Workload, variant and metric of all that was measured, in the order of measuring."""
+        """Return the workload, variant and metric of each row, in the order they were measured."""
         return list(dict.fromkeys((each.workload, each.variant, each.metric) for each in self.measurements))
 
     @property
     def workloads(self) -> list[str]:
-        """All that were measured, in the order of measuring."""
         return list(dict.fromkeys(each.workload for each in self.measurements))
 
-    def after(self, before: Results, variants: Collection[tuple[str, str]]) -> Results:
-        """These results, with those of an earlier run for the workloads that this one did not measure.
-
-        Of those it has the `variants` of workloads that are measured still.
+    def after(self, before: Results) -> Results:
+        """Return these results, completed with the workloads that only an earlier run measured.
 
         Raises:
-            ValueError: the earlier run was of another profile, or on another machine.
+            ValueError: the earlier run had another profile or another machine.
         """
-        for what in ("processor", "cores", "memory_gib"):
-            if before.machine[what] != self.machine[what]:
-                raise ValueError(f"the earlier run had another machine: {what} was {before.machine[what]}")
+        for fact in ("processor", "cores", "memory_gib"):
+            if before.machine[fact] != self.machine[fact]:
+                raise ValueError(f"the earlier run had another machine: {fact} was {before.machine[fact]}")
         if before.profile != self.profile:
-            raise ValueError(f"the earlier run was of the profile {before.profile}")
-        missing = [name for name in before.workloads if name not in self.workloads]
-        kept = [
-            each
-            for each in before.measurements
-            if each.workload in missing and (each.workload, each.variant) in variants
-        ]
+            raise ValueError(f"the earlier run had the profile {before.profile}")
+        missing = set(before.workloads) - set(self.workloads)
         parts = [
             {**part, "workloads": [name for name in part["workloads"] if name in missing]} for part in before.parts
         ]
-        return Results(
-            self.profile,
-            self.machine,
-            self.server,
-            {**before.systems, **self.systems},
-            kept + self.measurements,
-            [each for each in before.failures if each.workload in missing] + self.failures,
-            {**before.series, **self.series},
-            self.seconds,
-            [part for part in parts if part["workloads"]],
+        return replace(
+            self,
+            systems={**before.systems, **self.systems},
+            measurements=[each for each in before.measurements if each.workload in missing] + self.measurements,
+            failures=[each for each in before.failures if each.workload in missing] + self.failures,
+            series={**before.series, **self.series},
+            earlier=[part for part in parts if part["workloads"]],
         )
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """The runs that the results are of, the latest last."""
+        """The runs that the results come from, the latest last."""
         others = {name for part in self.earlier for name in part["workloads"]}
         own = [name for name in self.workloads if name not in others]
         about = {"started": self.machine["started"], "commit": self.machine["commit"], "seconds": self.seconds}
@@ -163,10 +163,10 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """The results in a file.
+        """Read a results.json.
 
         Raises:
-            ValueError: another version wrote it.
+            ValueError: the file has another format.
         """
         data = json.loads(path.read_text())
         if data.pop("format") != FORMAT:
@@ -180,6 +180,6 @@ class Results:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that so large a share of all does not exceed."""
+    """Return the value that a `share` (0 to 1) of all values lies below."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]

@@ -1,4 +1,4 @@
-"""The PostgreSQL that everything runs on, and what it can tell about a run: WAL, tuples, statements."""
+"""The PostgreSQL server of the benchmarks, and its counters of WAL, tuples and statements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS: Final[dict[str, str | int]] = {
     "max_wal_size": "4GB",
     "checkpoint_timeout": "15min",
     "max_connections": 300,
-    # Says whose a statement is when statements are counted.
+    # The database name (%d) tells the systems apart when statements are counted.
     "log_line_prefix": "%m [%p] %d ",
 }
 
@@ -43,7 +43,7 @@ FROM pg_stat_user_tables WHERE relname <> 'orders'
 
 @contextmanager
 def benchmark_server() -> Generator[Server]:
-    """A server with the settings of a production server, on TCP, with its data on disk, gone at the end."""
+    """Run a temporary server with production settings, on TCP and with its data on disk."""
     shared_buffers = min(2 * GIB, psutil.virtual_memory().total // 4)
     settings = {**SETTINGS, "shared_buffers": f"{shared_buffers // 1024**2}MB"}
     with temporary_server(settings=settings, listen="127.0.0.1") as embedded:
@@ -51,7 +51,7 @@ def benchmark_server() -> Generator[Server]:
 
 
 class Server:
-    """Databases on the server: a template a system, and copies of it."""
+    """A server with a template database for each system, and copies of the templates."""
 
     def __init__(self, embedded: EmbeddedServer, settings: dict[str, str | int]) -> None:
         self.settings = settings
@@ -60,12 +60,12 @@ class Server:
         self.programs = Binaries()
 
     def url(self, database: str = "postgres") -> str:
-        """A database's URL, as all drivers understand it."""
+        """Return the URL of a database, in the form that all drivers accept."""
         url = self._embedded.url(database=database).set(drivername="postgresql")
         return url.render_as_string(hide_password=False)
 
     async def execute(self, *statements: str, database: str = "postgres") -> Any:
-        """Run statements, each by itself; what the last one gives as a single value."""
+        """Run statements, each in its own transaction; return the single value of the last one."""
         connection = await asyncpg.connect(self.url(database))
         try:
             for statement in statements:
@@ -75,7 +75,7 @@ class Server:
         return value
 
     async def make_template(self, system: str) -> str:
-        """An empty database for a system to be installed in, with the table that stands for the application."""
+        """Create a database to install a system in, with the application's table ``orders``."""
         name = f"template_{system}"
         await self.execute(f'CREATE DATABASE "{name}"')
         await self.execute("CREATE TABLE orders (id bigserial PRIMARY KEY, note text)", database=name)
@@ -83,7 +83,7 @@ class Server:
 
     @asynccontextmanager
     async def database(self, system: System) -> AsyncGenerator[Database]:
-        """A fresh database with a system's tables."""
+        """Create a database with a system's tables, and drop it at the end."""
         name = f"{system.name}_{next(self._numbers)}"
         await self.execute(f'CREATE DATABASE "{name}" TEMPLATE "template_{system.name}"')
         connection = await asyncpg.connect(self.url(name))
@@ -95,7 +95,7 @@ class Server:
             await self.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
     async def commit_seconds(self, count: int = 200) -> float:
-        """How long a commit of one small row takes, at the median: what the disk is like."""
+        """Return the median time that a commit of one small row takes, as a measure of the disk."""
         connection = await asyncpg.connect(self.url())
         await connection.execute("CREATE TABLE commits (id int)")
         times = []
@@ -109,11 +109,11 @@ class Server:
 
     @property
     def log_position(self) -> int:
-        """How long the server's log is."""
+        """The length of the server's log."""
         return (self._embedded.data_dir / "log").stat().st_size
 
     def statements_logged(self, since: int, database: str) -> int:
-        """Statements that a database's sessions have executed, and logged, since that position."""
+        """Count the statements of a database's sessions in the log after a position."""
         with (self._embedded.data_dir / "log").open("rb") as log:
             log.seek(since)
             text = log.read().decode(errors="replace")
@@ -122,7 +122,7 @@ class Server:
 
 
 class Database:
-    """A database of one system, and a connection to look into it that is not the system's."""
+    """A database of one system, with a connection for the benchmarks' own queries."""
 
     def __init__(self, server: Server, name: str, system: System, connection: Any) -> None:
         self.server = server
@@ -132,16 +132,19 @@ class Database:
         self.connection = connection
 
     async def unfinished(self) -> int:
-        """Tasks that have not ended."""
+        """Count the tasks that are ready or running."""
         return int(await self.connection.fetchval(self._system.unfinished))
 
     async def suspended(self) -> int:
-        """Tasks that wait without being held by a worker."""
+        """Count the tasks that wait in the database, without a worker."""
         assert self._system.suspended is not None
         return int(await self.connection.fetchval(self._system.suspended))
 
     async def counters(self) -> dict[str, float]:
-        """WAL and tuples written so far. Waits until the sessions of others have ended, as they report late."""
+        """Return the WAL and tuples written so far.
+
+        Waits until all other sessions have ended, because a session may report its tuples as late as at its end.
+        """
         async with asyncio.timeout(10):
             while await self.connection.fetchval(
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND pid <> pg_backend_pid()"
@@ -154,7 +157,7 @@ class Database:
 
     @asynccontextmanager
     async def held_snapshot(self) -> AsyncGenerator[None]:
-        """A transaction in the database that keeps its snapshot, so that nothing dead can be removed."""
+        """Keep a transaction with a snapshot open, so that vacuum cannot remove dead rows."""
         connection = await asyncpg.connect(self.url)
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -164,5 +167,5 @@ class Database:
             await connection.close()
 
     async def log_statements(self) -> None:
-        """Have the statements of sessions that begin from now on written to the server's log."""
+        """Log the statements of all sessions that start later."""
         await self.connection.execute(f"ALTER DATABASE \"{self.name}\" SET log_statement = 'all'")

@@ -21,7 +21,7 @@ from .database.notifier import (
 from .database.scripts import perform_alone
 from .database.sessions import Script
 from .errors import QueueNotFound
-from .hooks import HookChain, Hooks
+from .hooks import Hooks, chain
 from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, TaskOptions
 from .policies import (
@@ -69,7 +69,7 @@ class App(Registry):
             default_cancellation,
             self.queue_name,
         )
-        self.hooks = HookChain(hooks)
+        self.hooks = chain(hooks)
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         self._database: Database | None = None

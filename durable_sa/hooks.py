@@ -30,25 +30,16 @@ durable = Durable(hooks=[Tenants()])
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Generator, Iterable
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    AsyncExitStack,
-    ExitStack,
-    contextmanager,
-    nullcontext,
-)
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidState
+from .execution.hooks import HookChain, OnSpawn
 from .options import SpawnOptions, encode_headers
 
 if TYPE_CHECKING:
     from .context import TaskContext
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -105,55 +96,26 @@ class Hooks:
         return nullcontext()
 
 
-class HookChain:
-    """The hooks of a client, each in the chains of the methods that it overrides."""
+def chain(hooks: Iterable[Hooks]) -> HookChain:
+    """Return the methods that `hooks` override, of each kind in the order in which the engine calls them.
 
-    def __init__(self, hooks: Iterable[Hooks] = ()) -> None:
-        self.all = tuple(hooks)
-        for hook in self.all:
-            if not isinstance(hook, Hooks):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"hooks are objects whose class derives from Hooks, not {type(hook).__name__}")
-        self.on_spawn = self._overriding("on_spawn")
-        self.around_task = self._overriding("around_task")
-        self.around_step = self._overriding("around_step")
-
-    def within(self, hook: Hooks) -> HookChain:
-        """These hooks, inside of another one."""
-        return HookChain((hook, *self.all))
-
-    def _overriding(self, method: str) -> tuple[Hooks, ...]:
-        return tuple(hook for hook in self.all if getattr(type(hook), method) is not getattr(Hooks, method))
-
-
-def outgoing_headers(hooks: Iterable[Hooks], spawn: OutgoingSpawn) -> str:
-    """The headers of a spawn, encoded, after the hooks have seen it."""
+    Raises:
+        TypeError: an object whose class does not derive from `Hooks`.
+    """
+    hooks = tuple(hooks)
     for hook in hooks:
-        hook.on_spawn(spawn)
+        if not isinstance(hook, Hooks):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"hooks are objects whose class derives from Hooks, not {type(hook).__name__}")
+
+    def overriding(method: str) -> tuple[Any, ...]:
+        base = getattr(Hooks, method)
+        return tuple(getattr(hook, method) for hook in hooks if getattr(type(hook), method) is not base)
+
+    return HookChain(*map(overriding, HookChain._fields))
+
+
+def outgoing_headers(hooks: Iterable[OnSpawn], spawn: OutgoingSpawn) -> str:
+    """Return the headers of a spawn, encoded, after the hooks have changed it."""
+    for hook in hooks:
+        hook(spawn)
     return encode_headers(spawn.headers, spawn.internal_headers)
-
-
-async def around_task(hooks: Iterable[Hooks], ctx: TaskContext[Any], start: Callable[[], Awaitable[T]]) -> T:
-    """Execute a task within the hooks."""
-    async with AsyncExitStack() as stack:
-        for hook in hooks:
-            await stack.enter_async_context(hook.around_task(ctx))
-        return await start()
-    raise InvalidState(f"An exception of task {ctx.task_name!r}", "suppressed by a hook", "Let it pass.")
-
-
-def around_step(hooks: tuple[Hooks, ...], ctx: TaskContext[Any], name: str) -> AbstractContextManager[None]:
-    """To execute a step within the hooks."""
-    return _around_step(hooks, ctx, name) if hooks else _NOTHING
-
-
-_NOTHING = nullcontext()
-
-
-@contextmanager
-def _around_step(hooks: tuple[Hooks, ...], ctx: TaskContext[Any], name: str) -> Generator[None]:
-    with ExitStack() as stack:
-        for hook in hooks:
-            stack.enter_context(hook.around_step(ctx, name))
-        yield
-        return
-    raise InvalidState(f"An exception of step {name!r}", "suppressed by a hook", "Let it pass.")

@@ -1,1 +1,1 @@
-"""The drivers: one module a system, which speaks its public API and runs in an environment of its own."""
+"""The drivers: one module per system, which uses its public API and runs in an environment of its own."""

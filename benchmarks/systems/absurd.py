@@ -1,6 +1,6 @@
-"""absurd: `Absurd`, its worker by default, in a thread; `AsyncAbsurd` where it is to be fast.
+"""absurd: `Absurd`, the worker of its documentation, in a thread; `AsyncAbsurd` with the faster settings.
 
-The tables are made by `absurdctl init`, which carries them and needs `psql` on the path.
+`absurdctl init` contains and creates the tables, and needs `psql` on the path.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from absurd_sdk import Absurd, AsyncAbsurd, AsyncTaskContext, TaskContext
 from .base import QUEUE, Params, Settings, System, noop_step
 
 CHILDREN = "children"
-"""A task may not wait for one in its own queue."""
+"""The queue of child tasks, because a task cannot wait for a task in its own queue."""
 
 
 class AbsurdSystem(System):
-    """Every client has one connection, so there are as many clients as callers."""
+    """absurd. A client has one connection, so every concurrent caller has a client."""
 
     distribution = "absurd-sdk"
 
@@ -57,7 +57,7 @@ class AbsurdSystem(System):
             self._workers.append(worker)
             self._running.append(asyncio.ensure_future(asyncio.to_thread(worker.start_worker, **options)))
             return
-        # Below as many slots as there are to be workers, a worker a slot.
+        # A concurrency below the number of workers reduces the number of workers.
         count = min(settings.get("workers", 1), options.get("concurrency", 1))
         options["concurrency"] = options.get("concurrency", 1) // count
         for _ in range(count):

@@ -1,7 +1,7 @@
-"""What a system has to bring to be measured, and what every driver does alike with it.
+"""The interface of a system under test, and the measurements that are the same for all systems.
 
-This module and the drivers run in the systems' own environments: they use nothing but the standard library and the
-system itself. Times are of the monotonic clock, which all processes of a machine share on Linux.
+This module and the drivers run in the environments of the systems, so they import only the standard library and their
+system. Times are those of the monotonic clock, which on Linux is the same for all processes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Settings: TypeAlias = dict[str, Any]
 
 QUEUE = "bench"
 CHUNK = 1000
-"""Tasks handed over at once where a system takes many."""
+"""Tasks per call of `spawn_many`."""
 
 
 class Probe:
-    """What the bodies of the tasks report. Fed from whatever thread the system runs them in."""
+    """The starts and ends that the tasks report, from the threads that the system runs them in."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -42,11 +42,11 @@ class Probe:
         self.ends.append(time.monotonic())
 
     def note(self, number: int) -> None:
-        """The task of that number has started."""
+        """Record the start of a task by its number."""
         self.numbered[number] = time.monotonic()
 
     def wait(self) -> None:
-        """A task is about to wait."""
+        """Count a task that is about to wait."""
         with self._mutex:
             self.waiting += 1
 
@@ -62,17 +62,17 @@ class Probe:
 
 
 async def noop_step() -> None:
-    """A step that does nothing."""
+    """Do nothing, as a step."""
 
 
 class System(ABC):
     """A system under test, in one process: as its client, as its worker, or as both.
 
-    The tasks that every driver registers, as far as its system can run them:
+    Every driver registers these tasks, as far as its system can run them:
 
     `noop` does nothing; `stamp` notes when it started; `steps` takes `steps` steps that return `size` characters each;
     `wait` takes `steps` steps and then waits for the event ``go``; `parent` spawns `children` tasks `child` and waits
-    for them all; `hold` runs until it is let go; `nap` sleeps for an hour.
+    for them all; `hold` runs until `release`; `nap` sleeps for an hour.
     """
 
     distribution: ClassVar[str]
@@ -83,11 +83,11 @@ class System(ABC):
 
     @abstractmethod
     async def install(self, url: str) -> None:
-        """Make the system's tables in an empty database, its queue included."""
+        """Create the system's tables and its queue in an empty database."""
 
     @abstractmethod
     async def open(self, url: str, connections: int, settings: Settings) -> None:
-        """Connect as a client that may use so many connections."""
+        """Connect as a client with the given number of connections."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -95,7 +95,7 @@ class System(ABC):
 
     @abstractmethod
     async def work(self, url: str, settings: Settings) -> None:
-        """Start a worker in the background; it has a connection when this returns."""
+        """Start a worker in the background and wait until it is connected."""
 
     @abstractmethod
     async def rest(self) -> None:
@@ -103,7 +103,10 @@ class System(ABC):
 
     @abstractmethod
     async def spawn_one(self, slot: int, task: str, params: Params) -> Any:
-        """Enqueue a task, committed. `slot` tells concurrent callers apart. Returns what `result` takes."""
+        """Enqueue a task and commit; return the handle that `result` takes.
+
+        `slot` is the number of the concurrent caller.
+        """
 
     async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
         """Insert a row into ``orders`` and enqueue a task, in one transaction."""
@@ -121,10 +124,10 @@ class System(ABC):
         """Emit an event."""
         raise NotImplementedError
 
-    # From here on: calls of the conductor, the same for all systems.
+    # The methods below are called by the workloads, and are the same for all systems.
 
     async def load(self, task: str, count: int, params: Params) -> None:
-        """Enqueue tasks by the fastest means there is; not measured."""
+        """Enqueue tasks by the fastest way that the system has."""
         items = [{**params, "i": number} for number in range(count)]
         if type(self).spawn_many is not System.spawn_many:
             for start in range(0, count, CHUNK):
@@ -139,7 +142,7 @@ class System(ABC):
         await asyncio.gather(*(spawner(slot) for slot in range(8)))
 
     async def spawn(self, mode: str, count: int, spawners: int) -> float:
-        """Enqueue `count` no-op tasks, with so many callers at once; seconds."""
+        """Enqueue `count` no-op tasks from concurrent callers; return the seconds it took."""
         calls: dict[str, Callable[[int, str, Params], Awaitable[Any]]] = {
             "single": self.spawn_one,
             "session": self.spawn_in_transaction,
@@ -159,9 +162,10 @@ class System(ABC):
         return time.monotonic() - began
 
     async def ping(self, count: int, pause: float, seconds: float) -> dict[str, list[float]]:
-        """One task at a time on an idle system, up to `count` and for up to so many seconds.
+        """Run one task at a time, until `count` tasks have ended or the seconds have passed.
 
-        The pauses between them are random, up to `pause`, so that no poll of the system falls in step with them.
+        The pauses between tasks are random, up to `pause` seconds, so that they do not fall into step with the system's
+        polls.
         """
         spawned: list[float] = []
         ended: list[float] = []
@@ -174,7 +178,10 @@ class System(ABC):
         return {"spawned": spawned, "ended": ended}
 
     async def stream(self, rate: float, seconds: float, first: int) -> dict[str, list[float]]:
-        """Spawn at a fixed rate, whatever becomes of the tasks; when each was spawned, by its number from `first`."""
+        """Spawn at a fixed rate (tasks per second); return the times of the spawns.
+
+        The tasks are numbered from `first`.
+        """
         spawned: list[float] = []
         began = time.monotonic()
         pending: set[asyncio.Task[Any]] = set()
@@ -190,7 +197,7 @@ class System(ABC):
         return {"spawned": spawned}
 
     async def progress(self) -> dict[str, Any]:
-        """How far the tasks have come in this process."""
+        """Return the numbers of tasks that have started, ended and waited here, and the time of the first start."""
         starts = self.probe.starts
         return {
             "started": len(starts),
@@ -200,31 +207,31 @@ class System(ABC):
         }
 
     async def until(self, ended: int, seconds: float) -> dict[str, Any]:
-        """How far the tasks have come once so many have ended in this process, or after so many seconds."""
+        """Return the progress once `ended` tasks have ended in this process, or after the given seconds."""
         deadline = time.monotonic() + seconds
         while len(self.probe.ends) < ended and time.monotonic() < deadline:
             await asyncio.sleep(0.002)
         return await self.progress()
 
     async def tenths(self) -> list[float]:
-        """When the task at each tenth of all had ended."""
+        """Return the times at which 0, 10, 20 ... 100 % of the tasks had ended."""
         ends = sorted(self.probe.ends)
         return [ends[min(len(ends) - 1, len(ends) * tenth // 10)] for tenth in range(11)]
 
     async def numbered(self) -> dict[int, float]:
-        """When each task `stamp` started since the last call."""
+        """Return the start of each task `stamp` by its number, for the starts since the last call."""
         noted, self.probe.numbered = self.probe.numbered, {}
         return noted
 
     async def release(self) -> None:
-        """Let go of the tasks `hold`."""
+        """End the tasks `hold`."""
         self.probe.release()
 
     async def forget(self) -> None:
-        """Begin anew with the numbers."""
+        """Reset the counters."""
         self.probe = Probe()
         gc.collect()
 
     async def claim_times(self) -> list[float]:
-        """How long the worker's claims took since the last call, where the driver can tell."""
+        """Return the seconds that each claim of the worker took since the last call, if the driver measures it."""
         return []

@@ -1,4 +1,4 @@
-"""dbos: workflows on a queue, enqueued by a `DBOSClient`, and run after `DBOS.launch()`."""
+"""dbos: a `DBOSClient` enqueues workflows, which run after `DBOS.launch()`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PATIENCE = 3600.0
 
 
 async def filler(size: int) -> str:
-    """A step's result of a given length."""
+    """Return a string of the given length, as a step's result."""
     return "x" * size
 
 
 class DbosSystem(System):
-    """Waits of a workflow are held in memory, in the process that runs it."""
+    """dbos holds a waiting workflow in the memory of the process that runs it."""
 
     distribution = "dbos"
 

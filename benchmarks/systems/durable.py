@@ -11,6 +11,7 @@ from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
+import durable_sa
 from durable_sa import Durable, SpawnResult, TaskContext, Worker, task
 
 from .base import QUEUE, Params, Settings, System, noop_step
@@ -19,18 +20,18 @@ _ORDER = text("INSERT INTO orders (note) VALUES ('x')")
 
 
 async def filler(size: int) -> str:
-    """A step's result of a given length."""
+    """Return a string of the given length, as a step's result."""
     return "x" * size
 
 
 def engine_for(url: str, connections: int | None = None) -> AsyncEngine:
-    """An engine as an application makes it; with a pool of the library's default size if none is given."""
+    """Return an engine, with SQLAlchemy's default pool size unless a number of connections is given."""
     options: dict[str, Any] = {} if connections is None else {"pool_size": connections, "max_overflow": 0}
     return create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **options)
 
 
 class DurableSystem(System):
-    """The tasks are closures over the system, as its numbers are kept there."""
+    """durable_sa. The tasks are closures, so that they reach the probe of their system."""
 
     distribution = "durable_sa"
 
@@ -91,6 +92,10 @@ class DurableSystem(System):
             await ctx.sleep_for("nap", 3600)
 
         return {each.name: each for each in (noop, stamp, steps, wait, child, parent, hold, nap)}
+
+    async def source(self) -> str:
+        """Return the file of the durable_sa that this process has imported."""
+        return durable_sa.__file__
 
     def _client(self, engine: AsyncEngine) -> Durable:
         return Durable(engine, queue_name=QUEUE, tasks=self._tasks.values())

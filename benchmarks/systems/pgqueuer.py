@@ -17,12 +17,12 @@ from .base import Params, Settings, System
 
 
 def encoded(params: Params) -> bytes:
-    """The payload of a job."""
+    """Encode the payload of a job."""
     return json.dumps(params).encode()
 
 
 class PgQueuerSystem(System):
-    """A queue without steps. Jobs that are done are deleted and leave a row in a log."""
+    """pgqueuer, a queue without steps. It deletes completed jobs and writes a row to a log instead."""
 
     distribution = "pgqueuer"
 
@@ -36,7 +36,7 @@ class PgQueuerSystem(System):
     async def open(self, url: str, connections: int, settings: Settings) -> None:
         self._pool = await asyncpg.create_pool(url, min_size=2, max_size=max(2, connections))
         self._queries = Queries(AsyncpgPoolDriver(self._pool))
-        # Completions are asked for on a connection of their own, which also listens.
+        # The watcher listens and polls for completions on a connection of its own.
         self._listening = await asyncpg.connect(url)
         driver = AsyncpgDriver(self._listening)
         waits = {} if "debounce" not in settings else {"debounce": timedelta(seconds=settings["debounce"])}
@@ -51,7 +51,7 @@ class PgQueuerSystem(System):
     async def work(self, url: str, settings: Settings) -> None:
         settings = dict(settings)
         if (concurrency := settings.pop("concurrency", None)) is not None:
-            # It takes no more than half of its running jobs at once.
+            # pgqueuer requires max_concurrent_tasks to be at least twice the batch size.
             settings["batch_size"] = max(1, concurrency // 2)
             settings["max_concurrent_tasks"] = max(2, concurrency)
         self._worker_connection = await asyncpg.connect(url)

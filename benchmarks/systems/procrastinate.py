@@ -16,7 +16,7 @@ _UNFINISHED = (Status.TODO, Status.DOING)
 
 
 class ProcrastinateSystem(System):
-    """A queue without steps. There is no call that waits for a job, so its status is asked for again and again."""
+    """procrastinate, a queue without steps. It has no call that waits for a job, so `result` polls its status."""
 
     distribution = "procrastinate"
 

@@ -1,7 +1,7 @@
-"""The ceiling: the least that a job costs, as statements over asyncpg on one plain table. No system, no guarantees.
+"""The ceiling: the least that a job costs, as statements over asyncpg on one plain table, without guarantees.
 
-A worker claims a batch and completes a batch, one statement each, on two connections at the same time. It keeps a
-floor, as ids only rise, and there are no retries, leases, results of their own types, or anything else.
+A worker claims a batch and completes the previous one at the same time, with one statement each, on two connections. It
+skips ids below the last claimed one, as ids only rise. It has no retries, leases or typed results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FROM unnest($1::bigint[], $2::text[]) AS done (id, output) WHERE jobs.id = done.
 
 
 class RawSystem(System):
-    """Statements and a loop."""
+    """Two statements in a loop."""
 
     distribution = "asyncpg"
 

@@ -1,4 +1,4 @@
-"""The workloads, in the order they are run."""
+"""The workloads, in the order they run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
 
 
 def cases(profile: Profile, only: frozenset[str]) -> list[list[Case]]:
-    """The cases of each group; with `only`, of workloads and groups that are named, a workload before such a group."""
+    """Return the cases of each group; with `only`, those of the named workloads and groups.
+
+    A name that is both a workload and a group selects the workload.
+    """
     found = []
     for group, make in GROUPS.items():
-        all_of_it = make(profile)
-        whole = not only or (group in only and group not in {case.workload for case in all_of_it})
-        chosen = [case for case in all_of_it if whole or case.workload in only]
+        all_cases = make(profile)
+        whole = not only or (group in only and group not in {case.workload for case in all_cases})
+        chosen = [case for case in all_cases if whole or case.workload in only]
         if chosen:
             found.append(chosen)
     return found

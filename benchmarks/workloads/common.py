@@ -1,4 +1,4 @@
-"""What the workloads share: a case to be run in rounds, workers that come and go, and draining a queue."""
+"""The parts that the workloads share: cases, clients, workers, and draining a queue."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..driver import Driver
 from ..server import Database
 
 LEAST_TASKS = 20
-"""A run of fewer says nothing."""
+"""The least number of tasks of a slow system: the figures of fewer vary too much."""
 
 
 class RunError(Exception):
-    """Raised when a run did not do what it was to do, so that its time means nothing."""
+    """Raised when a run did not process its tasks as expected, so that its time is meaningless."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a case gave."""
+    """The figures of one run of a case, by metric."""
 
     figures: dict[str, float]
     tasks: int
@@ -32,29 +32,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of a workload, run in turns with all systems that offer what it needs."""
+    """One variant of a workload, which runs with all systems that offer the ability it `needs`."""
 
     workload: str
     variant: str
     needs: str
     run: Callable[[Bench, System], Awaitable[Outcome]]
     systems: frozenset[str] | None = None
-    """The only systems it is for, if not for all."""
+    """The names of the only systems to run it with; None for all."""
     once: bool = False
-    """Too long for rounds."""
+    """True if the case runs once instead of in rounds, because it takes long."""
 
 
 def share(count: int, system: System) -> int:
-    """How many of so many tasks a system is given."""
+    """Return the number of tasks that a system is given of `count`."""
     return count if system.share == 1 else max(LEAST_TASKS, int(count * system.share))
-
-
-@dataclass
-class Worker:
-    """A driver that works, in the settings it was given."""
-
-    driver: Driver
-    settings: dict[str, Any]
 
 
 @asynccontextmanager
@@ -68,7 +60,7 @@ async def client(
     index: int = 0,
     **settings: Any,
 ) -> AsyncGenerator[Driver]:
-    """A driver connected as a client."""
+    """Connect a driver as a client."""
     driver = await bench.driver(system, loop, index)
     await driver.call("open", url=database.url, connections=connections, settings=settings)
     try:
@@ -79,7 +71,7 @@ async def client(
 
 @asynccontextmanager
 async def working(driver: Driver, database: Database, settings: dict[str, Any]) -> AsyncGenerator[None]:
-    """A driver with a worker."""
+    """Run a worker in a driver."""
     options = {key: value for key, value in settings.items() if key != "loop"}
     await driver.call("work", url=database.url, settings=options)
     try:
@@ -90,17 +82,18 @@ async def working(driver: Driver, database: Database, settings: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Drained:
-    """A queue that was worked off."""
+    """The times of a drained queue."""
 
     seconds: float
-    """From the start of the first task to the moment when the end of the last could be seen in the database."""
+    """Seconds from the start of the first task until the database shows the last one as ended."""
     tenths: list[float]
+    """The times at which each tenth of the tasks had ended; empty for several processes."""
 
 
 async def load(
     bench: Bench, system: System, database: Database, task: str, count: int, params: dict[str, Any], loop: str
 ) -> Driver:
-    """Fill the queue; the driver that did, with its numbers at nothing."""
+    """Fill the queue; return the driver that filled it, with its counters reset."""
     async with client(bench, system, database, loop=loop, connections=8) as driver:
         await driver.call("forget")
         await driver.call("load", task=task, count=count, params=params)
@@ -119,9 +112,12 @@ async def drain(
     processes: int = 1,
     replays: bool = False,
 ) -> Drained:
-    """Load tasks, start workers, and take the time until all have ended.
+    """Load tasks, start workers, and measure the time until all tasks have ended.
 
-    Tasks that wait are started more than once; say so by `replays`.
+    With `replays`, tasks may start more than once, as they do when they wait.
+
+    Raises:
+        RunError: the number of starts differs from `count`.
     """
     loop = settings["loop"]
     await load(bench, system, database, task, count, params or {}, loop)
@@ -143,8 +139,8 @@ async def drain(
 
 
 async def until_ended(drivers: list[Driver], database: Database, count: int) -> float:
-    """Wait until so many tasks have ended, and the database says so; when the first had started."""
-    # One process knows by itself when that is; of several, only their sum tells.
+    """Wait until `count` tasks have ended according to the database; return the start of the first one."""
+    # A single driver returns as soon as it has counted them all; several have to be polled for their sum.
     seconds = 0.5 if len(drivers) == 1 else 0.02
     while True:
         progress = await asyncio.gather(*(driver.call("until", ended=count, seconds=seconds) for driver in drivers))
@@ -155,10 +151,29 @@ async def until_ended(drivers: list[Driver], database: Database, count: int) -> 
     return min(each["first"] for each in progress if each["first"] is not None)
 
 
-async def until_suspended(driver: Driver, system: System, database: Database, count: int) -> None:
-    """Wait until so many tasks wait."""
-    while (await driver.call("progress"))["waiting"] < count:
+async def until(driver: Driver, what: str, count: int) -> None:
+    """Wait until a driver's number of tasks that have `started`, `ended` or are `waiting` is at least `count`."""
+    while (await driver.call("progress"))[what] < count:
         await asyncio.sleep(0.02)
+
+
+async def until_suspended(driver: Driver, system: System, database: Database, count: int) -> None:
+    """Wait until `count` tasks are waiting."""
+    await until(driver, "waiting", count)
     if system.suspended is not None:
         while await database.suspended() < count:
             await asyncio.sleep(0.02)
+
+
+async def wake(bench: Bench, system: System, count: int, params: dict[str, Any]) -> float:
+    """Return the seconds from the emit of an event until `count` tasks that wait for it have ended."""
+    settings = system.worker("best")
+    loop = settings["loop"]
+    async with bench.server.database(system) as database:
+        driver = await load(bench, system, database, "wait", count, params, loop)
+        async with working(driver, database, settings), client(bench, system, database, loop=loop, index=1) as emitter:
+            await until_suspended(driver, system, database, count)
+            began = time.monotonic()
+            await emitter.call("emit", name="go")
+            await until_ended([driver], database, count)
+            return time.monotonic() - began

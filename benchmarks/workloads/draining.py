@@ -1,4 +1,4 @@
-"""Draining a queue of tasks that do nothing, with what it writes; and the same as pgbench does it."""
+"""Draining a queue of tasks that do nothing, with the WAL and tuples it writes; and a ceiling from pgbench."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def run_drain(bench: Bench, system: System, *, key: str, processes: int) -
 
 
 async def written(database: Database, before: dict[str, float], count: int) -> dict[str, float]:
-    """What each task has written from its spawn to its end."""
+    """Return the WAL and tuples that each task has written from its spawn to its end."""
     after = await database.counters()
     total = {name: after[name] - before[name] for name in after}
     return {
@@ -62,7 +62,7 @@ async def written(database: Database, before: dict[str, float], count: int) -> d
 
 
 async def run_pgbench(bench: Bench, system: System, *, batch: int, clients: int) -> Outcome:
-    """The plain table again, worked off by pgbench: what the server can do without Python."""
+    """Drain the plain table with pgbench, which shows what the server can do without Python."""
     count = bench.profile.drained["best" if batch > 1 else "8"]
     count -= count % (batch * clients)
     async with bench.server.database(system) as database:

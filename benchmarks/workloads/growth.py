@@ -1,4 +1,4 @@
-"""Whether the cost of a task stays the same: beside millions of rows, and while nothing dead can be removed."""
+"""Draining beside millions of rows, and while vacuum cannot remove dead rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .common import Case, Outcome, drain
 CHUNK = 500_000
 
 SLOWED = {"pgqueuer": 0.1}
-"""How much is drained, under a snapshot, by systems that it slows down so much that a run of all would take minutes."""
+"""The fraction of the tasks for a system that a held snapshot slows down so much that all would take minutes."""
 
 FINISHED = f"""
 INSERT INTO durable.tasks (
@@ -47,7 +47,7 @@ SELECT task_id, 1, run_id, 'completed', started_at, finished_at FROM durable.tas
 
 
 async def fill(database: Database, finished: int, sleepers: int) -> None:
-    """Rows as they are after so many tasks, made by SQL, and settled."""
+    """Insert rows as that many tasks would have left them, and vacuum."""
     for statement, count in ((FINISHED, finished), (SLEEPERS, sleepers)):
         for start in range(0, count, CHUNK):
             await database.connection.execute(statement, start + 1, min(start + CHUNK, count), timeout=3600)
@@ -57,7 +57,7 @@ async def fill(database: Database, finished: int, sleepers: int) -> None:
 
 
 async def drain_beside(bench: Bench, system: System, *, finished: int, sleepers: int) -> Outcome:
-    """The same database for all rounds: what has been drained stays, as finished tasks."""
+    """Drain beside old tasks. All rounds share one database, so the drained tasks of earlier rounds are in it."""
     count = bench.profile.drained_beside
     settings = {**system.worker("best"), "timed": True}
     key = f"beside {finished} {sleepers}"
@@ -76,7 +76,7 @@ async def drain_beside(bench: Bench, system: System, *, finished: int, sleepers:
 
 
 async def drain_under_snapshot(bench: Bench, system: System) -> Outcome:
-    """The last tenth of a queue against the first, while a transaction elsewhere keeps its snapshot."""
+    """Compare the last tenth of a queue with the first, while another transaction holds its snapshot."""
     count = int(bench.profile.drained_under_snapshot * SLOWED.get(system.name, 1))
     async with bench.server.database(system) as database, database.held_snapshot():
         drained = await drain(bench, system, database, system.worker("best"), count=count)

@@ -1,4 +1,4 @@
-"""One task at a time on a system that has nothing else to do: from its spawn to its start, and to its result."""
+"""The latency of one task at a time on an idle system, from its spawn to its start and to its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import Case, Outcome, client, working
 
 
 async def ping(bench: Bench, system: System, *, variant: str) -> Outcome:
-    """The client is in one process and the worker in another."""
+    """Spawn from one process and work in another."""
     profile = bench.profile
     settings = dict(system.default if variant == "default" else system.quick)
     loop, pause = settings["loop"], max(0.05, system.default_poll if variant == "default" else 0.0)

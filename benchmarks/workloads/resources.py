@@ -1,4 +1,4 @@
-"""What a worker costs that has nothing to do, and what tasks cost in memory that run or sleep."""
+"""The statements of idle workers, and the memory of running and sleeping tasks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from functools import partial
 
 from ..bench import Bench
 from ..catalogue import System
-from ..driver import Driver
 from ..profiles import Profile
-from .common import Case, Outcome, client, drain, until_suspended, working
+from .common import Case, Outcome, client, drain, until, until_suspended, working
 
 SETTLING_SECONDS = 2.0
-"""After a worker's start, before its statements are counted."""
+"""Seconds between the start of a worker and the count of its statements."""
 
 
 async def idle(bench: Bench, system: System, *, workers: int) -> Outcome:
-    """Statements a second on the whole server, with default settings and an empty queue."""
+    """Count the statements per second of workers with default settings and an empty queue."""
     profile = bench.profile
     settings = system.worker("default")
     async with bench.server.database(system) as database, AsyncExitStack() as stack:
@@ -32,21 +31,21 @@ async def idle(bench: Bench, system: System, *, workers: int) -> Outcome:
     return Outcome({"statements": statements / profile.idle_seconds}, 0)
 
 
-WARMING = 20
-"""Tasks that the worker's process has run before: enough to load all code, too few to leave room for the others."""
+WARM_UP_TASKS = 20
+"""Tasks that run before the measurement: enough to load all code, too few to leave much free memory behind."""
 
 
 async def memory(bench: Bench, system: System, *, task: str) -> Outcome:
-    """Tasks that were there before the worker, in a process that has run a few before."""
+    """Measure the growth of a warm worker process that finds all tasks in the queue when it starts."""
     count = bench.profile.held
     settings = {**system.worker(count), "loop": "asyncio"}
     if "workers" in settings:
-        # One that claims all at once: it does not fill a slot again before all that it claimed have ended.
+        # One worker claims all tasks at once. absurd does not claim again before all tasks of a claim have ended.
         settings["workers"] = 1
-    # A process of an earlier run has the room already.
+    # A process of an earlier run would already have the memory.
     await bench.dismiss(system)
     async with bench.server.database(system) as database:
-        await drain(bench, system, database, settings, count=WARMING)
+        await drain(bench, system, database, settings, count=WARM_UP_TASKS)
         driver = await bench.driver(system, "asyncio")
         before = driver.resident_bytes
         async with client(bench, system, database, loop="asyncio", connections=8, index=1) as spawner:
@@ -55,17 +54,12 @@ async def memory(bench: Bench, system: System, *, task: str) -> Outcome:
             if task == "nap":
                 await until_suspended(driver, system, database, count)
             else:
-                await _until(driver, "started", WARMING + count)
+                await until(driver, "started", WARM_UP_TASKS + count)
             grown = driver.resident_bytes - before
             await driver.call("release")
             if task == "hold":
-                await _until(driver, "ended", WARMING + count)
+                await until(driver, "ended", WARM_UP_TASKS + count)
     return Outcome({"memory": grown / count / 1000}, count)
-
-
-async def _until(driver: Driver, what: str, count: int) -> None:
-    while (await driver.call("progress"))[what] < count:
-        await asyncio.sleep(0.02)
 
 
 def cases(profile: Profile) -> list[Case]:

@@ -1,4 +1,4 @@
-"""A long run at half of what the system can do, and what becomes of tables, memory, connections and latency."""
+"""A long run at half of the highest rate, with the growth of tables, memory, connections and latency."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..driver import Driver
 from ..profiles import Profile
 from ..results import percentile
 from ..server import Database
-from .common import Case, Outcome, client, working
+from .common import Case, Outcome, client, until, working
 
 WARM_UP_TASKS = 2_000
 
 
 async def soak(bench: Bench, system: System) -> Outcome:
-    """Tasks are spawned one by one at a fixed rate, whatever becomes of them."""
+    """Spawn tasks one by one at a fixed rate, even if the worker falls behind."""
     profile = bench.profile
     settings = system.worker("best")
     loop = settings["loop"]
@@ -29,7 +29,7 @@ async def soak(bench: Bench, system: System) -> Outcome:
         worker = await bench.driver(system, loop, 1)
         await worker.call("forget")
         async with working(worker, database, settings):
-            rate = await _most(spawner, worker) / 2
+            rate = await _highest_rate(spawner, worker) / 2
             series = await _run(profile, database, spawner, worker, rate)
     bench.results.series["soak"] = series
     first, last = series[0], series[-1]
@@ -47,12 +47,11 @@ async def soak(bench: Bench, system: System) -> Outcome:
     )
 
 
-async def _most(spawner: Driver, worker: Driver) -> float:
-    """Tasks a second that can be spawned and run at the same time: eight callers, each waiting for its commits."""
+async def _highest_rate(spawner: Driver, worker: Driver) -> float:
+    """Return the tasks per second that eight callers can spawn, one commit each, while a worker runs them."""
     began = time.monotonic()
     await spawner.call("spawn", mode="single", count=WARM_UP_TASKS, spawners=8)
-    while (await worker.call("progress"))["ended"] < WARM_UP_TASKS:
-        await asyncio.sleep(0.01)
+    await until(worker, "ended", WARM_UP_TASKS)
     return WARM_UP_TASKS / (time.monotonic() - began)
 
 
@@ -81,12 +80,12 @@ async def _run(
 
 
 async def _starts(worker: Driver, when: dict[int, float]) -> list[float]:
-    """How long each of these tasks has waited; all must have started."""
+    """Wait until these tasks have started; return the delay of each."""
     started: dict[int, float] = {}
     while len(started) < len(when):
         await asyncio.sleep(0.01)
         started |= {int(number): at for number, at in (await worker.call("numbered")).items()}
-    # What the bench would remember of millions of tasks is not the system's memory.
+    # The probe's times of millions of tasks would be counted as the system's memory.
     await worker.call("forget")
     return [started[number] - at for number, at in when.items()]
 

@@ -1,4 +1,4 @@
-"""Spawning: one by one, inside a transaction of the application, in bulk; and what listening workers cost it."""
+"""Spawning one by one, inside a transaction of the application, and in bulk; and the cost of listening workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from ..profiles import Profile
 from .common import Case, Outcome, client, share, working
 
 LISTENERS = "elsewhere"
-"""A queue that workers listen for and nothing is spawned into: they cost hints, and no work."""
-
+"""A queue without tasks: its workers receive notifications but do no work."""
 
 COMMITTERS = (8, 32)
-"""How many commit at once where it is measured what listening workers cost them."""
+"""The numbers of callers that commit beside listening workers."""
 BLOCKS = 10
-"""How often a worker comes to listen and goes again: so both ways share what the machine does meanwhile."""
+"""Alternations between a listening worker and none, so that disturbances of the machine affect both alike."""
 
 
 async def spawn(bench: Bench, system: System, *, mode: str, spawners: int) -> Outcome:
@@ -28,14 +27,14 @@ async def spawn(bench: Bench, system: System, *, mode: str, spawners: int) -> Ou
         bench.server.database(system) as database,
         client(bench, system, database, loop=loop, connections=max(2, spawners)) as driver,
     ):
-        # Connections are made, and statements prepared, before time is taken.
+        # Connections are opened and statements prepared before the measurement.
         await driver.call("spawn", mode=mode, count=2 * spawners, spawners=spawners)
         seconds = await driver.call("spawn", mode=mode, count=count, spawners=spawners)
     return Outcome({"throughput": count / seconds}, count)
 
 
 async def spawn_beside_a_listener(bench: Bench, system: System, *, spawners: int) -> Outcome:
-    """In transactions of the application, in turns with a worker that listens and without."""
+    """Spawn in transactions of the application, in turns with a listening worker and without one."""
     count = bench.profile.spawns[spawners] // BLOCKS
     loop = system.best["loop"]
     took = {True: 0.0, False: 0.0}

@@ -1,17 +1,16 @@
-"""Steps: many in one workflow, in many at once, of any size, and again from their checkpoints."""
+"""Steps in one workflow and in many at once, with results of several sizes, and replayed from their checkpoints."""
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 from ..bench import Bench
 from ..catalogue import System
 from ..profiles import KIB, Profile
-from .common import Case, Outcome, client, drain, load, until_ended, until_suspended, working
+from .common import Case, Outcome, drain, wake
 
 REPLAYING = frozenset({"durable", "absurd"})
-"""dbos holds waits in memory and replays nothing when they end."""
+"""dbos holds waiting workflows in memory, so it does not replay them."""
 
 
 async def run_steps(bench: Bench, system: System, *, workflows: int, steps: int, size: int, variant: str) -> Outcome:
@@ -26,18 +25,9 @@ async def run_steps(bench: Bench, system: System, *, workflows: int, steps: int,
 
 
 async def replay(bench: Bench, system: System, *, steps: int) -> Outcome:
-    """Workflows that have taken their steps wait for an event; from its emit until all of them have ended."""
-    settings = system.worker("best")
-    loop, count = settings["loop"], bench.profile.replayed_workflows
-    async with bench.server.database(system) as database:
-        driver = await load(bench, system, database, "wait", count, {"steps": steps}, loop)
-        async with working(driver, database, settings), client(bench, system, database, loop=loop, index=1) as emitter:
-            await until_suspended(driver, system, database, count)
-            began = time.monotonic()
-            await emitter.call("emit", name="go")
-            await until_ended([driver], database, count)
-            seconds = time.monotonic() - began
-    return Outcome({"throughput": count * steps / seconds}, count)
+    """Measure the time from an event until all workflows that wait for it, after their steps, have ended."""
+    count = bench.profile.replayed_workflows
+    return Outcome({"throughput": count * steps / await wake(bench, system, count, {"steps": steps})}, count)
 
 
 def cases(profile: Profile) -> list[Case]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from typing_extensions import TypeVar as DefaultTypeVar
 
-from ..hooks import Hooks
 from ..policies import Duration, seconds
 from ..serialization.codec import UNTYPED
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
 from ..statements.claiming import ClaimedRun
+from .base import Call
 from .children import Children
 from .events import Events
 from .sleeps import Sleeps
@@ -98,10 +99,9 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
         """What the claim of the run said."""
         return self._run.claimed
 
-    @property
-    def step_hooks(self) -> tuple[Hooks, ...]:
-        """The client's hooks that go around steps."""
-        return self._run.host.hooks.around_step
+    def around_step(self, call: Call) -> AbstractContextManager[object]:
+        """Return a context manager for one try of a step: its span, and inside it the client's hooks."""
+        return self._around(call)
 
     async def heartbeat(self, duration: Duration | None = None) -> None:
         """Ask whether the run still goes on: raises where the task was cancelled or taken over.
@@ -122,7 +122,7 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, Generic
             return
         await run.enter()
         with self._observed("heartbeat"), run.branches.busy():
-            state = await run.host.reader.gone((self.task_id, run.claimed.fence))
+            state = await run.host.reader.ownership((self.task_id, run.claimed.fence))
         if state is not None:
             signal: ControlFlow = TaskCancelled() if state == "cancelled" else LeaseLost()
             run.take_away(signal)

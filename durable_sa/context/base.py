@@ -11,13 +11,13 @@ import asyncio
 import uuid
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import InvalidState
+from ..execution.hooks import around_step
 from ..execution.journal import Entry
-from ..execution.waits import PendingWait
-from ..execution.writes import Kind, Stored
-from ..hooks import around_step
+from ..execution.waits import PendingWait, Stored
+from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
 from ..serialization.codec import Codec, check_size
@@ -25,7 +25,6 @@ from ..serialization.codec import Codec, check_size
 if TYPE_CHECKING:
     from ..client import Durable
     from ..execution.run import Run
-    from . import TaskContext
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ class ContextBase:
             earlier = await self._run.write(
                 Kind.CHECKPOINT,
                 call.key,
-                (call.kind, call.name, stored.status, stored.value, stored.child_task_id),
+                CheckpointValues(call.kind, call.name, stored.status, stored.value, stored.child_task_id),
                 size=len(stored.value or ""),
             )
         return stored if earlier is None else earlier
@@ -115,9 +114,8 @@ class ContextBase:
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         with self._run.branches.busy():
-            stored = await self._run.write(
-                Kind.CHECKPOINT, call.key, (call.kind, call.name, "completed", text, None), size=len(text)
-            )
+            values = CheckpointValues(call.kind, call.name, "completed", text)
+            stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if call.kind == "step" and not is_part(call.key) and self._run.journal.holds_other("step", call.name):
             # Only now: branches that start later than this one have asked for theirs in the meantime.
             self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)
@@ -136,9 +134,11 @@ class ContextBase:
                 "Call it from the task's own code.",
             )
 
-    def _within_hooks(self, call: Call) -> AbstractContextManager[None]:
-        """To execute a step or transaction within the client's hooks."""
-        return around_step(self._run.host.hooks.around_step, cast("TaskContext[Any]", self), call.name)
+    def _around(self, call: Call) -> AbstractContextManager[object]:
+        """Return a context manager for one try of a step or transaction: its span, and inside it the client's hooks."""
+        host = self._run.host
+        span = None if host.telemetry is None else host.telemetry.call("step", call.name, self._run.claimed)
+        return around_step(host.hooks.around_step, self, call.name, span)
 
     def _observed(self, kind: str, name: str | None = None, **more: Any) -> AbstractContextManager[object]:
         """In a span of the call, if anybody wants to see it."""

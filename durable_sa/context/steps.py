@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from ..errors import TaskTimeout
-from ..execution.writes import Kind
+from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
@@ -88,7 +88,7 @@ class Steps(Sleeps):
                 with (
                     run.branches.busy(),
                     run.branches.scope(str(call.key)),
-                    self._within_hooks(call),
+                    self._around(call),
                 ):
                     result = await self._execute(call, function, options, args, kwargs)
             except Exception as error:
@@ -133,11 +133,11 @@ class Steps(Sleeps):
         kwargs: dict[str, Any],
     ) -> Any:
         if options.timeout is None:
-            return await _invoke(self._run.host.executor, function, args, kwargs)
+            return await _invoke(self._run.host.threads, function, args, kwargs)
         deadline = asyncio.timeout(options.timeout)
         try:
             async with deadline:
-                return await _invoke(self._run.host.executor, function, args, kwargs)
+                return await _invoke(self._run.host.threads, function, args, kwargs)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -164,7 +164,8 @@ class Steps(Sleeps):
             return False
         tried = self._try(call, tries - 1)
         with self._run.branches.busy():
-            await self._run.write(Kind.CHECKPOINT, tried.key, (tried.kind, tried.name, "completed", NULL, None))
+            values = CheckpointValues(tried.kind, tried.name, "completed", NULL)
+            await self._run.write(Kind.CHECKPOINT, tried.key, values)
         failures = tries % options.max_attempts
         if failures == 0:
             return False

@@ -28,7 +28,6 @@ from ..concurrency.branches import Branch, current_branch, entered
 from ..current import running
 from ..errors import InvalidState, TaskTimeout
 from ..execution.run import RAISED_BEFORE_PARKING
-from ..hooks import around_step
 from ..policies import Duration
 from ..results import TaskHandle
 from ..serialization.annotations import is_coroutine_function
@@ -96,7 +95,7 @@ class _Thread:
     def step(self, call: Call) -> Generator[None]:
         """From the thread: while the body of a step runs, what it calls is part of that step."""
         outer = self.branch
-        self.branch = Branch(outer.branches, (*outer.path, str(call.key)), bound=True)
+        self.branch = outer.within_step(str(call.key))
         try:
             yield
         finally:
@@ -178,7 +177,7 @@ class SyncTaskContext(Generic[StateT]):
             return begun.value
         for tries in itertools.count(begun.tries + 1):
             try:
-                with self._inside(begun.call), around_step(self.context.step_hooks, self.context, name):
+                with self._inside(begun.call), self.context.around_step(begun.call):
                     result = self._execute(begun.call, function, options, args, kwargs)
                     if inspect.isawaitable(result):
                         # Such as from `lambda: fetch(url)`, which does not tell beforehand.
