@@ -1,4 +1,4 @@
-"""Every error the package raises.
+"""All errors that the package raises.
 
 DurableError
 ├── TaskNotRegistered (LookupError)
@@ -11,7 +11,7 @@ DurableError
 ├── InvalidState (RuntimeError)
 ├── IdempotencyConflict (ValueError)
 ├── SchemaMismatch (RuntimeError)
-└── TaskError                         what task code sees
+└── TaskError                         raised in task code
     ├── UserError
     ├── TaskTimeout (TimeoutError)
     ├── ChildFailed
@@ -21,10 +21,9 @@ DurableError
     ├── SerializationError (ValueError)   │ these four as well
     └── PayloadTooLarge (ValueError)      ┘
 
-Suspension, cancellation and a lost lease are not errors: see `durable_sa.signals`. What is recorded of an exception
-and which ones are retried is in `durable_sa.failures`.
+Suspension, cancellation and a lost lease are not errors: see `durable_sa.signals`.
 """
-# ruff: noqa: N818 - the names say what happened; `Error` is kept for those that would say nothing without it
+# ruff: noqa: N818 - names such as QueueNotFound need no suffix; names that are vague without `Error` have it
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
@@ -38,7 +37,7 @@ _MESSAGE_CHARACTERS: Final = 1000
 
 
 def _shown(value: object) -> str:
-    """A short, escaped form of a name or setting for a message."""
+    """Format a name or setting for a message: escaped and shortened."""
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
     if len(value) > _SHOWN_CHARACTERS:
@@ -51,13 +50,13 @@ def _sentence(text: str) -> str:
 
 
 def _plain(data: object) -> Any:
-    """`data` as plain JSON types, whatever it is: an error must not fail for what it carries."""
+    """Convert any data to plain JSON types, because creating an error must not fail."""
     try:
         encoded = to_json(
             data, inf_nan_mode="strings", bytes_mode="base64", fallback=lambda value: f"<{type(value).__name__}>"
         )
         return from_json(encoded)
-    except Exception:  # noqa: BLE001 - serializers are user code, and lone surrogates, cycles and depth end here as well
+    except Exception:  # noqa: BLE001 - serializers are user code; lone surrogates, cycles and deep nesting fail as well
         if isinstance(data, str):
             return data.encode(errors="backslashreplace").decode()
         if isinstance(data, dict):
@@ -68,10 +67,10 @@ def _plain(data: object) -> Any:
 
 
 class DurableError(Exception):
-    """Root of all errors of this package.
+    """Base class of all errors of this package.
 
-    An error is made from its data, which stays readable as attributes, and composes its message from them. Errors can
-    be pickled and copied.
+    An error is created from its data, which it keeps as attributes, and composes its message from them. Errors can be
+    pickled and copied.
     """
 
     def __repr__(self) -> str:
@@ -79,7 +78,7 @@ class DurableError(Exception):
 
 
 class TaskNotRegistered(DurableError, LookupError):
-    """Raised when a task is asked for by a name that no registered task has."""
+    """Raised when no registered task has the requested name."""
 
     def __init__(self, name: str, registered: Iterable[str] = ()) -> None:
         self.name = name
@@ -97,7 +96,7 @@ class TaskNotRegistered(DurableError, LookupError):
 
 
 class TaskAlreadyRegistered(DurableError, ValueError):
-    """Raised when a second task is registered under a name."""
+    """Raised when a second task is registered under the same name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -120,9 +119,9 @@ class QueueNotFound(DurableError, LookupError):
 
 
 class TaskNotFound(DurableError, LookupError):
-    """Raised when there is no task with an id, or, in a join, no child.
+    """Raised when no task has the id, or the joined task is not a child.
 
-    `reason` says what else it is than not committed or cleaned up.
+    `reason` is given if it is another than a spawn that was not committed, or a task that was cleaned up.
     """
 
     def __init__(self, task_id: UUID, reason: str | None = None) -> None:
@@ -132,7 +131,7 @@ class TaskNotFound(DurableError, LookupError):
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"Task {self.task_id} is not to be found here: {self.reason}."
+            return f"Task {self.task_id} was not found here: {self.reason}."
         return f"There is no task {self.task_id}. Its spawn was not committed, or it was cleaned up."
 
 
@@ -145,12 +144,12 @@ class ScheduleNotFound(DurableError, LookupError):
 
     def __str__(self) -> str:
         return (
-            f"There is no schedule named {_shown(self.name)}. `await durable.list_schedules()` lists those there are."
+            f"There is no schedule named {_shown(self.name)}. `await durable.list_schedules()` lists the existing ones."
         )
 
 
 class InvalidCron(DurableError, ValueError):
-    """Raised when a cron expression cannot be read or never comes true."""
+    """Raised when a cron expression is invalid or never matches."""
 
     def __init__(self, expression: object, reason: str) -> None:
         self.expression = expression
@@ -165,10 +164,7 @@ class InvalidCron(DurableError, ValueError):
 
 
 class InvalidConfiguration(DurableError, ValueError):
-    """Raised when a setting or an option has a value that cannot work.
-
-    `remedy`, where there is one, says what to write instead.
-    """
+    """Raised when a setting or an option has an invalid value. `remedy`, if there is one, says what to do instead."""
 
     def __init__(self, setting: str, problem: str, remedy: str | None = None) -> None:
         self.setting = setting
@@ -182,7 +178,7 @@ class InvalidConfiguration(DurableError, ValueError):
 
 
 class InvalidState(DurableError, RuntimeError):
-    """Raised when something is not in a state in which the call makes sense."""
+    """Raised when a call is not possible in the present state of its object."""
 
     def __init__(self, what: str, state: str, remedy: str | None = None) -> None:
         self.what = what
@@ -196,7 +192,7 @@ class InvalidState(DurableError, RuntimeError):
 
 
 class IdempotencyConflict(DurableError, ValueError):
-    """Raised when an idempotency key was used before, in the same queue, for another task name or other params."""
+    """Raised when an idempotency key was already used in the queue, for another task name or other params."""
 
     def __init__(self, key: str, queue_name: str, task_id: UUID) -> None:
         self.key = key
@@ -208,12 +204,12 @@ class IdempotencyConflict(DurableError, ValueError):
         return (
             f"The idempotency key {_shown(self.key)} belongs to task {self.task_id} in queue "
             f"{_shown(self.queue_name)}, whose name or params differ. "
-            "Use another key for another piece of work, or spawn with the first one's task and params."
+            "Use another key for different work, or spawn with the name and params of that task."
         )
 
 
 class SchemaMismatch(DurableError, RuntimeError):
-    """Raised when the tables in the database are not those this version of the package needs."""
+    """Raised when the tables in the database are not at the revision that this version of the package needs."""
 
     def __init__(self, installed: str | None, required: str, remedy: str) -> None:
         self.installed = installed
@@ -231,15 +227,15 @@ class SchemaMismatch(DurableError, RuntimeError):
 
 
 class TaskError(DurableError):
-    """Root of the errors that task code sees."""
+    """Base class of the errors raised in task code."""
 
 
 class UserError(TaskError):
-    """Raise it in a task or step to fail the task with data of your own, without a retry.
+    """Raise this in a task or step to fail the task with data of your own, without a retry.
 
-    `data` is a string, anything that encodes to JSON, or a pydantic model; it comes back as plain JSON in
-    `TaskPollResult.error.raw`. The message is the string itself, or the `message` entry of the data, or the data as
-    JSON. Data beyond 1 MiB of JSON is not kept.
+    `data` is a string, anything that encodes to JSON, or a pydantic model; `TaskPollResult.error.raw` has it as plain
+    JSON. The message is the string itself, or the `message` entry of the data, or the data as JSON. Data of more than
+    1 MiB of JSON is not stored.
     """
 
     def __init__(self, data: Any) -> None:
@@ -248,7 +244,7 @@ class UserError(TaskError):
 
     @property
     def message(self) -> str:
-        """What is shown of the data: see above. At most 1000 characters where it is the data as JSON."""
+        """The message, as described above; at most 1000 characters if it is the data as JSON."""
         if isinstance(self.data, str):
             return self.data
         plain = _plain(self.data)
@@ -259,7 +255,7 @@ class UserError(TaskError):
 
     @property
     def raw(self) -> Any:
-        """The data as plain JSON. What has no JSON form appears as the name of its type."""
+        """The data as plain JSON. A value without a JSON form is replaced by the name of its type."""
         return _plain(self.data)
 
     def __str__(self) -> str:
@@ -267,13 +263,13 @@ class UserError(TaskError):
 
 
 class TaskTimeout(TaskError, TimeoutError):
-    """Raised when an event, a child or a step did not come to its end within its `timeout` (seconds)."""
+    """Raised when an event, a child or a step took longer than its `timeout`, in seconds."""
 
     def __init__(self, what: str, timeout: float) -> None:
         self.what = what
         self.timeout = timeout
         super().__init__()
-        self.args = (what, timeout)  # not as arguments: an OSError takes the first of two for its errno
+        self.args = (what, timeout)  # not as arguments, because an OSError takes the first of two as its errno
 
     def __str__(self) -> str:
         return _sentence(f"{self.what} took longer than {self.timeout:g} s")
@@ -319,7 +315,7 @@ class InvalidName(TaskError, ValueError):
 
 
 class InvalidTaskParams(TaskError, ValueError):
-    """Raised when params do not fit the task. `problems` say where and why, never with the values."""
+    """Raised when params do not fit the task. `problems` say where and why, without the values."""
 
     def __init__(self, task_name: str, problems: Sequence[str]) -> None:
         self.task_name = task_name

@@ -1,8 +1,8 @@
 """The durable tables as mapped classes, for ``select()`` and joins beside an application's own models.
 
-They have a ``MetaData`` of their own in the schema ``durable``, so that neither their names nor their migrations meet
-the application's. Read them freely; write them through :class:`durable_sa.Durable` only, since every write has to keep
-the fence and the indexes in step.
+They have a ``MetaData`` of their own in the schema ``durable``, so that neither their names nor their migrations
+collide with the application's. Read the tables freely, but write them only through :class:`durable_sa.Durable`, because
+every write has to respect the fences.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
 REVISION = "durable_0001"
 RETENTION = "30 days"
-"""For how long a queue keeps ended tasks and events if nothing else is said."""
+"""The default retention of a queue's ended tasks and events."""
 
 READABLE = (-62135510400, 253402128000)
-"""The first and the last second that drivers can read: of the years 1 to 9999, in whatever time zone."""
+"""The first and last second that drivers can read: the years 1 to 9999, in any time zone."""
 
 metadata = MetaData(
     schema=SCHEMA,
@@ -53,7 +53,7 @@ metadata = MetaData(
 
 
 class Base(DeclarativeBase):
-    """The declarative base of durable's tables; an application's models keep theirs."""
+    """The declarative base of durable's tables; an application's models have their own."""
 
     metadata = metadata
     type_annotation_map = {
@@ -70,13 +70,13 @@ _now = text("clock_timestamp()")
 
 
 def _readable(column: str) -> CheckConstraint:
-    """A time that drivers can read, and is not infinite."""
+    """Constrain a time to what drivers can read, which excludes infinity."""
     first, last = READABLE
     return CheckConstraint(f"{column} BETWEEN to_timestamp({first}) AND to_timestamp({last})", name=column)
 
 
 class Queue(Base):
-    """A named queue: tasks, events and schedules belong to one, and it carries their retention."""
+    """A named queue, to which tasks, events and schedules belong, with their retention."""
 
     __tablename__ = "queues"
     __table_args__ = (
@@ -97,7 +97,7 @@ class Queue(Base):
 
 
 class TaskRow(Base):
-    """One row per task, from spawn to its end: input, policy, schedule, lease and outcome."""
+    """One row per task, from its spawn to its deletion: input, policy, schedule, lease and outcome."""
 
     __tablename__ = "tasks"
 
@@ -144,8 +144,8 @@ class TaskRow(Base):
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
 
-    # Only checks whose breach would stop other tasks, or hide one: the server prepares each anew for every statement,
-    # in 6 us, and fifteen of them took it as long as inserting the row.
+    # Only checks whose violation would stop or hide other tasks, because the server prepares each check anew for every
+    # statement, in 6 us: fifteen checks took as long as inserting the row.
     __table_args__ = (
         CheckConstraint(
             "state IN ('pending', 'running', 'sleeping', 'completed', 'failed', 'cancelled')", name="state"
@@ -153,7 +153,7 @@ class TaskRow(Base):
         CheckConstraint("(finished_at IS NULL) = (outcome IS NULL)", name="finished"),
         _readable("available_at"),
         _readable("cancel_at"),
-        # The claim walks this index and changes none of its columns, so that claiming a task is a heap-only update.
+        # The claim scans this index and changes none of its columns, so that claiming a task is a heap-only update.
         Index(
             "tasks_claim_idx",
             "queue_name",
@@ -184,7 +184,7 @@ class TaskRow(Base):
 
 
 class RunRow(Base):
-    """One row per ended attempt. ``failed`` also for a lost worker or a release at shutdown: ``error`` says which."""
+    """One row per ended attempt. ``failed`` includes lost workers and releases at shutdown; see ``error``."""
 
     __tablename__ = "runs"
 
@@ -199,7 +199,7 @@ class RunRow(Base):
 
 
 class Checkpoint(Base):
-    """What a call in a task came to, once and for all: a step's result, a child, a payload, a timeout, a wake time."""
+    """The recorded result of a call in a task: a step's result, a child, an event's payload, a timeout, a wake time."""
 
     __tablename__ = "checkpoints"
 
@@ -234,7 +234,7 @@ class Event(Base):
 
 
 class Wait(Base):
-    """A wait of a suspended task that nothing has resolved yet."""
+    """An unresolved wait of a task: for an event, or for the end of a child."""
 
     __tablename__ = "waits"
     __table_args__ = (
@@ -288,7 +288,7 @@ class Schedule(Base):
 
 
 class WorkerRow(Base):
-    """One row a worker start; its lease stands for the leases of all runs the worker holds."""
+    """One row per start of a worker. Its lease covers all runs that the worker holds."""
 
     __tablename__ = "workers"
     __table_args__ = (
@@ -310,7 +310,7 @@ class WorkerRow(Base):
 
 
 FILLFACTOR = {"tasks": 40}
-"""Heap space left free in percent: a row grows when it is claimed, and has to stay on its page to be heap-only."""
+"""Percentage to which pages are filled: a claimed row grows, and must stay on its page for a heap-only update."""
 
 for _table, _percent in FILLFACTOR.items():
     event.listen(
@@ -322,10 +322,10 @@ for _table, _percent in FILLFACTOR.items():
 
 @event.listens_for(Queue.__table__, "after_create")
 def _create_default_queue(target: Any, connection: Connection, **_: Any) -> None:
-    """The queue of a client that names none is there from the start, as after a migration."""
+    """Create the default queue with the tables, as the migration does."""
     connection.execute(insert(target).values(queue_name=DEFAULT_QUEUE))
 
 
 Task = TaskRow
-"""The name that applications use; `durable_sa` exports it as `TaskRow`, because `Task` is the declaration there."""
+"""The name for applications; `durable_sa` exports the class as `TaskRow`, because `Task` is the declaration there."""
 Run = RunRow

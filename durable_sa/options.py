@@ -198,14 +198,14 @@ def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any
     combined = {validate_name("header", key): value for key, value in (headers or {}).items()}
     combined.update({validate_name("header", key, internal=True): value for key, value in (internal or {}).items()})
     text = UNTYPED.encode(combined, "The headers")
-    queryable(text, "The headers")
+    refuse_nul(text, "The headers")
     if len(text) * 4 > MAX_HEADERS_BYTES:
         # The engine's own come on top: what it adds must not be what refuses a spawn.
         check_size(UNTYPED.encode(dict(headers or {}), "The headers"), MAX_HEADERS_BYTES, "The headers")
     return text
 
 
-def queryable(text: str, what: str) -> str:
+def refuse_nul(text: str, what: str) -> str:
     """Return JSON text if a column that can be queried, which `json` ones cannot, takes it.
 
     Raises:

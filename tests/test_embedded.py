@@ -223,7 +223,7 @@ def test_a_temporary_server_ends_with_a_killed_process() -> None:
 
 def test_a_server_that_does_not_start_says_why() -> None:
     with (
-        pytest.raises(InvalidConfiguration, match=r"(?s)could not be made.*unrecognized configuration parameter"),
+        pytest.raises(InvalidConfiguration, match=r"(?s)could not be created.*unrecognized configuration parameter"),
         temporary_server(settings={"no_such_setting": 1}),
     ):
         pass

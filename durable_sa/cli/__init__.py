@@ -1,6 +1,6 @@
 """The `durable` command. It needs the `cli` extra, which brings typer and rich.
 
-Exit codes: 0, all is well; 1, something is wrong or was not found; 2, the command was not written right.
+Exit codes: 0, success; 1, failure, or something was not found; 2, invalid arguments.
 """
 
 import sys
@@ -15,5 +15,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit("error: The command line is not installed. Install it: pip install 'durable_sa[cli]'")
+        sys.exit("error: The command line is not installed. Install it with: pip install 'durable_sa[cli]'")
     app()

@@ -1,4 +1,4 @@
-"""The commands of `durable`, put together."""
+"""The Typer application of the command `durable`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .worker import worker
 
 app = typer.Typer(
     name="durable",
-    help="Durable tasks on your own Postgres: run workers, look at what there is, and put right what went wrong.",
-    epilog="Exit codes: 0, all is well; 1, something is wrong or was not found; 2, the command was not written right.",
+    help="Durable tasks on your own Postgres: run workers, inspect tasks and queues, and repair failures.",
+    epilog="Exit codes: 0, success; 1, failure, or something was not found; 2, invalid arguments.",
     no_args_is_help=True,
-    # Tracebacks with local variables would show params and passwords.
+    # Typer's own tracebacks show local variables, and with them params and passwords.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

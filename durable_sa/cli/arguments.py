@@ -1,4 +1,4 @@
-"""Arguments that have a form of their own: spans of time, points in time, JSON, headers."""
+"""Parsers of arguments: durations, times, JSON, headers."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)?")
 
 
 def duration(text: str) -> timedelta:
-    """`90`, `90s`, `15m`, `12h`, `7d`, `2w`: seconds where no unit is given."""
+    """Parse a duration such as `90s`, `15m`, `12h`, `7d` or `2w`; a number alone is in seconds."""
     if match := _SPAN.fullmatch(text.strip().lower()):
         with contextlib.suppress(OverflowError):
             return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
-    raise typer.BadParameter(f"{text!r} is no span of time. Write 90s, 15m, 12h or 7d.")
+    raise typer.BadParameter(f"{text!r} is not a duration. Write, for example, 90s, 15m, 12h or 7d.")
 
 
 def retention(text: str) -> timedelta | Literal["never"]:
-    """A span of time, or `never`."""
+    """Parse a duration or `never`."""
     return "never" if text.strip().lower() == "never" else duration(text)
 
 
 def moment(text: str) -> datetime | timedelta:
-    """A time of day and date with its offset, or a span of time before now."""
+    """Parse an ISO 8601 time with a UTC offset, or a duration before now."""
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
         return duration(text)
     if parsed.tzinfo is None:
-        raise typer.BadParameter(f"{text!r} does not say in which time zone. Add an offset: {text}Z")
+        raise typer.BadParameter(f"{text!r} has no time zone. Add an offset: {text}Z")
     return parsed
 
 
 def json_value(text: str) -> Any:
-    """JSON, or `@FILE` that has some, or `@-` for what comes on stdin."""
+    """Parse JSON; `@FILE` reads it from a file, `@-` from stdin."""
     if text.startswith("@"):
         try:
             text = sys.stdin.read() if text == "@-" else Path(text[1:]).read_text()
@@ -49,31 +49,33 @@ def json_value(text: str) -> Any:
             raise typer.BadParameter(f"{text[1:]}: {error.strerror}") from error
     try:
         return json.loads(text, object_pairs_hook=_object)
-    except _Twice:
-        raise typer.BadParameter("An object in that JSON has the same key twice, and only one could count.") from None
+    except _DuplicateKey:
+        raise typer.BadParameter("An object in the JSON has the same key twice. Remove one of them.") from None
     except (ValueError, RecursionError) as error:
-        # Of the text itself nothing is shown: it may be secret.
+        # The message does not quote the text, because it may be secret.
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise typer.BadParameter(f"That is no JSON{place}. A string is written '\"so\"'.") from None
+        raise typer.BadParameter(
+            f"The value is not valid JSON{place}. Quote strings twice for the shell: '\"text\"'."
+        ) from None
 
 
-class _Twice(Exception):  # noqa: N818 - never leaves this module
+class _DuplicateKey(Exception):  # noqa: N818 - never leaves this module
     """A key occurs twice in an object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise _Twice
-    return made
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise _DuplicateKey
+    return result
 
 
 def headers(pairs: list[str]) -> dict[str, str]:
-    """`NAME=VALUE` pairs."""
+    """Parse `NAME=VALUE` pairs."""
     for pair in pairs:
         if "=" not in pair:
-            raise typer.BadParameter("A header is written NAME=VALUE.")
+            raise typer.BadParameter("Write headers as NAME=VALUE.")
     try:
         return _object([(name, value) for name, _, value in (pair.partition("=") for pair in pairs)])
-    except _Twice:
+    except _DuplicateKey:
         raise typer.BadParameter("The same header is given twice.") from None

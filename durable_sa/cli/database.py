@@ -1,4 +1,4 @@
-"""`durable migrate` and `durable cleanup`: the tables, and what can go from them."""
+"""`durable migrate` and `durable cleanup`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _BATCH = 1000
 
 @connected
 async def migrate(invocation: Invocation) -> None:
-    """Bring durable's tables to the newest version; safe to repeat.
+    """Upgrade durable's tables to the newest revision; safe to repeat.
 
-    For applications without Alembic. With it, a revision of your own calls durable's: see `durable_sa.migrations`.
+    For applications without Alembic. With Alembic, call durable's migrations from a revision of your own: see
+    `durable_sa.migrations`.
     """
     await invocation.durable.migrate()
     invocation.output.say(
@@ -32,13 +33,15 @@ async def migrate(invocation: Invocation) -> None:
 @connected
 async def cleanup(
     invocation: Invocation,
-    older_than: Annotated[timedelta, typer.Option(parser=duration, metavar="DURATION", help="Such as 30d.")],
+    older_than: Annotated[
+        timedelta, typer.Option(parser=duration, metavar="DURATION", help="Minimum age, such as 30d.")
+    ],
     queue_name: Annotated[str, typer.Option("--queue", "-q", help="The queue.")] = DEFAULT_QUEUE,
     events: Annotated[bool, typer.Option("--events", help="Delete events instead of tasks.")] = False,
 ) -> None:
-    """Delete tasks that ended long ago, or old events, in batches.
+    """Delete old ended tasks, or old events, in batches.
 
-    What unfinished tasks still need stays: subtasks of a parent that goes on, events that somebody waits for.
+    Those that unfinished tasks need are kept: subtasks of an unfinished parent, and events that a task waits for.
     """
     await invocation.durable.require_queue(queue_name)
     delete = invocation.durable.cleanup_events if events else invocation.durable.cleanup_tasks
@@ -47,5 +50,5 @@ async def cleanup(
         while batch := await delete(older_than, limit=_BATCH, queue_name=queue_name):
             deleted += batch
             advance(batch)
-    what = "events" if events else "tasks"
-    invocation.output.say(f"{deleted} {what} are deleted.", deleted=deleted)
+    kind = "Events" if events else "Tasks"
+    invocation.output.say(f"{kind} deleted: {deleted}.", deleted=deleted)

@@ -1,4 +1,4 @@
-"""`durable demo`: a task outlives the worker that runs it, which is killed in the middle."""
+"""`durable demo`: a task survives the kill of the worker that runs it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from .. import Durable, SpawnResult, TaskPollResult, TaskStatus
 from ..errors import InvalidState, TaskNotFound
 from ..statements import inspection
 from . import history
-from .invocation import WRONG, reported
+from .invocation import FAILED, exit_on_errors
 from .output import Output
 from .research import LEDGER_VARIABLE, Entry, Question, Report, read_ledger, research
 
 _QUEUE_PREFIX = "demo-"
 _KILLED_IN = "read a book on durable execution"
 _CLAIM_TIMEOUT = 1.5
-_PATIENCE = 40.0
+_PROGRESS_TIMEOUT = 40.0
 _KEEP_SECONDS = 3600
 _STYLES = {"worker 1": "cyan", "worker 2": "magenta"}
 
 
 def demo() -> None:
-    """Watch a task survive the kill of its worker. Needs no set-up: PostgreSQL comes with the `embedded` extra.
+    """Watch a task survive the kill of its worker. Needs no setup: the `embedded` extra contains PostgreSQL.
 
     A research task runs in a worker process, which is killed with SIGKILL in the middle of a step. Another worker takes
-    over. A file outside the database counts how often each step was executed: those that had finished before the kill
-    must not run again. Takes about 15 seconds. The exit code is 0 only if that held.
+    over. A file outside the database counts how often each step was executed: steps that were finished before the kill
+    must not be executed a second time, or the exit code is 1. Takes about 15 seconds.
     """
-    with reported():
+    with exit_on_errors():
         if not asyncio.run(_demo()):
-            raise Exit(WRONG)
+            raise Exit(FAILED)
 
 
 async def _demo() -> bool:
@@ -55,14 +55,14 @@ async def _demo() -> bool:
     with output.console.status("Starting PostgreSQL ..."):
         url = server().url()
     async with _client(url) as durable:
-        output.say("PostgreSQL runs, and has durable's tables.")
+        output.say("PostgreSQL is running, and durable's tables are created.")
         with tempfile.TemporaryDirectory(prefix="durable-demo-") as directory:
             return await Stage(durable, url, Path(directory), output).play()
 
 
 @asynccontextmanager
 async def _client(url: URL) -> AsyncGenerator[Durable]:
-    """A client with a queue of its own; what demos of earlier days have left is removed."""
+    """Open a client with a queue of its own, and drop the queues that earlier demos have left."""
     async with Durable(url, queue_name=f"{_QUEUE_PREFIX}{secrets.token_hex(3)}", tasks=[research]) as durable:
         await durable.migrate()
         old = await durable.database.execute(
@@ -75,7 +75,7 @@ async def _client(url: URL) -> AsyncGenerator[Durable]:
 
 
 class Stage:
-    """One performance."""
+    """One run of the demo: its worker processes, their ledger and log."""
 
     def __init__(self, durable: Durable, url: URL, directory: Path, output: Output) -> None:
         self.durable = durable
@@ -88,7 +88,7 @@ class Stage:
         self._shown = 0
 
     async def play(self) -> bool:
-        """Run the task with a kill in the middle, and say whether all that was promised came true."""
+        """Run the task, kill its worker, and return whether no finished step was executed twice."""
         spawned = await self.durable.spawn(research, Question(topic="durable execution"))
         self._tell(f"Spawned task {spawned.task_id}: research on durable execution.")
         with self.output.console.status("Working ..."):
@@ -98,9 +98,11 @@ class Stage:
                 first.send_signal(signal.SIGKILL)
                 first.wait()
             finished = await self._finished_steps(spawned.task_id)
-            self._tell(f"\nworker 1 is killed with SIGKILL in a step, after {len(finished)} finished ones.", "bold red")
+            self._tell(
+                f"\nworker 1 was killed with SIGKILL during a step, after {len(finished)} finished steps.", "bold red"
+            )
             with self._worker("worker 2") as second:
-                self._tell(f"It takes over when worker 1 has been silent for {_CLAIM_TIMEOUT} seconds.\n")
+                self._tell(f"worker 2 takes over once worker 1 has been silent for {_CLAIM_TIMEOUT} seconds.\n")
                 await self._watch(second, spawned)
         result = await self.durable.wait_for_result(spawned)
         entries = self._entries()
@@ -110,7 +112,7 @@ class Stage:
 
     @contextmanager
     def _worker(self, name: str) -> Generator[subprocess.Popen[bytes]]:
-        """A worker in a process of its own, as `durable worker` starts it anywhere."""
+        """Start a worker in a process of its own, with the command `durable worker`."""
         command = [sys.executable, "-m", "durable_sa.cli", "worker", "durable_sa.cli.research:durable"]
         options = {
             "--queue": self.durable.queue_name,
@@ -123,7 +125,7 @@ class Stage:
         with self._log.open("ab") as log:
             process = subprocess.Popen([*command, *arguments], env=environment, stdout=log, stderr=log)
         self._workers[process.pid] = name
-        self._tell(f"{name} starts (process {process.pid}).")
+        self._tell(f"{name} started (process {process.pid}).")
         try:
             yield process
         finally:
@@ -134,7 +136,7 @@ class Stage:
             process.wait()
 
     def _entries(self) -> list[Entry]:
-        """The ledger; what is new in it is shown."""
+        """Read the ledger, and print its new entries."""
         entries = read_ledger(self._ledger)
         for entry in entries[self._shown :]:
             name = self._workers[entry.pid]
@@ -145,8 +147,8 @@ class Stage:
     async def _watch(
         self, worker: subprocess.Popen[bytes], task: SpawnResult[Report], until_step: str | None = None
     ) -> None:
-        """Show what the worker does, until the step begins or the task has ended."""
-        deadline = time.monotonic() + _PATIENCE
+        """Print the worker's ledger entries until the step begins or the task has ended."""
+        deadline = time.monotonic() + _PROGRESS_TIMEOUT
         while True:
             if any(entry.step == until_step and entry.event == "begins" for entry in self._entries()):
                 return
@@ -156,7 +158,9 @@ class Stage:
             if worker.poll() is not None or time.monotonic() > deadline:
                 self._tell(self._log.read_text(errors="replace"))
                 self._show_executions(self._entries())
-                raise InvalidState("the worker", "gone" if worker.poll() is not None else "making no progress")
+                raise InvalidState(
+                    "the worker", "no longer running" if worker.poll() is not None else "making no progress"
+                )
             await asyncio.sleep(0.05)
 
     async def _history(self, task_id: uuid.UUID) -> history.History:
@@ -166,13 +170,13 @@ class Stage:
         return loaded
 
     async def _finished_steps(self, task_id: uuid.UUID) -> list[str]:
-        """The steps whose results are in the database, asked when the worker is dead."""
+        """Return the steps whose results are in the database; called after the worker was killed."""
         checkpoints = (await self._history(task_id)).checkpoints
         stored = sum(checkpoint["kind"] == "step" for checkpoint in checkpoints)
         return [entry.step for entry in self._entries() if entry.event == "ends"][:stored]
 
     async def _show_timeline(self, task_id: uuid.UUID) -> None:
-        self._tell("\nWhat the database says:", "bold")
+        self._tell("\nThe history in the database:", "bold")
         (await self._history(task_id)).print_timeline(self.output)
 
     def _show_executions(self, entries: Sequence[Entry]) -> None:
@@ -182,26 +186,29 @@ class Stage:
             {"step": step, **{name: counts[step, name] or "-" for name in self._workers.values()}}
             for step in dict.fromkeys(entry.step for entry in entries)
         ]
-        self._tell("What the steps wrote into a file, outside of the database: how often each was executed.", "bold")
+        self._tell("Executions of each step, counted in a file outside the database:", "bold")
         self.output.print_table(rows, columns)
 
     def _judge(self, result: TaskPollResult[Report], entries: Sequence[Entry], finished: Sequence[str]) -> bool:
         executions = Counter(entry.step for entry in entries if entry.event == "begins")
-        again = [step for step in finished if executions[step] != 1]
+        repeated = [step for step in finished if executions[step] != 1]
         if result.status is not TaskStatus.COMPLETED or result.output is None:
-            self._tell(f"The task has {result.status}: {result.error}", "bold red")
+            self._tell(f"The task is {result.status}: {result.error}", "bold red")
             return False
         self._tell(f"Result: {result.output.summary}")
-        if again or not finished:
-            self._tell(f"It did not hold. Executed more than once: {', '.join(again) or 'nothing'}.", "bold red")
+        if not finished:
+            self._tell("Not shown: no step was finished before the kill.", "bold red")
+            return False
+        if repeated:
+            self._tell(f"Not held: finished steps were executed more than once: {', '.join(repeated)}.", "bold red")
             return False
         self._tell(
-            f"It held: {len(finished)} steps were finished before the kill, and none of them ran again. "
-            "The one that the kill cut off did.",
+            f"Held: {len(finished)} steps were finished before the kill, and none of them was executed again. "
+            "Only the interrupted step was repeated.",
             "bold green",
         )
         if "DURABLE_DATABASE_URL" not in os.environ:
-            self._tell(f"Look at it yourself: durable tasks show {result.task_id}")
+            self._tell(f"Show the task: durable tasks show {result.task_id}")
         return True
 
     def _tell(self, text: str, style: str = "") -> None:

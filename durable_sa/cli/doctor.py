@@ -1,4 +1,4 @@
-"""`durable doctor`: looks for what should not be, and says what to do about it."""
+"""`durable doctor`: checks for problems and suggests remedies."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..database_errors import sqlstate
 from ..errors import SchemaMismatch
 from ..statements import diagnosis, inspection
 from .arguments import duration
-from .invocation import WRONG, Invocation, connected
+from .invocation import FAILED, Invocation, connected
 from .output import as_dicts, span
 
 _GRACE_SECONDS = 60.0
 _SHOWN = 20
-_SECONDS_A_CHECK = 30
+_CHECK_SECONDS = 30
 _SNAPSHOT_SECONDS = 300.0
 _QUERY_CANCELED = "57014"
 
@@ -30,7 +30,7 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look for: each row that the statement gives is a problem."""
+    """A check: each row that the statement returns is a problem."""
 
     subject: str
     statement: Executable
@@ -53,13 +53,13 @@ CHECKS = (
         "waits",
         diagnosis.STUCK_WAITS,
         lambda row: f"task {row['task_id']} waits for {row['kind']} {row['awaited']!r}, but {row['reason']}",
-        "Workers repair such waits within a minute: see whether any runs.",
+        "Workers repair such waits within a minute. Check that one is running.",
     ),
     Check(
         "sleepers",
         diagnosis.SLEEPLESS,
         lambda row: f"task {row['task_id']} ({row['task_name']}) sleeps and waits for nothing",
-        "This should not be: please report it. `durable tasks cancel`, then `durable tasks retry` wakes it.",
+        "This is a bug: please report it. `durable tasks cancel`, then `durable tasks retry`, wakes the task.",
     ),
     Check(
         "events",
@@ -67,13 +67,13 @@ CHECKS = (
         lambda row: (
             f"event {row['name']!r} in queue {row['queue_name']!r} has not been delivered for {span(row['seconds'])}"
         ),
-        "Workers of any queue deliver events: see whether one runs.",
+        "Workers of any queue deliver events. Check that one is running.",
     ),
     Check(
         "time limits",
         diagnosis.OVERDUE,
         lambda row: f"task {row['task_id']} ({row['task_name']}) is past its limit by {span(row['seconds'])}",
-        "Workers of any queue cancel such tasks: see whether one runs.",
+        "Workers of any queue cancel such tasks. Check that one is running.",
     ),
     Check(
         "leases",
@@ -82,25 +82,25 @@ CHECKS = (
             f"{row['runs']} runs are held by worker {row['worker_name'] or row['worker_id']}, "
             + ("which is unknown" if row["worker_name"] is None else f"whose lease ended {span(row['seconds'])} ago")
         ),
-        "Workers of any queue take such runs over: see whether one runs.",
+        "Workers of any queue take such runs over. Check that one is running.",
     ),
     Check(
         "states",
         diagnosis.INCONSISTENT,
-        lambda row: f"task {row['task_id']} ({row['task_name']}) is {row['state']}, against what its lease says",
-        "This should not be, unless rows were changed by hand: please report it.",
+        lambda row: f"task {row['task_id']} ({row['task_name']}) is {row['state']}, which contradicts its lease",
+        "Unless rows were changed by hand, this is a bug: please report it.",
     ),
     Check(
         "schedules",
         diagnosis.OVERDUE_TICKS,
         lambda row: f"schedule {row['name']!r} has been due for {span(row['seconds'])}",
-        "Workers of any queue fire schedules: see whether one runs.",
+        "Workers of any queue fire schedules. Check that one is running.",
     ),
     Check(
         "orphans",
         diagnosis.ORPHANS,
         lambda row: f"{row['what']}: {row['id']}",
-        "This should not be, unless rows were deleted by hand: please report it.",
+        "Unless rows were deleted by hand, this is a bug: please report it.",
     ),
 )
 
@@ -110,12 +110,12 @@ async def doctor(
     invocation: Invocation,
     grace: Annotated[
         timedelta | None,
-        typer.Option(parser=duration, metavar="DURATION", help="What may take so long by itself; 1m if absent."),
+        typer.Option(parser=duration, metavar="DURATION", help="Minimum age of a problem; 1m by default."),
     ] = None,
 ) -> None:
-    """Look for what should not be: stuck waits, orphans, unclaimed work, expired leases, old snapshots.
+    """Check for problems: stuck waits, orphans, unclaimed work, expired leases, old snapshots.
 
-    The exit code is 1 if there is anything. Nothing is locked or changed. Each check has 30 seconds.
+    The exit code is 1 if any is found. Nothing is locked or changed. Each check may take up to 30 seconds.
     """
     seconds = _GRACE_SECONDS if grace is None else grace.total_seconds()
     async with invocation.durable.engine.connect() as connection:
@@ -132,7 +132,7 @@ async def doctor(
     else:
         _print(invocation, report)
     if not report["ok"]:
-        raise typer.Exit(WRONG)
+        raise typer.Exit(FAILED)
 
 
 async def _examine(invocation: Invocation, grace: float) -> dict[str, Any]:
@@ -140,14 +140,14 @@ async def _examine(invocation: Invocation, grace: float) -> dict[str, Any]:
     for check in CHECKS:
         rows = await _rows(invocation, check.statement, {"grace": grace, "wanted": _SHOWN})
         if rows is None:
-            findings.append(_finding(check.subject, [f"could not be checked within {_SECONDS_A_CHECK} s"], None))
+            findings.append(_finding(check.subject, [f"could not be checked within {_CHECK_SECONDS} s"], None))
         elif rows:
             findings.append(_finding(check.subject, [check.problem(row) for row in rows], check.remedy))
     workers = await _rows(invocation, inspection.WORKERS, {})
     snapshots = await _rows(invocation, diagnosis.OLDEST_SNAPSHOT, {})
     snapshot = snapshots[0] if snapshots else None
     if snapshot is not None and snapshot["seconds"] > _SNAPSHOT_SECONDS:
-        remedy = "Vacuum cannot remove dead rows meanwhile, and claims get slower. End that transaction."
+        remedy = "It keeps vacuum from removing dead rows, which makes claims slower. End that transaction."
         findings.append(_finding("snapshots", [_snapshot(snapshot)], remedy))
     return {"findings": findings, "workers": workers or [], "oldest_snapshot": snapshot}
 
@@ -155,10 +155,10 @@ async def _examine(invocation: Invocation, grace: float) -> dict[str, Any]:
 async def _rows(
     invocation: Invocation, statement: Executable, parameters: dict[str, Any]
 ) -> list[dict[str, Any]] | None:
-    """What a statement finds; None if it takes too long."""
+    """Return the rows that a statement finds, or None if it takes too long."""
     try:
         async with invocation.durable.database.transaction() as connection:
-            await connection.execute(text(f"SET LOCAL statement_timeout = '{_SECONDS_A_CHECK}s'"))
+            await connection.execute(text(f"SET LOCAL statement_timeout = '{_CHECK_SECONDS}s'"))
             result = await connection.execute(statement, parameters)
             return as_dicts(result)
     except DBAPIError as error:
@@ -169,12 +169,12 @@ async def _rows(
 
 def _finding(subject: str, problems: list[str], remedy: str | None) -> dict[str, Any]:
     if len(problems) == _SHOWN:
-        problems.append("and perhaps more")
+        problems.append("possibly more")
     return {"subject": subject, "problems": problems, "remedy": remedy}
 
 
 def _snapshot(row: Fields) -> str:
-    holder = f"process {row['pid']}" if row["pid"] is not None else "nobody connected"
+    holder = f"process {row['pid']}" if row["pid"] is not None else "no connected process"
     return (
         f"the oldest is {span(row['seconds'])} old: {holder}, application {row['application_name']!r}, "
         f"role {row['role']!r}, {row['state']}"
@@ -185,14 +185,14 @@ def _print(invocation: Invocation, report: Fields) -> None:
     output = invocation.output
     found = {finding["subject"]: finding for finding in report["findings"]}
     if "schema" in found:
-        output.say(f"{'WRONG':<6} {'schema':<12} {found['schema']['problems'][0]}")
+        output.say(f"{'FAIL':<6} {'schema':<12} {found['schema']['problems'][0]}")
         return
     live = [row["name"] for row in report["workers"] if row["lost_at"] is None]
     snapshot = report["oldest_snapshot"]
     facts = {
         "schema": f"revision {report['revision']}",
         "workers": ", ".join(live) or "none",
-        "snapshots": "none is held" if snapshot is None else _snapshot(snapshot),
+        "snapshots": "none" if snapshot is None else _snapshot(snapshot),
     }
     for subject in ["schema", "workers", *(check.subject for check in CHECKS), "snapshots"]:
         finding = found.get(subject)
@@ -200,6 +200,6 @@ def _print(invocation: Invocation, report: Fields) -> None:
             output.say(f"{'ok':<6} {subject:<12} {facts.get(subject, '')}".rstrip())
             continue
         for problem in finding["problems"]:
-            output.say(f"{'WRONG':<6} {subject:<12} {problem}")
+            output.say(f"{'FAIL':<6} {subject:<12} {problem}")
         if finding["remedy"]:
             output.say(f"{'':<20}{finding['remedy']}")

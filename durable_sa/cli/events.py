@@ -1,4 +1,4 @@
-"""`durable events`: emit what tasks wait for."""
+"""`durable events`: emit events that tasks wait for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ events = typer.Typer(help="Events that tasks wait for.", no_args_is_help=True)
 @connected
 async def emit(
     invocation: Invocation,
-    name: Annotated[str, typer.Argument(metavar="EVENT", help="Its name.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="EVENT", help="The name of the event.", show_default=False)],
     payload: Annotated[
-        Any, typer.Argument(parser=json_value, metavar="JSON", help="What the waiting tasks get, or @FILE, or @-.")
+        Any, typer.Argument(parser=json_value, metavar="JSON", help="The payload, or @FILE, or @- for stdin.")
     ] = None,
     queue_name: Annotated[str, typer.Option("--queue", "-q", help="The queue of the waiting tasks.")] = DEFAULT_QUEUE,
 ) -> None:
-    """Emit an event. The first of a name wins: emitting it again changes nothing, and is no error."""
+    """Emit an event. The first emit of a name wins; later ones change nothing and are not an error."""
     emitted = await invocation.durable.emit_event(name, payload, queue_name=queue_name)
-    message = f"Event {name!r} is emitted." if emitted else f"Event {name!r} had been emitted before: nothing changes."
+    message = f"Event {name!r} emitted." if emitted else f"Event {name!r} was already emitted; nothing changed."
     invocation.output.say(message, name=name, queue_name=queue_name, emitted=emitted)

@@ -1,4 +1,4 @@
-"""The history of one task: how it stands, and all that is known to have happened to it."""
+"""The history of one task: its state, attempts, checkpoints, waits and subtasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Fields = Mapping[str, Any]
 
 
 class Moment(NamedTuple):
-    """Something that happened to a task."""
+    """An entry of a task's timeline."""
 
     at: datetime
     what: str
@@ -31,17 +31,17 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """What the database has about a task."""
+    """A task with its attempts, checkpoints, waits and subtasks, as read from the database."""
 
     task: Fields
     runs: list[Fields]
-    """The attempts that have ended."""
+    """The ended attempts."""
     checkpoints: list[Fields]
     waits: list[Fields]
     children: list[Fields]
 
     def as_data(self) -> dict[str, Any]:
-        """All of it, for JSON; payloads as the JSON that they are."""
+        """Return everything as data for JSON, with decoded payloads."""
         data = {
             "task": _decoded(self.task),
             "runs": [_decoded(run) for run in self.runs],
@@ -52,7 +52,7 @@ class History:
         return {**data, "timeline": [moment._asdict() for moment in self.timeline()]}
 
     def timeline(self) -> list[Moment]:
-        """All that is known to have happened, in order."""
+        """Return everything that is known to have happened, in order."""
         task = self.task
         moments = [Moment(task["created_at"], "spawned", f"into queue {task['queue_name']}")]
         moments += [Moment(run["started_at"], f"attempt {run['attempt']} starts") for run in self.runs]
@@ -65,11 +65,11 @@ class History:
         ]
         if task["finished_at"] is not None and not (self.runs and self.runs[-1]["state"] == task["state"]):
             moments.append(Moment(task["finished_at"], f"task {task['state']}"))
-        # The sort is stable: of what happened in the same microsecond, the end stays last.
+        # The sort is stable, so the end of the task stays last among entries of the same microsecond.
         return sorted(moments, key=lambda moment: moment.at)
 
     def print(self, output: Output) -> None:
-        """Print it for people."""
+        """Print the history as tables."""
         output.print_table(self._facts(), {"fact": "task", "value": str(self.task["task_id"])})
         self.print_timeline(output)
         if self.waits:
@@ -84,7 +84,7 @@ class History:
             output.print_table(self.children, columns)
 
     def print_timeline(self, output: Output) -> None:
-        """Print what happened, with the time since the spawn."""
+        """Print the timeline, with the time since the spawn."""
         moments = self.timeline()
         rows = [
             {
@@ -117,7 +117,7 @@ class History:
 
 
 async def load(database: Database, task_id: uuid.UUID, *, payloads: bool = False) -> History | None:
-    """Read a task's history; None if there is no such task. Params, results and the like come if asked for."""
+    """Read a task's history, with params, results and other payloads on request; None if the task does not exist."""
     parameters = {"task_id": task_id, "with_payloads": payloads, "wanted": _CHILDREN}
 
     async def rows(statement: Executable) -> list[Fields]:
@@ -146,7 +146,7 @@ def _recorded(checkpoint: Fields) -> tuple[str, str]:
         details.append(f"task {checkpoint['child_task_id']}")
     if checkpoint["value"] is not None:
         details.append(clean(checkpoint["value"]))
-    # The engine's own names say no more than the kind does.
+    # Names that the engine chooses add nothing to the kind.
     name = "" if checkpoint["name"].startswith("$") else f" {checkpoint['name']!r}"
     return f"{checkpoint['kind']}{name}", " ".join(details)
 

@@ -1,4 +1,4 @@
-"""One call of a command: its connection, its output, and how its errors reach the shell."""
+"""One call of a command: its client, its output, and its errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from .output import Output, clean, make_console
 
 P = ParamSpec("P")
 
-OK, WRONG, USAGE = 0, 1, 2
+OK, FAILED, USAGE = 0, 1, 2
 
 _USAGE_ERRORS = (InvalidConfiguration, InvalidCron, InvalidName, InvalidTaskParams, PayloadTooLarge, SerializationError)
 
 Url = Annotated[
     str | None,
     typer.Option(
-        help="The database. Rather set the variable: others can read the arguments of a process. "
-        "With neither, the embedded Postgres is used.",
+        help="The database. Prefer the variable: other users can read the arguments of a process. "
+        "Without either, the embedded Postgres is used.",
         envvar="DURABLE_DATABASE_URL",
         show_default=False,
     ),
 ]
-SchemaName = Annotated[str, typer.Option(help="The schema that durable's tables are in.")]
+SchemaName = Annotated[str, typer.Option(help="The schema of durable's tables.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Invocation:
-    """What a command works with."""
+    """The client and the output of a command."""
 
     def __init__(self, durable: Durable[Any], output: Output) -> None:
         self.durable = durable
@@ -56,7 +56,7 @@ class Invocation:
 
 
 def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Make a command of a coroutine function: it gets an `Invocation`, its command `--url`, `--schema` and `--json`."""
+    """Turn a coroutine function of an `Invocation` into a command with the options `--url`, `--schema` and `--json`."""
 
     @functools.wraps(function)
     def run(*, url: str | None, schema: str, as_json: bool, **arguments: Any) -> None:
@@ -64,7 +64,7 @@ def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any,
             async with Durable(url, schema=schema) as durable:
                 await function(Invocation(durable, Output(as_json=as_json)), **arguments)  # type: ignore[call-arg]
 
-        with reported(url):
+        with exit_on_errors(url):
             asyncio.run(main())
 
     hints = get_type_hints(function, include_extras=True)
@@ -83,29 +83,29 @@ def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any,
 
 
 @contextmanager
-def refused() -> Generator[None]:
-    """Turn an error of this package into one message on stderr, without a traceback, and an exit code."""
+def exit_on_package_errors() -> Generator[None]:
+    """Turn errors of this package into a message on stderr, without a traceback, and an exit code."""
     try:
         yield
     except DurableError as error:
-        fail(str(error), USAGE if isinstance(error, _USAGE_ERRORS) else WRONG)
+        fail(str(error), USAGE if isinstance(error, _USAGE_ERRORS) else FAILED)
 
 
 @contextmanager
-def reported(url: str | None = None) -> Generator[None]:
-    """Do so with errors of the database as well. The message says where it is, without the password."""
+def exit_on_errors(url: str | None = None) -> Generator[None]:
+    """Turn errors of this package and of the database into a message, which never contains the password."""
     try:
-        with refused():
+        with exit_on_package_errors():
             yield
     except BrokenPipeError:
-        # Whoever reads the output has enough of it, as `head` has.
+        # The reader of the output, such as `head`, has closed the pipe.
         raise
     except Exception as error:
         if not isinstance(error, SQLAlchemyError | OSError) and sqlstate(error) is None:
             raise
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
         message = str(cause).strip().splitlines() or [type(cause).__name__]
-        fail(f"The database at {place(url)} does not answer as it should: {message[0]}", WRONG)
+        fail(f"The database at {place(url)} failed: {message[0]}", FAILED)
 
 
 def fail(message: str, code: int) -> None:
@@ -119,12 +119,12 @@ def fail(message: str, code: int) -> None:
 
 
 def examples(*commands: str) -> str:
-    """The last part of a help text."""
+    """Format example commands as the epilog of a help text."""
     return "\n\n".join([f"Example{'s' if commands[1:] else ''}:", *commands])
 
 
 def place(url: str | None) -> str:
-    """Where a database is, without what may be secret."""
+    """Return the location of a database without user and password."""
     url = url or os.environ.get("DURABLE_DATABASE_URL")
     if url is None:
         return "the embedded server"

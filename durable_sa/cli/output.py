@@ -1,4 +1,4 @@
-"""What commands print: tables and sentences for people, JSON for programs."""
+"""The output of commands: tables and sentences for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.text import Text
 from sqlalchemy import Row
 
 _UNLIMITED = 10_000
-"""Columns of an output that is no terminal: nothing is wrapped or cut off there."""
+"""Width in columns of an output that is not a terminal, so that nothing is wrapped or cut off."""
 
 _STYLES = {
     "completed": "green",
@@ -30,32 +30,32 @@ _STYLES = {
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that cuts nothing off where no terminal is, and takes no text for markup."""
+    """Create a console that prints text without markup and, where it is not a terminal, without wrapping."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _UNLIMITED
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 
 class Output:
-    """Prints each result in the form that was asked for."""
+    """Prints results as text or as JSON."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.console = make_console()
 
     def json(self, data: Any) -> None:
-        """Print data as JSON. Times are ISO 8601, spans of time are seconds."""
+        """Print data as JSON, with times in ISO 8601 and durations in seconds."""
         print(to_json(data, indent=2, timedelta_mode="float").decode())  # noqa: T201
 
     def say(self, message: str, **data: Any) -> None:
-        """Print a sentence; as JSON, the data."""
+        """Print a sentence, or the data as JSON."""
         if self.as_json:
             self.json(data)
         else:
             self.console.print(clean(message), soft_wrap=True)
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, empty: str) -> None:
-        """Print rows under the headings that `columns` gives their keys; as JSON, all that is in the rows."""
+        """Print a table, with `columns` mapping keys to headings; or the whole rows as JSON."""
         if self.as_json:
             self.json(rows)
         elif rows:
@@ -64,7 +64,7 @@ class Output:
             self.console.print(empty)
 
     def print_table(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-        """Print a table for people."""
+        """Print a table, also if JSON was requested."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for key, heading in columns.items():
             table.add_column(heading, overflow="fold", no_wrap=key.endswith(("_id", "_at")), min_width=len(heading))
@@ -74,7 +74,7 @@ class Output:
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Generator[Callable[[int], None]]:
-        """A bar on stderr while something takes long; gives a function that says how much more is done."""
+        """Show a progress bar on stderr; yields a function that adds to the count."""
         console = make_console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -83,7 +83,7 @@ class Output:
 
 
 def as_dicts(rows: Iterable[Row[Any]]) -> list[dict[str, Any]]:
-    """Rows by the names of their columns; numbers of seconds, which come as Decimal, as floats."""
+    """Convert rows to dictionaries by column name, and Decimal, the type of selected seconds, to float."""
     return [
         {key: float(value) if isinstance(value, Decimal) else value for key, value in row._mapping.items()}  # pyright: ignore[reportPrivateUsage]
         for row in rows
@@ -91,13 +91,13 @@ def as_dicts(rows: Iterable[Row[Any]]) -> list[dict[str, Any]]:
 
 
 def cell(value: Any) -> Text:
-    """A value in a table."""
+    """Format a value for a table, with the style of a task's state."""
     text = shown(value)
     return Text(text, style=_STYLES.get(text, ""))
 
 
 def shown(value: object) -> str:
-    """A value for people."""
+    """Format a value for people."""
     if value is None:
         return ""
     if isinstance(value, datetime):
@@ -110,14 +110,14 @@ def shown(value: object) -> str:
 
 
 def clean(text: str) -> str:
-    """Text that cannot drive the terminal: control characters are written as escapes."""
+    """Escape control characters, so that the text cannot control the terminal."""
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode("ascii") for char in text
     )
 
 
 def span(seconds: float | None) -> str:
-    """A span of time in its two largest units, such as `2 h 5 min`."""
+    """Format a duration in its two largest units, such as `2 h 5 min`."""
     if seconds is None:
         return ""
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""`durable queues`: what there is, and how much of it is waiting."""
+"""`durable queues`: list, create, pause, resume and drop queues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .invocation import USAGE, AsJson, Invocation, SchemaName, Url, connected, e
 from .output import as_dicts, span
 
 queues = typer.Typer(
-    help="Queues and how they stand. Alone, it lists them.",
+    help="List and manage queues. Without a command, lists them.",
     epilog=examples("durable queues", "durable queues create mail --retention 7d", "durable queues pause mail"),
 )
 
@@ -58,21 +58,21 @@ def _alone(context: typer.Context, url: Url = None, schema: SchemaName = SCHEMA,
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if source is not None and source.name == "COMMANDLINE":
-            # It would go unheard, and something else than what was meant be dropped.
-            fail(f"{parameter.opts[0]} belongs behind the command: durable queues {command} {parameter.opts[0]}", USAGE)
+            # The option would be ignored, and the command would act on another database or schema.
+            fail(f"Put {parameter.opts[0]} after the command: durable queues {command} {parameter.opts[0]}", USAGE)
 
 
 async def _list(invocation: Invocation) -> None:
     """List the queues with the numbers of their tasks.
 
-    Ready: could be claimed now. Scheduled: due later, or waiting for an event or a child.
+    Ready tasks can be claimed now. Scheduled ones are due later, or wait for an event or a child.
     """
     rows = as_dicts(await invocation.durable.database.execute(statements.QUEUE_STATISTICS, {"queue_names": None}))
     if not invocation.output.as_json:
         for row in rows:
             row["status"] = "open" if row["paused_at"] is None else "paused"
             row["oldest"] = span(row["oldest_ready_seconds"])
-    invocation.output.table(rows, _COLUMNS, empty="There are no queues. Create one: durable queues create NAME")
+    invocation.output.table(rows, _COLUMNS, empty="No queues. Create one: durable queues create NAME")
 
 
 queues.command("list", epilog=examples("durable queues list --json"))(connected(_list))
@@ -86,30 +86,30 @@ queues.command("list", epilog=examples("durable queues list --json"))(connected(
 async def create(
     invocation: Invocation, name: Name, retention: Retention = None, event_retention: EventRetention = None
 ) -> None:
-    """Create a queue. If it is there, only what is given changes."""
+    """Create a queue, or change the given settings of an existing one."""
     policy = QueuePolicy()
     if retention is not None:
         policy["retention"] = None if retention == "never" else retention
     if event_retention is not None:
         policy["event_retention"] = None if event_retention == "never" else event_retention
     await invocation.durable.create_queue(name, **policy)
-    invocation.output.say(f"Queue {name!r} is there.", queue_name=name)
+    invocation.output.say(f"Queue {name!r} created.", queue_name=name)
 
 
 @queues.command("pause", epilog=examples("durable queues pause mail"))
 @connected
 async def pause(invocation: Invocation, name: Name) -> None:
-    """Stop claiming from a queue. What runs goes on, and spawning too."""
+    """Stop claiming from a queue. Running tasks continue, and tasks can still be spawned."""
     await invocation.durable.pause_queue(name)
-    invocation.output.say(f"Queue {name!r} is paused.", queue_name=name, paused=True)
+    invocation.output.say(f"Queue {name!r} paused.", queue_name=name, paused=True)
 
 
 @queues.command("resume", epilog=examples("durable queues resume mail"))
 @connected
 async def resume(invocation: Invocation, name: Name) -> None:
-    """Claim from a paused queue again."""
+    """Resume claiming from a paused queue."""
     await invocation.durable.resume_queue(name)
-    invocation.output.say(f"Queue {name!r} is open.", queue_name=name, paused=False)
+    invocation.output.say(f"Queue {name!r} resumed.", queue_name=name, paused=False)
 
 
 @queues.command("drop", epilog=examples("durable queues drop mail --yes"))
@@ -117,11 +117,11 @@ async def resume(invocation: Invocation, name: Name) -> None:
 async def drop(
     invocation: Invocation,
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete a queue with all its tasks, events and schedules. It asks before."""
+    """Delete a queue with all its tasks, events and schedules, after a confirmation."""
     await invocation.durable.require_queue(name)
     if not yes:
         typer.confirm(f"Delete queue {name!r} with everything in it?", abort=True, err=True)
     await invocation.durable.drop_queue(name)
-    invocation.output.say(f"Queue {name!r} is gone.", queue_name=name)
+    invocation.output.say(f"Queue {name!r} deleted.", queue_name=name)

@@ -1,4 +1,4 @@
-"""`durable worker --reload`: the same command in a child process, started anew when a file changes."""
+"""`durable worker --reload`: the same command in a child process, restarted when a file changes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _IGNORED = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 
 def supervise(directories: Sequence[Path]) -> int:
-    """Run this very command without `--reload`, again after each change of a Python file below the directories.
+    """Run this command without `--reload`, and restart it after each change of a Python file below the directories.
 
-    Returns the exit code: 0 once SIGTERM or SIGINT has come. A worker that ends by itself, as one with a syntax error
-    does, is started again at the next change.
+    Returns the exit code 0 after SIGTERM or SIGINT. A worker that exits by itself, for instance because of a syntax
+    error, is restarted at the next change.
     """
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -31,7 +31,7 @@ def supervise(directories: Sequence[Path]) -> int:
     child = subprocess.Popen(command)
     try:
         for path in changes(directories, stopping):
-            console.print(f"{path} has changed: starting anew", soft_wrap=True)
+            console.print(f"{path} changed, restarting", soft_wrap=True)
             _stop(child)
             child = subprocess.Popen(command)
     finally:
@@ -40,7 +40,7 @@ def supervise(directories: Sequence[Path]) -> int:
 
 
 def changes(directories: Sequence[Path], stopping: threading.Event) -> Iterator[Path]:
-    """Give a changed, new or removed Python file each time there are some, until `stopping` is set."""
+    """Yield a changed, new or removed Python file after each change, until `stopping` is set."""
     known = _times(directories)
     while not stopping.wait(_POLL_SECONDS):
         current = _times(directories)
@@ -51,7 +51,7 @@ def changes(directories: Sequence[Path], stopping: threading.Event) -> Iterator[
 
 
 def _times(directories: Sequence[Path]) -> dict[Path, int]:
-    """When each file was last changed; virtual environments and hidden directories are passed over."""
+    """Return when each file was last changed, without virtual environments and hidden directories."""
     times: dict[Path, int] = {}
     pending = list(directories)
     while pending:
@@ -61,7 +61,7 @@ def _times(directories: Sequence[Path]) -> dict[Path, int]:
         for entry in entries:
             if entry.name.startswith(".") or entry.name in _IGNORED:
                 continue
-            # A link that leads nowhere, or a file that is gone again, hides none of the others.
+            # A dangling link, or a file that was just deleted, is skipped.
             with contextlib.suppress(OSError):
                 if entry.is_dir():
                     if not (entry / "pyvenv.cfg").exists():
@@ -72,7 +72,7 @@ def _times(directories: Sequence[Path]) -> dict[Path, int]:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End a worker: gently, then with the second signal that gives its runs back at once, then for good."""
+    """Stop a worker: by SIGTERM, by a second SIGTERM, which releases its runs at once, and then by SIGKILL."""
     for end, seconds in ((child.terminate, _GRACE_SECONDS), (child.terminate, _GRACE_SECONDS), (child.kill, None)):
         _send(end)
         with contextlib.suppress(subprocess.TimeoutExpired):

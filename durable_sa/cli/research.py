@@ -1,7 +1,7 @@
-"""The task of `durable demo`: research with subtasks and a sleep, and a ledger of what was really executed.
+"""The task of `durable demo`: research with subtasks and a sleep, and a ledger of the executed steps.
 
-Worker processes load it as `durable_sa.cli.research:durable`. The ledger is a file, outside of the database, that steps
-append a line to when they begin and when they end.
+Worker processes load it as `durable_sa.cli.research:durable`. The ledger is a file outside the database, to which steps
+append a line when they begin and when they end.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ durable: Durable[None] = Durable()
 
 
 class Question(BaseModel):
-    """What is to be researched."""
+    """The params of the task."""
 
     topic: str
 
 
 class Note(BaseModel):
-    """What a source says."""
+    """The finding of a source."""
 
     source: str
     finding: str
 
 
 class Report(BaseModel):
-    """The end of the research."""
+    """The result of the task."""
 
     summary: str
     sources: list[str]
@@ -53,14 +53,14 @@ class Entry(BaseModel):
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """All that steps have written so far. A line that is still being written is left out."""
+    """Read the entries written so far, without a last line that is still being written."""
     lines = path.read_text().splitlines(keepends=True)
     return [Entry.model_validate_json(line) for line in lines if line.endswith("\n")]
 
 
 @asynccontextmanager
 async def work(step: str) -> AsyncGenerator[None]:
-    """Take a moment, as a model or a web page would, and say so in the ledger before and after."""
+    """Take as long as a call of a model or a web page, and write to the ledger before and after."""
     _record(step, "begins")
     await asyncio.sleep(STEP_SECONDS)
     yield
@@ -95,13 +95,13 @@ async def analyze(notes: list[Note], confirmed: int) -> str:
 
 @durable.task
 async def check(ctx: TaskContext, note: Note) -> bool:
-    """A subtask: it runs by itself, on any worker."""
+    """Check a note, as a subtask that any worker may run."""
     return await ctx.step("compare", compare, note)
 
 
 @durable.task
 async def research(ctx: TaskContext, question: Question) -> Report:
-    """Several steps, two subtasks and a sleep; ordinary code that goes on where it was after any crash."""
+    """Research a topic in several steps, two subtasks and a sleep."""
     sources = await ctx.step("find-sources", find_sources, question.topic)
     notes = [await ctx.step("read", read, source) for source in sources]
     children: list[TaskHandle[bool]] = [await ctx.spawn("check", check, note) for note in notes[:2]]

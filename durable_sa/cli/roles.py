@@ -1,4 +1,4 @@
-"""`durable roles`: database roles that may do what they need to durable's tables, and nothing else."""
+"""`durable roles`: the least privileges of database roles on durable's tables."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from .invocation import Invocation, connected
 async def roles(
     invocation: Invocation,
     producer: Annotated[
-        str | None, typer.Option(help="Of the application: spawns, emits, cancels, asks for results.", metavar="ROLE")
+        str | None,
+        typer.Option(help="The role of the application: spawns, emits, cancels, reads results.", metavar="ROLE"),
     ] = None,
-    worker: Annotated[str | None, typer.Option(help="Of the workers.", metavar="ROLE")] = None,
+    worker: Annotated[str | None, typer.Option(help="The role of workers.", metavar="ROLE")] = None,
     operator: Annotated[
         str | None,
-        typer.Option(help="Of this command line, or an application that defines queues and schedules.", metavar="ROLE"),
+        typer.Option(
+            help="The role of this command line, or of an application that defines queues and schedules.",
+            metavar="ROLE",
+        ),
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Execute it, as the owner of the tables.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Execute the SQL, as the owner of the tables.")] = False,
 ) -> None:
-    """Print the SQL that gives database roles the least they need.
+    """Print the SQL that grants database roles their least privileges.
 
-    The roles have to be there; one may be named for several purposes. What they could do to durable's tables before,
-    they no longer can. Repeat it after an upgrade that brings new tables. The owner of the tables runs the migrations.
+    The roles must exist; one role may be named several times. Their earlier privileges on durable's tables are revoked.
+    Repeat the command after an upgrade that adds tables. Migrations are run by the owner of the tables.
     """
     named = {"producer": producer, "worker": worker, "operator": operator}
     names = {kind: role for kind, role in named.items() if role is not None}
@@ -36,7 +40,7 @@ async def roles(
         async with invocation.durable.database.transaction() as connection:
             for statement in statements:
                 await connection.execute(verbatim(statement))
-        invocation.output.say("The roles are set up.", statements=statements)
+        invocation.output.say("Privileges granted.", statements=statements)
     else:
         script = "".join(f"{statement};\n" for statement in statements)
         invocation.output.say(f"BEGIN;\n{script}COMMIT;", statements=statements)

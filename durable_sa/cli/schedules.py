@@ -1,4 +1,4 @@
-"""`durable schedules`: what is spawned by the clock."""
+"""`durable schedules`: list, pause, resume and trigger cron schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .invocation import Invocation, connected, examples
 from .output import as_dicts
 
 schedules = typer.Typer(
-    help="Cron schedules.",
+    help="List and manage cron schedules.",
     no_args_is_help=True,
     epilog=examples("durable schedules list", "durable schedules pause nightly-report"),
 )
@@ -39,33 +39,33 @@ async def list_(invocation: Invocation) -> None:
     rows = as_dicts(await invocation.durable.database.execute(inspection.SCHEDULES))
     for row in rows:
         if row["backend"] == "pg_cron" and row["paused_at"] is None:
-            # The extension keeps it to itself.
+            # pg_cron does not store the next tick.
             row["next_tick_at"] = next_tick(row["cron_expression"], row["timezone"], datetime.now(UTC))
     if not invocation.output.as_json:
         for row in rows:
             row["status"] = "open" if row["paused_at"] is None else "paused"
-    invocation.output.table(rows, _COLUMNS, empty="There are no schedules.")
+    invocation.output.table(rows, _COLUMNS, empty="No schedules.")
 
 
 @schedules.command("pause", epilog=examples("durable schedules pause nightly-report"))
 @connected
 async def pause(invocation: Invocation, name: Name) -> None:
-    """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for."""
+    """Stop a schedule until it is resumed. Ticks during the pause are skipped."""
     await invocation.durable.pause_schedule(name)
-    invocation.output.say(f"Schedule {name!r} is paused.", name=name, paused=True)
+    invocation.output.say(f"Schedule {name!r} paused.", name=name, paused=True)
 
 
 @schedules.command("resume", epilog=examples("durable schedules resume nightly-report"))
 @connected
 async def resume(invocation: Invocation, name: Name) -> None:
-    """Let a paused schedule fire again, from its next tick on."""
+    """Resume a paused schedule, from its next tick on."""
     await invocation.durable.resume_schedule(name)
-    invocation.output.say(f"Schedule {name!r} is open.", name=name, paused=False)
+    invocation.output.say(f"Schedule {name!r} resumed.", name=name, paused=False)
 
 
 @schedules.command("trigger", epilog=examples("durable schedules trigger nightly-report"))
 @connected
 async def trigger(invocation: Invocation, name: Name) -> None:
-    """Spawn a schedule's task now, besides its ticks."""
+    """Spawn a schedule's task now, in addition to its ticks."""
     spawned = await invocation.durable.trigger_schedule(name)
-    invocation.output.say(f"Task {spawned.task_id} is spawned.", name=name, task_id=spawned.task_id)
+    invocation.output.say(f"Task {spawned.task_id} spawned.", name=name, task_id=spawned.task_id)

@@ -1,4 +1,4 @@
-"""`durable tasks`: find tasks, see what happened to one, spawn, cancel and retry."""
+"""`durable tasks`: list, show, spawn, cancel and retry tasks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..models import DEFAULT_QUEUE
 from ..statements import inspection
 from . import history
 from .arguments import duration, headers, json_value, moment
-from .invocation import USAGE, WRONG, Invocation, connected, examples, fail
+from .invocation import FAILED, USAGE, Invocation, connected, examples, fail
 from .output import as_dicts
 
-tasks = typer.Typer(help="Tasks, one by one and in bulk.", no_args_is_help=True)
+tasks = typer.Typer(help="List and manage tasks, one by one or in bulk.", no_args_is_help=True)
 
 _PAGE = 500
 _MOST = 2**31 - 1
@@ -36,15 +36,21 @@ _COLUMNS = {
 }
 
 TaskIds = Annotated[list[uuid.UUID] | None, typer.Argument(metavar="TASK_ID", show_default=False)]
-Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only of this queue.")]
-States = Annotated[list[TaskStatus] | None, typer.Option("--state", "-s", help="Only in this state; may be repeated.")]
+Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only tasks in this queue.")]
+States = Annotated[
+    list[TaskStatus] | None, typer.Option("--state", "-s", help="Only tasks in this state; may be repeated.")
+]
 Name = Annotated[str | None, typer.Option("--name", "-n", help="Only tasks of this name.")]
 Since = Annotated[
     Any,
-    typer.Option(parser=moment, metavar="WHEN", help="Only spawned since then: 15m, 12h, 7d ago or 2026-01-31T08:00Z."),
+    typer.Option(
+        parser=moment, metavar="WHEN", help="Only tasks spawned since: 12h for 12 hours ago, or 2026-01-31T08:00Z."
+    ),
 ]
-Payloads = Annotated[bool, typer.Option("--payloads", help="Show params, results, headers and tracebacks, too.")]
-MaxAttempts = Annotated[int | None, typer.Option(help="How often the task's own code may fail.")]
+Payloads = Annotated[bool, typer.Option("--payloads", help="Show params, results, headers and tracebacks.")]
+MaxAttempts = Annotated[
+    int | None, typer.Option(help="Number of failures of the task's own code after which it fails.")
+]
 
 
 @tasks.command(
@@ -58,12 +64,12 @@ async def list_(
     states: States = None,
     name: Name = None,
     since: Since = None,
-    limit: Annotated[int, typer.Option("--limit", "-l", help="At most so many.", min=1, max=10_000)] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-l", help="Maximum number of tasks.", min=1, max=10_000)] = 20,
 ) -> None:
     """List tasks, the newest first."""
     query = inspection.tasks(queue_name=queue_name, states=states or (), task_name=name, since=since, limit=limit)
     rows = as_dicts(await invocation.durable.database.execute(query))
-    invocation.output.table(rows, _COLUMNS, empty="There are no such tasks.")
+    invocation.output.table(rows, _COLUMNS, empty="No matching tasks.")
 
 
 @tasks.command("show", epilog=examples("durable tasks show 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa --payloads"))
@@ -73,7 +79,7 @@ async def show(
     task_id: Annotated[uuid.UUID, typer.Argument(metavar="TASK_ID", show_default=False)],
     payloads: Payloads = False,
 ) -> None:
-    """Show one task: how it stands, its attempts and checkpoints in time, what it waits for, its subtasks."""
+    """Show one task: its state, timeline, waits and subtasks."""
     found = await history.load(invocation.durable.database, task_id, payloads=payloads)
     if found is None:
         raise TaskNotFound(task_id)
@@ -93,21 +99,22 @@ async def spawn(
     invocation: Invocation,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the task.", show_default=False)],
     params: Annotated[
-        Any, typer.Option(parser=json_value, metavar="JSON", help="Its params, or @FILE, or @- for stdin.")
+        Any, typer.Option(parser=json_value, metavar="JSON", help="The params, or @FILE, or @- for stdin.")
     ] = None,
     queue_name: Annotated[str, typer.Option("--queue", "-q", help="The queue.")] = DEFAULT_QUEUE,
-    key: Annotated[str | None, typer.Option(help="An idempotency key: the same key spawns one task only.")] = None,
+    key: Annotated[str | None, typer.Option(help="An idempotency key: one key spawns only one task.")] = None,
     delay: Annotated[
-        timedelta | None, typer.Option(parser=duration, metavar="DURATION", help="Not before so long from now.")
+        timedelta | None,
+        typer.Option(parser=duration, metavar="DURATION", help="Do not run the task before this time has passed."),
     ] = None,
-    priority: Annotated[int, typer.Option(help="Smaller comes first.")] = 0,
+    priority: Annotated[int, typer.Option(help="Smaller numbers are claimed first.")] = 0,
     max_attempts: MaxAttempts = None,
     header: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A header; may be repeated.")] = None,
 ) -> None:
     """Spawn a task by its name.
 
-    The task's own code is not known here: whether the params fit is seen by the worker that runs it, and options that
-    are not given are the general ones.
+    The command does not know the task's code: the worker that runs the task validates the params, and options that are
+    not given have their general defaults, not those of the task.
     """
     options = SpawnOptions(
         queue_name=queue_name,
@@ -118,7 +125,7 @@ async def spawn(
         headers=headers(header or []),
     )
     spawned = await invocation.durable.spawn_by_name(name, params, unchecked=True, **options)
-    message = f"Task {spawned.task_id} is spawned." if spawned.created else f"Task {spawned.task_id} has that key."
+    message = f"Task {spawned.task_id} spawned." if spawned.created else f"Task {spawned.task_id} already has that key."
     invocation.output.say(message, task_id=spawned.task_id, run_id=spawned.run_id, created=spawned.created)
 
 
@@ -133,13 +140,13 @@ async def spawn(
 async def cancel(
     invocation: Invocation,
     task_ids: TaskIds = None,
-    every: Annotated[bool, typer.Option("--all", help="All unfinished tasks that the other options choose.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All unfinished tasks that match the other options.")] = False,
     queue_name: Queue = None,
     states: States = None,
     name: Name = None,
     since: Since = None,
 ) -> None:
-    """Cancel tasks with their unfinished descendants. One that has ended already stays as it is."""
+    """Cancel tasks with their unfinished descendants. Ended tasks are not changed."""
     chosen = Choice(queue_name, states or (), name, since)
     if every == bool(task_ids) or chosen.anything != every:
         fail("Give the ids of tasks, or --all with --queue, --name, --state or --since.", USAGE)
@@ -147,9 +154,7 @@ async def cancel(
         if any(state.finished for state in chosen.states):
             fail("Only unfinished tasks can be cancelled: --state pending, running or sleeping.", USAGE)
         unfinished = [state for state in TaskStatus if not state.finished]
-        await _do_all(
-            invocation, chosen.among(unfinished), "Cancelling", "cancelled", "cancelled", invocation.durable.cancel_task
-        )
+        await _do_all(invocation, chosen.among(unfinished), "Cancelling", "cancelled", invocation.durable.cancel_task)
         return
     await _do_each(invocation, task_ids or (), invocation.durable.cancel_task)
 
@@ -164,28 +169,30 @@ async def cancel(
 async def retry(
     invocation: Invocation,
     task_ids: TaskIds = None,
-    every: Annotated[bool, typer.Option("--all", help="All failed tasks, or what the other options choose.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="All failed tasks, or those that match the other options.")
+    ] = False,
     queue_name: Queue = None,
     states: States = None,
     name: Name = None,
     since: Since = None,
     max_attempts: MaxAttempts = None,
 ) -> None:
-    """Put failed or cancelled tasks back, with their checkpoints and a fresh count of failures."""
+    """Retry failed or cancelled tasks. They keep their checkpoints; failures are counted from zero."""
     chosen = Choice(queue_name, states or (), name, since)
     if every == bool(task_ids) or (chosen.anything and not every):
         fail("Give the ids of tasks, or --all with --queue, --name, --state or --since.", USAGE)
-    put_back = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)
+    retry_task = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)
     if every:
         if set(chosen.states) - {TaskStatus.FAILED, TaskStatus.CANCELLED}:
             fail("Only failed and cancelled tasks can be retried: --state failed, --state cancelled.", USAGE)
-        await _do_all(invocation, chosen.among([TaskStatus.FAILED]), "Retrying", "put back", "retried", put_back)
+        await _do_all(invocation, chosen.among([TaskStatus.FAILED]), "Retrying", "retried", retry_task)
         return
-    await _do_each(invocation, task_ids or (), put_back)
+    await _do_each(invocation, task_ids or (), retry_task)
 
 
 class Choice(NamedTuple):
-    """What tasks to do something with."""
+    """The conditions that select tasks."""
 
     queue_name: str | None
     states: Sequence[TaskStatus]
@@ -194,15 +201,15 @@ class Choice(NamedTuple):
 
     @property
     def anything(self) -> bool:
-        """Whether any of it is said."""
+        """True if there is any condition."""
         return self != (None, (), None, None)
 
     def among(self, states: Sequence[TaskStatus]) -> Choice:
-        """In these states, if none is said."""
+        """Restrict the choice to these states, unless it names states itself."""
         return self._replace(states=self.states or states)
 
     def query(self, *, before: uuid.UUID | None = None, limit: int) -> Select[*tuple[Any, ...]]:
-        """A page of them, the newest first."""
+        """Select a page of the matching tasks, the newest first."""
         return inspection.tasks(
             queue_name=self.queue_name,
             states=self.states,
@@ -216,7 +223,7 @@ class Choice(NamedTuple):
 async def _do_each(
     invocation: Invocation, task_ids: Sequence[uuid.UUID], act: Callable[[uuid.UUID], Awaitable[TaskStatus]]
 ) -> None:
-    """Do the same with each of these; one that it cannot be done with keeps it from none of the others."""
+    """Act on each of these tasks, and report the refused ones at the end."""
     results: list[dict[str, Any]] = []
     refusals: list[str] = []
     for task_id in task_ids:
@@ -227,7 +234,7 @@ async def _do_each(
     if results:
         invocation.output.table(results, {"task_id": "task", "state": "state"}, empty="")
     if refusals:
-        fail("\nerror: ".join(refusals), WRONG)
+        fail("\nerror: ".join(refusals), FAILED)
 
 
 async def _do_all(
@@ -235,10 +242,9 @@ async def _do_all(
     chosen: Choice,
     doing: str,
     done: str,
-    key: str,
     act: Callable[[uuid.UUID], Awaitable[object]],
 ) -> None:
-    """Do the same with all that are chosen, and say how many they were."""
+    """Act on all matching tasks, and print their number."""
     changed, passed_over = 0, 0
     every = chosen.query(limit=_MOST).order_by(None).subquery()
     rows = await invocation.durable.database.execute(select(func.count()).select_from(every))
@@ -248,14 +254,14 @@ async def _do_all(
                 await act(task_id)
                 changed += 1
             except (InvalidState, TaskNotFound):
-                # Somebody else was faster, or it went with the parent that was put back before.
+                # Another command changed the task first, or its parent was retried with all descendants.
                 passed_over += 1
             advance(1)
-    invocation.output.say(f"{changed} tasks are {done}.", **{key: changed, "passed_over": passed_over})
+    invocation.output.say(f"Tasks {done}: {changed}.", **{done: changed, "passed_over": passed_over})
 
 
 async def _matching(invocation: Invocation, chosen: Choice) -> AsyncIterator[uuid.UUID]:
-    """Page by page, each task once: one that fails again meanwhile does not come back."""
+    """Yield matching tasks page by page, each once, also if it matches again in the meantime."""
     before: uuid.UUID | None = None
     while True:
         rows = await invocation.durable.database.execute(chosen.query(before=before, limit=_PAGE))

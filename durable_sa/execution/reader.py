@@ -88,7 +88,7 @@ class Reader:
 
     async def _ownership(self, held: list[tuple[uuid.UUID, int]]) -> list[str | None]:
         rows = await self._execute(
-            claiming.RUNS_GONE, {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]}
+            claiming.LOST_RUNS, {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]}
         )
         states = {(row.task_id, row.fence): row.state or "deleted" for row in rows}
         return [states.get(key) for key in held]

@@ -33,7 +33,7 @@ from ..database_errors import (
     without_values,
 )
 from ..signals import LeaseLost
-from ..statements import checkpoints, outcomes
+from ..statements import checkpoints, fencing
 from .waits import Stored
 from .writes import (
     CONTENDED,
@@ -300,7 +300,7 @@ class Writer:
     async def _without_lost(self, channel: DedicatedConnection, writes: list[Write]) -> list[Write]:
         """Settle the writes whose fence is lost, and return the others."""
         fences = {write.task_id: write.fence for write in writes}
-        rows = await channel.execute(outcomes.UNDER_FENCE, {"task_ids": list(fences), "fences": list(fences.values())})
+        rows = await channel.execute(fencing.FENCE_STATUS, {"task_ids": list(fences), "fences": list(fences.values())})
         found = {row.task_id: row for row in rows}
         held: list[Write] = []
         for write in writes:

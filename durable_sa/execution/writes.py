@@ -12,7 +12,7 @@ from sqlalchemy import Executable, Row
 from typing_extensions import TypeVar
 
 from ..signals import LeaseLost
-from ..statements import checkpoints, outcomes
+from ..statements import checkpoints, outcomes, suspending
 from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -167,7 +167,7 @@ def _events(writes: list[Write[EventValues]]) -> tuple[Executable, dict[str, Any
 
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
-    return outcomes.REGISTER_WAITS, fenced | _wait_columns(writes)
+    return suspending.REGISTER_WAITS, fenced | _wait_columns(writes)
 
 
 def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dict[str, Any]]:
@@ -182,7 +182,7 @@ def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dic
         for write in writes
     ]
     names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
-    return outcomes.SUSPEND, arrays(names, rows) | _wait_columns(writes)
+    return suspending.SUSPEND, arrays(names, rows) | _wait_columns(writes)
 
 
 def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
@@ -205,7 +205,7 @@ def _fenced(
 
 def _wait_columns(writes: Sequence[Write]) -> dict[str, list[Any]]:
     rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
-    return arrays(outcomes.SUSPEND_COLUMNS, rows)
+    return arrays(suspending.SUSPEND_COLUMNS, rows)
 
 
 _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {

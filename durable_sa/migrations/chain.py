@@ -12,11 +12,11 @@ from ..errors import InvalidConfiguration
 from . import versions
 
 BASE = "base"
-"""The state without any durable tables, as Alembic calls it."""
+"""Alembic's name for the state before the first revision."""
 
 
 class Script(Protocol):
-    """A file in `versions`."""
+    """A revision: a module in `versions`."""
 
     revision: str
     down_revision: str | None
@@ -26,7 +26,7 @@ class Script(Protocol):
 
 
 def scripts() -> list[Script]:
-    """All revisions, the oldest first."""
+    """Return all revisions, the oldest first."""
     modules = [import_module(f"{versions.__name__}.{module.name}") for module in iter_modules(versions.__path__)]
     following = {script.down_revision: script for script in cast(list[Script], modules)}
     chain: list[Script] = []
@@ -36,17 +36,17 @@ def scripts() -> list[Script]:
 
 
 def head() -> str:
-    """The revision that this version of the package needs."""
+    """Return the revision that this version of the package needs."""
     return scripts()[-1].revision
 
 
 def is_known(revision: str) -> bool:
-    """Whether this version of the package has the revision; otherwise a newer one made it."""
+    """Return whether this version of the package has the revision; if not, it comes from a newer one."""
     return revision == BASE or any(script.revision == revision for script in scripts())
 
 
 def position(revision: str) -> int:
-    """How many revisions lead up to this one, itself included.
+    """Count the revisions up to and including this one.
 
     Raises:
         InvalidConfiguration: the package has no such revision.
@@ -56,6 +56,6 @@ def position(revision: str) -> int:
         raise InvalidConfiguration(
             "revision",
             f"this version of durable_sa has no {revision!r}",
-            f"It has {', '.join(names)}. Install the version that the call was written with, or a newer one.",
+            f"It has {', '.join(names)}. Install the version for which the call was written, or a newer one.",
         )
     return names.index(revision)

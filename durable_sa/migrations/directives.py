@@ -1,4 +1,4 @@
-"""What autogenerate makes of durable's tables: nothing by itself, and a call of `upgrade` when they are too old."""
+"""Alembic's autogenerate: ignores durable's tables, and writes a call of `upgrade` when they are outdated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Move(MigrateOperation):
         return Move(self.since, self.revision, self.schema, down=not self.down)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
-        """What `alembic check` prints."""
+        """Return the text that `alembic check` prints."""
         return (self.render(),)
 
     def render(self) -> str:
@@ -49,14 +49,14 @@ def _render(context: AutogenContext, operation: Move) -> str:
 
 
 def autogenerate(context: MigrationContext, revision: Any, directives: list[MigrationScript]) -> None:
-    """Have `alembic revision --autogenerate` write the upgrade of durable's tables where one is due.
+    """Make `alembic revision --autogenerate` write the upgrade of durable's tables when one is due.
 
-    Pass it in env.py: `context.configure(..., process_revision_directives=durable.autogenerate)`. The call comes before
-    everything else, so that foreign keys to durable's tables find them, and its reverse at the end of the downgrade.
-    `alembic check` then reports a due upgrade. Where durable's revisions are a branch of the application's history,
-    `alembic upgrade heads` runs them and nothing is written.
+    Pass this in env.py: `context.configure(..., process_revision_directives=durable.autogenerate)`. The call becomes
+    the first of the upgrade, so that foreign keys to durable's tables find them, and its reverse the last of the
+    downgrade. `alembic check` reports a due upgrade. If durable's revisions are a branch of the application's history,
+    nothing is written, because `alembic upgrade heads` runs them.
 
-    Keep a hook of your own: call this first in it, or chain it to a `Rewriter`, `writer.chain(durable.autogenerate)`.
+    If you have a hook already, call this first in it, or chain a `Rewriter`: `writer.chain(durable.autogenerate)`.
 
     Raises:
         SchemaMismatch: a newer version of the package migrated the database.
@@ -76,7 +76,7 @@ def autogenerate(context: MigrationContext, revision: Any, directives: list[Migr
 
 
 def _is_autogenerate(context: MigrationContext) -> bool:
-    """Whether database and models are compared, and not an empty revision made (`revision_environment = true`)."""
+    """Return whether models are compared. With `revision_environment = true` env.py also runs for empty revisions."""
     return bool(context.opts["revision_context"].command_args["autogenerate"])
 
 
@@ -86,7 +86,7 @@ def _is_branch(script: ScriptDirectory | None) -> bool:
 
 
 def _register() -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a comparison that comes after Alembic's own; since 1.18 that takes a priority."""
+    """Register a comparison that runs after Alembic's own; since Alembic 1.18 that takes a priority."""
     if priorities := getattr(util, "DispatchPriority", None):
         return comparators.dispatch_for("schema", priority=priorities.LAST)
     return comparators.dispatch_for("schema")
@@ -94,9 +94,9 @@ def _register() -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 @_register()
 def _leave_alone(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Iterable[str | None]) -> None:
-    """Take durable's tables out of what was compared.
+    """Remove durable's tables from the result of the comparison.
 
-    Otherwise `include_schemas=True` would drop them, and durable's metadata in `target_metadata` create them.
+    Otherwise `include_schemas=True` would drop them, and durable's metadata in `target_metadata` would create them.
     """
     schema = configured_schema(context.migration_context)
     if schema is not None:

@@ -1,7 +1,7 @@
-"""Least privilege: what each kind of process does to durable's tables, and the SQL that grants it.
+"""The least privileges on durable's tables for each kind of process, and the SQL that grants them.
 
-Migrations are run by the owner of the tables. Nobody else needs more than what is here: there are no sequences, as ids
-are made by the client, and no functions; NOTIFY and LISTEN know no privileges.
+Migrations are run by the owner of the tables. These privileges are complete: clients generate the ids, so there are no
+sequences; there are no functions; and NOTIFY and LISTEN need no privileges.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from .sql import quoted
 
 PRODUCER: Final = {
     "queues": "SELECT",
-    "tasks": "SELECT, INSERT, UPDATE, DELETE",  # the last to take back a batch in which one spawn is refused
+    "tasks": "SELECT, INSERT, UPDATE, DELETE",  # DELETE takes back a batch in which one spawn is refused
     "runs": "INSERT",
     "checkpoints": "INSERT",
     "waits": "SELECT, DELETE",
     "events": "SELECT, INSERT",
 }
-"""Of an application that spawns, emits, cancels and asks for results."""
+"""Privileges of an application that spawns, emits, cancels and reads results."""
 
 WORKER: Final = {
     "queues": "SELECT",
     "tasks": "SELECT, INSERT, UPDATE, DELETE",
     "runs": "SELECT, INSERT, DELETE",
     "checkpoints": "SELECT, INSERT, DELETE",
-    "waits": "SELECT, INSERT, UPDATE, DELETE",  # the third to pass over what somebody has locked
+    "waits": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is needed to skip locked rows
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
 }
-"""Of workers, which also spawn subtasks, fire schedules and delete what is past its retention."""
+"""Privileges of workers, which also spawn subtasks, fire schedules and delete what is past its retention."""
 
 OPERATOR: Final = {
     **WORKER,
@@ -42,20 +42,20 @@ OPERATOR: Final = {
     "waits": "SELECT, INSERT, DELETE",
     "workers": "SELECT",
 }
-"""Of the command line, and of applications that define queues and schedules themselves."""
+"""Privileges of the command line, and of applications that define queues and schedules."""
 
 ROLES: Final[Mapping[str, Mapping[str, str]]] = {"producer": PRODUCER, "worker": WORKER, "operator": OPERATOR}
 
 
 def grants(names: Mapping[str, str], schema: str = SCHEMA) -> list[str]:
-    """The statements after which database roles may do what they need to durable's tables, and nothing else.
+    """Return the statements that give database roles exactly the privileges they need on durable's tables.
 
-    `names` has the database's role for each kind, `producer`, `worker` or `operator`; one role may be of several kinds.
-    They are to be executed by the owner of the tables, in one transaction, and once more after an upgrade of durable_sa
-    that brings new tables.
+    `names` maps a kind, `producer`, `worker` or `operator`, to a database role; one role may have several kinds. The
+    owner of the tables executes the statements in one transaction, and repeats them after an upgrade of durable_sa that
+    adds tables.
 
     Raises:
-        InvalidConfiguration: no role is named, or one of a kind that there is not.
+        InvalidConfiguration: no role is given, or a kind does not exist.
     """
     if not names:
         raise InvalidConfiguration("roles", "none is named", "Name a producer, a worker or an operator.")

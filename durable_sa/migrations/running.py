@@ -1,4 +1,4 @@
-"""Runs the revisions: from an application's own revision, as a branch of its history, or without Alembic's files."""
+"""Runs the revisions: called by an application's revision, as an Alembic branch, or without Alembic's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .chain import BASE, head, is_known, position, scripts
 from .version import current, downgrade_call, record, too_new, upgrade_call, works_with
 
 SCHEMA_OPTION: Final = "durable_schema"
-"""The keyword of `context.configure()` in an env.py that names another schema than `durable`."""
+"""The keyword of `context.configure()` in env.py for another schema than `durable`."""
 
 QUEUE_SECONDS: Final = 60
 LOCK_SECONDS: Final = 5
@@ -28,14 +28,14 @@ _SCHEMA_EXISTS = text("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = :sc
 
 
 def upgrade(revision: str, *, since: str = BASE, schema: str = SCHEMA) -> None:
-    """Bring durable's tables from the revision `since` to `revision`, in the `upgrade()` of your own revision.
+    """Upgrade durable's tables from the revision `since` to `revision`, in the `upgrade()` of your own revision.
 
-    It is part of that revision's transaction. Revisions that the database has already, for instance from
-    `Durable.migrate()`, are not run again. With `--sql` the database is taken to be at `since`.
+    The upgrade is part of that revision's transaction. Revisions that the database already has, for instance from
+    `Durable.migrate()`, are skipped. With `--sql` the database is assumed to be at `since`.
 
     Raises:
         InvalidConfiguration: this version of the package does not know a revision, or they are in the wrong order.
-        SchemaMismatch: the database is not even at `since`, or a newer version of the package migrated it.
+        SchemaMismatch: the database has not reached `since`, or a newer version of the package migrated it.
     """
     _upgrade(Operations(alembic_op.get_context()), revision, since, schema)
 
@@ -43,8 +43,8 @@ def upgrade(revision: str, *, since: str = BASE, schema: str = SCHEMA) -> None:
 def downgrade(revision: str, *, since: str, schema: str = SCHEMA) -> None:
     """Take durable's tables from the revision `since` back to `revision`, in the `downgrade()` of your own revision.
 
-    It reverses `upgrade(since, since=revision)`. Back to `"base"` all tables are dropped with what is in them; the
-    schema stays, with the grants on it.
+    This reverses `upgrade(since, since=revision)`. A downgrade to `"base"` drops all tables with their data, and keeps
+    the schema and the grants on it.
 
     Raises:
         InvalidConfiguration: this version of the package does not know a revision, or they are in the wrong order.
@@ -54,31 +54,31 @@ def downgrade(revision: str, *, since: str, schema: str = SCHEMA) -> None:
 
 
 def upgrade_branch(revision: str, *, since: str | None) -> None:
-    """As `upgrade`, called by the files in `versions` when Alembic runs them for an application."""
+    """Upgrade as a file in `versions` that Alembic runs for an application."""
     op = Operations(alembic_op.get_context())
     _upgrade(op, revision, since or BASE, configured_schema(op.get_context()) or SCHEMA)
 
 
 def downgrade_branch(revision: str | None, *, since: str) -> None:
-    """As `downgrade`, called by the files in `versions` when Alembic runs them for an application."""
+    """Downgrade as a file in `versions` that Alembic runs for an application."""
     op = Operations(alembic_op.get_context())
     _downgrade(op, revision or BASE, since, configured_schema(op.get_context()) or SCHEMA)
 
 
 def migrate(connection: Connection, schema: str = SCHEMA) -> None:
-    """Bring durable's tables to the newest revision, creating the schema if need be. All or nothing.
+    """Upgrade durable's tables to the newest revision, creating the schema if it does not exist.
 
-    Nothing happens to newer tables that are for this version of the package, too.
+    Newer tables that are compatible with this version of the package are left unchanged.
 
-    The connection has to be in a READ COMMITTED transaction, which the caller commits. Of several callers at once, in
-    any process, one migrates and the others wait for it, up to a minute. A lock on a table is waited for 5 seconds,
-    so that the application does not queue up behind the migration.
+    The connection has to be in a READ COMMITTED transaction, which the caller commits. Of several concurrent callers,
+    in any process, one migrates and the others wait for it, up to a minute. The migration waits for a lock on a table
+    at most 5 seconds, so that the application's statements do not queue up behind it.
 
     Raises:
         SchemaMismatch: a newer version of the package migrated the database.
-        InvalidState: a lock could not be had in time, or the database is read-only.
+        InvalidState: a lock was not granted in time, or the database is read-only.
     """
-    # What a DBA has set is meant for the application's statements.
+    # A timeout that is set for the application's statements would interrupt a long migration.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
     if works_with(connection, schema):
         return
@@ -95,13 +95,13 @@ def migrate(connection: Connection, schema: str = SCHEMA) -> None:
         raise InvalidState(
             "The migration of durable's tables",
             "blocked: another transaction holds a lock that it needs",
-            "Nothing was changed. Run it again once that transaction has ended; "
-            "`SELECT * FROM pg_stat_activity WHERE xact_start < now() - interval '5 s'` shows the long ones.",
+            "Nothing was changed. Repeat the migration once that transaction has ended; "
+            "`SELECT * FROM pg_stat_activity WHERE xact_start < now() - interval '5 s'` shows long transactions.",
         ) from error
 
 
 def configured_schema(context: MigrationContext) -> str | None:
-    """The schema an env.py has named, None where it says that durable's tables are its own."""
+    """Return the schema named in env.py; None if env.py is that of durable_sa itself."""
     schema: str | None = context.opts.get(SCHEMA_OPTION, SCHEMA)
     return schema
 
@@ -113,7 +113,7 @@ def _upgrade(op: Operations, revision: str, since: str, schema: str) -> None:
     installed = _installed(op, since, schema)
     if position(installed) < position(since):
         raise SchemaMismatch(
-            None if installed == BASE else installed, since, f"Run the revision first that brings them to {since}."
+            None if installed == BASE else installed, since, f"First run the revision that upgrades them to {since}."
         )
     if installed == BASE:
         _create_schema(op, schema)
@@ -128,7 +128,7 @@ def _downgrade(op: Operations, revision: str, since: str, schema: str) -> None:
         raise InvalidConfiguration("revision", f"{revision!r} comes after since={since!r}", f"Write `{correct}`.")
     installed = _installed(op, since, schema)
     if position(installed) > position(since):
-        raise SchemaMismatch(installed, since, f"Run the downgrade first that takes them back to {since}.")
+        raise SchemaMismatch(installed, since, f"First run the downgrade that takes them back to {since}.")
     chain = scripts()
     for number in range(position(installed), position(revision), -1):
         chain[number - 1].down(op, schema)
@@ -137,7 +137,7 @@ def _downgrade(op: Operations, revision: str, since: str, schema: str) -> None:
 
 
 def _installed(op: Operations, since: str, schema: str) -> str:
-    """The revision to start from. A script for `--sql` can ask nobody."""
+    """Return the revision to start from. With `--sql` there is no database to read it from."""
     if op.get_context().as_sql:
         return since
     connection = op.get_bind()
@@ -149,12 +149,12 @@ def _installed(op: Operations, since: str, schema: str) -> str:
 
 
 def _wait_for_turn(connection: Connection, schema: str) -> None:
-    """Let one transaction at a time migrate a schema. The lock goes with the transaction, also through a pooler."""
+    """Let one transaction at a time migrate a schema. The lock ends with the transaction, also through a pooler."""
     key = int.from_bytes(blake2b(f"durable_sa {schema}".encode(), digest_size=8).digest(), signed=True)
     connection.execute(text("SELECT pg_catalog.pg_advisory_xact_lock(:key)"), {"key": key})
 
 
 def _create_schema(op: Operations, schema: str) -> None:
-    # IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+    # The existence is checked first, because IF NOT EXISTS needs the privilege to create schemas in any case.
     if op.get_context().as_sql or not op.get_bind().execute(_SCHEMA_EXISTS, {"schema": schema}).scalar():
         op.execute(CreateSchema(schema, if_not_exists=True))

@@ -1,4 +1,4 @@
-"""SQL written out, for what Alembic's operations cannot say. A schema's name may hold any character."""
+"""SQL text, for what Alembic's operations cannot express. A schema's name may contain any character."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from sqlalchemy import TextClause, text
 
 
 def quoted(name: str) -> str:
-    """A name as an SQL identifier."""
+    """Quote a name as an SQL identifier."""
     escaped = name.replace('"', '""')
     return f'"{escaped}"'
 
 
 def verbatim(sql: str) -> TextClause:
-    """A statement in which colons do not start parameters."""
+    """Make a statement of text in which colons do not start parameters."""
     return text(sql.replace(":", r"\:"))

@@ -1,4 +1,4 @@
-"""The revision a database is at. It is kept in the comment of the table `queues`, beside what it describes."""
+"""The revision of the tables in a database, which is stored in the comment of the table `queues`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sql import quoted
 TABLE: Final = Queue.__tablename__
 _PREFIX: Final = "schema version: "
 
-# From the catalog: readable by every role, and no error where there is no such table or schema.
+# The catalog is readable by every role, and a missing table or schema is not an error.
 _COMMENT = text("""
     SELECT d.description
     FROM pg_catalog.pg_class c
@@ -29,12 +29,12 @@ _COMMENT = text("""
 
 
 def current(connection: Connection, schema: str = SCHEMA) -> str | None:
-    """The revision durable's tables are at in this database, None where there are none.
+    """Return the revision of durable's tables in this database; None if they do not exist.
 
     On an `AsyncConnection`: `await connection.run_sync(durable.current)`.
 
     Raises:
-        InvalidState: there are tables, but the comment that says at which revision has been lost.
+        InvalidState: the tables exist, but the comment with their revision was lost.
     """
     comment = _comment(connection, schema)
     if comment is None:
@@ -44,32 +44,32 @@ def current(connection: Connection, schema: str = SCHEMA) -> str | None:
     table = f"{quoted(schema)}.{TABLE}"
     raise InvalidState(
         f"The table {table}",
-        "without the comment that says at which revision durable's tables are",
-        "If they were restored from a dump without comments, write the revision that the dumped database was at: "
+        "without the comment that has the revision of durable's tables",
+        "If they were restored from a dump without comments, write the revision of the dumped database: "
         f"`COMMENT ON TABLE {table} IS '{_PREFIX}{head()}'`.",
     )
 
 
 def _comment(connection: Connection, schema: str) -> str | None:
-    """None where there is no table."""
+    """Read the comment, empty if it was lost; None if the table does not exist."""
     row = connection.execute(_COMMENT, {"schema": schema, "table": TABLE}).one_or_none()
     return None if row is None else row.description or ""
 
 
 def record(op: Operations, script: Script, schema: str) -> None:
-    """Write down the revision that the tables now are at, and the oldest that a version may need to work with them."""
+    """Record the revision of the tables, and the oldest revision whose versions of the package work with them."""
     oldest: str = getattr(script, "oldest", script.revision)
     suffix = "" if oldest == script.revision else f" (for {oldest} and later)"
     op.create_table_comment(TABLE, f"{_PREFIX}{script.revision}{suffix}", schema=schema)
 
 
 def works_with(connection: Connection, schema: str = SCHEMA) -> bool:
-    """Whether the tables are those of this version of the package, or newer ones that say they are for it, too.
+    """Return whether this version of the package works with the tables: its own revision, or a newer compatible one.
 
-    So workers of the version before go on, and may be started anew, while a deploy is under way.
+    Compatible revisions let workers of the previous version continue, and restart, during a deploy.
 
     Raises:
-        InvalidState: the comment that says at which revision they are has been lost.
+        InvalidState: the comment with their revision was lost.
     """
     installed = current(connection, schema)
     if installed is None or is_known(installed):
@@ -79,13 +79,13 @@ def works_with(connection: Connection, schema: str = SCHEMA) -> bool:
 
 
 def check(connection: Connection, schema: str = SCHEMA) -> None:
-    """Make sure that durable's tables are those this version of the package works with.
+    """Check that this version of the package works with durable's tables.
 
     On an `AsyncConnection`: `await connection.run_sync(check)`.
 
     Raises:
-        SchemaMismatch: they are older, not there, or newer and not for this version. It has the lines to paste.
-        InvalidState: the comment that says at which revision they are has been lost.
+        SchemaMismatch: they are older, missing, or newer and not compatible. The message has the lines to paste.
+        InvalidState: the comment with their revision was lost.
     """
     if not works_with(connection, schema):
         installed, required = current(connection, schema), head()
@@ -93,22 +93,22 @@ def check(connection: Connection, schema: str = SCHEMA) -> None:
 
 
 def not_installed(schema: str = SCHEMA) -> SchemaMismatch:
-    """The error for a database without durable's tables."""
+    """Create the error for a database without durable's tables."""
     return SchemaMismatch(None, head(), _remedy(None, head(), schema))
 
 
 def too_new(installed: str, schema: str = SCHEMA) -> SchemaMismatch:
-    """The error for tables of a newer version of the package, which this one cannot touch."""
+    """Create the error for tables of a newer version of the package."""
     return SchemaMismatch(installed, head(), _remedy(installed, head(), schema))
 
 
 def upgrade_call(revision: str, since: str, schema: str) -> str:
-    """The line of Python that takes the tables from one revision to a later one."""
+    """Write the line of Python that upgrades the tables from one revision to a later one."""
     return _call("upgrade", revision, None if since == BASE else since, schema)
 
 
 def downgrade_call(revision: str, since: str, schema: str) -> str:
-    """The line of Python that takes the tables from one revision back to an earlier one."""
+    """Write the line of Python that downgrades the tables from one revision to an earlier one."""
     return _call("downgrade", revision, since, schema)
 
 
@@ -119,7 +119,7 @@ def _call(function: str, revision: str, since: str | None, schema: str) -> str:
 
 
 def _literal(value: str) -> str:
-    """A string as Python writes it, in the double quotes that formatters leave alone."""
+    """Write a string as Python, in the double quotes that formatters keep."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -127,12 +127,12 @@ def _remedy(installed: str | None, required: str, schema: str) -> str:
     since = installed or BASE
     if not is_known(since):
         return f"""\
-A newer version of durable_sa migrated them. Install that version here as well:
+A newer version of durable_sa migrated them. Install that version here too:
 
     pip install --upgrade durable_sa
 
-Or go back with that version: `alembic downgrade -1` where the latest revision of your application upgraded them, \
-`alembic downgrade durable@{required}` where durable's revisions are a branch of your own."""
+Or downgrade with that version: `alembic downgrade -1` if the latest revision of your application upgraded them, \
+`alembic downgrade durable@{required}` if durable's revisions are a branch of your history."""
     return f"""\
 Run `alembic revision --autogenerate`, or paste this into a revision of your application, and `alembic upgrade head`:
 
@@ -144,4 +144,4 @@ Run `alembic revision --autogenerate`, or paste this into a revision of your app
     def downgrade() -> None:
         {downgrade_call(since, required, schema)}
 
-Where durable's revisions are a branch of your own, run `alembic upgrade heads`; without Alembic, `durable migrate`."""
+If durable's revisions are a branch of your history, run `alembic upgrade heads`; without Alembic, `durable migrate`."""

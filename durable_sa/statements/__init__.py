@@ -1,7 +1,6 @@
-"""Every statement that the engine and the command line send to durable's tables, one module a subject.
+"""Internal: the SQL statements of the engine and the command line, one module per subject.
 
-They are module constants with bind parameters, built once: SQLAlchemy finds their compiled form by identity of
-structure, and the driver its prepared plan by text. Lists travel as arrays through ``unnest``, so that one statement
-serves one item or a thousand. JSON goes in and comes out as text, because the application's engine may have a JSON
-serializer of its own.
+Statements are module constants with bind parameters, so that each is rendered once per dialect and schema and prepared
+once per connection. Lists are bound as arrays and unnested, so that one statement serves one item or a thousand. JSON
+is bound and returned as text, because the application's engine may have a JSON serializer of its own.
 """

@@ -1,4 +1,4 @@
-"""Cancelling tasks with their descendants, and putting ended ones back."""
+"""Cancels tasks with their descendants, and retries failed or cancelled ones."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, TaskRow, Wait
-from .expressions import array, bounded, clock, constant, raised, rows
-from .outcomes import ended_attempts, free_waits_gone
+from .expressions import array, clamped_limit, clock, constant, next_fence, rows
+from .outcomes import delete_unlocked_waits, record_attempts
 
-# An UPDATE takes parameters that are named as columns for values to set.
+# Not named `task_id`, because in an UPDATE SQLAlchemy takes a parameter named like a column for a value to set.
 _task_id = bindparam("target_id", type_=Uuid())
-_UNHAPPY = ("failed", "cancelled")
+_UNSUCCESSFUL = (constant("failed"), constant("cancelled"))
 
 
-def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
-    """Cancel what is locked, with the error that it has as a column `reason`, if it has one.
+def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any:
+    """Cancel the tasks in `locked`, with the error in its column `reason`, if there is that column.
 
-    If not `patient`, it waits for nobody: not for one who holds a wait of it locked either.
+    With `skip_locked`, waits that another transaction has locked are left in place: maintenance deletes them later.
     """
 
     def reason(of: FromClause) -> ColumnElement[Any]:
@@ -44,11 +44,11 @@ def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
         .where(or_(locked.c.state == constant("running"), locked.c.state == constant("sleeping")))
         .subquery("begun")
     )
-    ended = ended_attempts(begun, constant("cancelled"), reason(begun))
-    if patient:
-        waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
+    ended = record_attempts(begun, constant("cancelled"), reason(begun))
+    if skip_locked:
+        waits = delete_unlocked_waits(locked)
     else:
-        waits = free_waits_gone(locked)
+        waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
     return (
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
@@ -58,7 +58,7 @@ def _cancel(locked: CTE, cancelled_by: Any, *, patient: bool = True) -> Any:
             finished_at=clock(),
             error=func.coalesce(reason(locked), TaskRow.error),
             cancelled_by=cancelled_by,
-            fence=raised(TaskRow.fence),
+            fence=next_fence(TaskRow.fence),
         )
         .returning(TaskRow.task_id, TaskRow.parent_task_id, locked.c.state.label("was"))
         .add_cte(ended, waits)
@@ -78,7 +78,7 @@ def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
 
 
 CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
-"""Cancel one task, waiting for whoever holds its row. Nothing comes back for a task that has ended."""
+"""Cancel one task, waiting for the lock on its row. Returns no row if the task has ended."""
 
 _parent = aliased(TaskRow, name="parent")
 _descendant = (
@@ -86,12 +86,12 @@ _descendant = (
     .join(_parent, TaskRow.parent_task_id == _parent.task_id)
     .where(
         _parent.task_id == func.any(array("ancestor_ids", Uuid())),
-        _parent.outcome.in_(_UNHAPPY),
+        _parent.outcome.in_(_UNSUCCESSFUL),
         TaskRow.parent_fence.is_distinct_from(_parent.fence),
     )
     .cte("descendant", recursive=True)
 )
-# Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
+# UNION, not UNION ALL, which would never end if two tasks were made each other's parent by hand.
 _descendant = _descendant.union(
     select(TaskRow.task_id, TaskRow.finished_at, TaskRow.fence).join(
         _descendant,
@@ -105,31 +105,32 @@ DESCENDANTS = (
     .limit(bindparam("wanted", type_=Integer()))
     .offset(bindparam("passed", type_=Integer()))
 )
-"""Unfinished descendants of what has failed or was cancelled, also those below a child that has completed.
+"""Unfinished descendants of failed or cancelled tasks, including those below a child that has completed.
 
-Not those below one that was put back by hand after its parent's end, as long as that parent stays as it was then.
+A descendant that was retried by hand after its parent's end is left out, with all below it, as long as the parent's
+fence is unchanged since.
 """
 
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
 _still_ended = (
     select(TaskRow.task_id)
-    .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNHAPPY))
+    .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNSUCCESSFUL))
     .with_for_update(skip_locked=True, key_share=True)
     .cte("still_ended")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 CANCEL_DESCENDANTS = _cancel(_unfinished(TaskRow.task_id == func.any(_targets), skip_locked=False), _origin)
-"""A step of the cascade inside the caller's transaction."""
+"""Cancel a batch of descendants inside the caller's transaction, waiting for locks."""
 
 CASCADE = _cancel(
     _unfinished(TaskRow.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True),
     _origin,
-    patient=False,
+    skip_locked=True,
 )
-"""A step of the cascade on its own; rows locked by somebody are left for the next step.
+"""Cancel a batch of descendants in a transaction of its own; rows locked by other transactions are left for later.
 
-Nothing is cancelled for a task that was put back in the meantime: its descendants go on with it.
+Nothing is cancelled if the origin was retried in the meantime: its descendants continue with it.
 """
 
 _line = (
@@ -156,14 +157,14 @@ _line = _line.union(
     )
 )
 
-LEFT_BEHIND = (
+INCOMPLETE_CASCADES = (
     select(_line.c.ancestor_id.label("task_id"))
     .join(_ancestor, _next_in(_line))
-    .where(_ancestor.outcome.in_(_UNHAPPY))
+    .where(_ancestor.outcome.in_(_UNSUCCESSFUL))
     .distinct()
     .limit(bindparam("wanted", type_=Integer()))
 )
-"""Ended tasks whose cascade a crash has left incomplete."""
+"""Failed or cancelled tasks that still have unfinished descendants, because a crash interrupted the cascade."""
 
 _limit_error = func.json_build_object(
     constant("name"),
@@ -193,13 +194,13 @@ _overdue = (
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
 
-CANCEL_OVERDUE = _cancel(_overdue, null(), patient=False)
-"""Cancel a batch of tasks whose pending or running time is over."""
+CANCEL_OVERDUE = _cancel(_overdue, null(), skip_locked=True)
+"""Cancel a batch of tasks past their pending or running time limit."""
 
 TASK_STATE = select(TaskRow.task_id, TaskRow.state).where(TaskRow.task_id == _task_id)
-"""Where a task stands."""
+"""The state of a task."""
 
-_fresh: dict[str, Any] = {
+_reset: dict[str, Any] = {
     "state": constant("pending"),
     "outcome": null(),
     "finished_at": null(),
@@ -213,64 +214,65 @@ _fresh: dict[str, Any] = {
     "parent_fence": select(_parent.fence).where(_parent.task_id == TaskRow.parent_task_id).scalar_subquery(),
     "claimed_by": null(),
     "available_at": clock(),
-    "cancel_at": clock() + bounded(TaskRow.max_pending_time),
-    "fence": raised(TaskRow.fence),
+    "cancel_at": clock() + clamped_limit(TaskRow.max_pending_time),
+    "fence": next_fence(TaskRow.fence),
 }
 
 RETRY = (
     update(TaskRow)
-    .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNHAPPY))
+    .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNSUCCESSFUL))
     .values(
-        **_fresh,
+        **_reset,
         run_id=bindparam("next_run_id", type_=Uuid()),
         max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), TaskRow.max_attempts),
     )
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
-"""Put an ended task back with fresh counts and clocks; its checkpoints stay."""
+"""Make a failed or cancelled task pending, with counters and time limits reset; its checkpoints stay."""
 
-_fallen = (
+_descendants_below = (
     select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by)
     .where(TaskRow.parent_task_id == _task_id)
     .cte("fallen", recursive=True)
 )
-_fallen = _fallen.union(
+_descendants_below = _descendants_below.union(
     select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by).join(
-        _fallen, TaskRow.parent_task_id == _fallen.c.task_id
+        _descendants_below, TaskRow.parent_task_id == _descendants_below.c.task_id
     )
 )
-FALLEN_DESCENDANTS = select(_fallen.c.task_id).where(
-    _fallen.c.outcome == constant("cancelled"), _fallen.c.cancelled_by == func.any(array("origins", Uuid()))
+CASCADE_CANCELLED = select(_descendants_below.c.task_id).where(
+    _descendants_below.c.outcome == constant("cancelled"),
+    _descendants_below.c.cancelled_by == func.any(array("origins", Uuid())),
 )
-"""Descendants that a cascade from these origins cancelled."""
+"""Descendants that were cancelled by a cascade from these origins."""
 
-BEFORE_RETRY = (
+LOCK_FOR_RETRY = (
     select(
         TaskRow.state, TaskRow.cancelled_by, TaskRow.run_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at
     )
     .where(TaskRow.task_id == _task_id)
     .with_for_update(key_share=True)
 )
-"""An ended task before it is put back, under its lock."""
+"""Lock a task before its retry, and read its state."""
 
 _restored = rows("restored", task_ids=Uuid(), next_run_ids=Uuid())
 RETRY_DESCENDANTS = (
     update(TaskRow)
     .where(TaskRow.task_id == _restored.c.task_ids, TaskRow.outcome == constant("cancelled"))
-    .values(**_fresh, run_id=_restored.c.next_run_ids)
+    .values(**_reset, run_id=_restored.c.next_run_ids)
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
-"""Put back what the cascade had cancelled."""
+"""Make descendants pending that the cascade had cancelled."""
 
 _family = array("task_ids", Uuid())
-FORGET_JOINS = delete(Checkpoint).where(
+DELETE_FAILED_JOINS = delete(Checkpoint).where(
     Checkpoint.task_id == func.any(_family),
     Checkpoint.kind == constant("join"),
-    Checkpoint.status.in_(["failed", "cancelled"]),
+    Checkpoint.status.in_(_UNSUCCESSFUL),
     exists().where(
         TaskRow.parent_task_id == Checkpoint.task_id,
         TaskRow.task_id == Checkpoint.child_task_id,
         or_(TaskRow.finished_at.is_(None), TaskRow.outcome == constant("completed")),
     ),
 )
-"""Joins that ended badly for children that run again, or did and came to a good end: they are to be awaited anew."""
+"""Delete the recorded joins of failed or cancelled children that were retried since: the parent joins them anew."""

@@ -1,4 +1,4 @@
-"""Checkpoints: written under the fence for many runs at once, together with the child or event they stand for."""
+"""Checkpoints: written under the fence, for many runs at once, together with the child or event they record."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from .expressions import (
     as_text,
     clock,
     constant,
-    impatient,
+    count_or_ids,
     length,
+    lock_timeout,
     numbered_rows,
     one_row,
     rows,
-    tally,
 )
-from .outcomes import is_one_of, locked_rows
+from .fencing import is_in, locked_rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -50,7 +50,7 @@ CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "values": Text(),
     "child_ids": Uuid(),
 }
-"""The arrays of a checkpoint write, an element of each a checkpoint."""
+"""The arrays of a checkpoint write: one element per checkpoint."""
 
 
 def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
@@ -61,7 +61,7 @@ def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
             ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
             select(
                 c.task_ids, c["keys"], c.kinds, c.names, c.statuses, as_json(c["values"]), c.child_ids, clock()
-            ).where(is_one_of(c.task_ids, locked)),
+            ).where(is_in(c.task_ids, locked)),
         )
         .on_conflict_do_nothing()
         .returning(Checkpoint.task_id, Checkpoint.key)
@@ -74,36 +74,36 @@ def _fences(source: FromClause) -> FromClause:
 
 
 def _record(new: FromClause, wanted: ColumnElement[int]) -> Executable:
-    return tally(_insert_checkpoints(new, locked_rows(_fences(new))), wanted, told=("task_id", "key"))
+    return count_or_ids(_insert_checkpoints(new, locked_rows(_fences(new))), wanted, columns=("task_id", "key"))
 
 
 RECORD = _record(rows("entry", **CHECKPOINT_COLUMNS), length("task_ids", Uuid()))
-"""Write checkpoints. One that is there already stays as it is; one whose run has lost its fence is not written."""
+"""Write checkpoints. An existing one is kept; one of a run whose fence is outdated is not written."""
 
 RECORD_ONE = _record(one_row("entry", **CHECKPOINT_COLUMNS), constant(1))
-"""As `RECORD`, of a checkpoint alone."""
+"""`RECORD` for a single checkpoint."""
 
-_impatient = impatient()
+_lock_timeout = lock_timeout()
 _child = numbered_rows("child", "position", **SPAWN_COLUMNS)
 _new = rows("entry", **CHECKPOINT_COLUMNS)
 _locked = locked_rows(_fences(_new))
 _children = (
     insert_tasks(
         select(_child)
-        .join(_impatient, true())
-        .where(is_one_of(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
+        .join(_lock_timeout, true())
+        .where(is_in(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
         .subquery("spawnable")
     )
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
     .cte("children")
 )
-_with_child = select(_new).where(is_one_of(_new.c.child_ids, _children)).subquery("with_child")
+_with_child = select(_new).where(is_in(_new.c.child_ids, _children)).subquery("with_child")
 _written = _insert_checkpoints(_with_child, _locked)
 
 RECORD_CHILDREN = select(
     _children.c.task_id.label("child_task_id"), _children.c.queue_name, _children.c.priority, _children.c.available_at
 ).add_cte(_written)
-"""Children and the checkpoints that name them, in one: neither where a key is taken or the queue is not there."""
+"""Insert children and the checkpoints that name them; neither if the key is taken or the queue does not exist."""
 
 _event = numbered_rows("event", "position", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
 _locked = locked_rows(_fences(_event))
@@ -116,7 +116,7 @@ _ranked = (
         .over(partition_by=(_queue_name, _event.c.event_names), order_by=_event.c.position)
         .label("rank"),
     )
-    .where(is_one_of(_event.c.task_ids, _locked))
+    .where(is_in(_event.c.task_ids, _locked))
     .cte("ranked")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
@@ -132,7 +132,7 @@ _emitted = (
             as_jsonb(_ranked.c.metadata),
             clock(),
         )
-        .join(_impatient, true())
+        .join(_lock_timeout, true())
         .where(_first)
         .order_by(_ranked.c.queue_name, _ranked.c.event_names),
     )
@@ -157,7 +157,7 @@ _written = _insert_checkpoints(_won, _locked)
 RECORD_EVENTS = select(_written.c.task_id, _written.c.key, _won.c["values"].label("value")).join(
     _won, (_won.c.task_ids == _written.c.task_id) & (_won.c["keys"] == _written.c.key)
 )
-"""Events with the checkpoints that remember whether they were the first of their name, also within this statement."""
+"""Emit events, with checkpoints that record whether each was the first of its name, also within this statement."""
 
 _wanted = rows("wanted", task_ids=Uuid(), keys=Uuid())
 READ_CHECKPOINTS = select(
@@ -167,7 +167,7 @@ READ_CHECKPOINTS = select(
     Checkpoint.child_task_id,
     as_text(Checkpoint.value).label("value"),
 ).join(_wanted, (Checkpoint.task_id == _wanted.c.task_ids) & (Checkpoint.key == _wanted.c["keys"]))
-"""What is stored under keys that a write found taken, or that a journal left in the database for their size."""
+"""Read checkpoints: those that a write found already stored, or too large to be read with the journal."""
 
 LOCK_UNDER_FENCE = (
     select(TaskRow.task_id)
@@ -177,7 +177,7 @@ LOCK_UNDER_FENCE = (
     )
     .with_for_update(key_share=True)
 )
-"""Hold a run's fence until the transaction ends; the statements that follow see what was committed before."""
+"""Lock a task under a run's fence until the transaction ends; later statements see what was committed before."""
 
 RECORD_IN_TRANSACTION = (
     insert(Checkpoint)
@@ -192,10 +192,10 @@ RECORD_IN_TRANSACTION = (
     .on_conflict_do_nothing()
     .returning(Checkpoint.key)
 )
-"""The checkpoint of a transaction step, as the last write of that transaction."""
+"""Write the checkpoint of a transaction step, as the last write of that transaction."""
 
 INLINE_BYTES = 4 * 1024 * 1024
-"""Stored size up to which a journal is read with its values; what lies beyond is read value by value."""
+"""Stored bytes up to which a journal is read with its values; the values beyond are read one by one, on demand."""
 
 _resumed = rows("resumed", task_ids=Uuid())
 _page = (
@@ -225,10 +225,10 @@ LOAD_CHECKPOINTS = select(
     _page.c.child_task_id,
     (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
 ).select_from(_resumed.join(_page, true()))
-"""The journals of runs that go on: every key, with an `Entry` and its value up to a bound on their size.
+"""Read the journals of resumed runs: every key, with values up to `INLINE_BYTES` in total per task.
 
-Task by task: for many ids at once the planner reads the whole table as long as it has no statistics of it.
+A lateral join reads task by task, because without statistics the planner reads the whole table for many ids at once.
 """
 
 LOAD_WAITS = select(Wait.task_id, Wait.key, Wait.due_at).where(Wait.task_id == func.any(array("task_ids", Uuid())))
-"""Waits that are still unresolved when their task is claimed again; they keep the times they were given."""
+"""Read the unresolved waits of resumed tasks. Their deadlines are those set when they were stored."""

@@ -1,25 +1,25 @@
-"""The claim, and the leases that stand behind it: workers come, beat, go, and are taken over.
+"""The claim, and the leases of workers: registration, heartbeat, loss.
 
 How tasks are claimed
 ---------------------
-A worker asks for as many tasks as it has free slots. The statement walks, lane by lane (a lane is a queue and a
-priority), the partial index of unfinished tasks ``(queue_name, priority, available_at, task_id)``. In each lane that
-is one bounded range scan: from the lane's *floor* to the present moment, at most ``wanted`` rows, each locked with
-``FOR NO KEY UPDATE SKIP LOCKED``, so that two workers never wait for each other, nor for a row that somebody else has
-locked, and so that an application's foreign key to a task neither blocks nor is blocked. The outer limit stops the
-walk when enough is found; lanes further down are not even opened.
+A worker asks for as many tasks as it has free slots. A lane is a queue and a priority. Lane by lane, the statement
+scans the partial index of unfinished tasks ``(queue_name, priority, available_at, task_id)``: one bounded range, from
+the lane's *cursor* to the present, at most ``wanted`` rows. Each row is locked with ``FOR NO KEY UPDATE SKIP LOCKED``,
+so that workers wait neither for each other nor for rows locked by the application, and so that an application's foreign
+key to a task neither blocks nor is blocked. The outer limit stops the scan when enough tasks are found; the remaining
+lanes are not opened.
 
-Taking a task changes ``state``, ``claimed_by``, ``fence`` and ``attempt``, and none of these is in an index, neither
-as key nor in a predicate: the update is heap-only, which is worth a factor of three. The price is that a claimed task
-stays in the index until it ends, and that dead entries stay until vacuum may remove them, which it may not while any
-snapshot is open anywhere. A claim from the beginning would walk all of them each time. Hence the floor: the worker
-remembers how far each lane has been claimed and starts there. What may lie below (a transaction that committed late,
-a retry, a task that was locked in passing) is found by a claim without floor, now and then, and announced by hints
-that lower the floor.
+Claiming a task changes ``state``, ``claimed_by``, ``fence`` and ``attempt``. None of these is in an index, neither as a
+key nor in a predicate, so the update is heap-only, which makes it three times faster. The price is that a claimed task
+stays in the index until it ends, and that dead index entries stay until vacuum removes them, which it cannot do while
+any snapshot is open. A claim from the start of the index would read all of them each time. Therefore the worker keeps a
+cursor for each lane: the position up to which the lane was claimed, where the next claim starts. Tasks behind the
+cursor (a transaction that committed late, a retry, a task that was locked by another transaction) are found by a full
+scan, a claim without cursors, from time to time, and by hints, which move the cursor back.
 
-``fence`` is what a claim gives its run to write with: it rises here and with every later change of hands, and each
-write of a run names the fence it was given. Time only decides when a silent worker may be taken over, never who may
-write.
+``fence`` is the token that a claim gives to its run: it is incremented by the claim and by every later change of
+ownership, and each write of a run names the fence of its claim. Time only decides when a silent worker may be taken
+over, never which run may write.
 """
 
 from __future__ import annotations
@@ -51,11 +51,22 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Queue, TaskRow, WorkerRow
-from .expressions import array, as_text, bounded, clock, constant, interval, numbered_rows, rows, statement_time, unseen
+from .expressions import (
+    array,
+    as_text,
+    clamped_limit,
+    clock,
+    constant,
+    interval,
+    numbered_rows,
+    opaque,
+    rows,
+    statement_time,
+)
 
 
 class ClaimedRun(NamedTuple):
-    """What a claim says about a run, in the order of the statement's columns."""
+    """A claimed run, in the order of the columns that `CLAIM` returns."""
 
     task_id: uuid.UUID
     run_id: uuid.UUID
@@ -72,12 +83,12 @@ class ClaimedRun(NamedTuple):
 
     @property
     def key(self) -> tuple[uuid.UUID, int]:
-        """What no other run has."""
+        """The identity of the run: no other run has the same task and fence."""
         return self.task_id, self.fence
 
     @property
     def log_fields(self) -> dict[str, Any]:
-        """Which run a line in the log is about, as attributes of its record."""
+        """The run as attributes of a log record."""
         return {
             "task_id": str(self.task_id),
             "task_name": self.task_name,
@@ -88,26 +99,26 @@ class ClaimedRun(NamedTuple):
 
     @property
     def fresh(self) -> bool:
-        """Whether nothing can have been recorded yet: nobody had it before."""
+        """True if this is the first claim of the task, so nothing can have been recorded yet."""
         return self.fence == 1
 
 
 _worker_id = bindparam("worker_id", type_=Uuid())
-_wanted = unseen(bindparam("wanted", type_=Integer()))
+_wanted = opaque(bindparam("wanted", type_=Integer()))
 
 _cursors = numbered_rows(
     "lane",
     "position",
     queue_names=Text(),
     priorities=SmallInteger(),
-    floor_times=DateTime(timezone=True),
-    floor_ids=Uuid(),
+    cursor_times=DateTime(timezone=True),
+    cursor_ids=Uuid(),
 )
 _open_lanes = (
     select(_cursors)
     .where(
         ~exists().where(Queue.queue_name == _cursors.c.queue_names, Queue.paused_at.is_not(None)),
-        # A worker that was taken over claims nothing more under its old id.
+        # A worker that was declared lost claims nothing more under its old id.
         exists().where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None)),
     )
     .order_by(_cursors.c.position)
@@ -121,11 +132,11 @@ _next_in_lane = (
         TaskRow.queue_name == _open_lanes.c.queue_names,
         TaskRow.priority == _open_lanes.c.priorities,
         TaskRow.available_at <= statement_time(),
-        tuple_(TaskRow.available_at, TaskRow.task_id) > tuple_(_open_lanes.c.floor_times, _open_lanes.c.floor_ids),
+        tuple_(TaskRow.available_at, TaskRow.task_id) > tuple_(_open_lanes.c.cursor_times, _open_lanes.c.cursor_ids),
         TaskRow.claimed_by.is_(None),
         TaskRow.task_name == func.any(array("task_names", Text())),
         or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > statement_time()),
-        # One row whose numbers would overflow must not stop the others.
+        # Rows whose counters would overflow are skipped, because the error would fail the whole claim.
         TaskRow.attempt < constant(2**31 - 1),
         TaskRow.fence < constant(2**62),
     )
@@ -154,34 +165,35 @@ _CLAIMED = (
 
 CLAIM = (
     update(TaskRow)
-    # As an array: a join with what the planner expects to be many rows would read the whole table.
+    # An array instead of a join: the planner would expect many rows and read the whole table.
     .where(TaskRow.task_id == func.any(func.array(_ready.scalar_subquery())))
     .values(
         state=constant("running"),
         claimed_by=_worker_id,
         fence=TaskRow.fence + constant(1),
-        # A suspended task goes on with its attempt; anything else begins one.
+        # A suspended task continues its attempt; a pending one begins the next.
         attempt=TaskRow.attempt + case((TaskRow.state == constant("pending"), constant(1)), else_=constant(0)),
         started_at=case((TaskRow.state == constant("pending"), clock()), else_=TaskRow.started_at),
         first_started_at=func.coalesce(TaskRow.first_started_at, clock()),
         cancel_at=case(
-            (TaskRow.first_started_at.is_(None), clock() + bounded(TaskRow.max_running_time)), else_=TaskRow.cancel_at
+            (TaskRow.first_started_at.is_(None), clock() + clamped_limit(TaskRow.max_running_time)),
+            else_=TaskRow.cancel_at,
         ),
     )
     .returning(*_CLAIMED)
 )
-"""Take up to `wanted` ready tasks; the one statement that everything else is built around (see the module's text)."""
+"""Claim up to `wanted` ready tasks: the central statement of the engine, explained in the module's docstring."""
 
 _held = rows("held", task_ids=Uuid(), fences=BigInteger())
 
-UNHEARD_CLAIMS = select(*_CLAIMED).where(
+UNREPORTED_CLAIMS = select(*_CLAIMED).where(
     TaskRow.finished_at.is_(None),
     TaskRow.queue_name == func.any(array("queue_names", Text())),
     TaskRow.available_at <= statement_time(),
     TaskRow.claimed_by == _worker_id,
     ~exists().where(TaskRow.task_id == _held.c.task_ids, TaskRow.fence == _held.c.fences),
 )
-"""Runs that a worker has but does not know of: their claim was committed, and its reply was lost."""
+"""Runs that a worker holds without knowing: their claim was committed, and its reply was lost."""
 
 _asked = rows("asked", queue_names=Text())
 
@@ -221,7 +233,7 @@ SURVEY_LANES = select(
     .label("next_at"),
     clock().label("now"),
 ).where(_used.c.priority.is_not(None))
-"""Priorities in use in each queue, by skipping from one to the next in the index, and when the next task is due."""
+"""The priorities in use in each queue, found by a skip scan of the index, and when the next task is due."""
 
 _claim_timeout = interval(bindparam("claim_timeout", type_=Float(53)))
 
@@ -239,7 +251,7 @@ REGISTER_WORKER = (
     .on_conflict_do_update(index_elements=[WorkerRow.worker_id], set_={"heartbeat_at": clock()})
     .returning(clock().label("now"))
 )
-"""A worker's start. Its id is new, so a conflict can only be this very statement, repeated after a lost reply."""
+"""Register a starting worker. Its id is new, so a conflict is this same statement, repeated after a lost reply."""
 
 _beating_id = bindparam("beating_id", type_=Uuid())
 
@@ -249,13 +261,14 @@ HEARTBEAT = (
     .values(heartbeat_at=clock(), expires_at=clock() + WorkerRow.claim_timeout)
     .returning(WorkerRow.worker_id)
 )
-"""One small write for all runs of a worker. No row back: it was taken over."""
+"""Extend the lease of all runs of a worker by one small write. Returns no row if the worker was declared lost."""
 
-STILL_HELD = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
-"""Whether a worker that may not beat, for its event loop is stuck or its lease over, has been taken over."""
+LEASE_STATUS = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
+"""Returns a row unless the worker was declared lost. For workers that must not extend their lease: the event loop is
+stuck, or the lease is over."""
 
 REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
-"""A worker's end, after it has given back its runs."""
+"""Remove a stopping worker, after it has released its runs."""
 
 _silent = (
     select(WorkerRow.worker_id)
@@ -272,10 +285,10 @@ DECLARE_LOST = (
     .values(lost_at=clock())
     .returning(WorkerRow.worker_id)
 )
-"""Find silent workers. A beat that commits first wins: the expiry is compared on the row as it is under its lock."""
+"""Declare silent workers lost. A heartbeat that commits first wins: the expiry is compared under the row's lock."""
 
 LOST_WORKERS = select(WorkerRow.worker_id, WorkerRow.name, WorkerRow.queue_names).where(WorkerRow.lost_at.is_not(None))
-"""Workers whose runs are to be taken over; a row stays a while, for runs claimed in its last moment."""
+"""Workers whose runs are to be taken over. Their rows are kept for a while, for runs claimed at the last moment."""
 
 RUNS_OF_LOST = (
     select(TaskRow.task_id)
@@ -288,9 +301,9 @@ RUNS_OF_LOST = (
     .limit(_wanted)
     .offset(bindparam("passed", type_=Integer()))
 )
-"""A page of the unfinished tasks that lost workers hold; whatever is claimed was available before.
+"""A page of the unfinished tasks that lost workers hold. The condition on `available_at` is true of all claimed tasks.
 
-Those are `passed` over that were found before and that somebody holds locked.
+`passed` skips tasks already seen that are locked by other transactions.
 """
 
 ORPHANED_RUNS = (
@@ -304,7 +317,7 @@ ORPHANED_RUNS = (
     .limit(_wanted)
     .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
 )
-"""Runs whose worker's row is gone altogether, by whatever accident."""
+"""Runs whose worker has no row, for instance because it was deleted by hand."""
 
 _forgotten = (
     select(WorkerRow.worker_id)
@@ -313,15 +326,15 @@ _forgotten = (
     .cte("forgotten")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-FORGET_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
-"""Drop lost workers that nothing can still refer to."""
+DELETE_LOST_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
+"""Delete lost workers after `age` seconds, when no run can refer to them any more."""
 
-RUNS_GONE = (
+LOST_RUNS = (
     select(_held.c.task_ids.label("task_id"), _held.c.fences.label("fence"), TaskRow.state)
     .select_from(_held.outerjoin(TaskRow, TaskRow.task_id == _held.c.task_ids))
     .where(or_(TaskRow.fence != _held.c.fences, TaskRow.task_id.is_(None)))
 )
-"""Which of a worker's runs are no longer its own: cancelled, taken over, or deleted with their queue.
+"""Runs that a worker no longer owns: cancelled, taken over, or deleted with their queue.
 
-By task and fence: a worker may have a task again while its code from before still comes to its end.
+They are compared by task and fence, because a worker may claim a task again while its earlier run is still ending.
 """

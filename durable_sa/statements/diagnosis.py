@@ -1,7 +1,7 @@
-"""What should not be: work nobody does, waits that are over, rows that belong to nothing, what holds vacuum up.
+"""Problems to report: unclaimed work, overdue waits, orphaned rows, transactions that block vacuum.
 
-Each statement gives the worst it finds, a bounded number of rows, and takes as `grace` the seconds that the engine may
-need by itself. They read and lock nothing, and are for the operator: some of them walk whole tables.
+Each statement returns the worst cases, a bounded number of rows. `grace` is the number of seconds within which the
+engine repairs such a case by itself. The statements lock nothing and are for operators: some of them read whole tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 
 from ..models import Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
-from .expressions import clock, constant, interval, readable
+from .expressions import clamped_time, clock, constant, interval
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
@@ -37,7 +37,7 @@ _unfinished = TaskRow.finished_at.is_(None)
 
 
 def _age(moment: ColumnElement[Any] | Any) -> ColumnElement[Any]:
-    return func.extract("epoch", clock() - readable(moment))
+    return func.extract("epoch", clock() - clamped_time(moment))
 
 
 _paused = exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None))
@@ -60,7 +60,7 @@ UNCLAIMED = (
     .order_by(func.min(TaskRow.available_at))
     .limit(_wanted)
 )
-"""Tasks that are due and that nobody claims, and whether any worker serves their queue."""
+"""Due tasks that no worker has claimed, and whether any worker serves their queue."""
 
 _child = aliased(TaskRow, name="child")
 STUCK_WAITS = (
@@ -92,7 +92,7 @@ STUCK_WAITS = (
     .order_by(Wait.created_at)
     .limit(_wanted)
 )
-"""Waits that are over, and whose tasks sleep on."""
+"""Waits that should have been resolved, of tasks that are still asleep."""
 
 SLEEPLESS = (
     select(TaskRow.task_id, TaskRow.task_name, TaskRow.queue_name)
@@ -104,7 +104,7 @@ SLEEPLESS = (
     )
     .limit(_wanted)
 )
-"""Tasks that wait for nothing: no time, event or child will ever wake them."""
+"""Sleeping tasks without a wait: no time, event or child will ever wake them."""
 
 UNDELIVERED = (
     select(Event.queue_name, Event.name, _age(Event.emitted_at).label("seconds"))
@@ -138,14 +138,14 @@ EXPIRED_LEASES = (
     .group_by(TaskRow.claimed_by, WorkerRow.name)
     .limit(_wanted)
 )
-"""Runs that workers hold which are silent, or unknown, and that nobody has taken over."""
+"""Runs of silent or unknown workers that no worker has taken over."""
 
 INCONSISTENT = (
     select(TaskRow.task_id, TaskRow.task_name, TaskRow.state)
     .where(
         _unfinished,
         or_(
-            TaskRow.state.not_in(["pending", "running", "sleeping"]),
+            TaskRow.state.not_in([constant(state) for state in ("pending", "running", "sleeping")]),
             (TaskRow.state == constant("running")) != TaskRow.claimed_by.is_not(None),
         ),
     )
@@ -159,7 +159,7 @@ OVERDUE_TICKS = (
     .order_by(Schedule.next_tick_at)
     .limit(_wanted)
 )
-"""Schedules whose tick no worker has fired."""
+"""Schedules with a due tick that no worker has fired."""
 
 _parent = aliased(TaskRow, name="parent")
 
@@ -191,7 +191,7 @@ ORPHANS = union_all(
         .join(_parent, _parent.task_id == TaskRow.parent_task_id)
         .where(
             _unfinished,
-            _parent.outcome.in_(["failed", "cancelled"]),
+            _parent.outcome.in_([constant("failed"), constant("cancelled")]),
             _parent.finished_at < _moment_ago,
             TaskRow.created_at < _moment_ago,
         ),
@@ -219,7 +219,7 @@ ORPHANS = union_all(
         select(Event).where(~exists().where(Queue.queue_name == Event.queue_name)),
     ),
 )
-"""Rows that belong to nothing."""
+"""Rows whose queue, task or parent does not exist or has ended."""
 
 _activity = table(
     "pg_stat_activity",
@@ -274,4 +274,4 @@ OLDEST_SNAPSHOT = (
     .order_by(_snapshots.c.since)
     .limit(1)
 )
-"""Who has been keeping vacuum from removing dead rows, and for how long."""
+"""The oldest transaction that keeps vacuum from removing dead rows, and its age."""

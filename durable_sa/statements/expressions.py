@@ -1,4 +1,4 @@
-"""The few expressions that the statements share: the clock, arrays as rows, JSON as text, spans of time."""
+"""SQL expressions that the statements share: the clock, arrays as rows, JSON as text, clamped values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _StatementTime(FunctionElement[Any]):
     name = "statement_time"
 
 
-# Both are written with their schema, as nothing else in an application is: time travel in tests finds them by that.
+# Both are rendered with the schema `pg_catalog`, which applications never write: time travel in tests replaces them.
 @compiles(_Clock)
 def _compile_clock(element: _Clock, compiler: Any, **_: Any) -> str:
     return "pg_catalog.clock_timestamp()"
@@ -64,41 +64,42 @@ def _compile_statement_time(element: _StatementTime, compiler: Any, **_: Any) ->
 
 
 def clock() -> ColumnElement[Any]:
-    """The database's time at this very moment, for values that are written."""
+    """Return the database's current time, for values that are written."""
     return _Clock()
 
 
 def statement_time() -> ColumnElement[Any]:
-    """The database's time at the start of the transaction, for range conditions.
+    """Return the database's time at the start of the transaction, for range conditions.
 
-    Every statement of a worker is a transaction of its own, so this is when it began; unlike :func:`clock` it is
-    stable, which lets the planner use it as the bound of an index scan.
+    A worker's statement is a transaction of its own, so this is the start of the statement. Unlike :func:`clock` it is
+    a stable function, which the planner can use as the bound of an index scan.
     """
     return _StatementTime()
 
 
 def constant(value: str | int) -> ColumnElement[Any]:
-    """A constant in the statement's text, where a bound parameter would be sent with every execution."""
+    """Write a constant into the statement's text; a bound parameter would be sent with every execution."""
     if isinstance(value, int):
         return literal_column(str(value), Integer())
     return literal_column(f"'{value}'", Text())
 
 
 def rows(name: str, /, **columns: TypeEngine[Any]) -> TableValuedAlias:
-    """Arrays bound under the columns' names, as the rows of a table; a bind may hold nulls."""
+    """Unnest arrays, bound under the columns' names, as the rows of a table. Elements may be null."""
     return _unnest(columns).table_valued(*_typed(columns), name=name).render_derived(name=name)
 
 
 def numbered_rows(name: str, position: str, /, **columns: TypeEngine[Any]) -> TableValuedAlias:
-    """As :func:`rows`, with a column that counts them from 1."""
+    """Unnest arrays as :func:`rows` does, and number the rows from 1 in the column `position`."""
     aliased = _unnest(columns).table_valued(*_typed(columns), with_ordinality=position, name=name)
     return aliased.render_derived(name=name)
 
 
 def one_row(name: str, /, **columns: TypeEngine[Any]) -> FromClause:
-    """Values bound under the columns' names, as a table of one row.
+    """Select values, bound under the columns' names, as a table of one row.
 
-    Arrays of one element mean the same, but binding and unnesting twenty of them is half of the work of writing a row.
+    Arrays of one element would mean the same, but binding and unnesting twenty of them is half of the work of writing a
+    row.
     """
     values = (cast(bindparam(column_name, type_=type_), type_) for column_name, type_ in columns.items())
     return select(*(value.label(column_name) for column_name, value in zip(columns, values, strict=True))).subquery(
@@ -107,7 +108,7 @@ def one_row(name: str, /, **columns: TypeEngine[Any]) -> FromClause:
 
 
 def _unnest(columns: Mapping[str, TypeEngine[Any]]) -> Function[Any]:
-    return func.unnest(*(unseen(array(name, type_)) for name, type_ in columns.items()))
+    return func.unnest(*(opaque(array(name, type_)) for name, type_ in columns.items()))
 
 
 def _typed(columns: Mapping[str, TypeEngine[Any]]) -> list[ColumnClause[Any]]:
@@ -115,91 +116,91 @@ def _typed(columns: Mapping[str, TypeEngine[Any]]) -> list[ColumnClause[Any]]:
 
 
 def length(name: str, type_: TypeEngine[Any]) -> ColumnElement[int]:
-    """The number of elements of a bound list."""
-    return func.cardinality(unseen(array(name, type_)))
+    """Return the number of elements of a bound array."""
+    return func.cardinality(opaque(array(name, type_)))
 
 
-def unseen(bind: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A bind whose value the planner does not look at.
+def opaque(bind: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Hide the value of a bind from the planner.
 
-    What it would learn is the length of a batch, which says little, and costs much: each execution would be planned
-    anew, which takes longer than a statement for a single task, and a long batch on a short table would be joined by
-    reading that table as a whole.
+    The value would tell the planner the length of a batch. Each execution would then be planned anew, which takes
+    longer than executing a statement for a single task, and a long batch would be joined with a short table by reading
+    the whole table.
     """
     return select(bind).scalar_subquery()
 
 
 def array(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """A bound list, for ``= ANY(...)``."""
+    """Bind a list as an array, for ``= ANY(...)``."""
     return bindparam(name, type_=ARRAY(type_))
 
 
 def arrays(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
-    """Rows as the arrays that a statement binds under these names."""
+    """Transpose rows into the arrays that a statement binds under these names."""
     columns = [list(column) for column in zip(*rows, strict=True)]
     return dict(zip(names, columns, strict=True)) if columns else {name: [] for name in names}
 
 
-def tally(done: FromClause, wanted: ColumnElement[int], *, told: Sequence[str]) -> Select[Any]:
-    """One row about many that were written: how many, and which, by these columns, only if fewer than `wanted`.
+def count_or_ids(written: FromClause, expected: ColumnElement[int], *, columns: Sequence[str]) -> Select[Any]:
+    """Select the number of rows written, and these columns of them as arrays only if fewer than `expected` were.
 
-    Mostly all of them are, and to read a row for each is a tenth of what a step takes the client.
+    Mostly all are, and reading one row for each is a tenth of the client's time for a step.
     """
     count = func.count()
-    columns = (case((count < wanted, func.array_agg(done.c[name]))).label(f"{name}s") for name in told)
-    return select(count.label("written"), *columns).select_from(done)
+    arrays = (case((count < expected, func.array_agg(written.c[name]))).label(f"{name}s") for name in columns)
+    return select(count.label("written"), *arrays).select_from(written)
 
 
 def as_json(text: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Encoded text on its way into a ``json`` column."""
+    """Cast encoded JSON for a ``json`` column."""
     return cast(text, JSON(none_as_null=True))
 
 
 def as_jsonb(text: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Encoded text on its way into a ``jsonb`` column."""
+    """Cast encoded JSON for a ``jsonb`` column."""
     return cast(text, JSONB(none_as_null=True))
 
 
 def as_text(json: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
-    """A JSON column on its way out, as it stands."""
+    """Cast a JSON column to text, so that no JSON deserializer of the engine touches it."""
     return cast(json, Text())
 
 
 def interval(seconds: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Seconds, with their fraction, as an interval."""
+    """Convert seconds, including fractions, to an interval."""
     zero = constant(0)
     return func.make_interval(zero, zero, zero, zero, zero, zero, cast(seconds, Float(53)), type_=Interval())
 
 
-def readable(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
-    """A time on its way out: one that drivers cannot read, infinite or not in the years 1 to 9999, as the nearest.
+def clamped_time(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+    """Clamp a selected time to the years 1 to 9999, which drivers can read.
 
-    Somebody may have written it by hand, and would keep all others from reading the rows beside it.
+    One infinite or distant time, written by hand, would otherwise make every row of the result unreadable.
     """
     first, last = (func.to_timestamp(constant(bound), type_=DateTime(timezone=True)) for bound in READABLE)
     clamped = case((moment < first, first), (moment > last, last), else_=moment)
     return clamped.label(moment.key) if isinstance(moment, InstrumentedAttribute) else clamped
 
 
-def bounded(limit: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
-    """A limit on time as it is stored, to be added to the clock. One that is beyond all limits would fail a batch."""
+def clamped_limit(limit: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+    """Clamp a stored time limit before it is added to the clock, because an overflow would fail the whole batch."""
     none, most = (cast(constant(text), Interval()) for text in ("0", "36525 days"))
     return case((limit < none, none), (limit > most, most), else_=limit)
 
 
-def raised(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:
-    """The next fence. One that somebody has set beyond all limits would fail all tasks of a batch by its overflow."""
+def next_fence(fence: ColumnElement[int] | InstrumentedAttribute[int]) -> ColumnElement[Any]:
+    """Increment a fence, clamped first, because the overflow of one set by hand would fail the whole batch."""
     return func.least(fence, constant(2**62)) + constant(1)
 
 
-def impatient() -> CTE:
-    """Joined to the source of an insert, lets that one statement fail with 55P03 instead of waiting for a lock.
+def lock_timeout() -> CTE:
+    """Set a lock timeout of 5 ms for one statement, when joined to the source of its rows: it fails with 55P03.
 
-    It does not wait then for an open transaction of somebody else that has inserted the same key, which would hold up
-    what others send in the same statement.
+    An insert would otherwise wait for another open transaction that inserted the same key, and delay everything else
+    that the statement inserts.
     """
     setting = func.pg_catalog.set_config(constant("lock_timeout"), constant("5ms"), true())
-    return select(setting.label("lock_timeout")).cte("impatient").prefix_with("MATERIALIZED", dialect="postgresql")
+    return select(setting.label("lock_timeout")).cte("lock_timeout").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 _ARRAYS: dict[str, TypeEngine[Any]] = {
@@ -212,6 +213,6 @@ _ARRAYS: dict[str, TypeEngine[Any]] = {
     "floats": Float(53),
     "times": DateTime(timezone=True),
 }
-LEARN_TYPES = select(*(array(name, type_) for name, type_ in _ARRAYS.items()))
-"""What asyncpg asks the server about arrays, once a connection, takes 10 ms: better now than with the first task."""
+INTROSPECT_TYPES = select(*(array(name, type_) for name, type_ in _ARRAYS.items()))
+"""Make asyncpg look up the array types: once per connection, 10 ms that the first task would wait for otherwise."""
 NO_ARRAYS: dict[str, list[Any]] = {name: [] for name in _ARRAYS}

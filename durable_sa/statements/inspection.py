@@ -1,6 +1,6 @@
-"""What there is to see, for the command line: tasks with their history, workers, schedules.
+"""Queries of the command line: tasks with their history, workers, schedules.
 
-Nothing here locks anything. Payloads (params, results, headers) leave the database only where they are asked for.
+None of them locks anything. Payloads (params, results, headers) are read only on request.
 """
 
 from __future__ import annotations
@@ -10,10 +10,24 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Boolean, ColumnElement, Float, Integer, Select, Text, Uuid, bindparam, case, func, select
+from sqlalchemy import (
+    ARRAY,
+    Boolean,
+    ColumnElement,
+    Float,
+    Integer,
+    Select,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    func,
+    literal,
+    select,
+)
 
 from ..models import Checkpoint, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
-from .expressions import as_text, clock, interval, readable
+from .expressions import as_text, clamped_time, clock, interval
 
 _task_id = bindparam("task_id", type_=Uuid())
 _with_payloads = bindparam("with_payloads", type_=Boolean())
@@ -34,12 +48,16 @@ _summary = (
     TaskRow.priority,
     TaskRow.parent_task_id,
     TaskRow.idempotency_key,
-    readable(TaskRow.created_at),
+    clamped_time(TaskRow.created_at),
     TaskRow.available_at,
-    readable(TaskRow.first_started_at),
-    readable(TaskRow.finished_at),
+    clamped_time(TaskRow.first_started_at),
+    clamped_time(TaskRow.finished_at),
     TaskRow.error["name"].as_string().label("error_name"),
 )
+
+
+def _any_of(values: Sequence[str]) -> ColumnElement[Any]:
+    return func.any(literal(list(values), ARRAY(Text())))
 
 
 def tasks(
@@ -51,19 +69,19 @@ def tasks(
     before: uuid.UUID | None = None,
     limit: int,
 ) -> Select[*tuple[Any, ...]]:
-    """Tasks that meet all that is given, the newest first; `before` is where the next page begins.
+    """Select the tasks that meet all given conditions, the newest first; `before` starts the next page.
 
-    `since` is when they were spawned, or how long ago. The conditions name what the two partial indexes hold, so that
-    a rare kind of task is not searched for among all.
+    `since` is the earliest time of the spawn, or its greatest age. The conditions match the predicates of the two
+    partial indexes, so that rare tasks are found without reading all.
     """
     query = select(*_summary).order_by(TaskRow.task_id.desc()).limit(limit)
     ended = [state for state in states if state in ("completed", "failed", "cancelled")]
     if states and len(ended) == len(states):
-        query = query.where(TaskRow.finished_at.is_not(None), TaskRow.outcome.in_(ended))
+        query = query.where(TaskRow.finished_at.is_not(None), TaskRow.outcome == _any_of(ended))
     elif states and not ended:
-        query = query.where(TaskRow.finished_at.is_(None), TaskRow.state.in_(states))
+        query = query.where(TaskRow.finished_at.is_(None), TaskRow.state == _any_of(states))
     elif states:
-        query = query.where(TaskRow.state.in_(states))
+        query = query.where(TaskRow.state == _any_of(states))
     if queue_name is not None:
         query = query.where(TaskRow.queue_name == queue_name)
     elif states:
@@ -81,7 +99,7 @@ TASK = (
     select(
         *_summary,
         TaskRow.run_id,
-        readable(TaskRow.started_at),
+        clamped_time(TaskRow.started_at),
         TaskRow.lease_losses,
         TaskRow.cancelled_by,
         TaskRow.cancel_at,
@@ -97,7 +115,7 @@ TASK = (
     .outerjoin(WorkerRow, WorkerRow.worker_id == TaskRow.claimed_by)
     .where(TaskRow.task_id == _task_id)
 )
-"""One task, with the worker that has it."""
+"""One task, with the worker that runs it."""
 
 RUNS = (
     select(
@@ -105,8 +123,8 @@ RUNS = (
         RunRow.run_id,
         RunRow.state,
         RunRow.worker_id,
-        readable(RunRow.started_at),
-        readable(RunRow.finished_at),
+        clamped_time(RunRow.started_at),
+        clamped_time(RunRow.finished_at),
         RunRow.error["name"].as_string().label("error_name"),
         RunRow.error["message"].as_string().label("error_message"),
         _payload(RunRow.error),
@@ -114,7 +132,7 @@ RUNS = (
     .where(RunRow.task_id == _task_id)
     .order_by(RunRow.attempt)
 )
-"""The attempts of a task that have ended."""
+"""The ended attempts of a task."""
 
 CHECKPOINTS = (
     select(
@@ -122,24 +140,28 @@ CHECKPOINTS = (
         Checkpoint.name,
         Checkpoint.status,
         Checkpoint.child_task_id,
-        readable(Checkpoint.created_at),
+        clamped_time(Checkpoint.created_at),
         _payload(Checkpoint.value),
     )
     .where(Checkpoint.task_id == _task_id)
     .order_by(Checkpoint.created_at)
 )
-"""What a task has behind it, in the order in which it was recorded."""
+"""The checkpoints of a task, in the order in which they were recorded."""
 
 WAITS = (
-    select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, readable(Wait.created_at))
+    select(Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, clamped_time(Wait.created_at))
     .where(Wait.task_id == _task_id)
     .order_by(Wait.created_at)
 )
-"""What a task waits for now."""
+"""The unresolved waits of a task."""
 
 CHILDREN = (
     select(
-        TaskRow.task_id, TaskRow.task_name, TaskRow.state, readable(TaskRow.created_at), readable(TaskRow.finished_at)
+        TaskRow.task_id,
+        TaskRow.task_name,
+        TaskRow.state,
+        clamped_time(TaskRow.created_at),
+        clamped_time(TaskRow.finished_at),
     )
     .where(TaskRow.parent_task_id == _task_id)
     .order_by(TaskRow.created_at, TaskRow.task_id)
@@ -151,13 +173,13 @@ WORKERS = select(
     WorkerRow.worker_id,
     WorkerRow.name,
     WorkerRow.queue_names,
-    readable(WorkerRow.started_at),
-    readable(WorkerRow.heartbeat_at),
+    clamped_time(WorkerRow.started_at),
+    clamped_time(WorkerRow.heartbeat_at),
     WorkerRow.expires_at,
-    readable(WorkerRow.lost_at),
-    func.extract("epoch", clock() - readable(WorkerRow.heartbeat_at)).label("silent_seconds"),
+    clamped_time(WorkerRow.lost_at),
+    func.extract("epoch", clock() - clamped_time(WorkerRow.heartbeat_at)).label("silent_seconds"),
 ).order_by(WorkerRow.started_at)
-"""Workers that run, and lost ones that are still remembered."""
+"""Running workers, and lost ones that are not yet deleted."""
 
 SCHEDULES = select(
     Schedule.name,
@@ -166,9 +188,9 @@ SCHEDULES = select(
     Schedule.cron_expression,
     Schedule.timezone,
     Schedule.backend,
-    readable(Schedule.paused_at),
+    clamped_time(Schedule.paused_at),
     Schedule.next_tick_at,
-    readable(Schedule.last_tick_at),
+    clamped_time(Schedule.last_tick_at),
     Schedule.last_task_id,
 ).order_by(Schedule.name)
 """All schedules, with their last and their next tick."""
@@ -181,4 +203,4 @@ OLD_QUEUES = (
     )
     .order_by(Queue.queue_name)
 )
-"""Queues whose names begin in some way and that are of some age: what earlier demos have left behind."""
+"""Queues with a name prefix and a minimum age, which earlier demos have left."""

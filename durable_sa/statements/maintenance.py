@@ -1,4 +1,4 @@
-"""What is due for maintenance, in one look; and what became of a transaction."""
+"""The one query that tells maintenance what is due, and the status of a transaction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .expressions import clock, constant, statement_time
 
 _fired = (Schedule.paused_at.is_(None), Schedule.backend == constant("worker"))
 
-LOOK = select(
+NEXT_DUE = select(
     select(func.min(TaskRow.cancel_at))
     .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None))
     .scalar_subquery()
@@ -21,19 +21,19 @@ LOOK = select(
     exists().where(WorkerRow.lost_at.is_not(None)).label("lost_workers"),
     exists().where(Event.delivered_at.is_(None)).label("undelivered_events"),
     exists().where(*_fired, Schedule.next_tick_at <= statement_time()).label("due_ticks"),
-    # Not the earliest of all: one that cannot be fired would hide when the others are due.
+    # Only future ticks: a due schedule that cannot be fired would hide when the next one is due.
     select(func.min(Schedule.next_tick_at))
     .where(*_fired, Schedule.next_tick_at > statement_time())
     .scalar_subquery()
     .label("next_tick_at"),
     clock().label("now"),
 )
-"""When the next limit, lease or schedule is over, and whether events or lost workers are waiting to be dealt with."""
+"""The next time limit, lease expiry and tick, and whether lost workers, undelivered events or due ticks exist now."""
 
 TRANSACTION_ID = select(cast(func.pg_current_xact_id_if_assigned(), Text()))
-"""What this transaction is called, if it has written anything."""
+"""The id of this transaction; null if it has written nothing."""
 
 TRANSACTION_STATUS = select(
     func.pg_xact_status(bindparam("transaction_id", type_=Text()).op("::")(literal_column("xid8"))).label("status")
 )
-"""Whether a transaction was committed, aborted, or is in progress."""
+"""The status of a transaction: committed, aborted or in progress."""

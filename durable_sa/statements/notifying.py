@@ -1,4 +1,4 @@
-"""Wake-up hints on their way to the workers."""
+"""The notification that wakes workers."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ NOTIFY = select(
     func.pg_notify(bindparam("channel", type_=Text()), bindparam("payload", type_=Text())),
     func.set_config(literal_column("'synchronous_commit'"), literal_column("'off'"), literal_column("true")),
 )
-"""Send a hint to all workers that listen. Nothing is stored, so its commit need not wait for a disk or a standby."""
+"""Send a hint to all listening workers. Nothing is stored, so the commit need not wait for a disk or a standby."""

@@ -1,4 +1,4 @@
-"""The pg_cron extension: its jobs, and the statement that one of them runs at every tick."""
+"""The pg_cron extension: its jobs, and the statement that a job runs at every tick."""
 
 from __future__ import annotations
 
@@ -48,26 +48,26 @@ INSTALLED = select(
     .label("installed"),
     func.coalesce(func.current_setting("cron.timezone", true()), "GMT").label("timezone"),
 )
-"""Whether the extension is there, and the time zone that it goes by."""
+"""Read whether the extension is installed, and the time zone it uses."""
 
 SCHEDULE_JOB = select(
     func.cron.schedule(_job_name, bindparam("job_schedule", type_=Text()), bindparam("command", type_=Text()))
 )
-"""Make a job, or change the one of that name."""
+"""Create a job, or change the one of that name."""
 
 UNSCHEDULE_JOB = select(func.cron.unschedule(_job.c.jobid)).where(_job.c.jobname == _job_name)
-"""Remove a job, if it is there."""
+"""Remove a job, if it exists."""
 
 ACTIVATE_JOB = select(
     func.cron.alter_job(
         _job.c.jobid, null(), null(), null(), null(), sql_cast(bindparam("active", type_=Boolean()), Boolean())
     )
 ).where(_job.c.jobname == _job_name)
-"""Let a job run at its times, or not."""
+"""Activate or deactivate a job."""
 
 
 def quoted(value: str) -> str:
-    """A literal that means `value`, however the server takes backslashes."""
+    """Quote a string so that it is read the same with and without `standard_conforming_strings`."""
     escaped = value.replace("'", "''")
     if "\\" not in value:
         return f"'{escaped}'"
@@ -75,7 +75,7 @@ def quoted(value: str) -> str:
 
 
 def _literal(value: Any, name: str) -> ColumnElement[Any]:
-    """A value of a spawn in the text of a statement."""
+    """Write a value of a spawn into the text of a statement."""
     if value is None:
         written: ColumnElement[Any] = null()
     elif isinstance(value, int | float):
@@ -86,23 +86,23 @@ def _literal(value: Any, name: str) -> ColumnElement[Any]:
 
 
 def _new_id() -> ColumnElement[Any]:
-    """A UUIDv7, which the server has a function for from version 18 on: a random one with the time in front."""
+    """Generate a UUIDv7: a random UUID with the time in front, because only servers from version 18 have a function."""
     milliseconds = "floor(extract(epoch FROM pg_catalog.clock_timestamp()) * 1000)::bigint"
     timed = f"overlay(uuid_send(gen_random_uuid()) PLACING substring(int8send({milliseconds}) FROM 3) FROM 1 FOR 6)"
     return literal_column(f"encode(set_bit(set_bit({timed}, 52, 1), 53, 1), 'hex')::uuid", Uuid())
 
 
-# The extension does not say for which tick it runs a job. It looks at the clock once a minute.
+# pg_cron does not tell a job for which tick it runs. It starts jobs once a minute, so the tick is the current minute.
 _TICK: Final = func.date_trunc(constant("minute"), statement_time(), type_=DateTime(timezone=True))
 _KEY_TIME: Final = constant('YYYY-MM-DD"T"HH24:MI:SS"+00:00"')
 _DIALECT: Final = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
-"""Of the server, and of no driver, for which percent signs would be doubled."""
+"""A dialect without a driver, because drivers would have percent signs doubled."""
 
 
 def firing(schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, schema: str, channel: str) -> str:
-    """The statement of a job: spawns the task with these values of `SPAWN_COLUMNS`, unless the tick has one already.
+    """Build the statement of a job: it spawns the task with these values of `SPAWN_COLUMNS`, once per tick.
 
-    The schedule's row is locked and compared, so that of two jobs that fire the same tick one spawns.
+    The statement updates the schedule's row under a condition on its last tick, so that only one of two jobs spawns.
     """
     name = literal_column(quoted(schedule_name), Text())
     unfinished = exists().where(TaskRow.task_id == Schedule.last_task_id, TaskRow.finished_at.is_(None))

@@ -1,4 +1,4 @@
-"""Queues, their policies, and what is deleted of them."""
+"""Queues: their policies and statistics, and the deletion of what has passed its retention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from ..models import RETENTION, Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait
-from .expressions import array, clock, constant, impatient, interval, readable, statement_time
+from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
 
 _queue_name = bindparam("queue_name", type_=Text())
 _set_retention = bindparam("set_retention", type_=Boolean())
@@ -50,7 +50,7 @@ CREATE_QUEUE = _creation.on_conflict_do_update(
         ),
     },
 )
-"""Create a queue, or change the policies given of one that is there."""
+"""Create a queue, or change the given policies of an existing one."""
 
 LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
 """The names of all queues."""
@@ -58,16 +58,16 @@ LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
 KNOWN_QUEUES = select(Queue.queue_name).where(Queue.queue_name == func.any(array("queue_names", Text())))
 """Which of these queues exist."""
 
-HOLD_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
-"""Keep a queue from being dropped until the end of the transaction; nothing comes back if there is none."""
+LOCK_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
+"""Lock a queue against being dropped until the transaction ends. Returns no row if it does not exist."""
 
 DROP_QUEUE = delete(Queue).where(Queue.queue_name == _queue_name).returning(Queue.queue_name)
-"""Remove a queue itself: from here on nothing is spawned into it."""
+"""Delete the row of a queue: from then on nothing can be spawned into it."""
 
 DROP_SCHEDULES = (
     delete(Schedule).where(Schedule.queue_name == _queue_name).returning(Schedule.name, Schedule.pgcron_job_name)
 )
-"""Remove the schedules of a queue."""
+"""Delete the schedules of a queue."""
 
 PAUSE_QUEUE = (
     update(Queue)
@@ -81,7 +81,7 @@ _wanted = bindparam("wanted", type_=Integer())
 _after = tuple_(bindparam("after_time", type_=DateTime(timezone=True)), bindparam("after_id", type_=Uuid()))
 
 FINISHED_BEFORE = (
-    select(TaskRow.task_id, readable(TaskRow.finished_at))
+    select(TaskRow.task_id, clamped_time(TaskRow.finished_at))
     .where(
         TaskRow.queue_name == _queue_name,
         TaskRow.outcome == bindparam("outcome", type_=Text()),
@@ -92,7 +92,7 @@ FINISHED_BEFORE = (
     .order_by(TaskRow.finished_at, TaskRow.task_id)
     .limit(_wanted)
 )
-"""A page of ended tasks old enough to go, oldest first."""
+"""A page of ended tasks past their retention, the oldest first."""
 
 _candidates = array("task_ids", Uuid())
 _line = (
@@ -101,7 +101,7 @@ _line = (
     .cte("line", recursive=True)
 )
 _ancestor = aliased(TaskRow, name="ancestor")
-# Not ALL: where somebody has made parents of each other by hand, there would be no end to it.
+# UNION, not UNION ALL, which would never end if two tasks were made each other's parent by hand.
 _line = _line.union(
     select(_line.c.task_id, _ancestor.parent_task_id).where(
         _ancestor.task_id == _line.c.ancestor_id, _ancestor.parent_task_id.is_not(None)
@@ -113,10 +113,10 @@ _needed = (
     .where(_ancestor.finished_at.is_(None))
 )
 _child = aliased(TaskRow, name="child")
-_impatient = impatient()
+_lock_timeout = lock_timeout()
 _gone = (
     select(TaskRow.task_id)
-    .join(_impatient, true())
+    .join(_lock_timeout, true())
     .where(
         TaskRow.task_id == func.any(_candidates),
         TaskRow.finished_at.is_not(None),
@@ -139,12 +139,13 @@ DELETE_TASKS = (
         delete(RunRow).where(RunRow.task_id == _gone.c.task_id).cte("gone_runs"),
     )
 )
-"""Delete ended tasks with all that belongs to them; those that a live ancestor, a child or a waiter needs stay.
+"""Delete ended tasks with their checkpoints and runs; those with an unfinished ancestor, a child or a waiter stay.
 
-55P03 at once if somebody holds what belongs to one of them, such as a row of the application that refers to it.
+Fails with 55P03 at once if another transaction has locked a row that belongs to one of them, such as a row of the
+application that refers to it.
 """
 
-# Looked up for each event, where the planner may take all waits for a join.
+# A scalar subquery looks the waiter up for each event; for a join the planner may read all waits.
 _waiter = (
     select(Wait.task_id)
     .where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name)
@@ -169,7 +170,7 @@ _spent = (
 DELETE_EVENTS = (
     delete(Event).where(Event.queue_name == _spent.c.queue_name, Event.name == _spent.c.name).returning(Event.name)
 )
-"""Delete a batch of old events that nobody waits for. Whoever began to wait before an event came is seen here."""
+"""Delete a batch of old events without waiters. Waits stored before the event was emitted are visible here."""
 
 _some = (
     select(TaskRow.task_id)
@@ -190,14 +191,14 @@ DELETE_QUEUE_TASKS = (
         delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
     )
 )
-"""Delete a batch of whatever tasks a dropped queue has."""
+"""Delete a batch of a dropped queue's tasks, with all that belongs to them."""
 
 DELETE_QUEUE_EVENTS = delete(Event).where(Event.queue_name == _queue_name)
 """Delete the events of a dropped queue."""
 
 
 def _oldest(moment: InstrumentedAttribute[Any], *conditions: ColumnElement[bool]) -> ColumnElement[Any]:
-    """The first entry of an index."""
+    """Read the smallest time, which is the first entry of an index."""
     return select(func.min(moment)).where(moment.is_not(None), *conditions).correlate(Queue).scalar_subquery()
 
 
@@ -226,7 +227,7 @@ RETENTIONS = select(
     func.extract("epoch", case((_old_task, _ages.c.retention))).label("retention"),
     func.extract("epoch", case((_old_event, _ages.c.event_retention))).label("event_retention"),
 ).where(or_(_old_task, _old_event))
-"""Queues that have something to forget, and after how many seconds; null where there is nothing."""
+"""Queues with tasks or events past their retention, in seconds; null for the kind that has none."""
 
 _unfinished = (TaskRow.finished_at.is_(None), TaskRow.queue_name == Queue.queue_name)
 _unclaimed = TaskRow.claimed_by.is_(None)
@@ -236,7 +237,7 @@ _now = (
         func.count().filter(~_unclaimed).label("running"),
         func.min(TaskRow.available_at).filter(_unclaimed).label("oldest_at"),
     )
-    # The start of the statement, for that can be the bound of an index scan. What runs was available before.
+    # `statement_time()` can be the bound of an index scan; running tasks were available before it as well.
     .where(*_unfinished, TaskRow.available_at <= statement_time())
     .correlate(Queue)
     .lateral("now")
@@ -252,7 +253,7 @@ _chosen = array("queue_names", Text())
 QUEUE_STATISTICS = (
     select(
         Queue.queue_name,
-        readable(Queue.paused_at),
+        clamped_time(Queue.paused_at),
         _now.c.ready,
         (
             _count(*_unfinished, TaskRow.available_at > statement_time())
@@ -271,4 +272,4 @@ QUEUE_STATISTICS = (
     .where(or_(_chosen.is_(None), Queue.queue_name == func.any(_chosen)))
     .order_by(Queue.queue_name)
 )
-"""How each of these queues stands, or all: counted in the index of the unfinished and the index of the ended."""
+"""The numbers of tasks in these queues, or in all: counted in the indexes of unfinished and of ended tasks."""

@@ -1,4 +1,4 @@
-"""Schedules: kept as rows, fired by whichever worker comes first."""
+"""Schedules: stored as rows, and fired by the first worker that sees a due tick."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import Schedule, TaskRow
-from .expressions import as_json, as_jsonb, as_text, clock, constant, readable, rows
+from .expressions import as_json, as_jsonb, as_text, clamped_time, clock, constant, rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
-_as_read = readable(Schedule.updated_at) == bindparam("read_as_of", type_=DateTime(timezone=True))
+_as_read = clamped_time(Schedule.updated_at) == bindparam("read_as_of", type_=DateTime(timezone=True))
 
 _new = insert(cast("Table", Schedule.__table__)).values(
     name=_name,
@@ -71,18 +71,18 @@ PUT_SCHEDULE = _new.on_conflict_do_update(
     index_elements=[Schedule.name],
     set_={
         **_changed,
-        # A deploy that defines the same schedule again must not skip a tick that is due.
+        # A deploy that defines the schedule unchanged must not skip a due tick.
         "next_tick_at": case((_same_times, Schedule.next_tick_at), else_=_new.excluded.next_tick_at),
         "updated_at": clock(),
     },
 ).returning(Schedule.paused_at)
-"""Define a schedule, or define it anew."""
+"""Define a schedule, or replace its definition."""
 
 JOB_NAME = select(Schedule.pgcron_job_name).where(Schedule.name == _name).with_for_update()
-"""The job of a schedule as it was defined before."""
+"""Lock a schedule and read the name of its pg_cron job."""
 
 DELETE_SCHEDULE = delete(Schedule).where(Schedule.name == _name).returning(Schedule.name, Schedule.pgcron_job_name)
-"""Remove a schedule; tasks it has spawned go on."""
+"""Delete a schedule; the tasks it has spawned continue."""
 
 LIST_SCHEDULES = (
     select(
@@ -98,11 +98,11 @@ LIST_SCHEDULES = (
         Schedule.pgcron_job_name,
         Schedule.misfire,
         Schedule.overlap,
-        readable(Schedule.paused_at),
+        clamped_time(Schedule.paused_at),
         Schedule.next_tick_at,
-        readable(Schedule.last_tick_at),
-        readable(Schedule.created_at),
-        readable(Schedule.updated_at),
+        clamped_time(Schedule.last_tick_at),
+        clamped_time(Schedule.created_at),
+        clamped_time(Schedule.updated_at),
     )
     .where(
         or_(bindparam("only_name", type_=Text()).is_(None), Schedule.name == bindparam("only_name", type_=Text())),
@@ -114,7 +114,7 @@ LIST_SCHEDULES = (
     )
     .order_by(Schedule.name)
 )
-"""Schedules by name, by task and by what their metadata contains."""
+"""Schedules, filtered by name, by task and by what their metadata contains."""
 
 PAUSE_SCHEDULE = (
     update(Schedule)
@@ -129,10 +129,10 @@ PAUSE_SCHEDULE = (
     )
     .returning(Schedule.pgcron_job_name)
 )
-"""Stop or resume the firing; ticks of the pause are not made up for. Nothing comes back if it has been redefined."""
+"""Pause or resume a schedule; ticks of the pause are skipped. Returns no row if it was redefined in the meantime."""
 
 DATABASE_TIME = select(clock().label("now"))
-"""What time it is, for the next tick."""
+"""The database's time, from which the next tick is computed."""
 
 DUE_SCHEDULES = (
     select(
@@ -146,7 +146,7 @@ DUE_SCHEDULES = (
         Schedule.misfire,
         Schedule.overlap,
         Schedule.next_tick_at,
-        readable(Schedule.updated_at),
+        clamped_time(Schedule.updated_at),
         clock().label("now"),
     )
     .where(
@@ -160,9 +160,9 @@ DUE_SCHEDULES = (
     .limit(bindparam("wanted", type_=Integer()))
     .with_for_update(skip_locked=True, key_share=True)
 )
-"""A page of schedules whose next tick has come; what somebody has locked would keep whoever fires it waiting."""
+"""A page of schedules with a due tick. Locked rows are skipped, because firing them would wait for the lock."""
 
-# Parameters that bear the names of columns of an UPDATE would be taken for its new values.
+# Prefixed, because in an UPDATE SQLAlchemy takes parameters named like columns for values to set.
 TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in SPAWN_COLUMNS.items()}
 _tick = rows("tick", **TICK_COLUMNS)
 _last_task = bindparam("last_task", type_=Uuid())
@@ -178,7 +178,7 @@ _advanced = (
     )
     .values(
         next_tick_at=bindparam("next_tick", type_=DateTime(timezone=True)),
-        # A tick that is left out leaves no mark: the task of the one before goes on, and counts for the next.
+        # A skipped tick is not recorded: the task of the tick before still runs, and the next tick compares with it.
         last_tick_at=case((_fires, bindparam("last_tick", type_=DateTime(timezone=True))), else_=Schedule.last_tick_at),
         last_task_id=case((_fires, _last_task), else_=Schedule.last_task_id),
     )
@@ -196,6 +196,8 @@ FIRE = (
     .add_cte(_advanced)
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
-"""Spawn a schedule's ticks and move on to the next one, in one. The tick moves from what was read: of several workers
-that have read the same one, one succeeds, and the others spawn nothing, and nor does one that has read a definition
-which has been replaced since."""
+"""Spawn the tasks of due ticks and advance the schedule to its next tick.
+
+The update is conditional on the tick and the definition that were read: of several workers that fire the same tick one
+succeeds, and the others, and one that has read a replaced definition, spawn nothing.
+"""

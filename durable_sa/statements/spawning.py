@@ -38,9 +38,9 @@ from .expressions import (
     as_text,
     clock,
     constant,
-    impatient,
     interval,
     length,
+    lock_timeout,
     numbered_rows,
     one_row,
     rows,
@@ -219,10 +219,10 @@ SPAWN_AND_TELL = select(
 Workers hear of it sooner and no other statement is needed, but such commits wait in line.
 """
 
-SPAWN_KEYED = _spawn_many(_many.join(impatient(), true()))
+SPAWN_KEYED = _spawn_many(_many.join(lock_timeout(), true()))
 """As `SPAWN`, but 55P03 at once if one of the keys is in somebody's open transaction."""
 
-SPAWN_ONE_KEYED = _spawn_one(_one.join(impatient(), true()))
+SPAWN_ONE_KEYED = _spawn_one(_one.join(lock_timeout(), true()))
 """As `SPAWN_KEYED`, of a task alone."""
 
 _wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text())

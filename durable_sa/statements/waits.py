@@ -1,9 +1,9 @@
-"""Waits and what resolves them: an event, a child's end, or time.
+"""Waits and what resolves them: an event, the end of a child, or a timeout.
 
-No statement both stores a wait and looks for what resolves it, since all parts of a statement see one snapshot: of
-3,000 waits stored and emits made at the same time that way, 1,799 never met. A waiter makes its wait visible first
-and looks afterwards, with :data:`RESOLVE`; whoever emits or finishes makes that visible first and then resolves the
-waits there are. Of two that look at each other in this order at least one sees the other.
+No statement both stores a wait and looks for what resolves it, because all parts of a statement see one snapshot: of
+3,000 waits stored concurrently with their emits in that way, 1,799 were never resolved. A waiter commits its wait first
+and then looks, with :data:`RESOLVE`; an emitter commits its event, and a child its end, first and then resolves the
+stored waits. In this order at least one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, TaskRow, Wait
-from .expressions import array, as_json, as_jsonb, as_text, clock, constant, interval, raised, readable, rows
+from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, interval, next_fence, rows
 
 _task_ids = array("task_ids", Uuid())
 
@@ -83,7 +83,7 @@ _free_waits = (
 )
 
 COALESCING_SECONDS = 0.001
-"""How much later a task wakes for each wait that it still has: a thousand joins must not cost a thousand replays."""
+"""Delay of a wake-up per remaining wait of the task: without it, a thousand joins would cost a thousand replays."""
 
 
 def _resolve(settled: CTE) -> Executable:
@@ -120,7 +120,7 @@ def _resolve(settled: CTE) -> Executable:
         .on_conflict_do_nothing()
         .cte("recorded")
     )
-    # Who sleeps is told by the row as it is under its lock: the statement's snapshot may have it running still.
+    # The state is that of the row under its lock, because in the statement's snapshot the task may still be running.
     woken_ids = (
         select(removed.c.task_id, func.count().label("count"))
         .where(removed.c.state == constant("sleeping"))
@@ -137,7 +137,7 @@ def _resolve(settled: CTE) -> Executable:
             available_at=func.least(
                 TaskRow.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0))
             ),
-            fence=raised(TaskRow.fence),
+            fence=next_fence(TaskRow.fence),
         )
         .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
         .add_cte(recorded)
@@ -145,13 +145,13 @@ def _resolve(settled: CTE) -> Executable:
 
 
 RESOLVE = _resolve(_resolved)
-"""Settle what can be settled of these tasks' waits, each once and for good, and make the sleepers among them claimable.
+"""Resolve these tasks' waits as far as possible, each exactly once, and make the sleeping tasks claimable.
 
-An event or a child's end counts if it came before the wait's time was over, even when nobody looked until afterwards.
+An event or a child's end counts if it came before the wait's deadline, even if it is only seen afterwards.
 """
 
 RESOLVE_FREE = _resolve(_free_waits)
-"""As `RESOLVE`, but waits that somebody has locked are left for later and do not hold up the others of the batch."""
+"""`RESOLVE` that skips waits locked by other transactions, so that they do not delay the rest of the batch."""
 
 UNRESOLVED = (
     select(Wait.task_id)
@@ -165,13 +165,13 @@ UNRESOLVED = (
     .limit(bindparam("wanted", type_=Integer()))
     .with_for_update(skip_locked=True, key_share=True, of=[TaskRow, Wait])
 )
-"""Waits that should have been resolved: what a crash between two statements leaves behind.
+"""Waits that should have been resolved: a crash between two statements leaves them.
 
-The locks end with the statement. They are taken so that what cannot be resolved now does not hide what can.
+The rows are locked, only for this statement, so that those which cannot be resolved now do not fill the page.
 """
 
-FORGET_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
-"""Waits of tasks that have been cancelled, those included that were stored while the cancel waited for its lock."""
+DELETE_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
+"""Delete the waits of cancelled tasks, including those stored while the cancel waited for its lock."""
 
 _stray = (
     select(Wait.task_id, Wait.key)
@@ -183,8 +183,8 @@ _stray = (
     .cte("stray")
     .prefix_with("MATERIALIZED", dialect="postgresql")
 )
-FORGET_STRAY_WAITS = delete(Wait).where(Wait.task_id == _stray.c.task_id, Wait.key == _stray.c.key)
-"""Waits of tasks that have ended: stored at the very moment of the end, which did not see them."""
+DELETE_STRAY_WAITS = delete(Wait).where(Wait.task_id == _stray.c.task_id, Wait.key == _stray.c.key)
+"""Delete waits of ended tasks: they were stored concurrently with the end, which did not see them."""
 
 EMIT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "queue_names": Text(),
@@ -209,7 +209,7 @@ EMIT = (
     .on_conflict_do_nothing()
     .returning(Event.queue_name, Event.name, Event.emitted_at)
 )
-"""Emit, in the order of the names, so that two transactions that emit several never deadlock. Delivery comes after."""
+"""Emit events, in the order of their names so that two transactions never deadlock. Delivery follows separately."""
 
 _undelivered = (
     select(Event.queue_name, Event.name)
@@ -236,9 +236,9 @@ UNDELIVERED = select(
     .scalar_subquery()
     .label("task_ids"),
 )
-"""A page of events that were not yet handed to all of their waiters, with some of these.
+"""A page of events not yet delivered to all of their waiters, with some of the waiting tasks.
 
-The oldest come first, but for as many as have been `passed` over because somebody holds them, or what waits, locked.
+The oldest come first. `passed` skips events already seen that are locked, or whose waiters are, by other transactions.
 """
 
 _marked = rows("marked", queue_names=Text(), names=Text())
@@ -259,15 +259,15 @@ MARK_DELIVERED = (
     .values(delivered_at=clock())
     .returning(Event.queue_name, Event.name)
 )
-"""An event without a waiter left is delivered; whoever begins to wait from now on finds it by looking."""
+"""Mark events without remaining waiters as delivered. Tasks that begin to wait later find the event themselves."""
 
 _ended = rows("ended", task_ids=Uuid())
 WAITING_FOR = select(Wait.task_id).join(_ended, Wait.child_task_id == _ended.c.task_ids).distinct()
-"""Tasks that wait for the end of any of these."""
+"""Tasks that wait for the end of any of these tasks."""
 
 _awoken = rows("awoken", task_ids=Uuid())
 _sleeper = TaskRow.__table__.alias("sleeper")
-# What has woken a task was recorded by the statement that made it available, at most a second later than that.
+# The statement that made a task available also recorded what woke it, and delayed the task by at most a second.
 _latest = (Checkpoint.task_id == _awoken.c.task_ids) & (
     Checkpoint.created_at >= _sleeper.c.available_at - interval(literal_column("1.1"))
 )
@@ -288,13 +288,13 @@ WAKERS = (
     .where(_came_from.c.carrier.is_not(None))
     .group_by(_came_from.c.task_id)
 )
-"""The trace contexts of the events and children that tasks were woken by."""
+"""The trace contexts of the events and children that woke these tasks."""
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
 PEEK_EVENTS = select(
-    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), readable(Event.emitted_at)
+    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), clamped_time(Event.emitted_at)
 ).join(_peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names))
-"""Events that are there already when somebody is about to wait for them."""
+"""Events that exist already when a task is about to wait for them."""
 
 PEEK_TASKS = select(
     TaskRow.task_id,
@@ -304,7 +304,7 @@ PEEK_TASKS = select(
     as_text(TaskRow.output).label("output"),
     as_text(TaskRow.error).label("error"),
 ).where(TaskRow.task_id == func.any(_task_ids))
-"""Children that have ended already when somebody is about to join them."""
+"""The outcomes of children that a task is about to join; null if unfinished."""
 
 POLL_TASKS = select(
     TaskRow.task_id,
@@ -314,4 +314,4 @@ POLL_TASKS = select(
     case((TaskRow.outcome.is_not(None), as_text(TaskRow.output))).label("output"),
     case((TaskRow.outcome.is_not(None), as_text(TaskRow.error))).label("error"),
 ).where(TaskRow.task_id == func.any(_task_ids))
-"""How tasks stand, for clients that wait for them."""
+"""The states and results of tasks, for clients that wait for them."""

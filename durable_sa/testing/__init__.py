@@ -1,4 +1,4 @@
-"""For the tests of applications: databases, a clock that can be set, workers that end, and contexts without any."""
+"""Tools for tests of applications: databases, time travel, workers that stop when idle, contexts without a database."""
 
 from .contexts import (
     ContextOptions,

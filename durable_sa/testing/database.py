@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, and databases on it: one for each test, made as a copy of a template."""
+"""A PostgreSQL server for tests, with one database for each test, created as a copy of a template."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CONTAINER_SECONDS = 60
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a directory with a random name is made in it
 _MEMORY_BYTES = 4 * 1024**3
 
-# The data of tests need not outlive the machine. Without fsync a database is made in 10 ms instead of 150.
+# Test data need not survive a crash. Without fsync a database is created in 10 ms instead of 150.
 _SETTINGS: dict[str, str | int] = {
     "fsync": "off",
     "synchronous_commit": "off",
@@ -47,39 +47,39 @@ _SETTINGS: dict[str, str | int] = {
 
 
 class TestServer:
-    """A server on which test databases can be made.
+    """A server on which test databases are created.
 
-    The methods block, and may be called where an event loop runs. Several processes may use one server: the names of
-    the databases are random.
+    The methods block, and may be called while an event loop is running. Several processes may share a server, because
+    the names of the databases are random.
     """
 
     __test__ = False  # not a class of tests
 
     def __init__(self, url: URL | str) -> None:
         self.url = resolve_url(url)
-        """The database connected to for `CREATE DATABASE`; tests have no business in it."""
+        """The database in which `CREATE DATABASE` is executed; tests do not use it."""
         self._engine = create_async_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="durable-test-server")
         self._runner = asyncio.Runner()
 
     def create_database(self, template: URL | None = None) -> URL:
-        """Make a database, empty or a copy of `template`, to which nobody may be connected."""
+        """Create a database, empty or as a copy of `template`, which must have no connections."""
         name = f"durable_test_{secrets.token_hex(8)}"
         statement = f'CREATE DATABASE "{name}"'
         if template is not None:
             statement += f' TEMPLATE "{template.database}"'
-            # Copied as files instead of block by block through the log; version 14 knows no other way.
+            # Copied as files instead of block by block through the WAL, as version 14 always does.
             if (self._engine.dialect.server_version_info or ()) >= (15,):
                 statement += " STRATEGY FILE_COPY"
         self._execute(statement)
         return self.url.set(database=name)
 
     def drop_database(self, url: URL) -> None:
-        """Drop a database, also while somebody is connected to it."""
+        """Drop a database, even if it has connections."""
         self._execute(f'DROP DATABASE IF EXISTS "{url.database}" WITH (FORCE)')
 
     def connect(self, seconds: float = 0) -> None:
-        """Raise unless the server takes connections, now or within some seconds."""
+        """Raise the error of the connection unless the server accepts one within `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -90,7 +90,7 @@ class TestServer:
                 time.sleep(0.1)
 
     def close(self) -> None:
-        """End the thread that the statements are executed in."""
+        """Stop the thread that executes the statements."""
         self._thread.submit(self._runner.close).result()
         self._thread.shutdown()
 
@@ -104,12 +104,12 @@ class TestServer:
 
 @contextlib.contextmanager
 def database_server() -> Generator[TestServer]:
-    """Find a server: `DURABLE_TEST_DATABASE_URL`, else a container where Docker answers, else an embedded one.
+    """Provide a server: `DURABLE_TEST_DATABASE_URL`, else a container if Docker is running, else an embedded one.
 
-    The role in `DURABLE_TEST_DATABASE_URL` needs the right to create databases. Containers need `testcontainers`.
+    The role in `DURABLE_TEST_DATABASE_URL` needs the privilege to create databases. Containers need `testcontainers`.
 
     Raises:
-        InvalidConfiguration: there is none of the three, or the URL does not lead to a server.
+        InvalidConfiguration: none of the three is available, or the URL does not lead to a server.
     """
     with contextlib.ExitStack() as stack:
         given = os.environ.get(_VARIABLE)
@@ -139,7 +139,7 @@ def _container() -> Generator[URL | None]:
 
 
 def _start_container(password: str) -> DockerContainer | None:
-    """None where testcontainers is missing, no Docker engine answers, or the engine cannot fetch the image."""
+    """Start a container; None if testcontainers is missing, Docker is not running or cannot fetch the image."""
     try:
         from docker.errors import DockerException
         from testcontainers.core.container import DockerContainer
@@ -170,8 +170,8 @@ def _embedded() -> Generator[URL]:
 
 
 def fast_directory() -> Path | None:
-    """A directory in memory that has room for a database, where there is one.
+    """Return a directory in memory with room for a database, if there is one.
 
-    Databases are made in tens of milliseconds there; on a disk that others write to, in hundreds.
+    A database is created there in tens of milliseconds, on a busy disk in hundreds.
     """
     return _MEMORY if _MEMORY.exists() and shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES else None

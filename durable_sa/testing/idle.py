@@ -1,4 +1,4 @@
-"""Workers for tests, which end when there is nothing to do."""
+"""A worker for tests that stops when it has nothing to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _unfinished = TaskRow.finished_at.is_(None)
 _paused = exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None))
 _child = TaskRow.__table__.alias("child")
 
-# A task that was woken while it has other waits is given a moment for these.
+# A task that was woken while it has other waits becomes claimable after a delay, which counts as ready here.
 _waits = select(func.count()).where(Wait.task_id == TaskRow.task_id).scalar_subquery()
 _soon = clock() + interval(func.least(_waits * COALESCING_SECONDS, 1.0))
 
@@ -65,16 +65,16 @@ BUSY = union_all(
         Schedule.next_tick_at <= clock(),
     ),
 )
-"""What workers of these queues, which know these tasks, have to do at this moment."""
+"""The present work of workers that serve these queues and know these tasks."""
 
 
 async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **options: Unpack[WorkerOptions]) -> None:
-    """Run a worker until it has nothing to do: nothing can be claimed, nothing runs, all that happened is delivered.
+    """Run a worker until it has nothing to do: nothing can be claimed, nothing runs, all events are delivered.
 
-    Tasks that sleep, wait for an event that was not emitted, or are due later remain; so do those of queues that are
-    not served or paused, and of tasks that the client does not know. The options are those of
-    :meth:`durable_sa.Durable.start_worker`, with a `concurrency` of 10 unless given. Other workers may be at work
-    meanwhile; it waits for what they run in these queues, too.
+    Tasks that sleep, wait for an event that was not emitted, or are due later remain. So do tasks in paused queues and
+    in queues that the worker does not serve, and tasks that the client does not know. The options are those of
+    :meth:`durable_sa.Durable.start_worker`, with a default `concurrency` of 10. Other workers may run at the same time;
+    this waits for their runs in these queues, too.
 
     ```python
     from durable_sa import Durable, TaskContext, task
@@ -100,8 +100,8 @@ async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **o
     ```
 
     Raises:
-        TimeoutError: there is still something to do after `timeout` seconds; it says what. Runs in progress are given
-            back then.
+        TimeoutError: there is still work after `timeout` seconds; the message lists it. Runs in progress are then
+            released.
     """
     limit = seconds(timeout, "timeout")
     chosen: WorkerOptions = {"concurrency": 10, "listen": False, "poll_interval": 0.02, **options}
@@ -113,7 +113,7 @@ async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **o
         while busy := await durable.database.execute(BUSY, parameters):
             if asyncio.get_running_loop().time() >= deadline:
                 worker.release_now()
-                raise TimeoutError(f"after {limit:g} seconds there is still something to do: {_named(busy)}")
+                raise TimeoutError(f"work remains after {limit:g} seconds: {_named(busy)}")
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 1.3)
     finally:

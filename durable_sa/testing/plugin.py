@@ -1,4 +1,4 @@
-"""A pytest plugin, active wherever `durable_sa` is installed: databases with the durable tables, made in milliseconds.
+"""A pytest plugin, active wherever `durable_sa` is installed: databases with durable's tables, created in milliseconds.
 
 A test that names `durable_database_url` gets a database of its own:
 
@@ -20,13 +20,13 @@ async def test_greeting(durable_database_url):
     assert result.output == "Hello Ada"
 ```
 
-The server is the one in `DURABLE_TEST_DATABASE_URL`, whose role needs the right to create databases; else a container
-where Docker answers (`testcontainers` must be installed); else the embedded one (the `embedded` extra). It is started
-when the first test asks for a database, once for all. The fixtures are synchronous, so they go with pytest-asyncio,
-with anyio, and with tests that know no event loop.
+The server is the one in `DURABLE_TEST_DATABASE_URL`, whose role needs the privilege to create databases; else a
+container if Docker is running (`testcontainers` must be installed); else the embedded one (the `embedded` extra). It is
+started once, when the first test requests a database. The fixtures are synchronous, so they work with pytest-asyncio,
+with anyio, and with tests without an event loop.
 
-An application with tables of its own overrides `durable_migrate`, in its `conftest.py`; all databases are then copies
-of what that made:
+An application with tables of its own overrides `durable_migrate` in its `conftest.py`; all databases are copies of the
+one it has migrated:
 
 ```python
 import pytest
@@ -50,8 +50,8 @@ def durable_migrate():
     return migrate
 ```
 
-Tests that roll back what they have done share one database, `durable_shared_database_url`. What is spawned with their
-session is rolled back with the rest: no worker ever sees the task, nobody is notified, and no connection is opened:
+Tests that roll back their changes share one database, `durable_shared_database_url`. Tasks spawned with their session
+are rolled back with the rest: no worker ever sees or is notified of the task, and no connection is opened:
 
 ```python
 import pytest
@@ -88,7 +88,7 @@ def test_ordering(session):
     assert session.scalar(select(func.count()).select_from(TaskRow)) == 1
 ```
 
-`-p no:durable_sa` on the command line of pytest leaves the plugin out.
+`-p no:durable_sa` on the command line of pytest disables the plugin.
 """
 
 from __future__ import annotations
@@ -118,16 +118,16 @@ Migrate: TypeAlias = Callable[[URL], Awaitable[None] | None]
 
 @pytest.fixture(scope="session")
 def durable_server() -> Generator[TestServer]:
-    """The server that all test databases are made on."""
+    """Provide the server of all test databases."""
     with database_server() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def durable_migrate() -> Migrate:
-    """What makes the tables in an empty database: a function of its URL, `async def` or not.
+    """Return the function, `async def` or not, that creates the tables in the empty database of a URL.
 
-    It makes durable's. Override it to make those of the application as well.
+    This one creates durable's tables. Override it to create those of the application as well.
     """
 
     async def migrate(url: URL) -> None:
@@ -139,14 +139,14 @@ def durable_migrate() -> Migrate:
 
 @pytest.fixture(scope="session")
 def durable_template_url(durable_server: TestServer, durable_migrate: Migrate) -> Generator[URL]:
-    """The database that all others are copies of. Nobody may be connected to it while copies are made."""
+    """Create the template of all test databases. It must have no connections while they are copied."""
     url = durable_server.create_database()
 
     def migrate() -> None:
         if inspect.isawaitable(done := durable_migrate(url)):
             asyncio.run(_awaited(done))
 
-    # In a thread of its own, since the test that comes first may have an event loop running here.
+    # In a thread, because the first test may have an event loop running in this one.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(migrate).result()
     yield url
@@ -155,7 +155,7 @@ def durable_template_url(durable_server: TestServer, durable_migrate: Migrate) -
 
 @pytest.fixture
 def durable_database_url(durable_server: TestServer, durable_template_url: URL) -> Generator[URL]:
-    """A migrated database for one test, which is dropped after it, also while connections are open."""
+    """Create a migrated database for one test, and drop it afterwards, even if connections are open."""
     url = durable_server.create_database(durable_template_url)
     yield url
     durable_server.drop_database(url)
@@ -163,7 +163,7 @@ def durable_database_url(durable_server: TestServer, durable_template_url: URL) 
 
 @pytest.fixture(scope="session")
 def durable_shared_database_url(durable_server: TestServer, durable_template_url: URL) -> Generator[URL]:
-    """One migrated database for all tests, which leave it as they found it."""
+    """Create one migrated database for all tests that roll back their changes."""
     url = durable_server.create_database(durable_template_url)
     yield url
     durable_server.drop_database(url)

@@ -1,4 +1,4 @@
-"""A clock for tests: the database's, as durable's statements see it, moved forward at will.
+"""Time travel for tests: the database's clock, as durable's statements see it, can be moved forward.
 
 ```python
 from datetime import timedelta
@@ -46,12 +46,12 @@ from ..worker.worker import Worker
 __all__ = ["Clock", "time_travel"]
 
 _TIMES: Final = ("pg_catalog.clock_timestamp()", "pg_catalog.now()")
-"""How durable's statements write the time. Nothing else in an application writes it so."""
+"""The expressions for the time in durable's statements; with the schema, other statements do not write it."""
 
 _NOW = select(clock())
 
-_HELD: Final = 100 * timedelta(days=365)
-"""How long the leases of workers hold while the time moves."""
+_LEASE: Final = 100 * timedelta(days=365)
+"""The lease of the client's own workers while time travels."""
 
 _claim_timeout = interval(bindparam("claim_timeout", type_=Float(53)))
 _HOLD = (
@@ -59,18 +59,18 @@ _HOLD = (
     .where(WorkerRow.worker_id == func.any(array("worker_ids", Uuid())), WorkerRow.lost_at.is_(None))
     .values(claim_timeout=_claim_timeout, expires_at=clock() + _claim_timeout)
 )
-"""Let the leases of these workers hold for so many seconds, from now on, and again from each of their heartbeats on."""
+"""Extend the leases of these workers to `claim_timeout` seconds from now, and from each later heartbeat."""
 
 
 class Clock:
-    """The database's clock as durable's statements see it. Made by `time_travel`. It also runs on by itself."""
+    """The database's clock as durable's statements see it, created by `time_travel`. It keeps running between moves."""
 
     def __init__(self, durable: Durable[Any]) -> None:
         self._durable = durable
         self._offset = timedelta()
 
     async def now(self) -> datetime:
-        """The time."""
+        """Return the time of this clock."""
         rows = await self._durable.database.execute(_NOW)
         moment: datetime = rows[0][0]
         return moment
@@ -78,17 +78,17 @@ class Clock:
     async def advance(self, duration: Duration) -> None:
         """Move the clock forward, by seconds or a `timedelta`.
 
-        Sleeps, timeouts, retries, limits and schedules that are due by then are due when this returns; running workers
-        of the client look at once. A task counts as asleep from its call of `sleep_for` on, so let it come that far
-        before: by `run_until_idle`, or by waiting for its status.
+        Sleeps, timeouts, retries, limits and schedules up to the new time are due when this returns, and running
+        workers of the client look for them at once. A sleep begins with the call of `sleep_for`, so let the task get
+        there first: by `run_until_idle`, or by waiting for its status.
         """
         await self._move(timedelta(seconds=seconds(duration, "duration")))
 
     async def move_to(self, when: datetime) -> None:
-        """Move the clock forward to a time, which is timezone-aware.
+        """Move the clock forward to a timezone-aware time.
 
         Raises:
-            InvalidConfiguration: it has passed.
+            InvalidConfiguration: the time has passed.
         """
         moment = timestamp(when, "when")
         now = await self.now()
@@ -99,17 +99,17 @@ class Clock:
         await self._move(moment - now)
 
     async def _move(self, by: timedelta) -> None:
-        # Nobody may find the leases of these workers over, as they are alive; but a beat that is on its way still goes
-        # by the earlier time when a search for lost workers goes by the later already.
-        await self._hold(self._durable.workers, _HELD + by)
+        # The leases of these workers must not expire, because the workers are alive. They are extended before and after
+        # the move, because a heartbeat in flight still uses the earlier time, and a search for lost workers the later.
+        await self._hold(self._durable.workers, _LEASE + by)
         self._offset += by
-        await self._hold(self._durable.workers, _HELD)
-        self._tell(by)
+        await self._hold(self._durable.workers, _LEASE)
+        self._notify_workers(by)
 
     async def _return(self) -> None:
         workers = self._durable.workers
-        self._tell(-self._offset)
-        # A search that is on its way goes by the later time still.
+        self._notify_workers(-self._offset)
+        # A search for lost workers that is in flight still uses the later time.
         await asyncio.gather(*(worker.answered() for worker in workers))
         for worker in workers:
             await self._hold({worker}, timedelta(seconds=worker.settings.claim_timeout))
@@ -120,7 +120,7 @@ class Clock:
             parameters = {"worker_ids": worker_ids, "claim_timeout": time.total_seconds()}
             await self._durable.database.execute(_HOLD, parameters)
 
-    def _tell(self, by: timedelta) -> None:
+    def _notify_workers(self, by: timedelta) -> None:
         for worker in self._durable.workers:
             worker.clock_moved(by)
 
@@ -135,7 +135,7 @@ class Clock:
 
     @asynccontextmanager
     async def in_use(self) -> AsyncGenerator[None]:
-        """Have all engines of this process, also those that workers make for themselves, go by this clock."""
+        """Use this clock in all engines of this process, including those that workers create."""
         event.listen(Engine, "before_cursor_execute", self._rewrite, retval=True)
         try:
             yield
@@ -150,21 +150,20 @@ _in_use: list[Clock] = []
 
 @asynccontextmanager
 async def time_travel(durable: Durable[Any]) -> AsyncGenerator[Clock]:
-    """Within the block, the database's clock goes forward when it is told to: by `advance` and `move_to`.
+    """Provide a clock that moves the database's time forward within the block, by `advance` and `move_to`.
 
-    What moves is the time in durable's own statements, sent from this process: those of clients, of sessions that are
-    passed to `spawn_with`, and of workers, started before or in the block. The database's settings, other connections
-    and other statements do not notice. Neither do timeouts of steps, which are counted by the local clock, nor workers
-    in other processes: their leases end by the clock as all others do. Those of the client's own workers, which are
-    alive, hold for as long as the block lasts.
+    The clock moves the time in durable's own statements that this process sends: those of clients, of sessions passed
+    to `spawn_with`, and of workers started before or in the block. It does not move the time of the database itself, of
+    other connections and other statements, nor the timeouts of steps, which use the local clock. Leases of workers in
+    other processes expire by the moved clock; those of the client's own workers are kept during the block.
 
-    After the block it is as late as it was. What was written in the block keeps its times, which may be ahead by then.
+    After the block the time is the real one. Times written in the block stay as they are, and may be in the future.
 
     Raises:
         InvalidState: another block is entered in this process.
     """
     if _in_use:
-        raise InvalidState("`time_travel()`", "in use already, and there is one clock only", "Leave the first block.")
+        raise InvalidState("`time_travel()`", "already in use in this process", "Leave the other block first.")
     travelling = Clock(durable)
     _in_use.append(travelling)
     try:

@@ -257,7 +257,7 @@ class Claimer:
         self._next_adoption = time.monotonic() + 1.0
         worker_id = self._registration.worker_id
         rows = await self._channel.execute(
-            claiming.UNHEARD_CLAIMS,
+            claiming.UNREPORTED_CLAIMS,
             {
                 "worker_id": worker_id,
                 "queue_names": list(self._settings.queue_names),

@@ -79,8 +79,8 @@ class ClaimCursors:
         return {
             "queue_names": [lane[0] for lane in self._order],
             "priorities": [lane[1] for lane in self._order],
-            "floor_times": [floor[0] for floor in floors],
-            "floor_ids": [floor[1] for floor in floors],
+            "cursor_times": [floor[0] for floor in floors],
+            "cursor_ids": [floor[1] for floor in floors],
         }
 
     def claimed(self, runs: Sequence[ClaimedRun], *, search: bool, full: bool) -> None:

@@ -261,7 +261,7 @@ class Executor:
         if not held:
             return
         rows = await self._channel.execute(
-            claiming.RUNS_GONE,
+            claiming.LOST_RUNS,
             {"task_ids": [key[0] for key, _ in held], "fences": [key[1] for key, _ in held]},
         )
         states = {(row.task_id, row.fence): row.state for row in rows}

@@ -117,7 +117,7 @@ class Heartbeat:
                     sent_at = time.monotonic()
                     stuck = sent_at - self._lease.turned_at > self._lease.seconds
                     async with asyncio.timeout(deadline):
-                        statement = claiming.STILL_HELD if stuck else claiming.HEARTBEAT
+                        statement = claiming.LEASE_STATUS if stuck else claiming.HEARTBEAT
                         rows = await channel.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     if is_transient(error):

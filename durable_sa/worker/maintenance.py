@@ -300,7 +300,7 @@ class Maintenance:
             # Somebody holds these locked, perhaps what the server has not yet noticed to be gone.
             self._next_sweep = 0.0
             self.look_within(max(LOCKED_INTERVAL, LOCKED_SHARE * (time.monotonic() - began)))
-        await self._execute(claiming.FORGET_WORKERS, {"age": FORGET_LOST_AFTER})
+        await self._execute(claiming.DELETE_LOST_WORKERS, {"age": FORGET_LOST_AFTER})
 
     async def _take(self, task_ids: list[uuid.UUID], worker_ids: list[uuid.UUID]) -> int:
         if not task_ids:
@@ -326,7 +326,7 @@ class Maintenance:
         self._cascade |= self._cascade_held
         self._cascade_held.clear()
         await self._check_runs()
-        rows = await self._execute(looking.LOOK, {"worker_id": self.worker_id})
+        rows = await self._execute(looking.NEXT_DUE, {"worker_id": self.worker_id})
         look = rows[0]
         self._clock.set(look.now)
         now = time.monotonic()
@@ -365,10 +365,10 @@ class Maintenance:
             self.repaired += len(found)
             logger.info("found %d tasks whose waits were over without anybody having told them", len(found))
             self._resolve.update(found)
-        await self._execute(waits.FORGET_STRAY_WAITS, {"age": REPAIR_AGE})
+        await self._execute(waits.DELETE_STRAY_WAITS, {"age": REPAIR_AGE})
         orphaned = await self._execute(claiming.ORPHANED_RUNS, {"wanted": BATCH})
         await self._take([row.task_id for row in orphaned], list({row.claimed_by for row in orphaned}))
-        for row in await self._execute(cancelling.LEFT_BEHIND, {"wanted": BATCH}):
+        for row in await self._execute(cancelling.INCOMPLETE_CASCADES, {"wanted": BATCH}):
             self._cascade.add(row.task_id)
 
 

@@ -185,7 +185,7 @@ class Registration:
 
     async def _was_taken_over(self, worker_id: uuid.UUID) -> bool:
         """Whether others have found the worker silent; it may have noticed that first, by its own clock."""
-        return not await self._channel.execute(claiming.STILL_HELD, {"beating_id": worker_id})
+        return not await self._channel.execute(claiming.LEASE_STATUS, {"beating_id": worker_id})
 
     def vital_signs(self) -> VitalSigns:
         """How the worker is. May be asked by any thread."""

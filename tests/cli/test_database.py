@@ -53,7 +53,7 @@ async def test_cleanup_deletes_what_ended_long_ago(cli: CommandLine, durable: Du
     result = await cli("cleanup", "--older-than", "30d", "--json")
     assert result.json == {"deleted": 3}
     assert [row["task_id"] for row in (await cli("tasks", "list", "--json")).json] == [str(kept)]
-    assert (await cli("cleanup", "--older-than", "30d")).stdout == "0 tasks are deleted.\n"
+    assert (await cli("cleanup", "--older-than", "30d")).stdout == "Tasks deleted: 0.\n"
 
 
 async def test_cleanup_goes_on_until_nothing_is_left(cli: CommandLine, durable: Durable, monkeypatch) -> None:

@@ -27,7 +27,7 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
     assert "\x1b" not in result.stdout
     assert time.monotonic() - begun < 90
     lines = [line.strip() for line in result.stdout.splitlines()]
-    assert "worker 1 is killed with SIGKILL in a step, after 3 finished ones." in lines
+    assert "worker 1 was killed with SIGKILL during a step, after 3 finished steps." in lines
     table = [line.rsplit(maxsplit=2) for line in lines]
     executions = {row[0].strip(): row[1:] for row in table if len(row) == 3}
     assert executions["find-sources"] == ["1", "-"]
@@ -35,4 +35,4 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
     assert executions["read a talk on durable execution"] == ["1", "-"]
     assert executions["read a book on durable execution"] == ["1", "1"]
     assert executions["analyze"] == ["-", "1"]
-    assert any(line.startswith("It held: 3 steps were finished before the kill") for line in lines)
+    assert any(line.startswith("Held: 3 steps were finished before the kill") for line in lines)

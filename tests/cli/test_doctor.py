@@ -43,8 +43,8 @@ async def findings(cli: CommandLine) -> dict[str, list[str]]:
     found = {finding["subject"]: finding["problems"] for finding in report["findings"]}
     assert report["ok"] == (not found)
     for subject, problems in found.items():
-        assert all(ageless(f"WRONG  {subject:<12} {problem}") in ageless(result.stdout) for problem in problems)
-    assert ("WRONG" in result.stdout) == bool(found)
+        assert all(ageless(f"FAIL   {subject:<12} {problem}") in ageless(result.stdout) for problem in problems)
+    assert ("FAIL" in result.stdout) == bool(found)
     return found
 
 
@@ -157,7 +157,7 @@ async def test_runs_of_workers_that_are_gone(cli: CommandLine, durable: Durable)
 
 async def test_columns_that_contradict_each_other(cli: CommandLine, durable: Durable) -> None:
     running = await spawn(durable, state="running")
-    assert await findings(cli) == {"states": [f"task {running} (a) is running, against what its lease says"]}
+    assert await findings(cli) == {"states": [f"task {running} (a) is running, which contradicts its lease"]}
 
 
 async def test_a_schedule_that_is_overdue(cli: CommandLine, durable: Durable) -> None:
@@ -219,7 +219,7 @@ async def test_many_problems_are_cut_short(cli: CommandLine, durable: Durable) -
         await spawn(durable, state="sleeping", available_at=None)
     problems = (await findings(cli))["sleepers"]
     assert len(problems) == 21
-    assert problems[-1] == "and perhaps more"
+    assert problems[-1] == "possibly more"
 
 
 async def test_a_database_without_tables(durable_server: TestServer) -> None:
@@ -234,7 +234,7 @@ async def test_a_database_without_tables(durable_server: TestServer) -> None:
 async def test_a_check_that_takes_too_long_is_said_to(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.cli.doctor._SECONDS_A_CHECK", 0.05)
+    monkeypatch.setattr("durable_sa.cli.doctor._CHECK_SECONDS", 0.05)
     async with durable.engine.begin() as connection:
         await connection.execute(text("LOCK TABLE durable.schedules IN ACCESS EXCLUSIVE MODE"))
         assert "could not be checked within 0.05 s" in (await findings(cli))["schedules"]

@@ -116,7 +116,7 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     script = "import sys; sys.modules['typer'] = None; from durable_sa.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "error: The command line is not installed. Install it: pip install 'durable_sa[cli]'\n"
+    assert result.stderr == "error: The command line is not installed. Install it with: pip install 'durable_sa[cli]'\n"
 
 
 def test_without_arguments_it_shows_the_commands() -> None:

@@ -14,13 +14,13 @@ async def test_an_event_wakes_who_waits_for_it_and_the_first_wins(cli: CommandLi
         first = await cli("events", "emit", "paid", '{"amount": 12}', "--json")
         assert first.json == {"name": "paid", "queue_name": "default", "emitted": True}
         again = await cli("events", "emit", "paid", "13")
-        assert (again.code, again.stdout) == (0, "Event 'paid' had been emitted before: nothing changes.\n")
+        assert (again.code, again.stdout) == (0, "Event 'paid' was already emitted; nothing changed.\n")
         assert (await durable.wait_for_result(spawned, timeout=10)).output == {"amount": 12}
 
 
 async def test_an_event_may_be_without_payload_and_for_another_queue(cli: CommandLine, durable: Durable) -> None:
     await durable.create_queue("other")
-    assert (await cli("events", "emit", "e")).stdout == "Event 'e' is emitted.\n"
+    assert (await cli("events", "emit", "e")).stdout == "Event 'e' emitted.\n"
     assert (await cli("events", "emit", "e", "--queue", "other", "--json")).json["emitted"] is True
 
 

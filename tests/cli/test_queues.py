@@ -97,7 +97,7 @@ async def test_dropping_asks_first(cli: CommandLine, durable: Durable) -> None:
     assert await durable.list_queues() == ["default"]
     agreed = await cli("queues", "drop", "default", stdin="y\n")
     assert agreed.code == 0
-    assert agreed.stdout.endswith("Queue 'default' is gone.\n")
+    assert agreed.stdout.endswith("Queue 'default' deleted.\n")
     assert await durable.list_queues() == []
     assert (await cli("tasks", "list", "--json")).json == []
 

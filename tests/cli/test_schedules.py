@@ -17,7 +17,7 @@ async def schedule(durable: Durable, name: str = "nightly") -> None:
 
 
 async def test_schedules_are_listed_with_their_ticks(cli: CommandLine, durable: Durable) -> None:
-    assert (await cli("schedules", "list")).stdout == "There are no schedules.\n"
+    assert (await cli("schedules", "list")).stdout == "No schedules.\n"
     await schedule(durable)
     (row,) = (await cli("schedules", "list", "--json")).json
     assert row.pop("next_tick_at").endswith("-01-01T03:00:00Z")
@@ -48,7 +48,7 @@ async def test_a_schedule_is_paused_and_resumed(cli: CommandLine, durable: Durab
     assert (await cli("schedules", "pause", "nightly", "--json")).json == {"name": "nightly", "paused": True}
     assert (await cli("schedules", "list", "--json")).json[0]["paused_at"] is not None
     assert "paused" in (await cli("schedules", "list")).stdout
-    assert (await cli("schedules", "resume", "nightly")).stdout == "Schedule 'nightly' is open.\n"
+    assert (await cli("schedules", "resume", "nightly")).stdout == "Schedule 'nightly' resumed.\n"
     assert (await cli("schedules", "list", "--json")).json[0]["paused_at"] is None
 
 

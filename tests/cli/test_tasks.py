@@ -71,7 +71,7 @@ async def test_the_list_for_people_has_whole_ids(cli: CommandLine, durable: Dura
     result = await cli("tasks", "list")
     assert str(task_id) in result.stdout
     assert "[red]a[/red]" in result.stdout
-    assert "There are no such tasks." in (await cli("tasks", "list", "--state", "failed")).stdout
+    assert "No matching tasks." in (await cli("tasks", "list", "--state", "failed")).stdout
 
 
 async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durable) -> None:
@@ -265,7 +265,7 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
         "failed",
         "cancelled",
     )
-    assert (await cli("tasks", "retry", "--all", "--state", "cancelled")).stdout == "1 tasks are put back.\n"
+    assert (await cli("tasks", "retry", "--all", "--state", "cancelled")).stdout == "Tasks retried: 1.\n"
 
 
 @pytest.mark.parametrize(
@@ -286,8 +286,8 @@ async def test_bulk_cancel_takes_unfinished_tasks_that_match(cli: CommandLine, d
     assert result == {"cancelled": 2, "passed_over": 0}
     states = sorted((row["task_name"], row["state"]) for row in (await cli("tasks", "list", "--json")).json)
     assert states == [("a", "cancelled"), ("a", "cancelled"), ("b", "sleeping")]
-    assert (await cli("tasks", "cancel", "--all", "--state", "sleeping")).stdout == "1 tasks are cancelled.\n"
-    assert (await cli("tasks", "cancel", "--all", "--queue", "default")).stdout == "0 tasks are cancelled.\n"
+    assert (await cli("tasks", "cancel", "--all", "--state", "sleeping")).stdout == "Tasks cancelled: 1.\n"
+    assert (await cli("tasks", "cancel", "--all", "--queue", "default")).stdout == "Tasks cancelled: 0.\n"
 
 
 @pytest.mark.parametrize(

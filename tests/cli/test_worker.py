@@ -98,18 +98,18 @@ async def test_it_says_what_it_serves(durable: Durable, url: str, app: Path) -> 
 def test_it_warns_where_no_task_is_registered(url: str, app: Path) -> None:
     (app / "app.py").write_text("from durable_sa import Durable\ndurable = Durable()\n")
     with process("worker", "app:durable", url=url, cwd=app) as worker:
-        worker.until_said("app:durable knows no task and will run none: let its module import those that define them")
+        worker.until_said("app:durable has no registered task and will run none: import the modules that define them")
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("app", "'app' is not of that form. An example: app.tasks:durable"),
-        ("nowhere:durable", "there is no module 'nowhere'. It was looked for in "),
-        ("app.tasks:durable", "there is no module 'app.tasks'. It was looked for in "),
-        ("app:nothing", "'nothing' in app is no Durable. Write app:durable."),
-        ("app:missing.inner", "'missing.inner' in app is no Durable. Write app:durable."),
-        ("empty:durable", "'durable' in empty is no Durable. There is none in that module."),
+        ("app", "'app' has another form. Write, for example, app.tasks:durable."),
+        ("nowhere:durable", "the module 'nowhere' was not found. The search path is "),
+        ("app.tasks:durable", "the module 'app.tasks' was not found. The search path is "),
+        ("app:nothing", "'nothing' in app is not a Durable. Write app:durable."),
+        ("app:missing.inner", "'missing.inner' in app is not a Durable. Write app:durable."),
+        ("empty:durable", "'durable' in empty is not a Durable. The module contains none."),
     ],
 )
 def test_a_target_that_is_not_there(app: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str) -> None:
@@ -125,7 +125,7 @@ def test_a_target_that_is_not_there(app: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_a_target_that_is_not_there_is_a_usage_error(url: str, app: Path) -> None:
     with process("worker", "app:nothing", url=url, cwd=app) as worker:
         assert worker.wait() == 2
-        assert worker.said == "error: MODULE:DURABLE: 'nothing' in app is no Durable. Write app:durable.\n"
+        assert worker.said == "error: MODULE:DURABLE: 'nothing' in app is not a Durable. Write app:durable.\n"
 
 
 def test_what_the_application_itself_misses_is_shown_with_its_place(url: str, app: Path) -> None:
@@ -189,7 +189,7 @@ async def test_it_starts_anew_when_a_file_changes(durable: Durable, url: str, ap
         await asyncio.to_thread(worker.until_said, "SyntaxError")
         (app / "app.py").write_text(APP.replace("ANSWER", "43"))
         assert await run(durable, "answer") == 43
-        assert f"{app / 'app.py'} has changed: starting anew" in worker.said
+        assert f"{app / 'app.py'} changed, restarting" in worker.said
         worker.signal(signal.SIGTERM)
         assert await asyncio.to_thread(worker.wait) == 0, worker.said
     async with durable.engine.connect() as connection:
@@ -202,7 +202,7 @@ async def test_a_link_that_leads_nowhere_hides_no_change(durable: Durable, url: 
     with process("worker", "app:durable", "--reload", url=url, cwd=app) as worker:
         assert await run(durable, "answer") == 42
         (app / "app.py").write_text(APP.replace("ANSWER", "43"))
-        await asyncio.to_thread(worker.until_said, "app.py has changed")
+        await asyncio.to_thread(worker.until_said, "app.py changed")
         assert await run(durable, "answer") == 43
 
 
@@ -212,5 +212,5 @@ async def test_only_the_directories_named_are_watched(durable: Durable, url: str
         assert await run(durable, "answer") == 42
         (app / "other.py").touch()
         (app / "watched" / "new.py").touch()
-        await asyncio.to_thread(worker.until_said, "new.py has changed")
+        await asyncio.to_thread(worker.until_said, "new.py changed")
         assert "other.py" not in worker.said

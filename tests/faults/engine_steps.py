@@ -168,8 +168,8 @@ class SimulatedWorker:
                 "task_names": list(self.durable.tasks),
                 "queue_names": [queue for queue, _ in LANES],
                 "priorities": [priority for _, priority in LANES],
-                "floor_times": [BOTTOM[0]] * len(LANES),
-                "floor_ids": [BOTTOM[1]] * len(LANES),
+                "cursor_times": [BOTTOM[0]] * len(LANES),
+                "cursor_ids": [BOTTOM[1]] * len(LANES),
             },
         )
         return sorted((row.task_id, row.fence) for row in rows)

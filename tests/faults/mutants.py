@@ -50,7 +50,7 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "outcomes without a fence",
-        "statements/outcomes.py",
+        "statements/fencing.py",
         (
             (
                 "(TaskRow.task_id == source.c.task_ids) & (TaskRow.fence == source.c.fences)",
@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(
         "checkpoints without a fence",
         "statements/checkpoints.py",
-        ((").where(is_one_of(c.task_ids, locked)),", "),"),),
+        ((").where(is_in(c.task_ids, locked)),", "),"),),
         (f"{RACES}test_takeover_and_what_a_run_writes", "tests/worker/test_fences.py"),
     ),
     Mutant(
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "a fence that a suspension leaves as it is",
-        "statements/outcomes.py",
+        "statements/suspending.py",
         (
             (
                 (
@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant(
         "children whose parent is not looked at",
         "statements/checkpoints.py",
-        (("is_one_of(_child.c.parent_task_id, _locked), exists()", "exists()"),),
+        (("is_in(_child.c.parent_task_id, _locked), exists()", "exists()"),),
         (f"{RACES}test_cancel_and_spawn_of_a_child", "tests/worker/test_fences.py"),
     ),
     Mutant(
@@ -225,7 +225,12 @@ MUTANTS = (
     Mutant(
         "a search that cancels the children of what has completed",
         "statements/cancelling.py",
-        (('_UNHAPPY = ("failed", "cancelled")', '_UNHAPPY = ("failed", "cancelled", "completed")'),),
+        (
+            (
+                '_UNSUCCESSFUL = (constant("failed"), constant("cancelled"))',
+                '_UNSUCCESSFUL = (constant("failed"), constant("cancelled"), constant("completed"))',
+            ),
+        ),
         (f"{MACHINE}::test_children_of_what_has_completed_go_on_whatever_is_searched_for",),
     ),
     Mutant(
@@ -287,14 +292,14 @@ MUTANTS = (
     Mutant(
         "a cancel that overlooks waits which are just stored",
         "client/inserting.py",
-        (('            yield waits.FORGET_WAITS, {"task_ids": begun}\n', "            pass\n"),),
+        (('            yield waits.DELETE_WAITS, {"task_ids": begun}\n', "            pass\n"),),
         (f"{RACES}test_cancel_and_what_a_run_writes",),
     ),
     Mutant(
         "a cascade below what was put back",
         "statements/cancelling.py",
         (
-            ("        _parent.outcome.in_(_UNHAPPY),\n", ""),
+            ("        _parent.outcome.in_(_UNSUCCESSFUL),\n", ""),
             ("exists(select(_still_ended.c.task_id)), ", ""),
         ),
         (f"{RACES}test_retry_and_the_cascade_of_its_end",),

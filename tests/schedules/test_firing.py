@@ -320,7 +320,7 @@ async def test_a_schedule_goes_with_its_queue_also_if_they_cross(durable: Durabl
     await durable.create_queue("mail")
     async with durable.database.transaction() as connection:
         # What a definition does, while another process drops the queue.
-        await connection.execute(queues.HOLD_QUEUE, {"queue_name": "mail"})
+        await connection.execute(queues.LOCK_QUEUE, {"queue_name": "mail"})
         dropping = asyncio.create_task(durable.drop_queue("mail"))
 
         async def waiting() -> bool:

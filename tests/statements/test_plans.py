@@ -16,7 +16,7 @@ from sqlalchemy.sql import ClauseElement
 
 from durable_sa import Durable, TaskContext
 from durable_sa.database.channel import DedicatedConnection
-from durable_sa.statements import checkpoints, claiming, outcomes, queues, waits
+from durable_sa.statements import checkpoints, claiming, fencing, outcomes, queues, suspending, waits
 from durable_sa.testing.database import TestServer
 from durable_sa.worker.cursors import BOTTOM
 
@@ -94,8 +94,8 @@ def claim(floor: tuple[datetime, uuid.UUID], rows: int = BATCH) -> Case:
         "worker_id": WORKER,
         "queue_names": ["default", "default"],
         "priorities": [-1, 0],
-        "floor_times": [floor[0]] * 2,
-        "floor_ids": [floor[1]] * 2,
+        "cursor_times": [floor[0]] * 2,
+        "cursor_ids": [floor[1]] * 2,
         "task_names": ["work"],
         "wanted": BATCH,
     }
@@ -154,7 +154,7 @@ CASES = {
         3_000,
     ),
     "suspend": Case(
-        outcomes.SUSPEND,
+        suspending.SUSPEND,
         {
             **RUNS_HELD,
             "waited": [False] * BATCH,
@@ -340,7 +340,7 @@ async def test_plans_do_not_outlive_the_size_of_the_tables(
     spawned = await durable.spawn(work, 1)
     await channel.execute(text("ALTER TABLE durable.tasks SET (autovacuum_enabled = false)"))
     await channel.execute(text("VACUUM ANALYZE durable.tasks"))
-    find = outcomes.UNDER_FENCE, {"task_ids": [spawned.task_id], "fences": [1]}
+    find = fencing.FENCE_STATUS, {"task_ids": [spawned.task_id], "fences": [1]}
 
     async def rows_read() -> int:
         await channel.execute(text("SELECT pg_stat_force_next_flush()"))

@@ -376,7 +376,7 @@ async def test_it_moves_to_a_time(durable: Durable) -> None:
 
 async def test_there_is_one_clock(durable: Durable) -> None:
     async with time_travel(durable):
-        with pytest.raises(InvalidState, match="in use already"):
+        with pytest.raises(InvalidState, match="already in use"):
             async with time_travel(durable):
                 pass
     async with time_travel(durable):

@@ -57,12 +57,12 @@ EXAMPLES: list[tuple[DurableError, type[Exception], str]] = [
     (
         TaskNotFound(task_id, "it is no child"),
         LookupError,
-        f"Task {task_id} is not to be found here: it is no child.",
+        f"Task {task_id} was not found here: it is no child.",
     ),
     (
         ScheduleNotFound("s"),
         LookupError,
-        "There is no schedule named 's'. `await durable.list_schedules()` lists those there are.",
+        "There is no schedule named 's'. `await durable.list_schedules()` lists the existing ones.",
     ),
     (
         InvalidCron("* * *", "it has 3 fields"),
