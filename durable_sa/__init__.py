@@ -4,6 +4,7 @@ from .client import Durable, QueuePolicy
 from .context import TaskContext
 from .context.sync import SyncTaskContext
 from .current import current_context, heartbeat
+from .decorators import task
 from .errors import (
     ChildCancelled,
     ChildFailed,
@@ -26,9 +27,9 @@ from .errors import (
     TaskTimeout,
     UserError,
 )
-from .hooks import Hooks, OutgoingSpawn
+from .hooks import Hooks
 from .models import TaskRow
-from .options import Spawn, SpawnOptions, WorkerOptions
+from .options import SpawnOptions, WorkerOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
     QueueStatistics,
@@ -41,8 +42,9 @@ from .results import (
     TaskStatus,
 )
 from .schedules.pgcron import setup_pgcron
+from .spawns import OutgoingSpawn, Spawn
 from .steps import step
-from .tasks import Task, task
+from .tasks import Task
 from .worker.worker import Worker
 
 __all__ = [

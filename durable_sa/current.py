@@ -8,7 +8,7 @@ from inspect import iscoroutinefunction
 from typing import Any, Final
 
 from .errors import InvalidState
-from .policies import Duration
+from .validation import Duration
 
 _current: ContextVar[Any] = ContextVar("durable_sa_context", default=None)
 

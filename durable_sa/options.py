@@ -3,22 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast, overload
+from typing import Any, Final, TypedDict, TypeVar, cast
 
 from sqlalchemy import URL
-from typing_extensions import Unpack
 
 from .errors import InvalidConfiguration, SerializationError
 from .names import validate_name
-from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
+from .policies import CancellationPolicy, RetryStrategy
 from .serialization.codec import UNTYPED, check_size
-
-if TYPE_CHECKING:
-    from .tasks import Task
-
-ParamsT = TypeVar("ParamsT")
-OutputT = TypeVar("OutputT")
-OutputT_co = TypeVar("OutputT_co", covariant=True)
+from .validation import Duration, instance, integer, seconds, timestamp
 
 MAX_ATTEMPTS: Final = 2**31 - 1
 MAX_HEADERS_BYTES: Final = 16 * 1024
@@ -96,36 +89,11 @@ class TaskOptions:
         if self.max_attempts is not None:
             integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
         if self.retry_strategy is not None:
-            _instance(self.retry_strategy, RetryStrategy, "retry_strategy")
+            instance(self.retry_strategy, RetryStrategy, "retry_strategy")
         if self.cancellation is not None:
-            _instance(self.cancellation, CancellationPolicy, "cancellation")
+            instance(self.cancellation, CancellationPolicy, "cancellation")
         if self.queue_name is not None:
             validate_name("queue", self.queue_name)
-
-
-@dataclass(frozen=True, init=False)
-class Spawn(Generic[OutputT_co]):
-    """One item of `spawn_many`: a task, its params, and options of its own."""
-
-    task: "Task[Any, OutputT_co]"
-    params: Any
-    options: SpawnOptions
-
-    @overload
-    def __init__(
-        self: "Spawn[OutputT]", task: "Task[None, OutputT]", params: None = None, **options: Unpack[SpawnOptions]
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: "Spawn[OutputT]", task: "Task[ParamsT, OutputT]", params: ParamsT, **options: Unpack[SpawnOptions]
-    ) -> None: ...
-    def __init__(self, task: "Task[Any, Any]", params: Any = None, **options: Unpack[SpawnOptions]) -> None:
-        object.__setattr__(self, "task", task)
-        object.__setattr__(self, "params", params)
-        object.__setattr__(self, "options", options)
-
-    def __repr__(self) -> str:
-        return f"Spawn({self.task!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,18 +162,18 @@ def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any
     """
     if not headers and not internal:
         return "{}"
-    _instance(headers or {}, Mapping, "headers")
+    instance(headers or {}, Mapping, "headers")
     combined = {validate_name("header", key): value for key, value in (headers or {}).items()}
     combined.update({validate_name("header", key, internal=True): value for key, value in (internal or {}).items()})
     text = UNTYPED.encode(combined, "The headers")
-    queryable(text, "The headers")
+    refuse_nul(text, "The headers")
     if len(text) * 4 > MAX_HEADERS_BYTES:
         # The engine's own come on top: what it adds must not be what refuses a spawn.
         check_size(UNTYPED.encode(dict(headers or {}), "The headers"), MAX_HEADERS_BYTES, "The headers")
     return text
 
 
-def queryable(text: str, what: str) -> str:
+def refuse_nul(text: str, what: str) -> str:
     """Return JSON text if a column that can be queried, which `json` ones cannot, takes it.
 
     Raises:
@@ -222,11 +190,6 @@ def _contains_nul(value: object) -> bool:
     if isinstance(value, list):
         return any(map(_contains_nul, cast(list[object], value)))
     return isinstance(value, str) and "\x00" in value
-
-
-def _instance(value: object, wanted: type, what: str) -> None:
-    if not isinstance(value, wanted):
-        raise InvalidConfiguration(what, f"it must be a {wanted.__name__}, not {type(value).__name__}")
 
 
 _Value = TypeVar("_Value")

@@ -8,10 +8,9 @@ from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, over
 from weakref import WeakKeyDictionary
 
 from .current import context_or_none, in_event_loop
-from .errors import InvalidConfiguration
 from .names import validate_name
 from .options import MAX_ATTEMPTS
-from .policies import Duration, RetryStrategy, integer, seconds
+from .policies import RetryStrategy
 from .serialization.annotations import (
     local_types,
     names_around,
@@ -19,6 +18,7 @@ from .serialization.annotations import (
     resolve,
 )
 from .serialization.codec import Codec, codec_for
+from .validation import Duration, instance, integer, seconds
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,10 +43,8 @@ class StepOptions:
 
     def __post_init__(self) -> None:
         integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
-        if self.retry_strategy is not None and not isinstance(cast(object, self.retry_strategy), RetryStrategy):
-            raise InvalidConfiguration(
-                "retry_strategy", f"it must be a RetryStrategy, not {type(self.retry_strategy).__name__}"
-            )
+        if self.retry_strategy is not None:
+            instance(self.retry_strategy, RetryStrategy, "retry_strategy")
         if self.timeout is not None:
             object.__setattr__(self, "timeout", seconds(self.timeout, "timeout"))
 
@@ -71,7 +69,7 @@ class Step(Generic[P, R_co]):
         wait for steps of its own, also not in an event loop of its own: there it is the plain function.
         """
         context = context_or_none()
-        if context is None or (_is_async(context) and (not in_event_loop() or context.in_another_loop)):
+        if context is None or not (context.blocking or (in_event_loop() and not context.in_another_loop)):
             return self.function(*args, **kwargs)
         return cast(R_co, context.step(self.name, self, *args, **kwargs))
 
@@ -127,6 +125,11 @@ def step(
     return functools.partial(_make, name=name, options=options)
 
 
+def plain_step(fn: Callable[..., Any]) -> tuple[Callable[..., Any], StepOptions]:
+    """Return the function of a step, and the options of its decorator if it has one."""
+    return (fn.function, fn.options) if isinstance(fn, Step) else (fn, PLAIN)
+
+
 def result_codec(function: Callable[..., Any]) -> Codec[Any]:
     """Return the codec of what `function` gives, by its return annotation; plain JSON without one.
 
@@ -156,9 +159,3 @@ def _make(function: Any, name: str | None, options: StepOptions) -> Step[..., An
     if found := local_types(function):
         _local_types[plain_function(function)] = found
     return Step(validate_name("step", name), function, options)
-
-
-def _is_async(context: object) -> bool:
-    from .context import TaskContext  # contexts import steps
-
-    return isinstance(context, TaskContext)

@@ -11,11 +11,11 @@ from typing_extensions import Unpack
 from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
 from ..execution.writes import Kind, Stored
 from ..ids import child_id, digest
-from ..policies import Duration, seconds
 from ..results import SpawnResult, TaskHandle
 from ..serialization.codec import UNTYPED
 from ..serialization.failures import stored_failure
 from ..spawns import over, prepare
+from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Children(ContextBase):
 
         As :meth:`spawn`; params are checked where the task is registered, and sent as plain JSON where it is not.
         """
-        unchecked = task_name not in self._durable.tasks
+        unchecked = task_name not in self._app.tasks
         return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=unchecked)
 
     async def _spawn(
@@ -72,7 +72,7 @@ class Children(ContextBase):
         child = child_id(run.claimed.task_id, call.key)
         entry = await self._recall(call)
         prepared = prepare(
-            self._durable,
+            self._app,
             task,
             params,
             options,
@@ -97,12 +97,12 @@ class Children(ContextBase):
             over([prepared], {child} if stored is None else ())
         elif entry.value is not None and entry.value != fingerprint:
             run.warn("subtask %r was spawned with other params than it is now; the first one counts", call.name)
-        run.children[child] = self._durable.tasks.get(prepared.task_name)
+        run.children[child] = self._app.tasks.get(prepared.task_name)
         return TaskHandle(child)
 
     async def _explain_refusal(self, options: SpawnOptions, child: uuid.UUID) -> None:
         queue_name = options.get("queue_name") or self._run.claimed.queue_name
-        await self._durable.require_queue(queue_name)
+        await self._app.require_queue(queue_name)
         raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
@@ -131,7 +131,7 @@ class Children(ContextBase):
                     ended = await run.host.reader.task(child)
                 if ended is None or ended.parent_task_id != run.claimed.task_id:
                     raise TaskNotFound(child, "it is not a child of the task that joins it")
-                known = known or self._durable.tasks.get(ended.task_name)
+                known = known or self._app.tasks.get(ended.task_name)
                 if ended.outcome is not None:
                     value = ended.output if ended.outcome == "completed" else ended.error
                     stored = await self._settle(call, Stored(ended.outcome, value, child))
@@ -140,7 +140,7 @@ class Children(ContextBase):
         elif known is None:
             with run.branches.busy():
                 ended = await run.host.reader.task(child)
-            known = self._durable.tasks.get(ended.task_name) if ended is not None else None
+            known = self._app.tasks.get(ended.task_name) if ended is not None else None
         if stored.status == "completed":
             codec = known.output_codec if known is not None else UNTYPED
             return cast(T, codec.decode(stored.value or NULL, f"the output of task {child}"))

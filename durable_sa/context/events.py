@@ -8,13 +8,13 @@ from typing import Any, TypeVar, overload
 from ..errors import TaskTimeout
 from ..execution.writes import Kind, Stored
 from ..names import validate_name
-from ..policies import Duration, seconds
 from ..serialization.codec import (
     UNTYPED,
     Codec,
     check_size,
     codec_for,
 )
+from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from datetime import datetime
 
 from ..execution.waits import PendingWait
 from ..execution.writes import Stored
-from ..policies import Duration, seconds, timestamp
 from ..serialization.codec import Codec, codec_for
+from ..validation import Duration, seconds, timestamp
 from .base import NULL, Call, ContextBase
 
 _PLAIN_TIME: Codec[datetime] = codec_for(datetime)

@@ -1,9 +1,10 @@
 """`def` tasks: user code in a thread, its durable calls on the event loop.
 
-The thread of a run and the run's root task take turns: while user code runs, the root waits for its next request;
-while the root carries out a request, the thread waits for the answer. So a `def` task suspends, is cancelled and is
-resumed by the same means as any other. A signal that ends the run reaches the thread as the answer to the call that
-it is in.
+The thread of a run and the run's root task take turns: while the thread executes user code, the root waits for its next
+request; while the root carries out a request, the thread waits for the answer. A request may need user code in turn,
+the body of a step: then the thread executes that, and the root carries out the requests it makes, before the request
+goes on. So a `def` task suspends, is cancelled and is resumed by the same means as any other, and its steps are those
+of any other. A signal that ends the run reaches the thread as the answer to its pending call.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import contextlib
 import contextvars
 import functools
 import inspect
-import itertools
 import queue
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future, wait
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from sqlalchemy.orm import Session
 from typing_extensions import Unpack
@@ -28,92 +29,165 @@ from ..concurrency.branches import Branch, current_branch, entered
 from ..current import running
 from ..errors import InvalidState, TaskTimeout
 from ..execution.run import RAISED_BEFORE_PARKING
-from ..hooks import around_step
-from ..policies import Duration
+from ..options import SpawnOptions
 from ..results import TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..signals import ControlFlow, Suspended
-from ..steps import PLAIN, Step, StepOptions
-
-if TYPE_CHECKING:
-    from ..options import SpawnOptions
-    from ..tasks import Task
-    from . import StateT, TaskContext
-    from .base import Call
-else:
-    from typing_extensions import TypeVar as _TypeVar
-
-    StateT = _TypeVar("StateT", default=Any)
+from ..steps import plain_step
+from ..tasks import Task
+from ..validation import Duration
+from . import TaskContext
+from .data import StateT, TaskData
 
 P = ParamSpec("P")
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
 
-
 UNWINDING_GRACE = 6.0
-"""Seconds that a thread gets to come to its end once its run has; longer than the branches of a run get."""
+"""Seconds that the thread of a run that has ended gets to unwind; longer than the branches of a run get."""
+
+_Answers: TypeAlias = queue.SimpleQueue[tuple[bool | None, Any]]
+"""The way back to a pending call: True with its result, False with its error, None with code for the thread."""
+_Make: TypeAlias = Callable[[], Coroutine[Any, Any, Any]]
 
 
 class _Thread:
-    """The thread of one run. Made in the run's root."""
+    """The thread of one run, and the exchange of requests and answers between it and the run's root task."""
 
-    def __init__(self, name: str) -> None:
-        self.requests: asyncio.Queue[tuple[Callable[[], Coroutine[Any, Any, Any]], queue.SimpleQueue[Any]] | None]
-        self.requests = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.name = name
-        self.signal: BaseException | None = None
+    def __init__(self, context: TaskContext[Any]) -> None:
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._requests: asyncio.Queue[tuple[_Make, _Answers] | None] = asyncio.Queue()
+        self._pending: _Answers | None = None
+        """The last call that the root has begun to carry out."""
+        self._branch = current_branch()
+        """The branch of the code in the thread: the root's, or that of the step whose body it executes."""
+        self._lock = threading.Lock()
+        self._signal: BaseException | None = None
+        self._signals_raised = 0
+        self._escaped: BaseException | None = None
+        """The exception that code in the thread has raised: an answer, even if it looks like the end of the run."""
+        self._deadline: float | None = None
         self.ident: int | None = None
-        self.lock = threading.Lock()
-        self.ignored = 0
-        self.branch = current_branch()
-        """The root's branch; while the body of a step runs in the thread, one of its own."""
 
     def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """From the thread: have a coroutine run on the loop, and wait for what comes of it."""
+        """In the thread: have the root await the coroutine that `make` returns, and wait for its result."""
         if threading.get_ident() != self.ident:
             raise InvalidState(
                 "The context of a `def` task",
                 "used outside of the task's own thread",
                 "Call it from there, or write the task as `async def` and use asyncio.gather.",
             )
-        answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-        with self.lock:
-            if self.signal is None:
-                request = functools.partial(_perform, self.branch, make)
-                self.loop.call_soon_threadsafe(self.requests.put_nowait, (request, answers))
+        answers: _Answers = queue.SimpleQueue()
+        with self._lock:
+            if self._signal is None:
+                request = functools.partial(_perform, self._branch, make)
+                self._loop.call_soon_threadsafe(self._requests.put_nowait, (request, answers))
             else:
-                self.ignored += 1
-                if self.ignored <= RAISED_BEFORE_PARKING:
-                    raise self.signal
+                self._signals_raised += 1
+                if self._signals_raised <= RAISED_BEFORE_PARKING:
+                    raise self._signal
         # Code that swallows the signal and calls again would spin: it waits here until the process ends.
-        succeeded, value = answers.get()
+        while True:
+            succeeded, value = answers.get()
+            if succeeded is None:
+                value()
+            elif succeeded:
+                return cast(T, value)
+            else:
+                raise value
+
+    async def execute(self, body: Callable[[], Any]) -> Any:
+        """In the root: execute `body` in the thread, and carry out its requests until it has ended."""
+        outcome: asyncio.Future[tuple[bool, Any]] = self._loop.create_future()
+
+        def finish(succeeded: bool, value: Any) -> None:
+            if not outcome.done():
+                outcome.set_result((succeeded, value))
+            self._requests.put_nowait(None)
+
+        def run() -> None:
+            try:
+                ended = True, body()
+            except BaseException as error:  # noqa: BLE001 - raised in the root
+                ended = False, error
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, and with it the run has ended
+                self._loop.call_soon_threadsafe(finish, *ended)
+
+        outer = self._branch, self._pending
+        self._branch = current_branch()
+        if self._pending is None:
+            self._start(run)
+        else:
+            self._pending.put((None, run))
+        try:
+            await self._serve()
+        except (asyncio.CancelledError, ControlFlow) as error:
+            await self._unwind(error, outcome)
+            raise
+        finally:
+            self._branch, self._pending = outer
+        succeeded, value = outcome.result()
         if succeeded:
-            return cast(T, value)
+            return value
+        self._escaped = value
         raise value
 
-    @contextlib.contextmanager
-    def step(self, call: Call) -> Generator[None]:
-        """From the thread: while the body of a step runs, what it calls is part of that step."""
-        outer = self.branch
-        self.branch = Branch(outer.branches, (*outer.path, str(call.key)), bound=True)
-        try:
-            yield
-        finally:
-            self.branch = outer
+    def _start(self, run: Callable[[], None]) -> None:
+        context = contextvars.copy_context()
+
+        def target() -> None:
+            self.ident = threading.get_ident()
+            context.run(run)
+
+        threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True).start()
+
+    async def _serve(self) -> None:
+        while (request := await self._requests.get()) is not None:
+            make, self._pending = request
+            try:
+                answer = True, await make()
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError | ControlFlow) and error is not self._escaped:
+                    raise
+                answer = False, error
+            self._pending.put(answer)
+            self._escaped = None
+
+    async def _unwind(self, error: BaseException, outcome: asyncio.Future[tuple[bool, Any]]) -> None:
+        """Raise the signal that ends the run in the thread, and wait until the code there has ended."""
+        signal = error if isinstance(error, ControlFlow) else (self._context.signal or Suspended())
+        with self._lock:
+            self._signal = signal
+        if self._pending is not None:
+            self._pending.put((False, signal))
+        while not self._requests.empty():
+            if (late := self._requests.get_nowait()) is not None:
+                late[1].put((False, signal))
+        # The run is not over before its code in the thread is: that must not run here and elsewhere at once.
+        if self._deadline is None:
+            self._deadline = self._loop.time() + UNWINDING_GRACE
+        while not outcome.done() and (remaining := self._deadline - self._loop.time()) > 0:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([outcome], timeout=remaining)
 
 
-class SyncTaskContext(Generic[StateT]):
+class SyncTaskContext(TaskData[StateT]):
     """The running `def` task; the methods of :class:`durable_sa.TaskContext`, blocking its thread instead of awaited.
 
     It belongs to the task's own thread. `def` steps run in that thread, too.
     """
 
-    __slots__ = ("context", "thread")
+    __slots__ = ("_claimed", "_state", "context", "thread")
+
+    blocking: ClassVar = True
+    """True: the methods block. False for a `TaskContext`."""
 
     def __init__(self, context: TaskContext[StateT]) -> None:
         self.context = context
         self.thread: _Thread | None = None
+        self._claimed = context._claimed
+        self._state = context._state
 
     @property
     def _own_thread(self) -> _Thread:
@@ -124,44 +198,8 @@ class SyncTaskContext(Generic[StateT]):
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._own_thread.call(make)
 
-    def _inside(self, call: Call) -> contextlib.AbstractContextManager[None]:
-        """While a step is executed in this thread."""
-        return self._own_thread.step(call)
-
-    @property
-    def task_id(self) -> uuid.UUID:
-        """The task's id, the same in all attempts."""
-        return self.context.task_id
-
-    @property
-    def run_id(self) -> uuid.UUID:
-        """The id of this attempt; it outlives suspensions."""
-        return self.context.run_id
-
-    @property
-    def attempt(self) -> int:
-        """The number of this attempt, from 1."""
-        return self.context.attempt
-
-    @property
-    def task_name(self) -> str:
-        """The name under which the task was spawned."""
-        return self.context.task_name
-
-    @property
-    def queue_name(self) -> str:
-        """The queue the task was spawned into."""
-        return self.context.queue_name
-
-    @property
-    def headers(self) -> Mapping[str, Any]:
-        """The headers given at spawn; plain JSON."""
-        return self.context.headers
-
-    @property
-    def state(self) -> StateT:
-        """What the worker's `lifespan` yielded, else the client's `state`."""
-        return self.context.state
+    async def _execute(self, body: Callable[[], Any]) -> Any:
+        return await self._own_thread.execute(body)
 
     @overload
     def step(self, name: str, fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
@@ -169,59 +207,35 @@ class SyncTaskContext(Generic[StateT]):
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`durable_sa.TaskContext.step`; `def` functions run in this thread."""
-        function: Callable[..., Any] = fn.function if isinstance(fn, Step) else fn
-        options = fn.options if isinstance(fn, Step) else PLAIN
-        if is_coroutine_function(function):
-            return self._call(functools.partial(self._step_on_loop, name, fn, args, kwargs))
-        begun = self._call(lambda: self.context.begin_step(name, function, options, args, kwargs))
-        if begun.recorded:
-            return begun.value
-        for tries in itertools.count(begun.tries + 1):
-            try:
-                with self._inside(begun.call), around_step(self.context.step_hooks, self.context, name):
-                    result = self._execute(begun.call, function, options, args, kwargs)
-                    if inspect.isawaitable(result):
-                        # Such as from `lambda: fetch(url)`, which does not tell beforehand.
-                        result = self._call(functools.partial(self._await, result))
-            except Exception as failure:
-                again = functools.partial(self.context.try_again, begun.call, tries, options, failure)
-                if not self._call(again):
-                    raise
-            else:
-                return self._call(functools.partial(self.context.end_step, begun.call, begun.codec, result))
-        raise AssertionError("unreachable")
+        if is_coroutine_function(plain_step(fn)[0]):
+            return self._call(lambda: self._await(lambda: self.context.step(name, fn, *args, **kwargs)))
+        return self._call(lambda: self.context.step_by(self._attempt, name, fn, args, kwargs))
 
-    async def _step_on_loop(
-        self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _attempt(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        around: contextlib.AbstractContextManager[object],
+    ) -> Awaitable[Any]:
+        def body() -> Any:
+            with around:
+                if timeout is None:
+                    result = function(*args, **kwargs)
+                else:
+                    result = _in_another_thread(name, functools.partial(function, *args, **kwargs), timeout)
+                if inspect.isawaitable(result):
+                    # A function such as `lambda: fetch(url)` is only known to return one once it has.
+                    return self._call(lambda: self._await(lambda: result))
+                return result
+
+        return self._execute(body)
+
+    async def _await(self, make: Callable[[], Awaitable[T]]) -> T:
         with running(self.context):
-            return await cast("Coroutine[Any, Any, Any]", self.context.step(name, fn, *args, **kwargs))
-
-    async def _await(self, awaitable: Awaitable[T]) -> T:
-        with running(self.context):
-            return await awaitable
-
-    def _execute(self, call: Call, function: Callable[..., Any], options: StepOptions, args: Any, kwargs: Any) -> Any:
-        if options.timeout is None:
-            return function(*args, **kwargs)
-        # Nothing can interrupt a thread, so a step with a limit gets one that can be left behind.
-        answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-        context = contextvars.copy_context()
-
-        def run() -> None:
-            try:
-                answers.put((True, context.run(function, *args, **kwargs)))
-            except BaseException as error:  # noqa: BLE001 - handed over
-                answers.put((False, error))
-
-        threading.Thread(target=run, name=f"durable-step:{call.name}", daemon=True).start()
-        try:
-            succeeded, value = answers.get(timeout=options.timeout)
-        except queue.Empty:
-            raise TaskTimeout(f"step {call.name!r}", options.timeout) from None
-        if succeeded:
-            return value
-        raise value
+            return await make()
 
     def transaction(
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
@@ -276,7 +290,7 @@ class SyncTaskContext(Generic[StateT]):
         if threading.get_ident() == self._own_thread.ident:
             self._call(lambda: self.context.heartbeat(duration))
         elif self.context.signal is not None:
-            # The thread of a step that has a timeout.
+            # In the thread of a step with a timeout, which cannot make requests.
             raise self.context.signal
 
     def rand(self) -> float:
@@ -292,67 +306,34 @@ class SyncTaskContext(Generic[StateT]):
         return self._call(self.context.uuid7)
 
 
+async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Execute a `def` task in a thread of its own. The root of the task's run awaits this coroutine."""
+    context.thread = _Thread(context.context)
+    return await context.thread.execute(functools.partial(function, context, *arguments))
+
+
 async def _perform(branch: Branch, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     with entered(branch):
         return await make()
 
 
-async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """The body of a `def` task, to be awaited as the root of its run: starts the thread and serves its requests."""
-    thread = context.thread = _Thread(f"durable:{context.task_name}")
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[Any] = loop.create_future()
-    inherited = contextvars.copy_context()
+def _in_another_thread(name: str, function: Callable[[], T], timeout: float) -> T:
+    """Call a step's function in a thread of its own, which is abandoned after `timeout` seconds.
 
-    def finish(succeeded: bool, value: Any) -> None:
-        if not outcome.done():
-            outcome.set_result((succeeded, value))
-        thread.requests.put_nowait(None)
+    Raises:
+        TaskTimeout: the function has not returned by then.
+    """
+    outcome: Future[T] = Future()
+    context = contextvars.copy_context()
 
     def run() -> None:
-        thread.ident = threading.get_ident()
         try:
-            value = inherited.run(function, context, *arguments)
-        except BaseException as error:  # noqa: BLE001 - handed over
-            _tell(loop, finish, False, error)
-        else:
-            _tell(loop, finish, True, value)
+            outcome.set_result(context.run(function))
+        except BaseException as error:  # noqa: BLE001 - raised in the thread of the task
+            outcome.set_exception(error)
 
-    threading.Thread(target=run, name=thread.name, daemon=True).start()
-    answers: queue.SimpleQueue[Any] | None = None
-    try:
-        while (request := await thread.requests.get()) is not None:
-            make, answers = request
-            try:
-                value = await make()
-            except (asyncio.CancelledError, ControlFlow):
-                raise
-            except BaseException as error:  # noqa: BLE001 - handed over
-                answers.put((False, error))
-            else:
-                answers.put((True, value))
-            answers = None
-        succeeded, value = outcome.result()
-        if succeeded:
-            return value
-        raise value
-    except (asyncio.CancelledError, ControlFlow) as error:
-        signal = error if isinstance(error, ControlFlow) else (context.context.signal or Suspended())
-        with thread.lock:
-            thread.signal = signal
-        if answers is not None:
-            answers.put((False, signal))
-        while not thread.requests.empty():
-            if (late := thread.requests.get_nowait()) is not None:
-                late[1].put((False, signal))
-        # The thread unwinds now. Until it has, the run is not over: its code must not run here and elsewhere at once.
-        deadline = loop.time() + UNWINDING_GRACE
-        while not outcome.done() and (remaining := deadline - loop.time()) > 0:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([outcome], timeout=remaining)
-        raise
-
-
-def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-        loop.call_soon_threadsafe(function, *arguments)
+    threading.Thread(target=run, name=f"durable-step:{name}", daemon=True).start()
+    done, _ = wait([outcome], timeout)
+    if not done:
+        raise TaskTimeout(f"step {name!r}", timeout)
+    return outcome.result()

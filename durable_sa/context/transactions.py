@@ -63,9 +63,9 @@ class Transactions(ContextBase):
         with (
             self._run.branches.busy(),
             self._run.branches.scope(str(call.key)),
-            self._within_hooks(call),
+            self._around(call),
         ):
-            value = await run_transaction(self._run, self._durable, call.key, call.name, codec, fn, args, kwargs)
+            value = await run_transaction(self._run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
         if is_part(call.key):
             self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
         return value

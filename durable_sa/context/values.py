@@ -42,4 +42,4 @@ class Values(ContextBase):
         if (entry := await self._recall(call)) is not None:
             return codec.decode(entry.value or NULL, call.name)
         await self._run.enter()
-        return await self.end_step(call, codec, source())
+        return await self._end_step(call, codec, source())

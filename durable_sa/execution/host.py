@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
-from ..hooks import HookChain
 from ..statements.claiming import ClaimedRun
+from .hooks import HookChain
 from .writer import Writer
 
 if TYPE_CHECKING:

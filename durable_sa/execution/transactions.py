@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
 
+from ..database.connections import Database
 from ..database.loans import discard
 from ..database_errors import (
     backoff,
@@ -30,7 +31,6 @@ from ..statements import checkpoints
 from .reader import persistently
 
 if TYPE_CHECKING:
-    from ..client import Durable
     from .run import Run
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ _ENDING: Final = re.compile(
 
 async def run_transaction(
     run: Run,
-    durable: Durable[Any],
+    database: Database,
     key: uuid.UUID,
     name: str,
     codec: Codec[T],
@@ -80,9 +80,9 @@ async def run_transaction(
     attempt = lost = interruptions = 0
     while True:
         await run.enter()
-        connection = await persistently(durable.database.transactional)
+        connection = await persistently(database.transactional)
         try:
-            return await _once(run, durable, connection, key, name, codec, fn, args, kwargs)
+            return await _once(run, database, connection, key, name, codec, fn, args, kwargs)
         except _Interrupted:
             interruptions += 1
         except SQLAlchemyError as error:
@@ -102,7 +102,7 @@ async def run_transaction(
 
 async def _once(
     run: Run,
-    durable: Durable[Any],
+    database: Database,
     connection: AsyncConnection,
     key: uuid.UUID,
     name: str,
@@ -113,7 +113,7 @@ async def _once(
 ) -> T:
     what = f"the result of transaction {name!r}"
     async with _transaction(connection) as transaction:
-        session = durable.database.session(connection)
+        session = database.session(connection)
         async with _guarded(session, connection, name):
             if is_coroutine_function(fn):
                 result = await fn(session, *args, **kwargs)
@@ -124,7 +124,7 @@ async def _once(
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
         try:
-            locked = await durable.database.execute_within(
+            locked = await database.execute_within(
                 connection,
                 checkpoints.LOCK_UNDER_FENCE,
                 {"task_id": run.claimed.task_id, "fence": run.claimed.fence},
@@ -132,7 +132,7 @@ async def _once(
             if not locked:
                 run.take_away(LeaseLost())
                 raise LeaseLost
-            written = await durable.database.execute_within(
+            written = await database.execute_within(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
                 {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},

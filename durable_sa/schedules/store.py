@@ -16,7 +16,7 @@ from ..errors import (
     QueueNotFound,
     ScheduleNotFound,
 )
-from ..options import SpawnOptions, queryable
+from ..options import SpawnOptions, refuse_nul
 from ..policies import CancellationPolicy, RetryStrategy
 from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
@@ -120,7 +120,7 @@ def prepare_tick(client: App, row: Row[Any], tick: datetime | None) -> Prepared:
 def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
     if not isinstance(metadata or {}, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidConfiguration("metadata", f"it must be a Mapping, not {type(metadata).__name__}")
-    return queryable(UNTYPED.encode(dict(metadata or {}), what), what)
+    return refuse_nul(UNTYPED.encode(dict(metadata or {}), what), what)
 
 
 class Definition(NamedTuple):

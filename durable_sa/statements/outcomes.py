@@ -34,7 +34,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, RunRow, TaskRow, Wait
-from ..policies import MAX_DURATION
+from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, interval, length, one_row, raised, rows, statement_time, tally
 
 LEASE_LOSS_LIMIT = 20

@@ -30,7 +30,6 @@ except ModuleNotFoundError as error:
         "OpenTelemetry's API is not installed. Install it: pip install 'durable_sa[telemetry]'", name=error.name
     ) from error
 
-from ..hooks import Hooks
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
 from .meters import Meters
 from .operations import Emission, Spawning
@@ -38,7 +37,6 @@ from .propagation import OTEL_CONTEXT, carried, context_of, encoded, links_to
 from .spans import Scope, Tracing, harmless
 
 if TYPE_CHECKING:
-    from ..context import TaskContext
     from ..execution.run import Run
     from ..statements.claiming import ClaimedRun
     from ..worker.worker import Worker
@@ -61,8 +59,6 @@ class Telemetry:
     ) -> None:
         self._tracing = Tracing(trace.get_tracer(NAME, tracer_provider=tracer_provider))
         self._meters = Meters(metrics.get_meter(NAME, meter_provider=meter_provider))
-        self.step_hook = StepSpans(self)
-        """To be entered around steps, outside of all other hooks."""
 
     def spawn(self, task_name: str | None = None, queue_name: str | None = None) -> Spawning:
         """A spawn begins, of one task or, without a name, of many."""
@@ -154,17 +150,6 @@ class Telemetry:
     def metadata(self) -> str | None:
         """The metadata of an event that is emitted by the calling code."""
         return encoded(carried())
-
-
-class StepSpans(Hooks):
-    """A span for each try of a step, and for each transaction; the code in it finds the span current."""
-
-    def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
-
-    def around_step(self, ctx: TaskContext[Any], name: str) -> Scope:
-        """As the hook of that name."""
-        return self._telemetry.call("step", name, ctx.claimed)
 
 
 @functools.cache

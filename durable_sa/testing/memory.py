@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from ..concurrency.branches import Branch
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
+from ..execution.hooks import HookChain
 from ..execution.journal import EMPTY_JOURNAL
 from ..execution.reader import JoinTarget
 from ..execution.waits import PendingWait
 from ..execution.writes import Kind, Stored
-from ..hooks import HookChain
 from ..options import SpawnOptions
 from ..results import TaskHandle
 from ..serialization.codec import UNTYPED, Codec

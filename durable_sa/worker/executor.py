@@ -20,11 +20,11 @@ from ..context.sync import SyncTaskContext, run_in_thread
 from ..current import enter
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
+from ..execution.hooks import around_task
 from ..execution.journal import EMPTY_JOURNAL, Entry, Journal
 from ..execution.reader import Reader, persistently
 from ..execution.run import Run
 from ..execution.writer import Writer
-from ..hooks import around_task
 from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints, claiming, waits
 from ..statements.claiming import ClaimedRun
@@ -58,7 +58,7 @@ class Executor:
         self.clock = clock
         self.executor = StepThreads(threads)
         self.telemetry = durable.telemetry
-        self.hooks = durable.hooks if self.telemetry is None else durable.hooks.within(self.telemetry.step_hook)
+        self.hooks = durable.hooks
         self.max_payload_bytes = durable.max_payload_bytes
         self.state: Any = durable.state
         """What tasks find as `ctx.state`."""
@@ -178,7 +178,7 @@ class Executor:
             inner.run(enter, sync_context)
             body = functools.partial(run_in_thread, sync_context, task.function, arguments)
         hooks = self.hooks.around_task
-        start = functools.partial(around_task, hooks, context, body) if hooks else body
+        start = functools.partial(around_task, hooks, context, item.task_name, body) if hooks else body
         task_factory.ensure(self._loop)
         run.start(start() if self.telemetry is None else self.telemetry.execute(run, start), inner)
 

@@ -32,7 +32,7 @@ def inventory(site: Path) -> set[str]:
     return {line.split()[0] for line in entries.splitlines()}
 
 
-INTERNAL = {"task_changed", "forget_worker", "require_queue", "begin_step", "end_step", "try_again"}
+INTERNAL = {"task_changed", "forget_worker", "require_queue", "step_by"}
 """Methods that other modules of the package call."""
 
 

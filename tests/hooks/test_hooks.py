@@ -330,9 +330,9 @@ async def test_cancelled_tasks_leave_their_hooks(engine: AsyncEngine) -> None:
 
 def test_what_is_not_overridden_is_not_called() -> None:
     durable = Durable(hooks=[Tenants(), Hooks()])
-    assert [type(hook) for hook in durable.hooks.on_spawn] == [Tenants]
+    assert [type(hook.__self__) for hook in durable.hooks.on_spawn] == [Tenants]
     assert durable.hooks.around_task == durable.hooks.around_step == ()
-    assert Durable().hooks.all == ()
+    assert Durable().hooks == ((), (), ())
     with pytest.raises(TypeError, match="derives from Hooks, not object"):
         Durable(hooks=[object()])  # type: ignore[list-item]
 
