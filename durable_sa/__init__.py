@@ -1,4 +1,12 @@
-"""Durable execution for applications that use SQLAlchemy."""
+"""Durable execution for applications that use SQLAlchemy.
+
+The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
+`telemetry`, `testing`, `testing.plugin`, `migrations`, `embedded` and `cli`. All others belong to the engine and may
+change in any release.
+"""
+
+from importlib import metadata
+from typing import TYPE_CHECKING
 
 from .client import Durable, QueuePolicy
 from .context import TaskContext
@@ -96,3 +104,19 @@ __all__ = [
     "step",
     "task",
 ]
+
+
+__version__: str
+"""The installed version of the package."""
+
+if not TYPE_CHECKING:  # a type checker would take every unknown name for an attribute
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":
+            # Read on demand, because finding and parsing the metadata of a distribution takes milliseconds.
+            return metadata.version(__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", *(name for name in globals() if name.startswith("__"))})
