@@ -1,12 +1,12 @@
-"""The task that the current code runs in."""
+"""The task that the calling code runs in."""
 
-import asyncio
 from collections.abc import Awaitable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import iscoroutinefunction
 from typing import Any, Final
 
+from .concurrency.threads import in_event_loop
 from .errors import InvalidState
 from .validation import Duration
 
@@ -15,7 +15,7 @@ _current: ContextVar[Any] = ContextVar("durable_sa_context", default=None)
 
 @contextmanager
 def running(context: object) -> Generator[None]:
-    """Make `context` the current one for what is called inside the block, and for the tasks and threads it starts."""
+    """Make `context` the current one inside the block, and in the asyncio tasks and threads that are started there."""
     token = _current.set(context)
     try:
         yield
@@ -24,7 +24,7 @@ def running(context: object) -> Generator[None]:
 
 
 def enter(context: object) -> None:
-    """Make `context` the current one from here on, for a run that has a `contextvars.Context` of its own."""
+    """Make `context` the current one for the rest of the running `contextvars.Context`."""
     _current.set(context)
 
 
@@ -34,7 +34,7 @@ def context_or_none() -> Any:
 
 
 def current_context() -> Any:
-    """Return the context of the running task, from anywhere below it.
+    """Return the context of the running task, in any code that the task calls.
 
     It is a `TaskContext`, or a `SyncTaskContext` in a `def` task.
 
@@ -49,29 +49,20 @@ def current_context() -> Any:
 
 
 def heartbeat(duration: Duration | None = None) -> Awaitable[None]:
-    """Report progress of the running task, from anywhere below it. Does nothing outside a task.
+    """Check that the running task goes on, in any code that the task calls. Does nothing outside a task.
 
     It raises, and so ends the run, if the task was cancelled or taken over. A lease never depends on it. Coroutines
-    await it; in a `def` task or step the call does it, and what it gives need not be awaited.
+    await it; in a `def` task or step the call is enough, and its result need not be awaited.
     """
     context = _current.get()
     if context is None:
         return _NOTHING
     if iscoroutinefunction(context.heartbeat) and not in_event_loop():
-        # The thread of a step, from which nothing can be awaited.
+        # This is the thread of a `def` step, which cannot await.
         if context.signal is not None:
             raise context.signal
         return _NOTHING
     return context.heartbeat(duration) or _NOTHING
-
-
-def in_event_loop() -> bool:
-    """Whether the calling thread is one in which an event loop runs."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 class _Nothing:

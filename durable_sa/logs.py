@@ -1,4 +1,4 @@
-"""Which task a line in the log belongs to.
+"""A logging filter that adds the running task to each record.
 
 ```python
 import logging
@@ -22,10 +22,10 @@ FIELDS: Final = ("task_id", "task_name", "run_id", "attempt", "queue_name")
 
 
 class TaskFields(logging.Filter):
-    """Gives every record the attributes `task_id`, `task_name`, `run_id`, `attempt` and `queue_name`.
+    """Adds the attributes `task_id`, `task_name`, `run_id`, `attempt` and `queue_name` to every record.
 
-    They are those of the task that logs it, also below its steps and in their threads, or that durable's own line is
-    about; None anywhere else. Lets all records pass. To be added to handlers.
+    They are those of the task that logs the record, in its steps and their threads as well, or of the task that a
+    record of durable's own is about; None for all other records. Add the filter to handlers. No record is dropped.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -1,27 +1,27 @@
-"""Control flow of a run: how the engine takes a run away from task code.
+"""The signals by which the engine ends a run, raised in the task's code.
 
 BaseException
 └── ControlFlow
-    ├── Suspended      the run waits (sleep, event, child) and gives its slot back
+    ├── Suspended      the run waits (sleep, event, child) and frees its slot
     ├── TaskCancelled  the task was cancelled
-    └── LeaseLost      another worker has taken the run over
+    └── LeaseLost      another worker may have taken the run over
 
-These are no errors. They derive from `BaseException`, so that `except Exception` in task code never catches one, they
-spend no retry, and nothing is recorded as failed.
+They are not errors: they derive from `BaseException`, so that `except Exception` in task code does not catch them, they
+use up no retry, and nothing is recorded as failed.
 """
 
 
 class ControlFlow(BaseException):
-    """Root of what unwinds a run without its being a failure. Let it pass: `finally` blocks run as usual."""
+    """Base class of the signals. Let them pass: `finally` blocks run as usual."""
 
 
 class Suspended(ControlFlow):
-    """Raised when the run has been put to sleep; it goes on from its checkpoints once a wait is over."""
+    """Raised when the run is suspended. It goes on from its checkpoints when one of its waits is over."""
 
 
 class TaskCancelled(ControlFlow):
-    """Raised when the task was cancelled while it ran."""
+    """Raised when the task is cancelled while it runs."""
 
 
 class LeaseLost(ControlFlow):
-    """Raised when the run no longer owns its task. Whatever it would write from here on is refused."""
+    """Raised when the run no longer owns its task. All further writes of the run are refused."""

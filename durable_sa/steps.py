@@ -7,7 +7,8 @@ from types import FunctionType, MethodType
 from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from .current import context_or_none, in_event_loop
+from .concurrency.threads import in_event_loop
+from .current import context_or_none
 from .names import validate_name
 from .options import MAX_ATTEMPTS
 from .policies import RetryStrategy

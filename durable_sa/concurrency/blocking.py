@@ -1,8 +1,8 @@
-"""What an asyncio task is blocked on, read from the task itself.
+"""The cause that an asyncio task is blocked on, read from the task itself.
 
-asyncio has no question for this, so the answer comes from `Task._fut_waiter`, the frames of the suspended coroutines
-and the callbacks of futures. What is not recognised, a library's own primitive or that of a Python yet to come, counts
-as an await of something outside: it gets the grace period and a warning, never a wrong suspension at once.
+asyncio has no API for this. So it is read from `Task._fut_waiter`, the frames of the suspended coroutines and the
+callbacks of futures. An await that is not recognised, of a library's own primitive or in a later Python, counts as one
+of something outside of the run: it gets a grace period and a warning, and never leads to a suspension at once.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ AnyFuture = asyncio.Future[Any]
 
 
 class Blocked(Enum):
-    """Whether a task can go on, and if not, who has to move first."""
+    """The cause that a task is blocked on."""
 
     NOT = auto()
-    """It is about to run, or runs."""
+    """None: the task runs, or is about to."""
     PARKED = auto()
-    """It awaits a durable wait."""
+    """A durable wait."""
     INSIDE = auto()
-    """It awaits other tasks of its run, or a lock, event or queue, which they share."""
+    """Other tasks of its run, or a lock, event or queue that they share."""
     OUTSIDE = auto()
-    """It awaits anything else: a timer, a socket, a thread, a task that is not of the run."""
+    """Anything else: a timer, a socket, a thread, a task that is not of the run."""
 
 
 def _codes(*functions: object) -> frozenset[CodeType]:
@@ -62,7 +62,7 @@ _SHARED: Final = _codes(
 
 
 def examine(task: AnyTask, tasks: Container[object], parked: Container[object]) -> Blocked:
-    """What `task` is blocked on, where `tasks` are those of its run and `parked` the futures of its durable waits."""
+    """Return what `task` is blocked on. `tasks` are those of its run, `parked` the futures of its durable waits."""
     waiter = getattr(task, "_fut_waiter", None)
     if waiter is None or waiter.done():
         return Blocked.NOT
@@ -84,7 +84,7 @@ def examine(task: AnyTask, tasks: Container[object], parked: Container[object]) 
 
 
 def location(task: AnyTask) -> str:
-    """Where `task` is blocked, as `file:line in function`: its innermost frame outside asyncio. No values."""
+    """Return the innermost frame outside asyncio in which `task` is blocked, as `file:line in function`."""
     stack = list(_frames(task))
     if not stack:
         return f"an unknown place in {task.get_name()}"
@@ -94,9 +94,9 @@ def location(task: AnyTask) -> str:
 
 
 def is_under_wait_for(tasks: Container[object]) -> bool:
-    """Whether an `asyncio.wait_for` with a timeout is around what the running task does at this moment.
+    """Return whether the running task is inside an `asyncio.wait_for` with a timeout.
 
-    It is, too, if another one of `tasks`, those of the run, waits for this one in there.
+    It also is if one of `tasks`, those of the run, awaits it inside a `wait_for`.
     """
     task = asyncio.current_task()
     if task is None:
@@ -112,7 +112,7 @@ def is_under_wait_for(tasks: Container[object]) -> bool:
 
 
 def is_called_by_wait_for() -> bool:
-    """Whether the task factory, which asks, is at work for `asyncio.wait_for` itself."""
+    """Return whether the calling task factory creates a task for `asyncio.wait_for` itself."""
     frame: FrameType | None = sys._getframe(3)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame.f_code.co_filename.startswith(_ASYNCIO):
         if frame.f_code in _WAIT_FOR:
@@ -122,7 +122,7 @@ def is_called_by_wait_for() -> bool:
 
 
 def outcomes(tasks: Iterable[AnyTask]) -> set[AnyFuture]:
-    """The futures that `asyncio.gather` and `asyncio.shield` have made of `tasks`."""
+    """Return the futures that `asyncio.gather` and `asyncio.shield` have made of `tasks`."""
     found: set[AnyFuture] = set()
     pending: list[AnyFuture] = list(tasks)
     while pending:
@@ -136,7 +136,7 @@ def outcomes(tasks: Iterable[AnyTask]) -> set[AnyFuture]:
 
 
 def _frames(task: AnyTask) -> Iterator[FrameType]:
-    """The suspended frames of a task, from the outermost to the innermost."""
+    """Return the suspended frames of a task, from the outermost to the innermost."""
     awaitable: object = task.get_coro()
     while awaitable is not None:
         if (attributes := _SUSPENDABLE.get(type(awaitable))) is not None:
@@ -144,14 +144,14 @@ def _frames(task: AnyTask) -> Iterator[FrameType]:
                 yield frame
             awaitable = getattr(awaitable, attributes[1])
         else:
-            # The iterators of `async for` and of `__await__` refer to the coroutine they run without naming it.
+            # The iterators of `async for` and `__await__` have no attribute for the coroutine that they run.
             referents: list[object] = gc.get_referents(awaitable)
             awaitable = next((referent for referent in referents if type(referent) in _SUSPENDABLE), None)
 
 
 def _blocked_on(futures: Iterable[AnyFuture], tasks: Container[object]) -> Blocked:
-    """What holds up a task that awaits `futures`, seen through gather and shield."""
-    blocked = Blocked.NOT  # if all of them are done, and their results on the way
+    """Return what blocks a task that awaits `futures`, which may be those of gather and shield."""
+    blocked = Blocked.NOT  # if all of them are done, and the task is about to get their results
     pending = list(futures)
     while pending:
         future = pending.pop()
@@ -173,13 +173,13 @@ def _callbacks(future: AnyFuture) -> list[Callable[..., object]]:
 
 
 def _shielded_by(callback: Callable[..., object]) -> Iterator[AnyFuture]:
-    """The future that `asyncio.shield` shields, if `callback` is the one it leaves on the future it returns."""
+    """Return the future that `asyncio.shield` shields, if `callback` is that of the future it returns."""
     if getattr(callback, "__qualname__", "") == "shield.<locals>._outer_done_callback":
         yield from (value for name, value in _captured(callback) if name == "inner")
 
 
 def _captured(callback: Callable[..., object]) -> Iterator[tuple[str, Any]]:
-    """The names and values that a callback has from the function around it."""
+    """Return the variables, by name and value, that a callback has from the function around it."""
     names = getattr(getattr(callback, "__code__", None), "co_freevars", ())
     for name, cell in zip(names, getattr(callback, "__closure__", None) or (), strict=False):
         with suppress(ValueError):  # not assigned yet
@@ -187,16 +187,16 @@ def _captured(callback: Callable[..., object]) -> Iterator[tuple[str, Any]]:
 
 
 def _has_timeout(frame: FrameType, functions: Container[CodeType]) -> bool:
-    """Whether `frame` is of one of asyncio's `functions` and was given a timeout."""
+    """Return whether `frame` is of one of asyncio's `functions`, called with a timeout."""
     return frame.f_code in functions and frame.f_locals.get("timeout") is not None
 
 
 def _woken_by(callback: Callable[..., object]) -> Iterator[AnyTask]:
-    """The task that awaits the future which has `callback`."""
+    """Return the task that awaits the future which has `callback`."""
     waiting: AnyTask | None = getattr(callback, "__self__", None)
     if isinstance(waiting, asyncio.Task):
         yield waiting
     elif isinstance(callback, functools.partial) and callback.func is _RELEASE_WAITER:
-        # In Python 3.11 wait_for awaits a future of its own, which is resolved by the one that it is for.
+        # In Python 3.11, wait_for awaits a future of its own, which the awaited one resolves.
         for inner in _callbacks(callback.args[0]):
             yield from _woken_by(inner)

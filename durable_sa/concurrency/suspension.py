@@ -1,4 +1,10 @@
-"""When a run does nothing but wait for what lies outside this process, so that it can be suspended."""
+"""Quiescence: the moment from which a run does nothing but wait, so that it can be suspended.
+
+A *durable wait* (a sleep, an event, a child) is a future that something outside of the run resolves; the database keeps
+it, so the run can wait for it without being in memory. A run is *quiescent* when nothing in it is busy, at least one
+durable wait is pending, and each of its tasks is blocked on one, or on other tasks of the run. asyncio reports none of
+this. So whenever something changes, the tasks are examined (see `blocking`), over several turns of the event loop.
+"""
 
 import asyncio
 import contextvars
@@ -13,22 +19,22 @@ from .blocking import AnyFuture, AnyTask, Blocked
 T = TypeVar("T")
 
 TURNS: Final = 12
-"""Turns of the event loop over which tasks must be seen blocked on each other: a result takes a few turns on its way
-through the callbacks of futures, and no task is about to run meanwhile."""
+"""Turns of the event loop over which tasks must be seen blocked on each other. A result takes a few turns to pass
+through the callbacks of futures, and while it does, no task looks as if it was about to run."""
 
 SHORTEST_DELAY: Final = 0.001
 LONGEST_DELAY: Final = 0.5
-"""Seconds, doubled each time, between looks at tasks that block and go on without telling, on a queue for example."""
+"""Seconds between examinations while some task is not blocked; doubled each time. A task that blocks on a queue, for
+example, or goes on, changes nothing that is watched."""
 
 _log = logging.getLogger(__name__)
 
 
 class Quiescence:
-    """Watches the tasks of one run and calls `on_quiescent` once, from the event loop, when nothing in it can move.
+    """Watches the tasks of one run, and calls `on_quiescent` once, from the event loop.
 
-    That is when nothing is busy, a durable wait is pending, and every task is blocked on such a wait, on other tasks of
-    the run, or on a lock, event or queue. Tasks blocked on anything else have `grace` seconds from then on. It looks
-    when something changes; while nothing is pending or something is busy there are no timers.
+    A lock, event or queue of asyncio counts as part of the run. A task that is blocked on anything else delays the call
+    by `grace` seconds. Without a pending wait, and while the run is busy, no timer is set.
     """
 
     __slots__ = (
@@ -67,7 +73,7 @@ class Quiescence:
         self._handle: asyncio.Handle | None = None
 
     def __enter__(self) -> None:
-        """Until the block ends, which may be inside of others, the run is busy."""
+        """Keep the run busy until the block ends. Blocks may overlap."""
         self._busy += 1
 
     def __exit__(self, *_: object) -> None:
@@ -75,6 +81,7 @@ class Quiescence:
         self._progress()
 
     async def wait(self, future: asyncio.Future[T]) -> T:
+        """Await the future of a durable wait."""
         if blocking.is_under_wait_for(self._tasks):
             raise InvalidState(
                 "A durable wait",
@@ -90,7 +97,7 @@ class Quiescence:
             self._progress()
 
     def look(self) -> None:
-        """Has the tasks looked at in the next turn of the loop. To be called when one has ended."""
+        """Examine the tasks in the next turn of the event loop, because one of them has ended."""
         if self._busy or not self._parked or self._on_quiescent is None:
             return
         if self._handle is not None:
@@ -100,6 +107,7 @@ class Quiescence:
         self._handle = self._loop.call_soon(self._check, context=self._context)
 
     def stop(self) -> None:
+        """Stop watching."""
         self._on_quiescent = None
         if self._handle is not None:
             self._handle.cancel()
@@ -145,14 +153,15 @@ class Quiescence:
         self._delay = min(max(2 * self._delay, SHORTEST_DELAY), LONGEST_DELAY)
 
     def _examine(self) -> tuple[Blocked, list[AnyTask]]:
-        """What the run as a whole is blocked on, and the tasks that await something outside."""
+        """Return what the run as a whole is blocked on, and the tasks that are blocked on something outside."""
         whole = Blocked.PARKED
         outside: list[AnyTask] = []
         tasks = list(self._tasks)
         for position, task in enumerate(tasks):
             blocked = blocking.examine(task, self._tasks, self._parked)
             if blocked is Blocked.NOT:
-                # Next time it is looked at first, so that a thousand tasks that block one by one cost no million looks.
+                # The next examination begins with this task: a thousand tasks that block one after the other would
+                # otherwise be examined half a million times.
                 for seen in tasks[:position]:
                     self._tasks[seen] = self._tasks.pop(seen)
                 return blocked, []

@@ -1,4 +1,7 @@
-"""The asyncio task factory that gives every asyncio task of a run its branch."""
+"""The asyncio task factory that gives every asyncio task of a run its branch.
+
+Several workers may share an event loop, so it is installed and uninstalled by count.
+"""
 
 import asyncio
 import functools
@@ -12,10 +15,7 @@ T = TypeVar("T")
 
 
 def install(loop: asyncio.AbstractEventLoop) -> None:
-    """Has `loop` tell runs about their tasks, on top of the task factory it has, which must take a `context`.
-
-    Every call needs an `uninstall`.
-    """
+    """Install the factory on `loop`, on top of the present one, which must take a `context`. Call `uninstall` later."""
     factory = _factories.get(loop)
     if factory is None:
         factory = _factories[loop] = _TaskFactory(loop.get_task_factory())
@@ -24,17 +24,17 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def ensure(loop: asyncio.AbstractEventLoop) -> None:
-    """Goes on top of a task factory that was set since the `install`, which would hide tasks from their runs."""
+    """Install the factory anew if another one was set since the `install`, which would hide tasks from their runs."""
     current, factory = loop.get_task_factory(), _factories[loop]
     if current is not factory:
-        # What was set may lead to the one before, which from now on only hands over to what it was on top of.
+        # The other factory may call ours, which without users passes every call on to the factory below it.
         outer = _factories[loop] = _TaskFactory(current)
         outer.users, factory.users = factory.users, 0
         loop.set_task_factory(outer)
 
 
 def uninstall(loop: asyncio.AbstractEventLoop) -> None:
-    """Takes one `install` back. The last one restores the task factory from before, unless it was replaced since."""
+    """Undo one `install`. The last one restores the former task factory, unless another one was set since."""
     factory = _factories[loop]
     factory.users -= 1
     if not factory.users:
@@ -44,7 +44,7 @@ def uninstall(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class BranchExit(BaseException):
-    """Ends a branch in place of its cause, a `SystemExit` or `KeyboardInterrupt`, which would end the event loop."""
+    """The end of a branch by its cause, a `SystemExit` or `KeyboardInterrupt`, which would end the event loop."""
 
 
 class _TaskFactory:
@@ -62,7 +62,7 @@ class _TaskFactory:
         return branch.start(functools.partial(create, loop, guarded, **kwargs), context)
 
     def create_root(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], **kwargs: Any) -> Any:
-        """The first task of a run, whose branch is in its context already."""
+        """Create the first task of a run, whose branch is in its context already."""
         return (self.previous or _create)(loop, _Guarded(coro), **kwargs)
 
 
@@ -72,7 +72,7 @@ _factories: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _TaskFactory] =
 class _Guarded(Coroutine[Any, Any, T]):
     """A coroutine whose `SystemExit` and `KeyboardInterrupt` do not reach the event loop.
 
-    Not an `async def` around it: if cancelled before its first step, that would leave the coroutine never awaited.
+    An `async def` around the coroutine would not do: cancelled before its first step, it never awaits the coroutine.
     """
 
     __slots__ = ("_coro",)
@@ -92,7 +92,7 @@ class _Guarded(Coroutine[Any, Any, T]):
         except (SystemExit, KeyboardInterrupt) as cause:
             raise BranchExit(type(cause).__name__) from cause
         finally:
-            del exception  # which would refer to itself through this frame in its traceback
+            del exception  # or it refers to itself, through this frame in its traceback
 
     def close(self) -> None:
         self._coro.close()

@@ -65,7 +65,7 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, TaskDat
             return
         await run.enter()
         with self._observed("heartbeat"), run.branches.busy():
-            state = await run.host.reader.gone((self.task_id, run.claimed.fence))
+            state = await run.host.reader.ownership((self.task_id, run.claimed.fence))
         if state is not None:
             signal: ControlFlow = TaskCancelled() if state == "cancelled" else LeaseLost()
             run.take_away(signal)

@@ -18,8 +18,8 @@ from ..errors import InvalidState
 from ..execution.hooks import around_step
 from ..execution.journal import Entry
 from ..execution.run import Run
-from ..execution.waits import PendingWait
-from ..execution.writes import Kind, Stored
+from ..execution.waits import PendingWait, Stored
+from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
 from ..serialization.codec import Codec, check_size
@@ -86,7 +86,7 @@ class ContextBase:
             earlier = await self._run.write(
                 Kind.CHECKPOINT,
                 call.key,
-                (call.kind, call.name, stored.status, stored.value, stored.child_task_id),
+                CheckpointValues(call.kind, call.name, stored.status, stored.value, stored.child_task_id),
                 size=len(stored.value or ""),
             )
         return stored if earlier is None else earlier
@@ -114,9 +114,8 @@ class ContextBase:
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         with self._run.branches.busy():
-            stored = await self._run.write(
-                Kind.CHECKPOINT, call.key, (call.kind, call.name, "completed", text, None), size=len(text)
-            )
+            values = CheckpointValues(call.kind, call.name, "completed", text)
+            stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if call.kind == "step" and not is_part(call.key) and self._run.journal.holds_other("step", call.name):
             # Asked after the write, because branches that start after this one need time to take their own records.
             self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)

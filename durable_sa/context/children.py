@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from typing_extensions import Unpack
 
 from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
-from ..execution.writes import Kind, Stored
+from ..execution.waits import Stored
+from ..execution.writes import CheckpointValues, ChildValues, Kind
 from ..ids import child_id, digest
 from ..results import SpawnResult, TaskHandle
 from ..serialization.codec import UNTYPED
@@ -83,12 +84,11 @@ class Children(ContextBase):
         )
         fingerprint = f'"{digest(prepared.params)}"'
         if entry is None:
-            values = ("spawn", call.name, "completed", fingerprint, child)
+            checkpoint = CheckpointValues("spawn", call.name, "completed", fingerprint, child)
+            values = ChildValues(checkpoint, prepared.values)
             try:
                 with run.branches.busy():
-                    stored = await run.write(
-                        Kind.CHILD, call.key, (values, prepared.values), size=len(prepared.params or "")
-                    )
+                    stored = await run.write(Kind.CHILD, call.key, values, size=len(prepared.params or ""))
                 if stored is not None and stored.status == "refused":
                     await self._explain_refusal(options, child)
             except BaseException as error:

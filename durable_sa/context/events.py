@@ -6,7 +6,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar, overload
 
 from ..errors import TaskTimeout
-from ..execution.writes import Kind, Stored
+from ..execution.waits import Stored
+from ..execution.writes import CheckpointValues, EventValues, Kind
 from ..names import validate_name
 from ..serialization.codec import (
     UNTYPED,
@@ -81,7 +82,8 @@ class Events(ContextBase):
         telemetry = self._run.host.telemetry
         with self._observed("emit", event=call.name), self._run.branches.busy():
             metadata = None if telemetry is None else telemetry.metadata()
-            values = ("emit", call.name, "completed", None, None, call.name, text, metadata)
+            checkpoint = CheckpointValues("emit", call.name, "completed", None)
+            values = EventValues(checkpoint, call.name, text, metadata)
             stored = await self._run.write(Kind.EVENT, call.key, values, size=len(text))
         first = stored is not None and stored.value == "true"
         if first and telemetry is not None:

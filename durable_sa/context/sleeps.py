@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from datetime import datetime
 
-from ..execution.waits import PendingWait
-from ..execution.writes import Stored
+from ..execution.waits import PendingWait, Stored
 from ..serialization.codec import Codec, codec_for
 from ..validation import Duration, seconds, timestamp
 from .base import NULL, Call, ContextBase

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from ..errors import TaskTimeout
-from ..execution.writes import Kind
+from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
@@ -120,11 +120,11 @@ class Steps(Sleeps):
     ) -> Any:
         with around:
             if timeout is None:
-                return await _invoke(self._run.host.executor, function, args, kwargs)
+                return await _invoke(self._run.host.threads, function, args, kwargs)
             deadline = asyncio.timeout(timeout)
             try:
                 async with deadline:
-                    return await _invoke(self._run.host.executor, function, args, kwargs)
+                    return await _invoke(self._run.host.threads, function, args, kwargs)
             except TimeoutError:
                 if not deadline.expired():
                     raise
@@ -154,7 +154,8 @@ class Steps(Sleeps):
             return False
         tried = self._try(call, tries - 1)
         with self._run.branches.busy():
-            await self._run.write(Kind.CHECKPOINT, tried.key, (tried.kind, tried.name, "completed", NULL, None))
+            values = CheckpointValues(tried.kind, tried.name, "completed", NULL)
+            await self._run.write(Kind.CHECKPOINT, tried.key, values)
         failures = tries % options.max_attempts
         if failures == 0:
             return False

@@ -1,4 +1,4 @@
-"""What a run needs of its worker."""
+"""The services that a run uses of its worker."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
 from ..statements.claiming import ClaimedRun
 from .hooks import HookChain
+from .reader import Reader
 from .writer import Writer
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
-    from .reader import Reader
 
 
 class RunHost(Protocol):
-    """What a run needs of its worker."""
+    """The worker of a run, as the run sees it."""
 
     writer: Writer
     reader: Reader
-    executor: StepThreads
+    threads: StepThreads
+    """For `def` steps of `async def` tasks."""
     clock: LocalClock
     hooks: HookChain
     telemetry: Telemetry | None
@@ -29,20 +30,20 @@ class RunHost(Protocol):
 
     @property
     def leased(self) -> bool:
-        """Whether the worker's lease still holds by the local clock."""
+        """True while the worker's lease holds by the local clock."""
         ...
 
     def run_ended(self, claimed: ClaimedRun) -> None:
-        """User code of the run has come to its end: its slot is free."""
+        """Free the slot of a run whose user code has ended."""
 
     def outcome_stored(self, claimed: ClaimedRun, outcome: str, error: BaseException | None) -> None:
-        """What became of the run is committed."""
+        """Take note that the outcome of a run is committed, or that the run has lost its task."""
 
     def lease_lost(self) -> None:
-        """The local deadline has passed."""
+        """Give the runs up, because the lease has ended by the local clock."""
 
     def left_running(self) -> None:
-        """Code of a run that others may have taken over does not end."""
+        """Take note that code of a run which another worker may have taken over does not end."""
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task of the engine, outside every run."""
+        """Start an asyncio task of the engine, outside of every run."""

@@ -1,8 +1,7 @@
-"""What a run finds recorded from before: its checkpoints by key, and the waits that are still open."""
+"""The records of a task that a run begins with: its checkpoints by key, and the waits that are still open."""
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,8 +9,6 @@ from datetime import datetime
 from typing import NamedTuple
 
 from ..ids import is_part
-
-logger = logging.getLogger("durable_sa")
 
 
 class Entry(NamedTuple):
@@ -23,11 +20,11 @@ class Entry(NamedTuple):
     value: str | None
     child_task_id: uuid.UUID | None = None
     left_behind: bool = False
-    """The value was too much to load with the others and is read when it is asked for."""
+    """The value was too large to load with the others, and is read when it is used."""
 
 
 class Journal:
-    """The checkpoints of one task, each handed out once, since each call of a task has a key of its own."""
+    """The checkpoints of one task. Each is handed out once, because each call of a task has a key of its own."""
 
     __slots__ = ("_entries", "_unused", "_waits")
 
@@ -39,7 +36,7 @@ class Journal:
         self._unused: Counter[tuple[str, str]] | None = None
 
     def take(self, key: uuid.UUID) -> Entry | None:
-        """The checkpoint under this key, if there is one."""
+        """Remove and return the checkpoint under this key, if one is recorded."""
         if not self._entries:
             return None
         entry = self._entries.pop(key, None)
@@ -49,29 +46,29 @@ class Journal:
 
     @property
     def waiting(self) -> bool:
-        """Whether waits are stored that were not over when the run began."""
+        """True if waits are stored that were not over when the run began."""
         return bool(self._waits)
 
     def wait(self, key: uuid.UUID) -> tuple[bool, datetime | None]:
-        """Whether a wait was stored before, and when it is over; None if it has no end."""
+        """Return whether a wait is stored, and the time at which it ends; None if it has no time limit."""
         return key in self._waits, self._waits.get(key)
 
     def holds_other(self, kind: str, name: str) -> bool:
-        """Whether something of this name is recorded that this replay has not asked for (yet)."""
+        """Return whether a checkpoint of this name is recorded that this replay has not used (yet)."""
         if not self._entries:
             return False
         if self._unused is None:
-            self._unused = Counter((entry.kind, entry.name) for entry in self._whole())
+            self._unused = Counter((entry.kind, entry.name) for entry in self._calls())
         return self._unused[kind, name] > 0
 
     def unused_names(self) -> list[str]:
-        """Names of the calls that are recorded and were never made again."""
-        return sorted({entry.name for entry in self._whole()}) if self._entries else []
+        """Return the names of calls that are recorded and that this replay has not made."""
+        return sorted({entry.name for entry in self._calls()}) if self._entries else []
 
-    def _whole(self) -> Iterator[Entry]:
-        """Without the parts of steps, whose results stand for them."""
+    def _calls(self) -> Iterator[Entry]:
+        """Return the checkpoints without those of calls inside a step, whose result stands for them."""
         return (entry for key, entry in self._entries.items() if not is_part(key))
 
 
 EMPTY_JOURNAL = Journal()
-"""Of a run that is the first of its task."""
+"""The journal of a task's first run."""

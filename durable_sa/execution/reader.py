@@ -1,4 +1,4 @@
-"""What runs read while they run, batched over all runs of a worker."""
+"""Reads of runs in progress, batched over all runs of a worker."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..database.batches import Batch, always
 from ..database.channel import DedicatedConnection
 from ..database_errors import backoff, is_transient
 from ..statements import checkpoints, claiming, waits
-from .writes import Stored
+from .waits import Stored
 
 T = TypeVar("T")
 
 
 class JoinTarget(NamedTuple):
-    """A task as it looks to one that wants to join it."""
+    """A task that another one joins."""
 
     parent_task_id: uuid.UUID | None
     task_name: str
@@ -30,7 +30,7 @@ class JoinTarget(NamedTuple):
 
 
 async def persistently(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call until the database answers it; what is not about the database's condition is raised."""
+    """Repeat a call until the database answers it. An error that is not transient is raised."""
     failures = 0
     while True:
         try:
@@ -43,26 +43,26 @@ async def persistently(call: Callable[[], Awaitable[T]]) -> T:
 
 
 class Reader:
-    """Reads on one connection, for runs that look before they wait and for those that wait while they run."""
+    """Reads on one connection: of what a run may have to wait for, and of waits while other branches go on."""
 
     def __init__(self, channel: DedicatedConnection) -> None:
         self._channel = channel
         self.event: Batch[tuple[str, str], str | None] = Batch(always(self._events))
-        """The payload of an event of a queue, None if it has not been emitted."""
+        """The payload of an event, by queue and name; None if it has not been emitted."""
         self.task: Batch[uuid.UUID, JoinTarget | None] = Batch(always(self._tasks))
-        """Another task, None if there is none of that id."""
-        self.gone: Batch[tuple[uuid.UUID, int], str | None] = Batch(always(self._gone))
-        """What became of a run whose fence is another by now: the task's state; None while all is well."""
+        """Another task, by id; None if there is no such task."""
+        self.ownership: Batch[tuple[uuid.UUID, int], str | None] = Batch(always(self._ownership))
+        """The state of a task whose fence is no longer the given one; None while it is."""
         self._checkpoints: Batch[tuple[uuid.UUID, uuid.UUID], Stored | None] = Batch(always(self._read_checkpoints))
         self._resolve: Batch[uuid.UUID, None] = Batch(always(self._resolve_waits))
 
     async def checkpoint(self, task_id: uuid.UUID, key: uuid.UUID) -> str | None:
-        """The value of a checkpoint that the journal left behind."""
+        """Return the value of a checkpoint that was not loaded with the journal."""
         stored = await self._checkpoints((task_id, key))
         return stored.value if stored is not None else None
 
     async def resolved(self, task_id: uuid.UUID, keys: Sequence[uuid.UUID]) -> dict[uuid.UUID, Stored]:
-        """Resolve what can be resolved of a task's waits, and say which of these are."""
+        """Resolve the waits of a task that are over, and return those of `keys` that are."""
         await self._resolve(task_id)
         found = await asyncio.gather(*(self._checkpoints((task_id, key)) for key in keys))
         return {key: stored for key, stored in zip(keys, found, strict=True) if stored is not None}
@@ -70,13 +70,13 @@ class Reader:
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
         return await persistently(lambda: self._channel.execute(statement, parameters))
 
-    async def _events(self, wanted: list[tuple[str, str]]) -> list[str | None]:
+    async def _events(self, events: list[tuple[str, str]]) -> list[str | None]:
         rows = await self._execute(
             waits.PEEK_EVENTS,
-            {"queue_names": [queue for queue, _ in wanted], "event_names": [name for _, name in wanted]},
+            {"queue_names": [queue for queue, _ in events], "event_names": [name for _, name in events]},
         )
         payloads = {(row.queue_name, row.name): row.payload for row in rows}
-        return [payloads.get(item) for item in wanted]
+        return [payloads.get(item) for item in events]
 
     async def _tasks(self, task_ids: list[uuid.UUID]) -> list[JoinTarget | None]:
         rows = await self._execute(waits.PEEK_TASKS, {"task_ids": task_ids})
@@ -86,20 +86,20 @@ class Reader:
         }
         return [tasks.get(task_id) for task_id in task_ids]
 
-    async def _gone(self, held: list[tuple[uuid.UUID, int]]) -> list[str | None]:
+    async def _ownership(self, held: list[tuple[uuid.UUID, int]]) -> list[str | None]:
         rows = await self._execute(
             claiming.RUNS_GONE, {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]}
         )
         states = {(row.task_id, row.fence): row.state or "deleted" for row in rows}
         return [states.get(key) for key in held]
 
-    async def _read_checkpoints(self, wanted: list[tuple[uuid.UUID, uuid.UUID]]) -> list[Stored | None]:
+    async def _read_checkpoints(self, items: list[tuple[uuid.UUID, uuid.UUID]]) -> list[Stored | None]:
         rows = await self._execute(
             checkpoints.READ_CHECKPOINTS,
-            {"task_ids": [task_id for task_id, _ in wanted], "keys": [key for _, key in wanted]},
+            {"task_ids": [task_id for task_id, _ in items], "keys": [key for _, key in items]},
         )
         found = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in rows}
-        return [found.get(item) for item in wanted]
+        return [found.get(item) for item in items]
 
     async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> list[None]:
         await self._execute(waits.RESOLVE, {"task_ids": sorted(set(task_ids))})

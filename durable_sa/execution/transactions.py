@@ -1,4 +1,4 @@
-"""Transaction steps: the user's writes and the checkpoint in one commit, under the fence."""
+"""Transaction steps: the application's writes and the checkpoint in one commit, under the fence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,28 +17,21 @@ from sqlalchemy.orm import SessionTransaction
 
 from ..database.connections import Database
 from ..database.loans import discard
-from ..database_errors import (
-    backoff,
-    is_conflict,
-    is_lost,
-    is_transient,
-)
+from ..database_errors import backoff, is_conflict, is_lost, is_transient
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import Codec, check_size
 from ..signals import LeaseLost
 from ..statements import checkpoints
 from .reader import persistently
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
 
 T = TypeVar("T")
 
-ATTEMPTS = 5
-"""How often a transaction is run that loses against another one."""
-LOST_CONNECTIONS = 20
-"""How many connections in a row `fn` may lose, which is hardly its fault; unless its query crashes the server."""
+MAX_CONFLICTS = 5
+"""After so many serialization failures and deadlocks, the error is raised."""
+MAX_LOST_CONNECTIONS = 20
+"""After so many lost connections, the error is raised. Few are due to `fn`, but its query may crash the server."""
 
 _COMMITTED: Final = (
     "committed by the engine, together with the checkpoint",
@@ -74,15 +67,15 @@ async def run_transaction(
     """Run `fn` on a session whose transaction ends with the fence and the checkpoint.
 
     The fence is locked last: held from the beginning, it would block the checkpoints of parallel branches for as long
-    as `fn` takes. After a lost commit nobody knows what happened, so the next try looks for the checkpoint, under the
-    lock, before it commits another one.
+    as `fn` takes. After a lost reply to a commit its outcome is unknown, so the next attempt looks for the checkpoint,
+    under the lock, before it commits another one.
     """
-    attempt = lost = interruptions = 0
+    conflicts = lost = interruptions = 0
     while True:
         await run.enter()
         connection = await persistently(database.transactional)
         try:
-            return await _once(run, database, connection, key, name, codec, fn, args, kwargs)
+            return await _attempt(run, database, connection, key, name, codec, fn, args, kwargs)
         except _Interrupted:
             interruptions += 1
         except SQLAlchemyError as error:
@@ -90,17 +83,17 @@ async def run_transaction(
                 lost += 1
                 await discard(connection)
             else:
-                attempt += 1
-            if lost == LOST_CONNECTIONS or attempt == ATTEMPTS or not is_conflict(error):
+                conflicts += 1
+            if lost == MAX_LOST_CONNECTIONS or conflicts == MAX_CONFLICTS or not is_conflict(error):
                 raise
         finally:
-            await _give_back(connection)
-        # What `fn` asks of its context the next time is what it has asked already.
+            await _close(connection)
+        # The next call of `fn` makes the same durable calls as this one, so their occurrences are counted from 0.
         run.branch().begin_anew()
-        await asyncio.sleep(backoff(attempt + lost + interruptions))
+        await asyncio.sleep(backoff(conflicts + lost + interruptions))
 
 
-async def _once(
+async def _attempt(
     run: Run,
     database: Database,
     connection: AsyncConnection,
@@ -143,42 +136,41 @@ async def _once(
             raise
         if written:
             return value
-        # The commit of an earlier try went through although its reply was lost: what it stored counts, not this try.
+        # An earlier attempt was committed although its reply was lost, so its result counts, and this one is undone.
         await transaction.rollback()
     stored = await run.host.reader.checkpoint(run.claimed.task_id, key)
     return codec.decode(stored or "null", what)
 
 
 def refuse_awaitable(result: object, what: str) -> None:
-    """Refuse what a plain function gives that calls a coroutine function, such as ``lambda session: save(session)``.
+    """Refuse the awaitable that a plain function returns if it calls a coroutine function: `lambda s: save(s)`.
 
-    It could not even be awaited to any purpose: the function has been called with a `Session`.
+    Awaiting it would not help, because the function was called with a `Session`.
 
     Raises:
         SerializationError: with what to write instead.
     """
-    kind = type(result).__name__
     if not inspect.isawaitable(result):
         return
     if inspect.iscoroutine(result):
-        result.close()  # or Python warns that nobody has awaited it
+        result.close()  # or Python warns that it was never awaited
     raise SerializationError(
         what,
-        f"is a {kind}, which nobody awaits, as its function is a plain one that gets a Session. Pass "
-        "the coroutine function itself, followed by its arguments, or write an `async def` instead of a lambda",
+        f"is a {type(result).__name__}, which is never awaited, as its function is a plain one that gets a Session. "
+        "Pass the coroutine function itself, followed by its arguments, or write an `async def` instead of a lambda",
     )
 
 
 class _Interrupted(Exception):  # noqa: N818
-    """The engine's own statements met the database in a bad moment: no fault of `fn`, however often."""
+    """A statement of the engine's own has failed for a while, which is retried without limit: `fn` is not the cause."""
 
 
 @asynccontextmanager
 async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTransaction]:
-    """A transaction that leaves nothing open, also if its commit or rollback was refused.
+    """Begin a transaction that is over after the block, even if its commit or rollback was refused.
 
-    SQLAlchemy then takes it for ended although nothing was sent, and the pool would hand the connection on as it is:
-    with the writes of this transaction, for another one to commit.
+    SQLAlchemy takes a refused transaction for ended although nothing was sent. The pool would hand its connection on
+    with uncommitted writes, for the next transaction to commit.
     """
     async with connection.begin() as transaction:
         try:
@@ -191,11 +183,11 @@ async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTrans
 
 @asynccontextmanager
 async def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> AsyncGenerator[None]:
-    """Refuses the end of the whole transaction by the code inside, also if that catches the refusal.
+    """Refuse to let the code inside end the whole transaction, even if it catches the refusal.
 
-    That is a commit, a rollback, either as SQL, and a close of the session, which undoes what was written. Savepoints
-    are its own. Another connection is refused as well, as it would be of a transaction that nobody commits: a session
-    may have classes of another database, or choose its engine by itself.
+    Refused are a commit, a rollback, either of them as SQL, and a close of the session, which undoes its writes.
+    Savepoints are allowed. Another connection is refused as well, because its transaction would never be committed: a
+    session may have classes of another database, or choose its engine by itself.
     """
     what = f"The session of transaction {name!r}"
     refusals: list[InvalidState] = []
@@ -218,7 +210,7 @@ async def _guarded(session: AsyncSession, connection: AsyncConnection, name: str
             refuse(_COMMITTED if ending["commit"] else _ROLLED_BACK)
 
     def note_close(_: object, ended: SessionTransaction) -> None:
-        # Not raised in there: a session is closed for an exception, too, and then that is what counts.
+        # Noted, not raised: a session is also closed because of an exception, which must not be replaced.
         if ended.parent is None:
             refusals.append(InvalidState(what, *_CLOSED))
 
@@ -247,14 +239,15 @@ async def _guarded(session: AsyncSession, connection: AsyncConnection, name: str
         for target, event_name, listener in listeners:
             event.remove(target, event_name, listener)
         for other in others:
-            await session.run_sync(_close, other)
+            await session.run_sync(_close_in_greenlet, other)
 
 
-def _close(_: object, connection: Connection) -> None:
+def _close_in_greenlet(_: object, connection: Connection) -> None:
     connection.close()
 
 
-async def _give_back(connection: AsyncConnection) -> None:
+async def _close(connection: AsyncConnection) -> None:
+    """Return the connection to the pool, or discard it if the caller is cancelled meanwhile."""
     closing = asyncio.ensure_future(connection.close())
     try:
         await asyncio.shield(closing)

@@ -1,4 +1,4 @@
-"""A durable wait, while the code of a run is blocked on it."""
+"""Durable waits: pending in a run, as they are stored, and what they come to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,27 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
-from .writes import Stored, WaitSpec
+
+class Stored(NamedTuple):
+    """The checkpoint that the database holds under a key, which may be that of an earlier run."""
+
+    status: str
+    value: str | None
+    child_task_id: uuid.UUID | None = None
+
+
+class WaitSpec(NamedTuple):
+    """A wait as it is stored. It ends at `due_at`, or `delay` seconds after it is stored, or without a time limit."""
+
+    key: uuid.UUID
+    kind: str
+    name: str
+    event_name: str | None
+    child_task_id: uuid.UUID | None
+    due_at: datetime | None
+    delay: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -23,11 +42,14 @@ class PendingWait:
     child_task_id: uuid.UUID | None = None
     due_at: datetime | None = None
     delay: float | None = None
+    """Seconds from the call on."""
     called_at: float = 0.0
+    """The time of the call, by `time.monotonic`."""
     registered: bool = False
+    """True once it is stored, or about to be."""
 
     def spec(self) -> WaitSpec:
-        """The wait as it is stored now; time that has passed since the call is taken off."""
+        """Return the wait as it is stored now, without the seconds that have passed since the call."""
         delay = None
         if self.due_at is None and self.delay is not None:
             delay = max(0.0, self.delay - (time.monotonic() - self.called_at))

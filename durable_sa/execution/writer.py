@@ -1,22 +1,23 @@
-"""Group commit: what all runs of a worker write, in as few statements as there are kinds of writes.
+"""Group commit: the writes of all runs of a worker go out in batches, one statement for each kind of write.
 
-A write goes out at once if the writer is idle; what comes while a statement is on its way gathers for the next. Nothing
-ever waits for a timer or for company. Each write names its run's fence, and its future gets the outcome only after the
-commit has returned. A write may be repeated at will: after a lost reply the repetition finds what was stored.
+A write goes out at once if the writer is idle. Writes that arrive while a statement is in flight form the next batch;
+no write waits for a timer or for more writes. Each write carries its run's fence, and its outcome is reported after the
+commit has returned. Any write may be repeated: after a lost reply, the repetition finds what was stored.
 
-Runs that wait for their checkpoints do nothing meanwhile, so many at once would work in step, the worker's process and
-the server in turns. Therefore large batches of checkpoints are sent in two halves, on two connections: while one half
-is written, the runs of the other go on. The second connection is that of the claims, when it has nothing to do.
+Runs that wait for their checkpoints do nothing meanwhile. If all of them were in one batch, the worker's process and
+the server would work in turns. So a large batch of checkpoints is split between two connections: while one half is
+written, the runs of the other half go on. The second connection is that of the claims, used while it is free.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,47 +34,53 @@ from ..database_errors import (
 )
 from ..signals import LeaseLost
 from ..statements import checkpoints, outcomes
+from .waits import Stored
 from .writes import (
-    ALONE,
     CONTENDED,
+    COUNTED,
     KEYED,
-    TALLIED,
+    SINGLE_STATEMENTS,
     Kind,
-    Stored,
     Write,
-    answers,
-    current,
     identify,
+    results,
     statement_of,
     statement_of_many,
+    without_earlier_fences,
 )
 
 logger = logging.getLogger("durable_sa")
 
+T = TypeVar("T")
+
 FLUSH_WRITES = 1000
 FLUSH_BYTES = 4 * 1024 * 1024
-PIPELINED = 32
-"""From so many checkpoints on, two connections share them."""
-REHEARSALS = 6
-"""After five executions with a plan of their own the server keeps one for all."""
-LOCKED_RETRY = 0.05
-"""Seconds until a row that somebody else has locked is tried again."""
+SPLIT_WRITES = 32
+"""Length of the queue from which on checkpoints are split between the two connections."""
+WARM_UP_EXECUTIONS = 6
+"""After five executions with plans of their own, the server keeps one plan for all."""
+LOCKED_RETRY_DELAY = 0.05
+"""Seconds before the first retry of a write whose row another transaction has locked; they grow with each retry."""
 
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 
 
 class _Pipe:
-    """A connection that writes go out on, one statement at a time, with the tasks that those on their way are of."""
+    """A connection for writes, with the batch that is in flight on it."""
 
     def __init__(self, channel: DedicatedConnection) -> None:
         self.channel = channel
-        self.wanted = asyncio.Event()
-        self.flushing = 0
-        self.task_ids: set[uuid.UUID] = set()
+        self.wake = asyncio.Event()
+        """Set when there may be something to send."""
+        self.writes_in_flight = 0
+        self.tasks_in_flight: set[uuid.UUID] = set()
 
 
 class Writer:
-    """Takes the writes of a worker's runs and sends them, grouped. It may use `spare` while nobody else does."""
+    """Takes the writes of a worker's runs and sends them in batches. It may use `spare` while that is free.
+
+    `on_commit` is called after each statement that has written something, with its writes and the rows it returned.
+    """
 
     def __init__(
         self,
@@ -82,156 +89,174 @@ class Writer:
         *,
         on_commit: Callable[[Kind, list[Write], Sequence[Row[Any]]], None],
     ) -> None:
-        self._main = _Pipe(channel)
-        self._beside = None if spare is None else _Pipe(spare)
+        self._first = _Pipe(channel)
+        self._second = None if spare is None else _Pipe(spare)
         self._on_commit = on_commit
         self._queue: deque[Write] = deque()
         self._abandoned = False
         self._delayed = 0
+        """Writes that wait for a retry by timer."""
         self.idle = asyncio.Event()
         self.idle.set()
 
     @property
     def backlog(self) -> int:
-        """Writes that have not been committed yet."""
-        beside = 0 if self._beside is None else self._beside.flushing
-        return len(self._queue) + self._main.flushing + beside + self._delayed
+        """The number of writes that have not been committed yet."""
+        in_flight = self._first.writes_in_flight
+        if self._second is not None:
+            in_flight += self._second.writes_in_flight
+        return len(self._queue) + in_flight + self._delayed
 
     def submit(self, write: Write) -> None:
-        """Queue a write. Its outcome is `LeaseLost` where the fence is another by now."""
+        """Queue a write. Its outcome is `LeaseLost` if the task has another fence by then."""
         if self._abandoned:
             write.settle(None, LeaseLost())
             return
         self._queue.append(write)
-        self._main.wanted.set()
-        if self._beside is not None and self._main.flushing and len(self._queue) >= PIPELINED:
-            self._beside.wanted.set()
+        self._first.wake.set()
+        if self._second is not None and self._first.writes_in_flight and len(self._queue) >= SPLIT_WRITES:
+            self._second.wake.set()
         self.idle.clear()
 
     def abandon(self) -> None:
-        """Give up all writes that are not committed: the worker has no lease any more."""
+        """Settle all writes that are not committed as lost, because the worker has no lease any more."""
         self._abandoned = True
         while self._queue:
             self._queue.popleft().settle(None, LeaseLost())
-        self._main.wanted.set()
+        self._first.wake.set()
 
     def resume(self) -> None:
-        """Take writes again: the worker has come back with a lease."""
+        """Accept writes again, because the worker has a new lease."""
         self._abandoned = False
 
     async def warm_up(self) -> None:
-        """Have the commonest statements compiled and planned before the first run needs them: that takes 15 ms.
+        """Have the commonest statements compiled and planned before the first run needs them, which takes 15 ms.
 
-        They write nothing, but a database that is read-only does not know that.
+        They write nothing here. A read-only database refuses them all the same.
         """
         try:
-            for kind, alone in ALONE.items():
-                many, none = statement_of_many(kind, [])
-                for _ in range(REHEARSALS):
-                    await self._main.channel.execute(many, none)
-                    await self._main.channel.execute(alone, dict.fromkeys(none))
+            for kind, single in SINGLE_STATEMENTS.items():
+                many, no_rows = statement_of_many(kind, [])
+                for _ in range(WARM_UP_EXECUTIONS):
+                    await self._first.channel.execute(many, no_rows)
+                    await self._first.channel.execute(single, dict.fromkeys(no_rows))
         except SQLAlchemyError as error:
             if not is_read_only(error):
                 raise
 
     async def run(self) -> None:
-        """Flush until cancelled."""
+        """Send writes until cancelled."""
         try:
-            await self._serve(self._main)
+            await self._serve(self._first)
         finally:
             self.abandon()
 
-    async def run_beside(self) -> None:
-        """Flush, on the spare connection and until cancelled, half of the checkpoints where there are many."""
-        if self._beside is not None:
-            await self._serve(self._beside)
+    async def run_second(self) -> None:
+        """Send part of the checkpoints on the spare connection, while there are many, until cancelled."""
+        if self._second is not None:
+            await self._serve(self._second)
 
-    async def _serve(self, lane: _Pipe) -> None:
+    async def _serve(self, pipe: _Pipe) -> None:
         while True:
-            await lane.wanted.wait()
-            lane.wanted.clear()
-            while batch := self._take(lane):
+            await pipe.wake.wait()
+            pipe.wake.clear()
+            while batch := self._next_batch(pipe):
                 try:
-                    await self._send_all(lane, batch)
+                    await self._send_batch(pipe.channel, batch)
                 except BaseException:
-                    # Whoever has cancelled this: what was sent may be sent again, and nobody else would tell the runs.
+                    # This task was cancelled. The writes may be sent twice, but must be settled, so they go back.
                     self._queue.extendleft(write for write in reversed(batch) if not write.over)
-                    self._main.wanted.set()
+                    self._first.wake.set()
                     raise
                 finally:
-                    lane.flushing = 0
-                    lane.task_ids.clear()
-                if lane is self._beside and self._queue:
-                    # What the other has passed over because of this.
-                    self._main.wanted.set()
+                    pipe.writes_in_flight = 0
+                    pipe.tasks_in_flight.clear()
+                if pipe is self._second and self._queue:
+                    # The first pipe has passed over the writes of tasks that were in flight here.
+                    self._first.wake.set()
             if not self.backlog:
                 self.idle.set()
 
-    async def _send_all(self, lane: _Pipe, batch: list[Write]) -> None:
-        groups: dict[Kind, list[Write]] = {}
-        for write in batch:
-            groups.setdefault(write.kind, []).append(write)
-        for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
-            await self._send(lane.channel, groups[kind])
-
-    def _take(self, lane: _Pipe) -> list[Write]:
-        """What goes into the next statements of a lane, in the order of the writes of each task."""
-        batch: list[Write] = []
-        most, size = FLUSH_WRITES, 0
-        other: _Pipe | None = self._beside if lane is self._main else self._main
-        # The two would lock the same rows, and pass over each other's.
-        passed = set(other.task_ids) if other is not None else set[uuid.UUID]()
-        left: list[Write] = []
-        if lane is self._beside:
-            if lane.channel.busy:
+    def _next_batch(self, pipe: _Pipe) -> list[Write]:
+        """Take the writes of the next batch of a pipe from the queue."""
+        if self._second is None:
+            batch = without_earlier_fences(self._choose(pipe, set(), FLUSH_WRITES))
+        else:
+            if pipe is self._second and pipe.channel.busy:
                 return []
-        elif other is not None and not other.flushing and self._many_checkpoints:
-            most = min(FLUSH_WRITES, (len(self._queue) + 1) // 2)
-            other.wanted.set()
-        while self._queue and len(batch) < most and size <= FLUSH_BYTES:
+            other = self._second if pipe is self._first else self._first
+            # Two statements about one task would lock the same rows, and each pass over those the other has locked.
+            chosen = self._choose(pipe, set(other.tasks_in_flight), self._share(pipe, other))
+            batch = without_earlier_fences(chosen)
+            pipe.tasks_in_flight.update(write.task_id for write in batch)
+        pipe.writes_in_flight = len(batch)
+        return batch
+
+    def _share(self, pipe: _Pipe, other: _Pipe) -> int:
+        """Return how many writes the pipe may take. If that is half of the queue, wake the other pipe for the rest."""
+        if pipe is self._first and not other.writes_in_flight and self._many_checkpoints:
+            other.wake.set()
+            return min(FLUSH_WRITES, (len(self._queue) + 1) // 2)
+        return FLUSH_WRITES
+
+    def _choose(self, pipe: _Pipe, excluded: set[uuid.UUID], limit: int) -> list[Write]:
+        """Take up to `limit` writes from the queue, but none of `excluded` tasks. Each task's writes keep their order.
+
+        The second pipe takes checkpoints only. A task that has another write before them is excluded from then on.
+        """
+        batch: list[Write] = []
+        passed_over: list[Write] = []
+        size = 0
+        while self._queue and len(batch) < limit and size <= FLUSH_BYTES:
             write = self._queue.popleft()
             if write.over:
                 continue
-            if write.task_id in passed or (lane is self._beside and write.kind is not Kind.CHECKPOINT):
-                passed.add(write.task_id)
-                left.append(write)
+            if write.task_id in excluded or (pipe is self._second and write.kind is not Kind.CHECKPOINT):
+                excluded.add(write.task_id)
+                passed_over.append(write)
                 continue
             size += write.size
             batch.append(write)
-        self._queue.extendleft(reversed(left))
-        batch = current(batch)
-        lane.flushing = len(batch)
-        if other is not None:
-            lane.task_ids.update(write.task_id for write in batch)
+        self._queue.extendleft(reversed(passed_over))
         return batch
 
     @property
     def _many_checkpoints(self) -> bool:
-        """Whether there are enough to be shared, to all appearances of different tasks."""
-        if len(self._queue) < PIPELINED:
+        """True if the queue is worth a split, judged by its length and its ends: checkpoints of different tasks."""
+        if len(self._queue) < SPLIT_WRITES:
             return False
         first, last = self._queue[0], self._queue[-1]
         return first.kind is last.kind is Kind.CHECKPOINT and first.task_id != last.task_id
 
+    async def _send_batch(self, channel: DedicatedConnection, batch: list[Write]) -> None:
+        groups: dict[Kind, list[Write]] = {}
+        for write in batch:
+            groups.setdefault(write.kind, []).append(write)
+        send = functools.partial(self._send, channel)
+        for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
+            await in_halves(groups[kind], send)
+
     async def _send(self, channel: DedicatedConnection, writes: list[Write]) -> None:
-        """One statement for all of these, repeated until the database answers; halved to find the one it refuses."""
+        """Send writes of one kind in one statement, and retry while the database does not answer.
+
+        Raises:
+            Exception: the database refuses the statement, and it has more than one write.
+        """
         failures = 0
         while not self._abandoned:
             try:
                 await self._flush(channel, writes)
                 return
-            except Exception as error:  # noqa: BLE001 - whatever one write meets, the others go out
+            except Exception as error:
                 contended = writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
                 if is_transient(error) and not contended:
-                    logger.warning("writing for %d runs failed, trying again: %s", len(writes), reason(error))
+                    logger.warning("writing for %d runs failed, retrying: %s", len(writes), reason(error))
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue
                 if len(writes) > 1:
-                    middle = len(writes) // 2
-                    await self._send(channel, writes[:middle])
-                    await self._send(channel, writes[middle:])
-                elif contended:
+                    raise
+                if contended:
                     self._delay(writes[0])
                 else:
                     writes[0].settle(None, without_values(error))
@@ -244,63 +269,83 @@ class Writer:
         statement, parameters = statement_of(kind, writes)
         rows = await channel.execute(statement, parameters)
         missing: list[Write] = []
-        if kind in TALLIED and rows[0].written == len(writes):
+        if kind in COUNTED and rows[0].written == len(writes):
             for write in writes:
                 write.settle(None)
         else:
-            told = answers(kind, rows)
+            written = results(kind, rows)
             for write in writes:
                 identity = identify(write)
-                if identity in told:
-                    write.settle(told[identity])
+                if identity in written:
+                    write.settle(written[identity])
                 else:
                     missing.append(write)
         if len(missing) < len(writes):
             self._on_commit(kind, writes, rows)
         if missing:
-            await self._settle(channel, missing, keyed=kind in KEYED)
+            await self._resolve_missing(channel, missing, keyed=kind in KEYED)
 
-    async def _settle(self, channel: DedicatedConnection, missing: list[Write], *, keyed: bool) -> None:
-        """Find out why writes were passed over: lost fence, stored before, or a row that somebody holds locked."""
-        ids = list({write.task_id: write.fence for write in missing}.items())
-        rows = await channel.execute(
-            outcomes.UNDER_FENCE, {"task_ids": [item[0] for item in ids], "fences": [item[1] for item in ids]}
-        )
-        fences = {row.task_id: row.fence for row in rows}
-        free = {row.task_id for row in rows if row.free}
-        held: list[Write] = []
-        for write in missing:
-            if fences.get(write.task_id) == write.fence:
-                held.append(write)
-            else:
-                write.settle(None, LeaseLost())
+    async def _resolve_missing(self, channel: DedicatedConnection, missing: list[Write], *, keyed: bool) -> None:
+        """Find out why writes were passed over: the fence is lost, the key is stored already, or a row is locked."""
+        held = await self._without_lost(channel, missing)
         if held and keyed:
-            stored = await channel.execute(
-                checkpoints.READ_CHECKPOINTS,
-                {"task_ids": [write.task_id for write in held], "keys": [write.key for write in held]},
-            )
-            values = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in stored}
-            still: list[Write] = []
-            for write in held:
-                if (entry := values.get((write.task_id, write.key))) is not None:
-                    write.settle(entry)
-                else:
-                    still.append(write)
-            held = still
+            held = await self._without_stored(channel, held)
         for write in held:
-            write.refusals += write.task_id in free
             if write.kind is Kind.CHILD and write.refusals > 1:
-                # Nothing stood in its way: what is taken is the child's idempotency key, or its queue is gone.
+                # No lock was in its way, so the child's idempotency key is taken, or its queue does not exist.
                 write.settle(Stored("refused", None))
             else:
                 self._delay(write)
 
-    def _delay(self, write: Write) -> None:
-        """Try again in a moment: somebody holds what it needs."""
-        write.tries += 1
-        self._delayed += 1
-        asyncio.get_running_loop().call_later(min(1.0, LOCKED_RETRY * write.tries), self._again, write)
+    async def _without_lost(self, channel: DedicatedConnection, writes: list[Write]) -> list[Write]:
+        """Settle the writes whose fence is lost, and return the others."""
+        fences = {write.task_id: write.fence for write in writes}
+        rows = await channel.execute(outcomes.UNDER_FENCE, {"task_ids": list(fences), "fences": list(fences.values())})
+        found = {row.task_id: row for row in rows}
+        held: list[Write] = []
+        for write in writes:
+            row = found.get(write.task_id)
+            if row is not None and row.fence == write.fence:
+                write.refusals += bool(row.free)
+                held.append(write)
+            else:
+                write.settle(None, LeaseLost())
+        return held
 
-    def _again(self, write: Write) -> None:
+    async def _without_stored(self, channel: DedicatedConnection, writes: list[Write]) -> list[Write]:
+        """Settle the writes whose key is stored already with what is stored, and return the others."""
+        rows = await channel.execute(
+            checkpoints.READ_CHECKPOINTS,
+            {"task_ids": [write.task_id for write in writes], "keys": [write.key for write in writes]},
+        )
+        stored = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in rows}
+        others: list[Write] = []
+        for write in writes:
+            if (entry := stored.get((write.task_id, write.key))) is not None:
+                write.settle(entry)
+            else:
+                others.append(write)
+        return others
+
+    def _delay(self, write: Write) -> None:
+        """Retry a write in a moment, because another transaction has locked a row that it needs."""
+        write.delays += 1
+        self._delayed += 1
+        delay = min(1.0, LOCKED_RETRY_DELAY * write.delays)
+        asyncio.get_running_loop().call_later(delay, self._retry, write)
+
+    def _retry(self, write: Write) -> None:
         self._delayed -= 1
         self.submit(write)
+
+
+async def in_halves(items: list[T], call: Callable[[list[T]], Awaitable[None]]) -> None:
+    """Call with all items. If that raises, call with each half in turn, down to single items, whose error is raised."""
+    try:
+        await call(items)
+    except Exception:
+        if len(items) < 2:
+            raise
+        middle = len(items) // 2
+        await in_halves(items[:middle], call)
+        await in_halves(items[middle:], call)

@@ -1,4 +1,4 @@
-"""What runs write, each under its fence, and the statement for many writes of a kind."""
+"""The writes of runs: what each kind holds, and the statement that sends many writes of one kind."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Row
+from typing_extensions import TypeVar
 
 from ..signals import LeaseLost
 from ..statements import checkpoints, outcomes
 from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
+from .waits import Stored, WaitSpec
 
 
 class Kind(Enum):
-    """What a write does; one statement each, sent in this order."""
+    """The kinds of writes. Each has a statement, and a batch sends them in this order."""
 
     CHECKPOINT = "checkpoint"
     CHILD = "child"
@@ -30,61 +32,110 @@ class Kind(Enum):
 
 
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
-"""What may meet an insert of the same key in a transaction that is still open."""
-
+"""Kinds that may meet an insert of the same key in a transaction that is still open."""
 
 KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT})
-"""What is stored under a key, once."""
+"""Kinds that are stored under a key, once."""
 
-TALLIED = frozenset({Kind.CHECKPOINT, Kind.COMPLETION})
-"""The commonest, whose statements give one row: how many were written, and which only where some are missing."""
+COUNTED = frozenset({Kind.CHECKPOINT, Kind.COMPLETION})
+"""The commonest kinds. Their statements return one row: the number of writes, and the ids only if some are missing."""
 
 
-class Stored(NamedTuple):
-    """What stands in the database under a key, which may be what an earlier run wrote."""
+class CheckpointValues(NamedTuple):
+    """The columns of a checkpoint, after the task's id, the fence and the key."""
 
+    kind: str
+    name: str
     status: str
     value: str | None
     child_task_id: uuid.UUID | None = None
 
 
-class WaitSpec(NamedTuple):
-    """A wait as it is stored: by an absolute time, or by seconds from now, or without end."""
+class ChildValues(NamedTuple):
+    """A child, and the checkpoint of its spawn."""
 
-    key: uuid.UUID
-    kind: str
-    name: str
-    event_name: str | None
-    child_task_id: uuid.UUID | None
-    due_at: Any
-    delay: float | None
+    checkpoint: CheckpointValues
+    spawn: tuple[Any, ...]
+    """In the order of `SPAWN_COLUMNS`."""
+
+
+class EventValues(NamedTuple):
+    """An event, and the checkpoint of its emit, whose value says if the event was the first of its name."""
+
+    checkpoint: CheckpointValues
+    event_name: str
+    payload: str
+    metadata: str | None
+
+
+class SuspensionValues(NamedTuple):
+    waited: bool
+    """True if waits of the task may be stored, which the statement deletes."""
+
+
+class FailureValues(NamedTuple):
+    error: str
+    retryable: bool
+    next_run_id: uuid.UUID
+    waited: bool
+
+
+class ReleaseValues(NamedTuple):
+    error: str
+    next_run_id: uuid.UUID
+
+
+class CompletionValues(NamedTuple):
+    output: str
+    waited: bool
+
+
+Values: TypeAlias = (
+    CheckpointValues
+    | ChildValues
+    | EventValues
+    | SuspensionValues
+    | FailureValues
+    | ReleaseValues
+    | CompletionValues
+    | None
+)
+ValuesT_co = TypeVar("ValuesT_co", bound=Values, covariant=True, default=Any)
+
+OnWritten: TypeAlias = Callable[[Any, BaseException | None], None]
 
 
 @dataclass(slots=True, eq=False)
-class Write:
-    """One write of one run. `told` is called once with its outcome, a value or an error, after the commit."""
+class Write(Generic[ValuesT_co]):
+    """One write of one run. `on_written` is called once, with a value or an error, after the commit."""
 
     kind: Kind
     task_id: uuid.UUID
     fence: int
-    told: Callable[[Any, BaseException | None], None]
+    on_written: OnWritten
+    values: ValuesT_co
     key: uuid.UUID | None = None
-    values: tuple[Any, ...] = ()
     waits: Sequence[WaitSpec] = ()
     size: int = 0
-    tries: int = 0
+    """Bytes that count towards the limit of a batch."""
+    delays: int = 0
+    """How often the write was put off because another transaction held a row that it needs."""
     refusals: int = 0
+    """How often the write was passed over although no other transaction held its task."""
     over: bool = False
 
     def settle(self, value: Any, error: BaseException | None = None) -> None:
-        """Tell the outcome, if it has not been told."""
+        """Report the outcome, unless one was reported before."""
         if not self.over:
             self.over = True
-            self.told(value, error)
+            self.on_written(value, error)
 
 
-def current(batch: list[Write]) -> list[Write]:
-    """The batch without writes of runs whose task this worker has claimed anew: a statement knows one fence a task."""
+def without_earlier_fences(batch: list[Write]) -> list[Write]:
+    """Return the batch without writes of runs whose task this worker has claimed anew since. Those are settled as lost.
+
+    A statement knows one fence per task.
+    """
     fences: dict[uuid.UUID, int] = {}
     for write in batch:
         fences[write.task_id] = max(write.fence, fences.get(write.task_id, write.fence))
@@ -96,41 +147,35 @@ def current(batch: list[Write]) -> list[Write]:
     return current
 
 
-def _checkpoints(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+def _checkpoints(writes: list[Write[CheckpointValues]]) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, write.key, *write.values) for write in writes]
     return checkpoints.RECORD, arrays(checkpoints.CHECKPOINT_COLUMNS, rows)
 
 
-def _children(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    parameters = arrays(
-        checkpoints.CHECKPOINT_COLUMNS, [(write.task_id, write.fence, write.key, *write.values[0]) for write in writes]
-    )
-    parameters |= arrays(SPAWN_COLUMNS, [write.values[1] for write in writes])
+def _children(writes: list[Write[ChildValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, write.key, *write.values.checkpoint) for write in writes]
+    parameters = arrays(checkpoints.CHECKPOINT_COLUMNS, rows)
+    parameters |= arrays(SPAWN_COLUMNS, [write.values.spawn for write in writes])
     return checkpoints.RECORD_CHILDREN, parameters
 
 
-def _events(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+def _events(writes: list[Write[EventValues]]) -> tuple[Executable, dict[str, Any]]:
     names = [*checkpoints.CHECKPOINT_COLUMNS, "event_names", "payloads", "metadata"]
-    return checkpoints.RECORD_EVENTS, arrays(
-        names, [(write.task_id, write.fence, write.key, *write.values) for write in writes]
-    )
+    rows = [(write.task_id, write.fence, write.key, *write.values.checkpoint, *write.values[1:]) for write in writes]
+    return checkpoints.RECORD_EVENTS, arrays(names, rows)
 
 
-def _fenced(writes: list[Write], names: Iterable[str] = ()) -> dict[str, list[Any]]:
-    return arrays(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
+def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
+    fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
+    return outcomes.REGISTER_WAITS, fenced | _wait_columns(writes)
 
 
-def _wait_columns(writes: list[Write]) -> dict[str, list[Any]]:
-    rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
-    return arrays(outcomes.SUSPEND_COLUMNS, rows)
-
-
-def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
+def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dict[str, Any]]:
     rows = [
         (
             write.task_id,
             write.fence,
-            *write.values,
+            write.values.waited,
             min((wait.due_at for wait in write.waits if wait.due_at is not None), default=None),
             min((wait.delay for wait in write.waits if wait.delay is not None), default=None),
         )
@@ -140,46 +185,69 @@ def _suspensions(writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     return outcomes.SUSPEND, arrays(names, rows) | _wait_columns(writes)
 
 
+def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
+    return outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))
+
+
+def _releases(writes: list[Write[ReleaseValues]]) -> tuple[Executable, dict[str, Any]]:
+    return outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))
+
+
+def _completions(writes: list[Write[CompletionValues]]) -> tuple[Executable, dict[str, Any]]:
+    return outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))
+
+
+def _fenced(
+    writes: Sequence[Write[FailureValues | ReleaseValues | CompletionValues]], names: Iterable[str]
+) -> dict[str, list[Any]]:
+    return arrays(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
+
+
+def _wait_columns(writes: Sequence[Write]) -> dict[str, list[Any]]:
+    rows = [(write.task_id, *wait) for write in writes for wait in write.waits]
+    return arrays(outcomes.SUSPEND_COLUMNS, rows)
+
+
 _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]]]] = {
     Kind.CHECKPOINT: _checkpoints,
     Kind.CHILD: _children,
     Kind.EVENT: _events,
-    Kind.WAITS: lambda writes: (outcomes.REGISTER_WAITS, _fenced(writes) | _wait_columns(writes)),
+    Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
-    Kind.FAILURE: lambda writes: (outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))),
-    Kind.RELEASE: lambda writes: (outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))),
-    Kind.COMPLETION: lambda writes: (outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))),
+    Kind.FAILURE: _failures,
+    Kind.RELEASE: _releases,
+    Kind.COMPLETION: _completions,
 }
 
-ALONE: dict[Kind, Executable] = {
+SINGLE_STATEMENTS: dict[Kind, Executable] = {
     Kind.CHECKPOINT: checkpoints.RECORD_ONE,
     Kind.COMPLETION: outcomes.COMPLETE_ONE,
 }
-"""The statements for a write without company, which is what an idle worker has."""
+"""Statements for one write alone, which is what an idle worker has to send."""
 
 
 def statement_of(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    """One statement for all of these, with what it binds."""
+    """Return one statement for all writes, and its parameters."""
     statement, parameters = statement_of_many(kind, writes)
-    if len(writes) == 1 and (alone := ALONE.get(kind)) is not None:
-        return alone, {name: value for name, (value,) in parameters.items()}
+    if len(writes) == 1 and (single := SINGLE_STATEMENTS.get(kind)) is not None:
+        return single, {name: value for name, (value,) in parameters.items()}
     return statement, parameters
 
 
 def statement_of_many(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
-    """As `statement_of`, also of none or one."""
+    """Return the statement with array parameters, for any number of writes."""
     return _STATEMENTS[kind](writes)
 
 
 def identify(write: Write) -> Hashable:
-    """What a write goes by in :func:`answers`."""
+    """Return the key of a write in :func:`results`."""
     if write.kind in (Kind.CHECKPOINT, Kind.EVENT):
         return write.task_id, write.key
-    return write.values[0][-1] if write.kind is Kind.CHILD else write.task_id
+    return write.values.checkpoint.child_task_id if write.kind is Kind.CHILD else write.task_id
 
 
-def answers(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
-    """What a statement gave to each write that it has written."""
+def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
+    """Return the result of each write that a statement has written."""
     match kind:
         case Kind.CHECKPOINT:
             return dict.fromkeys(zip(rows[0].task_ids or (), rows[0].keys or (), strict=True))

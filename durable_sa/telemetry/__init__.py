@@ -1,7 +1,6 @@
-"""Spans and metrics through OpenTelemetry's API, which the `telemetry` extra brings.
+"""Spans and metrics through OpenTelemetry's API, which the `telemetry` extra installs.
 
-An application that sets up OpenTelemetry's global providers needs nothing else; one that keeps providers of its own
-gives them:
+OpenTelemetry's global providers are used as they are. An application with providers of its own passes them:
 
 ```python
 from opentelemetry.sdk.trace import TracerProvider
@@ -12,8 +11,8 @@ from durable_sa.telemetry import Telemetry
 durable = Durable(telemetry=Telemetry(tracer_provider=TracerProvider()))
 ```
 
-What goes wrong in here is logged once and never reaches a task. Names and ids are all that spans and metrics show:
-params, results, payloads, headers and the messages of errors stay in the database.
+Errors in telemetry are logged once and never reach a task. Spans and metrics show names and ids only: params, results,
+payloads, headers and the messages of errors stay in the database.
 """
 
 from __future__ import annotations
@@ -31,15 +30,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
-from .meters import Meters
+from .meters import Meters, WatchedWorker
 from .operations import Emission, Spawning
 from .propagation import OTEL_CONTEXT, carried, context_of, encoded, links_to
 from .spans import Scope, Tracing, harmless
 
 if TYPE_CHECKING:
-    from ..execution.run import Run
     from ..statements.claiming import ClaimedRun
-    from ..worker.worker import Worker
 
 __all__ = ["OTEL_CONTEXT", "Telemetry", "shared"]
 
@@ -49,7 +46,7 @@ NAME = "durable_sa"
 
 
 class Telemetry:
-    """Where spans and metrics go: the providers given, else OpenTelemetry's global ones. Clients may share it."""
+    """Spans and metrics by the providers given, else by OpenTelemetry's global ones. Clients may share it."""
 
     def __init__(
         self,
@@ -61,20 +58,20 @@ class Telemetry:
         self._meters = Meters(metrics.get_meter(NAME, meter_provider=meter_provider))
 
     def spawn(self, task_name: str | None = None, queue_name: str | None = None) -> Spawning:
-        """A spawn begins, of one task or, without a name, of many."""
+        """Begin the span of a spawn, of one task or, without a name, of many."""
         attributes = _present({"durable.task.name": task_name, "durable.queue": queue_name})
         name = "spawn" if task_name is None else f"spawn {task_name}"
         return Spawning(self._tracing.begin(name, trace.SpanKind.PRODUCER, attributes), self._meters)
 
     def emit(self, name: str, queue_name: str) -> Emission:
-        """An event is about to be emitted by a client."""
+        """Begin the span of a client's emit."""
         attributes = {"durable.event": name, "durable.queue": queue_name}
         return Emission(self._tracing.begin("emit", trace.SpanKind.PRODUCER, attributes), self._meters, queue_name)
 
     def call(self, kind: str, name: str | None, claimed: ClaimedRun, **more: Any) -> Scope:
-        """A durable call of a task, from its beginning to its end or to the suspension of its run.
+        """Return the span of a durable call of a task, which ends with the call or with the suspension of its run.
 
-        The name of the span is that of the kind and the call; where the latter is made up at run time it is left out.
+        The span is named after the kind and the call. Pass no name if it may be composed at run time.
         """
         attributes = {**_attributes(claimed), "durable.step.name": name}
         attributes |= {f"durable.{key}": None if value is None else str(value) for key, value in more.items()}
@@ -82,15 +79,24 @@ class Telemetry:
             kind if name is None else f"{kind} {name}", trace.SpanKind.INTERNAL, _present(attributes)
         )
 
-    async def execute(self, run: Run, start: Callable[[], Awaitable[T]]) -> T:
-        """Execute user code in the span of its run, below the span that spawned the task, linked to what woke it."""
-        claimed = run.claimed
+    async def execute(
+        self,
+        claimed: ClaimedRun,
+        wakers: str | None,
+        signal: Callable[[], ControlFlow | None],
+        start: Callable[[], Awaitable[T]],
+    ) -> T:
+        """Execute user code in the span of its run.
+
+        The span is below the one that spawned the task, and has links to `wakers`, the encoded trace contexts of what
+        has woken the task. After an error, `signal` returns the signal that has ended the run, if one has.
+        """
         scope = self._tracing.scope(
             f"execute {claimed.task_name}",
             trace.SpanKind.CONSUMER,
             _attributes(claimed),
             parent=lambda: context_of(claimed.headers),
-            links=lambda: links_to(run.wakers),
+            links=lambda: links_to(wakers),
         )
         began = time.perf_counter()
         outcome = "completed"
@@ -99,21 +105,21 @@ class Telemetry:
                 try:
                     return await start()
                 except BaseException as error:
-                    outcome = _outcome(run.signal, error)
+                    outcome = _outcome(signal(), error)
                     raise
                 finally:
                     scope.set("durable.outcome", outcome)
         finally:
-            self._executed(claimed, outcome, time.perf_counter() - began)
+            self._record_execution(claimed, outcome, time.perf_counter() - began)
 
     @harmless
-    def _executed(self, claimed: ClaimedRun, outcome: str, seconds: float) -> None:
+    def _record_execution(self, claimed: ClaimedRun, outcome: str, seconds: float) -> None:
         labels = self._meters.labels(claimed.queue_name, claimed.task_name)
         self._meters.executions.record(seconds, {**labels, "outcome": outcome})
 
     @harmless
     def claimed(self, queue_names: Sequence[str], claimed: Sequence[ClaimedRun], seconds: float) -> None:
-        """A worker has asked for tasks. Only a claim that has brought some has a span."""
+        """Record a claim. A claim that returned no tasks has no span."""
         self._meters.claims.record(seconds, self._meters.queue(queue_names[0] if len(queue_names) == 1 else None))
         for item in claimed:
             self._meters.claimed.add(1, self._meters.labels(item.queue_name, item.task_name))
@@ -123,38 +129,38 @@ class Telemetry:
 
     @harmless
     def checkpointed(self, claimed: ClaimedRun, seconds: float) -> None:
-        """A checkpoint is committed."""
+        """Record the commit of a checkpoint."""
         self._meters.checkpoints.record(seconds, self._meters.labels(claimed.queue_name, claimed.task_name))
 
     @harmless
     def ended(self, queue_name: str, task_name: str, outcome: str) -> None:
-        """A run's outcome is committed; `completed` and `failed` are the task's, for good."""
+        """Record the commit of a run's outcome. `completed` and `failed` are final for the task, and are counted."""
         counter = {"completed": self._meters.completed, "failed": self._meters.failed}.get(outcome)
         if counter is not None:
             counter.add(1, self._meters.labels(queue_name, task_name))
 
     @harmless
     def emitted(self, queue_name: str) -> None:
-        """A task was the first to emit an event."""
+        """Count an event that a task was the first to emit."""
         self._meters.emitted.add(1, self._meters.queue(queue_name))
 
-    def watch(self, worker: Worker) -> None:
+    def watch(self, worker: WatchedWorker) -> None:
         """Show a worker in the gauges, until :meth:`forget`."""
         self._meters.workers.add(worker)
 
-    def forget(self, worker: Worker) -> None:
-        """The worker has ended."""
+    def forget(self, worker: WatchedWorker) -> None:
+        """Remove a worker that has ended from the gauges."""
         self._meters.workers.discard(worker)
 
     @harmless
     def metadata(self) -> str | None:
-        """The metadata of an event that is emitted by the calling code."""
+        """Return the metadata of an event that the calling code emits."""
         return encoded(carried())
 
 
 @functools.cache
 def shared() -> Telemetry:
-    """The one on the global providers, for all clients of the process that are given none."""
+    """Return the telemetry on the global providers, for all clients of the process without one of their own."""
     return Telemetry()
 
 
@@ -173,7 +179,7 @@ def _attributes(claimed: ClaimedRun) -> dict[str, Any]:
 
 
 def _outcome(signal: ControlFlow | None, error: BaseException) -> str:
-    """What became of an execution that did not complete."""
+    """Return the outcome of an execution that has raised `error`."""
     found = error if isinstance(error, ControlFlow) else signal
     match found:
         case None:

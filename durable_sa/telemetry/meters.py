@@ -1,23 +1,38 @@
-"""The metrics, and a bound on their series: queues and tasks that are known, and one series for the rest."""
+"""The metrics, with a limit on their series: one for each known queue and task, and one for all others."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Protocol
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
-if TYPE_CHECKING:
-    from ..worker.worker import Worker
-
-MOST_QUEUES: Final = 100
-"""Queues that have series of their own, in the order in which they are met."""
+MAX_QUEUES: Final = 100
+"""The first so many queues have series of their own."""
 OTHER: Final = "other"
-"""Stands for all further queues, and for tasks that are not registered."""
+"""The label of all further queues, and of tasks that are not registered."""
 
 Labels = dict[str, str]
+
+
+class WatchedWorker(Protocol):
+    """A worker, as the gauges see it. They may be read in any thread."""
+
+    @property
+    def queue_names(self) -> Iterable[str]:
+        """The queues that it serves."""
+        ...
+
+    @property
+    def queue_samples(self) -> Mapping[str, tuple[float, float]]:
+        """For each queue, the number of ready tasks at the last count, and the age of the oldest in seconds."""
+        ...
+
+    def running_in(self) -> Iterable[str]:
+        """Return the queue of each run in progress."""
+        ...
 
 
 class Meters:
@@ -25,8 +40,8 @@ class Meters:
 
     def __init__(self, meter: Meter) -> None:
         self._queues: set[str] = set()
-        self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-        """Those that the gauges show."""
+        self.workers: weakref.WeakSet[WatchedWorker] = weakref.WeakSet()
+        """The workers that the gauges show."""
         self.spawned = meter.create_counter("durable_tasks_spawned_total", description="Tasks spawned")
         self.claimed = meter.create_counter("durable_tasks_claimed_total", description="Runs claimed by workers")
         self.completed = meter.create_counter("durable_tasks_completed_total", description="Tasks completed")
@@ -40,10 +55,14 @@ class Meters:
             "durable_checkpoint_duration_seconds", "s", "From a step's result to its commit"
         )
         meter.create_observable_gauge(
-            "durable_worker_concurrent_tasks", [self._gauge(_running)], description="Runs in progress here"
+            "durable_worker_concurrent_tasks",
+            [self._gauge(_running)],
+            description="Runs in progress here",
         )
         meter.create_observable_gauge(
-            "durable_worker_active", [self._gauge(_serving)], description="Workers of this process"
+            "durable_worker_active",
+            [self._gauge(_serving)],
+            description="Workers of this process",
         )
         meter.create_observable_gauge(
             "durable_queue_depth", [self._sample(0)], description="Tasks that could be claimed, as last counted"
@@ -56,27 +75,31 @@ class Meters:
         )
 
     def labels(self, queue_name: str | None, task_name: str | None = None) -> Labels:
-        """The series of a queue and a task; None is any that is not known."""
+        """Return the labels of a queue and a task; None stands for one that is not known."""
         return {"queue": self._known(queue_name), "task_name": task_name or OTHER}
 
     def queue(self, queue_name: str | None) -> Labels:
-        """The series of a queue."""
+        """Return the label of a queue."""
         return {"queue": self._known(queue_name)}
 
     def _known(self, name: str | None) -> str:
         if name is None:
             return OTHER
         if name not in self._queues:
-            if len(self._queues) >= MOST_QUEUES:
+            if len(self._queues) >= MAX_QUEUES:
                 return OTHER
             self._queues.add(name)
         return name
 
-    def _gauge(self, count: Callable[[Worker], Iterable[str]]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def _gauge(
+        self, count: Callable[[WatchedWorker], Iterable[str]]
+    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        """Return a callback that counts, for each queue, how often `count` names it. Each queue served is shown."""
+
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             totals: Counter[str] = Counter()
             for worker in list(self.workers):
-                for queue_name in worker.settings.queue_names:
+                for queue_name in worker.queue_names:
                     totals[self._known(queue_name)] += 0
                 totals.update(map(self._known, count(worker)))
             return [Observation(total, {"queue": queue}) for queue, total in totals.items()]
@@ -84,6 +107,8 @@ class Meters:
         return observe
 
     def _sample(self, position: int) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        """Return a callback that shows, for each queue, the number at `position` of its last sample."""
+
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             latest = {name: sample for worker in list(self.workers) for name, sample in worker.queue_samples.items()}
             folded: dict[str, float] = {}
@@ -97,12 +122,13 @@ class Meters:
 
 
 def _fold(position: int, one: float, another: float) -> float:
+    """Add numbers of tasks; of ages, take the greater."""
     return one + another if position == 0 else max(one, another)
 
 
-def _running(worker: Worker) -> Iterable[str]:
+def _running(worker: WatchedWorker) -> Iterable[str]:
     return worker.running_in()
 
 
-def _serving(worker: Worker) -> Iterable[str]:
-    return worker.settings.queue_names
+def _serving(worker: WatchedWorker) -> Iterable[str]:
+    return worker.queue_names

@@ -1,4 +1,4 @@
-"""The W3C trace context on its way through the database: in the headers of tasks and the metadata of events."""
+"""The W3C trace context, as it is stored in the headers of tasks and the metadata of events."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from ..serialization.codec import UNTYPED
 
 OTEL_CONTEXT: Final = "durable::otel_context"
-"""The key of an object with `traceparent` and, where there is one, `tracestate`."""
+"""The key of an object with `traceparent` and, if present, `tracestate`."""
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
 def carried(context: Context | None = None) -> dict[str, str]:
-    """The trace context as it is stored, by default that of the calling code; empty outside of any span."""
+    """Return the trace context as it is stored, by default that of the calling code; empty outside of any span."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, context)
     return carrier
 
 
 def encoded(carrier: Mapping[str, str]) -> str | None:
-    """The metadata of an event."""
+    """Return the metadata of an event."""
     return UNTYPED.encode({OTEL_CONTEXT: dict(carrier)}, "the metadata of an event") if carrier else None
 
 
 def context_of(headers: str | None) -> Context:
-    """The trace context that a task carries; an empty one, which makes a span the first of its trace, if none."""
+    """Return the trace context in the headers of a task. Without one it is empty, and starts a new trace."""
     found: Any = {} if headers is None or OTEL_CONTEXT not in headers else UNTYPED.decode(headers, "headers")
     return _extracted(found.get(OTEL_CONTEXT))
 
 
 def links_to(wakers: str | None) -> list[Link]:
-    """Links to what has woken a task, from an array of such objects."""
+    """Return links to the trace contexts in a JSON array."""
     stored: Any = [] if wakers is None else UNTYPED.decode(wakers, "wakers")
     contexts = [get_current_span(_extracted(carrier)).get_span_context() for carrier in stored]
     return [Link(context) for context in contexts if context.is_valid]
 
 
 def _extracted(carrier: object) -> Context:
-    """What anybody may have written there by hand is read with care."""
+    """Return the trace context in a JSON value, which may be of any form if an application has written it."""
     if not isinstance(carrier, dict):
         return Context()
     fields = {key: value for key, value in cast("dict[str, Any]", carrier).items() if isinstance(value, str)}

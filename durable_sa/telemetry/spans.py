@@ -1,4 +1,4 @@
-"""Spans that begin and end with what they are about, whatever becomes of it."""
+"""Spans, and the guard that keeps their errors from the code that they are about."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _failed: set[str] = set()
 
 
 def harmless(function: Callable[P, T]) -> Callable[P, T | None]:
-    """Log what goes wrong in a function, once for each, instead of raising it: nobody fails for want of a span."""
+    """Log the exceptions of a telemetry function, once per function, and return None instead of raising them."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -31,10 +31,10 @@ def harmless(function: Callable[P, T]) -> Callable[P, T | None]:
         except Exception as error:
             if function.__qualname__ not in _failed:
                 _failed.add(function.__qualname__)
-                # The error of a task that is being handled stays out of the log: it may quote values.
+                # The error of a task that is being handled would be logged as the context, and may quote values.
                 error.__context__ = None
                 logger.warning(
-                    "telemetry failed in %s; it will not be said again", function.__qualname__, exc_info=error
+                    "telemetry failed in %s; further errors there are not logged", function.__qualname__, exc_info=error
                 )
             return None
 
@@ -72,7 +72,7 @@ class Scope:
 
     @harmless
     def _exit(self, error: BaseException | None) -> None:
-        # A coroutine that was left behind is closed by the garbage collector, in whatever context.
+        # The garbage collector closes abandoned coroutines in another context, from which the token cannot be detached.
         if self._token is not None and current.get_current() is self._context:
             current.detach(self._token)
         if isinstance(error, Exception):
@@ -83,13 +83,13 @@ class Scope:
 
 
 class Tracing:
-    """Makes the spans."""
+    """The spans of one tracer."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
     def begin(self, name: str, kind: SpanKind, attributes: Mapping[str, Any]) -> Span:
-        """A span below that of the calling code, and not current."""
+        """Begin a span below that of the calling code, which does not become current."""
         return self._start(name, kind=kind, attributes=dict(attributes)) or INVALID_SPAN
 
     def scope(
@@ -101,7 +101,7 @@ class Tracing:
         parent: Callable[[], Context | None] = lambda: None,
         links: Callable[[], Sequence[Link]] = tuple,
     ) -> Scope:
-        """A span to be entered, below `parent` or else that of the calling code."""
+        """Return a span to enter, below `parent` or else below that of the calling code."""
         return Scope(
             lambda: self._tracer.start_span(
                 name, context=parent(), kind=kind, attributes=dict(attributes), links=links()
@@ -109,7 +109,7 @@ class Tracing:
         )
 
     def past(self, name: str, attributes: Mapping[str, Any], seconds: float) -> None:
-        """A span that ends now and began so many seconds ago, the first of its trace."""
+        """Add a span that began `seconds` ago and ends now, the first of its trace."""
         began = time.time_ns() - int(seconds * 1_000_000_000)
         span = self._tracer.start_span(name, context=Context(), attributes=dict(attributes), start_time=began)
         span.end()
@@ -120,8 +120,8 @@ class Tracing:
 
 
 def mark_failed(span: Span, error: BaseException) -> None:
-    """The class says what went wrong. The message, which may quote values, is in the database."""
-    # A script of statements learns of an error of the database by not being continued.
+    """Mark a span with the class of an error. Its message may quote values, and is in the database."""
+    # A script of statements is closed, not continued, if one of them fails, so the error of the database is unknown.
     kind = "_OTHER" if isinstance(error, GeneratorExit) else type(error).__qualname__
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR, kind))

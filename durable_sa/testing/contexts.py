@@ -64,21 +64,21 @@ class ContextOptions(TypedDict, total=False):
     task_id: uuid.UUID
     run_id: uuid.UUID
     events: Mapping[str, Any]
-    """Payloads by the names of events; those that the task emits come on top."""
+    """Payloads by the names of events. Those that the task emits are added."""
     results: Mapping[str, Any]
-    """What comes of children, by the name given to `ctx.spawn`, or else by the name of their task: what a join gives,
-    or an exception, which the child has failed with. A `ChildCancelled` stands for a child that was cancelled, a
-    `TaskTimeout` for one that takes longer than the timeout of the join."""
+    """The results of children, by the name passed to `ctx.spawn`, or else by the name of their task. An exception is
+    the error with which the child has failed. A `ChildCancelled` stands for a child that was cancelled, a `TaskTimeout`
+    for one that takes longer than the timeout of the join."""
     session: Session | AsyncSession
-    """For `ctx.transaction`, which is a savepoint of it. Nothing is committed."""
+    """The session for `ctx.transaction`, each call of which is a savepoint. Nothing is committed."""
     now: datetime
-    """The time at which the task starts. It stands still but for sleeps and timeouts."""
+    """The time at which the task starts. It stands still except for sleeps and timeouts."""
     seed: int
-    """Of `ctx.rand()` and `ctx.uuid7()`, which are different each time if it is absent."""
+    """The seed of `ctx.rand()` and `ctx.uuid7()`, which differ each time if it is absent."""
 
 
 class _Enterable:
-    """Becomes the current context by `with`."""
+    """A context that is the current one inside a `with` block."""
 
     def __enter__(self) -> Self:
         self._running = running(self)
@@ -119,17 +119,17 @@ class MemoryContext(TaskContext[Any], _Enterable):
         )
         super().__init__(cast(Run, self._memory), durable, options.get("state"))
         self.session = options.get("session")
-        """What transactions are executed on."""
+        """The session of transactions."""
         self._options = options
         self._random = random.Random(options.get("seed"))  # noqa: S311
 
     @property
     def recorded(self) -> Recorded:
-        """What the task has done so far."""
+        """The durable calls that the task has made so far."""
         return self._memory.recorded
 
     def inside(self, call: Call) -> AbstractContextManager[None]:
-        """While a step is executed."""
+        """Return a context manager for the body of a step."""
         return self._memory.branches.scope(str(call.key))
 
     async def _pause(self, call: Call, tries: int, delay: float) -> None:
@@ -203,11 +203,11 @@ class MemoryContext(TaskContext[Any], _Enterable):
         return value
 
     async def rand(self) -> float:
-        """A random number in [0, 1), by the seed."""
+        """Return a random number in [0, 1), by the seed."""
         return await self._draw("$rand", codec_for(float), self._random.random)
 
     def uuid7(self) -> Coroutine[object, None, uuid.UUID]:
-        """A UUIDv7, by the seed and the time."""
+        """Return a UUIDv7, by the seed and the time."""
         return self._draw("$uuid7", codec_for(uuid.UUID), self._new_uuid)
 
     def _new_uuid(self) -> uuid.UUID:
@@ -227,7 +227,7 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
 
     @property
     def recorded(self) -> Recorded:
-        """What the task has done so far."""
+        """The durable calls that the task has made so far."""
         return self._memory.recorded
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -259,7 +259,7 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
         return await asyncio.wrap_future(outcome)
 
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`durable_sa.SyncTaskContext.transaction`, in this thread, to which a session may be bound."""
+        """Run a transaction as :meth:`durable_sa.SyncTaskContext.transaction`, in this thread, where the session is."""
         if isinstance(self._memory.session, AsyncSession):
             raise InvalidState(f"transaction {name!r}", "synchronous", "Pass a Session.")
         coroutine = self._memory.transaction(name, fn, *args, **kwargs)
@@ -272,7 +272,7 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
 
 @contextmanager
 def _guarded(session: Session, savepoint: SessionTransaction | None, name: str) -> Generator[None]:
-    """Refuses what the engine refuses: to end the whole transaction from the inside."""
+    """Refuse to let the code inside end the whole transaction, as the engine does."""
 
     def refuse(_: Session, ended: SessionTransaction | None = None) -> None:
         if savepoint in (ended, session.get_nested_transaction()):
@@ -296,13 +296,13 @@ def task_context(*, sync: Literal[False] = False, **options: Unpack[ContextOptio
 @overload
 def task_context(*, sync: Literal[True], **options: Unpack[ContextOptions]) -> MemorySyncContext: ...
 def task_context(*, sync: bool = False, **options: Unpack[ContextOptions]) -> MemoryContext | MemorySyncContext:
-    """A context with which a task can be called as the plain function it is; for `def` tasks with `sync=True`.
+    """Return a context to call a task with, as the plain function that it is; for `def` tasks with `sync=True`.
 
     It does in memory what the engine does with a database, and refuses what the engine would refuse. Steps are run,
-    with the retries and timeouts of their decorators; arguments and results take the way through JSON. Sleeps, pauses
-    between tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, and a
-    wait for any other one runs into its timeout. A join gives what `results` says, or else what the child's function
-    returns when it is called with such a context. `ctx.recorded` tells what the task has done:
+    with the retries and timeouts of their decorators; arguments and results pass through JSON. Sleeps, pauses between
+    tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, and a wait for
+    any other event runs into its timeout. A join returns the child's entry in `results`, or else the result of the
+    child's function, called with such a context. `ctx.recorded` has the durable calls that the task has made:
 
     ```python
     from datetime import UTC, datetime, timedelta
@@ -345,8 +345,8 @@ def task_context(*, sync: bool = False, **options: Unpack[ContextOptions]) -> Me
         assert ctx.recorded.steps == []
     ```
 
-    Entered by `with`, it is also what `current_context()` gives, and what steps go through that are called directly,
-    as `await charge(500)`; such a call is the plain function otherwise:
+    Inside a `with` block it is also the result of `current_context()`, and the context of steps that are called
+    directly, as `await charge(500)`; outside of one such a call is the plain function:
 
     ```python
     from durable_sa import SyncTaskContext, current_context, step, task

@@ -1,4 +1,4 @@
-"""A run without a database: what a context asks of its run, its worker and the tables, answered from memory."""
+"""A run in memory, in place of the run, the worker and the database that a context uses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import ChildCancelled, InvalidState, TaskTimeout
 from ..execution.hooks import HookChain
 from ..execution.journal import EMPTY_JOURNAL
 from ..execution.reader import JoinTarget
-from ..execution.waits import PendingWait
-from ..execution.writes import Kind, Stored
+from ..execution.waits import PendingWait, Stored
+from ..execution.writes import CheckpointValues, EventValues, Kind, Values
 from ..options import SpawnOptions
 from ..results import TaskHandle
 from ..serialization.codec import UNTYPED, Codec
@@ -48,10 +48,10 @@ class SpawnedChild:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a task has done, each kind in its order."""
+    """The durable calls that a task has made, each kind in its order."""
 
     steps: list[str] = field(default_factory=list[str])
-    """Names of the steps and transactions that have come to their end."""
+    """Names of the steps and transactions that have been completed."""
     sleeps: list[Slept] = field(default_factory=list[Slept])
     spawned: list[SpawnedChild] = field(default_factory=list[SpawnedChild])
     emitted: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
@@ -59,7 +59,7 @@ class Recorded:
 
 
 class _Branches:
-    """Tells code in a step from the task's own."""
+    """The branches of a run that has no asyncio tasks of its own: the task's code, and the bodies of its steps."""
 
     def __init__(self) -> None:
         self._root = Branch(cast(Any, self), (), bound=True)
@@ -73,7 +73,7 @@ class _Branches:
 
     @contextmanager
     def scope(self, label: str) -> Generator[None]:
-        token = self._inside.set(Branch(cast(Any, self), (*self.current().path, label), bound=True))
+        token = self._inside.set(self.current().within_step(label))
         try:
             yield
         finally:
@@ -81,12 +81,12 @@ class _Branches:
 
 
 class MemoryRun:
-    """In place of a `Run`, of its worker, and of what that reads."""
+    """Takes the place of a `Run`, of its worker and of the worker's reader."""
 
     signal = None
     journal = EMPTY_JOURNAL
-    executor = None
-    """The one of the event loop."""
+    threads = None
+    """None is the executor of the event loop."""
     hooks = HookChain()
     telemetry = None
 
@@ -111,57 +111,59 @@ class MemoryRun:
         self._now = claimed.now
 
     def now(self) -> datetime:
-        """When the task was started, and as long as it has slept."""
+        """Return the time of the start, plus all sleeps and timeouts."""
         return self._now
 
     def pass_until(self, moment: datetime) -> None:
-        """Let time pass."""
+        """Let time pass until `moment`."""
         self._now = max(self._now, moment)
 
     def in_another_loop(self) -> bool:
-        """It belongs to no event loop."""
+        """Return False, because the run belongs to no event loop."""
         return False
 
     async def enter(self) -> None:
-        """Nobody takes the run away."""
+        """Let every call begin, because no other worker can take the run over."""
 
-    async def gone(self, _: object) -> None:
-        """Nobody cancels it."""
+    async def ownership(self, _: object) -> None:
+        """Return None, because the task is never cancelled or taken over."""
 
-    async def write(self, kind: Kind, key: uuid.UUID, values: tuple[Any, ...], *, size: int = 0) -> Stored | None:
-        """Keep what is worth it: nothing is there from before."""
-        if kind is Kind.CHECKPOINT and values[0] == "step":
-            self.recorded.steps.append(values[1])
-        if kind is not Kind.EVENT:
-            return None
-        name, text = values[5], values[6]
-        first = name not in self.events
-        if first:
-            self.events[name] = text
-            self.recorded.emitted[name] = UNTYPED.decode(text, f"the payload of event {name!r}")
-        return Stored("completed", "true" if first else "false")
+    async def write(self, kind: Kind, key: uuid.UUID, values: Values, *, size: int = 0) -> Stored | None:
+        """Record steps and events. No checkpoint is stored before."""
+        match values:
+            case CheckpointValues(kind="step"):
+                self.recorded.steps.append(values.name)
+            case EventValues(event_name=name):
+                first = name not in self.events
+                if first:
+                    self.events[name] = values.payload
+                    self.recorded.emitted[name] = UNTYPED.decode(values.payload, f"the payload of event {name!r}")
+                return Stored("completed", "true" if first else "false")
+            case _:
+                pass
+        return None
 
-    async def park(self, parked: PendingWait) -> Stored:
-        """A wait is over at once, by its time."""
-        due_at = parked.due_at or (None if parked.delay is None else self._now + timedelta(seconds=parked.delay))
+    async def park(self, wait: PendingWait) -> Stored:
+        """End a wait at once, by letting its time pass."""
+        due_at = wait.due_at or (None if wait.delay is None else self._now + timedelta(seconds=wait.delay))
         if due_at is None:
-            given = "events" if parked.kind == "event" else "results"
+            given = "events" if wait.kind == "event" else "results"
             raise InvalidState(
-                f"{parked.kind} {parked.name!r}",
+                f"{wait.kind} {wait.name!r}",
                 "awaited, and would never come",
                 f"Pass task_context({given}={{...}}) with it, or give the call a timeout.",
             )
-        if parked.kind == "sleep":
-            self.recorded.sleeps.append(Slept(parked.name, due_at - self._now, due_at))
+        if wait.kind == "sleep":
+            self.recorded.sleeps.append(Slept(wait.name, due_at - self._now, due_at))
         self.pass_until(due_at)
-        return Stored("completed" if parked.kind == "sleep" else "timeout", None)
+        return Stored("completed" if wait.kind == "sleep" else "timeout", None)
 
     async def event(self, queue_and_name: tuple[str, str]) -> str | None:
-        """The payload of an event, if it is there."""
+        """Return the payload of an event; None if it has not been emitted."""
         return self.events.get(queue_and_name[1])
 
     async def task(self, task_id: uuid.UUID) -> JoinTarget | None:
-        """A child, which has ended unless it was said to take too long."""
+        """Return a child, which has ended, unless its result is a `TaskTimeout`."""
         for child in self.recorded.spawned:
             if child.handle.task_id == task_id:
                 outcome, output, error = await self._outcome(child, self.children.get(task_id))
@@ -189,7 +191,7 @@ class MemoryRun:
         else:
             try:
                 value = await self._execute(child, task)
-            except Exception as error:  # noqa: BLE001 - what a child fails with reaches its parent as ChildFailed
+            except Exception as error:  # noqa: BLE001 - it reaches the parent as ChildFailed
                 return "failed", None, encode_error(error)
         codec: Codec[Any] = UNTYPED if task is None else task.output_codec
         return "completed", codec.encode(value, f"the result of child {child.name!r}"), None

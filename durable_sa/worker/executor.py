@@ -56,7 +56,7 @@ class Executor:
         self.writer = writer
         self.reader = reader
         self.clock = clock
-        self.executor = StepThreads(threads)
+        self.threads = StepThreads(threads)
         self.telemetry = durable.telemetry
         self.hooks = durable.hooks
         self.max_payload_bytes = durable.max_payload_bytes
@@ -180,7 +180,10 @@ class Executor:
         hooks = self.hooks.around_task
         start = functools.partial(around_task, hooks, context, item.task_name, body) if hooks else body
         task_factory.ensure(self._loop)
-        run.start(start() if self.telemetry is None else self.telemetry.execute(run, start), inner)
+        run.start(
+            start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
+            inner,
+        )
 
     @property
     def leased(self) -> bool:

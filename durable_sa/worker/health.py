@@ -12,14 +12,13 @@ import contextlib
 import json
 import logging
 import socket
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import text
 
+from ..concurrency.threads import LoopThread
 from ..database.channel import DedicatedConnection
 from ..database.connections import Database
 from ..errors import InvalidConfiguration
@@ -53,8 +52,7 @@ class HealthServer:
         self._port = port
         self._look = look
         self._started: Future[int] = Future()
-        self._stop: Callable[[], None] | None = None
-        self._thread = threading.Thread(target=self._run, name="durable-health", daemon=True)
+        self._thread = LoopThread("durable-health", self._serve, self._failed)
 
     async def start(self) -> int:
         """Start the thread; gives the port.
@@ -70,29 +68,17 @@ class HealthServer:
 
     async def stop(self) -> None:
         """Stop the thread, and wait a moment for it."""
-        if self._stop is not None:
-            self._stop()
-        deadline = time.monotonic() + _DEADLINE
-        while self._thread.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - a thread sets no asyncio.Event
-            await asyncio.sleep(0.005)
+        await self._thread.stop(_DEADLINE)
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except Exception as error:
-            if not self._started.done():
-                self._started.set_exception(error)
-            else:
-                logger.exception("the health probe has ended")
+    def _failed(self, error: Exception) -> None:
+        if not self._started.done():
+            self._started.set_exception(error)
+        else:
+            logger.error("the health probe has ended", exc_info=error)
 
-    async def _serve(self) -> None:
-        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    async def _serve(self, stop: asyncio.Event) -> None:
         engine = self._database.private()
         channel = DedicatedConnection(Database(engine, self._database.schema))
-
-        def stop() -> None:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(stopped.set)
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
@@ -105,11 +91,10 @@ class HealthServer:
         try:
             server = await asyncio.start_server(answer, None, self._port, limit=_MOST_HEADERS, reuse_address=True)
             async with server:
-                self._stop = stop
                 # Where any port will do, those of IPv4 and IPv6 differ.
                 sockets = sorted(server.sockets, key=lambda bound: bound.family != socket.AF_INET)
                 self._started.set_result(sockets[0].getsockname()[1])
-                await stopped.wait()
+                await stop.wait()
         finally:
             await channel.close()
             await engine.dispose()

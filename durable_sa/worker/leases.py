@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import NoReturn
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..concurrency.threads import LoopThread
 from ..database.channel import DedicatedConnection
 from ..database.connections import Database
 from ..database_errors import is_transient, reason, without_values
@@ -83,9 +83,7 @@ class Heartbeat:
         self._fatal = fatal
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._stopping: Callable[[], None] | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="durable-heartbeat", daemon=True)
+        self._thread = LoopThread("durable-heartbeat", self._beat, _log_failure)
 
     def start(self) -> None:
         """Start the thread."""
@@ -93,34 +91,14 @@ class Heartbeat:
 
     async def stop(self) -> None:
         """Stop the thread, and wait a moment for it."""
-        self._stopped = True
-        if (stop := self._stopping) is not None:
-            stop()
-        deadline = time.monotonic() + 5.0
-        while self._thread.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - a thread sets no asyncio.Event
-            await asyncio.sleep(0.005)
+        await self._thread.stop(5.0)
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._beat())
-        except Exception:
-            logger.exception(
-                "the thread of the heartbeat has ended; a step that blocks the event loop may cost the lease"
-            )
-
-    async def _beat(self) -> None:
+    async def _beat(self, stop: asyncio.Event) -> None:
         engine = self._database.private()
         channel = DedicatedConnection(Database(engine, self._database.schema))
         interval = self._lease.seconds / BEATS_PER_LEASE
         deadline = min(2 * interval, 10.0)
         began = time.monotonic()
-        stop, own_loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def stop_soon() -> None:
-            with contextlib.suppress(RuntimeError):
-                own_loop.call_soon_threadsafe(stop.set)
-
-        self._stopping = stop_soon
         try:
             if self._lease.seconds < 2 * CONNECT_DEADLINE:
                 # What there is time for later with a longer one.
@@ -128,7 +106,7 @@ class Heartbeat:
                     async with asyncio.timeout(CONNECT_DEADLINE):
                         await channel.connect()
             pause = max(0.0, interval - (time.monotonic() - began))
-            while not self._stopped and not self._loop.is_closed():
+            while not self._loop.is_closed():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await stop.wait()
@@ -159,7 +137,7 @@ class Heartbeat:
             await engine.dispose()
 
     def _lost(self) -> None:
-        if self._stopped:
+        if self._thread.stopping:
             # The worker has noticed by itself, and may be back under another id.
             return
         if self._fatal:
@@ -167,3 +145,9 @@ class Heartbeat:
         self._lease.valid_until = 0.0
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._on_lost)
+
+
+def _log_failure(error: Exception) -> None:
+    logger.error(
+        "the thread of the heartbeat has ended; a step that blocks the event loop may cost the lease", exc_info=error
+    )

@@ -138,6 +138,11 @@ class Worker:
         return self._registration.worker_id
 
     @property
+    def queue_names(self) -> tuple[str, ...]:
+        """The queues that it serves."""
+        return self.settings.queue_names
+
+    @property
     def queue_samples(self) -> dict[str, tuple[float, float]]:
         """How many tasks were ready in each queue when they were last counted, and the age of the oldest."""
         return self._sampler.latest
@@ -176,7 +181,7 @@ class Worker:
         for_claims, for_writes, rest = self._channels
         self._background.serve(self._claims.run, CLAIMING, for_claims)
         self._background.serve(self._writer.run, "durable:writer", for_writes)
-        self._background.serve(self._writer.run_beside, "durable:writer-beside")
+        self._background.serve(self._writer.run_second, "durable:writer-second")
         self._background.serve(self.maintenance.run, "durable:maintenance", rest)
         if self._telemetry is not None:
             self._telemetry.watch(self)
@@ -284,7 +289,7 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 await self._hints.flush()
-        self._runs.executor.shutdown()
+        self._runs.threads.shutdown()
         task_factory.uninstall(self.loop)
         try:
             await self._exit.aclose()

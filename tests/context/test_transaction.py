@@ -308,7 +308,7 @@ async def test_lambda_that_calls_a_coroutine_function_is_told_what_to_write(run:
     for fn in ("lambda", "both"):
         error = await run.failure(work, fn)
         assert error.name == "SerializationError"
-        assert error.message.startswith("The result of transaction 'write' is a coroutine, which nobody awaits")
+        assert error.message.startswith("The result of transaction 'write' is a coroutine, which is never awaited")
         assert "Pass the coroutine function itself, followed by its arguments" in error.message
     assert await ledger.entries() == []
 

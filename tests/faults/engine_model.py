@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from durable_sa.execution.writes import WaitSpec
+from durable_sa.execution.waits import WaitSpec
 from durable_sa.ids import child_id, step_key
 from durable_sa.policies import RetryStrategy
 from durable_sa.worker.maintenance import FORGET_LOST_AFTER

@@ -20,8 +20,20 @@ from sqlalchemy.exc import DBAPIError
 from durable_sa import Durable
 from durable_sa.database.clock import LocalClock
 from durable_sa.database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from durable_sa.execution.waits import WaitSpec
 from durable_sa.execution.writer import Writer
-from durable_sa.execution.writes import Kind, WaitSpec, Write
+from durable_sa.execution.writes import (
+    CheckpointValues,
+    ChildValues,
+    CompletionValues,
+    EventValues,
+    FailureValues,
+    Kind,
+    ReleaseValues,
+    SuspensionValues,
+    Values,
+    Write,
+)
 from durable_sa.ids import child_id, new_id, step_key
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, queues
@@ -85,7 +97,7 @@ class _SteppedWriter(Writer):
     """A writer that is told when to try again, instead of by a timer."""
 
     def _delay(self, write: Write) -> None:
-        write.tries += 1
+        write.delays += 1
 
 
 class Clock:
@@ -178,7 +190,7 @@ class SimulatedWorker:
         task_id: uuid.UUID,
         fence: int,
         key: uuid.UUID | None = None,
-        values: tuple[Any, ...] = (),
+        values: Values = None,
         waits: Iterable[WaitSpec] = (),
     ) -> Steps[Any]:
         """What the write's run is told: a value, or the class of an error."""
@@ -188,8 +200,8 @@ class SimulatedWorker:
             task_id,
             fence,
             lambda value, error: told.append(value if error is None else type(error)),
-            key,
             values,
+            key,
             list(waits),
         )
 
@@ -207,37 +219,36 @@ class SimulatedWorker:
         return told[0]
 
     def checkpoint(self, task_id: uuid.UUID, fence: int, name: str, value: str) -> Steps[Any]:
-        values = ("step", name, "completed", value, None)
+        values = CheckpointValues("step", name, "completed", value)
         return self.write(Kind.CHECKPOINT, task_id, fence, step_key("step", name, "", (), 0), values)
 
     def spawn_child(self, task_id: uuid.UUID, fence: int, name: str, **options: Any) -> Steps[Any]:
         key = step_key("spawn", name, "", (), 0)
         child = child_id(task_id, key)
         prepared = prepare(self.durable, "child", None, cast("Any", options), task_id=child, parent_task_id=task_id)
-        return self.write(
-            Kind.CHILD, task_id, fence, key, (("spawn", name, "completed", '"digest"', child), prepared.values)
-        )
+        values = ChildValues(CheckpointValues("spawn", name, "completed", '"digest"', child), prepared.values)
+        return self.write(Kind.CHILD, task_id, fence, key, values)
 
     def emit(self, task_id: uuid.UUID, fence: int, name: str, payload: str) -> Steps[Any]:
         key = step_key("emit", name, "", (), 0)
-        values = ("emit", name, "completed", None, None, name, payload, None)
+        values = EventValues(CheckpointValues("emit", name, "completed", None), name, payload, None)
         return self.write(Kind.EVENT, task_id, fence, key, values)
 
     def register_waits(self, task_id: uuid.UUID, fence: int, waits: Iterable[WaitSpec]) -> Steps[Any]:
         return self.write(Kind.WAITS, task_id, fence, waits=waits)
 
     def suspend(self, task_id: uuid.UUID, fence: int, waits: Iterable[WaitSpec]) -> Steps[Any]:
-        return self.write(Kind.SUSPENSION, task_id, fence, values=(True,), waits=waits)
+        return self.write(Kind.SUSPENSION, task_id, fence, values=SuspensionValues(True), waits=waits)
 
     def complete(self, task_id: uuid.UUID, fence: int, output: str = "1") -> Steps[Any]:
-        return self.write(Kind.COMPLETION, task_id, fence, values=(output, True))
+        return self.write(Kind.COMPLETION, task_id, fence, values=CompletionValues(output, True))
 
     def fail(self, task_id: uuid.UUID, fence: int, *, retryable: bool = True) -> Steps[Any]:
         error = '{"name": "ValueError", "message": "no"}'
-        return self.write(Kind.FAILURE, task_id, fence, values=(error, retryable, new_id(), True))
+        return self.write(Kind.FAILURE, task_id, fence, values=FailureValues(error, retryable, new_id(), True))
 
     def release(self, task_id: uuid.UUID, fence: int) -> Steps[Any]:
-        return self.write(Kind.RELEASE, task_id, fence, values=('{"name": "Released"}', new_id()))
+        return self.write(Kind.RELEASE, task_id, fence, values=ReleaseValues('{"name": "Released"}', new_id()))
 
     def book(self, task_id: uuid.UUID, fence: int, name: str) -> Steps[bool]:
         """What a transaction step adds to the transaction of its function, at its end."""

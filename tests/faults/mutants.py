@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant(
         "a reply that is taken to be about all writes",
         "execution/writer.py",
-        (("if kind in TALLIED and rows[0].written == len(writes):", "if kind in TALLIED:"),),
+        (("if kind in COUNTED and rows[0].written == len(writes):", "if kind in COUNTED:"),),
         (f"{RACES}test_takeover_and_what_a_run_writes", "tests/worker/test_fences.py"),
     ),
     Mutant(
@@ -353,17 +353,17 @@ MUTANTS = (
         (
             (
                 (
-                    "            written = await durable.database.execute_within(\n"
+                    "            written = await database.execute_within(\n"
                     "                connection,\n"
                     "                checkpoints.RECORD_IN_TRANSACTION,"
                 ),
-                "            written = await _apart(\n                durable,",
+                "            written = await _apart(\n                database,",
             ),
             (
                 "class _Interrupted(Exception)",
                 (
-                    "async def _apart(durable: Durable[Any], parameters: dict[str, Any]) -> Any:\n"
-                    "    async with durable.database.transaction() as connection:\n"
+                    "async def _apart(database: Database, parameters: dict[str, Any]) -> Any:\n"
+                    "    async with database.transaction() as connection:\n"
                     "        written = await connection.execute(checkpoints.RECORD_IN_TRANSACTION, parameters)\n"
                     "        return written.all()\n\n\n"
                     "class _Interrupted(Exception)"

@@ -33,7 +33,7 @@ from durable_sa.client.inserting import (
 )
 from durable_sa.database.notifier import Hint
 from durable_sa.errors import IdempotencyConflict
-from durable_sa.execution.writes import Stored, WaitSpec
+from durable_sa.execution.waits import Stored, WaitSpec
 from durable_sa.models import Checkpoint, Event, Run, Task, Wait, WorkerRow
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare

@@ -16,7 +16,7 @@ from durable_sa import (
     UserError,
     task,
 )
-from durable_sa.telemetry.meters import MOST_QUEUES, Meters
+from durable_sa.telemetry.meters import MAX_QUEUES, Meters
 from durable_sa.testing import run_until_idle
 from durable_sa.worker import sampler
 from tests.support import eventually
@@ -82,11 +82,11 @@ async def test_the_counters_agree_with_the_tables(durable: Durable, metrics: Val
 async def test_tasks_that_nobody_knows_and_queues_beyond_the_bound_share_a_series(
     durable: Durable, metrics: Values
 ) -> None:
-    for number in range(MOST_QUEUES + 2):
+    for number in range(MAX_QUEUES + 2):
         await durable.create_queue(f"tenant-{number}")
         await durable.spawn_by_name(f"made up {number}", unchecked=True, queue_name=f"tenant-{number}")
     points = metrics.of("durable_tasks_spawned_total")
-    assert len(points) == MOST_QUEUES + 1
+    assert len(points) == MAX_QUEUES + 1
     assert points["other", "other"] == 2
     assert {task_name for _, task_name in points} == {"other"}
 
@@ -188,12 +188,12 @@ def test_the_folded_depth_is_a_sum_and_the_age_the_oldest() -> None:
 
     class Sampled:
         def __init__(self) -> None:
-            self.queue_samples = {f"q{number}": (1.0, float(number)) for number in range(MOST_QUEUES + 3)}
+            self.queue_samples = {f"q{number}": (1.0, float(number)) for number in range(MAX_QUEUES + 3)}
 
     meters = Meters(NoOpMeter("test"))
     sampled: Any = Sampled()
     meters.workers.add(sampled)
-    for position, expected in ((0, 3.0), (1, float(MOST_QUEUES + 2))):
+    for position, expected in ((0, 3.0), (1, float(MAX_QUEUES + 2))):
         observed = list(meters._sample(position)(CallbackOptions()))
-        assert len(observed) == MOST_QUEUES + 1
+        assert len(observed) == MAX_QUEUES + 1
         assert {point.attributes["queue"]: point.value for point in observed if point.attributes}["other"] == expected

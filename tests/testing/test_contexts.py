@@ -332,7 +332,7 @@ async def test_a_transaction_is_a_savepoint_of_the_session_given(session: AsyncS
         for function in (place, place_sync):
             with pytest.raises(error):
                 await ctx.transaction("place", function, number)
-    with pytest.raises(SerializationError, match="is a coroutine, which nobody awaits.*Pass the coroutine function"):
+    with pytest.raises(SerializationError, match="is a coroutine, which is never awaited.*Pass the coroutine function"):
         await ctx.transaction("place", lambda _: place(session, 3))
     assert await session.scalar(COUNT) == 2
     assert ctx.recorded.steps == ["place", "place"]

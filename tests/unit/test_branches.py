@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from durable_sa.concurrency import blocking, branches, suspension
-from durable_sa.concurrency.branches import Branches, current_branch, detached
+from durable_sa.concurrency.branches import current_branch, detached
 from durable_sa.concurrency.task_factory import BranchExit, install, uninstall
+from durable_sa.concurrency.tree import BranchTree
 from durable_sa.errors import InvalidState
 
 Path = tuple[int | str, ...]
@@ -44,7 +45,7 @@ def on_every_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
 
     def run(loop_factory: Callable[[], asyncio.AbstractEventLoop], **fixtures: object) -> None:
         complaints: list[dict[str, Any]] = []
-        before = sys.getrecursionlimit(), len(branches._branch_of)
+        before = sys.getrecursionlimit(), len(branches.branch_of)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             loop = runner.get_loop()
             loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
@@ -53,7 +54,7 @@ def on_every_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
             uninstall(loop)
         gc.collect()
         assert complaints == []
-        assert (sys.getrecursionlimit(), len(branches._branch_of)) == before
+        assert (sys.getrecursionlimit(), len(branches.branch_of)) == before
 
     parameters = inspect.signature(test).parameters.values()
     loop_factory = inspect.Parameter("loop_factory", inspect.Parameter.KEYWORD_ONLY)
@@ -71,7 +72,7 @@ class Run:
         self.calls = 0
         self.quiescent = asyncio.Event()
         self.waits: list[asyncio.Future[Any]] = []
-        self.branches = Branches(on_quiescent=self._on_quiescent, grace=grace)
+        self.branches = BranchTree(on_quiescent=self._on_quiescent, grace=grace)
         self.root = self.branches.start(body(self))
 
     def _on_quiescent(self) -> None:
@@ -194,7 +195,7 @@ async def test_a_task_created_in_the_very_context_of_its_creator_has_a_branch_of
         tasks = [asyncio.create_task(path(), context=context) for _ in range(2)]
         return [current_branch().path, *await asyncio.gather(*tasks), current_branch().path]
 
-    run = Branches(on_quiescent=lambda: None)
+    run = BranchTree(on_quiescent=lambda: None)
     assert await run.start(body(), context=context) == [(), (0,), (1,), ()]
     await run.unwind()
     uninstall(loop)
@@ -459,7 +460,7 @@ async def test_the_factory_from_before_makes_the_tasks_of_a_run() -> None:
     for factory in legacy, modern:
         loop.set_task_factory(factory)
         install(loop)
-        run = Branches(on_quiescent=lambda: None)
+        run = BranchTree(on_quiescent=lambda: None)
         if factory is modern:
             assert await run.start(body(), context=context, name="the run") == (0,)
             assert any(kwargs.get("context") is context for kwargs in seen)
@@ -512,7 +513,7 @@ async def test_tasks_of_an_event_loop_in_a_thread_are_not_of_the_run() -> None:
 
     async def look() -> None:
         await asyncio.sleep(0)
-        seen.append(asyncio.current_task() in branches._branch_of)
+        seen.append(asyncio.current_task() in branches.branch_of)
 
     async def other() -> None:
         install(asyncio.get_running_loop())
@@ -624,7 +625,7 @@ async def test_quiescence_is_told_outside_of_the_run() -> None:
         loop = asyncio.get_running_loop()
         await asyncio.gather(run.wait(loop.create_future()), run.wait(loop.create_future()))
 
-    run = Branches(on_quiescent=on_quiescent)
+    run = BranchTree(on_quiescent=on_quiescent)
     root = run.start(body())
     await until(lambda: told)
     assert told == ["owner", "free"]
@@ -1449,20 +1450,20 @@ async def test_a_failure_that_nobody_looked_at_is_logged_when_the_run_ended_by_i
 
 @on_every_loop
 async def test_nothing_refers_to_a_run_after_its_end() -> None:
-    def wait(run: Branches) -> Coroutine[Any, Any, None]:
+    def wait(run: BranchTree) -> Coroutine[Any, Any, None]:
         return run.wait(asyncio.get_running_loop().create_future())
 
-    async def waits(run: Branches) -> None:
+    async def waits(run: BranchTree) -> None:
         with run.scope("step"), run.busy():
             await asyncio.create_task(path())
         await asyncio.gather(wait(run), wait(run))
 
-    async def sleeps(run: Branches) -> None:
+    async def sleeps(run: BranchTree) -> None:
         background = asyncio.create_task(asyncio.sleep(1000))
         await wait(run)
         await background
 
-    async def returns(run: Branches) -> None:
+    async def returns(run: BranchTree) -> None:
         unawaited(wait(run))
         await asyncio.create_task(path())
 
@@ -1477,7 +1478,7 @@ async def test_nothing_refers_to_a_run_after_its_end() -> None:
 
     for body, grace in (waits, 60), (returns, 60), (sleeps, 60), (sleeps, 0):
         observer = Observer()
-        run = Branches(on_quiescent=observer.on_quiescent, grace=grace)
+        run = BranchTree(on_quiescent=observer.on_quiescent, grace=grace)
         root = run.start(body(run))
         await (observer.quiescent.wait() if body is waits or not grace else turns(20))
         left = weakref.ref(run), weakref.ref(observer), weakref.ref(root)
@@ -1495,12 +1496,12 @@ async def test_nothing_refers_to_a_run_after_its_end() -> None:
 
 @on_every_loop
 async def test_ten_thousand_runs_leave_nothing_behind() -> None:
-    async def body(run: Branches) -> None:
+    async def body(run: BranchTree) -> None:
         await run.wait(asyncio.get_running_loop().create_future())
 
     async def one() -> None:
         quiescent = asyncio.Event()
-        run = Branches(on_quiescent=quiescent.set)
+        run = BranchTree(on_quiescent=quiescent.set)
         root = run.start(body(run))
         await quiescent.wait()
         await run.unwind()

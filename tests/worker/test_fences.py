@@ -11,8 +11,20 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from durable_sa import Durable, TaskContext
 from durable_sa.database.channel import DedicatedConnection
+from durable_sa.execution.waits import WaitSpec
 from durable_sa.execution.writer import Writer
-from durable_sa.execution.writes import Kind, WaitSpec, Write
+from durable_sa.execution.writes import (
+    CheckpointValues,
+    ChildValues,
+    CompletionValues,
+    EventValues,
+    FailureValues,
+    Kind,
+    ReleaseValues,
+    SuspensionValues,
+    Values,
+    Write,
+)
 from durable_sa.ids import child_id, new_id
 from durable_sa.signals import LeaseLost
 from durable_sa.spawns import prepare
@@ -36,30 +48,30 @@ class Holder:
 
     def write(self, kind: Kind, told: Any, fence: int = 1) -> Write:
         key = new_id()
-        values: tuple[Any, ...] = ()
+        values: Values = None
         waits: list[WaitSpec] = []
         match kind:
             case Kind.CHECKPOINT:
-                values = ("step", "name", "completed", "1", None)
+                values = CheckpointValues("step", "name", "completed", "1")
             case Kind.CHILD:
                 child = child_id(self.task_id, key)
                 prepared = prepare(self.durable, program.count, None, {}, task_id=child, parent_task_id=self.task_id)
-                values = (("spawn", "name", "completed", '"digest"', child), prepared.values)
+                values = ChildValues(CheckpointValues("spawn", "name", "completed", '"digest"', child), prepared.values)
             case Kind.EVENT:
-                values = ("emit", "name", "completed", None, None, f"event-{key}", "1", None)
+                values = EventValues(CheckpointValues("emit", "name", "completed", None), f"event-{key}", "1", None)
             case Kind.WAITS | Kind.SUSPENSION:
                 waits = [
                     WaitSpec(key, "event", "name", "some", None, None, 60.0),
                     WaitSpec(new_id(), "sleep", "nap", None, None, None, 60.0),
                 ]
-                values = (True,) if kind is Kind.SUSPENSION else ()
+                values = SuspensionValues(True) if kind is Kind.SUSPENSION else None
             case Kind.FAILURE:
-                values = (ERROR, True, new_id(), True)
+                values = FailureValues(ERROR, True, new_id(), True)
             case Kind.RELEASE:
-                values = (ERROR, new_id())
+                values = ReleaseValues(ERROR, new_id())
             case Kind.COMPLETION:
-                values = ("1", True)
-        return Write(kind, self.task_id, fence, told, key, values, waits)
+                values = CompletionValues("1", True)
+        return Write(kind, self.task_id, fence, told, values, key, waits)
 
     async def send(self, kind: Kind, fence: int = 1) -> BaseException | None:
         """Write through a writer; the error that it tells."""

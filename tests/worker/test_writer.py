@@ -10,7 +10,7 @@ from sqlalchemy import Executable
 
 from durable_sa import Durable
 from durable_sa.database.channel import DedicatedConnection
-from durable_sa.execution.writer import PIPELINED, Writer
+from durable_sa.execution.writer import SPLIT_WRITES, Writer
 from durable_sa.execution.writes import Kind
 from durable_sa.signals import LeaseLost
 from durable_sa.statements import claiming
@@ -21,7 +21,7 @@ from .conftest import Rows
 from .test_claims import Claimer
 from .test_fences import Holder
 
-TASKS = 2 * PIPELINED
+TASKS = 2 * SPLIT_WRITES
 
 
 class Traffic:
@@ -88,7 +88,7 @@ def running() -> list[asyncio.Task[None]]:
 @pytest.fixture
 async def writer(channels: tuple[Watched, Watched], running: list[asyncio.Task[None]]) -> AsyncGenerator[Writer]:
     writer = Writer(*channels, on_commit=lambda *_: None)
-    running += [asyncio.create_task(writer.run()), asyncio.create_task(writer.run_beside())]
+    running += [asyncio.create_task(writer.run()), asyncio.create_task(writer.run_second())]
     yield writer
     for task in running:
         task.cancel()
