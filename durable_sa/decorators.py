@@ -70,8 +70,8 @@ def task(
 
     `async def` functions get a `TaskContext`; `def` functions run in a thread with a `SyncTaskContext`. Params and
     output are stored by their annotations, as plain JSON where there are none. The name is the function's own if none
-    is given. Options that are not given are the client's. After an exception of `no_retry_on` the task is not tried
-    again.
+    is given. Options that are not set are the client's. After an exception of `no_retry_on` the task is not
+    retried.
 
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
@@ -107,7 +107,7 @@ def _make(
 
 
 def _params_name(function: Callable[..., Any]) -> str | None:
-    """The name of the second parameter, None if there is only the context."""
+    """Return the name of the second parameter, None if the context is the only one."""
     parameters = list(inspect.signature(function).parameters.values())
     positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
     others = [parameter for parameter in parameters if parameter.kind not in _POSITIONAL]

@@ -12,7 +12,7 @@ from .validation import MAX_DURATION, Duration, number, seconds
 
 @dataclass(frozen=True, slots=True)
 class RetryStrategy:
-    """How long a failed task, or step, waits before it runs again. Made by `none()`, `fixed()` or `exponential()`.
+    """The delay of a failed task, or step, before its retry. Made by `none()`, `fixed()` or `exponential()`.
 
     Raises:
         InvalidConfiguration: for a field outside its range.
@@ -22,11 +22,11 @@ class RetryStrategy:
     base_delay: float = 0.0
     """Seconds before the first retry, and between all of them if `fixed`. At most 100 years."""
     factor: float = 1.0
-    """What each further failure multiplies the delay by, 1 to 1000. Only `exponential` has one."""
+    """The factor of the delay for each further failure, 1 to 1000. Only `exponential` has one."""
     max_backoff: float = MAX_DURATION
     """The longest delay in seconds, jitter included. Only `exponential` has one."""
     jitter: float = 0.0
-    """Share of the delay, 0 to 1, by which it is made shorter or longer at random."""
+    """The share of the delay, 0 to 1, by which it varies at random."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("none", "fixed", "exponential"):
@@ -42,30 +42,33 @@ class RetryStrategy:
 
     @classmethod
     def none(cls) -> "RetryStrategy":
-        """No retry: the first failure is the last."""
+        """Return a strategy without retries: the first failure is final."""
         return cls("none")
 
     @classmethod
     def fixed(cls, base_delay: Duration = 5, jitter: float = 0) -> "RetryStrategy":
-        """The same delay before each retry, in seconds or as a `timedelta`; `jitter` is a share of it, 0 to 1."""
+        """Return a strategy with the same delay before each retry, in seconds or as a `timedelta`.
+
+        `jitter` is a share of the delay, 0 to 1, by which it varies at random.
+        """
         return cls("fixed", seconds(base_delay, "base_delay"), jitter=jitter)
 
     @classmethod
     def exponential(
         cls, base_delay: Duration = 5, factor: float = 2, max_backoff: Duration = 300, jitter: float = 0
     ) -> "RetryStrategy":
-        """`base_delay` before the first retry, `factor` times longer before each further one, up to `max_backoff`.
+        """Return a strategy whose delay begins at `base_delay` and grows by `factor` per retry, up to `max_backoff`.
 
-        Both are seconds or a `timedelta`; `jitter` is a share of the delay, 0 to 1, by which it varies at random.
+        Both times are seconds or a `timedelta`; `jitter` is a share of the delay, 0 to 1, by which it varies at random.
         """
         return cls(
             "exponential", seconds(base_delay, "base_delay"), factor, seconds(max_backoff, "max_backoff"), jitter
         )
 
     def delay(self, failures: int, random: Callable[[], float] = _random.random) -> float:
-        """Seconds to wait after the `failures`-th failure, counted from 1. `random` gives numbers in [0, 1).
+        """Return the seconds to wait after the `failures`-th failure, counted from 1; 0 for the strategy `none`.
 
-        Where nothing is retried, `none`, it is 0.
+        `random` returns numbers in [0, 1).
         """
         if self.kind == "none":
             return 0.0
@@ -74,7 +77,7 @@ class RetryStrategy:
             try:
                 delay *= self.factor ** (failures - 1)
             except OverflowError:
-                # The power alone is beyond what a number can hold, its product with a tiny delay need not be.
+                # The power exceeds the range of a float, but its product with a tiny delay may not.
                 logarithm = math.log(delay) + (failures - 1) * math.log(self.factor) if delay else -math.inf
                 delay = math.exp(min(logarithm, math.log(MAX_DURATION)))
             delay = min(delay, self.max_backoff)
@@ -84,12 +87,12 @@ class RetryStrategy:
 
 
 DEFAULT_RETRY_STRATEGY: Final = RetryStrategy.fixed(5)
-"""Of clients that say nothing else."""
+"""The strategy of a client that sets no other."""
 
 
 @dataclass(frozen=True, slots=True)
 class CancellationPolicy:
-    """When a task that takes too long is cancelled by itself. `None` is never.
+    """The times after which the engine cancels a task. `None` is never.
 
     Raises:
         InvalidConfiguration: for durations outside 0 to 100 years.
@@ -98,7 +101,7 @@ class CancellationPolicy:
     max_pending_time: Duration | None = None
     """Seconds from `available_at` to the first start."""
     max_running_time: Duration | None = None
-    """Seconds from the first start on, retries and sleep included."""
+    """Seconds from the first start, retries and sleeps included."""
 
     def __post_init__(self) -> None:
         for name in ("max_pending_time", "max_running_time"):

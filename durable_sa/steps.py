@@ -1,4 +1,4 @@
-"""The `step` decorator: a function that is remembered when a task calls it, and a plain function elsewhere."""
+"""The `step` decorator: a function whose calls by a task are recorded, and a plain function elsewhere."""
 
 import functools
 from collections.abc import Callable
@@ -28,19 +28,18 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """How a step is run.
+    """The options of a step.
 
     Raises:
         InvalidConfiguration: for a value that cannot work.
     """
 
     max_attempts: int = 1
-    """How often the step may run before its error reaches the task. Retries of a step spend no attempt of the
-    task."""
+    """The number of tries before the step's error reaches the task. Retries of a step spend no attempt of the task."""
     retry_strategy: RetryStrategy | None = None
-    """How long to wait between them. The client's default if None."""
+    """The delays between tries. The client's default if None."""
     timeout: float | None = None
-    """Seconds after which a try is cancelled, and fails with `TaskTimeout`."""
+    """Seconds after which a try is cancelled and fails with `TaskTimeout`."""
 
     def __post_init__(self) -> None:
         integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
@@ -51,12 +50,12 @@ class StepOptions:
 
 
 PLAIN: Final = StepOptions()
-"""Those of a step that is given as a plain function."""
+"""The options of a plain function."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step(Generic[P, R_co]):
-    """A function that runs once for each call a task makes of it. Made by `step`."""
+    """A function that runs once for each call of it in a task. Made by `step`."""
 
     name: str
     function: Callable[P, R_co]
@@ -66,8 +65,8 @@ class Step(Generic[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Call the function: inside a task as `ctx.step`, elsewhere as it is.
 
-        In an `async def` task what comes back is awaited. A thread of such a task, in which a `def` step runs, cannot
-        wait for steps of its own, also not in an event loop of its own: there it is the plain function.
+        In an `async def` task the result is awaited. The thread of a `def` step of such a task cannot wait for steps,
+        not even in an event loop of its own: in that thread the call is one of the plain function.
         """
         context = context_or_none()
         if context is None or not (context.blocking or (in_event_loop() and not context.in_another_loop)):
@@ -83,7 +82,7 @@ class Step(Generic[P, R_co]):
 
 
 class StepDecorator(Protocol):
-    """What `step(...)` gives."""
+    """The decorator that `step(...)` returns."""
 
     def __call__(self, function: Callable[P, R], /) -> Step[P, R]: ...
 
@@ -132,7 +131,7 @@ def plain_step(fn: Callable[..., Any]) -> tuple[Callable[..., Any], StepOptions]
 
 
 def result_codec(function: Callable[..., Any]) -> Codec[Any]:
-    """Return the codec of what `function` gives, by its return annotation; plain JSON without one.
+    """Return the codec of the result of `function`, by its return annotation; plain JSON without one.
 
     Raises:
         SerializationError: if the annotation cannot be evaluated or has no JSON form.

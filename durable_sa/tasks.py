@@ -1,4 +1,4 @@
-"""Tasks: functions that are run durably, with what their signatures say about params and output."""
+"""Tasks: functions that are run durably, with the types of their params and output."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
 from .serialization.codec import Codec, codec_for, problems
 
-# A task that accepts a base type, or None, can be spawned with what is more special.
+# A task that accepts a base type, or None, can be spawned with a subtype.
 ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
 OutputT_co = TypeVar("OutputT_co", covariant=True)
 
@@ -28,19 +28,19 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """
 
     name: str
-    """By which it is stored: what is spawned under a name is run by the task that has it at that time."""
+    """The name that is stored. A worker runs the task that is registered under the name at that time."""
     function: Callable[..., Any]
     """The plain function."""
     is_async: bool
-    """Whether it is awaited. A task that is not runs in a thread, with a `SyncTaskContext`."""
+    """True for an `async def` function. Another one runs in a thread, with a `SyncTaskContext`."""
     params_name: str | None = field(repr=False)
-    """The name of its second parameter, or None if the context is all it takes."""
+    """The name of the second parameter, or None if the context is the only one."""
     options: TaskOptions = field(repr=False)
-    """What it says about its spawns."""
+    """The options of its spawns."""
     no_retry_on: tuple[type[BaseException], ...] = field(repr=False)
-    """Exceptions after which it is not tried again."""
+    """Exceptions after which it is not retried."""
     local_types: dict[str, object] = field(repr=False)
-    """Types that its annotations name and that are local to the function in which it is defined."""
+    """Types that its annotations name and that are local to the function that defines the task."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -51,22 +51,22 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
 
     @property
     def takes_params(self) -> bool:
-        """Whether it takes `(ctx, params)` rather than `(ctx)`."""
+        """True if it takes `(ctx, params)` rather than `(ctx)`."""
         return self.params_name is not None
 
     @property
     def max_attempts(self) -> int | None:
-        """How often its code may fail; None leaves it to the client."""
+        """The number of times its code may fail; None leaves it to the client."""
         return self.options.max_attempts
 
     @property
     def retry_strategy(self) -> RetryStrategy | None:
-        """How long it waits between attempts; None leaves it to the client."""
+        """The delays between attempts; None leaves them to the client."""
         return self.options.retry_strategy
 
     @property
     def cancellation(self) -> CancellationPolicy | None:
-        """When it is given up; None leaves it to the client."""
+        """The times after which it is cancelled; None leaves them to the client."""
         return self.options.cancellation
 
     @property
@@ -74,16 +74,16 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
         """The queue it is spawned on; None leaves it to the client."""
         return self.options.queue_name
 
-    # The types are looked at when they are first needed: by then all that the annotations name is there.
+    # Annotations are resolved on first use, because by then all names in them are defined.
 
     @functools.cached_property
     def params_codec(self) -> Codec[Any]:
-        """Encodes its params."""
+        """The codec of its params."""
         return self._codec(cast(str, self.params_name))
 
     @functools.cached_property
     def output_codec(self) -> Codec[OutputT_co]:
-        """Encodes its output."""
+        """The codec of its output."""
         return self._codec("return")
 
     def _codec(self, name: str) -> Codec[Any]:
@@ -93,10 +93,10 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     def encode_params(self, params: object) -> str | None:
         """Return params as JSON text, None for a task that takes none.
 
-        What pydantic makes a `ParamsT` of is accepted as well, such as a dict for a model.
+        Values that pydantic converts to a `ParamsT` are accepted as well, such as a dict for a model.
 
         Raises:
-            InvalidTaskParams: naming the places that do not fit, never the values.
+            InvalidTaskParams: with the places that do not fit, never the values.
             SerializationError: if they fit and have no JSON form.
         """
         if self.params_name is None:

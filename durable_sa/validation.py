@@ -20,7 +20,7 @@ def number(value: object, what: str, *, minimum: float, maximum: float) -> float
     """Return `value` as a float.
 
     Raises:
-        InvalidConfiguration: for NaN, anything that is no number (`bool` included), or a number outside the range.
+        InvalidConfiguration: for NaN, a value that is no number (`bool` included), or a number outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidConfiguration(what, f"it must be a number, not {type(value).__name__}")
@@ -34,7 +34,7 @@ def integer(value: object, what: str, *, minimum: int, maximum: int) -> int:
     """Return `value` as an int.
 
     Raises:
-        InvalidConfiguration: for anything that is no int (`bool` included), or one outside the range.
+        InvalidConfiguration: for a value that is no int (`bool` included), or one outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidConfiguration(what, f"it must be an int, not {type(value).__name__}")
@@ -48,7 +48,7 @@ def seconds(duration: object, what: str, *, minimum: float = 0.0) -> float:
     """Return a duration, `float` seconds or a `timedelta`, as seconds.
 
     Raises:
-        InvalidConfiguration: for NaN, values below `minimum` or above 100 years, and what is no duration.
+        InvalidConfiguration: for NaN, values below `minimum` or above 100 years, and a value that is no duration.
     """
     if isinstance(duration, timedelta):
         duration = duration.total_seconds()
@@ -63,7 +63,7 @@ def timestamp(value: object, what: str) -> datetime:
     """Return an aware datetime in UTC.
 
     Raises:
-        InvalidConfiguration: for naive datetimes, years before 1000 or after 8999, and what is no datetime.
+        InvalidConfiguration: for naive datetimes, years before 1000 or after 8999, and a value that is no datetime.
     """
     if not isinstance(value, datetime):
         raise InvalidConfiguration(what, f"it must be a datetime, not {type(value).__name__}")

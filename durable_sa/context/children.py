@@ -42,10 +42,10 @@ class Children(ContextBase):
     ) -> TaskHandle[T]: ...
 
     def spawn(self, name: str, task: Task[Any, Any], params: Any = None, /, **options: Unpack[SpawnOptions]) -> Any:
-        """Spawn a subtask, once: the child and the memory of it commit together.
+        """Spawn a subtask once: the child and the record of the call commit together.
 
-        It goes to this task's queue unless `queue_name` is given. If this task fails or is cancelled, so is the child;
-        if it completes, the child goes on. Called with other params in a replay, the first child is given back.
+        The child goes to this task's queue unless `queue_name` is set. If this task fails or is cancelled, the child is
+        cancelled; if it completes, the child continues. A replay with other params returns the first child.
 
         Raises:
             InvalidTaskParams: the params do not fit the task.
@@ -59,7 +59,7 @@ class Children(ContextBase):
     ) -> Coroutine[object, None, TaskHandle[Any]]:
         """Spawn a subtask by the name of its task, which need not be registered in this process.
 
-        As :meth:`spawn`; params are checked where the task is registered, and sent as plain JSON where it is not.
+        See :meth:`spawn`. Params are checked if the task is registered here, else they are sent as plain JSON.
         """
         unchecked = task_name not in self._app.tasks
         return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=unchecked)
@@ -106,15 +106,15 @@ class Children(ContextBase):
         raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
-        """The result of a child; suspends until it has ended.
+        """Return the result of a child; suspends until the child has ended.
 
         Raises:
             ChildFailed, ChildCancelled: the child ended that way.
-            TaskTimeout: it had not ended after `timeout` seconds; remembered, so a replay takes the same way.
-            TaskNotFound: the handle is not of a child of this task.
+            TaskTimeout: the child had not ended after `timeout` seconds; recorded, so a replay raises it too.
+            TaskNotFound: the handle is not that of a child of this task.
         """
         if not isinstance(handle, TaskHandle | SpawnResult):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"join takes the TaskHandle that `await ctx.spawn(...)` gives, not {type(handle).__name__}")
+            raise TypeError(f"join takes the TaskHandle of `await ctx.spawn(...)`, not {type(handle).__name__}")
         limit = None if timeout is None else seconds(timeout, "timeout")
         call = self._call("join", "$join", str(handle.task_id))
         return self._join(call, handle, limit)

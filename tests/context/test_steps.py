@@ -514,7 +514,10 @@ async def test_what_is_no_function_is_refused(run: Runner, tally: Tally):
 
     for work, message in (
         (called, "step 'charge' takes a function and then its arguments, not the result of a call (a coroutine)"),
-        (called_in_a_thread, "step 'charge' takes a function and then its arguments, not the result of a call (a coroutine)"),
+        (
+            called_in_a_thread,
+            "step 'charge' takes a function and then its arguments, not the result of a call (a coroutine)",
+        ),
         (
             in_a_transaction,
             "transaction 'charge' takes a function and then its arguments, not the result of a call (a coroutine)",
