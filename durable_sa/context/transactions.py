@@ -41,10 +41,10 @@ class Transactions(ContextBase):
         """Run `fn(session, *args, **kwargs)` in one database transaction with its checkpoint.
 
         Its writes are committed exactly once, or not at all. The session comes from the client's sessionmaker or
-        engine; `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if it is a
-        plain function, called with a `Session` on the event loop, so it should do nothing slow besides its statements.
-        It is retried from the beginning: up to 5 times after serialization failures and deadlocks, up to 20 times after
-        lost connections. It may use savepoints.
+        engine; `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if
+        it is a plain function, called with a `Session` on the event loop, so it should do nothing slow besides its
+        statements. It is retried from the beginning: up to 5 times after serialization failures and deadlocks, up to 20
+        times after lost connections. It may use savepoints.
 
         Raises:
             InvalidState: `fn` commits or rolls back the whole transaction itself, or closes the session.
