@@ -1,9 +1,18 @@
-"""Durable execution for applications that use SQLAlchemy."""
+"""Durable execution for applications that use SQLAlchemy.
+
+The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
+`telemetry`, `testing`, `testing.plugin`, `migrations`, `embedded` and `cli`. All others belong to the engine and may
+change in any release.
+"""
+
+from importlib import metadata
+from typing import TYPE_CHECKING
 
 from .client import Durable, QueuePolicy
 from .context import TaskContext
 from .context.sync import SyncTaskContext
 from .current import current_context, heartbeat
+from .decorators import task
 from .errors import (
     ChildCancelled,
     ChildFailed,
@@ -26,9 +35,9 @@ from .errors import (
     TaskTimeout,
     UserError,
 )
-from .hooks import Hooks, OutgoingSpawn
+from .hooks import Hooks
 from .models import TaskRow
-from .options import Spawn, SpawnOptions, WorkerOptions
+from .options import SpawnOptions, WorkerOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
     QueueStatistics,
@@ -41,8 +50,9 @@ from .results import (
     TaskStatus,
 )
 from .schedules.pgcron import setup_pgcron
+from .spawns import OutgoingSpawn, Spawn
 from .steps import step
-from .tasks import Task, task
+from .tasks import Task
 from .worker.worker import Worker
 
 __all__ = [
@@ -94,3 +104,19 @@ __all__ = [
     "step",
     "task",
 ]
+
+
+__version__: str
+"""The installed version of the package."""
+
+if not TYPE_CHECKING:  # a type checker would take every unknown name for an attribute
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":
+            # Read on demand, because finding and parsing the metadata of a distribution takes milliseconds.
+            return metadata.version(__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", *(name for name in globals() if name.startswith("__"))})

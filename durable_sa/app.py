@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from .client.registry import Registry
 from .database.connections import Database
 from .database.notifier import (
     Hint,
@@ -20,17 +19,14 @@ from .database.notifier import (
 )
 from .database.scripts import perform_alone
 from .database.sessions import Script
-from .errors import QueueNotFound
-from .hooks import Hooks, chain
+from .errors import QueueNotFound, TaskNotRegistered
+from .execution.hooks import HookChain
 from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, TaskOptions
-from .policies import (
-    DEFAULT_RETRY_STRATEGY,
-    CancellationPolicy,
-    RetryStrategy,
-    integer,
-)
+from .policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from .statements import queues
+from .tasks import Task
+from .validation import integer
 
 if TYPE_CHECKING:
     from .telemetry import Telemetry
@@ -41,7 +37,7 @@ T = TypeVar("T")
 _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics": "get_meter_provider"}
 
 
-class App(Registry):
+class App:
     """A client before there is anything that it can do."""
 
     def __init__(
@@ -54,10 +50,11 @@ class App(Registry):
         default_retry_strategy: RetryStrategy | None,
         default_cancellation: CancellationPolicy | None,
         max_payload_bytes: int,
-        hooks: Iterable[Hooks],
+        hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
     ) -> None:
-        super().__init__()
+        self.tasks: dict[str, Task[Any, Any]] = {}
+        """The registered tasks by name."""
         self.queue_name = validate_name("queue", queue_name)
         """The queue of spawns and workers that name none."""
         self.schema = validate_schema(schema)
@@ -69,12 +66,23 @@ class App(Registry):
             default_cancellation,
             self.queue_name,
         )
-        self.hooks = chain(hooks)
+        self.hooks = hooks
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         self._database: Database | None = None
         self._workers: set[Worker] = set()
         self._hint_sender: HintSender | None = None
+
+    def registered(self, name: str) -> Task[Any, Any]:
+        """Return the task of that name.
+
+        Raises:
+            TaskNotRegistered: no task has that name.
+        """
+        try:
+            return self.tasks[name]
+        except KeyError:
+            raise TaskNotRegistered(name, self.tasks) from None
 
     @property
     def database(self) -> Database:

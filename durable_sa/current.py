@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from .concurrency.threads import in_event_loop
 from .errors import InvalidState
-from .policies import Duration
+from .validation import Duration
 
 _current: ContextVar[Any] = ContextVar("durable_sa_context", default=None)
 

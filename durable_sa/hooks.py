@@ -1,4 +1,4 @@
-"""What an application does around all spawns, runs and steps of a client, said in one place.
+"""Code around all spawns, runs and steps of a client.
 
 ```python
 from collections.abc import AsyncIterator
@@ -29,69 +29,50 @@ durable = Durable(hooks=[Tenants()])
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .execution.hooks import HookChain, OnSpawn
-from .options import SpawnOptions, encode_headers
+from .context import TaskContext
+from .execution.hooks import HookChain
+from .spawns import OutgoingSpawn
 
-if TYPE_CHECKING:
-    from .context import TaskContext
-
-
-@dataclass(slots=True)
-class OutgoingSpawn:
-    """A spawn that was found to be in order, before it is sent."""
-
-    task_id: uuid.UUID
-    """Of the task to be. Another task has the idempotency key, if it was there before."""
-    task_name: str
-    queue_name: str
-    options: SpawnOptions
-    """As the caller gave them. To change them has no effect."""
-    parent_task_id: uuid.UUID | None
-    """The task that spawns a child; None for spawns from the outside and by schedules."""
-    headers: dict[str, Any]
-    """To be changed at will, within the rules for headers."""
-    internal_headers: dict[str, Any] = field(repr=False)
-    """Those whose keys begin with `durable::`."""
+__all__ = ["Hooks", "OutgoingSpawn"]
 
 
 class Hooks:
-    """To be subclassed, and given to :class:`durable_sa.Durable` as `hooks`. What is not overridden costs nothing.
+    """Base class of hooks, instances of which are passed to :class:`durable_sa.Durable` as `hooks`.
 
-    Of several hooks the first one is around the others. None of the methods is called for what is only replayed.
+    A method that is not overridden costs nothing. Of several hooks the first is the outermost. No method is called for
+    what is only replayed.
     """
 
     def on_spawn(self, spawn: OutgoingSpawn) -> None:
-        """Called for each spawn, on whatever thread it is made: of clients, `spawn_many`, children, ticks of schedules.
+        """Change or refuse a spawn: a client's, one of `spawn_many`, a child's or a schedule's.
 
-        An exception refuses the spawn and reaches the caller. For the tick of a schedule it is called by each worker
-        that tries to fire it; one of them succeeds, and an exception leaves the tick to the others.
-
-        For schedules of the `pg_cron` backend, whose tasks the database makes by itself, it is not called.
+        It is called on the thread of the spawn, whichever that is. An exception refuses the spawn and reaches the
+        caller. For the tick of a schedule it is called by each worker that tries to fire it; one of them succeeds, and
+        an exception leaves the tick to the others. For schedules of the `pg_cron` backend it is not called, because
+        the database itself inserts their tasks.
         """
 
     def around_task(self, ctx: TaskContext[Any]) -> AbstractAsyncContextManager[object]:
-        """Entered around the execution of each run, on the event loop, also for `def` tasks.
+        """Return a context manager that is entered around each run, on the event loop, for `def` tasks as well.
 
-        Context variables that it sets are set in the task, its branches, steps and threads. An exception of its own
-        fails the run as one of the task would. Those of the task pass through it, and it must let them.
+        Context variables that it sets are set in the task, its branches, steps and threads. An exception of the hook
+        fails the run as one of the task would. Exceptions of the task pass through the hook, which must let them.
 
-        A suspension (a sleep, a wait) unwinds it: it sees `asyncio.CancelledError`, with `ctx.signal` set, and is
-        entered again when the task goes on, maybe elsewhere and much later. The same holds for cancelled and lost
-        runs. What it awaits on its way out is cancelled again every 0.1 seconds, and left behind after 5.
+        A suspension (a sleep, a wait) unwinds the hook: it sees `asyncio.CancelledError`, with `ctx.signal` set, and is
+        entered again when the task continues, maybe in another process and much later. The same holds for cancelled
+        and lost runs. What the hook awaits on its way out is cancelled every 0.1 seconds, and abandoned after 5.
         """
         return nullcontext()
 
     def around_step(self, ctx: TaskContext[Any], name: str) -> AbstractContextManager[object]:
-        """Entered around each try of a step, and around each transaction; synchronous, so that it can be anywhere.
+        """Return a context manager that is entered around each try of a step, and around each transaction.
 
-        It is on the event loop for `async def` tasks and for transactions, and in the task's thread for the steps of
-        `def` tasks. Exceptions pass through it as through `around_task`.
+        It is synchronous because it is entered on the event loop for `async def` tasks and for transactions, but in
+        the task's thread for the steps of `def` tasks. Exceptions pass through it as through `around_task`.
         """
         return nullcontext()
 
@@ -112,10 +93,3 @@ def chain(hooks: Iterable[Hooks]) -> HookChain:
         return tuple(getattr(hook, method) for hook in hooks if getattr(type(hook), method) is not base)
 
     return HookChain(*map(overriding, HookChain._fields))
-
-
-def outgoing_headers(hooks: Iterable[OnSpawn], spawn: OutgoingSpawn) -> str:
-    """Return the headers of a spawn, encoded, after the hooks have changed it."""
-    for hook in hooks:
-        hook(spawn)
-    return encode_headers(spawn.headers, spawn.internal_headers)

@@ -11,7 +11,7 @@ NameKind = Literal["queue", "task", "step", "event", "schedule", "worker", "head
 MAX_NAME_BYTES: Final = 200
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 255
 MAX_SCHEMA_BYTES: Final = 63
-"""What Postgres keeps of an identifier; it cuts off the rest in silence."""
+"""The length to which Postgres silently truncates an identifier."""
 
 _RESERVED_PREFIX: Final[dict[str, str]] = {"step": "$", "event": "$", "header": "durable::"}
 _CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -70,7 +70,7 @@ def validate_schema(value: object) -> str:
     elif size > MAX_SCHEMA_BYTES:
         problem = f"{value!r} has {size} bytes of UTF-8 and at most {MAX_SCHEMA_BYTES} are allowed"
     elif value.startswith("pg_"):
-        problem = f"{value!r} starts with 'pg_', which Postgres keeps to itself"
+        problem = f"{value!r} starts with 'pg_', which Postgres reserves"
     else:
         return value
     raise InvalidConfiguration("schema", problem)

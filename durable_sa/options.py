@@ -1,52 +1,45 @@
-"""The options of spawns, tasks and workers, and how they come together: spawn's over the task's over the client's."""
+"""The options of spawns, tasks and workers. Options of a spawn override those of its task, and these the client's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, TypedDict, TypeVar, cast, overload
+from typing import Any, Final, TypedDict, TypeVar, cast
 
 from sqlalchemy import URL
-from typing_extensions import Unpack
 
 from .errors import InvalidConfiguration, SerializationError
 from .names import validate_name
-from .policies import CancellationPolicy, Duration, RetryStrategy, integer, seconds, timestamp
+from .policies import CancellationPolicy, RetryStrategy
 from .serialization.codec import UNTYPED, check_size
-
-if TYPE_CHECKING:
-    from .tasks import Task
-
-ParamsT = TypeVar("ParamsT")
-OutputT = TypeVar("OutputT")
-OutputT_co = TypeVar("OutputT_co", covariant=True)
+from .validation import Duration, instance, integer, seconds, timestamp
 
 MAX_ATTEMPTS: Final = 2**31 - 1
 MAX_HEADERS_BYTES: Final = 16 * 1024
 
 
 class SpawnOptions(TypedDict, total=False):
-    """Keywords of every spawn. What is absent or None comes from the task, then from the client."""
+    """Keywords of a spawn. One that is absent or None comes from the task, then from the client."""
 
     max_attempts: int | None
     """How often the task's own code may fail, 1 to 2147483647. Lost workers and deploys do not count."""
     retry_strategy: RetryStrategy | None
-    """How long to wait between attempts."""
+    """The delays between attempts."""
     headers: Mapping[str, Any] | None
     """JSON values that travel with the task, at most 16 KiB encoded. Keys that start with `durable::` are
     reserved."""
     cancellation: CancellationPolicy | None
-    """When to give the task up by itself."""
+    """The times after which the task is cancelled."""
     queue_name: str | None
-    """The queue, which has to exist. Subtasks go to their parent's if it is absent."""
+    """The queue, which must exist. A subtask without one goes to the queue of its parent."""
     idempotency_key: str | None
-    """A second spawn with the same key in a queue gives the first one's task, for as long as that is kept. At most 255
+    """A second spawn with the same key in a queue returns the task of the first, until that is deleted. At most 255
     bytes of UTF-8."""
     available_at: datetime | None
-    """No worker takes the task before: a time with a time zone. Not together with `delay`."""
+    """The time, with a time zone, before which no worker claims the task. Excludes `delay`."""
     delay: Duration | None
-    """As `available_at`, in seconds or as a `timedelta`, counted from the spawn on by the database's clock."""
+    """The time from the spawn to `available_at`, in seconds or as a `timedelta`, by the database's clock."""
     priority: int | None
-    """Smaller comes first, -32768 to 32767. 0 if absent."""
+    """-32768 to 32767, the smallest is claimed first. 0 if absent."""
 
 
 class WorkerOptions(TypedDict, total=False):
@@ -55,33 +48,33 @@ class WorkerOptions(TypedDict, total=False):
     queue_names: Sequence[str] | None
     """The queues to serve, in the order of claiming. The client's queue if absent."""
     concurrency: int
-    """How many runs are in progress at once. 1 if absent."""
+    """The number of runs in progress at once. 1 if absent."""
     batch_size: int | None
-    """How many tasks are claimed at once, at most. As many as there are free slots if absent."""
+    """The maximum number of tasks per claim. The number of free slots if absent."""
     claim_timeout: Duration
-    """How long the worker may be silent before others take its runs over, at least 1 second. 120 seconds if
+    """The time without a heartbeat after which other workers take the runs over, at least 1 second. 120 seconds if
     absent."""
     poll_interval: Duration
-    """Seconds between looks at the queues while LISTEN does not work. 0.25 if absent."""
+    """Seconds between polls of the queues while LISTEN does not work. 0.25 if absent."""
     worker_id: str | None
     """A label. `host:pid` if absent."""
     fatal_on_lease_timeout: bool
-    """End the process, with exit code 1, when others have taken this worker's runs over, or its lease is over and code
-    of a run does not end. False if absent."""
+    """End the process, with exit code 1, if other workers have taken this worker's runs over, or if its lease has ended
+    and code of a run does not stop. False if absent."""
     shutdown_timeout: Duration
-    """Seconds that runs get to come to their end at shutdown. 30 if absent."""
+    """Seconds that runs have at shutdown to end by themselves. 30 if absent."""
     listen: bool
     """Whether to LISTEN for wake-up hints. True if absent."""
     health_port: int | None
-    """Serve `GET /live` and `GET /ready` on this port of all interfaces, for probes. Not at all if absent."""
+    """The port, on all interfaces, of `GET /live` and `GET /ready` for probes. None is opened if absent."""
     listen_url: URL | str | None
-    """Where to LISTEN, if not where the client's engine connects to: around a pooler in transaction mode, behind which
-    nothing arrives."""
+    """The database URL for LISTEN, if not that of the client's engine: a pooler in transaction mode must be bypassed,
+    because no notification passes through it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """What a task, or a client for all tasks, says about spawns. None leaves it to the next level.
+    """The options of spawns that a task, or a client for all tasks, sets. None leaves one to the next level.
 
     Raises:
         InvalidConfiguration, InvalidName: for a value that cannot work.
@@ -96,36 +89,11 @@ class TaskOptions:
         if self.max_attempts is not None:
             integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
         if self.retry_strategy is not None:
-            _instance(self.retry_strategy, RetryStrategy, "retry_strategy")
+            instance(self.retry_strategy, RetryStrategy, "retry_strategy")
         if self.cancellation is not None:
-            _instance(self.cancellation, CancellationPolicy, "cancellation")
+            instance(self.cancellation, CancellationPolicy, "cancellation")
         if self.queue_name is not None:
             validate_name("queue", self.queue_name)
-
-
-@dataclass(frozen=True, init=False)
-class Spawn(Generic[OutputT_co]):
-    """One item of `spawn_many`: a task, its params, and options of its own."""
-
-    task: "Task[Any, OutputT_co]"
-    params: Any
-    options: SpawnOptions
-
-    @overload
-    def __init__(
-        self: "Spawn[OutputT]", task: "Task[None, OutputT]", params: None = None, **options: Unpack[SpawnOptions]
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: "Spawn[OutputT]", task: "Task[ParamsT, OutputT]", params: ParamsT, **options: Unpack[SpawnOptions]
-    ) -> None: ...
-    def __init__(self, task: "Task[Any, Any]", params: Any = None, **options: Unpack[SpawnOptions]) -> None:
-        object.__setattr__(self, "task", task)
-        object.__setattr__(self, "params", params)
-        object.__setattr__(self, "options", options)
-
-    def __repr__(self) -> str:
-        return f"Spawn({self.task!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +121,12 @@ def resolve_spawn_options(
     *,
     internal_headers: Mapping[str, Any] | None = None,
 ) -> ResolvedSpawn:
-    """Return the options of one spawn: `spawn`'s own over the `task`'s over `defaults`, which must be complete.
+    """Return the options of one spawn: those of `spawn`, else of `task`, else of `defaults`, which must be complete.
 
-    `internal_headers` are the engine's own, whose keys may be reserved ones.
+    `internal_headers` are the engine's, whose keys may be reserved ones.
 
     Raises:
-        TypeError: for an option there is not.
+        TypeError: an unknown option.
         InvalidConfiguration, InvalidName, SerializationError, PayloadTooLarge: for a value that cannot work.
     """
     if unknown := spawn.keys() - SpawnOptions.__annotations__.keys():
@@ -184,32 +152,32 @@ def resolve_spawn_options(
 
 
 def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any] | None = None) -> str:
-    """Return headers as the JSON text of an object. `internal` ones, whose keys may be reserved, come on top.
+    """Return headers, and `internal` ones, whose keys may be reserved, as the JSON text of an object.
 
     Raises:
         InvalidConfiguration: if they are no mapping.
         InvalidName: for a key that breaks the rules.
-        SerializationError: for a value that is no JSON, or holds NUL, which a queryable column cannot.
+        SerializationError: for a value that has no JSON form, or holds NUL, which a `jsonb` column cannot.
         PayloadTooLarge: beyond 16 KiB encoded, without the internal ones.
     """
     if not headers and not internal:
         return "{}"
-    _instance(headers or {}, Mapping, "headers")
+    instance(headers or {}, Mapping, "headers")
     combined = {validate_name("header", key): value for key, value in (headers or {}).items()}
     combined.update({validate_name("header", key, internal=True): value for key, value in (internal or {}).items()})
     text = UNTYPED.encode(combined, "The headers")
     refuse_nul(text, "The headers")
     if len(text) * 4 > MAX_HEADERS_BYTES:
-        # The engine's own come on top: what it adds must not be what refuses a spawn.
+        # Only the application's headers count, because those that the engine adds must not refuse a spawn.
         check_size(UNTYPED.encode(dict(headers or {}), "The headers"), MAX_HEADERS_BYTES, "The headers")
     return text
 
 
 def refuse_nul(text: str, what: str) -> str:
-    """Return JSON text if a column that can be queried, which `json` ones cannot, takes it.
+    """Return JSON text for a `jsonb` column, which cannot hold NUL.
 
     Raises:
-        SerializationError: it contains NUL.
+        SerializationError: the text contains NUL.
     """
     if "\\u0000" in text and _contains_nul(UNTYPED.decode(text, what)):
         raise SerializationError(what, "cannot be stored: the character U+0000 is in it")
@@ -222,11 +190,6 @@ def _contains_nul(value: object) -> bool:
     if isinstance(value, list):
         return any(map(_contains_nul, cast(list[object], value)))
     return isinstance(value, str) and "\x00" in value
-
-
-def _instance(value: object, wanted: type, what: str) -> None:
-    if not isinstance(value, wanted):
-        raise InvalidConfiguration(what, f"it must be a {wanted.__name__}, not {type(value).__name__}")
 
 
 _Value = TypeVar("_Value")

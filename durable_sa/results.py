@@ -1,4 +1,4 @@
-"""What the client gives back: ids of what was spawned, results of tasks, schedules."""
+"""The values that a client returns: ids of spawned tasks, results of tasks, schedules, statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ from uuid import UUID
 
 T_co = TypeVar("T_co", covariant=True)
 
-# The generic ones have no slots: on Python 3.11 `TaskHandle[int](...)` fails for a frozen dataclass that has.
+# The generic classes have no slots: on Python 3.11 `TaskHandle[int](...)` fails for a frozen dataclass with slots.
 
 
 class TaskStatus(StrEnum):
-    """Where a task stands."""
+    """The status of a task."""
 
     PENDING = "pending"
     """Ready to be claimed, or waiting for `available_at` or for its next attempt."""
     RUNNING = "running"
-    """A worker has it."""
+    """A worker executes it."""
     SLEEPING = "sleeping"
     """Suspended: it waits for a time, an event or a child."""
     COMPLETED = "completed"
@@ -27,7 +27,7 @@ class TaskStatus(StrEnum):
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more happens by itself: completed, failed or cancelled."""
+        """True for the final statuses: completed, failed and cancelled. Only `retry_task` changes a failed one."""
         return self in (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
@@ -40,12 +40,12 @@ class SpawnResult(Generic[T_co]):
     """The id of the task's latest run: `runs.run_id` once that attempt has ended."""
     attempt: int
     created: bool
-    """False where a task with the same idempotency key was there before: then these are its ids."""
+    """False if a task with the same idempotency key existed: the ids are those of that task."""
 
 
 @dataclass(frozen=True)
 class TaskHandle(Generic[T_co]):
-    """Names a task whose output is a `T`. A plain value: it can be a param, a result or the argument of a step."""
+    """A reference to a task whose output is a `T`. It can be a param, a result or the argument of a step."""
 
     task_id: UUID
 
@@ -63,30 +63,30 @@ class TaskErrorInfo:
 
 @dataclass(frozen=True)
 class TaskPollResult(Generic[T_co]):
-    """How a task stands, and what came of it."""
+    """The status of a task, and its output or error."""
 
     task_id: UUID
     status: TaskStatus
     output: T_co | None = field(default=None, repr=False)
-    """The result of a completed task, typed where the task is known, else plain JSON. None before that."""
+    """The result of a completed task, typed if the task is registered, else plain JSON. None before that."""
     error: TaskErrorInfo | None = None
-    """Why a failed task failed, or which limit on time has cancelled it; for a task that was cancelled otherwise, its
-    last failure before. None where there was none, and as long as it has not ended."""
+    """The failure of a failed task, the time limit that cancelled a task, or the last failure of a task that was
+    cancelled otherwise. None if there is none, and until the task has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleInfo:
-    """A schedule as it is stored."""
+    """A stored schedule."""
 
     name: str
     task_name: str
     cron_expression: str
     timezone: str
-    """IANA name of the zone in which the expression is read."""
+    """IANA name of the time zone of the expression."""
     params: Any = field(repr=False)
     """Plain JSON."""
     spawn_options: Mapping[str, Any] = field(repr=False)
-    """The options each spawn gets, as plain JSON."""
+    """The options of each spawn, as plain JSON."""
     metadata: Mapping[str, Any] = field(repr=False)
     backend: Literal["worker", "pg_cron"]
     pgcron_job_name: str | None
@@ -97,7 +97,7 @@ class ScheduleInfo:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleFilter:
-    """Which schedules to list: those that match everything that is given."""
+    """A filter of schedules. A schedule matches if it matches all fields that are set."""
 
     task_name: str | None = None
     metadata: Mapping[str, Any] | None = None
@@ -106,16 +106,16 @@ class ScheduleFilter:
 
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
-    """How a queue stands: the numbers of its tasks, counted at one moment."""
+    """The numbers of a queue's tasks, all counted at the same moment."""
 
     queue_name: str
     paused: bool
     ready: int
-    """Due, and claimed by nobody; while the queue is paused they wait for that."""
+    """Due and not claimed. While the queue is paused they stay so."""
     scheduled: int
     """Due later, asleep, or waiting for an event or a child."""
     running: int
     failed: int
-    """Ended so, and not yet deleted after their retention."""
+    """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
-    """How long the oldest of those that are ready has been due. None where there is none."""
+    """The time for which the oldest ready task has been due. None if no task is ready."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
 
 from sqlalchemy import Row
+from typing_extensions import Unpack
 
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
-from .hooks import OutgoingSpawn, outgoing_headers
 from .ids import new_id, plain
 from .names import validate_name
 from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
@@ -27,6 +28,52 @@ if TYPE_CHECKING:
     from .telemetry.operations import Spawning
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
+ParamsT = TypeVar("ParamsT")
+OutputT = TypeVar("OutputT")
+OutputT_co = TypeVar("OutputT_co", covariant=True)
+
+
+@dataclass(frozen=True, init=False)
+class Spawn(Generic[OutputT_co]):
+    """One item of `spawn_many`: a task, its params, and options of its own."""
+
+    task: Task[Any, OutputT_co]
+    params: Any
+    options: SpawnOptions
+
+    @overload
+    def __init__(
+        self: Spawn[OutputT], task: Task[None, OutputT], params: None = None, **options: Unpack[SpawnOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Spawn[OutputT], task: Task[ParamsT, OutputT], params: ParamsT, **options: Unpack[SpawnOptions]
+    ) -> None: ...
+    def __init__(self, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]) -> None:
+        object.__setattr__(self, "task", task)
+        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "options", options)
+
+    def __repr__(self) -> str:
+        return f"Spawn({self.task!r})"
+
+
+@dataclass(slots=True)
+class OutgoingSpawn:
+    """A spawn that was found to be in order, before it is sent."""
+
+    task_id: uuid.UUID
+    """Of the task to be. Another task has the idempotency key, if it was there before."""
+    task_name: str
+    queue_name: str
+    options: SpawnOptions
+    """As the caller gave them. To change them has no effect."""
+    parent_task_id: uuid.UUID | None
+    """The task that spawns a child; None for spawns from the outside and by schedules."""
+    headers: dict[str, Any]
+    """To be changed at will, within the rules for headers."""
+    internal_headers: dict[str, Any] = field(repr=False)
+    """Those whose keys begin with `durable::`."""
 
 
 class Kind(NamedTuple):
@@ -145,7 +192,9 @@ def prepare(
             dict(internal_headers or {}),
         )
         try:
-            headers = outgoing_headers(hooks, outgoing)
+            for hook in hooks:
+                hook(outgoing)
+            headers = encode_headers(outgoing.headers, outgoing.internal_headers)
         except BaseException as error:
             if spawning is not None:
                 spawning.over((), error)

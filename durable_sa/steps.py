@@ -1,4 +1,4 @@
-"""The `step` decorator: a function that is remembered when a task calls it, and a plain function elsewhere."""
+"""The `step` decorator: a function whose calls by a task are recorded, and a plain function elsewhere."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,9 @@ from weakref import WeakKeyDictionary
 
 from .concurrency.threads import in_event_loop
 from .current import context_or_none
-from .errors import InvalidConfiguration
 from .names import validate_name
 from .options import MAX_ATTEMPTS
-from .policies import Duration, RetryStrategy, integer, seconds
+from .policies import RetryStrategy
 from .serialization.annotations import (
     local_types,
     names_around,
@@ -20,6 +19,7 @@ from .serialization.annotations import (
     resolve,
 )
 from .serialization.codec import Codec, codec_for
+from .validation import Duration, instance, integer, seconds
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,37 +28,34 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """How a step is run.
+    """The options of a step.
 
     Raises:
         InvalidConfiguration: for a value that cannot work.
     """
 
     max_attempts: int = 1
-    """How often the step may run before its error reaches the task. Retries of a step spend no attempt of the
-    task."""
+    """The number of tries before the step's error reaches the task. Retries of a step spend no attempt of the task."""
     retry_strategy: RetryStrategy | None = None
-    """How long to wait between them. The client's default if None."""
+    """The delays between tries. The client's default if None."""
     timeout: float | None = None
-    """Seconds after which a try is cancelled, and fails with `TaskTimeout`."""
+    """Seconds after which a try is cancelled and fails with `TaskTimeout`."""
 
     def __post_init__(self) -> None:
         integer(self.max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
-        if self.retry_strategy is not None and not isinstance(cast(object, self.retry_strategy), RetryStrategy):
-            raise InvalidConfiguration(
-                "retry_strategy", f"it must be a RetryStrategy, not {type(self.retry_strategy).__name__}"
-            )
+        if self.retry_strategy is not None:
+            instance(self.retry_strategy, RetryStrategy, "retry_strategy")
         if self.timeout is not None:
             object.__setattr__(self, "timeout", seconds(self.timeout, "timeout"))
 
 
 PLAIN: Final = StepOptions()
-"""Those of a step that is given as a plain function."""
+"""The options of a plain function."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step(Generic[P, R_co]):
-    """A function that runs once for each call a task makes of it. Made by `step`."""
+    """A function that runs once for each call of it in a task. Made by `step`."""
 
     name: str
     function: Callable[P, R_co]
@@ -68,11 +65,11 @@ class Step(Generic[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Call the function: inside a task as `ctx.step`, elsewhere as it is.
 
-        In an `async def` task what comes back is awaited. A thread of such a task, in which a `def` step runs, cannot
-        wait for steps of its own, also not in an event loop of its own: there it is the plain function.
+        In an `async def` task the result is awaited. The thread of a `def` step of such a task cannot wait for steps,
+        not even in an event loop of its own: in that thread the call is one of the plain function.
         """
         context = context_or_none()
-        if context is None or (_is_async(context) and (not in_event_loop() or context.in_another_loop)):
+        if context is None or not (context.blocking or (in_event_loop() and not context.in_another_loop)):
             return self.function(*args, **kwargs)
         return cast(R_co, context.step(self.name, self, *args, **kwargs))
 
@@ -85,7 +82,7 @@ class Step(Generic[P, R_co]):
 
 
 class StepDecorator(Protocol):
-    """What `step(...)` gives."""
+    """The decorator that `step(...)` returns."""
 
     def __call__(self, function: Callable[P, R], /) -> Step[P, R]: ...
 
@@ -128,8 +125,13 @@ def step(
     return functools.partial(_make, name=name, options=options)
 
 
+def plain_step(fn: Callable[..., Any]) -> tuple[Callable[..., Any], StepOptions]:
+    """Return the function of a step, and the options of its decorator if it has one."""
+    return (fn.function, fn.options) if isinstance(fn, Step) else (fn, PLAIN)
+
+
 def result_codec(function: Callable[..., Any]) -> Codec[Any]:
-    """Return the codec of what `function` gives, by its return annotation; plain JSON without one.
+    """Return the codec of the result of `function`, by its return annotation; plain JSON without one.
 
     Raises:
         SerializationError: if the annotation cannot be evaluated or has no JSON form.
@@ -157,9 +159,3 @@ def _make(function: Any, name: str | None, options: StepOptions) -> Step[..., An
     if found := local_types(function):
         _local_types[plain_function(function)] = found
     return Step(validate_name("step", name), function, options)
-
-
-def _is_async(context: object) -> bool:
-    from .context import TaskContext  # contexts import steps
-
-    return isinstance(context, TaskContext)

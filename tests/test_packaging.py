@@ -1,7 +1,9 @@
 """What is shipped: the wheel, the sdist and the names that can be imported from `durable_sa`."""
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
 import tarfile
@@ -83,6 +85,21 @@ def test_all_is_what_is_imported() -> None:
     exported = [name for name in durable_sa.__all__ if not name.startswith("_")]
     assert len(exported) == len(set(exported))
     assert set(exported) == {name for name in imported if not name.startswith("_")}
+
+
+def test_only_public_names_are_listed() -> None:
+    listed = set(dir(durable_sa))
+    assert {name for name in listed if not name.startswith("__")} == set(durable_sa.__all__)
+    assert {"__version__", "__doc__", "__all__"} <= listed
+    public = re.findall(r"`([a-z.]+)`", (durable_sa.__doc__ or "").split("submodules")[1])
+    assert all(importlib.import_module(f"durable_sa.{name}") for name in public)
+    assert len(public) == 11
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert durable_sa.__version__ == metadata.version("durable_sa")
+    with pytest.raises(AttributeError, match="'durable_sa' has no attribute 'versoin'"):
+        _ = durable_sa.versoin  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", durable_sa.__all__)

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from ..database.notifier import channel_name, flush
 from ..errors import InvalidConfiguration
-from ..hooks import Hooks
+from ..hooks import Hooks, chain
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
@@ -28,6 +28,7 @@ from ..worker.settings import Settings
 from ..worker.worker import Worker
 from .events import Events
 from .queues import QueuePolicy, Queues
+from .registry import Registry
 from .schedules import Schedules
 from .spawning import Spawning
 from .tasks import Tasks
@@ -40,7 +41,7 @@ __all__ = ["Durable", "QueuePolicy"]
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process
@@ -88,7 +89,7 @@ class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
             default_retry_strategy=default_retry_strategy,
             default_cancellation=default_cancellation,
             max_payload_bytes=max_payload_bytes,
-            hooks=hooks,
+            hooks=chain(hooks),
             telemetry=telemetry,
         )
         self.state = state

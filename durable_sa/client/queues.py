@@ -12,10 +12,10 @@ from ..app import App
 from ..database.notifier import Hint
 from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
-from ..policies import Duration, integer, seconds
 from ..results import QueueStatistics
 from ..schedules import pgcron
 from ..statements import queues, spawning
+from ..validation import Duration, integer, seconds
 from ..worker.retention import delete_tasks
 
 

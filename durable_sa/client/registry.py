@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
-from ..context import TaskContext
-from ..errors import TaskAlreadyRegistered, TaskNotRegistered
+from ..app import App
+from ..decorators import (
+    AsyncFunction,
+    AsyncFunctionWithoutParams,
+    SyncFunction,
+    SyncFunctionWithoutParams,
+    TaskDecorator,
+)
+from ..decorators import task as make_task
+from ..errors import TaskAlreadyRegistered
 from ..policies import CancellationPolicy, RetryStrategy
-from ..tasks import Task, TaskDecorator
-from ..tasks import task as make_task
+from ..tasks import Task
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
 
 
-class Registry:
-    """Tasks by name."""
-
-    def __init__(self) -> None:
-        self.tasks: dict[str, Task[Any, Any]] = {}
-        """The registered tasks by name."""
+class Registry(App):
+    """The part of a client that registers tasks."""
 
     @overload
-    def task(self, name: Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, T]], /) -> Task[ParamsT, T]: ...
+    def task(self, name: AsyncFunction[ParamsT, T], /) -> Task[ParamsT, T]: ...
     @overload
-    def task(self, name: Callable[[TaskContext[Any]], Coroutine[Any, Any, T]], /) -> Task[None, T]: ...
+    def task(self, name: AsyncFunctionWithoutParams[T], /) -> Task[None, T]: ...
     @overload
-    def task(self, name: Callable[[Any, ParamsT], T], /) -> Task[ParamsT, T]: ...
+    def task(self, name: SyncFunction[ParamsT, T], /) -> Task[ParamsT, T]: ...
     @overload
-    def task(self, name: Callable[[Any], T], /) -> Task[None, T]: ...
+    def task(self, name: SyncFunctionWithoutParams[T], /) -> Task[None, T]: ...
     @overload
     def task(
         self,
@@ -41,27 +44,11 @@ class Registry:
         queue_name: str | None = None,
         no_retry_on: Iterable[type[BaseException]] = (),
     ) -> TaskDecorator: ...
-    def task(
-        self,
-        name: str | Callable[..., Any] | None = None,
-        *,
-        max_attempts: int | None = None,
-        retry_strategy: RetryStrategy | None = None,
-        cancellation: CancellationPolicy | None = None,
-        queue_name: str | None = None,
-        no_retry_on: Iterable[type[BaseException]] = (),
-    ) -> Any:
-        """As :func:`durable_sa.task`, and registers what it makes."""
+    def task(self, name: str | Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Make a task as :func:`durable_sa.task` does, and register it."""
         if callable(name):
             return self.register(make_task(name))
-        decorate = make_task(
-            name,
-            max_attempts=max_attempts,
-            retry_strategy=retry_strategy,
-            cancellation=cancellation,
-            queue_name=queue_name,
-            no_retry_on=no_retry_on,
-        )
+        decorate = make_task(name, **options)
 
         def registering(function: Callable[..., Any]) -> Task[Any, Any]:
             return self.register(decorate(function))
@@ -79,14 +66,3 @@ class Registry:
         if self.tasks.setdefault(task.name, task) is not task:
             raise TaskAlreadyRegistered(task.name)
         return task
-
-    def registered(self, name: str) -> Task[Any, Any]:
-        """The task of that name.
-
-        Raises:
-            TaskNotRegistered: there is none.
-        """
-        try:
-            return self.tasks[name]
-        except KeyError:
-            raise TaskNotRegistered(name, self.tasks) from None

@@ -29,9 +29,9 @@ from ..database.scripts import perform_in_autocommit
 from ..database.sessions import Script, SessionOrConnection, perform
 from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
 from ..errors import DurableError
-from ..options import Spawn, SpawnOptions
+from ..options import SpawnOptions
 from ..results import SpawnResult
-from ..spawns import Prepared, at_position, prepare, prepare_another
+from ..spawns import Prepared, Spawn, at_position, prepare, prepare_another
 from ..statements import spawning
 from ..tasks import Task
 from . import inserting

@@ -22,11 +22,11 @@ from ..database.sessions import SessionOrConnection, perform
 from ..database_errors import is_transient
 from ..errors import TaskNotFound
 from ..options import MAX_ATTEMPTS
-from ..policies import Duration, integer, seconds
 from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import stored_failure
 from ..statements import waits
+from ..validation import Duration, integer, seconds
 from . import inserting
 
 T = TypeVar("T")

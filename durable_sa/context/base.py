@@ -1,8 +1,8 @@
-"""What all parts of a context stand on: calls with the same key in every replay, and what is remembered of them.
+"""The base of a context: calls with the same key in every replay, and their records.
 
 Methods draw their key when they are called and do the rest when they are awaited, so they are functions that return
-coroutines. They are declared as `Coroutine[object, None, T]`, or overloaded as `async def`: where `Coroutine[Any, Any,
-T]` meets coroutines of `async def` in one `asyncio.gather`, mypy gives up and takes all of its results for `Any`.
+coroutines. They are declared as `Coroutine[object, None, T]`, or overloaded as `async def`: if an `asyncio.gather` has
+both `Coroutine[Any, Any, T]` and coroutines of `async def`, mypy takes all of its results for `Any`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ import asyncio
 import uuid
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from ..app import App
 from ..errors import InvalidState
 from ..execution.hooks import around_step
 from ..execution.journal import Entry
+from ..execution.run import Run
 from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
 from ..serialization.codec import Codec, check_size
-
-if TYPE_CHECKING:
-    from ..client import Durable
-    from ..execution.run import Run
 
 T = TypeVar("T")
 
@@ -34,7 +32,7 @@ _UNOBSERVED = nullcontext()
 
 
 class Call(NamedTuple):
-    """One durable call of a task, named by a key that is the same in every replay."""
+    """One durable call of a task, identified by a key that is the same in every replay."""
 
     kind: str
     name: str
@@ -42,22 +40,22 @@ class Call(NamedTuple):
 
 
 class ContextBase:
-    """A context before there is anything that it can do."""
+    """The run of a context, and the records of its calls."""
 
-    __slots__ = ("_durable", "_parts", "_run")
+    __slots__ = ("_app", "_parts", "_run")
 
-    def __init__(self, run: Run, durable: Durable[Any]) -> None:
+    def __init__(self, run: Run, app: App) -> None:
         self._run = run
-        self._durable = durable
+        self._app = app
         self._parts: dict[uuid.UUID, Entry] = {}
-        """What is recorded inside of steps. One around it may be tried again, and asks for it then."""
+        """The records of calls inside of steps, for the next try of the step."""
 
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
-        """Draw the key of a call, when it is made: by name, arguments, branch and occurrence in that branch."""
+        """Return a call with its key, which its name, arguments, branch and occurrence in that branch determine."""
         if kind in ("step", "transaction", "spawn", "sleep") or not name.startswith("$"):
             validate_name("step", name)
         if self._run.signal is not None:
-            # It has no place in the run any more, and is refused as soon as it is awaited.
+            # The run has ended, so the call is refused when it is awaited and needs no key.
             return Call(kind, name, _NO_KEY)
         branch = self._run.branch()
         occurrence = branch.occurrence((kind, name, arguments))
@@ -65,6 +63,7 @@ class ContextBase:
         return Call(kind, name, step_key(kind, name, arguments, branch.path, occurrence, part=part))
 
     async def _recall(self, call: Call) -> Entry | None:
+        """Return the record of a call, None if it has none."""
         run = self._run
         if run.signal is not None:
             await run.enter()
@@ -76,13 +75,13 @@ class ContextBase:
         return entry
 
     async def _recorded(self, call: Call) -> Stored | None:
-        """What a wait came to, or, where it is still open, what it comes to now."""
+        """Return the recorded outcome of a wait, None if it has none."""
         if (entry := await self._recall(call)) is not None:
             return Stored(entry.status, entry.value, entry.child_task_id)
         return None
 
     async def _settle(self, call: Call, stored: Stored) -> Stored:
-        """Remember what a wait that need not wait came to."""
+        """Record the outcome of a wait that is over before it has begun, and return the outcome that is stored."""
         with self._run.branches.busy():
             earlier = await self._run.write(
                 Kind.CHECKPOINT,
@@ -100,6 +99,7 @@ class ContextBase:
         child_task_id: uuid.UUID | None = None,
         timeout: float | None = None,
     ) -> Stored:
+        """Block on an event or a child until it is there or `timeout` seconds have passed."""
         self._refuse_inside_step(call)
         waiting, due_at = self._run.journal.wait(call.key)
         future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
@@ -108,8 +108,8 @@ class ContextBase:
         )
         return await self._run.park(parked)
 
-    async def end_step(self, call: Call, codec: Codec[T], result: T) -> T:
-        """Store a result, and give back what is stored."""
+    async def _end_step(self, call: Call, codec: Codec[T], result: T) -> T:
+        """Record a result, and return the result that is stored."""
         what = f"the result of {call.kind} {call.name!r}"
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
@@ -117,7 +117,7 @@ class ContextBase:
             values = CheckpointValues(call.kind, call.name, "completed", text)
             stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if call.kind == "step" and not is_part(call.key) and self._run.journal.holds_other("step", call.name):
-            # Only now: branches that start later than this one have asked for theirs in the meantime.
+            # Asked after the write, because branches that start after this one need time to take their own records.
             self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)
         if is_part(call.key):
             self._keep_part(call, text if stored is None else stored.value or NULL)
@@ -141,23 +141,23 @@ class ContextBase:
         return around_step(host.hooks.around_step, self, call.name, span)
 
     def _observed(self, kind: str, name: str | None = None, **more: Any) -> AbstractContextManager[object]:
-        """In a span of the call, if anybody wants to see it."""
+        """Return the span of a call, or a context manager without effect if there is no telemetry."""
         telemetry = self._run.host.telemetry
         return _UNOBSERVED if telemetry is None else telemetry.call(kind, name, self._run.claimed, **more)
 
 
 def check_function(function: object, call: Call) -> None:
-    """Refuse what cannot be called, above all what comes of calling it: `ctx.step("charge", charge(5))`.
+    """Refuse a step's function that is not callable, such as the coroutine in `ctx.step("charge", charge(5))`.
 
     Raises:
-        TypeError: with what it is instead.
+        TypeError: with the type of the object.
     """
     if callable(function):
         return
     given = type(function).__name__
     if isinstance(function, Coroutine):
-        function.close()  # or Python warns that nobody has awaited it
-        given = f"what it gives (a {given})"
+        function.close()  # otherwise Python warns that it was never awaited
+        given = f"the result of a call (a {given})"
     raise TypeError(f"{call.kind} {call.name!r} takes a function and then its arguments, not {given}")
 
 

@@ -12,11 +12,11 @@ from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFo
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, ChildValues, Kind
 from ..ids import child_id, digest
-from ..policies import Duration, seconds
 from ..results import SpawnResult, TaskHandle
 from ..serialization.codec import UNTYPED
 from ..serialization.failures import stored_failure
 from ..spawns import over, prepare
+from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Children(ContextBase):
     ) -> TaskHandle[T]: ...
 
     def spawn(self, name: str, task: Task[Any, Any], params: Any = None, /, **options: Unpack[SpawnOptions]) -> Any:
-        """Spawn a subtask, once: the child and the memory of it commit together.
+        """Spawn a subtask once: the child and the record of the call commit together.
 
-        It goes to this task's queue unless `queue_name` is given. If this task fails or is cancelled, so is the child;
-        if it completes, the child goes on. Called with other params in a replay, the first child is given back.
+        The child goes to this task's queue unless `queue_name` is set. If this task fails or is cancelled, the child is
+        cancelled; if it completes, the child continues. A replay with other params returns the first child.
 
         Raises:
             InvalidTaskParams: the params do not fit the task.
@@ -59,9 +59,9 @@ class Children(ContextBase):
     ) -> Coroutine[object, None, TaskHandle[Any]]:
         """Spawn a subtask by the name of its task, which need not be registered in this process.
 
-        As :meth:`spawn`; params are checked where the task is registered, and sent as plain JSON where it is not.
+        See :meth:`spawn`. Params are checked if the task is registered here, else they are sent as plain JSON.
         """
-        unchecked = task_name not in self._durable.tasks
+        unchecked = task_name not in self._app.tasks
         return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=unchecked)
 
     async def _spawn(
@@ -73,7 +73,7 @@ class Children(ContextBase):
         child = child_id(run.claimed.task_id, call.key)
         entry = await self._recall(call)
         prepared = prepare(
-            self._durable,
+            self._app,
             task,
             params,
             options,
@@ -97,24 +97,24 @@ class Children(ContextBase):
             over([prepared], {child} if stored is None else ())
         elif entry.value is not None and entry.value != fingerprint:
             run.warn("subtask %r was spawned with other params than it is now; the first one counts", call.name)
-        run.children[child] = self._durable.tasks.get(prepared.task_name)
+        run.children[child] = self._app.tasks.get(prepared.task_name)
         return TaskHandle(child)
 
     async def _explain_refusal(self, options: SpawnOptions, child: uuid.UUID) -> None:
         queue_name = options.get("queue_name") or self._run.claimed.queue_name
-        await self._durable.require_queue(queue_name)
+        await self._app.require_queue(queue_name)
         raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
-        """The result of a child; suspends until it has ended.
+        """Return the result of a child; suspends until the child has ended.
 
         Raises:
             ChildFailed, ChildCancelled: the child ended that way.
-            TaskTimeout: it had not ended after `timeout` seconds; remembered, so a replay takes the same way.
-            TaskNotFound: the handle is not of a child of this task.
+            TaskTimeout: the child had not ended after `timeout` seconds; recorded, so a replay raises it too.
+            TaskNotFound: the handle is not that of a child of this task.
         """
         if not isinstance(handle, TaskHandle | SpawnResult):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"join takes the TaskHandle that `await ctx.spawn(...)` gives, not {type(handle).__name__}")
+            raise TypeError(f"join takes the TaskHandle of `await ctx.spawn(...)`, not {type(handle).__name__}")
         limit = None if timeout is None else seconds(timeout, "timeout")
         call = self._call("join", "$join", str(handle.task_id))
         return self._join(call, handle, limit)
@@ -131,7 +131,7 @@ class Children(ContextBase):
                     ended = await run.host.reader.task(child)
                 if ended is None or ended.parent_task_id != run.claimed.task_id:
                     raise TaskNotFound(child, "it is not a child of the task that joins it")
-                known = known or self._durable.tasks.get(ended.task_name)
+                known = known or self._app.tasks.get(ended.task_name)
                 if ended.outcome is not None:
                     value = ended.output if ended.outcome == "completed" else ended.error
                     stored = await self._settle(call, Stored(ended.outcome, value, child))
@@ -140,7 +140,7 @@ class Children(ContextBase):
         elif known is None:
             with run.branches.busy():
                 ended = await run.host.reader.task(child)
-            known = self._durable.tasks.get(ended.task_name) if ended is not None else None
+            known = self._app.tasks.get(ended.task_name) if ended is not None else None
         if stored.status == "completed":
             codec = known.output_codec if known is not None else UNTYPED
             return cast(T, codec.decode(stored.value or NULL, f"the output of task {child}"))

@@ -1,4 +1,4 @@
-"""Events: waiting for them and emitting them."""
+"""Events: awaiting and emitting them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..errors import TaskTimeout
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind
 from ..names import validate_name
-from ..policies import Duration, seconds
 from ..serialization.codec import (
     UNTYPED,
     Codec,
     check_size,
     codec_for,
 )
+from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")
@@ -32,14 +32,14 @@ class Events(ContextBase):
     async def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
 
     def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
-        """The payload of the queue's event of this name; suspends until it is emitted.
+        """Return the payload of the queue's event of this name; suspends until the event is emitted.
 
-        `type` is what the payload is decoded as; without it, plain JSON. The event may have been emitted before.
+        The payload is decoded as a `type`, without one as plain JSON. The event may have been emitted before.
 
         Raises:
             InvalidName: a name that breaks the rules for events.
             SerializationError: the payload is not of that type.
-            TaskTimeout: it was not emitted within `timeout` seconds; remembered, so a replay takes the same way.
+            TaskTimeout: the event was not emitted within `timeout` seconds; recorded, so a replay raises it too.
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
         validate_name("event", name)
@@ -63,7 +63,7 @@ class Events(ContextBase):
         return codec.decode(stored.value or NULL, f"the payload of event {call.name!r}")
 
     def emit_event(self, name: str, payload: Any = None) -> Coroutine[object, None, bool]:
-        """Emit an event in this task's queue, once. False if the name had been emitted before; then nothing changes.
+        """Emit an event in this task's queue once. Returns False, without effect, if the name had been emitted before.
 
         Raises:
             InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.

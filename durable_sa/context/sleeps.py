@@ -1,4 +1,4 @@
-"""Sleeps, which take up nothing but a row."""
+"""Sleeps, which occupy a row and no slot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Coroutine
 from datetime import datetime
 
 from ..execution.waits import PendingWait, Stored
-from ..policies import Duration, seconds, timestamp
 from ..serialization.codec import Codec, codec_for
+from ..validation import Duration, seconds, timestamp
 from .base import NULL, Call, ContextBase
 
 _PLAIN_TIME: Codec[datetime] = codec_for(datetime)
@@ -20,9 +20,9 @@ class Sleeps(ContextBase):
     __slots__ = ()
 
     def sleep_for(self, name: str, duration: Duration) -> Coroutine[object, None, None]:
-        """Suspend for a duration: seconds or a `timedelta`, up to 100 years. Holds no slot and no connection.
+        """Suspend for a duration: seconds or a `timedelta`, up to 100 years. It holds no slot and no connection.
 
-        When it ends is fixed the first time, by the database's clock; replays and retries do not move it.
+        The wake time is fixed by the first call, by the database's clock; replays and retries do not change it.
 
         Raises:
             InvalidConfiguration: the duration is negative or too long.
@@ -32,7 +32,7 @@ class Sleeps(ContextBase):
         return self._sleep(call, delay=seconds(duration, "duration"), due_at=None)
 
     def sleep_until(self, name: str, when: datetime) -> Coroutine[object, None, None]:
-        """Suspend until a time, timezone-aware; not at all if it has passed. As :meth:`sleep_for`."""
+        """Suspend until `when`, which has a time zone, as :meth:`sleep_for` does; not at all if that has passed."""
         call = self._call("sleep", name)
         return self._sleep(call, delay=None, due_at=timestamp(when, "when"))
 

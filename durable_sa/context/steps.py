@@ -1,4 +1,4 @@
-"""Steps: code that runs once, whose result is remembered."""
+"""Steps: code that runs once, and whose result is recorded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import contextvars
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from ..errors import TaskTimeout
 from ..execution.writes import CheckpointValues, Kind
@@ -15,9 +16,8 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.codec import Codec
 from ..serialization.failures import is_retryable
-from ..steps import PLAIN, Step, StepOptions, result_codec
+from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
 
@@ -25,14 +25,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Begun(NamedTuple):
-    """A step before it is executed: what is recorded of it, or how often it was tried in vain."""
+class Attempt(Protocol):
+    """A function that executes one try of a step, within the span and the hooks that `around` enters."""
 
-    call: Call
-    codec: Codec[Any]
-    recorded: bool
-    value: Any
-    tries: int
+    def __call__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        around: AbstractContextManager[object],
+    ) -> Awaitable[Any]: ...
 
 
 class Steps(Sleeps):
@@ -50,11 +54,11 @@ class Steps(Sleeps):
     async def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
 
     def step(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn(*args, **kwargs)` once; in replays, its stored result is given back instead.
+        """Run `fn(*args, **kwargs)` once; in replays, return its stored result instead.
 
-        A step whose result is stored never runs again. One that was cut off by a crash before that does, so its effects
-        happen at least once. The result is stored by `fn`'s return annotation, and what comes back is what was stored,
-        the first time too. A coroutine function is awaited, another function runs in a thread.
+        A step whose result is stored never runs again. A step that a crash interrupts before that does run again, so
+        its effects happen at least once. The result is stored by `fn`'s return annotation, and the stored value is
+        returned, in the first run too. A coroutine function is awaited, another function runs in a thread.
 
         The same name with the same arguments, called again, is the next occurrence, counted for each branch.
 
@@ -64,87 +68,70 @@ class Steps(Sleeps):
             PayloadTooLarge: the result is larger than the client's `max_payload_bytes`.
             TaskTimeout: the step ran longer than its `timeout`.
         """
-        function, options = (fn.function, fn.options) if isinstance(fn, Step) else (fn, PLAIN)
+        return self.step_by(self._attempt, name, fn, args, kwargs)
+
+    def step_by(
+        self, attempt: Attempt, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
+        """Run a step as :meth:`step` does, but execute its tries by `attempt`."""
+        function, options = plain_step(fn)
         call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
         check_function(function, call)
-        return self._step(call, function, options, args, kwargs)
+        return self._step(attempt, call, function, options, args, kwargs)
 
     async def _step(
         self,
+        attempt: Attempt,
         call: Call,
         function: Callable[..., Any],
         options: StepOptions,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        run = self._run
-        begun = await self._begin(call, function, options)
-        if begun.recorded:
-            return begun.value
-        tries = begun.tries
-        while True:
-            await run.enter()
-            try:
-                with (
-                    run.branches.busy(),
-                    run.branches.scope(str(call.key)),
-                    self._around(call),
-                ):
-                    result = await self._execute(call, function, options, args, kwargs)
-            except Exception as error:
-                tries += 1
-                if not await self.try_again(call, tries, options, error):
-                    raise
-            else:
-                return await self.end_step(call, begun.codec, result)
-
-    def begin_step(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        options: StepOptions,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Coroutine[Any, Any, Begun]:
-        """The first part of a step that another thread executes."""
-        call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
-        check_function(function, call)
-        return self._begin(call, function, options)
-
-    async def _begin(self, call: Call, function: Callable[..., Any], options: StepOptions) -> Begun:
         run = self._run
         codec = result_codec(function)
         if (entry := await self._recall(call)) is not None:
-            value = codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
-            return Begun(call, codec, True, value, 0)
+            return codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
         tries = self._failed_tries(call) if options.max_attempts > 1 else 0
-        await run.enter()
         if failures := tries % options.max_attempts:
-            # What has woken the run may have been something else.
+            # The run may have been woken before the pause between the tries was over.
+            await run.enter()
             await self._pause(call, tries, self._strategy(options).delay(failures))
-        return Begun(call, codec, False, None, tries)
+        while True:
+            await run.enter()
+            try:
+                with run.branches.busy(), run.branches.scope(str(call.key)):
+                    result = await attempt(call.name, function, args, kwargs, options.timeout, self._around(call))
+            except Exception as error:
+                tries += 1
+                if not await self._retry(call, tries, options, error):
+                    raise
+            else:
+                return await self._end_step(call, codec, result)
 
-    async def _execute(
+    async def _attempt(
         self,
-        call: Call,
+        name: str,
         function: Callable[..., Any],
-        options: StepOptions,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        timeout: float | None,
+        around: AbstractContextManager[object],
     ) -> Any:
-        if options.timeout is None:
-            return await _invoke(self._run.host.threads, function, args, kwargs)
-        deadline = asyncio.timeout(options.timeout)
-        try:
-            async with deadline:
+        with around:
+            if timeout is None:
                 return await _invoke(self._run.host.threads, function, args, kwargs)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise TaskTimeout(f"step {call.name!r}", options.timeout) from None
+            deadline = asyncio.timeout(timeout)
+            try:
+                async with deadline:
+                    return await _invoke(self._run.host.threads, function, args, kwargs)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise TaskTimeout(f"step {name!r}", timeout) from None
 
     def _failed_tries(self, call: Call) -> int:
-        """How often the step has failed before, in earlier runs."""
+        """Return how often the step has failed in earlier runs."""
         tries = 0
         while self._run.journal.take(self._try(call, tries).key) is not None:
             tries += 1
@@ -153,11 +140,14 @@ class Steps(Sleeps):
     def _try(self, call: Call, number: int) -> Call:
         return Call("value", "$try", step_key("try", str(call.key), "", (), number, part=True))
 
-    async def try_again(self, call: Call, tries: int, options: StepOptions, error: Exception) -> bool:
-        """Whether a step is to be tried again: remembers that it failed and waits; a long wait suspends the run.
+    async def _retry(self, call: Call, tries: int, options: StepOptions, error: Exception) -> bool:
+        """Record the failure of a try, and wait if another follows; a long wait suspends the run.
 
-        The last try that it has is remembered, too: the next attempt of the task then begins with a full number of
-        them, whereas after a crash it goes on counting.
+        The failure of the last try is recorded too: the next attempt of the task then begins with the full number of
+        tries, whereas after a crash the step continues counting.
+
+        Returns:
+            True if the step is to be tried once more.
         """
         strategy = self._strategy(options)
         if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
@@ -173,10 +163,10 @@ class Steps(Sleeps):
         return True
 
     def _strategy(self, options: StepOptions) -> RetryStrategy:
-        return options.retry_strategy or self._durable.default_retry_strategy
+        return options.retry_strategy or self._app.default_retry_strategy
 
     async def _pause(self, call: Call, tries: int, delay: float) -> None:
-        """Between two tries of a step."""
+        """Wait `delay` seconds between two tries of a step."""
         if delay < 1.0 or is_part(call.key):
             with self._run.branches.busy():
                 await asyncio.sleep(delay)
@@ -197,7 +187,7 @@ async def _invoke(
         try:
             return context.run(function, *args, **kwargs)
         except StopIteration as error:
-            # No future can hold one. Where a coroutine raises it, Python does the same.
+            # A future cannot hold a StopIteration. Python replaces it in the same way if a coroutine raises it.
             raise RuntimeError("the step raised StopIteration") from error
 
     result = await asyncio.get_running_loop().run_in_executor(executor, call)

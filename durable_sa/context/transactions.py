@@ -1,4 +1,4 @@
-"""Transactions: writes of the application's that commit together with the memory of them."""
+"""Transactions: writes of the application that commit together with their checkpoint."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Transactions(ContextBase):
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `fn(session, *args, **kwargs)` in one database transaction with its checkpoint.
 
-        What it writes happens exactly once, or not at all. The session comes from the client's sessionmaker or engine;
-        `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if it is a
-        plain function, called with a `Session` on the event loop, so it should do nothing slow besides its statements.
-        It may be called again, from the beginning: up to 5 times after serialization failures and deadlocks, up to 20
-        times after lost connections. Savepoints are its own.
+        Its writes are committed exactly once, or not at all. The session comes from the client's sessionmaker or
+        engine; `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if
+        it is a plain function, called with a `Session` on the event loop, so it should do nothing slow besides its
+        statements. It is retried from the beginning: up to 5 times after serialization failures and deadlocks, up to 20
+        times after lost connections. It may use savepoints.
 
         Raises:
-            InvalidState: `fn` commits or rolls back the whole transaction by itself, or closes the session.
+            InvalidState: `fn` commits or rolls back the whole transaction itself, or closes the session.
             SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
         """
         call = self._call("transaction", name, encode_arguments(args, kwargs, f"transaction {name!r}"))
@@ -65,9 +65,7 @@ class Transactions(ContextBase):
             self._run.branches.scope(str(call.key)),
             self._around(call),
         ):
-            value = await run_transaction(
-                self._run, self._durable.database, call.key, call.name, codec, fn, args, kwargs
-            )
+            value = await run_transaction(self._run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
         if is_part(call.key):
             self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
         return value

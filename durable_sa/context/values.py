@@ -1,4 +1,4 @@
-"""Values that are drawn once: random numbers, times, ids."""
+"""Values that are drawn once and recorded: random numbers, times, ids."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Values(ContextBase):
     __slots__ = ()
 
     async def rand(self) -> float:
-        """A random number in [0, 1), drawn once."""
+        """Return a random number in [0, 1), drawn once."""
         return await self._draw("$rand", codec_for(float), random.random)
 
     def now(self) -> Coroutine[object, None, datetime]:
-        """The time by the database's clock, in UTC, drawn once."""
+        """Return the time by the database's clock, in UTC, drawn once."""
         return self._draw("$now", _PLAIN_TIME, self._run.now)
 
     def uuid7(self) -> Coroutine[object, None, uuid.UUID]:
-        """A UUIDv7, drawn once."""
+        """Return a UUIDv7, drawn once."""
         return self._draw("$uuid7", codec_for(uuid.UUID), new_id)
 
     def _draw(self, name: str, codec: Codec[T], source: Callable[[], T]) -> Coroutine[object, None, T]:
@@ -42,4 +42,4 @@ class Values(ContextBase):
         if (entry := await self._recall(call)) is not None:
             return codec.decode(entry.value or NULL, call.name)
         await self._run.enter()
-        return await self.end_step(call, codec, source())
+        return await self._end_step(call, codec, source())

@@ -1,1 +1,1 @@
-"""Engine only: values to JSON and back, faithfully. Not for applications."""
+"""Engine only: values as JSON and back without loss. Not for applications."""

@@ -1,7 +1,7 @@
-"""The types that functions declare, also where an annotation is text that names local types.
+"""The types that functions declare, even if an annotation is text that names local types.
 
-`from __future__ import annotations` leaves all annotations as text. Each is evaluated by itself, when it is needed:
-one that cannot be, such as a context's whose type is imported for type checkers only, does not hinder the others.
+`from __future__ import annotations` leaves all annotations as text. Each is evaluated separately, on use: one that
+cannot be, such as a context's whose type is imported for type checkers only, does not affect the others.
 """
 
 import functools
@@ -33,17 +33,17 @@ def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_coroutine_function(function: Callable[..., Any]) -> bool:
-    """Whether what a call gives is to be awaited, seen through partials, methods and decorators."""
+    """Return whether the result of a call is awaited, for partials, methods and decorated functions too."""
     if type(function) is FunctionType and function.__code__.co_flags & inspect.CO_COROUTINE:
         return True
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(plain_function(function))
 
 
 def local_types(function: Callable[..., Any]) -> dict[str, object]:
-    """Return the locals of the decorating frame that annotations of `function` name. Called while it is decorated.
+    """Return the locals of the decorating frame that annotations of `function` name. Called by a decorator.
 
-    So are those that the annotations of such a type name in turn. The frame itself is not held. Names that it shares
-    with the module are the frame's if `function` is defined in it.
+    The locals that annotations of these types name are included. The frame itself is not kept. A name that exists in
+    the module too is taken from the frame only if `function` is defined there.
     """
     function = plain_function(function)
     wanted = [*_named_by(_declared(function))]
@@ -64,18 +64,18 @@ def local_types(function: Callable[..., Any]) -> dict[str, object]:
 
 
 def names_around(function: Callable[..., Any], local_names: Mapping[str, object]) -> Mapping[str, object]:
-    """Return what text in the fields of local types may name: the `local_names` of `function`, and its closure."""
+    """Return the names for annotations of local types' fields: `local_names` and the closure of `function`."""
     return {**local_names, **_closure(plain_function(function))}
 
 
 def resolve(function: Callable[..., Any], name: str, local_names: Mapping[str, object]) -> object:
-    """Return the type that `function` declares for its parameter `name`, or for its result where that is "return".
+    """Return the type that `function` declares for its parameter `name`, or for its result if that is "return".
 
-    `inspect.Parameter.empty` where it declares none. For a class, which is called to make one, the result is itself.
-    For a result that is awaited, it is the type of what that gives.
+    Returns `inspect.Parameter.empty` if it declares none. The result of a class is the class itself; the type of a
+    result that is awaited is that of the awaited value.
 
     Raises:
-        SerializationError: if the annotation names something that is not there, or not yet.
+        SerializationError: the annotation contains a name that is not defined, or not yet.
     """
     function = plain_function(function)
     if isinstance(function, type):
@@ -121,7 +121,7 @@ def _closure(function: Callable[..., Any]) -> dict[str, object]:
 
 
 def _named_by(annotations: Mapping[str, object]) -> Iterator[str]:
-    """The names in annotations that are text."""
+    """Yield the names in annotations that are text."""
     for annotation in annotations.values():
         for text in _texts(annotation):
             yield from _names(text)

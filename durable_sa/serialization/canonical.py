@@ -1,4 +1,4 @@
-"""The arguments of a step as text that is the same in every process and every replay: part of the step's key."""
+"""The arguments of a step as text that is the same in every process and replay, because it is part of the key."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def _canonical(value: object) -> str:
     try:
         try:
             text = _encode(value)
-        except TypeError:  # keys that are no text, or of several types
+        except TypeError:  # keys that are not text, or of several types
             text = _ENCODER.encode(_with_text_keys(value))
         text.encode()
     except _Refused:
@@ -90,7 +90,7 @@ def _with_text_keys(value: object) -> object:
 
 
 def _portable(value: object) -> object:
-    """What stands for a value that JSON has no type for."""
+    """Return a value of a JSON type in place of one that JSON has no type for."""
     kind = type(value).__name__
     if isinstance(value, Enum):
         return value.value
@@ -141,4 +141,4 @@ _chunks: Final[_Encoder] = (
     if _make_encoder is None
     else _make_encoder(None, _portable, json.encoder.encode_basestring, None, ":", ",", True, False, False)
 )
-"""What `_ENCODER` makes anew for each value, which takes twice as long as to encode a short one."""
+"""The encoder that `_ENCODER` would make for each value, which takes twice as long as to encode a short one."""

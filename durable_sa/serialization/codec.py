@@ -1,7 +1,7 @@
-"""Values as JSON text and back, by their annotations: what goes in is what comes out, or a `SerializationError`.
+"""Values as JSON text and back, by their annotations: a value that would be changed is a `SerializationError`.
 
-A value that task code gets is always the decoded one, in the first run as in every replay, so that code cannot branch
-on a difference between the two. Only data is decoded: no code and no type name is ever read from the database.
+Task code always gets the decoded value, in the first run as in every replay, so that it cannot branch on a difference
+between the two. Only data is decoded: no code and no type name is ever read from the database.
 """
 
 import inspect
@@ -25,13 +25,13 @@ T_co = TypeVar("T_co", covariant=True)
 
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 
-# The last two are of functions that always raise.
+# The last two annotate functions that always raise.
 _UNANNOTATED: Final = (inspect.Parameter.empty, Any, object, NoReturn, Never)
 _ATOMS: Final = (type(None), bool, int, str)
 _INT64: Final = 2**63
-# bytes that are no UTF-8 come back as well. Models, dataclasses and TypedDicts keep their own configuration.
+# Base64 preserves bytes that are not UTF-8, too. Models, dataclasses and TypedDicts keep their own configuration.
 _BASE64: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
-# Their messages repeat (a part of) the value.
+# Errors whose messages repeat (a part of) the value.
 _TELLTALE: Final = frozenset({"value_error", "assertion_error", "union_tag_invalid", "uuid_parsing"})
 
 
@@ -45,7 +45,7 @@ class Codec(Generic[T_co]):
         self._adapter: TypeAdapter[Any] | None = None
         self._lenient = True
         self._drawn = False
-        """Whether it has fields that are left out of the JSON and made anew by a function whenever that is read."""
+        """True if a field is left out of the JSON and its default is made by a function on each decoding."""
         self._atoms = frozenset(_ATOMS)
         if not any(annotation is unannotated for unannotated in _UNANNOTATED):
             self._adapter = _adapter(annotation, names)
@@ -61,10 +61,10 @@ class Codec(Generic[T_co]):
         return "plain JSON" if self._adapter is None else _name(self._annotation)
 
     def validate(self, value: object) -> T_co:
-        """Return `value`, already a `T` or something pydantic makes a `T` of, such as a dict for a model.
+        """Return `value` as a `T`, converted by pydantic if need be, such as a dict to a model.
 
         Raises:
-            pydantic.ValidationError: if it does neither. `problems` tells what of it may be shown.
+            pydantic.ValidationError: `value` cannot be converted. `problems` returns the parts that may be shown.
         """
         if self._adapter is None:
             return cast(T_co, value)
@@ -79,7 +79,7 @@ class Codec(Generic[T_co]):
         return self.round_trip(value, what)[0]
 
     def round_trip(self, value: object, what: str) -> tuple[str, T_co]:
-        """Return `value` as JSON text, and as it comes back from that text.
+        """Return `value` as JSON text, and as decoded from that text.
 
         Raises:
             SerializationError: if it has no JSON form or would come back changed.
@@ -92,7 +92,7 @@ class Codec(Generic[T_co]):
             decoded = self.decode(text, what)
             if not same(value, decoded):
                 compare(value, decoded, lenient=self._lenient)
-                # Sorted, for a set may come in another order.
+                # Sorted, because the members of a set may change their order.
                 if sorted(self._dump(decoded, what)) != sorted(text):
                     raise Unfaithful((), "it would come back as another value")
             if self._drawn:
@@ -131,7 +131,7 @@ class Codec(Generic[T_co]):
         except Exception:  # noqa: BLE001 - serializers are user code
             raise SerializationError(what, f"cannot be stored: {culprit(value)}") from None
         text = encoded.decode()
-        # In the text: in bytes Python takes ten times as long to look.
+        # The search is in the text, because in bytes it takes ten times as long.
         if "NaN" in text or "Infinity" in text:
             _refuse_constants(text, what)
         return text
@@ -162,7 +162,7 @@ def _codec_for(annotation: object, _spelling: object) -> Codec[Any]:
 
 
 UNTYPED: Final[Codec[Any]] = codec_for(Any)
-"""The codec of what has no annotation: plain JSON."""
+"""The codec of values without an annotation: plain JSON."""
 
 
 def check_size(text: str, limit: int, what: str) -> None:
@@ -176,7 +176,7 @@ def check_size(text: str, limit: int, what: str) -> None:
 
 
 def problems(error: ValidationError) -> list[str]:
-    """Say where and why a value does not fit, without the value."""
+    """Return the places and reasons for which a value does not fit, without the value."""
     return [
         place(detail["loc"]) + (detail["type"] if detail["type"] in _TELLTALE else detail["msg"])
         for detail in error.errors(include_url=False, include_context=False, include_input=False)
@@ -200,7 +200,7 @@ def _adapter(annotation: Any, names: Mapping[str, object] | None) -> TypeAdapter
 
 
 def _has_holes(schema: object) -> bool:
-    """Whether `Any` occurs in a core schema: what stands there is plain JSON."""
+    """Return whether `Any` occurs in a core schema. A value in its place is plain JSON."""
     if isinstance(schema, dict):
         entries = cast(dict[str, object], schema)
         return entries.get("type") == "any" or any(map(_has_holes, entries.values()))
@@ -208,7 +208,7 @@ def _has_holes(schema: object) -> bool:
 
 
 def _draws(schema: object) -> bool:
-    """Whether a core schema has a field that is, or may be, left out of the JSON, with a default that is made anew."""
+    """Return whether a field of a core schema may be left out of the JSON and has a default that a function makes."""
     if isinstance(schema, dict):
         entries = cast(dict[str, object], schema)
         if entries.get("serialization_exclude") or entries.get("serialization_exclude_if"):
@@ -219,7 +219,7 @@ def _draws(schema: object) -> bool:
 
 
 def _better_explained(error: SerializationError, value: object, text: str) -> SerializationError:
-    """NaN is written as null and a secret as asterisks: name them, not what reading those back says."""
+    """Return an error that names the NaN or secret, instead of the null or asterisks that pydantic wrote for it."""
     try:
         compare(value, from_json(text), lenient=True)
     except Unfaithful as unfaithful:

@@ -1,4 +1,4 @@
-"""What is recorded of an exception that ended a step or a task, and whether it is retried."""
+"""The record of an exception that ended a step or a task, and the rule for its retry."""
 
 import os
 import traceback
@@ -44,7 +44,7 @@ _NEVER_RETRIED: Final = (
 
 
 class Failure(TypedDict):
-    """What the database keeps of an exception."""
+    """The stored record of an exception."""
 
     name: str
     """The exception's class name."""
@@ -53,23 +53,23 @@ class Failure(TypedDict):
     traceback: str
     """The frames outside this package, of its causes as well, at most 64 KiB: head and tail are kept."""
     raw: Any
-    """The data of a `UserError`, one's own or a child's, as plain JSON; None for other exceptions and beyond 1
-    MiB."""
+    """The data of a `UserError`, the task's or a child's, as plain JSON; None for other exceptions and beyond 1 MiB."""
 
 
 def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], ...] = ()) -> bool:
-    """Whether the same code may succeed next time.
+    """Return whether the same code may succeed next time.
 
-    `UserError`, the errors of a child, and what would fail the same way again (`SerializationError`, `InvalidName`,
+    `UserError`, the errors of a child, and errors that would recur (`SerializationError`, `InvalidName`,
     `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`, `IdempotencyConflict`) are not
-    retried, nor are the exceptions of `no_retry_on`; all others are. An exception group is retried if all it holds is.
+    retried, nor are the exceptions of `no_retry_on`; all others are. An exception group is retried if all its
+    members are.
     """
     refused = _NEVER_RETRIED + no_retry_on
     return not any(isinstance(inner, refused) for inner in _with_members(error))
 
 
 def describe(error: BaseException) -> Failure:
-    """What to record of `error`. Never raises, whatever the exception does when it is asked for its text."""
+    """Return the record of `error`. Never raises, even if the exception's `__str__` does."""
     message = _message(error)
     raw, size = _raw(error)
     if size > MAX_RAW_BYTES:
@@ -88,10 +88,10 @@ def encode_error(error: BaseException) -> str:
 
 
 def stored_failure(text: str, what: str) -> tuple[str, str, Any]:
-    """Name, message and raw data of an error as it is stored. `what` names it in errors.
+    """Return the name, message and raw data of a stored error. `what` names it in errors.
 
     Raises:
-        SerializationError: it is no such object, but something that was written by hand.
+        SerializationError: the text is no such object, so it was written by hand.
     """
     stored = UNTYPED.decode(text, what)
     if not isinstance(stored, dict):
@@ -140,7 +140,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _clean(text: str, limit: int) -> str:
-    """`text` as valid UTF-8 without NUL, of at most `limit` bytes: what is left out is the middle."""
+    """Return `text` as valid UTF-8 without NUL, without its middle if it is longer than `limit` bytes."""
     encoded = text.replace("\x00", "\\x00").encode(errors="backslashreplace")
     if len(encoded) > limit:
         mark = b"\n... %d bytes left out ...\n" % (len(encoded) - limit)

@@ -1,6 +1,6 @@
-"""Why a value cannot be stored as JSON, or would come back as another one.
+"""The check that a value survives its JSON form, and the explanation if it does not.
 
-The explanations name places and types, never values.
+Explanations name places and types, never values.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from pydantic import BaseModel, RootModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_json
 
 Path = tuple[object, ...]
-"""Where in a value: keys, positions and field names from the outside in."""
+"""A place in a value: keys, positions and field names from the outside in."""
 
 MAX_DEPTH: Final = 200
-"""Levels of nesting that can be read back for certain."""
+"""Levels of nesting that can always be decoded."""
 
 _SHOWN_CHARACTERS: Final = 40
 _TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} levels deep, or contains itself"
-# Types whose instances are equal when they mean the same: one that comes back unequal has changed.
+# Types whose instances are equal if they mean the same: a decoded one that is unequal has changed.
 _COMPARABLE: Final = (str, bytes, bytearray, Number, date, time, timedelta, UUID)
 _JSON_TYPES: Final = (str, int, float, bool, type(None), list, dict)
 
 
 class Unfaithful(Exception):  # noqa: N818 - never leaves the codec, which turns it into a SerializationError
-    """Raised where a value would not come back as it is."""
+    """Raised if a value would be changed by its JSON form."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.path = path
@@ -55,7 +55,7 @@ def is_row(value: object) -> TypeGuard[Sequence[object]]:
 
 
 def place(path: Path) -> str:
-    """`path` as the beginning of a sentence: `at sources[3].url: `, or nothing for the value itself."""
+    """Return `path` as the beginning of a sentence: `at sources[3].url: `, or nothing for the value itself."""
     text = ""
     for part in path:
         if isinstance(part, str) and part.isidentifier():
@@ -67,7 +67,7 @@ def place(path: Path) -> str:
 
 
 def same(one: object, other: object) -> bool:
-    """Whether the two are equal; not, where comparing them fails or gives no plain answer."""
+    """Return whether the two are equal. They are not if the comparison fails or its result is no plain bool."""
     try:
         if isinstance(one, datetime) and isinstance(other, datetime) and one.tzinfo and other.tzinfo:
             # In the hour that occurs twice, datetimes of two zones are never equal.
@@ -78,11 +78,11 @@ def same(one: object, other: object) -> bool:
 
 
 def compare(value: object, decoded: object, *, lenient: bool, whole: bool = False, path: Path = ()) -> None:
-    """Refuse a `value` that has lost something when it came back as `decoded`.
+    """Refuse a `value` that has lost information in `decoded`, which is decoded from its JSON form.
 
-    A tuple that comes back as a list has not. With `lenient`, neither has what JSON has no type for and what came
-    back as the JSON that stands for it, such as a datetime as text: that is what a value without an annotation gets.
-    With `whole`, fields count that are left out of the JSON, of two values that both have come from there.
+    A tuple that is decoded as a list has not. With `lenient`, neither has a value that JSON has no type for and that is
+    decoded as its JSON form, such as a datetime as text; this applies to values without an annotation. With `whole`,
+    fields that are left out of the JSON count too; both values are decoded ones then.
 
     Raises:
         Unfaithful: with the place and the types.
@@ -157,7 +157,7 @@ def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:
 
 
 def _fields(value: object, *, whole: bool = False) -> dict[str, Any] | None:
-    """The stored attributes of a model or dataclass, or, with `whole`, all; None for other values."""
+    """Return the stored attributes of a model or dataclass, with `whole` all attributes; None for other values."""
     if isinstance(value, BaseModel):
         excluded = {name for name, field in type(value).model_fields.items() if field.exclude and not whole}
         return {name: item for name, item in value if name not in excluded}

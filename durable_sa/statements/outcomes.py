@@ -29,7 +29,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import RunRow, TaskRow, Wait
-from ..policies import MAX_DURATION
+from ..validation import MAX_DURATION
 from .expressions import (
     array,
     as_json,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import queue
 import random
 import uuid
 from collections.abc import Callable, Coroutine, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -28,13 +29,13 @@ from ..execution.run import Run
 from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
-from ..policies import timestamp
 from ..results import TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import UNTYPED, check_size, codec_for
 from ..statements.claiming import ClaimedRun
 from ..steps import result_codec
 from ..tasks import Task
+from ..validation import timestamp
 from .memory import MemoryRun, Recorded, Slept, SpawnedChild
 
 __all__ = [
@@ -139,7 +140,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
     ) -> TaskHandle[Any]:
         name = task if isinstance(task, str) else task.name
         if isinstance(task, Task):
-            self._durable.tasks.setdefault(name, task)
+            self._app.tasks.setdefault(name, task)
         handle = await super()._spawn(call, task, params, options, unchecked=unchecked)
         self.recorded.spawned.append(SpawnedChild(call.name, name, params, options, handle))
         return handle
@@ -221,6 +222,8 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
     def __init__(self, context: MemoryContext) -> None:
         super().__init__(context)
         self._memory = context
+        self._bodies: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """Bodies of steps, for the thread of the test."""
 
     @property
     def recorded(self) -> Recorded:
@@ -228,13 +231,32 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
         return self._memory.recorded
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        # In another thread, because an event loop of the test may be running in this one.
+        # In another thread, since the test may have an event loop running in this one, which executes its steps.
+        bodies: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        outer, self._bodies = self._bodies, bodies
         context = contextvars.copy_context()
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(context.run, lambda: asyncio.run(make())).result()
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                result = thread.submit(context.run, lambda: asyncio.run(make()))
+                result.add_done_callback(lambda _: bodies.put(None))
+                while (body := bodies.get()) is not None:
+                    body()
+            return result.result()
+        finally:
+            self._bodies = outer
 
-    def _inside(self, call: Call) -> AbstractContextManager[None]:
-        return self._memory.inside(call)
+    async def _execute(self, body: Callable[[], Any]) -> Any:
+        outcome: Future[Any] = Future()
+        context = contextvars.copy_context()
+
+        def run() -> None:
+            try:
+                outcome.set_result(context.run(body))
+            except BaseException as error:  # noqa: BLE001 - raised in the step
+                outcome.set_exception(error)
+
+        self._bodies.put(run)
+        return await asyncio.wrap_future(outcome)
 
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a transaction as :meth:`durable_sa.SyncTaskContext.transaction`, in this thread, where the session is."""

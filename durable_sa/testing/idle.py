@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 from ..client import Durable
 from ..models import Event, Queue, Schedule, TaskRow, Wait
 from ..options import WorkerOptions
-from ..policies import Duration, seconds
 from ..statements.expressions import array, clock, constant, interval
 from ..statements.waits import COALESCING_SECONDS
+from ..validation import Duration, seconds
 
 __all__ = ["run_until_idle"]
 

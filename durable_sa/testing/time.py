@@ -39,8 +39,8 @@ from sqlalchemy import Engine, Float, Uuid, bindparam, event, func, select, upda
 from ..client import Durable
 from ..errors import InvalidConfiguration, InvalidState
 from ..models import WorkerRow
-from ..policies import Duration, seconds, timestamp
 from ..statements.expressions import array, clock, interval
+from ..validation import Duration, seconds, timestamp
 from ..worker.worker import Worker
 
 __all__ = ["Clock", "time_travel"]

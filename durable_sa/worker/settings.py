@@ -12,7 +12,7 @@ from ..database.urls import resolve_url
 from ..errors import InvalidConfiguration
 from ..names import validate_name
 from ..options import WorkerOptions
-from ..policies import integer, seconds
+from ..validation import integer, seconds
 
 
 @dataclass(frozen=True, slots=True)

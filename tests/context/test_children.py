@@ -669,5 +669,5 @@ async def test_what_is_no_handle_cannot_be_joined(run: Runner):
         await ctx.join(await run.durable.spawn(child))  # type: ignore[arg-type]
 
     error = await run.failure(by_id)
-    assert error.message == "join takes the TaskHandle that `await ctx.spawn(...)` gives, not UUID"
+    assert error.message == "join takes the TaskHandle of `await ctx.spawn(...)`, not UUID"
     assert (await run.failure(somebody_elses)).name == "TaskNotFound"

@@ -22,7 +22,7 @@ from durable_sa import (
     step,
     task,
 )
-from durable_sa.policies import MAX_DURATION
+from durable_sa.validation import MAX_DURATION
 from tests.context.support import Rows, Runner, Tally
 from tests.support import eventually
 

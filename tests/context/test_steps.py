@@ -513,11 +513,14 @@ async def test_what_is_no_function_is_refused(run: Runner, tally: Tally):
         return await ctx.step("charge", 5)  # type: ignore[call-overload]
 
     for work, message in (
-        (called, "step 'charge' takes a function and then its arguments, not what it gives (a coroutine)"),
-        (called_in_a_thread, "step 'charge' takes a function and then its arguments, not what it gives (a coroutine)"),
+        (called, "step 'charge' takes a function and then its arguments, not the result of a call (a coroutine)"),
+        (
+            called_in_a_thread,
+            "step 'charge' takes a function and then its arguments, not the result of a call (a coroutine)",
+        ),
         (
             in_a_transaction,
-            "transaction 'charge' takes a function and then its arguments, not what it gives (a coroutine)",
+            "transaction 'charge' takes a function and then its arguments, not the result of a call (a coroutine)",
         ),
         (no_function, "step 'charge' takes a function and then its arguments, not int"),
     ):

@@ -7,9 +7,9 @@ from typing import Any, ForwardRef, Optional
 import pytest
 from pydantic import BaseModel
 
+from durable_sa.decorators import task
 from durable_sa.errors import SerializationError
 from durable_sa.serialization.annotations import is_coroutine_function, plain_function
-from durable_sa.tasks import task
 
 
 @dataclass

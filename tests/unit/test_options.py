@@ -6,18 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from durable_sa.decorators import task
 from durable_sa.errors import DurableError, InvalidConfiguration, InvalidName, PayloadTooLarge, SerializationError
 from durable_sa.options import (
     MAX_HEADERS_BYTES,
     ResolvedSpawn,
-    Spawn,
     SpawnOptions,
     TaskOptions,
     encode_headers,
     resolve_spawn_options,
 )
-from durable_sa.policies import MAX_DURATION, CancellationPolicy, RetryStrategy
-from durable_sa.tasks import task
+from durable_sa.policies import CancellationPolicy, RetryStrategy
+from durable_sa.spawns import Spawn
+from durable_sa.validation import MAX_DURATION
 
 defaults = TaskOptions(5, RetryStrategy.fixed(5), None, "default")
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from durable_sa.errors import InvalidConfiguration
-from durable_sa.policies import MAX_DURATION, CancellationPolicy, RetryStrategy, integer, number, seconds, timestamp
+from durable_sa.policies import CancellationPolicy, RetryStrategy
+from durable_sa.validation import MAX_DURATION, integer, number, seconds, timestamp
 
 durations = st.floats(0, MAX_DURATION)
 failures = st.integers(1, 2**31)

@@ -47,6 +47,8 @@ class RecordingContext(TaskContext[Any]):
 
 
 class BlockingContext:
+    blocking = True
+
     def step(self, name: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         return ("stored", name, fn, args, kwargs)
 

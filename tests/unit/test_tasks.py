@@ -12,11 +12,12 @@ import pytest
 from pydantic import BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
+from durable_sa.decorators import task
 from durable_sa.errors import InvalidConfiguration, InvalidName, InvalidTaskParams, SerializationError
 from durable_sa.options import TaskOptions
 from durable_sa.policies import CancellationPolicy, RetryStrategy
 from durable_sa.steps import result_codec, step
-from durable_sa.tasks import Task, task
+from durable_sa.tasks import Task
 
 if TYPE_CHECKING:
     from decimal import Decimal

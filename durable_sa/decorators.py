@@ -1,0 +1,137 @@
+"""The decorator `task`, which makes a task of a function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
+
+from .context import TaskContext
+from .context.sync import SyncTaskContext
+from .names import validate_name
+from .options import TaskOptions
+from .policies import CancellationPolicy, RetryStrategy
+from .serialization.annotations import is_coroutine_function, local_types, plain_function
+from .tasks import Task
+
+ParamsT = TypeVar("ParamsT")
+OutputT = TypeVar("OutputT")
+
+AsyncFunction: TypeAlias = Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, OutputT]]
+AsyncFunctionWithoutParams: TypeAlias = Callable[[TaskContext[Any]], Coroutine[Any, Any, OutputT]]
+SyncFunction: TypeAlias = Callable[[SyncTaskContext[Any], ParamsT], OutputT]
+SyncFunctionWithoutParams: TypeAlias = Callable[[SyncTaskContext[Any]], OutputT]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class TaskDecorator(Protocol):
+    """The decorator that `task(...)` returns."""
+
+    @overload
+    def __call__(self, function: AsyncFunction[ParamsT, OutputT], /) -> Task[ParamsT, OutputT]: ...
+    @overload
+    def __call__(self, function: AsyncFunctionWithoutParams[OutputT], /) -> Task[None, OutputT]: ...
+    @overload
+    def __call__(self, function: SyncFunction[ParamsT, OutputT], /) -> Task[ParamsT, OutputT]: ...
+    @overload
+    def __call__(self, function: SyncFunctionWithoutParams[OutputT], /) -> Task[None, OutputT]: ...
+
+
+@overload
+def task(name: AsyncFunction[ParamsT, OutputT], /) -> Task[ParamsT, OutputT]: ...
+@overload
+def task(name: AsyncFunctionWithoutParams[OutputT], /) -> Task[None, OutputT]: ...
+@overload
+def task(name: SyncFunction[ParamsT, OutputT], /) -> Task[ParamsT, OutputT]: ...
+@overload
+def task(name: SyncFunctionWithoutParams[OutputT], /) -> Task[None, OutputT]: ...
+@overload
+def task(
+    name: str | None = None,
+    *,
+    max_attempts: int | None = None,
+    retry_strategy: RetryStrategy | None = None,
+    cancellation: CancellationPolicy | None = None,
+    queue_name: str | None = None,
+    no_retry_on: Iterable[type[BaseException]] = (),
+) -> TaskDecorator: ...
+def task(
+    name: str | Callable[..., Any] | None = None,
+    *,
+    max_attempts: int | None = None,
+    retry_strategy: RetryStrategy | None = None,
+    cancellation: CancellationPolicy | None = None,
+    queue_name: str | None = None,
+    no_retry_on: Iterable[type[BaseException]] = (),
+) -> Any:
+    """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
+
+    `async def` functions get a `TaskContext`; `def` functions run in a thread with a `SyncTaskContext`. Params and
+    output are stored by their annotations, as plain JSON where there are none. The name is the function's own if none
+    is given. Options that are not set are the client's. After an exception of `no_retry_on` the task is not
+    retried.
+
+    Raises:
+        TypeError: if the function takes something else, or is a generator or a class.
+        InvalidName, InvalidConfiguration: for a name or an option that cannot work.
+    """
+    if callable(name):
+        return _make(name, None, TaskOptions(), ())
+    if name is not None:
+        validate_name("task", name)
+    options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
+    return functools.partial(_make, name=name, options=options, no_retry_on=_exceptions(no_retry_on))
+
+
+def _make(
+    function: Any, name: str | None, options: TaskOptions, no_retry_on: tuple[type[BaseException], ...]
+) -> Task[Any, Any]:
+    if not callable(function) or isinstance(function, Task | type):
+        raise TypeError(f"@task decorates a function, not {function!r}")
+    plain = plain_function(function)
+    if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise TypeError(f"Task {_label(plain)} is a generator; a task returns its output once")
+    if name is None and (name := getattr(function, "__name__", None)) is None:
+        raise TypeError(f"{function!r} has no name of its own, give it one: task('name')(...)")
+    return Task(
+        name=validate_name("task", name),
+        function=function,
+        is_async=is_coroutine_function(function),
+        params_name=_params_name(function),
+        options=options,
+        no_retry_on=no_retry_on,
+        local_types=local_types(function),
+    )
+
+
+def _params_name(function: Callable[..., Any]) -> str | None:
+    """Return the name of the second parameter, None if the context is the only one."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [parameter for parameter in parameters if parameter.kind in _POSITIONAL]
+    others = [parameter for parameter in parameters if parameter.kind not in _POSITIONAL]
+    unknown = any(
+        parameter.kind is inspect.Parameter.VAR_POSITIONAL or parameter.default is inspect.Parameter.empty
+        for parameter in others
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    )
+    if unknown or len(positional) not in (1, 2) or positional[0].name in ("self", "cls"):
+        taken = ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
+        raise TypeError(
+            f"Task {_label(function)} takes ({taken}), and a task takes (ctx) or (ctx, params). Make one model of "
+            "several values, decorate a function rather than a method, and use functools.wraps in your own decorators."
+        )
+    return positional[1].name if len(positional) == 2 else None
+
+
+def _exceptions(classes: Iterable[type[BaseException]]) -> tuple[type[BaseException], ...]:
+    found = (classes,) if isinstance(classes, type) else tuple(classes)
+    for entry in cast(tuple[object, ...], found):
+        if not (isinstance(entry, type) and issubclass(entry, BaseException)):
+            raise TypeError(f"no_retry_on lists exception classes, not {entry!r}")
+    return cast(tuple[type[BaseException], ...], found)
+
+
+def _label(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
