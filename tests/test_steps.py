@@ -173,7 +173,7 @@ class Maker:
         (Maker().make, "Codec(Receipt)"),
         (Receipt, "Codec(Receipt)"),
         (awaitable, "Codec(Receipt)"),
-        (coroutine, "Codec(list[tests.unit.test_steps.Receipt])"),
+        (coroutine, "Codec(list[tests.test_steps.Receipt])"),
         (untyped, "Codec(plain JSON)"),
         (lambda: 1, "Codec(plain JSON)"),
         (len, "Codec(plain JSON)"),

@@ -15,8 +15,9 @@ from typing import Any
 import asyncpg
 from sqlalchemy import URL
 
-from durable_sa.embedded import EmbeddedServer, StopMode, temporary_server
+from durable_sa.embedded import EmbeddedServer, temporary_server
 from durable_sa.embedded.binaries import Binaries
+from durable_sa.embedded.postgres import StopMode
 
 SETTINGS: dict[str, str | int] = {
     # Processes are killed here, not machines: what the kernel has been given is kept.

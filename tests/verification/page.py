@@ -1,4 +1,4 @@
-"""`python -m tests.faults.page soak.json docs/guarantees.md` puts what a soak has done into the page about it."""
+"""`python -m tests.verification.page soak.json docs/guarantees.md` puts what a soak has done into the page about it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Without vacuum, claims read what they read at the beginning, however many tasks have come and gone; and those go.
 
-`python -m tests.faults --churn 1000000` does the same with more of them.
+`python -m tests.verification --churn 1000000` does the same with more of them.
 """
 
 import asyncpg

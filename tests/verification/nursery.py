@@ -1,6 +1,6 @@
 """A process that has imported everything and forks workers and producers, so that one takes milliseconds to start.
 
-`python -m tests.faults.nursery` reads what to fork from standard input, one line of JSON each, and answers with a
+`python -m tests.verification.nursery` reads what to fork from standard input, one line of JSON each, and answers with a
 process id, and later with how that process has ended. Everything it has forked ends with it.
 """
 
@@ -58,7 +58,7 @@ class Nursery:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            *(*self._prefix, sys.executable, "-m", "tests.faults.nursery"),
+            *(*self._prefix, sys.executable, "-m", "tests.verification.nursery"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=ROOT,

@@ -171,7 +171,7 @@ async def _churn(tasks: int) -> list[str]:
 
 def main() -> None:
     """Parse the arguments, and end with 1 if anything was violated."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.verification", description=__doc__)
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("SOAK_SECONDS") or 1800))
     parser.add_argument("--seed", type=int, default=int(os.environ.get("SOAK_SEED") or random.randrange(10**9)))
     parser.add_argument("--only", help="a round's seed, or the name of a fault")

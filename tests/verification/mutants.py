@@ -1,4 +1,4 @@
-"""Weakened engines, each of which the tests must catch: ``python -m tests.faults.mutants [NAME ...]``.
+"""Weakened engines, each of which the tests must catch: ``python -m tests.verification.mutants [NAME ...]``.
 
 A mutant is a change of the package's source that takes one guarantee away. It is made in a copy in a directory of its
 own, together with the tests, of which those that are to notice run there. A mutant that survives all of its tests is a
@@ -19,8 +19,8 @@ from pathlib import Path
 from durable_sa.testing.database import database_server
 
 ROOT = Path(__file__).parents[2]
-RACES = "tests/faults/test_interleavings.py::"
-MACHINE = "tests/faults/test_state_machine.py"
+RACES = "tests/verification/test_interleavings.py::"
+MACHINE = "tests/verification/test_state_machine.py"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ MUTANTS = (
         "hints before the commit",
         "database/notifier.py",
         (("    if transaction is None or is_autocommit(connection):\n", "    if True:\n"),),
-        ("tests/client/test_hints.py::test_no_hint_comes_before_what_it_is_about",),
+        ("tests/database/test_notifier.py::test_no_hint_comes_before_what_it_is_about",),
     ),
     Mutant(
         "a suspension that does not look whether it need wait",

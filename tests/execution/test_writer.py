@@ -16,10 +16,10 @@ from durable_sa.signals import LeaseLost
 from durable_sa.statements import claiming
 
 from ..support import eventually
-from . import program
-from .conftest import Rows
-from .test_claims import Claimer
-from .test_fences import Holder
+from ..worker import program
+from ..worker.conftest import Rows
+from ..worker.test_claims import Claimer
+from ..worker.test_fences import Holder
 
 TASKS = 2 * PIPELINED
 
