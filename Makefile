@@ -19,11 +19,11 @@ demo: $(TEST_READY)
 
 # Minutes; needs no database. PYTEST_ARGS='-k retries' chooses tests.
 test: $(TEST_READY)
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 # What takes longer: faults, races, whole processes, the docs' pages, and engines weakened on purpose.
 verify: $(READY)
-	$(BIN)/pytest tests/verification --numprocesses $(VERIFY_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest tests tests/verification -m slow --numprocesses $(VERIFY_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 	SOAK_SECONDS=$${SOAK_SECONDS:-300} $(MAKE) soak
 	$(MAKE) mutants
 

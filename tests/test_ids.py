@@ -27,6 +27,7 @@ for _ in range(4):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.slow
 def test_processes_that_were_forked_draw_ids_of_their_own() -> None:
     """As servers do that load the application first and fork their workers then."""
     drawn = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, check=True).stdout

@@ -1493,6 +1493,7 @@ async def test_nothing_refers_to_a_run_after_its_end() -> None:
             gc.enable()
 
 
+@pytest.mark.slow
 @on_every_loop
 async def test_ten_thousand_runs_leave_nothing_behind() -> None:
     async def body(run: Branches) -> None:

@@ -150,6 +150,7 @@ async def test_same_event_may_be_awaited_again_and_by_many(run: Runner):
     assert await run(work) == [1, 1, 1]
 
 
+@pytest.mark.slow
 async def test_thousand_waiters_of_one_event_wake_once_each(engine: Any, tally: Tally):
     async with Durable(engine) as durable:
 
@@ -648,6 +649,7 @@ async def test_row_that_somebody_holds_locked_is_woken_once_it_is_free(run: Runn
 
 
 @pytest.mark.parametrize("listen", [True, False])
+@pytest.mark.slow
 async def test_thousands_of_races_between_emit_and_wait_lose_nothing(
     engine: Any, caplog: pytest.LogCaptureFixture, listen: bool
 ):
@@ -680,6 +682,7 @@ async def test_thousands_of_races_between_emit_and_wait_lose_nothing(
     assert repaired == 0
 
 
+@pytest.mark.slow
 async def test_races_between_emit_and_timeout_end_in_one_of_the_two_for_good(engine: Any):
     count = 300
     async with Durable(engine) as durable, durable.worker(concurrency=100):

@@ -139,6 +139,7 @@ async def test_sleep_that_is_over_does_not_suspend(run: Runner, tally: Tally, ki
 
 
 @pytest.mark.parametrize("duration", [timedelta(days=3652), 36_525 * 86_400.0])
+@pytest.mark.slow
 async def test_ten_years_and_the_longest_are_slept(run: Runner, duration: Any):
     @task
     async def work(ctx: TaskContext) -> None:

@@ -63,7 +63,7 @@ async def everything(ctx: TaskContext, data: dict[str, Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 async def test_an_engine_of_the_application(
     database_url: URL, durable: Durable, options: Callable[[str], dict[str, Any]], driver: str

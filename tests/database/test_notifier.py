@@ -234,6 +234,7 @@ async def test_an_engine_that_is_gone_loses_hints_and_nothing_else(
     assert await count(engine) == 3
 
 
+@pytest.mark.slow
 async def test_variants_of_an_engine_are_not_kept(database_url: URL, client: Durable, sync_engine: Engine) -> None:
     """Applications make one with `execution_options()` for each request."""
 
@@ -282,6 +283,7 @@ def two_phase_url(database_url: URL) -> Iterator[URL]:
         yield url
 
 
+@pytest.mark.slow
 async def test_a_prepared_transaction_spawns_when_it_is_committed(two_phase_url: URL, client: Durable) -> None:
     url = two_phase_url.set(drivername="postgresql").render_as_string(hide_password=False)
     hints = Hints(await asyncpg.connect(url))
@@ -392,6 +394,7 @@ async def test_sending_a_hint_leaves_its_connection_as_durable_as_it_was(durable
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+@pytest.mark.slow
 def test_a_forked_process_does_not_leave_its_hints_to_a_thread_that_it_does_not_have() -> None:
     program = """
 import os

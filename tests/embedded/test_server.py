@@ -89,6 +89,7 @@ def answer(url: URL | str, statement: str = "SELECT 1") -> object:
         engine.dispose()
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_one_server_and_the_last_one_stops_it(directory: Path) -> None:
     users = [User(directory) for _ in range(4)]
     urls = {user.url() for user in users}
@@ -100,6 +101,7 @@ def test_processes_that_start_at_once_share_one_server_and_the_last_one_stops_it
     assert postmaster(directory) is None
 
 
+@pytest.mark.slow
 def test_a_killed_process_does_not_keep_the_server(directory: Path) -> None:
     killed, survivor = User(directory), User(directory)
     assert killed.url() == survivor.url()
@@ -108,6 +110,7 @@ def test_a_killed_process_does_not_keep_the_server(directory: Path) -> None:
     assert postmaster(directory) is None
 
 
+@pytest.mark.slow
 def test_a_server_left_behind_by_a_killed_process_is_joined_and_stopped_by_the_next(directory: Path) -> None:
     killed = User(directory)
     killed.url()
@@ -121,6 +124,7 @@ def test_a_server_left_behind_by_a_killed_process_is_joined_and_stopped_by_the_n
     assert postmaster(directory) is None
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_makes_the_database_is_survived(directory: Path) -> None:
     (directory / "postgres-18.new").mkdir()
     (directory / "postgres-18.new" / "PG_VERSION").write_text("18\n")
@@ -129,6 +133,7 @@ def test_a_process_killed_while_it_makes_the_database_is_survived(directory: Pat
     assert user.leave() == ""
 
 
+@pytest.mark.slow
 def test_data_stays_over_a_crash_whose_process_id_is_in_use_again(directory: Path) -> None:
     user = User(directory)
     url = user.url()
@@ -148,6 +153,7 @@ def test_data_stays_over_a_crash_whose_process_id_is_in_use_again(directory: Pat
     assert following.leave() == ""
 
 
+@pytest.mark.slow
 def test_the_directory_comes_from_the_environment(directory: Path) -> None:
     program = "from durable_sa.embedded import server; print(server().data_dir)"
     environment = {**os.environ, "DURABLE_EMBEDDED_DIR": str(directory)}
@@ -158,6 +164,7 @@ def test_the_directory_comes_from_the_environment(directory: Path) -> None:
     assert postmaster(directory) is None
 
 
+@pytest.mark.slow
 def test_a_path_too_long_for_a_socket(directory: Path) -> None:
     long = directory / ("long" * 30)
     user = User(long)
@@ -185,6 +192,7 @@ def test_settings_and_environment(own_server: EmbeddedServer, monkeypatch: pytes
     assert answer(own_server.url(), "SHOW listen_addresses") == ""
 
 
+@pytest.mark.slow
 def test_tcp_needs_the_password_and_the_port_survives_restarts_and_crashes() -> None:
     with temporary_server(settings={"fsync": "off"}, listen="127.0.0.1", parent=fast_directory()) as server:
         url = server.url()
@@ -200,6 +208,7 @@ def test_tcp_needs_the_password_and_the_port_survives_restarts_and_crashes() -> 
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_a_temporary_server_ends_with_a_killed_process() -> None:
     program = textwrap.dedent("""
         import time
@@ -229,6 +238,7 @@ def test_a_server_that_does_not_start_says_why() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_shows_the_log() -> None:
     with temporary_server(settings={"fsync": "off"}, parent=fast_directory()) as server:
         server.stop()

@@ -263,6 +263,7 @@ NEEDED = [(table, privilege) for table, listed in PRODUCER.items() for privilege
 
 
 @durable_schema
+@pytest.mark.slow
 async def test_a_producer_has_nothing_that_it_does_not_need(roles: Database) -> None:
     """Without any of its privileges, something fails."""
     unneeded = []

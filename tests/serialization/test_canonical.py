@@ -139,6 +139,7 @@ def test_positions_and_keywords_are_told_apart() -> None:
     assert len({encoded(1, 2), encoded([1, 2]), encoded(1, b=2), encoded(2, 1), encoded(), encoded(None)}) == 6
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_in_another_process() -> None:
     program = (
         "from durable_sa.serialization.canonical import encode_arguments\n"

@@ -64,6 +64,7 @@ async def claimer(durable: Durable) -> Claimer:
     return claimer
 
 
+@pytest.mark.slow
 async def test_of_ten_thousand_tasks_each_is_claimed_by_one_of_three_processes(
     durable: Durable, start_process: Start, sql: Rows, ledger: Ledger
 ) -> None:

@@ -64,6 +64,7 @@ async def quick(durable: Durable) -> Any:
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @pytest.mark.parametrize("sender", ["client", "connection", "session", "emission"])
+@pytest.mark.slow
 async def test_an_idle_worker_is_woken_within_a_tenth_of_a_second(
     database_url: URL, engine: AsyncEngine, durable: Durable, quick: Any, sql: Rows, sender: str, driver: str
 ) -> None:
@@ -114,6 +115,7 @@ async def _sleeps(sql: Rows, task_id: uuid.UUID) -> bool:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.slow
 async def test_a_listen_connection_lost_before_it_was_checked_is_not_taken_for_a_pooler(
     database_url: URL, quick: Any, sql: Rows, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ async def test_a_listen_connection_lost_before_it_was_checked_is_not_taken_for_a
             assert await listener(sql) not in terminated
 
 
+@pytest.mark.slow
 async def test_a_lost_listen_connection_is_replaced_each_time(
     database_url: URL, durable: Durable, quick: Any, sql: Rows
 ) -> None:
@@ -433,6 +436,7 @@ def pooled_engine(bouncer: PgBouncer, driver: str) -> AsyncEngine:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.slow
 async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_is_replaced_by_polling(
     engine: AsyncEngine,
     durable: Durable,
@@ -539,6 +543,7 @@ async def test_a_pooler_in_statement_mode_is_refused(durable: Durable, bouncer: 
     await pooled.dispose()
 
 
+@pytest.mark.slow
 async def test_a_restart_of_the_pooler_fails_no_task(
     engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer
 ) -> None:
@@ -559,6 +564,7 @@ async def test_a_restart_of_the_pooler_fails_no_task(
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
 
 
+@pytest.mark.slow
 async def test_what_operators_do_to_a_pooler_fails_no_task(
     engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer, database_url: URL
 ) -> None:

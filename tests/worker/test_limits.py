@@ -101,6 +101,7 @@ async def test_a_running_task_that_is_cancelled_is_interrupted_within_about_a_se
     assert await sql("SELECT count(*) FROM durable.checkpoints WHERE name = 'step'") == [(0,)]
 
 
+@pytest.mark.slow
 async def test_a_cancelled_task_that_ignores_it_writes_nothing_more_and_frees_its_slot(
     durable: Durable, sql: Rows
 ) -> None:

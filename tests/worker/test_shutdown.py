@@ -39,6 +39,7 @@ async def test_a_terminated_process_lets_its_runs_end_and_claims_no_others(
     assert await sql("SELECT worker_id FROM durable.workers") == []
 
 
+@pytest.mark.slow
 async def test_what_exceeds_the_grace_is_given_back_at_once(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -61,6 +62,7 @@ async def test_what_exceeds_the_grace_is_given_back_at_once(
     assert (runs[1].started_at - runs[0].finished_at).total_seconds() < 1.0
 
 
+@pytest.mark.slow
 async def test_a_second_signal_gives_runs_back_without_waiting(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -76,6 +78,7 @@ async def test_a_second_signal_gives_runs_back_without_waiting(
 
 
 @pytest.mark.parametrize("code", [program.stubborn, program.hung], ids=["task", "step"])
+@pytest.mark.slow
 async def test_code_that_ignores_its_cancellation_does_not_keep_the_process(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows, code: Task[float, None]
 ) -> None:
@@ -89,6 +92,7 @@ async def test_code_that_ignores_its_cancellation_does_not_keep_the_process(
 
 
 @pytest.mark.parametrize("state", ["idle", "busy", "starting"])
+@pytest.mark.slow
 async def test_sigint_and_sigterm_end_the_process_in_any_state(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows, state: str
 ) -> None:
@@ -325,6 +329,7 @@ async def test_an_idle_worker_ends_soon_without_a_database(private_server: Embed
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("durable:")]
 
 
+@pytest.mark.slow
 async def test_a_busy_process_ends_in_bounded_time_without_a_database(
     private_server: EmbeddedServer, tmp_path: Path
 ) -> None:
@@ -341,6 +346,7 @@ async def test_a_busy_process_ends_in_bounded_time_without_a_database(
             process.end()
 
 
+@pytest.mark.slow
 async def test_a_rolling_restart_under_load_loses_nothing_and_runs_nothing_twice_at_once(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:

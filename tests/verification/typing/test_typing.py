@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODULES = [str(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path != Path(__file__)]
 
 

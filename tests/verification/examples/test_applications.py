@@ -18,7 +18,7 @@ from durable_sa.testing import TestServer
 
 httpx = pytest.importorskip("httpx")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 APPLICATIONS = ("fastapi_orders", "flask_billing", "litestar_reviews")
 
 

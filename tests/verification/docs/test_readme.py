@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import migrations
 from durable_sa.testing.database import TestServer
-from tests.docs import snippets
+from tests.verification.docs import snippets
 
 README = snippets.ROOT / "README.md"
 BLOCKS = list(snippets.blocks(README))

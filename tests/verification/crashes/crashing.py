@@ -1,4 +1,4 @@
-"""Workers that are killed at every point where they talk to the database: `python -m tests.context.crashing`.
+"""Workers that are killed at every point where they talk to the database: `python -m tests.verification.crashes.crashing`.
 
 One process imports everything and forks a worker for each point, so that hundreds of kills take seconds.
 """

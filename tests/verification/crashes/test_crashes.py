@@ -15,10 +15,11 @@ from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import Durable, SpawnResult, Task
-from tests.context import crashing
 from tests.context.support import Rows
 
-ROOT = Path(__file__).parents[2]
+from . import crashing
+
+ROOT = Path(__file__).parents[3]
 LAST_POINT = 200
 STRIDE = 4
 
@@ -50,7 +51,7 @@ async def crasher(database_url: URL, engine: AsyncEngine, tmp_path: Path) -> Asy
     url = database_url.render_as_string(hide_password=False)
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.context.crashing", url, str(tmp_path / "steps")),
+        *(sys.executable, "-m", "tests.verification.crashes.crashing", url, str(tmp_path / "steps")),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,

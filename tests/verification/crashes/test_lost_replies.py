@@ -14,8 +14,9 @@ from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from durable_sa import Durable, RetryStrategy, TaskContext, task
-from tests.context import crashing
 from tests.context.support import Rows
+
+from . import crashing
 
 
 class Unreliable:

@@ -1,0 +1,11 @@
+"""Everything here is slow, or needs more than the tests beside it: type checkers, web frameworks, a pooler."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
