@@ -23,7 +23,8 @@ test: $(TEST_READY)
 
 # What takes longer: faults, races, whole processes, the docs' pages, and engines weakened on purpose.
 verify: $(READY)
-	$(BIN)/pytest tests tests/verification -m slow --numprocesses $(VERIFY_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -m slow --numprocesses $(VERIFY_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest tests/verification --numprocesses $(VERIFY_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 	SOAK_SECONDS=$${SOAK_SECONDS:-300} $(MAKE) soak
 	$(MAKE) mutants
 

@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 @overload
-async def eventually(condition: Callable[[], Awaitable[T]], *, within: float = 15.0) -> T: ...
+async def eventually(condition: Callable[[], Awaitable[T]], *, within: float = 30.0) -> T: ...
 @overload
-async def eventually(condition: Callable[[], T], *, within: float = 15.0) -> T: ...
-async def eventually(condition: Callable[[], T | Awaitable[T]], *, within: float = 15.0) -> T:
+async def eventually(condition: Callable[[], T], *, within: float = 30.0) -> T: ...
+async def eventually(condition: Callable[[], T | Awaitable[T]], *, within: float = 30.0) -> T:
     """What `condition` gives as soon as it is true; fails if that takes longer than `within` seconds."""
     deadline, pause = time.monotonic() + within, 0.01
     while True:
