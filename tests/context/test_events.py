@@ -255,6 +255,7 @@ async def test_timeout_is_remembered_and_a_late_event_does_not_change_it(run: Ru
     assert statuses == ["timeout", "completed"]
 
 
+@pytest.mark.slow
 async def test_ten_caught_timeouts_take_the_sum_of_the_timeouts(run: Runner, tally: Tally):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> int:

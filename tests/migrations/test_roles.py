@@ -153,7 +153,7 @@ async def produce(durable: Durable) -> None:
     assert await durable.emit_event("first", {"a": 1})
     assert not await durable.emit_event("first")
     assert await durable.cancel_task(spawned) is TaskStatus.CANCELLED
-    result = await durable.wait_for_result(spawned, timeout=1)
+    result = await durable.wait_for_result(spawned, timeout=20)
     assert result.status is TaskStatus.CANCELLED
     assert await durable.count_unclaimed_ready_tasks() >= 1
 
@@ -193,7 +193,7 @@ async def test_a_worker_runs_everything(roles: Database) -> None:
             for _ in range(2):
                 await clock.advance(timedelta(hours=2))
                 await run_until_idle(worker)
-            assert (await producer.wait_for_result(spawned, timeout=1)).output == 8
+            assert (await producer.wait_for_result(spawned, timeout=20)).output == 8
             async with worker.worker():
                 await clock.advance(timedelta(days=2))
                 await eventually(gone)
@@ -210,7 +210,7 @@ async def test_a_worker_takes_over_from_one_that_fell_silent(roles: Database) ->
             " attempt = 1, started_at = now(), first_started_at = now()",
         )
         await run_until_idle(worker)
-        assert (await producer.wait_for_result(spawned, timeout=1)).output == 2
+        assert (await producer.wait_for_result(spawned, timeout=20)).output == 2
 
 
 async def test_an_operator_puts_things_right(roles: Database) -> None:

@@ -175,6 +175,7 @@ async def test_a_listener_tries_again_however_often_it_has_failed(monkeypatch: p
     await asyncio.wait([listening])
 
 
+@pytest.mark.slow
 async def test_polling_begins_as_soon_as_listen_is_lost(
     database_url: URL, durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ async def test_polling_begins_as_soon_as_listen_is_lost(
                 await durable.wait_for_result(await durable.spawn(quick), timeout=1)
 
 
+@pytest.mark.slow
 async def test_hints_that_are_lost_cost_a_poll_interval(
     durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,15 +246,16 @@ def _now() -> Any:
     ],
 )
 async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
-    durable: Durable, quick: Any, sql: Rows, payload: str
+    durable: Durable, quick: Any, sql: Rows, payload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 600)
     async with durable.worker(poll_interval=10) as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
         for _ in range(3):
             await sql("SELECT pg_notify('durable', :payload)", payload=payload)
         await asyncio.sleep(0.05)
-        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
-        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=20)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=20)
         assert worker._listener is not None
         assert worker._listener.working
         assert not [service for service in worker._background.services.values() if service.done()]
@@ -268,6 +271,7 @@ async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durab
         await durable.wait_for_result(await durable.spawn(quick), timeout=5)
 
 
+@pytest.mark.slow
 async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in_time(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -304,6 +308,7 @@ async def _is(sql: Rows, task_name: str, state: str) -> bool:
     return await sql("SELECT state FROM durable.tasks WHERE task_name = :name", name=task_name) == [(state,)]
 
 
+@pytest.mark.slow
 async def test_a_retry_is_made_in_time(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=2, retry_strategy=RetryStrategy.fixed(0.3))
     async def second_time_lucky(ctx: TaskContext) -> int:
@@ -476,6 +481,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.slow
 async def test_a_url_that_leads_around_the_pooler_is_used_to_listen(
     database_url: URL, durable: Durable, quick: Any, bouncer: PgBouncer, driver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -600,6 +606,7 @@ async def test_a_worker_beside_the_client_hears_of_a_spawn_directly(durable: Dur
             await durable.wait_for_result(await durable.spawn(quick), timeout=5)
 
 
+@pytest.mark.slow
 async def test_others_hear_of_children_that_their_parents_worker_has_no_slots_for(
     durable: Durable, engine: AsyncEngine
 ) -> None:

@@ -27,6 +27,7 @@ from .test_claims import Claimer
 
 @pytest.mark.parametrize("listen", [True, False])
 @pytest.mark.parametrize("within", ["a step", "the body", "a thread", "a synchronous task", "gathered steps"])
+@pytest.mark.slow
 async def test_a_running_task_that_is_cancelled_is_interrupted_within_about_a_second(
     durable: Durable, sql: Rows, within: str, listen: bool
 ) -> None:

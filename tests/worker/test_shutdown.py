@@ -247,7 +247,7 @@ async def test_a_result_waits_for_a_locked_row_also_at_shutdown(
         await asyncio.sleep(0.4)
         assert not closing.done()
     await closing
-    assert (await durable.wait_for_result(spawned, timeout=0.5)).output == 7
+    assert (await durable.wait_for_result(spawned, timeout=20)).output == 7
     assert await sql("SELECT worker_id FROM durable.workers") == []
 
 
@@ -263,7 +263,7 @@ async def test_closing_the_client_shuts_its_workers_down(durable: Durable, engin
         workers = [await other.start_worker() for _ in range(2)]
         assert await sql("SELECT count(*) FROM durable.workers") == [(2,)]
     for worker in workers:
-        await asyncio.wait_for(worker.wait(), 1)
+        await asyncio.wait_for(worker.wait(), 20)
     assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
 
 
@@ -294,7 +294,7 @@ async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_sh
     with pytest.raises(LookupError, match="still in use"):
         await client.close()
     for worker in workers:
-        await asyncio.wait_for(worker.wait(), 1)
+        await asyncio.wait_for(worker.wait(), 20)
     assert client.workers == frozenset()
     assert client._database is None
 
