@@ -435,6 +435,7 @@ async def test_thousand_children_on_one_slot(engine: Any, tally: Tally):
     assert len(tally) < 60
 
 
+@pytest.mark.slow
 async def test_chain_of_fifty_tasks_on_one_slot(engine: Any):
     async with Durable(engine) as durable, durable.worker(concurrency=1):
         run = Runner(durable)

@@ -42,6 +42,7 @@ async def test_ten_thousand_steps_are_replayed_in_linear_time(run: Runner):
     assert long < max(30 * short, 2.0)
 
 
+@pytest.mark.slow
 async def test_occurrences_of_one_step_by_the_thousand(run: Runner):
     numbers = iter(range(100_000))
 

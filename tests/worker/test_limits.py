@@ -248,6 +248,7 @@ async def test_max_pending_time_is_kept_for_tasks_that_nobody_here_knows(durable
             assert (await durable.wait_for_result(spawn, timeout=5)).status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 async def test_each_of_several_limits_is_kept_when_it_is_over(durable: Durable, sql: Rows) -> None:
     """A worker that looks around every second or so does it in between for the limits that it has seen."""
     for seconds in (1.0, 1.3, 1.6, 1.9):

@@ -43,7 +43,13 @@ async def alter_database(sql: Rows, url: URL, settings: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(value, id=name, marks=[pytest.mark.slow] * (name == "impatience"))
+        for name, value in SETTINGS.items()
+    ],
+)
 async def test_the_settings_of_the_database_change_nothing(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, settings: dict[str, str], driver: str
 ) -> None:
@@ -89,6 +95,7 @@ LEVELS = (
 )
 
 
+@pytest.mark.slow
 async def test_an_isolation_that_is_set_while_the_worker_runs_changes_nothing(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:

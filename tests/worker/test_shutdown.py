@@ -319,6 +319,7 @@ async def private_client(server: EmbeddedServer) -> AsyncGenerator[Durable]:
             await asyncio.to_thread(server.start)
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_ends_soon_without_a_database(private_server: EmbeddedServer) -> None:
     async with private_client(private_server) as durable:
         worker = await durable.start_worker(claim_timeout=30)
