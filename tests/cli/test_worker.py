@@ -71,6 +71,7 @@ async def test_options_reach_the_worker(durable: Durable, url: str, app: Path) -
         assert (row.name, row.queue_names, row.claim_timeout.seconds) == ("w7", ["mail", "default"], 7)
 
 
+@pytest.mark.slow
 async def test_runs_are_given_back_when_it_is_told_twice(durable: Durable, url: str, app: Path) -> None:
     with process("worker", "app:durable", url=url, cwd=app) as worker:
         task_id = (await durable.spawn_by_name("long", unchecked=True)).task_id
@@ -87,6 +88,7 @@ async def test_runs_are_given_back_when_it_is_told_twice(durable: Durable, url: 
     assert await state(durable, task_id) is TaskStatus.PENDING
 
 
+@pytest.mark.slow
 async def test_it_says_what_it_serves(durable: Durable, url: str, app: Path) -> None:
     with process("worker", "app:durable", "--worker-id", "w7", url=url, cwd=app) as worker:
         await asyncio.to_thread(worker.until_said, "worker w7 has started (queues: default; tasks: 2)")
@@ -95,6 +97,7 @@ async def test_it_says_what_it_serves(durable: Durable, url: str, app: Path) -> 
         assert worker.said.endswith("worker w7 has ended\n")
 
 
+@pytest.mark.slow
 def test_it_warns_where_no_task_is_registered(url: str, app: Path) -> None:
     (app / "app.py").write_text("from durable_sa import Durable\ndurable = Durable()\n")
     with process("worker", "app:durable", url=url, cwd=app) as worker:
@@ -122,12 +125,14 @@ def test_a_target_that_is_not_there(app: Path, monkeypatch: pytest.MonkeyPatch, 
     assert str(caught.value).startswith(f"MODULE:DURABLE: {message}")
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_there_is_a_usage_error(url: str, app: Path) -> None:
     with process("worker", "app:nothing", url=url, cwd=app) as worker:
         assert worker.wait() == 2
         assert worker.said == "error: MODULE:DURABLE: 'nothing' in app is not a Durable. Write app:durable.\n"
 
 
+@pytest.mark.slow
 def test_what_the_application_itself_misses_is_shown_with_its_place(url: str, app: Path) -> None:
     (app / "app.py").write_text("import a_module_that_is_not_there")
     with process("worker", "app:durable", url=url, cwd=app) as worker:
@@ -136,6 +141,7 @@ def test_what_the_application_itself_misses_is_shown_with_its_place(url: str, ap
         assert "No module named 'a_module_that_is_not_there'" in worker.said
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_the_lifespan_is_shown_with_its_place(url: str, app: Path) -> None:
     (app / "app.py").write_text(
         "from contextlib import asynccontextmanager\n"
@@ -152,6 +158,7 @@ def test_what_goes_wrong_in_the_lifespan_is_shown_with_its_place(url: str, app: 
         assert "error: The database" not in worker.said
 
 
+@pytest.mark.slow
 def test_errors_of_the_worker_are_one_message(url: str, app: Path) -> None:
     for options, code, message in (
         (["--queue", "nope"], 1, "error: There is no queue named 'nope'."),
@@ -163,6 +170,7 @@ def test_errors_of_the_worker_are_one_message(url: str, app: Path) -> None:
             assert "Traceback" not in worker.said
 
 
+@pytest.mark.slow
 def test_the_url_to_listen_comes_from_the_environment(url: str, app: Path) -> None:
     with process("worker", "app:durable", url=url, cwd=app, DURABLE_LISTEN_URL="mysql://me:secret@host/x") as worker:
         assert worker.wait() == 2
@@ -170,6 +178,7 @@ def test_the_url_to_listen_comes_from_the_environment(url: str, app: Path) -> No
         assert "secret" not in worker.said
 
 
+@pytest.mark.slow
 async def test_uvloop_is_used_where_it_is_installed(durable: Durable, url: str, app: Path) -> None:
     (app / "uvloop.py").write_text(
         "import asyncio\n"
@@ -182,6 +191,7 @@ async def test_uvloop_is_used_where_it_is_installed(durable: Durable, url: str, 
         assert "a loop of uvloop" in worker.said
 
 
+@pytest.mark.slow
 async def test_it_starts_anew_when_a_file_changes(durable: Durable, url: str, app: Path) -> None:
     with process("worker", "app:durable", "--reload", url=url, cwd=app) as worker:
         assert await run(durable, "answer") == 42
@@ -196,6 +206,7 @@ async def test_it_starts_anew_when_a_file_changes(durable: Durable, url: str, ap
         assert (await connection.execute(text("SELECT count(*) FROM durable.workers"))).scalar() == 0
 
 
+@pytest.mark.slow
 async def test_a_link_that_leads_nowhere_hides_no_change(durable: Durable, url: str, app: Path) -> None:
     for name in "abcdefgh":
         (app / f"{name}.py").symlink_to("nowhere.py")
@@ -206,6 +217,7 @@ async def test_a_link_that_leads_nowhere_hides_no_change(durable: Durable, url: 
         assert await run(durable, "answer") == 43
 
 
+@pytest.mark.slow
 async def test_only_the_directories_named_are_watched(durable: Durable, url: str, app: Path) -> None:
     (app / "watched").mkdir()
     with process("worker", "app:durable", "--reload", "--reload-dir", "watched", url=url, cwd=app) as worker:

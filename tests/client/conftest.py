@@ -1,11 +1,10 @@
 """An application's tables, its executors, and an ear for wake-up hints."""
 
-import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 
 import asyncpg  # type: ignore[import-untyped]
 import pytest
-from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.client.support import Application, Base, Gate, Hints
@@ -24,16 +23,6 @@ async def application(request: pytest.FixtureRequest, database_url: URL, orders:
     application = Application(database_url, *request.param)
     yield application
     await application.close()
-
-
-@pytest.fixture
-def sync_engine(database_url: URL) -> Generator[Engine]:
-    engine = create_engine(database_url.set(drivername="postgresql+psycopg2"))
-    yield engine
-    for thread in threading.enumerate():
-        if thread.name == "durable-hints":
-            thread.join()
-    engine.dispose()
 
 
 @pytest.fixture

@@ -279,6 +279,7 @@ async def test_many_cancels_at_once_agree(durable: Durable, engine: AsyncEngine)
     assert set((await states(engine)).values()) == {"cancelled"}
 
 
+@pytest.mark.slow
 async def test_cancelling_and_completing_at_once_gives_one_end(durable: Durable, engine: AsyncEngine) -> None:
     durable.register(ship)
     async with durable.worker(concurrency=20):

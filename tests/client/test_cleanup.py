@@ -275,6 +275,7 @@ async def test_what_an_application_holds_locked_stays_and_neither_worker_nor_cal
         assert held in set(await connection.scalars(sa.select(TaskRow.task_id)))
 
 
+@pytest.mark.slow
 async def test_cleaning_up_and_retrying_at_once_leaves_each_task_whole_or_gone(
     database_url: URL, engine: AsyncEngine
 ) -> None:

@@ -101,6 +101,7 @@ async def test_an_emit_that_is_rolled_back_leaves_the_name_free(
     assert await payload(engine, "paid") == "2"
 
 
+@pytest.mark.slow
 async def test_events_in_any_order_of_their_names_do_not_deadlock(database_url: Any, engine: AsyncEngine) -> None:
     """Single emits, each a transaction of its own."""
     app = create_async_engine(database_url, pool_size=8)

@@ -231,6 +231,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_processes_with_one_key_make_one_task(database_url: URL, engine: AsyncEngine) -> None:
     pipe = asyncio.subprocess.PIPE
     url = database_url.render_as_string(hide_password=False)
@@ -247,6 +248,7 @@ async def test_processes_with_one_key_make_one_task(database_url: URL, engine: A
     assert await count(engine) == 1
 
 
+@pytest.mark.slow
 async def test_bulk_spawns_with_the_same_keys_in_other_orders_do_not_deadlock(database_url: URL) -> None:
     app = create_async_engine(database_url, pool_size=8)
     keys = [f"key {n}" for n in range(300)]

@@ -223,6 +223,7 @@ async def test_a_queue_dropped_under_a_worker_interrupts_its_runs_and_spares_the
     assert await count(engine, "durable.runs") == 1
 
 
+@pytest.mark.slow
 async def test_a_drop_while_others_spawn_leaves_nothing_behind(durable: Durable, engine: AsyncEngine) -> None:
     await durable.create_queue("mails")
     refused = 0

@@ -249,6 +249,7 @@ async def test_cancelling_a_waiter_ends_its_wait_and_no_other(durable: Durable, 
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 async def test_a_wait_outlasts_an_outage_of_the_database(gate: Gate, durable: Durable) -> None:
     spawned = await durable.spawn(idle)
     async with Durable(gate.url) as client:

@@ -165,6 +165,7 @@ jsons = st.recursive(
 )
 
 
+@pytest.mark.slow
 def test_whatever_is_json_comes_back_as_it_was(database_url: URL) -> None:
     async def round_trip(value: Any) -> None:
         spawned = await durable.spawn(anything, value, headers={"value": "x"})
@@ -389,6 +390,7 @@ async def test_the_default_limit_is_16_mebibytes(durable: Durable, engine: Async
         await durable.spawn(anything, "x" * (most - 1))
 
 
+@pytest.mark.slow
 async def test_many_large_payloads_fit_as_they_come(durable: Durable, engine: AsyncEngine) -> None:
     """They are not put into one message, which Postgres would not take."""
     spawned = await durable.spawn_many([(anything, "x" * 5_000_000) for _ in range(20)])

@@ -419,6 +419,7 @@ async def test_attempt_that_is_retried_does_not_cancel_the_children(run: Runner)
     assert await run(work) == "ok"
 
 
+@pytest.mark.slow
 async def test_thousand_children_on_one_slot(engine: Any, tally: Tally):
     """The parent holds no slot while it waits, and is not replayed for each of them."""
     async with Durable(engine, tasks=[double]) as durable, durable.worker(concurrency=1):
@@ -434,6 +435,7 @@ async def test_thousand_children_on_one_slot(engine: Any, tally: Tally):
     assert len(tally) < 60
 
 
+@pytest.mark.slow
 async def test_chain_of_fifty_tasks_on_one_slot(engine: Any):
     async with Durable(engine) as durable, durable.worker(concurrency=1):
         run = Runner(durable)
@@ -606,6 +608,7 @@ async def test_plain_tasks_spawn_and_join(run: Runner):
     assert await run(work) == ["WHY", 8]
 
 
+@pytest.mark.slow
 async def test_child_that_finishes_while_the_parent_begins_to_wait_is_never_missed(engine: Any):
     """Many at once, so that the end of a child and the parent's wait for it meet in every possible way."""
     async with Durable(engine, tasks=[double]) as durable, durable.worker(concurrency=50):

@@ -150,6 +150,7 @@ async def test_same_event_may_be_awaited_again_and_by_many(run: Runner):
     assert await run(work) == [1, 1, 1]
 
 
+@pytest.mark.slow
 async def test_thousand_waiters_of_one_event_wake_once_each(engine: Any, tally: Tally):
     async with Durable(engine) as durable:
 
@@ -254,6 +255,7 @@ async def test_timeout_is_remembered_and_a_late_event_does_not_change_it(run: Ru
     assert statuses == ["timeout", "completed"]
 
 
+@pytest.mark.slow
 async def test_ten_caught_timeouts_take_the_sum_of_the_timeouts(run: Runner, tally: Tally):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> int:
@@ -648,6 +650,7 @@ async def test_row_that_somebody_holds_locked_is_woken_once_it_is_free(run: Runn
 
 
 @pytest.mark.parametrize("listen", [True, False])
+@pytest.mark.slow
 async def test_thousands_of_races_between_emit_and_wait_lose_nothing(
     engine: Any, caplog: pytest.LogCaptureFixture, listen: bool
 ):
@@ -680,6 +683,7 @@ async def test_thousands_of_races_between_emit_and_wait_lose_nothing(
     assert repaired == 0
 
 
+@pytest.mark.slow
 async def test_races_between_emit_and_timeout_end_in_one_of_the_two_for_good(engine: Any):
     count = 300
     async with Durable(engine) as durable, durable.worker(concurrency=100):

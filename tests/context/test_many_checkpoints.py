@@ -5,6 +5,7 @@ import random
 import time
 from typing import Any
 
+import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -12,6 +13,7 @@ from durable_sa import Durable, SyncTaskContext, TaskContext, task
 from tests.context.support import Crash, Rows, Runner, Tally
 
 
+@pytest.mark.slow
 async def test_ten_thousand_steps_are_replayed_in_linear_time(run: Runner):
     took: dict[int, list[float]] = {}
     executed = [0]
@@ -40,6 +42,7 @@ async def test_ten_thousand_steps_are_replayed_in_linear_time(run: Runner):
     assert long < max(30 * short, 2.0)
 
 
+@pytest.mark.slow
 async def test_occurrences_of_one_step_by_the_thousand(run: Runner):
     numbers = iter(range(100_000))
 
@@ -124,6 +127,7 @@ async def test_value_left_behind_is_fetched_for_a_plain_task_as_well(run: Runner
     assert tally == list(range(5))
 
 
+@pytest.mark.slow
 async def test_many_suspensions_of_a_task_with_many_steps(engine: AsyncEngine):
     """Each of them loads what is recorded; what has been done is not done again."""
     executed = [0]

@@ -203,6 +203,7 @@ async def test_as_many_run_side_by_side_as_the_worker_has_slots(engine: Any):
     assert sorted(found) == list(range(8))
 
 
+@pytest.mark.slow
 async def test_blocking_code_does_not_hold_up_the_event_loop(run: Runner):
     @task
     def work(ctx: SyncTaskContext) -> None:

@@ -338,6 +338,7 @@ strategies = st.one_of(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(cases=st.lists(st.tuples(strategies, st.integers(1, 200)), min_size=30, max_size=50))
+@pytest.mark.slow
 def test_next_attempt_is_when_the_formula_says(database_url: Any, cases: list[tuple[RetryStrategy, int]]):
     async def check() -> None:
         engine = create_async_engine(database_url)

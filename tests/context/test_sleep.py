@@ -83,12 +83,14 @@ async def test_never_wakes_early_by_the_databases_clock(run: Runner, beside_a_st
 
     async def nap(ctx: TaskContext) -> None:
         duration = 0.05 + ctx.task_id.int % 97 / 500
+        begins = not await Rows(run.durable, ctx.task_id).checkpoints("nap")
         until = await database_now(run.durable) + timedelta(seconds=duration)
         await ctx.sleep_for("nap", duration)
         awake = await database_now(run.durable)
         [checkpoint] = await Rows(run.durable, ctx.task_id).checkpoints("nap")
         due_at = datetime.fromisoformat(checkpoint.value)
-        early.append((awake - due_at, due_at - until))
+        # A replay finds the time that was fixed before.
+        early.append((awake - due_at, due_at - until if begins else timedelta(0)))
 
     @task
     async def work(ctx: TaskContext) -> None:
@@ -139,6 +141,7 @@ async def test_sleep_that_is_over_does_not_suspend(run: Runner, tally: Tally, ki
 
 
 @pytest.mark.parametrize("duration", [timedelta(days=3652), 36_525 * 86_400.0])
+@pytest.mark.slow
 async def test_ten_years_and_the_longest_are_slept(run: Runner, duration: Any):
     @task
     async def work(ctx: TaskContext) -> None:

@@ -68,6 +68,7 @@ async def test_except_base_exception_that_goes_on_writes_nothing_and_does_not_en
 
 
 @pytest.mark.parametrize("how", ["asynchronous", "plain"])
+@pytest.mark.slow
 async def test_code_that_swallows_everything_for_ever_does_not_spin_and_gives_its_slot_back(
     engine: Any, how: str, caplog: pytest.LogCaptureFixture
 ):

@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from durable_sa.migrations import current, migrate
 from durable_sa.testing.database import TestServer
-from tests.docs import snippets
+from tests.verification.docs import snippets
 
 if TYPE_CHECKING:
     from .conftest import Application
@@ -126,6 +126,7 @@ version_locations = %(here)s/alembic/versions durable_sa:migrations/versions
 
 
 @both
+@pytest.mark.slow
 def test_in_the_history_of_the_application(
     application: Application, durable_server: TestServer, read_catalog: Catalog, migrated: list[str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_in_the_history_of_the_application(
 
 
 @both
+@pytest.mark.slow
 def test_as_a_branch(application: Application, read_catalog: Catalog, migrated: list[str]) -> None:
     add_branch(application)
     application.alembic(*command("upgrade", "heads"))
@@ -204,6 +206,7 @@ def test_as_a_branch(application: Application, read_catalog: Catalog, migrated: 
         (True, "[Base.metadata, metadata]"),
     ],
 )
+@pytest.mark.slow
 def test_autogenerate_leaves_durables_tables_alone(application: Application, branch: bool, merged: str | None) -> None:
     """Also where it compares all schemas, or has durable's models among its own, in whichever order."""
     arguments = []
@@ -239,6 +242,7 @@ def test_metadata_is_merged_without_comparing_schemas(application: Application) 
 
 
 @generic
+@pytest.mark.slow
 def test_after_an_upgrade_of_the_library(application: Application, read_catalog: Catalog, migrated: list[str]) -> None:
     add_hook(application)
     application.revision("-m", "durable tables")
@@ -291,6 +295,7 @@ def down(op, schema):
 
 @generic
 @pytest.mark.parametrize("branch", [False, True], ids=["own history", "branch"])
+@pytest.mark.slow
 def test_another_schema(application: Application, read_catalog: Catalog, migrated: list[str], branch: bool) -> None:
     schema = 'my "jobs"'
     application.paste(
@@ -383,6 +388,7 @@ def test_tables_that_were_there_before_alembic_are_taken_over(
 
 
 @generic
+@pytest.mark.slow
 def test_after_an_upgrade_of_the_library_as_a_branch(application: Application) -> None:
     add_branch(application)
     application.alembic("upgrade", "heads")

@@ -63,7 +63,7 @@ async def test_autogenerate_finds_no_difference(empty_engine: AsyncEngine) -> No
 
 
 @pytest.mark.parametrize("schema", HOSTILE_NAMES)
-@pytest.mark.parametrize("empty_engine", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("empty_engine", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.slow)], indirect=True)
 async def test_any_schema_name_will_do(
     empty_engine: AsyncEngine, read_catalog: Catalog, created: list[str], schema: str
 ) -> None:
@@ -100,6 +100,7 @@ def test_the_models_are_those_of_the_newest_revision() -> None:
     assert migrations.head() == models.REVISION
 
 
+@pytest.mark.slow
 def test_the_development_environment_finds_no_difference(empty_database: URL) -> None:
     for arguments in (["upgrade", "head"], ["check"], ["downgrade", "base"]):
         done = subprocess.run(

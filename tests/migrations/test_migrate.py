@@ -88,6 +88,7 @@ async def test_of_ten_callers_one_migrates(empty_database: URL, separate: bool) 
         await engine_.dispose()
 
 
+@pytest.mark.slow
 async def test_a_migration_killed_at_any_statement_leaves_nothing(empty_database: URL, read_catalog: Catalog) -> None:
     engine = create_async_engine(empty_database, isolation_level="READ COMMITTED", poolclass=NullPool)
     watching = create_async_engine(empty_database)
@@ -142,6 +143,7 @@ async def test_a_migrator_that_hangs_is_not_waited_for_forever(
     await run(empty_engine)
 
 
+@pytest.mark.slow
 async def test_the_settings_of_a_dba_change_nothing(empty_engine: AsyncEngine, read_catalog: Catalog) -> None:
     async with empty_engine.connect() as connection:
         await connection.run_sync(migrate)

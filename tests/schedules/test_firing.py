@@ -86,6 +86,7 @@ async def ticks(sql: Sql) -> list[datetime]:
     return sorted(datetime.fromisoformat(row.idempotency_key.removeprefix("durable::s:")) for row in rows)
 
 
+@pytest.mark.slow
 async def test_each_tick_has_one_task_however_many_workers_there_are(
     durable: Durable, database_url: URL, sql: Sql
 ) -> None:
@@ -431,6 +432,7 @@ async def test_it_is_triggered_besides_its_ticks(durable: Durable) -> None:
     assert result.output == {"durable::scheduled_by": "s", "durable::cron": "0 0 1 1 *"}
 
 
+@pytest.mark.slow
 async def test_a_schedule_of_seconds_fires_every_second(durable: Durable, sql: Sql) -> None:
     await create(durable, cron_expression="* * * * * *")
     async with durable.worker():

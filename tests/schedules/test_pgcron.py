@@ -98,6 +98,7 @@ async def fire(sql: Sql, engine: AsyncEngine, times: int = 1, *, conforming: str
             await raw.execute("RESET standard_conforming_strings")
 
 
+@pytest.mark.slow
 async def test_the_extension_fires_a_tick_and_a_worker_runs_it(durable: Durable, sql: Sql) -> None:
     """First of all, as the server's minute is about to end."""
     if extension.faketime() is None:

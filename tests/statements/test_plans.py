@@ -326,6 +326,7 @@ async def test_a_statement_touches_little_of_large_tables(connection: Any, name:
     assert wasted <= 2 * len(RUNNING)
 
 
+@pytest.mark.slow
 async def test_plans_do_not_outlive_the_size_of_the_tables(
     durable: Durable, database_url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ async def test_gauges_show_workers_their_runs_and_what_is_ready(
     durable: Durable, metrics: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler, "SAMPLE_INTERVAL", 0.01)
+    monkeypatch.setattr(sampler, "SAMPLE_SHARE", 1)
     held = asyncio.Event()
 
     @durable.task
@@ -125,6 +126,7 @@ async def test_false_is_none_at_all(engine: AsyncEngine, telemetry: Any) -> None
     assert durable.telemetry is None
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_says_how_to_get_it() -> None:
     code = "import sys; sys.modules['opentelemetry'] = None; import durable_sa; import durable_sa.telemetry"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -167,6 +169,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_it_comes_by_itself_when_the_application_sets_it_up(
     durable: Durable, database_url: URL, tmp_path: Path
 ) -> None:

@@ -229,7 +229,7 @@ async def has_length(rows: Awaitable[list[datetime]], length: int) -> bool:
 
 
 async def test_workers_keep_their_leases(durable: Durable, caplog: pytest.LogCaptureFixture) -> None:
-    async with durable.worker(claim_timeout=1) as first, durable.worker(claim_timeout=1) as second:
+    async with durable.worker(claim_timeout=10) as first, durable.worker(claim_timeout=10) as second:
         ids = {first.worker_id, second.worker_id}
         async with time_travel(durable) as clock:
             for _ in range(20):
@@ -242,7 +242,7 @@ async def test_workers_keep_their_leases(durable: Durable, caplog: pytest.LogCap
             assert all(row.expires_at > datetime.now(UTC) + 19 * WEEK for row in rows)
         async with durable.engine.connect() as connection:
             rows = (await connection.execute(sa.select(WorkerRow.expires_at, WorkerRow.claim_timeout))).all()
-        assert [row.claim_timeout for row in rows] == [timedelta(seconds=1)] * 2
+        assert [row.claim_timeout for row in rows] == [timedelta(seconds=10)] * 2
         assert all(row.expires_at < datetime.now(UTC) + timedelta(minutes=1) for row in rows)
         spawned = await durable.spawn(quick)
         assert (await durable.wait_for_result(spawned, timeout=10)).output == "done"

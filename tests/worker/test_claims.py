@@ -64,6 +64,7 @@ async def claimer(durable: Durable) -> Claimer:
     return claimer
 
 
+@pytest.mark.slow
 async def test_of_ten_thousand_tasks_each_is_claimed_by_one_of_three_processes(
     durable: Durable, start_process: Start, sql: Rows, ledger: Ledger
 ) -> None:
@@ -98,7 +99,7 @@ async def test_claims_pass_over_locked_rows_without_waiting(
     free = (await durable.spawn_by_name("some", unchecked=True)).task_id
     async with engine.connect() as connection, connection.begin():
         await connection.execute(select(TaskRow.task_id).where(TaskRow.task_id == held).with_for_update())
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(20):
             assert await claimer.claim(10, "some") == [free]
     assert await claimer.claim(10, "some") == [held]
 
@@ -111,7 +112,7 @@ async def test_claims_neither_wait_for_nor_pass_over_rows_that_a_foreign_key_ref
         await connection.execute(text("CREATE TABLE orders (task_id uuid REFERENCES durable.tasks)"))
     async with engine.connect() as connection, connection.begin():
         await connection.execute(text("INSERT INTO orders VALUES (:task_id)"), {"task_id": spawned.task_id})
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(20):
             assert await claimer.claim(10, "some") == [spawned.task_id]
 
 
@@ -184,6 +185,7 @@ async def test_queues_are_claimed_in_the_order_of_the_list(durable: Durable) -> 
 
 
 @pytest.mark.parametrize("listen", [True, False])
+@pytest.mark.slow
 async def test_a_delay_is_kept_to_fractions_of_a_second(durable: Durable, sql: Rows, listen: bool) -> None:
     @durable.task
     async def now(ctx: TaskContext) -> None:
@@ -393,9 +395,10 @@ async def test_what_appears_below_the_floor_without_a_hint_is_found(
         await hidden.advance()
         task_id = new_id()
         await sql(INSERT, task_id=task_id, priority=priority, age=age)
-        await durable.wait_for_result(task_id, timeout=2.0)
+        await durable.wait_for_result(task_id, timeout=10)
 
 
+@pytest.mark.slow
 async def test_what_no_hint_tells_of_is_found_among_many_hints(durable: Durable, sql: Rows) -> None:
     """Each of them is a reason to claim from the floor, and the look below it waits for a quiet moment, but not long."""
     hidden = _Hidden(durable)
@@ -419,7 +422,10 @@ async def test_what_no_hint_tells_of_is_found_among_many_hints(durable: Durable,
             await loading
 
 
-async def test_a_late_commit_is_announced_and_found(durable: Durable, engine: AsyncEngine) -> None:
+async def test_a_late_commit_is_announced_and_found(
+    durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 600)
     hidden = _Hidden(durable)
     async with durable.worker():
         async with engine.connect() as connection:
@@ -428,10 +434,11 @@ async def test_a_late_commit_is_announced_and_found(durable: Durable, engine: As
             also = await durable.spawn_with(connection, hidden.task)
             await hidden.advance()
             await transaction.commit()
-        await durable.wait_for_result(late, timeout=1.0)
-        await durable.wait_for_result(also, timeout=1.0)
+        await durable.wait_for_result(late, timeout=20)
+        await durable.wait_for_result(also, timeout=20)
 
 
+@pytest.mark.slow
 async def test_a_late_commit_is_found_while_the_worker_never_rests(durable: Durable, engine: AsyncEngine) -> None:
     hidden = _Hidden(durable)
 
@@ -469,7 +476,7 @@ async def test_a_row_that_was_locked_in_passing_is_found(durable: Durable, engin
             await asyncio.sleep(0.4)
             await hidden.advance()
             await transaction.rollback()
-            await durable.wait_for_result(held, timeout=2.0)
+            await durable.wait_for_result(held, timeout=10)
 
 
 async def test_a_paused_queue_yields_nothing_until_it_is_resumed(durable: Durable, sql: Rows) -> None:
@@ -484,7 +491,7 @@ async def test_a_paused_queue_yields_nothing_until_it_is_resumed(durable: Durabl
         assert waiting is not None
         assert waiting.status == "pending"
         await sql("UPDATE durable.queues SET paused_at = NULL")
-        await durable.wait_for_result(spawned, timeout=2)
+        await durable.wait_for_result(spawned, timeout=10)
 
 
 async def explain(connection: AsyncConnection, statement: Any, parameters: dict[str, Any]) -> str:

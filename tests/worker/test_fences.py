@@ -178,11 +178,12 @@ LOSSES: dict[str, Callable[[Holder], Awaitable[None]]] = {
 }
 
 
-async def dump(sql: Rows) -> list[list[Any]]:
-    return [
-        await sql(f"SELECT t::text FROM durable.{table} AS t ORDER BY 1")
-        for table in ("tasks", "runs", "checkpoints", "waits", "events")
-    ]
+async def dump(sql: Rows) -> list[Any]:
+    tables = ("tasks", "runs", "checkpoints", "waits", "events")
+    return await sql(
+        " UNION ALL ".join(f"SELECT '{table}', t::text FROM durable.{table} AS t" for table in tables)
+        + " ORDER BY 1, 2"
+    )
 
 
 @pytest.mark.parametrize("kind", Kind)

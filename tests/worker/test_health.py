@@ -139,6 +139,7 @@ async def test_without_a_database_it_is_live_but_not_ready(durable: Durable, gat
         await eventually(ready_again)
 
 
+@pytest.mark.slow
 async def test_a_loop_that_a_task_blocks_is_reported_while_it_is_blocked(
     durable: Durable, database_url: URL, tmp_path: Path
 ) -> None:

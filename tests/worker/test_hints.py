@@ -64,6 +64,7 @@ async def quick(durable: Durable) -> Any:
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @pytest.mark.parametrize("sender", ["client", "connection", "session", "emission"])
+@pytest.mark.slow
 async def test_an_idle_worker_is_woken_within_a_tenth_of_a_second(
     database_url: URL, engine: AsyncEngine, durable: Durable, quick: Any, sql: Rows, sender: str, driver: str
 ) -> None:
@@ -114,6 +115,7 @@ async def _sleeps(sql: Rows, task_id: uuid.UUID) -> bool:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.slow
 async def test_a_listen_connection_lost_before_it_was_checked_is_not_taken_for_a_pooler(
     database_url: URL, quick: Any, sql: Rows, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ async def test_a_listen_connection_lost_before_it_was_checked_is_not_taken_for_a
             assert await listener(sql) not in terminated
 
 
+@pytest.mark.slow
 async def test_a_lost_listen_connection_is_replaced_each_time(
     database_url: URL, durable: Durable, quick: Any, sql: Rows
 ) -> None:
@@ -172,6 +175,7 @@ async def test_a_listener_tries_again_however_often_it_has_failed(monkeypatch: p
     await asyncio.wait([listening])
 
 
+@pytest.mark.slow
 async def test_polling_begins_as_soon_as_listen_is_lost(
     database_url: URL, durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +195,7 @@ async def test_polling_begins_as_soon_as_listen_is_lost(
                 await durable.wait_for_result(await durable.spawn(quick), timeout=1)
 
 
+@pytest.mark.slow
 async def test_hints_that_are_lost_cost_a_poll_interval(
     durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,15 +246,16 @@ def _now() -> Any:
     ],
 )
 async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
-    durable: Durable, quick: Any, sql: Rows, payload: str
+    durable: Durable, quick: Any, sql: Rows, payload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 600)
     async with durable.worker(poll_interval=10) as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
         for _ in range(3):
             await sql("SELECT pg_notify('durable', :payload)", payload=payload)
         await asyncio.sleep(0.05)
-        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
-        await durable.wait_for_result(await durable.spawn(quick), timeout=2)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=20)
+        await durable.wait_for_result(await durable.spawn(quick), timeout=20)
         assert worker._listener is not None
         assert worker._listener.working
         assert not [service for service in worker._background.services.values() if service.done()]
@@ -265,6 +271,7 @@ async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durab
         await durable.wait_for_result(await durable.spawn(quick), timeout=5)
 
 
+@pytest.mark.slow
 async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in_time(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -301,6 +308,7 @@ async def _is(sql: Rows, task_name: str, state: str) -> bool:
     return await sql("SELECT state FROM durable.tasks WHERE task_name = :name", name=task_name) == [(state,)]
 
 
+@pytest.mark.slow
 async def test_a_retry_is_made_in_time(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=2, retry_strategy=RetryStrategy.fixed(0.3))
     async def second_time_lucky(ctx: TaskContext) -> int:
@@ -433,6 +441,7 @@ def pooled_engine(bouncer: PgBouncer, driver: str) -> AsyncEngine:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.slow
 async def test_everything_works_through_a_pooler_in_transaction_mode_and_listen_is_replaced_by_polling(
     engine: AsyncEngine,
     durable: Durable,
@@ -472,6 +481,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.slow
 async def test_a_url_that_leads_around_the_pooler_is_used_to_listen(
     database_url: URL, durable: Durable, quick: Any, bouncer: PgBouncer, driver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -539,6 +549,7 @@ async def test_a_pooler_in_statement_mode_is_refused(durable: Durable, bouncer: 
     await pooled.dispose()
 
 
+@pytest.mark.slow
 async def test_a_restart_of_the_pooler_fails_no_task(
     engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer
 ) -> None:
@@ -559,6 +570,7 @@ async def test_a_restart_of_the_pooler_fails_no_task(
     assert await sql("SELECT DISTINCT attempt, lease_losses FROM durable.tasks") == [(1, 0)]
 
 
+@pytest.mark.slow
 async def test_what_operators_do_to_a_pooler_fails_no_task(
     engine: AsyncEngine, durable: Durable, sql: Rows, bouncer: PgBouncer, database_url: URL
 ) -> None:
@@ -594,6 +606,7 @@ async def test_a_worker_beside_the_client_hears_of_a_spawn_directly(durable: Dur
             await durable.wait_for_result(await durable.spawn(quick), timeout=5)
 
 
+@pytest.mark.slow
 async def test_others_hear_of_children_that_their_parents_worker_has_no_slots_for(
     durable: Durable, engine: AsyncEngine
 ) -> None:

@@ -30,6 +30,7 @@ from .test_claims import Claimer
 CLOCK = "extract(epoch FROM clock_timestamp())::float"
 
 
+@pytest.mark.slow
 async def test_a_step_may_take_longer_than_the_claim_timeout(durable: Durable, sql: Rows) -> None:
     """Asynchronous, in a thread, and in a synchronous task: no worker takes a run from a live one."""
     calls: list[str] = []
@@ -64,6 +65,7 @@ async def test_a_step_may_take_longer_than_the_claim_timeout(durable: Durable, s
     assert await sql("SELECT DISTINCT attempt, fence, lease_losses FROM durable.tasks") == [(1, 2, 0)]
 
 
+@pytest.mark.slow
 async def test_a_blocked_event_loop_is_taken_over_and_writes_nothing_more(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -111,6 +113,7 @@ async def _dump(sql: Rows, *task_ids: uuid.UUID) -> list[list[Any]]:
     ]
 
 
+@pytest.mark.slow
 async def test_a_stopped_process_is_taken_over_and_writes_nothing_after_it_goes_on(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -143,6 +146,7 @@ async def test_a_stopped_process_is_taken_over_and_writes_nothing_after_it_goes_
     assert (await durable.wait_for_result(again, timeout=10)).output == stopped.process.pid
 
 
+@pytest.mark.slow
 async def test_a_stop_shorter_than_the_lease_changes_nothing(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -191,6 +195,7 @@ async def test_a_killed_process_is_taken_over_within_its_lease(
     assert len(spawned) == len(runs)
 
 
+@pytest.mark.slow
 async def test_a_dead_workers_recorded_steps_are_not_run_again(
     durable: Durable, start_process: Start, ledger: Ledger
 ) -> None:
@@ -207,6 +212,7 @@ async def test_a_dead_workers_recorded_steps_are_not_run_again(
     assert again.isdisjoint(recorded - {max(recorded)})
 
 
+@pytest.mark.slow
 async def test_code_that_kills_its_process_comes_to_an_end(durable: Durable, start_process: Start, sql: Rows) -> None:
     spawned = await durable.spawn(program.die, max_attempts=1)
     await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LEASE_LOSS_LIMIT - 2)
@@ -298,6 +304,7 @@ async def test_only_losses_in_a_row_count(durable: Durable, sql: Rows, progress:
     assert (await durable.get_task_result(spawned)) is not None
 
 
+@pytest.mark.slow
 async def test_a_fatal_lease_timeout_ends_the_process_that_is_stuck(
     durable: Durable, start_process: Start, ledger: Ledger
 ) -> None:
@@ -310,6 +317,7 @@ async def test_a_fatal_lease_timeout_ends_the_process_that_is_stuck(
     assert ledger.entries("unblocked") == []
 
 
+@pytest.mark.slow
 async def test_a_fatal_lease_timeout_ends_a_process_that_was_stopped_when_it_goes_on(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -330,6 +338,7 @@ async def test_a_fatal_lease_timeout_ends_a_process_that_was_stopped_when_it_goe
     assert (result.output or [])[-1] == other.process.pid
 
 
+@pytest.mark.slow
 async def test_a_fatal_lease_timeout_ends_a_process_whose_code_goes_on_without_a_lease(
     durable: Durable, start_process: Start, ledger: Ledger, engine: AsyncEngine
 ) -> None:
@@ -412,6 +421,7 @@ async def test_what_was_written_before_the_lease_ended_is_kept(durable: Durable,
     assert calls == [1]
 
 
+@pytest.mark.slow
 async def test_a_claim_whose_reply_comes_after_the_lease_starts_nothing(
     durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +448,7 @@ async def test_a_claim_whose_reply_comes_after_the_lease_starts_nothing(
     assert started == [2]
 
 
+@pytest.mark.slow
 async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
     durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +517,7 @@ async def test_a_sweep_that_was_committed_first_wins_against_the_heartbeat(
         assert list(await beat) == []
 
 
+@pytest.mark.slow
 async def test_no_worker_is_declared_lost_whose_lease_has_not_ended(durable: Durable, sql: Rows) -> None:
     """Hundreds of heartbeats that race hundreds of sweeps, each just when the lease ends."""
     claimers = [Claimer(durable.database) for _ in range(20)]
@@ -542,6 +554,7 @@ async def test_no_worker_is_declared_lost_whose_lease_has_not_ended(durable: Dur
     assert {worker_id for (worker_id,) in unlost} <= alive
 
 
+@pytest.mark.slow
 async def test_runs_are_taken_over_also_when_the_row_of_their_worker_is_gone(
     durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

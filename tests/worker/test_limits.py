@@ -27,6 +27,7 @@ from .test_claims import Claimer
 
 @pytest.mark.parametrize("listen", [True, False])
 @pytest.mark.parametrize("within", ["a step", "the body", "a thread", "a synchronous task", "gathered steps"])
+@pytest.mark.slow
 async def test_a_running_task_that_is_cancelled_is_interrupted_within_about_a_second(
     durable: Durable, sql: Rows, within: str, listen: bool
 ) -> None:
@@ -101,6 +102,7 @@ async def test_a_running_task_that_is_cancelled_is_interrupted_within_about_a_se
     assert await sql("SELECT count(*) FROM durable.checkpoints WHERE name = 'step'") == [(0,)]
 
 
+@pytest.mark.slow
 async def test_a_cancelled_task_that_ignores_it_writes_nothing_more_and_frees_its_slot(
     durable: Durable, sql: Rows
 ) -> None:
@@ -246,6 +248,7 @@ async def test_max_pending_time_is_kept_for_tasks_that_nobody_here_knows(durable
             assert (await durable.wait_for_result(spawn, timeout=5)).status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 async def test_each_of_several_limits_is_kept_when_it_is_over(durable: Durable, sql: Rows) -> None:
     """A worker that looks around every second or so does it in between for the limits that it has seen."""
     for seconds in (1.0, 1.3, 1.6, 1.9):

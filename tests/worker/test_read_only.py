@@ -61,7 +61,7 @@ async def test_a_worker_that_starts_on_a_read_only_database_waits(
             result = await victim.wait_for_result(await victim.spawn(work), timeout=10)
             assert result.output == 0
             assert await admin("SELECT worker_id FROM durable.workers") == [(worker.worker_id,)]
-    assert caplog.text.count("read-only") == 1
+    assert caplog.text.count("waits: the database is read-only") == 1
 
 
 async def test_a_worker_on_a_database_that_becomes_read_only_goes_on_afterwards(

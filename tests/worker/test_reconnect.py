@@ -69,6 +69,7 @@ class Route(Gate):
         writer.transport.abort()
 
 
+@pytest.mark.slow
 async def test_connections_that_answer_nothing_are_given_up_and_no_lease_is_lost(
     database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ class Fault:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.slow
 async def test_the_reply_to_any_statement_may_be_lost_and_so_may_the_statement(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -277,6 +279,7 @@ def queries(durable: Durable) -> Rows:
 
 
 @pytest.mark.parametrize("how", ["fast", "immediate", "backend killed", "killed"])
+@pytest.mark.slow
 async def test_a_restart_of_the_server_fails_no_task(
     private: Durable, private_server: EmbeddedServer, how: str
 ) -> None:
@@ -318,6 +321,7 @@ async def _patiently(durable: Durable, spawn: SpawnResult[int]) -> None:
     await eventually(ended, within=40)
 
 
+@pytest.mark.slow
 async def test_an_outage_longer_than_the_lease_costs_attempts_but_no_failures(
     private: Durable, private_server: EmbeddedServer
 ) -> None:
@@ -339,6 +343,7 @@ async def test_an_outage_longer_than_the_lease_costs_attempts_but_no_failures(
     assert max(story.executed.values()) <= most
 
 
+@pytest.mark.slow
 async def test_a_worker_waits_for_connections_while_the_server_has_none_left(
     private: Durable, private_server: EmbeddedServer
 ) -> None:

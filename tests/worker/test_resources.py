@@ -41,6 +41,7 @@ def statements(database_url: URL) -> Generator[list[str]]:
     event.remove(Engine, "before_cursor_execute", executed)
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_sends_at_most_a_statement_a_second(durable: Durable, statements: list[str]) -> None:
     async with durable.worker() as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
@@ -68,6 +69,7 @@ async def test_a_task_on_an_idle_worker_costs_a_claim_and_a_completion(durable: 
         assert claims <= 24
 
 
+@pytest.mark.slow
 async def test_a_worker_that_only_waits_for_sleepers_is_as_quiet(
     durable: Durable, sql: Rows, statements: list[str]
 ) -> None:
@@ -98,6 +100,7 @@ def _runs() -> int:
     return sum(isinstance(thing, Run) for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 async def test_nothing_grows_over_twenty_thousand_tasks(database_url: URL, durable: Durable, sql: Rows) -> None:
     async def one(number: int) -> int:
         return number

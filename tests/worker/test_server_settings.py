@@ -42,8 +42,14 @@ async def alter_database(sql: Rows, url: URL, settings: dict[str, str]) -> None:
         await sql(f"""ALTER DATABASE "{url.database}" SET {name} = '{value}'""")
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(value, id=name, marks=[pytest.mark.slow] * (name == "impatience"))
+        for name, value in SETTINGS.items()
+    ],
+)
 async def test_the_settings_of_the_database_change_nothing(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, settings: dict[str, str], driver: str
 ) -> None:
@@ -89,6 +95,7 @@ LEVELS = (
 )
 
 
+@pytest.mark.slow
 async def test_an_isolation_that_is_set_while_the_worker_runs_changes_nothing(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:
@@ -227,6 +234,7 @@ async def test_an_engine_without_a_pool_does(
     await assert_stories_ended_well(sql, spawned)
 
 
+@pytest.mark.slow
 async def test_a_pool_that_the_application_has_exhausted_does_not_stop_a_worker(
     database_url: URL, durable: Durable, sql: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,6 +39,7 @@ async def test_a_terminated_process_lets_its_runs_end_and_claims_no_others(
     assert await sql("SELECT worker_id FROM durable.workers") == []
 
 
+@pytest.mark.slow
 async def test_what_exceeds_the_grace_is_given_back_at_once(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -61,6 +62,7 @@ async def test_what_exceeds_the_grace_is_given_back_at_once(
     assert (runs[1].started_at - runs[0].finished_at).total_seconds() < 1.0
 
 
+@pytest.mark.slow
 async def test_a_second_signal_gives_runs_back_without_waiting(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -76,6 +78,7 @@ async def test_a_second_signal_gives_runs_back_without_waiting(
 
 
 @pytest.mark.parametrize("code", [program.stubborn, program.hung], ids=["task", "step"])
+@pytest.mark.slow
 async def test_code_that_ignores_its_cancellation_does_not_keep_the_process(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows, code: Task[float, None]
 ) -> None:
@@ -89,6 +92,7 @@ async def test_code_that_ignores_its_cancellation_does_not_keep_the_process(
 
 
 @pytest.mark.parametrize("state", ["idle", "busy", "starting"])
+@pytest.mark.slow
 async def test_sigint_and_sigterm_end_the_process_in_any_state(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows, state: str
 ) -> None:
@@ -243,7 +247,7 @@ async def test_a_result_waits_for_a_locked_row_also_at_shutdown(
         await asyncio.sleep(0.4)
         assert not closing.done()
     await closing
-    assert (await durable.wait_for_result(spawned, timeout=0.5)).output == 7
+    assert (await durable.wait_for_result(spawned, timeout=20)).output == 7
     assert await sql("SELECT worker_id FROM durable.workers") == []
 
 
@@ -259,7 +263,7 @@ async def test_closing_the_client_shuts_its_workers_down(durable: Durable, engin
         workers = [await other.start_worker() for _ in range(2)]
         assert await sql("SELECT count(*) FROM durable.workers") == [(2,)]
     for worker in workers:
-        await asyncio.wait_for(worker.wait(), 1)
+        await asyncio.wait_for(worker.wait(), 20)
     assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
 
 
@@ -290,7 +294,7 @@ async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_sh
     with pytest.raises(LookupError, match="still in use"):
         await client.close()
     for worker in workers:
-        await asyncio.wait_for(worker.wait(), 1)
+        await asyncio.wait_for(worker.wait(), 20)
     assert client.workers == frozenset()
     assert client._database is None
 
@@ -315,6 +319,7 @@ async def private_client(server: EmbeddedServer) -> AsyncGenerator[Durable]:
             await asyncio.to_thread(server.start)
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_ends_soon_without_a_database(private_server: EmbeddedServer) -> None:
     async with private_client(private_server) as durable:
         worker = await durable.start_worker(claim_timeout=30)
@@ -325,6 +330,7 @@ async def test_an_idle_worker_ends_soon_without_a_database(private_server: Embed
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("durable:")]
 
 
+@pytest.mark.slow
 async def test_a_busy_process_ends_in_bounded_time_without_a_database(
     private_server: EmbeddedServer, tmp_path: Path
 ) -> None:
@@ -341,6 +347,7 @@ async def test_a_busy_process_ends_in_bounded_time_without_a_database(
             process.end()
 
 
+@pytest.mark.slow
 async def test_a_rolling_restart_under_load_loses_nothing_and_runs_nothing_twice_at_once(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:

@@ -326,6 +326,7 @@ async def test_a_task_factory_that_is_set_while_the_worker_runs_changes_nothing(
 
 
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
+@pytest.mark.slow
 async def test_what_there_is_no_memory_for_fails_alone(durable: Durable, start_process: Start, sql: Rows) -> None:
     process = await start_process("one", concurrency=4, under=("prlimit", f"--as={4 * 2**30}"))
     others = await durable.spawn_many([(program.work, Work(steps=2, seconds=0.05))] * 8)

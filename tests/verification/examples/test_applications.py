@@ -1,0 +1,208 @@
+"""The example applications as somebody would run them: `alembic`, a web server and a worker, driven over HTTP."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import URL
+
+from durable_sa.testing import TestServer
+
+httpx = pytest.importorskip("httpx")
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+APPLICATIONS = ("fastapi_orders", "flask_billing", "litestar_reviews")
+
+
+class Application:
+    """A directory, a database and processes."""
+
+    def __init__(self, name: str, url: URL, driver: str, logs: Path, **environment: str) -> None:
+        self._directory = EXAMPLES / name
+        variable = f"{name.partition('_')[2].upper()}_DATABASE_URL"
+        url = url.set(drivername=f"postgresql+{driver}")
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("DURABLE_")},
+            variable: url.render_as_string(hide_password=False),
+            "PYTHONPATH": str(self._directory),
+            "PYTHONUNBUFFERED": "1",
+            **environment,
+        }
+        self._logs = logs
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def alembic(self, *commands: tuple[str, ...]) -> str:
+        """Run `alembic` with these arguments, one after another, in one process to save time; what it printed."""
+        script = f"from alembic.config import main\nfor command in {commands}: main(command)"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=self._directory,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
+        """Start a process; it and its log."""
+        log = self._logs / f"{len(self._processes)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                cwd=self._directory,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._processes.append(process)
+        return process, log
+
+    def serve(self, module: str, *arguments: str) -> Any:
+        """Start a web server on a free port; a client for it."""
+        process, log = self.start(module, *arguments)
+        found = until(lambda: re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text()), process, log)
+        return httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=10)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> Any:
+    """What the condition gives once it is true."""
+    deadline = time.monotonic() + 30
+    while not (value := condition()):
+        said = "" if log is None else log.read_text()
+        assert process is None or process.poll() is None, said
+        assert time.monotonic() < deadline, said
+        time.sleep(0.02)
+    return value
+
+
+Run = Callable[..., Application]
+
+
+@pytest.fixture
+def run(durable_server: TestServer, tmp_path: Path) -> Generator[Run]:
+    """An application on an empty database, which its own migrations fill, empty and fill again."""
+    with contextlib.ExitStack() as stack:
+
+        def run(name: str, driver: str, **environment: str) -> Application:
+            url = durable_server.create_database()
+            stack.callback(durable_server.drop_database, url)
+            application = Application(name, url, driver, tmp_path, **environment)
+            stack.callback(application.close)
+            said = application.alembic(("upgrade", "head"), ("check",), ("downgrade", "base"), ("upgrade", "head"))
+            assert "No new upgrade operations" in said
+            return application
+
+        yield run
+
+
+def test_orders_with_fastapi_and_asyncpg(run: Run) -> None:
+    shop = run("fastapi_orders", "asyncpg")
+    worker, _ = shop.start("durable_sa.cli", "worker", "orders.main:durable")
+    with shop.serve("uvicorn", "orders.main:app", "--port", "0") as http:
+        assert http.put("/products/lamp", json={"stock": 5}).status_code == 200
+
+        def order(reference: str) -> str:
+            body = {"reference": reference, "sku": "lamp", "quantity": 2}
+            response = http.post("/orders", json=body)
+            assert response.status_code == 201, response.text
+            return f"/orders/{response.json()['id']}"
+
+        def becomes(order: str, status: str) -> dict[str, Any]:
+            until(lambda: http.get(order).json()["status"] == status)
+            found: dict[str, Any] = http.get(order).json()
+            return found
+
+        first, second = order("A-1"), order("A-2")
+        assert http.post("/orders", json={"reference": "A-1", "sku": "lamp", "quantity": 1}).status_code == 409
+        becomes(first, "reserved")
+        becomes(second, "reserved")
+        assert http.get("/products/lamp").json() == {"stock": 1}
+
+        # Whatever becomes of the worker, orders go on with the next.
+        worker.kill()
+        worker.wait()
+        assert http.post(f"{first}/payment").status_code == 202
+        assert http.delete(second).status_code == 204
+        worker, log = shop.start("durable_sa.cli", "worker", "orders.main:durable")
+        assert becomes(first, "shipped")["tracking_code"] == "TRACK-1"
+        until(lambda: http.get(first).json()["task_state"] == "completed")
+        assert http.get(second).json()["task_state"] == "cancelled"
+        assert http.get("/products/lamp").json() == {"stock": 3}
+        assert http.delete(first).status_code == 409
+
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0, log.read_text()
+
+
+def test_reviews_with_litestar_and_psycopg(run: Run) -> None:
+    desk = run("litestar_reviews", "psycopg")
+    worker, log = desk.start("durable_sa.cli", "worker", "reviews.main:durable", "--concurrency", "5")
+    with desk.serve("uvicorn", "reviews.main:app", "--port", "0") as http:
+        response = http.post("/articles", json={"title": "Owls", "text": "Teh owl is is a bird."})
+        assert response.status_code == 201, response.text
+        article = f"/articles/{response.json()['id']}"
+        until(lambda: http.get(article).json()["status"] == "reading")
+        assert http.get(article).json()["findings"] == ["spelling: Teh", "repeated: is"]
+        verdict = {"reader": "Ada", "accepted": True}
+        assert http.put(f"{article}/verdict", json=verdict).status_code == 200
+        assert http.put(f"{article}/verdict", json=verdict).status_code == 409
+        assert http.get(article).json()["reader"] == "Ada"
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0, log.read_text()
+
+
+def test_billing_with_flask_and_synchronous_sessions(run: Run) -> None:
+    office = run("flask_billing", "psycopg", BILLING_TRIAL_DAYS="0")
+    worker, log = office.start("durable_sa.cli", "worker", "billing.worker:durable", "--concurrency", "5")
+    with office.serve("flask", "--app", "billing.app", "run", "--port", "0") as http:
+
+        def subscribe(card: str) -> str:
+            response = http.post("/subscriptions", json={"customer": "ada", "card": card})
+            assert response.status_code == 201, response.text
+            return f"/subscriptions/{response.json()['id']}"
+
+        paid, refused = subscribe("visa"), subscribe("expired")
+        until(lambda: http.get(paid).json()["status"] == "active")
+        until(lambda: http.get(refused).json()["status"] == "overdue")
+        assert http.put(f"{refused}/card", json={"card": "visa"}).status_code == 200
+        until(lambda: http.get(refused).json()["status"] == "active")
+        for subscription in (paid, refused):
+            (receipt,) = http.get(subscription).json()["receipts"]
+            assert receipt.startswith("receipt for 900 cents")
+            assert http.delete(subscription).status_code == 204
+            assert http.get(subscription).json()["task_state"] == "cancelled"
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0, log.read_text()
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_its_own_tests_pass(name: str, durable_server: TestServer) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=EXAMPLES / name,
+        env={**os.environ, "DURABLE_TEST_DATABASE_URL": durable_server.url.render_as_string(hide_password=False)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_is_a_test_for_each_application() -> None:
+    assert {path.parent.name for path in EXAMPLES.glob("*/alembic.ini")} == set(APPLICATIONS)
