@@ -133,11 +133,11 @@ class Steps(Sleeps):
         kwargs: dict[str, Any],
     ) -> Any:
         if options.timeout is None:
-            return await _invoke(self._run.host.executor, function, args, kwargs)
+            return await _invoke(self._run.host.threads, function, args, kwargs)
         deadline = asyncio.timeout(options.timeout)
         try:
             async with deadline:
-                return await _invoke(self._run.host.executor, function, args, kwargs)
+                return await _invoke(self._run.host.threads, function, args, kwargs)
         except TimeoutError:
             if not deadline.expired():
                 raise

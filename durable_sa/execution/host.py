@@ -21,7 +21,7 @@ class RunHost(Protocol):
 
     writer: Writer
     reader: Reader
-    executor: StepThreads
+    threads: StepThreads
     clock: LocalClock
     hooks: HookChain
     telemetry: Telemetry | None

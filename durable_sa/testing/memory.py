@@ -85,7 +85,7 @@ class MemoryRun:
 
     signal = None
     journal = EMPTY_JOURNAL
-    executor = None
+    threads = None
     """The one of the event loop."""
     hooks = HookChain()
     telemetry = None
