@@ -149,14 +149,14 @@ class Retry:
         """Begin with short pauses anew, after a success."""
         self._failures = 0
 
-    async def pause(self, error: Exception) -> None:
-        """Wait before the next try.
+    async def pause(self, error: Exception, *, logged: bool = False) -> None:
+        """Wait before the next try. Log the error unless the caller has logged it.
 
-        Errors of the database's condition are logged once they last; any other error may be a defect, so each is.
+        A transient error is logged once it lasts. Any other error may be a defect, so each one is logged.
         """
         if not is_transient(error):
             logger.error("%s failed, retrying", self._what, exc_info=without_values(error))
-        elif self._failures == 3:
+        elif self._failures == 3 and not logged:
             logger.warning("%s failed (%s), retrying", self._what, reason(error))
         seconds = backoff(self._failures)
         self._failures += 1

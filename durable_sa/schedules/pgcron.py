@@ -90,7 +90,7 @@ async def require_extension(connection: AsyncConnection, timezone: str) -> None:
     if timezone != row.timezone and not {timezone, row.timezone} <= _GMT:
         raise InvalidConfiguration(
             "timezone",
-            f"pg_cron goes by {row.timezone}, not by {timezone}",
+            f"pg_cron fires by the time of {row.timezone}, not of {timezone}",
             "Write the times in that zone, or leave the schedule to the workers: backend='worker'.",
         )
 

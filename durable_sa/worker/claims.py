@@ -168,7 +168,7 @@ class Claimer:
                 self._agenda.look_within((item.cancel_at - item.now).total_seconds() + 0.005)
         if claimed:
             # They start in the next turn of the event loop, so that the next claim may be in flight meanwhile.
-            self._executor.reserve(claimed)
+            self._slots.reserve(claimed)
             self._loop.call_soon(self._start)
         return len(rows)
 

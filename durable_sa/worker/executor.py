@@ -79,12 +79,8 @@ class Executor:
         """True while runs are in progress."""
         return bool(self._slots.runs)
 
-    def reserve(self, claimed: list[ClaimedRun]) -> None:
-        """Take slots for runs that :meth:`start_reserved` starts."""
-        self._slots.reserve(claimed)
-
     def start_reserved(self) -> None:
-        """Start the runs that slots were taken for."""
+        """Start the runs for which slots are reserved."""
         reserved, self._slots.starting = self._slots.starting, []
         self.start(reserved)
 

@@ -155,10 +155,11 @@ class Registration:
                     logger.info("worker %s goes on: the database takes writes", self._settings.name)
                 break
             except Exception as error:  # noqa: BLE001 - the retry logs it
-                if is_read_only(error) and not waiting:
+                read_only = is_read_only(error)
+                if read_only and not waiting:
                     waiting = True
                     logger.warning("worker %s waits: the database is read-only", self._settings.name)
-                await retry.pause(error)
+                await retry.pause(error, logged=read_only)
         self._registering = False
         self._on_returned()
 

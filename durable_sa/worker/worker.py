@@ -137,7 +137,12 @@ class Worker:
         )
 
     def __repr__(self) -> str:
-        return f"<Worker {self.settings.name} on {', '.join(self.settings.queue_names)}>"
+        return f"<Worker {self.settings.name} on {', '.join(self.queue_names)}>"
+
+    @property
+    def queue_names(self) -> tuple[str, ...]:
+        """The queues that the worker serves."""
+        return self.settings.queue_names
 
     @property
     def worker_id(self) -> uuid.UUID:
@@ -163,8 +168,8 @@ class Worker:
         """
         database = self._app.database
         await reconnecting(database.check_schema)
-        known = await database.execute(queues.KNOWN_QUEUES, {"queue_names": list(self.settings.queue_names)})
-        for name in self.settings.queue_names:
+        known = await database.execute(queues.KNOWN_QUEUES, {"queue_names": list(self.queue_names)})
+        for name in self.queue_names:
             if name not in {row.queue_name for row in known}:
                 raise QueueNotFound(name)
         task_factory.install(self.loop)
@@ -199,7 +204,7 @@ class Worker:
         logger.info(
             "worker %s has started (queues: %s; tasks: %d)",
             self.settings.name,
-            ", ".join(self.settings.queue_names),
+            ", ".join(self.queue_names),
             len(self._app.tasks),
         )
 
