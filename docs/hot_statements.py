@@ -30,8 +30,7 @@ STATEMENTS: dict[str, tuple[str, Executable]] = {
         spawning.SPAWN_ONE,
     ),
     "Claim": (
-        "`claiming.CLAIM`: takes up to `$7` ready tasks, queue by queue and priority by priority, from the worker's "
-        "cursors on. The docstring of the module explains it at length.",
+        "`claiming.CLAIM`: takes up to `$7` ready tasks, queue by queue and priority by priority.",
         claiming.CLAIM,
     ),
     "Record one step": (

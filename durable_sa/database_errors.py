@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import random
 from typing import Any
 
@@ -10,6 +12,8 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from .errors import InvalidState
+
+logger = logging.getLogger("durable_sa")
 
 LOCK_NOT_AVAILABLE = "55P03"
 UNIQUE_VIOLATION = "23505"
@@ -128,3 +132,37 @@ def reason(error: BaseException) -> str:
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
     """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
     return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
+
+
+class Retry:
+    """The pauses of a loop that retries until it succeeds, and what it logs; `what` is the subject of its log lines.
+
+    A pause ends early when `stop` is set.
+    """
+
+    def __init__(self, what: str, stop: asyncio.Event | None = None) -> None:
+        self._what = what
+        self._stop = stop
+        self._failures = 0
+
+    def reset(self) -> None:
+        """Begin with short pauses anew, after a success."""
+        self._failures = 0
+
+    async def pause(self, error: Exception, *, logged: bool = False) -> None:
+        """Wait before the next try. Log the error unless the caller has logged it.
+
+        A transient error is logged once it lasts. Any other error may be a defect, so each one is logged.
+        """
+        if not is_transient(error):
+            logger.error("%s failed, retrying", self._what, exc_info=without_values(error))
+        elif self._failures == 3 and not logged:
+            logger.warning("%s failed (%s), retrying", self._what, reason(error))
+        seconds = backoff(self._failures)
+        self._failures += 1
+        if self._stop is None:
+            await asyncio.sleep(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()

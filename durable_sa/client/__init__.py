@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 
 from sqlalchemy import URL
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
 from ..database.notifier import channel_name, flush
-from ..errors import InvalidConfiguration
 from ..hooks import Hooks, chain
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import WorkerOptions
@@ -144,21 +143,10 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         """Compare the tables in the database with what this version of the package needs.
 
         Raises:
-            SchemaMismatch: they are not there, older or newer; the message says what to do.
-            InvalidConfiguration: there is a connection pooler that does not let transactions through.
+            SchemaMismatch: they are missing, older or newer; the message says what to do.
+            InvalidConfiguration: a connection pooler does not let transactions through.
         """
-        # Alembic takes a third of the time that importing the package would, and who only spawns has no use for it.
-        from .. import migrations
-
-        try:
-            async with self.database.engine.connect() as connection:
-                await connection.run_sync(migrations.check, self.schema)
-        except DBAPIError as error:
-            if "statement pooling" in str(error.orig):
-                raise InvalidConfiguration(
-                    "bind", "there is a connection pooler in statement mode", "Set its pool_mode to transaction."
-                ) from error
-            raise
+        await self.database.check_schema()
 
     async def start_worker(self, **options: Unpack[WorkerOptions]) -> Worker:
         """Start a worker in the background of the running event loop; end it with `await worker.shutdown()`.
@@ -170,10 +158,25 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             QueueNotFound: one of its queues does not exist.
             SchemaMismatch: the tables are not those that this version needs.
         """
-        worker = Worker(self, Settings.resolve(options, self.queue_name))
+        worker = Worker(
+            self,
+            Settings.resolve(options, self.queue_name),
+            state=self.state,
+            lifespan=None if self.lifespan is None else self._make_lifespan,
+            on_task_ended=self.task_changed,
+            on_ended=self._workers.discard,
+        )
         await worker.start()
         self._workers.add(worker)
         return worker
+
+    def _make_lifespan(self) -> AbstractAsyncContextManager[StateT]:
+        lifespan = self.lifespan
+        if isinstance(lifespan, AbstractAsyncContextManager):
+            return cast("AbstractAsyncContextManager[StateT]", lifespan)
+        if lifespan is None:
+            raise AssertionError("a worker without lifespan enters none")
+        return lifespan(self) if inspect.signature(lifespan).parameters else lifespan()
 
     @asynccontextmanager
     async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncGenerator[Worker]:
@@ -205,7 +208,3 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
                 await worker.wait()
             finally:
                 await worker.shutdown()
-
-    def forget_worker(self, worker: Worker) -> None:
-        """A worker has ended."""
-        self._workers.discard(worker)

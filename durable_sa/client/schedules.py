@@ -11,7 +11,7 @@ from ..database.notifier import Hint
 from ..names import validate_name
 from ..options import SpawnOptions
 from ..results import ScheduleFilter, ScheduleInfo, SpawnResult
-from ..schedules import store
+from ..schedules import firing, store
 from ..schedules.cron import Misfire
 from ..schedules.store import Backend, Overlap
 from ..tasks import Task
@@ -75,11 +75,11 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        await store.delete(self, validate_name("schedule", name))
+        await store.delete(self.database, validate_name("schedule", name))
 
     async def list_schedules(self, filter: ScheduleFilter | None = None) -> list[ScheduleInfo]:  # noqa: A002
         """Schedules by name, those that match everything in `filter`."""
-        return await store.listed(self, filter or ScheduleFilter())
+        return await store.list_schedules(self.database, filter or ScheduleFilter())
 
     async def pause_schedule(self, name: str) -> None:
         """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for.
@@ -87,7 +87,7 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        await store.pause(self, validate_name("schedule", name), paused=True)
+        await store.pause(self.database, validate_name("schedule", name), paused=True)
 
     async def resume_schedule(self, name: str) -> None:
         """Let a paused schedule fire again, from its next tick on.
@@ -95,7 +95,7 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        await store.pause(self, validate_name("schedule", name), paused=False)
+        await store.pause(self.database, validate_name("schedule", name), paused=False)
         self._sender().send(Hint(limits=True))
 
     async def trigger_schedule(self, name: str) -> SpawnResult[Any]:
@@ -104,5 +104,5 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        prepared = await store.triggered(self, validate_name("schedule", name))
+        prepared = await firing.prepare_trigger(self, validate_name("schedule", name))
         return await self._spawn(prepared)

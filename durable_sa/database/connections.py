@@ -243,6 +243,26 @@ class Database:
         _mixed_up.add(self.engine.sync_engine.pool)
         return None
 
+    async def check_schema(self) -> None:
+        """Compare the tables in the database with what this version of the package needs.
+
+        Raises:
+            SchemaMismatch: they are missing, older or newer; the message says what to do.
+            InvalidConfiguration: a connection pooler does not let transactions through.
+        """
+        # Imported here, because importing Alembic takes a third of the package's time and few processes need it.
+        from ..migrations import check
+
+        try:
+            async with self.engine.connect() as connection:
+                await connection.run_sync(check, self.schema)
+        except DBAPIError as error:
+            if "statement pooling" in str(error.orig):
+                raise InvalidConfiguration(
+                    "bind", "there is a connection pooler in statement mode", "Set its pool_mode to transaction."
+                ) from error
+            raise
+
     async def explain(self, error: BaseException) -> None:
         """Find out whether a statement has failed for the state of the database, or of the tables in it.
 

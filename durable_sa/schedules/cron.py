@@ -1,4 +1,4 @@
-"""When a cron expression fires, and which of the ticks that nobody was there for are made up for."""
+"""The ticks of cron expressions, and the misfire policies for ticks that no worker fired in time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..errors import InvalidConfiguration, InvalidCron
 Misfire = Literal["skip", "run_once", "run_all"]
 
 MISSED_AFTER: Final = timedelta(seconds=60)
-"""A tick that is later than this was missed, and the misfire policy decides."""
+"""Age from which a due tick counts as missed, so that the misfire policy decides about it."""
 
-MOST_MISSED: Final = 100
-"""Ticks that `run_all` makes up for, at most: the latest."""
+MAX_MISSED_TICKS: Final = 100
+"""Number of missed ticks, the latest ones, that `run_all` fires at most."""
 
-_MOMENT: Final = timedelta(microseconds=1)
+_MICROSECOND: Final = timedelta(microseconds=1)
 _SECOND: Final = timedelta(seconds=1)
-_BETWEEN_CHANGES: Final = timedelta(days=7)
-"""No zone changes its clocks twice within that time."""
+_OFFSET_CHANGE_STEP: Final = timedelta(days=7)
+"""Time within which no zone changes its offset twice."""
 
 
 def zone(name: str) -> ZoneInfo:
-    """The time zone of that IANA name.
+    """Return the time zone of an IANA name.
 
     Raises:
-        InvalidConfiguration: there is none.
+        InvalidConfiguration: no time zone has that name.
     """
     try:
         return ZoneInfo(name)
@@ -41,10 +41,10 @@ def zone(name: str) -> ZoneInfo:
 
 
 def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]:
-    """The times at which an expression fires after `after`, in UTC. They end if it never fires again.
+    """Yield the times at which an expression fires after `after`, in UTC, as long as there are any.
 
-    Five fields, or six with seconds first. Of local times that a change of the clocks skips or repeats, those of
-    expressions that name the hour fire once; what fires every so many minutes or hours goes on in steady steps.
+    It has five fields, or six with seconds first. An expression that names the hour fires once at local times that a
+    change of the clocks skips or repeats; one that fires every so many minutes or hours keeps its steps.
 
     Raises:
         InvalidCron: the expression cannot be read.
@@ -59,7 +59,7 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
 
 
 def _walk(expression: str, wall: datetime) -> CronSim:
-    """The times at which it fires after `wall`, on a clock that nobody changes."""
+    """Iterate over the times at which an expression fires after `wall`, on a clock that is never changed."""
     try:
         return CronSim(expression, wall)
     except (CronSimError, ValueError) as error:
@@ -67,17 +67,17 @@ def _walk(expression: str, wall: datetime) -> CronSim:
 
 
 def _wall(moment: datetime, local: ZoneInfo) -> datetime:
-    """What the clock on the wall shows."""
+    """Return the local time without its zone."""
     return moment.astimezone(local).replace(tzinfo=None)
 
 
 def _named(expression: str, local: ZoneInfo, after: datetime) -> Iterator[datetime]:
-    """A time that is skipped fires when the clocks are changed, one that is repeated only the first time."""
+    """Yield skipped local times as the moment of the change, and repeated ones once, as their first occurrence."""
     last = after
     for wall in _walk(expression, _wall(after, local)):
         moment = wall.replace(tzinfo=local).astimezone(UTC)
         if _wall(moment, local) != wall:
-            # As the clock shows it after the change: before that in UTC.
+            # The change skips this local time: the moment of the change is after `earlier` and up to `moment`.
             earlier = wall.replace(tzinfo=local, fold=1).astimezone(UTC)
             moment = _change(local, earlier, moment) or moment
         if moment > last:
@@ -86,7 +86,7 @@ def _named(expression: str, local: ZoneInfo, after: datetime) -> Iterator[dateti
 
 
 def _steady(expression: str, local: ZoneInfo, after: datetime) -> Iterator[datetime]:
-    """Fires whenever the clock on the wall says so, from one change to the next."""
+    """Yield all local times, with steps that are counted anew from each change of the clocks."""
     start, seen = _wall(after, local), after
     while True:
         offset = _wall(seen, local) - seen.replace(tzinfo=None)
@@ -102,10 +102,10 @@ def _steady(expression: str, local: ZoneInfo, after: datetime) -> Iterator[datet
 
 
 def _change(local: ZoneInfo, start: datetime, end: datetime) -> datetime | None:
-    """The first moment after `start` until `end` with another offset, to the second."""
+    """Return the first moment after `start` and up to `end` that has another offset, to the second."""
     offset = start.astimezone(local).utcoffset()
     while start < end:
-        low, high = start, min(end, start + _BETWEEN_CHANGES)
+        low, high = start, min(end, start + _OFFSET_CHANGE_STEP)
         if high.astimezone(local).utcoffset() != offset:
             while high - low > _SECOND:
                 middle = low + (high - low) // 2
@@ -119,7 +119,7 @@ def _change(local: ZoneInfo, start: datetime, end: datetime) -> datetime | None:
 
 
 def next_tick(expression: str, timezone: str, after: datetime) -> datetime | None:
-    """The first tick after `after`; None if there is none within the next fifty years.
+    """Return the first tick after `after`; None if there is none within the next fifty years.
 
     Raises:
         InvalidCron: the expression cannot be read.
@@ -130,25 +130,25 @@ def next_tick(expression: str, timezone: str, after: datetime) -> datetime | Non
 def due_ticks(
     expression: str, timezone: str, first: datetime, now: datetime, misfire: Misfire
 ) -> tuple[list[datetime], datetime | None]:
-    """The ticks to fire now, and the next one, for a schedule whose next tick was `first`.
+    """Return the ticks to fire now, and the next one, for a schedule whose next tick was `first`.
 
-    All that are due, unless the first of them was missed: then the policy decides.
+    All due ticks fire, unless the first was missed: then the misfire policy decides.
     """
     missed = now - first > MISSED_AFTER
-    due = _latest(expression, timezone, first, now, 1 if missed and misfire != "run_all" else MOST_MISSED)
+    due = _latest(expression, timezone, first, now, 1 if missed and misfire != "run_all" else MAX_MISSED_TICKS)
     if misfire == "skip" and now - due[-1] > MISSED_AFTER:
         due = []
     return due, next_tick(expression, timezone, now)
 
 
 def _latest(expression: str, timezone: str, first: datetime, now: datetime, most: int) -> list[datetime]:
-    """The latest ticks from `first` to `now`, in order, however long ago `first` is: it looks further and further back.
+    """Return the latest ticks from `first`, which is one, to `now`, in order: at least one, at most `most`.
 
-    One at least, for `first` is one.
+    The window of the search grows backwards from `now`, so that its cost does not depend on the age of `first`.
     """
     window = timedelta(seconds=most)
     while True:
-        start = max(first - _MOMENT, now - window)
+        start = max(first - _MICROSECOND, now - window)
         found = list(takewhile(lambda moment: moment <= now, ticks(expression, timezone, start)))
         if start < first or len(found) >= most:
             return found[-most:] or [first]

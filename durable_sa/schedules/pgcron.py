@@ -1,15 +1,15 @@
 """Schedules that the pg_cron extension fires, inside the database and without a worker.
 
-A job of the extension stands beside each of them, and is made, changed and removed in the transaction that does so
-with the schedule. What the extension cannot do is refused: other time zones than its own, seconds, the days `L`, `W`
-and `#`, and making up for ticks at which the server was down.
+Each has a job of the extension, which is made, changed and removed in the same transaction as the schedule. Schedules
+beyond the extension are refused: those in other time zones than the server's, with seconds, with the days `L`, `W` and
+`#`, and those that make up for ticks at which the server was down.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,13 +22,10 @@ from ..spawns import Prepared
 from ..statements import pgcron as statements
 from ..statements.spawning import SPAWN_COLUMNS
 
-if TYPE_CHECKING:
-    from ..app import App
-
 _FIELDS: Final = re.compile(r"[0-9A-Za-z*,/-]+( +[0-9A-Za-z*,/-]+){4}")
-_BEYOND: Final = re.compile(r"(?<![A-Za-z])[LWH](?![A-Za-z])|[0-9][LWlw]", re.ASCII)
+_UNSUPPORTED: Final = re.compile(r"(?<![A-Za-z])[LWH](?![A-Za-z])|[0-9][LWlw]", re.ASCII)
 _GMT: Final = frozenset({"GMT", "UTC", "Etc/UTC", "Etc/GMT", "Zulu", "Etc/Zulu", "Universal", "Etc/Universal"})
-_LONGEST_NAME: Final = 63
+_MAX_NAME_BYTES: Final = 63
 _INVALID_PARAMETER: Final = "22023"
 
 
@@ -58,30 +55,30 @@ async def setup_pgcron(bind: Bind | None = None) -> None:
 
 
 def check_expression(expression: str) -> None:
-    """Refuse what the extension reads in another way, or not at all.
+    """Refuse expressions that the extension reads differently, or cannot read.
 
     Raises:
-        InvalidCron: there is something of that kind in it.
+        InvalidCron: the expression is one of those.
     """
     if not _FIELDS.fullmatch(expression.strip()):
         raise InvalidCron(expression, "pg_cron takes five fields of numbers, names, and the signs *,/-")
-    if _BEYOND.search(expression):
+    if _UNSUPPORTED.search(expression):
         raise InvalidCron(expression, "pg_cron does not know L, W or H")
 
 
 def job_name(schedule_name: str, schema: str) -> str:
-    """The name of a schedule's job, which no other schedule in the database has."""
+    """Return the name of a schedule's job, unique in the database."""
     name = f"durable:{schema}:{schedule_name}"
-    if len(name.encode()) > _LONGEST_NAME:
+    if len(name.encode()) > _MAX_NAME_BYTES:
         return f"durable:{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
     return name
 
 
 async def require_extension(connection: AsyncConnection, timezone: str) -> None:
-    """Refuse a schedule where the extension is not there, or goes by another time zone.
+    """Refuse a schedule if the extension is missing or uses another time zone.
 
     Raises:
-        InvalidConfiguration: one of the two.
+        InvalidConfiguration: either of the two.
     """
     row = (await connection.execute(statements.INSTALLED)).one()
     if not row.installed:
@@ -93,13 +90,13 @@ async def require_extension(connection: AsyncConnection, timezone: str) -> None:
     if timezone != row.timezone and not {timezone, row.timezone} <= _GMT:
         raise InvalidConfiguration(
             "timezone",
-            f"pg_cron goes by {row.timezone}, not by {timezone}",
+            f"pg_cron fires by the time of {row.timezone}, not of {timezone}",
             "Write the times in that zone, or leave the schedule to the workers: backend='worker'.",
         )
 
 
-async def put_job(connection: AsyncConnection, client: App, name: str, cron: str, spawn: Prepared) -> None:
-    """Make a schedule's job, or change it.
+async def put_job(connection: AsyncConnection, schema: str, name: str, cron: str, spawn: Prepared) -> None:
+    """Create or change the job of a schedule.
 
     Raises:
         InvalidCron: the extension refuses the expression.
@@ -108,10 +105,10 @@ async def put_job(connection: AsyncConnection, client: App, name: str, cron: str
         name,
         f"durable::{name}:",
         dict(zip(SPAWN_COLUMNS, spawn.values, strict=True)),
-        schema=client.schema,
-        channel=channel_name(client.schema),
+        schema=schema,
+        channel=channel_name(schema),
     )
-    parameters = {"job_name": job_name(name, client.schema), "job_schedule": cron, "command": command}
+    parameters = {"job_name": job_name(name, schema), "job_schedule": cron, "command": command}
     try:
         await connection.execute(statements.SCHEDULE_JOB, parameters)
     except DBAPIError as error:
@@ -121,13 +118,13 @@ async def put_job(connection: AsyncConnection, client: App, name: str, cron: str
 
 
 async def remove_job(connection: AsyncConnection, name: str | None) -> None:
-    """Remove a job, if there is one."""
+    """Remove a job, if it has a name and exists."""
     if name is not None and await _installed(connection):
         await connection.execute(statements.UNSCHEDULE_JOB, {"job_name": name})
 
 
 async def activate_job(connection: AsyncConnection, name: str, *, active: bool) -> None:
-    """Let a job run, or not."""
+    """Activate or deactivate a job."""
     if await _installed(connection):
         await connection.execute(statements.ACTIVATE_JOB, {"job_name": name, "active": active})
 

@@ -1,39 +1,26 @@
-"""Cron schedules: defined by a client, kept as rows, fired by workers or by pg_cron."""
+"""Cron schedules as rows: defined, listed, paused and deleted by a client."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Row
 
-from ..database.channel import Executing
-from ..errors import (
-    InvalidConfiguration,
-    InvalidCron,
-    QueueNotFound,
-    ScheduleNotFound,
-)
+from ..app import App
+from ..database.connections import Database
+from ..errors import InvalidConfiguration, InvalidCron, QueueNotFound, ScheduleNotFound
 from ..options import SpawnOptions, refuse_nul
 from ..policies import CancellationPolicy, RetryStrategy
 from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
-from ..spawns import (
-    Prepared,
-    columns,
-    over,
-    prepare,
-)
+from ..spawns import Prepared, prepare
 from ..statements import queues, scheduling
 from ..statements.spawning import SPAWN_COLUMNS
+from ..tasks import Task
 from . import pgcron
-from .cron import Misfire, due_ticks, next_tick
-
-if TYPE_CHECKING:
-    from ..app import App
-    from ..tasks import Task
+from .cron import Misfire, next_tick
 
 Overlap = Literal["allow", "skip"]
 Backend = Literal["worker", "pg_cron"]
@@ -41,14 +28,9 @@ Backend = Literal["worker", "pg_cron"]
 SCHEDULED_BY = "durable::scheduled_by"
 CRON = "durable::cron"
 
-logger = logging.getLogger("durable_sa")
-
-_PAGE = 100
-_BEGINNING = (datetime(1, 1, 2, tzinfo=UTC), "")
-
 
 def encode_options(options: SpawnOptions) -> str:
-    """Spawn options as the JSON that a schedule keeps."""
+    """Encode the spawn options of a schedule as JSON."""
     plain: dict[str, Any] = {}
     for key, value in options.items():
         if value is None:
@@ -71,7 +53,7 @@ def encode_options(options: SpawnOptions) -> str:
 
 
 def decode_options(text: str | None) -> SpawnOptions:
-    """The spawn options of a schedule."""
+    """Decode the spawn options of a schedule."""
     plain: dict[str, Any] = UNTYPED.decode(text or "{}", "the options of a schedule")
     if (strategy := plain.get("retry_strategy")) is not None:
         plain["retry_strategy"] = RetryStrategy(**strategy)
@@ -82,7 +64,7 @@ def decode_options(text: str | None) -> SpawnOptions:
 
 
 def schedule_info(row: Row[Any]) -> ScheduleInfo:
-    """A schedule as it is stored."""
+    """Make the public description of a stored schedule."""
     return ScheduleInfo(
         name=row.name,
         task_name=row.task_name,
@@ -101,22 +83,6 @@ def schedule_info(row: Row[Any]) -> ScheduleInfo:
     )
 
 
-def tick_key(name: str, tick: datetime) -> str:
-    """The idempotency key of a tick: whatever happens, there is one task of it."""
-    return f"durable::{name}:{tick.isoformat()}"[-255:]
-
-
-def prepare_tick(client: App, row: Row[Any], tick: datetime | None) -> Prepared:
-    """A schedule's spawn, the same in whatever process; without a tick, one that was asked for by hand."""
-    options = decode_options(row.spawn_options)
-    options["queue_name"] = row.queue_name
-    if tick is not None:
-        options["idempotency_key"] = tick_key(row.name, tick)
-    params = None if row.params is None else UNTYPED.decode(row.params, "the params of a schedule")
-    headers = {SCHEDULED_BY: row.name, CRON: row.cron_expression}
-    return prepare(client, row.task_name, params, options, as_stored=True, internal_headers=headers)
-
-
 def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
     if not isinstance(metadata or {}, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidConfiguration("metadata", f"it must be a Mapping, not {type(metadata).__name__}")
@@ -124,7 +90,7 @@ def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
 
 
 class Definition(NamedTuple):
-    """A schedule as its author gives it."""
+    """A schedule as the caller defines it."""
 
     name: str
     task: Task[Any, Any] | str
@@ -138,8 +104,8 @@ class Definition(NamedTuple):
     options: SpawnOptions
 
 
-async def create(client: App, definition: Definition) -> None:
-    """Check a definition and store it, with its job if the extension is to fire it."""
+async def create(app: App, definition: Definition) -> None:
+    """Check a definition and store it, together with a job of the extension if that is to fire it."""
     misfire = definition.misfire or ("run_once" if definition.backend == "worker" else "skip")
     for what, value, known in (
         ("misfire", misfire, ("skip", "run_once", "run_all")),
@@ -153,14 +119,14 @@ async def create(client: App, definition: Definition) -> None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
     headers = {SCHEDULED_BY: definition.name, CRON: definition.cron_expression}
     prepared = prepare(
-        client, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
+        app, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
     )
     metadata = _encode_metadata(definition.metadata, "the metadata of a schedule")
-    now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
+    now = (await app.database.execute(scheduling.DATABASE_TIME))[0].now
     first = next_tick(definition.cron_expression, definition.timezone, now)
     if first is None:
         raise InvalidCron(definition.cron_expression, "it never comes true")
-    job = pgcron.job_name(definition.name, client.schema) if definition.backend == "pg_cron" else None
+    job = pgcron.job_name(definition.name, app.schema) if definition.backend == "pg_cron" else None
     if job is not None:
         pgcron.check_expression(definition.cron_expression)
         if misfire != "skip":
@@ -179,10 +145,10 @@ async def create(client: App, definition: Definition) -> None:
         "job_name": job,
         "misfire_policy": misfire,
         "overlap_policy": definition.overlap,
-        # The extension decides by itself.
+        # The extension keeps the time of the next tick by itself.
         "next_tick": first if job is None else None,
     }
-    async with client.database.transaction() as connection:
+    async with app.database.transaction() as connection:
         if not (await connection.execute(queues.LOCK_QUEUE, {"queue_name": prepared.queue_name})).all():
             raise QueueNotFound(prepared.queue_name)
         if job is not None:
@@ -190,14 +156,14 @@ async def create(client: App, definition: Definition) -> None:
         before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": definition.name})).one_or_none()
         stored = (await connection.execute(scheduling.PUT_SCHEDULE, values)).one()
         if job is not None:
-            await pgcron.put_job(connection, client, definition.name, definition.cron_expression, prepared)
+            await pgcron.put_job(connection, app.schema, definition.name, definition.cron_expression, prepared)
             await pgcron.activate_job(connection, job, active=stored.paused_at is None)
         elif before is not None:
             await pgcron.remove_job(connection, before.pgcron_job_name)
 
 
 def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
-    """All that the task and this client have to say about a spawn, so that no other process's opinion counts."""
+    """Add the options of the task and the defaults of this process, so that those of the firing process are unused."""
     values = dict(zip(SPAWN_COLUMNS, prepared.values, strict=True))
     complete: SpawnOptions = {
         "headers": options.get("headers"),
@@ -218,110 +184,59 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
     return complete
 
 
-async def delete(client: App, name: str) -> None:
-    """Remove a schedule, with its job."""
-    async with client.database.transaction() as connection:
+async def delete(database: Database, name: str) -> None:
+    """Delete a schedule, together with its job.
+
+    Raises:
+        ScheduleNotFound: no schedule has that name.
+    """
+    async with database.transaction() as connection:
         row = (await connection.execute(scheduling.DELETE_SCHEDULE, {"schedule_name": name})).one_or_none()
         if row is None:
             raise ScheduleNotFound(name)
         await pgcron.remove_job(connection, row.pgcron_job_name)
 
 
-async def _rows(client: App, name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
+async def _rows(database: Database, name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
     containing = None if chosen.metadata is None else _encode_metadata(chosen.metadata, "the metadata to look for")
-    return await client.database.execute(
+    return await database.execute(
         scheduling.LIST_SCHEDULES, {"only_name": name, "only_task": chosen.task_name, "containing": containing}
     )
 
 
-async def listed(client: App, chosen: ScheduleFilter) -> list[ScheduleInfo]:
-    """Schedules that match a filter."""
-    return [schedule_info(row) for row in await _rows(client, None, chosen)]
+async def list_schedules(database: Database, chosen: ScheduleFilter) -> list[ScheduleInfo]:
+    """Return the schedules that match a filter, by name."""
+    return [schedule_info(row) for row in await _rows(database, None, chosen)]
 
 
-async def _stored(client: App, name: str) -> Row[Any]:
-    rows = await _rows(client, name, ScheduleFilter())
+async def read(database: Database, name: str) -> Row[Any]:
+    """Return the row of a schedule.
+
+    Raises:
+        ScheduleNotFound: no schedule has that name.
+    """
+    rows = await _rows(database, name, ScheduleFilter())
     if not rows:
         raise ScheduleNotFound(name)
     return rows[0]
 
 
-async def pause(client: App, name: str, *, paused: bool) -> None:
-    """Stop a schedule, or let it go on from its next tick."""
+async def pause(database: Database, name: str, *, paused: bool) -> None:
+    """Pause a schedule, or resume it from its next tick.
+
+    Raises:
+        ScheduleNotFound: no schedule has that name.
+    """
     while True:
-        row = await _stored(client, name)
+        row = await read(database, name)
         following: datetime | None = None
         if not paused and row.backend == "worker":
-            now = (await client.database.execute(scheduling.DATABASE_TIME))[0].now
+            now = (await database.execute(scheduling.DATABASE_TIME))[0].now
             following = next_tick(row.cron_expression, row.timezone, now)
         values = {"schedule_name": name, "paused": paused, "next_tick": following, "read_as_of": row.updated_at}
-        async with client.database.transaction() as connection:
+        async with database.transaction() as connection:
             changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
             if changed is not None and changed.pgcron_job_name is not None:
                 await pgcron.activate_job(connection, changed.pgcron_job_name, active=not paused)
         if changed is not None:
             return
-
-
-async def triggered(client: App, name: str) -> Prepared:
-    """The spawn of a tick that is asked for by hand."""
-    return prepare_tick(client, await _stored(client, name), None)
-
-
-async def fire_due(client: App, channel: Executing, said: set[str] | None = None) -> tuple[list[Row[Any]], bool]:
-    """Fire all schedules that are due; any number of workers may do it at the same time.
-
-    Gives the tasks spawned, and whether any schedule has moved on. One that cannot be fired here, for its time zone or
-    for a hook, keeps none of the others from firing, and is logged unless its name is in `said` already.
-    """
-    said = set() if said is None else said
-    spawned: list[Row[Any]] = []
-    moved = False
-    tick, name = _BEGINNING
-    while True:
-        rows = await channel.execute(
-            scheduling.DUE_SCHEDULES, {"wanted": _PAGE, "after_tick": tick, "after_name": name}
-        )
-        for row in rows:
-            prepared: list[Prepared] = []
-            try:
-                fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
-                # Several at once would overlap: the latest is left.
-                ticks = fired[-1 if row.overlap == "skip" else 0 :]
-                prepared.extend(prepare_tick(client, row, each) for each in ticks)
-            except Exception as error:
-                if row.name not in said:
-                    said.add(row.name)
-                    logger.exception("schedule %s cannot be fired by this worker", row.name)
-                over(prepared, (), error)
-                continue
-            spawned.extend(await _fire(channel, row, fired, following, prepared))
-            said.discard(row.name)
-            moved = True
-        if len(rows) < _PAGE:
-            return spawned, moved
-        tick, name = rows[-1].next_tick_at, rows[-1].name
-
-
-async def _fire(
-    channel: Executing, row: Row[Any], fired: list[datetime], following: datetime | None, prepared: list[Prepared]
-) -> Sequence[Row[Any]]:
-    arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
-    parameters = {
-        "schedule_name": row.name,
-        "fired_tick": row.next_tick_at,
-        "read_as_of": row.updated_at,
-        "next_tick": following,
-        "last_tick": fired[-1] if fired else None,
-        "last_task": prepared[-1].task_id if prepared else None,
-        **{f"tick_{name}": list(array) for name, array in arrays.items()},
-    }
-    try:
-        rows = await channel.execute(scheduling.FIRE, parameters)
-    except BaseException as error:
-        over(prepared, (), error)
-        raise
-    if rows:
-        # Where others were faster, nothing has happened that a span could be about.
-        over(prepared, {row.task_id for row in rows})
-    return rows

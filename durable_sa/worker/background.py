@@ -1,4 +1,4 @@
-"""The asyncio tasks of a worker's engine: services, which last as long as the worker, and errands in between."""
+"""The asyncio tasks of a worker's engine: services, which last as long as the worker, and short jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("durable_sa")
 
 
 class BackgroundTasks:
-    """Starts what the engine does beside its runs, outside of every run, says what fails, and ends it all."""
+    """Starts the engine's tasks outside of every run, logs those that fail, and cancels the rest at the end."""
 
     def __init__(self) -> None:
         self.services: dict[str, asyncio.Task[None]] = {}
@@ -24,16 +24,16 @@ class BackgroundTasks:
         self._loop = asyncio.get_running_loop()
 
     def serve(
-        self, run: Callable[[], Coroutine[Any, Any, None]], name: str, channel: DedicatedConnection | None = None
+        self, run: Callable[[], Coroutine[Any, Any, None]], name: str, connection: DedicatedConnection | None = None
     ) -> None:
-        """Start a part of the worker. If it is cancelled, by whomever, its connection is closed."""
+        """Start a service. Its connection is closed when it ends, also when application code cancels it."""
 
         async def serve() -> None:
             try:
                 await run()
             finally:
-                if channel is not None:
-                    await channel.close()
+                if connection is not None:
+                    await connection.close()
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -43,11 +43,11 @@ class BackgroundTasks:
         task.add_done_callback(ended)
 
     async def ended(self, name: str) -> None:
-        """Wait until a part of the worker has ended, in whatever way."""
+        """Wait until a service has ended, also by an error or a cancellation."""
         await asyncio.wait([self.services[name]])
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task that comes to its end by itself."""
+        """Start a job."""
         task = self._start(coroutine, name)
         self.jobs.add(task)
 
@@ -63,7 +63,7 @@ class BackgroundTasks:
             return self._loop.create_task(coroutine, name=name)
 
     async def end(self) -> None:
-        """Cancel all of it, and wait a moment for it."""
+        """Cancel all services and jobs, and wait up to 5 seconds for their end."""
         for task in [*self.services.values(), *self.jobs]:
             task.cancel()
         if self.services or self.jobs:

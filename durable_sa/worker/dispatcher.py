@@ -1,4 +1,4 @@
-"""What is new, told to those whom it concerns: what this worker has committed, and hints from here and elsewhere."""
+"""The way back from a commit: what it makes possible becomes work of this worker, or a hint for other workers."""
 
 from __future__ import annotations
 
@@ -9,66 +9,65 @@ from sqlalchemy import Row
 
 from ..database.notifier import Hint, HintSender
 from ..execution.writes import Kind, Write
-from .claims import Claimer
-from .maintenance import Maintenance
+from .agenda import Agenda
+from .registration import Registration
+from .settings import Settings
+from .slots import Slots
 
 
-class News:
-    """Tells the claims and the tender of this worker what there is to do, and other workers what it leaves to them."""
+class Dispatcher:
+    """Writes to the agenda, and sends hints about tasks for which this worker has no slots."""
 
-    def __init__(self, claims: Claimer, maintenance: Maintenance, hints: HintSender) -> None:
-        self._claims = claims
-        self._maintenance = maintenance
+    def __init__(
+        self, settings: Settings, agenda: Agenda, slots: Slots, registration: Registration, hints: HintSender
+    ) -> None:
+        self._queue_names = frozenset(settings.queue_names)
+        self._agenda = agenda
+        self._slots = slots
+        self._registration = registration
         self._hints = hints
 
     def committed(self, kind: Kind, writes: list[Write], rows: Sequence[Row[Any]]) -> None:
-        """Follow up on what the writer has just committed."""
-        self._claims.written()
-        if kind is Kind.COMPLETION:
-            if children := rows[0].child_task_ids:
-                self._maintenance.ended(children)
-        elif kind is Kind.FAILURE:
-            given_up = [row for row in rows if row.state == "failed"]
-            if given_up:
-                self._maintenance.ended(
-                    (row.task_id for row in given_up if row.parent_task_id is not None),
-                    cascade=(row.task_id for row in given_up),
-                )
-            self.announce(Hint().add_rows(row for row in rows if row.state != "failed"))
-        elif kind is Kind.SUSPENSION:
-            waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
-            if waiting:
-                self._maintenance.resolve(row.task_id for row in rows if row.task_id in waiting)
-            self.announce(Hint().add_rows(rows))
-        elif kind is Kind.EVENT:
-            self._maintenance.deliver()
-        elif kind in (Kind.CHILD, Kind.RELEASE):
-            self.announce(Hint().add_rows(rows))
+        """Follow up on writes of one kind, with the rows that their statement returned."""
+        agenda = self._agenda
+        agenda.results_written()
+        match kind:
+            case Kind.COMPLETION:
+                if children := rows[0].child_task_ids:
+                    agenda.wake_parents(children)
+            case Kind.FAILURE:
+                failed = [row for row in rows if row.state == "failed"]
+                if failed:
+                    agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
+                    agenda.cascade(row.task_id for row in failed)
+                self.announce(Hint().add_rows(row for row in rows if row.state != "failed"))
+            case Kind.SUSPENSION:
+                waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
+                if waiting:
+                    agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)
+                self.announce(Hint().add_rows(rows))
+            case Kind.EVENT:
+                agenda.deliver_events()
+            case Kind.CHILD | Kind.RELEASE:
+                self.announce(Hint().add_rows(rows))
+            case Kind.CHECKPOINT | Kind.WAITS:
+                pass
 
     def announce(self, hint: Hint) -> None:
-        """Tell this worker, and the others if it cannot take all of it at once."""
+        """Note a hint for this worker, and send it to other workers unless this one has slots for all its tasks."""
         if hint and not self.offer(hint):
             self._hints.send(hint)
 
     def offer(self, hint: Hint) -> bool:
-        """Take a hint that comes from this process. False if others have to hear of it, too."""
-        self._take(hint)
-        return self._claims.offer(hint)
-
-    def hinted(self, payload: str) -> None:
-        """A hint arrived."""
-        hint = Hint.decode(payload)
-        if hint is None:
-            self._claims.look_everywhere()
-            self._maintenance.look_within(0.0)
-        else:
-            self._take(hint)
-
-    def _take(self, hint: Hint) -> None:
-        self._claims.note(hint)
-        if hint.events:
-            self._maintenance.deliver()
-        if hint.taken:
-            self._maintenance.check()
-        if hint.limits:
-            self._maintenance.look_within(0.0)
+        """Note a hint that comes from this process. Return False if other workers must be notified as well."""
+        self._agenda.note(hint)
+        self._agenda.offered += hint.tasks
+        free = self._slots.free
+        return (
+            not hint.taken
+            and self._registration.active
+            and not self._agenda.claim_when_written
+            and all(queue_name in self._queue_names for queue_name, _ in hint.lanes)
+            and free >= self._agenda.offered
+            and free * 2 > self._slots.concurrency
+        )

@@ -1,8 +1,8 @@
-"""Answers to probes: whether a worker's event loop turns, and whether it can work.
+"""HTTP probes of a worker: they show if its event loop turns, and if it can work.
 
-They come over HTTP from a thread with an event loop of its own, since that of the worker is what may be stuck.
-`GET /live` fails where nothing but a restart helps; `GET /ready` also while the database is away, the lease is lost or
-the worker is being shut down. Both say why, as JSON.
+A thread with an event loop of its own answers them, because the worker's event loop may be the one that is stuck.
+`GET /live` fails if only a restart helps. `GET /ready` also fails while the database is away, the lease is lost or the
+worker is being shut down. Both say why, as JSON.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from ..errors import InvalidConfiguration
 logger = logging.getLogger("durable_sa")
 
 STUCK_AFTER: Final = 5.0
-"""Seconds without a turn of the event loop after which it is stuck; no more than the worker's `claim_timeout`."""
-_REACH: Final = text("SELECT 1")
-_DEADLINE: Final = 2.0
-"""Seconds that a request has to arrive, and the database to answer."""
-_MOST_HEADERS: Final = 8 * 1024
+"""Seconds without a turn of the event loop after which it is stuck; the worker's `claim_timeout` if that is less."""
+_SELECT_ONE: Final = text("SELECT 1")
+_TIMEOUT: Final = 2.0
+"""Seconds within which a request must arrive, and the database must answer."""
+_MAX_REQUEST_BYTES: Final = 8 * 1024
 
 
 class VitalSigns(NamedTuple):
-    """What another thread can see of a worker."""
+    """The state of a worker, as another thread can read it."""
 
     turned: float
-    """Seconds since its event loop has turned."""
+    """Seconds since the last turn of its event loop."""
     stuck_after: float
     beaten: float | None
-    """Seconds since the last heartbeat that the database has answered; None without a lease."""
+    """Seconds since the last committed heartbeat was sent; None without a lease."""
     stopping: bool
 
 
 class HealthServer:
-    """Serves probes on a port of all interfaces, until it is stopped."""
+    """Answers probes on a port of all interfaces until it is stopped."""
 
-    def __init__(self, database: Database, port: int, look: Callable[[], VitalSigns]) -> None:
+    def __init__(self, database: Database, port: int, vital_signs: Callable[[], VitalSigns]) -> None:
         self._database = database
         self._port = port
-        self._look = look
+        self._vital_signs = vital_signs
         self._started: Future[int] = Future()
         self._thread = LoopThread("durable-health", self._serve, self._failed)
 
     async def start(self) -> int:
-        """Start the thread; gives the port.
+        """Start the thread, and return the port.
 
         Raises:
-            InvalidConfiguration: the port cannot be had.
+            InvalidConfiguration: the port is taken, or not allowed.
         """
         self._thread.start()
         try:
@@ -67,39 +67,39 @@ class HealthServer:
             raise InvalidConfiguration("health_port", f"{self._port} cannot be had: {error.strerror}") from error
 
     async def stop(self) -> None:
-        """Stop the thread, and wait a moment for it."""
-        await self._thread.stop(_DEADLINE)
+        """Stop the thread, and wait up to 2 seconds for its end."""
+        await self._thread.stop(_TIMEOUT)
 
     def _failed(self, error: Exception) -> None:
         if not self._started.done():
             self._started.set_exception(error)
         else:
-            logger.error("the health probe has ended", exc_info=error)
+            logger.error("the thread of the health probes has ended", exc_info=error)
 
     async def _serve(self, stop: asyncio.Event) -> None:
         engine = self._database.private()
-        channel = DedicatedConnection(Database(engine, self._database.schema))
+        connection = DedicatedConnection(Database(engine, self._database.schema))
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
-                async with asyncio.timeout(_DEADLINE):
+                async with asyncio.timeout(_TIMEOUT):
                     request = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._answer(request, channel))
+                writer.write(await self._answer(request, connection))
                 await writer.drain()
             writer.close()
 
         try:
-            server = await asyncio.start_server(answer, None, self._port, limit=_MOST_HEADERS, reuse_address=True)
+            server = await asyncio.start_server(answer, None, self._port, limit=_MAX_REQUEST_BYTES, reuse_address=True)
             async with server:
-                # Where any port will do, those of IPv4 and IPv6 differ.
+                # With port 0, the sockets of IPv4 and IPv6 have different ports.
                 sockets = sorted(server.sockets, key=lambda bound: bound.family != socket.AF_INET)
                 self._started.set_result(sockets[0].getsockname()[1])
                 await stop.wait()
         finally:
-            await channel.close()
+            await connection.close()
             await engine.dispose()
 
-    async def _answer(self, request: bytes, channel: DedicatedConnection) -> bytes:
+    async def _answer(self, request: bytes, connection: DedicatedConnection) -> bytes:
         method, _, rest = request.partition(b" ")
         path = rest.split(maxsplit=1)[0].partition(b"?")[0] if rest.split() else b""
         if method not in (b"GET", b"HEAD"):
@@ -107,22 +107,22 @@ class HealthServer:
         if path == b"/live":
             well, body = self._live()
         elif path == b"/ready":
-            well, body = await self._ready(channel)
+            well, body = await self._ready(connection)
         else:
             return _response("404 Not Found", {"error": "GET /live or GET /ready"})
         response = _response("200 OK" if well else "503 Service Unavailable", {"ok": well, **body})
         return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else response
 
     def _live(self) -> tuple[bool, dict[str, Any]]:
-        signs = self._look()
+        signs = self._vital_signs()
         body = {"seconds_since_loop_turned": round(signs.turned, 3)}
         if signs.turned > signs.stuck_after:
             return False, {**body, "problem": "the event loop is stuck: a task blocks it"}
         return True, body
 
-    async def _ready(self, channel: DedicatedConnection) -> tuple[bool, dict[str, Any]]:
+    async def _ready(self, connection: DedicatedConnection) -> tuple[bool, dict[str, Any]]:
         live, body = self._live()
-        signs = self._look()
+        signs = self._vital_signs()
         body["seconds_since_heartbeat"] = None if signs.beaten is None else round(signs.beaten, 3)
         if not live:
             return False, body
@@ -131,9 +131,9 @@ class HealthServer:
         if signs.beaten is None:
             return False, {**body, "problem": "the worker has no lease"}
         try:
-            async with asyncio.timeout(_DEADLINE):
-                await channel.execute(_REACH)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the database does not answer
+            async with asyncio.timeout(_TIMEOUT):
+                await connection.execute(_SELECT_ONE)
+        except Exception as error:  # noqa: BLE001 - any error means that the database does not answer
             return False, {**body, "problem": f"the database does not answer: {type(error).__name__}"}
         return True, body
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, which end a worker in order."""
+"""SIGTERM and SIGINT, which shut a worker down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .worker import Worker
 
 
 class Interrupts:
-    """What signals do to a worker: the first gives its start up or shuts it down, a second gives runs back at once."""
+    """Handles signals for a worker: the first cancels its start or shuts it down, the second gives its runs back."""
 
     def __init__(self) -> None:
         self._starting: asyncio.Task[Worker] | None = None
@@ -22,7 +22,7 @@ class Interrupts:
         self._received = 0
 
     async def started(self, start: Coroutine[Any, Any, Worker]) -> Worker | None:
-        """The worker that `start` gives; None if it was given up for a signal."""
+        """Return the worker that `start` returns, or None if a signal has cancelled the start."""
         self._starting = asyncio.ensure_future(start)
         try:
             self._worker = await self._starting
@@ -30,7 +30,7 @@ class Interrupts:
             if self._received and self._starting.cancelled():
                 return None
             if self._starting.done() and not self._starting.cancelled() and self._starting.exception() is None:
-                # Cancelled just when it had started: nobody else knows of it.
+                # The caller was cancelled just when the worker had started, so no other code has a reference to it.
                 await self._starting.result().shutdown()
             raise
         if self._received:
@@ -38,7 +38,7 @@ class Interrupts:
         return self._worker
 
     def signalled(self) -> None:
-        """A signal has come."""
+        """Act on a signal."""
         self._received += 1
         if self._worker is None:
             if self._starting is not None:
@@ -54,7 +54,7 @@ class Interrupts:
 
 @contextlib.asynccontextmanager
 async def signals_handled() -> AsyncGenerator[Interrupts]:
-    """Handle signals until the end of the block. In a thread there are none: Python tells the main thread only."""
+    """Handle signals until the end of the block. Outside of the main thread there are none to handle."""
     loop = asyncio.get_running_loop()
     interrupts = Interrupts()
 

@@ -1,7 +1,8 @@
-"""The worker's sign of life, sent from a thread so that no step can hold it up, as long as the event loop turns.
+"""The lease of a worker, and the heartbeat that renews it while the event loop turns.
 
-When the thread is late, which needs a dozen round trips where its connection was lost, the event loop sends one beside
-it: see `durable_sa.registration`.
+The heartbeat has a thread of its own, so that a step that blocks the event loop for a while cannot delay it. If the
+thread is late, because it needs a dozen round trips for a new connection, the event loop sends one heartbeat itself:
+see `Registration`.
 """
 
 from __future__ import annotations
@@ -26,24 +27,23 @@ from ..statements import claiming
 logger = logging.getLogger("durable_sa")
 
 BEATS_PER_LEASE = 3
-LATE = 0.6
-"""The share of a lease that is left when a heartbeat is overdue."""
-CONNECT_DEADLINE = 15.0
-"""Seconds that a new connection may take: a dozen round trips, where a heartbeat is one."""
+OVERDUE_SHARE = 0.6
+"""The share of a lease that is left when the next heartbeat is overdue."""
+CONNECT_TIMEOUT = 15.0
+"""Seconds that a new connection may take: a dozen round trips, while a heartbeat takes one."""
 
-
-TAKEN_OVER = "another worker has taken this one's runs over"
+TAKEN_OVER = "another worker has taken over the runs of this one"
 
 
 def end_process(reason: str) -> NoReturn:
-    """End it at once: others run what code here, in whatever thread, may still be in the middle of."""
+    """End the process at once, because code in one of its threads may run a task that another worker runs, too."""
     logger.critical("%s; ending the process", reason)
     logging.shutdown()
     os._exit(1)
 
 
 class Lease:
-    """How long the worker may go on by the local clock: counted from before a heartbeat was sent, so never too long."""
+    """The time until which the worker may run tasks, by the local clock: counted from before a heartbeat was sent."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -52,27 +52,27 @@ class Lease:
 
     @property
     def valid(self) -> bool:
-        """Whether nobody can have taken over yet."""
+        """True while no other worker can have taken over."""
         return time.monotonic() < self.valid_until
 
     @property
-    def late(self) -> bool:
-        """Whether a heartbeat is overdue: its thread may be busy with a new connection, over a slow network."""
-        return self.valid_until - time.monotonic() < self.seconds * LATE
+    def heartbeat_overdue(self) -> bool:
+        """True if a heartbeat is overdue, perhaps because its thread connects over a slow network."""
+        return self.valid_until - time.monotonic() < self.seconds * OVERDUE_SHARE
 
     @property
     def age(self) -> float | None:
-        """Seconds since the heartbeat that it stands on was sent; None if it is over."""
+        """Seconds since the heartbeat was sent that has renewed the lease; None if the lease has ended."""
         valid_until, now = self.valid_until, time.monotonic()
         return now - valid_until + self.seconds if now < valid_until else None
 
     def renewed(self, sent_at: float) -> None:
-        """A heartbeat that was sent at `sent_at` has been committed."""
+        """Extend the lease: a heartbeat that was sent at `sent_at` has been committed."""
         self.valid_until = max(self.valid_until, sent_at + self.seconds)
 
 
 class Heartbeat:
-    """Beats for one worker start until it is stopped or finds the worker lost."""
+    """Renews the lease of one registration, until it is stopped or finds the worker declared lost."""
 
     def __init__(
         self, database: Database, worker_id: uuid.UUID, lease: Lease, *, fatal: bool, on_lost: Callable[[], None]
@@ -83,28 +83,28 @@ class Heartbeat:
         self._fatal = fatal
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._thread = LoopThread("durable-heartbeat", self._beat, _log_failure)
+        self._thread = LoopThread("durable-heartbeat", self._renew, _log_failure)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     async def stop(self) -> None:
-        """Stop the thread, and wait a moment for it."""
+        """Stop the thread, and wait up to 5 seconds for its end."""
         await self._thread.stop(5.0)
 
-    async def _beat(self, stop: asyncio.Event) -> None:
+    async def _renew(self, stop: asyncio.Event) -> None:
         engine = self._database.private()
-        channel = DedicatedConnection(Database(engine, self._database.schema))
+        connection = DedicatedConnection(Database(engine, self._database.schema))
         interval = self._lease.seconds / BEATS_PER_LEASE
-        deadline = min(2 * interval, 10.0)
+        timeout = min(2 * interval, 10.0)
         began = time.monotonic()
         try:
-            if self._lease.seconds < 2 * CONNECT_DEADLINE:
-                # What there is time for later with a longer one.
+            if self._lease.seconds < 2 * CONNECT_TIMEOUT:
+                # With a longer lease there is time to connect when the first heartbeat is due.
                 with contextlib.suppress(SQLAlchemyError, OSError, TimeoutError):
-                    async with asyncio.timeout(CONNECT_DEADLINE):
-                        await channel.connect()
+                    async with asyncio.timeout(CONNECT_TIMEOUT):
+                        await connection.connect()
             pause = max(0.0, interval - (time.monotonic() - began))
             while not self._loop.is_closed():
                 with contextlib.suppress(TimeoutError):
@@ -112,18 +112,18 @@ class Heartbeat:
                         await stop.wait()
                         return
                 try:
-                    async with asyncio.timeout(CONNECT_DEADLINE):
-                        await channel.connect()
+                    async with asyncio.timeout(CONNECT_TIMEOUT):
+                        await connection.connect()
                     sent_at = time.monotonic()
                     stuck = sent_at - self._lease.turned_at > self._lease.seconds
-                    async with asyncio.timeout(deadline):
+                    async with asyncio.timeout(timeout):
                         statement = claiming.LEASE_STATUS if stuck else claiming.HEARTBEAT
-                        rows = await channel.execute(statement, {"beating_id": self._worker_id})
+                        rows = await connection.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
                     if is_transient(error):
-                        logger.warning("a heartbeat failed: %s", reason(error))
+                        logger.warning("heartbeat failed (%s), retrying", reason(error))
                     else:
-                        logger.error("a heartbeat failed", exc_info=without_values(error))
+                        logger.error("heartbeat failed, retrying", exc_info=without_values(error))
                     pause = min(1.0, interval / 4)
                     continue
                 pause = interval
@@ -133,12 +133,12 @@ class Heartbeat:
                 if not stuck:
                     self._lease.renewed(sent_at)
         finally:
-            await channel.close()
+            await connection.close()
             await engine.dispose()
 
     def _lost(self) -> None:
         if self._thread.stopping:
-            # The worker has noticed by itself, and may be back under another id.
+            # The worker has noticed the loss by its own clock, and may have registered anew.
             return
         if self._fatal:
             end_process(TAKEN_OVER)

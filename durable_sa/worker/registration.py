@@ -1,9 +1,8 @@
-"""A worker as the database knows it: its id and its lease; when that is lost, it comes back under another id."""
+"""The registration of a worker in the database: its id and its lease. After a lost lease it registers anew."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -14,23 +13,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database.connections import Database
-from ..database_errors import (
-    backoff,
-    is_read_only,
-    is_transient,
-    reason,
-    without_values,
-)
+from ..database_errors import Retry, is_read_only, reason
 from ..ids import new_id
 from ..statements import claiming
 from .background import BackgroundTasks
 from .health import STUCK_AFTER, VitalSigns
-from .leases import (
-    TAKEN_OVER,
-    Heartbeat,
-    Lease,
-    end_process,
-)
+from .leases import TAKEN_OVER, Heartbeat, Lease, end_process
 from .settings import Settings
 
 logger = logging.getLogger("durable_sa")
@@ -39,54 +27,58 @@ logger = logging.getLogger("durable_sa")
 class Registration:
     """Holds a lease for a worker, for as long as the database and the event loop let it.
 
-    `registered` is told each new id, `lost` when others may have taken over, and `returned` when that has been
-    followed by another registration, or by the worker's end.
+    It calls `on_lost` when other workers may have taken over the runs of this one, and `on_returned` when it has
+    registered anew after that, or has given up because the worker is being shut down.
     """
 
     def __init__(
         self,
         database: Database,
-        channel: DedicatedConnection,
+        connection: DedicatedConnection,
         settings: Settings,
         clock: LocalClock,
-        services: BackgroundTasks,
+        background: BackgroundTasks,
         *,
         stopping: asyncio.Event,
         stopped: asyncio.Event,
-        registered: Callable[[uuid.UUID], None],
-        lost: Callable[[], None],
-        returned: Callable[[], None],
+        on_lost: Callable[[], None],
+        on_returned: Callable[[], None],
     ) -> None:
         self.worker_id = new_id()
+        """The worker's id in the database, another one after each lost lease."""
         self.lease = Lease(settings.claim_timeout)
         self._database = database
-        self._channel = channel
+        self._connection = connection
         self._settings = settings
         self._clock = clock
-        self._background = services
+        self._background = background
         self._stopping = stopping
         self._stopped = stopped
-        self._registered = registered
-        self._lost = lost
-        self._returned = returned
-        self._renewing = False
+        self._on_lost = on_lost
+        self._on_returned = on_returned
+        self._registering = False
         self._beating = False
         self._heartbeat: Heartbeat | None = None
         self._loop = asyncio.get_running_loop()
         self._turn_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def active(self) -> bool:
+        """True while the worker takes tasks: its lease holds and it is not being shut down."""
+        return self.lease.valid and not self._stopping.is_set()
+
     async def start(self) -> None:
-        """Get the first lease; where the database is read-only, go on and get it once that takes writes."""
+        """Get the first lease; if the database is read-only, in the background, once it takes writes."""
         try:
             await self.register()
         except SQLAlchemyError as error:
             if not is_read_only(error):
                 raise
-            self._renewing = True
-            self._background.start_task(self._come_back(), "durable:come-back")
+            self._registering = True
+            self._background.start_task(self._register_anew(), "durable:register-anew")
 
     async def register(self) -> None:
-        """Get a lease, and start to renew it."""
+        """Get a lease, and start the heartbeat that renews it."""
         sent_at = time.monotonic()
         parameters = {
             "worker_id": self.worker_id,
@@ -94,11 +86,10 @@ class Registration:
             "queue_names": list(self._settings.queue_names),
             "claim_timeout": self._settings.claim_timeout,
         }
-        rows = await self._channel.execute(claiming.REGISTER_WORKER, parameters)
+        rows = await self._connection.execute(claiming.REGISTER_WORKER, parameters)
         self._clock.set(rows[0].now)
         self.lease.renewed(sent_at)
         self.lease.turned_at = time.monotonic()
-        self._registered(self.worker_id)
         self._heartbeat = Heartbeat(
             self._database,
             self.worker_id,
@@ -109,11 +100,11 @@ class Registration:
         self._heartbeat.start()
 
     def turn(self) -> None:
-        """Show the heartbeat that the event loop turns, and see whether the lease still holds; again and again."""
+        """Show the heartbeat that the event loop turns, check the lease, and schedule the next turn."""
         self.lease.turned_at = time.monotonic()
-        if not self.lease.valid and not self._renewing:
+        if not self.lease.valid and not self._registering:
             self.lose()
-        elif self.lease.late and not self._renewing and not self._beating:
+        elif self.lease.heartbeat_overdue and not self._registering and not self._beating:
             self._beating = True
             self._background.start_task(self._beat(), "durable:beat")
         interval = min(1.0, self._settings.claim_timeout / 8)
@@ -122,12 +113,12 @@ class Registration:
         self._turn_timer = self._loop.call_later(interval, self.turn)
 
     async def _beat(self) -> None:
-        """Send a heartbeat beside the thread that should have: this connection is there, and the event loop turns."""
+        """Send a heartbeat in place of the thread that is late: this connection is open, and the event loop turns."""
         lease, sent_at = self.lease, time.monotonic()
         try:
-            rows = await self._channel.execute(claiming.HEARTBEAT, {"beating_id": self.worker_id})
+            rows = await self._connection.execute(claiming.HEARTBEAT, {"beating_id": self.worker_id})
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            logger.debug("a heartbeat beside the others failed: %s", reason(error))
+            logger.debug("heartbeat of the event loop failed (%s)", reason(error))
         else:
             if rows:
                 lease.renewed(sent_at)
@@ -137,18 +128,18 @@ class Registration:
             self._beating = False
 
     def lose(self) -> None:
-        """Others may have taken over: come back as a new worker."""
-        if self._renewing or self._stopped.is_set():
+        """Register anew, because other workers may have taken over the runs of this one."""
+        if self._registering or self._stopped.is_set():
             return
-        self._renewing = True
-        # Another one, as a heartbeat that is still on its way may be committed and would bring the old one to life.
+        self._registering = True
+        # The lease is a new object, because a heartbeat in flight may be committed and would extend the old one.
         self.lease = Lease(self._settings.claim_timeout)
-        self._lost()
-        self._background.start_task(self._come_back(), "durable:come-back")
+        self._on_lost()
+        self._background.start_task(self._register_anew(), "durable:register-anew")
 
-    async def _come_back(self) -> None:
+    async def _register_anew(self) -> None:
         await self.stop_heartbeat()
-        failures, former_id, waiting = 0, self.worker_id, False
+        retry, former_id, waiting = Retry("registration of the worker", self._stopping), self.worker_id, False
         while not self._stopping.is_set():
             try:
                 registered_before = self._heartbeat is not None
@@ -163,32 +154,26 @@ class Registration:
                 if waiting:
                     logger.info("worker %s goes on: the database takes writes", self._settings.name)
                 break
-            except Exception as error:
-                if is_read_only(error) and not waiting:
+            except Exception as error:  # noqa: BLE001 - the retry logs it
+                read_only = is_read_only(error)
+                if read_only and not waiting:
                     waiting = True
                     logger.warning("worker %s waits: the database is read-only", self._settings.name)
-                elif not is_transient(error):
-                    logger.error("registering the worker anew failed; trying on", exc_info=without_values(error))
-                elif failures == 3:
-                    logger.warning("registering the worker anew fails (%s); trying on", reason(error))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(backoff(failures)):
-                        await self._stopping.wait()
-                failures += 1
-        self._renewing = False
-        self._returned()
+                await retry.pause(error, logged=read_only)
+        self._registering = False
+        self._on_returned()
 
     def left_running(self) -> None:
-        """Code of a run that others may have taken over does not end."""
+        """End the process, if the worker is set to: code of a lost run ignores its cancellation."""
         if self._settings.fatal_on_lease_timeout:
             end_process("code of a run that this worker has lost does not end")
 
     async def _was_taken_over(self, worker_id: uuid.UUID) -> bool:
-        """Whether others have found the worker silent; it may have noticed that first, by its own clock."""
-        return not await self._channel.execute(claiming.LEASE_STATUS, {"beating_id": worker_id})
+        """Return whether other workers have declared this one lost: its own clock may have been earlier."""
+        return not await self._connection.execute(claiming.LEASE_STATUS, {"beating_id": worker_id})
 
     def vital_signs(self) -> VitalSigns:
-        """How the worker is. May be asked by any thread."""
+        """Return the state of the worker. Safe to call from any thread."""
         lease = self.lease
         return VitalSigns(
             time.monotonic() - lease.turned_at,
@@ -198,12 +183,12 @@ class Registration:
         )
 
     def expire(self) -> None:
-        """The worker ends: it has no lease any more."""
+        """End the lease on this side, at the end of the worker."""
         if self._turn_timer is not None:
             self._turn_timer.cancel()
         self.lease.valid_until = 0.0
 
     async def stop_heartbeat(self) -> None:
-        """Stop the heartbeat, and wait a moment for it."""
+        """Stop the heartbeat, and wait up to 5 seconds for its end."""
         if self._heartbeat is not None:
             await self._heartbeat.stop()

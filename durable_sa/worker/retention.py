@@ -1,4 +1,4 @@
-"""Deleting what nobody needs any more, in bounded batches."""
+"""Deletion of ended tasks and of events that queues keep no longer, in bounded batches."""
 
 from __future__ import annotations
 
@@ -15,56 +15,57 @@ from ..statements import queues
 
 PAGE = 1000
 PAGES = 3
-"""Pages that a worker looks at in one go, of each outcome in each queue; where many tasks are still needed, it goes on
-from there the next time."""
-PATIENCE = 1.0
-"""Seconds after which a worker leaves a page of which somebody holds many rows: it has other things to do."""
+"""Pages per outcome and queue that one deletion looks at. The next one continues there, because a page may hold nothing
+but tasks that are still needed."""
+PAGE_TIMEOUT = 1.0
+"""Seconds after which a worker leaves a page of which other transactions hold many rows, because other work waits."""
 OUTCOMES = ("completed", "cancelled", "failed")
 
 Position = tuple[datetime, uuid.UUID]
-"""Of an ended task, by the time of its end."""
+"""The position of an ended task: the time of its end, and its id."""
 _BEGINNING: Position = (datetime(1, 1, 2, tzinfo=UTC), uuid.UUID(int=0))
 
 
 async def delete_tasks(database: Executing, queue_name: str, age: float, limit: int) -> int:
-    """Delete up to `limit` tasks that ended more than `age` seconds ago; those still needed are passed over."""
+    """Delete up to `limit` tasks that ended more than `age` seconds ago, except those that are still needed."""
     deleted = 0
     for outcome in OUTCOMES:
         after: Position | None = _BEGINNING
         while after is not None and deleted < limit:
-            gone, after = await _delete_page(database, queue_name, outcome, age, limit - deleted, after)
-            deleted += gone
+            count, after = await _delete_page(database, queue_name, outcome, age, limit - deleted, after)
+            deleted += count
     return deleted
 
 
 class Retention:
-    """Deletes what queues keep no longer, a bounded batch at each call."""
+    """Deletes what queues keep no longer, a bounded batch per call."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: Executing) -> None:
+        self._connection = connection
         self._reached: dict[tuple[str, str], Position] = {}
 
-    async def __call__(self, database: Executing) -> bool:
-        """Delete a batch of each queue; whether there seems to be more of what can be deleted."""
+    async def delete_expired(self) -> bool:
+        """Delete a batch of each queue. Return True if there may be more to delete."""
         more = False
-        for queue in await database.execute(queues.RETENTIONS):
+        for queue in await self._connection.execute(queues.RETENTIONS):
             if queue.retention is not None:
                 for outcome in OUTCOMES:
-                    more |= await self._delete_tasks(database, queue.queue_name, outcome, float(queue.retention))
+                    more |= await self._delete_tasks(queue.queue_name, outcome, float(queue.retention))
             if queue.event_retention is not None:
-                deleted = await database.execute(
+                deleted = await self._connection.execute(
                     queues.DELETE_EVENTS,
                     {"queue_name": queue.queue_name, "age": float(queue.event_retention), "wanted": PAGE},
                 )
                 more |= len(deleted) == PAGE
         return more
 
-    async def _delete_tasks(self, database: Executing, queue_name: str, outcome: str, age: float) -> bool:
+    async def _delete_tasks(self, queue_name: str, outcome: str, age: float) -> bool:
         after = self._reached.pop((queue_name, outcome), _BEGINNING)
         deleted = 0
         for _ in range(PAGES):
-            until = time.monotonic() + PATIENCE
-            gone, following = await _delete_page(database, queue_name, outcome, age, PAGE, after, until)
-            deleted += gone
+            until = time.monotonic() + PAGE_TIMEOUT
+            count, following = await _delete_page(self._connection, queue_name, outcome, age, PAGE, after, until)
+            deleted += count
             if following is None:
                 return False
             after = following
@@ -83,7 +84,7 @@ async def _delete_page(
     after: Position,
     until: float = math.inf,
 ) -> tuple[int, Position | None]:
-    """Delete what can be of a page of ended tasks; how many, and where the next page begins, if there is one."""
+    """Delete what can be deleted of a page of ended tasks; return the count, and where the next page begins, if any."""
     page = await database.execute(
         queues.FINISHED_BEFORE,
         {
@@ -98,9 +99,9 @@ async def _delete_page(
     if not page:
         return 0, None
     left = {row.task_id for row in page}
-    # A parent goes when its children have gone.
-    while left and (gone := await _delete(database, sorted(left), until)):
-        left.difference_update(gone)
+    # A parent can be deleted once its children have been.
+    while left and (deleted := await _delete(database, sorted(left), until)):
+        left.difference_update(deleted)
     return len(page) - len(left), (page[-1].finished_at, page[-1].task_id)
 
 
@@ -108,7 +109,7 @@ async def _delete(database: Executing, task_ids: list[uuid.UUID], until: float) 
     try:
         return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
     except DBAPIError as error:
-        # An application's foreign key holds one of them, or its open transaction. The others need not stay for that.
+        # A foreign key or an open transaction of the application holds one of the tasks; the others can be deleted.
         if not isinstance(error, IntegrityError) and sqlstate(error) != LOCK_NOT_AVAILABLE:
             raise
         if len(task_ids) == 1 or time.monotonic() >= until:

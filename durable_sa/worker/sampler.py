@@ -1,4 +1,4 @@
-"""How many tasks are ready in a worker's queues, counted now and then for the gauges."""
+"""Counts of the ready tasks in a worker's queues, for the gauges of telemetry."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ logger = logging.getLogger("durable_sa")
 
 SAMPLE_INTERVAL = 15.0
 """Seconds between counts of what is ready."""
-SAMPLE_SHARE = 50
-"""And at least so many times as long as the last count took."""
+SAMPLE_PAUSE_RATIO = 50
+"""Least pause between counts, as a multiple of the last one's duration."""
 
 
 class QueueSampler:
-    """Counts what is ready in some queues."""
+    """Counts the ready tasks of some queues."""
 
-    def __init__(self, channel: DedicatedConnection, queue_names: Sequence[str]) -> None:
-        self._channel = channel
+    def __init__(self, connection: DedicatedConnection, queue_names: Sequence[str]) -> None:
+        self._connection = connection
         self._queue_names = queue_names
         self.latest: dict[str, tuple[float, float]] = {}
-        """How many tasks were ready in each queue when they were last counted, and the age of the oldest."""
+        """The number of ready tasks in each queue when last counted, and the age of the oldest in seconds."""
 
     async def run(self) -> None:
         """Count until cancelled."""
         while True:
             began = time.monotonic()
             try:
-                rows = await self._channel.execute(queues.QUEUE_STATISTICS, {"queue_names": list(self._queue_names)})
+                rows = await self._connection.execute(queues.QUEUE_STATISTICS, {"queue_names": list(self._queue_names)})
                 self.latest = {row.queue_name: (row.ready, row.oldest_ready_seconds or 0.0) for row in rows}
             except Exception as error:
                 if not is_transient(error):
                     logger.error("counting the queues failed", exc_info=without_values(error))
-            await asyncio.sleep(max(SAMPLE_INTERVAL, SAMPLE_SHARE * (time.monotonic() - began)))
+            await asyncio.sleep(max(SAMPLE_INTERVAL, SAMPLE_PAUSE_RATIO * (time.monotonic() - began)))

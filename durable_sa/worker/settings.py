@@ -1,4 +1,4 @@
-"""What a worker goes by."""
+"""The settings of a worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..validation import integer, seconds
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A worker's options, checked and complete."""
+    """The options of a worker, checked and complete."""
 
     queue_names: tuple[str, ...]
     concurrency: int
@@ -36,8 +36,8 @@ class Settings:
         """Check `WorkerOptions`.
 
         Raises:
-            TypeError: for an option there is not.
-            InvalidConfiguration, InvalidName: for a value that cannot work.
+            TypeError: an unknown option.
+            InvalidConfiguration, InvalidName: a value that cannot work.
         """
         if unknown := options.keys() - WorkerOptions.__annotations__.keys():
             raise TypeError(f"a worker got an unexpected keyword argument {min(unknown)!r}")

@@ -468,7 +468,7 @@ async def test_a_child_that_is_put_back_by_hand_outlives_its_cancelled_parent(
         left = {"state": "pending", "outcome": None, "finished_at": None, "cancelled_by": None}
         await connection.execute(sa.update(TaskRow).where(TaskRow.task_id.in_(tree[1][1:])).values(left))
     async with durable.worker() as worker:
-        worker.maintenance.look_now()
+        worker.maintenance.look_at_everything()
         await eventually(partial(all_are, engine, tree[1][1:], "cancelled"))
     found = await states(engine)
     assert {task_id for task_id, stands in found.items() if stands == "pending"} == back

@@ -266,7 +266,7 @@ async def test_what_an_application_holds_locked_stays_and_neither_worker_nor_cal
         async with durable.worker(concurrency=5) as worker:
             waiting = await durable.spawn(work, "wait")
             await eventually(lambda: has_waits(engine, 1))
-            worker.maintenance.look_now()
+            worker.maintenance.look_at_everything()
             await asyncio.sleep(0.2)
             await durable.emit_event("go")
             # Runs that go on are loaded over the connection that the worker deletes with.
@@ -353,11 +353,11 @@ async def test_tasks_that_are_still_needed_are_passed_over_a_few_pages_at_a_time
     sa.event.listen(
         engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(str(arguments[2]))
     )
-    retention = Retention()
-    await retention(durable.database)
+    retention = Retention(durable.database)
+    await retention.delete_expired()
     assert len([statement for statement in statements if "DELETE" in statement]) == PAGES
     assert await count(engine) == 10
-    await retention(durable.database)
+    await retention.delete_expired()
     assert await count(engine) == 9
 
 
@@ -374,7 +374,7 @@ async def test_a_worker_that_finds_much_to_delete_does_not_wait_for_its_next_rou
         await durable.cancel_task(each)
     await durable.create_queue(retention=0)
     async with durable.worker() as worker:
-        worker.maintenance.look_now()
+        worker.maintenance.look_at_everything()
 
         async def all_gone() -> bool:
             return await count(engine, "durable.tasks") == 0

@@ -334,7 +334,7 @@ async def test_join_of_a_child_that_was_deleted_does_not_wait_for_ever(run: Runn
         await connection.execute(text("DELETE FROM durable.waits WHERE task_id = :id"), {"id": row.task_id})
         await connection.execute(text("DELETE FROM durable.tasks WHERE task_id = :id"), {"id": row.task_id})
     for worker in run.durable.workers:
-        worker.maintenance.look_now()
+        worker.maintenance.look_at_everything()
     assert (await run.wait(spawned)).output == "ChildCancelled"
 
 

@@ -196,7 +196,7 @@ async def test_heartbeat_raises_at_once_if_the_task_was_cancelled_or_lost(
 
     # The worker would find out by itself sooner or later.
     for worker in run.durable._workers:
-        monkeypatch.setattr(worker.maintenance, "_check_runs", nothing)
+        monkeypatch.setattr(worker._executor, "check", nothing)
 
     @task
     async def work(ctx: TaskContext) -> None:

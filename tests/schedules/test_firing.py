@@ -30,7 +30,7 @@ from durable_sa import (
     task,
 )
 from durable_sa.models import Schedule
-from durable_sa.schedules.store import fire_due
+from durable_sa.schedules.firing import Firing
 from durable_sa.statements import queues, scheduling
 from durable_sa.testing import time_travel
 from tests.support import eventually
@@ -77,8 +77,12 @@ async def make_due(sql: Sql, ago: timedelta = timedelta(), name: str = "s") -> d
     return tick
 
 
+async def fire_due(durable: Durable) -> tuple[list[Any], bool]:
+    return await Firing(durable, durable.database).fire_due()
+
+
 async def fired(durable: Durable) -> int:
-    return len((await fire_due(durable, durable.database))[0])
+    return len((await fire_due(durable))[0])
 
 
 async def ticks(sql: Sql) -> list[datetime]:
@@ -252,7 +256,7 @@ async def test_a_worker_that_dies_after_firing_neither_doubles_nor_misses_a_tick
     await create(durable)
     tick = await make_due(sql)
     with pytest.raises(ConnectionError):
-        await fire_due(durable, Interrupted(durable))
+        await Firing(durable, Interrupted(durable)).fire_due()
     assert await ticks(sql) == [tick]
     assert await fired(durable) == 0
 
@@ -265,7 +269,7 @@ async def test_a_tick_is_compared_with_what_became_of_the_schedule_meanwhile(dur
     for interfere in (
         lambda: durable.pause_schedule("s"),
         lambda: durable.delete_schedule("s"),
-        lambda: fire_due(durable, durable.database),
+        lambda: fire_due(durable),
         lambda: create(durable, cron_expression="0 0 1 1 *"),
         lambda: create(durable, params="Tuesday"),
         pause_and_resume,
@@ -274,7 +278,7 @@ async def test_a_tick_is_compared_with_what_became_of_the_schedule_meanwhile(dur
         await durable.resume_schedule("s")
         await make_due(sql)
         await sql("DELETE FROM durable.tasks")
-        spawned, _ = await fire_due(durable, Interrupted(durable, interfere))
+        spawned, _ = await Firing(durable, Interrupted(durable, interfere)).fire_due()
         assert spawned == []
 
 
@@ -360,9 +364,9 @@ async def test_one_that_cannot_be_fired_keeps_none_of_the_others(
     await make_due(sql, timedelta(minutes=1), name="bad")
     await make_due(sql)
     await sql("UPDATE durable.schedules SET timezone = 'Mars/Base' WHERE name = 'bad'")
-    rows, moved = await fire_due(durable, durable.database)
+    rows, moved = await fire_due(durable)
     assert (len(rows), moved) == (1, True)
-    assert (await fire_due(durable, durable.database)) == ([], False)
+    assert (await fire_due(durable)) == ([], False)
     assert "schedule bad cannot be fired by this worker" in caplog.text
 
 

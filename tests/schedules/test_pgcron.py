@@ -277,7 +277,7 @@ async def test_it_is_triggered_by_hand(durable: Durable) -> None:
         ({"cron_expression": "0 0 * * 5L"}, InvalidCron, "does not know L"),
         ({"cron_expression": "0 0 15W * *"}, InvalidCron, "W"),
         ({"cron_expression": "0 0 * * 1#2"}, InvalidCron, "five fields"),
-        ({"timezone": "Europe/Berlin"}, InvalidConfiguration, "pg_cron goes by GMT, not by Europe/Berlin"),
+        ({"timezone": "Europe/Berlin"}, InvalidConfiguration, "pg_cron fires by the time of GMT, not of Europe/Berlin"),
         ({"misfire": "run_all"}, InvalidConfiguration, "makes up for no ticks"),
         ({"misfire": "run_once"}, InvalidConfiguration, "makes up for no ticks"),
     ],

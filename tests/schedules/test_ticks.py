@@ -13,8 +13,8 @@ from cronsim import CronSim
 
 from durable_sa import InvalidConfiguration, InvalidCron
 from durable_sa.schedules.cron import (
+    MAX_MISSED_TICKS,
     MISSED_AFTER,
-    MOST_MISSED,
     due_ticks,
     next_tick,
     ticks,
@@ -164,7 +164,9 @@ def test_ticks_that_are_not_a_minute_late_all_fire(misfire: str) -> None:
 
 def test_run_all_has_a_cap() -> None:
     found = due("run_all", "* * * * *")
-    assert found == [utc("2026-06-01T12:00") - number * timedelta(minutes=1) for number in range(MOST_MISSED)][::-1]
+    assert (
+        found == [utc("2026-06-01T12:00") - number * timedelta(minutes=1) for number in range(MAX_MISSED_TICKS)][::-1]
+    )
     assert len(found) == 100
 
 

@@ -18,7 +18,7 @@ from durable_sa import Durable, TaskContext
 from durable_sa.database.channel import DedicatedConnection
 from durable_sa.statements import checkpoints, claiming, fencing, outcomes, queues, suspending, waits
 from durable_sa.testing.database import TestServer
-from durable_sa.worker.cursors import BOTTOM
+from durable_sa.worker.cursors import LANE_START
 
 FINISHED = range(1, 200_001)
 SLEEPING = range(200_001, 225_001)
@@ -105,7 +105,7 @@ def claim(floor: tuple[datetime, uuid.UUID], rows: int = BATCH) -> Case:
 RUNS_HELD = {"task_ids": task_ids(RUNNING), "fences": [1] * BATCH}
 CASES = {
     "claim": claim((datetime(2024, 1, 1, tzinfo=UTC), uuid.UUID(int=0))),
-    "claim without floor": claim(BOTTOM),
+    "claim without floor": claim(LANE_START),
     "claim of nothing": claim((datetime.now(UTC) - timedelta(hours=1), uuid.UUID(int=0)), rows=0),
     "survey": Case(
         claiming.SURVEY_LANES, {"queue_names": ["default", "other"]}, frozenset({"tasks_claim_idx"}), 100, 1

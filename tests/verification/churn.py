@@ -37,8 +37,8 @@ class Reads:
 
     tasks: int
     claim: int
-    search: int
-    """A claim without floor, of which a worker makes one now and then."""
+    full_scan: int
+    """A full scan, which a worker makes now and then."""
     retention: int
 
 
@@ -53,14 +53,14 @@ class Churn:
     def complaints(self) -> list[str]:
         """What has become worse than it may.
 
-        What looks at the beginning of an index, as retention and claims without floor do, passes over its dead pages
+        What looks at the beginning of an index, as retention and full scans do, passes over its dead pages
         until they are vacuumed; there are some ten of them for a thousand tasks, and they are looked at rarely.
         """
         first, last = self.reads[0], self.reads[-1]
         thousands = (last.tasks - first.tasks) / 1000
         found = [f"claims read {last.claim} blocks, after {first.claim}"] if last.claim > 1.1 * first.claim + 50 else []
         for name, before, after in (
-            ("a claim without floor", first.search, last.search),
+            ("a full scan", first.full_scan, last.full_scan),
             ("a look for what is past its retention", first.retention, last.retention),
         ):
             if after > before + 1000 + 20 * thousands:
@@ -74,22 +74,22 @@ async def churn(durable: Durable, plain: asyncpg.Connection, tasks: int, *, meas
     for table in ("tasks", "runs", "checkpoints", "waits", "workers"):
         await plain.execute(f"ALTER TABLE durable.{table} SET (autovacuum_enabled = false)")
     durable.register(work)
-    channel, lanes, forget, worker_id = (
+    connection, cursors, worker_id = (
         DedicatedConnection(durable.database),
         ClaimCursors(["default"]),
-        Retention(),
         uuid.uuid4(),
     )
+    retention = Retention(connection)
     await durable.create_queue(retention=0)
     about = {"worker_id": worker_id, "name": "churn", "queue_names": ["default"], "claim_timeout": 86400.0}
-    await channel.execute(claiming.REGISTER_WORKER, about)
+    await connection.execute(claiming.REGISTER_WORKER, about)
 
-    def claim(wanted: int, *, search: bool) -> dict[str, Any]:
+    def claim(wanted: int, *, full_scan: bool) -> dict[str, Any]:
         return {
             "worker_id": worker_id,
             "wanted": wanted,
             "task_names": ["work"],
-            **lanes.parameters(search=search),
+            **cursors.parameters(full_scan=full_scan),
         }
 
     async def blocks(statement: Any, parameters: dict[str, Any]) -> int:
@@ -106,19 +106,19 @@ async def churn(durable: Durable, plain: asyncpg.Connection, tasks: int, *, meas
                 found.reads.append(
                     Reads(
                         done,
-                        await blocks(claiming.CLAIM, claim(PROBE, search=False)),
-                        await blocks(claiming.CLAIM, claim(PROBE, search=True)),
+                        await blocks(claiming.CLAIM, claim(PROBE, full_scan=False)),
+                        await blocks(claiming.CLAIM, claim(PROBE, full_scan=True)),
                         await blocks(queues.RETENTIONS, {}),
                     )
                 )
-            rows = await channel.execute(claiming.CLAIM, claim(BATCH, search=False))
+            rows = await connection.execute(claiming.CLAIM, claim(BATCH, full_scan=False))
             runs = [ClaimedRun._make(row) for row in rows]
-            lanes.claimed(runs, search=False, full=True)
+            cursors.claimed(runs, full_scan=False, full=True)
             held = {"task_ids": [run.task_id for run in runs], "fences": [run.fence for run in runs]}
             ended = {**held, "outputs": ["1"] * len(runs), "waited": [False] * len(runs)}
-            done += (await channel.execute(outcomes.COMPLETE, ended))[0].written
-            await forget(channel)
-        ((found.left,),) = await channel.execute(text("SELECT count(*) FROM durable.tasks"))
+            done += (await connection.execute(outcomes.COMPLETE, ended))[0].written
+            await retention.delete_expired()
+        ((found.left,),) = await connection.execute(text("SELECT count(*) FROM durable.tasks"))
     finally:
-        await channel.close()
+        await connection.close()
     return found

@@ -15,7 +15,7 @@ from typing import Any
 from durable_sa.execution.waits import WaitSpec
 from durable_sa.ids import child_id, step_key
 from durable_sa.policies import RetryStrategy
-from durable_sa.worker.maintenance import FORGET_LOST_AFTER
+from durable_sa.worker.takeover import LOST_WORKER_RETENTION
 
 from .engine_steps import LANES
 
@@ -389,7 +389,7 @@ class EngineModel:
                 self.runs[task.task_id, task.attempt] = ("failed", task.claimed_by, "LeaseLost")
                 task.lease_losses += 1
                 self._again(task, now)
-        forgotten = now - _span(FORGET_LOST_AFTER)
+        forgotten = now - _span(LOST_WORKER_RETENTION)
         self.workers = {
             key: worker for key, worker in self.workers.items() if worker.lost_at is None or worker.lost_at >= forgotten
         }

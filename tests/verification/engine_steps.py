@@ -11,7 +11,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from inspect import signature
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Engine, Executable, Row, event
@@ -37,10 +37,14 @@ from durable_sa.execution.writes import (
 from durable_sa.ids import child_id, new_id, step_key
 from durable_sa.spawns import prepare
 from durable_sa.statements import checkpoints, claiming, queues
-from durable_sa.worker.cursors import BOTTOM
-from durable_sa.worker.dispatcher import News
-from durable_sa.worker.maintenance import LOCKED_PAUSE, Maintenance
+from durable_sa.worker.agenda import Agenda
+from durable_sa.worker.cursors import LANE_START
+from durable_sa.worker.dispatcher import Dispatcher
+from durable_sa.worker.maintenance import Maintenance
 from durable_sa.worker.retention import delete_tasks
+from durable_sa.worker.settings import Settings
+from durable_sa.worker.slots import Slots
+from durable_sa.worker.wakeups import LOCKED_RETRY_DELAY
 
 T = TypeVar("T")
 
@@ -116,17 +120,29 @@ class Clock:
         return statement, parameters
 
 
-async def _nothing(*_: Any) -> Any:
-    return ()
+class _Executor:
+    """Takes the place of an executor: it has no runs."""
+
+    busy = False
+
+    async def check(self) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def failed_by_takeover(self, rows: Any) -> None: ...
 
 
-class _Silent:
-    """Takes any call and does nothing."""
+class _Retention:
+    """Takes the place of a retention that has nothing to delete, as these tests delete by hand."""
 
-    def __call__(self, *_: Any, **__: Any) -> None: ...
+    async def delete_expired(self) -> bool:
+        return False
 
-    def __getattr__(self, name: str) -> _Silent:
-        return self
+
+class _HintSender:
+    """Takes the place of a sender of hints: no other worker is notified."""
+
+    def send(self, hint: Any) -> None: ...
 
 
 class SimulatedWorker:
@@ -136,16 +152,24 @@ class SimulatedWorker:
         self.durable = durable
         self.claim_timeout = claim_timeout
         self.worker_id = new_id()
-        # Of what a tender tells its worker, nothing matters here.
-        told: dict[str, Any] = {
-            name: _Silent() for name, p in signature(Maintenance).parameters.items() if p.kind is p.KEYWORD_ONLY
-        }
-        told |= {"interval": lambda: 5.0, "check_runs": _nothing, "fire_schedules": _nothing, "forget": _nothing}
-        self.maintenance = Maintenance(cast("Any", SteppedChannel()), self.worker_id, LocalClock(), **told)
-        # Nor does what its claims and other workers hear of its commits.
-        news = News(cast("Any", _Silent()), self.maintenance, cast("Any", _Silent()))
+        settings = Settings.resolve({"queue_names": ["one", "two"]}, "default")
+        registration = cast("Any", SimpleNamespace(worker_id=self.worker_id, active=True))
+        clock = LocalClock()
+        self.agenda = Agenda(settings.queue_names, clock)
         self._channel = cast("Any", SteppedChannel())
-        self._writer = _SteppedWriter(self._channel, on_commit=news.committed)
+        dispatcher = Dispatcher(settings, self.agenda, Slots(settings), registration, cast("Any", _HintSender()))
+        self._writer = _SteppedWriter(self._channel, on_commit=dispatcher.committed)
+        self._maintenance = Maintenance(
+            durable,
+            self._channel,
+            registration,
+            clock,
+            self.agenda,
+            dispatcher,
+            cast("Any", _Executor()),
+            listening=lambda: True,
+        )
+        self._maintenance._retention = cast("Any", _Retention())
 
     def register(self) -> Steps[None]:
         yield (
@@ -168,8 +192,8 @@ class SimulatedWorker:
                 "task_names": list(self.durable.tasks),
                 "queue_names": [queue for queue, _ in LANES],
                 "priorities": [priority for _, priority in LANES],
-                "cursor_times": [BOTTOM[0]] * len(LANES),
-                "cursor_ids": [BOTTOM[1]] * len(LANES),
+                "cursor_times": [LANE_START[0]] * len(LANES),
+                "cursor_ids": [LANE_START[1]] * len(LANES),
             },
         )
         return sorted((row.task_id, row.fence) for row in rows)
@@ -263,48 +287,51 @@ class SimulatedWorker:
         return bool(rows)
 
     def tend(self) -> Steps[None]:
-        """Follow up on what was committed, again as long as somebody holds descendants locked."""
+        """Do what the agenda lists, and retry as long as another transaction holds descendants locked."""
 
         async def until_done() -> None:
-            await self.maintenance._do_asked()
-            while held := self.maintenance._cascade_held:
-                await asyncio.sleep(LOCKED_PAUSE)
-                self.maintenance._cascade |= held
-                held.clear()
-                await self.maintenance._do_asked()
+            await self._maintenance._do_listed()
+            while deferred := self.agenda._deferred_cascades:
+                await asyncio.sleep(LOCKED_RETRY_DELAY)
+                self.agenda.cascade(deferred)
+                deferred.clear()
+                await self._maintenance._do_listed()
 
         return steps(until_done())
 
     def deliver(self) -> Steps[None]:
         """What a hint about an emitted event leads to."""
-        self.maintenance.deliver()
+        self.agenda.deliver_events()
         return self.tend()
 
     def take_over(self) -> Steps[None]:
-        return steps(self.maintenance._take_over())
+        return steps(self._maintenance._takeover.search())
 
     def cancel_overdue(self) -> Steps[None]:
-        return steps(self.maintenance._cancel_overdue())
+        async def cancel_overdue() -> None:
+            await self._maintenance._cancellations.cancel_overdue()
+
+        return steps(cancel_overdue())
 
     def look_at_waits(self, *task_ids: uuid.UUID) -> Steps[None]:
         """What a worker does before it starts runs that it has claimed again."""
-        self.maintenance.resolve(task_ids)
+        self.agenda.resolve_waits(task_ids)
         return self.tend()
 
     def look(self) -> Steps[None]:
         """What a worker looks for every few seconds."""
 
         async def look() -> None:
-            # As late as this, whoever held an event's waiters is looked after again.
-            self.maintenance._held_again_at = 0.0
-            await self.maintenance._look()
-            await self.maintenance._do_asked()
+            # By the time of a look, the retry of events whose waiters were locked is due.
+            self._maintenance._wakeups._retry_locked_at = 0.0
+            await self._maintenance._look()
+            await self._maintenance._do_listed()
 
         return steps(look())
 
     def repair(self) -> Steps[None]:
         """Everything that a worker ever looks for."""
-        self.maintenance.look_now()
+        self._maintenance.look_at_everything()
         return self.look()
 
 

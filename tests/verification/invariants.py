@@ -578,7 +578,7 @@ def no_secret_is_said(e: Evidence) -> Iterator[str]:
 
 _EXPECTED = (
     # What a worker says that ends its process for having been taken over.
-    "another worker has taken this one's runs over",
+    "another worker has taken over the runs of this one",
     # What asyncpg leaves behind where a connection is lost while it is being opened.
     "unexpected connection_lost() call",
 )

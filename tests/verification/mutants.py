@@ -182,19 +182,19 @@ MUTANTS = (
     Mutant(
         "a suspension that does not look whether it need wait",
         "worker/dispatcher.py",
-        (("self._maintenance.resolve(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
+        (("agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
         (f"{RACES}test_emit_and_await",),
     ),
     Mutant(
         "a child's end that tells nobody",
         "worker/dispatcher.py",
-        (("                self._maintenance.ended(children)\n", "                pass\n"),),
+        (("                    agenda.wake_parents(children)\n", "                    pass\n"),),
         (f"{RACES}test_join_and_finish",),
     ),
     Mutant(
         "a parent that is not told because its row was locked",
-        "worker/maintenance.py",
-        (("            self._ended_unheard.update(task_ids)\n", ""),),
+        "worker/wakeups.py",
+        (("            self._agenda.defer_ended(task_ids, LOCKED_RETRY_DELAY)\n", "            pass\n"),),
         (f"{RACES}test_join_and_finish",),
     ),
     Mutant(
@@ -236,7 +236,7 @@ MUTANTS = (
     Mutant(
         "a failure that leaves the children to a search",
         "worker/dispatcher.py",
-        (("                    cascade=(row.task_id for row in given_up),\n", ""),),
+        (("                    agenda.cascade(row.task_id for row in failed)\n", ""),),
         (f"{RACES}test_fail_and_claim_of_a_child",),
     ),
     Mutant(

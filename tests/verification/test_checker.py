@@ -275,7 +275,7 @@ def no_secret_is_said(e: Evidence) -> Evidence:
 
 @forging
 def nobody_complains(e: Evidence) -> Evidence:
-    return replace(e, logs={"w0.log": "2026-01-01 00:00:00,000 ERROR durable_sa claiming failed\n"})
+    return replace(e, logs={"w0.log": "2026-01-01 00:00:00,000 ERROR durable_sa claim failed\n"})
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in INVARIANTS])

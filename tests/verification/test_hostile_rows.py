@@ -188,9 +188,9 @@ async def test_what_a_worker_does_besides_running_tasks_goes_on(
     durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """Limits, events, cascades, runs of the dead, schedules and what is past its retention."""
-    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_INTERVAL", 0.2)
-    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_SHARE", 0)
-    monkeypatch.setattr("durable_sa.worker.maintenance.FORGET_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_PAUSE_RATIO", 0)
+    monkeypatch.setattr("durable_sa.worker.maintenance.RETENTION_INTERVAL", 0.2)
 
     @durable.task
     async def work(ctx: TaskContext) -> None:

@@ -355,14 +355,8 @@ class Machine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def tend(self, index: int) -> None:
         worker = self.workers[index % len(self.workers)]
-        maintenance = worker.maintenance
-        self.model.tend(
-            set(maintenance._resolve),
-            set(maintenance._ended),
-            set(maintenance._cascade),
-            maintenance._deliver,
-            self.now,
-        )
+        agenda = worker.agenda
+        self.model.tend(set(agenda.waits), set(agenda.ended), set(agenda.cascades), agenda.deliver, self.now)
         self.drive(worker.tend())
 
     @rule(index=INDEX)
@@ -370,7 +364,7 @@ class Machine(RuleBasedStateMachine):
         """As when runs are taken up again, or look while they go on."""
         worker = self.workers[index % len(self.workers)]
         waiting = {task_id for task_id, _ in self.model.waits}
-        worker.maintenance.resolve(waiting)
+        worker.agenda.resolve_waits(waiting)
         self.tend(index)
 
     @rule(index=INDEX)

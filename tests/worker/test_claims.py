@@ -49,7 +49,7 @@ class Claimer:
             "worker_id": self.worker_id,
             "wanted": wanted,
             "task_names": list(task_names),
-            **self._lanes.parameters(search=True),
+            **self._lanes.parameters(full_scan=True),
         }
 
     async def claim(self, wanted: int, *task_names: str) -> list[uuid.UUID]:
@@ -247,7 +247,7 @@ async def test_no_more_is_claimed_at_once_than_the_batch_size(
 
     claimed: list[int] = []
     async with durable.worker(concurrency=10, batch_size=2) as worker:
-        execute = worker._claims._channel.execute
+        execute = worker._claims_connection.execute
 
         async def counted(statement: Any, parameters: Any) -> Any:
             rows = await execute(statement, parameters)
@@ -255,7 +255,7 @@ async def test_no_more_is_claimed_at_once_than_the_batch_size(
                 claimed.append(len(rows))
             return rows
 
-        monkeypatch.setattr(worker._claims._channel, "execute", counted)
+        monkeypatch.setattr(worker._claims_connection, "execute", counted)
         for spawned in await durable.spawn_many([(instant, None)] * 9):
             await durable.wait_for_result(spawned, timeout=10)
     assert sum(claimed) == 9
@@ -593,7 +593,7 @@ async def test_a_timeout_that_another_worker_notes_while_a_run_is_loaded_is_not_
     spawned = await durable.spawn(work)
     async with durable.worker(listen=False, poll_interval=0.05) as worker:
         await eventually(lambda: sql("SELECT 1 FROM durable.waits"))
-        execute = worker._rest.execute
+        execute = worker._shared_connection.execute
         noted: list[bool] = []
 
         async def interrupted(statement: Any, parameters: Any) -> Any:
@@ -605,7 +605,7 @@ async def test_a_timeout_that_another_worker_notes_while_a_run_is_loaded_is_not_
                 await durable.database.execute(waits.RESOLVE, {"task_ids": [spawned.task_id]})
             return rows
 
-        monkeypatch.setattr(worker._rest, "execute", interrupted)
+        monkeypatch.setattr(worker._shared_connection, "execute", interrupted)
         await sql("UPDATE durable.waits SET due_at = now()")
         await sql("UPDATE durable.tasks SET available_at = now()")
         assert (await durable.wait_for_result(spawned, timeout=10)).output == "timeout"

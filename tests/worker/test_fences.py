@@ -269,7 +269,7 @@ async def test_a_transaction_of_a_run_that_was_taken_over_is_rolled_back(durable
         async with durable.worker():
 
             async def taken_over() -> bool:
-                first.maintenance.look_within(0.0)
+                first._agenda.look_within(0.0)
                 return await sql("SELECT lease_losses FROM durable.tasks") == [(1,)]
 
             await eventually(taken_over)

@@ -63,7 +63,8 @@ async def test_more_than_a_batch_of_held_rows_holds_up_no_other(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs of a lost worker, and subtasks of what has failed."""
-    monkeypatch.setattr("durable_sa.worker.maintenance.BATCH", 5)
+    monkeypatch.setattr("durable_sa.worker.takeover.BATCH", 5)
+    monkeypatch.setattr("durable_sa.worker.cancellations.BATCH", 5)
 
     @durable.task
     async def work(ctx: TaskContext) -> int:
@@ -97,13 +98,13 @@ async def test_more_than_a_batch_of_held_rows_holds_up_no_other(
     first = [spawn.task_id for spawn in (*lost[:12], *children[:12])]
     ids = ", ".join(f"'{task_id}'" for task_id in first)
     async with held(observer, f"SELECT 1 FROM durable.tasks WHERE task_id IN ({ids})"), durable.worker() as worker:
-        worker.maintenance.look_now()
+        worker.maintenance.look_at_everything()
         for spawn in lost[12:]:
             assert (await durable.wait_for_result(spawn, timeout=PROMPT)).output == 2
         for spawn in children[12:]:
             assert (await durable.wait_for_result(spawn, timeout=PROMPT)).status is TaskStatus.CANCELLED
     async with durable.worker() as worker:
-        worker.maintenance.look_now()
+        worker.maintenance.look_at_everything()
         for spawn in lost:
             assert (await durable.wait_for_result(spawn, timeout=PROMPT)).output == 2
         for spawn in children:
@@ -123,10 +124,10 @@ HELD = {
 async def test_rows_that_are_held_hold_up_nothing_else(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_INTERVAL", 0.2)
-    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_SHARE", 0)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_PAUSE_RATIO", 0)
     monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_AGE", 0.0)
-    monkeypatch.setattr("durable_sa.worker.maintenance.FORGET_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.RETENTION_INTERVAL", 0.2)
 
     @durable.task
     async def waiter(ctx: TaskContext, name: str) -> Any:
@@ -188,7 +189,7 @@ async def test_ended_tasks_of_which_rows_are_held_are_soon_left(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each refusal takes its time, and a page may have a thousand."""
-    monkeypatch.setattr("durable_sa.worker.retention.PATIENCE", 0.1)
+    monkeypatch.setattr("durable_sa.worker.retention.PAGE_TIMEOUT", 0.1)
     await sql(
         "INSERT INTO durable.tasks (task_id, queue_name, task_name, state, outcome, finished_at, run_id, max_attempts,"
         " retry_kind, retry_base_delay, retry_factor, retry_max_backoff, retry_jitter)"
@@ -199,12 +200,13 @@ async def test_ended_tasks_of_which_rows_are_held_are_soon_left(
         "INSERT INTO durable.checkpoints (task_id, key, kind, name)"
         " SELECT task_id, gen_random_uuid(), 'step', 'one' FROM durable.tasks"
     )
-    forget, channel = Retention(), DedicatedConnection(durable.database)
+    connection = DedicatedConnection(durable.database)
+    retention = Retention(connection)
     async with held(observer, "SELECT 1 FROM durable.checkpoints"):
         async with asyncio.timeout(20):
-            await forget(channel)
+            await retention.delete_expired()
         assert await is_count(sql, "tasks", 201)
-    for _ in range(2):  # It goes on from where it was, and then from the beginning.
-        await forget(channel)
+    for _ in range(2):  # The first continues where the last one stopped, the second starts from the beginning.
+        await retention.delete_expired()
     assert await is_count(sql, "tasks", 0)
-    await channel.close()
+    await connection.close()

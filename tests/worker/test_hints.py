@@ -199,7 +199,7 @@ async def test_polling_begins_as_soon_as_listen_is_lost(
 async def test_hints_that_are_lost_cost_a_poll_interval(
     durable: Durable, quick: Any, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 0.5)
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL_INTERVAL", 0.5)
     monkeypatch.setattr(HintSender, "send", lambda *_: None)
     async with durable.worker() as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
@@ -602,7 +602,7 @@ async def test_what_operators_do_to_a_pooler_fails_no_task(
 async def test_a_worker_beside_the_client_hears_of_a_spawn_directly(durable: Durable, quick: Any) -> None:
     async with durable.worker(listen=False, poll_interval=30.0) as worker:
         for _ in range(3):
-            await eventually(lambda: not worker._wake.is_set())
+            await eventually(lambda: not worker._agenda.claim.is_set())
             await durable.wait_for_result(await durable.spawn(quick), timeout=5)
 
 

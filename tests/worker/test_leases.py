@@ -240,7 +240,7 @@ async def test_twenty_lost_workers_in_a_row_and_not_nineteen_fail_a_task(durable
             assert await claimer.claim(1, "lethal") == [spawned.task_id]
 
             async def taken_over(losses: int = number) -> bool:
-                worker.maintenance.look_within(0.0)
+                worker._agenda.look_within(0.0)
                 return await sql("SELECT lease_losses FROM durable.tasks") == [(losses,)]
 
             await eventually(taken_over)
@@ -279,7 +279,7 @@ async def test_a_task_given_up_for_its_lost_workers_tells_its_parent_and_takes_i
         )
         await sql("UPDATE durable.tasks SET lease_losses = :losses WHERE task_id = :child", losses=19, child=child)
         await sql("UPDATE durable.workers SET expires_at = now() WHERE worker_id = :id", id=claimer.worker_id)
-        worker.maintenance.look_within(0.0)
+        worker._agenda.look_within(0.0)
         # At once: a search for what was forgotten would find them as well, but many seconds later.
         assert (await durable.wait_for_result(spawned, timeout=6)).output == "LeaseLost"
         assert (await durable.wait_for_result(grandchild, timeout=6)).status is TaskStatus.CANCELLED
@@ -432,7 +432,7 @@ async def test_a_claim_whose_reply_comes_after_the_lease_starts_nothing(
         started.append(ctx.attempt)
 
     async with durable.worker(claim_timeout=1) as worker:
-        execute = worker._claims._channel.execute
+        execute = worker._claims_connection.execute
 
         async def late(statement: Any, parameters: Any) -> Any:
             rows = await execute(statement, parameters)
@@ -442,7 +442,7 @@ async def test_a_claim_whose_reply_comes_after_the_lease_starts_nothing(
             return rows
 
         lost: list[bool] = []
-        monkeypatch.setattr(worker._claims._channel, "execute", late)
+        monkeypatch.setattr(worker._claims_connection, "execute", late)
         spawned = await durable.spawn(work)
         await durable.wait_for_result(spawned, timeout=10)
     assert started == [2]
@@ -465,8 +465,8 @@ async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
 
     async def stop_slowly(heartbeat: Heartbeat) -> None:
         heartbeat._lease.renewed(time.monotonic())
-        worker._claims.doubt()
-        worker._wake.set()
+        worker._claimer.suspect_unknown_commit()
+        worker._agenda.claim.set()
         await asyncio.sleep(0.5)
         await stop(heartbeat)
 
@@ -558,7 +558,7 @@ async def test_no_worker_is_declared_lost_whose_lease_has_not_ended(durable: Dur
 async def test_runs_are_taken_over_also_when_the_row_of_their_worker_is_gone(
     durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_INTERVAL", 0.2)
     spawned = await durable.spawn(program.count)
     claimer = Claimer(durable.database)
     await claimer.register()
@@ -573,7 +573,7 @@ async def test_runs_are_taken_over_also_when_the_row_of_their_worker_is_gone(
 async def test_mass_death_is_taken_over_in_batches(
     durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.maintenance.BATCH", 50)
+    monkeypatch.setattr("durable_sa.worker.takeover.BATCH", 50)
     for _ in range(3):
         claimer = Claimer(durable.database)
         await claimer.register(seconds=0.05)
@@ -592,7 +592,7 @@ async def test_mass_death_is_taken_over_in_batches(
 async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_taken_over(
     durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.maintenance.SWEEP_LOST_INTERVAL", 1000)
+    monkeypatch.setattr("durable_sa.worker.takeover.LOST_RUNS_INTERVAL", 1000)
     spawned = [await durable.spawn(program.count) for _ in range(5)]
     claimer = Claimer(durable.database)
     await claimer.register(seconds=0.05)

@@ -329,7 +329,7 @@ async def test_max_running_time_counts_sleeping_and_retries(durable: Durable, sq
 async def test_limits_of_a_crowd_are_kept_in_batches(
     durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.maintenance.BATCH", 20)
+    monkeypatch.setattr("durable_sa.worker.cancellations.BATCH", 20)
     policy = CancellationPolicy(max_pending_time=0.1)
     for _ in range(90):
         await durable.spawn_by_name("unknown", unchecked=True, cancellation=policy)

@@ -85,5 +85,5 @@ async def test_a_worker_on_a_database_that_becomes_read_only_goes_on_afterwards(
             result = await victim.wait_for_result(spawned, timeout=10)
             assert result.output == 2
     assert await admin("SELECT attempt, failures FROM durable.tasks") == [(2, 0)]
-    assert "a heartbeat failed: the database is read-only" in caplog.text
+    assert "heartbeat failed (the database is read-only)" in caplog.text
     assert "Traceback" not in caplog.text

@@ -169,8 +169,8 @@ async def test_the_reply_to_any_statement_may_be_lost_and_so_may_the_statement(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """Each statement of a worker once, one after the other, as far as a task has statements."""
-    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 0.3)
-    monkeypatch.setattr("durable_sa.worker.maintenance.RECONCILE_INTERVAL", 0.2)
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL_INTERVAL", 0.3)
+    monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_INTERVAL", 0.2)
     monkeypatch.setattr("durable_sa.worker.maintenance.REPAIR_AGE", 0.2)
     await create_bookings(engine)
     statements: list[str] = []

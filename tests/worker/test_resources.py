@@ -145,7 +145,7 @@ async def test_nothing_grows_over_twenty_thousand_tasks(database_url: URL, durab
                     return await sql("SELECT count(*) FROM durable.tasks WHERE outcome IS NULL") == [(0,)]
 
                 await eventually(finished, within=90)
-                await eventually(lambda: not worker._background.jobs and not worker._runs.ending)
+                await eventually(lambda: not worker._background.jobs and not worker._slots.unwritten)
                 # The last replies may still be on their way.
                 await eventually(lambda: _runs() <= others + 2)
                 return {
@@ -395,9 +395,9 @@ async def test_a_private_engine_of_the_application_is_used_as_it_is(
 
 async def test_a_workers_connections_know_the_types_of_its_statements_from_the_start(durable: Durable) -> None:
     async with durable.worker(listen=False) as worker:
-        for channel in worker._channels:
-            assert channel._connection is not None
-            driver: Any = (await channel._connection.get_raw_connection()).driver_connection
+        for connection in worker._connections:
+            assert connection._connection is not None
+            driver: Any = (await connection._connection.get_raw_connection()).driver_connection
             known = driver._protocol.get_settings()
             for oid in (2951, 1016, 1000, 1022, 1185):  # arrays of uuid, bigint, boolean, double precision, timestamptz
                 assert known.get_data_codec(oid) is not None

@@ -1,0 +1,116 @@
+"""Firing of schedules: the spawns of their ticks, made by workers or by hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Row
+
+from ..app import App
+from ..database.channel import Executing
+from ..serialization.codec import UNTYPED
+from ..spawns import Prepared, columns, over, prepare
+from ..statements import scheduling
+from ..statements.spawning import SPAWN_COLUMNS
+from . import store
+from .cron import due_ticks
+
+logger = logging.getLogger("durable_sa")
+
+PAGE = 100
+_FIRST_PAGE = (datetime(1, 1, 2, tzinfo=UTC), "")
+
+
+def tick_key(name: str, tick: datetime) -> str:
+    """Return the idempotency key of a tick, which keeps it from being spawned twice."""
+    return f"durable::{name}:{tick.isoformat()}"[-255:]
+
+
+def prepare_tick(app: App, row: Row[Any], tick: datetime | None) -> Prepared:
+    """Prepare the spawn of a tick, the same in every process; without a tick, a spawn by hand."""
+    options = store.decode_options(row.spawn_options)
+    options["queue_name"] = row.queue_name
+    if tick is not None:
+        options["idempotency_key"] = tick_key(row.name, tick)
+    params = None if row.params is None else UNTYPED.decode(row.params, "the params of a schedule")
+    headers = {store.SCHEDULED_BY: row.name, store.CRON: row.cron_expression}
+    return prepare(app, row.task_name, params, options, as_stored=True, internal_headers=headers)
+
+
+async def prepare_trigger(app: App, name: str) -> Prepared:
+    """Prepare a spawn by hand of a schedule's task.
+
+    Raises:
+        ScheduleNotFound: no schedule has that name.
+    """
+    return prepare_tick(app, await store.read(app.database, name), None)
+
+
+class Firing:
+    """Fires due schedules. Any number of workers may do so at the same time: each tick is spawned once."""
+
+    def __init__(self, app: App, connection: Executing) -> None:
+        self._app = app
+        self._connection = connection
+        self._failing: set[str] = set()
+        """Schedules that this worker cannot fire. Each is logged once."""
+
+    async def fire_due(self) -> tuple[list[Row[Any]], bool]:
+        """Fire all due schedules. Return the spawned tasks, and whether any schedule has moved to its next tick.
+
+        A schedule that cannot be fired here, because of its time zone or a hook, is logged and passed over.
+        """
+        spawned: list[Row[Any]] = []
+        moved = False
+        tick, name = _FIRST_PAGE
+        while True:
+            rows = await self._connection.execute(
+                scheduling.DUE_SCHEDULES, {"wanted": PAGE, "after_tick": tick, "after_name": name}
+            )
+            for row in rows:
+                prepared: list[Prepared] = []
+                try:
+                    fired, following = due_ticks(
+                        row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire
+                    )
+                    # Several tasks at once would overlap, so only the latest tick is spawned.
+                    ticks = fired[-1:] if row.overlap == "skip" else fired
+                    prepared.extend(prepare_tick(self._app, row, each) for each in ticks)
+                except Exception as error:
+                    if row.name not in self._failing:
+                        self._failing.add(row.name)
+                        logger.exception("schedule %s cannot be fired by this worker", row.name)
+                    over(prepared, (), error)
+                    continue
+                spawned.extend(await self._fire(row, fired, following, prepared))
+                self._failing.discard(row.name)
+                moved = True
+            if len(rows) < PAGE:
+                return spawned, moved
+            tick, name = rows[-1].next_tick_at, rows[-1].name
+
+    async def _fire(
+        self, row: Row[Any], fired: list[datetime], following: datetime | None, prepared: list[Prepared]
+    ) -> Sequence[Row[Any]]:
+        arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
+        parameters = {
+            "schedule_name": row.name,
+            "fired_tick": row.next_tick_at,
+            "read_as_of": row.updated_at,
+            "next_tick": following,
+            "last_tick": fired[-1] if fired else None,
+            "last_task": prepared[-1].task_id if prepared else None,
+            **{f"tick_{name}": list(array) for name, array in arrays.items()},
+        }
+        try:
+            rows = await self._connection.execute(scheduling.FIRE, parameters)
+        except BaseException as error:
+            over(prepared, (), error)
+            raise
+        if rows:
+            # Without rows another worker was faster, and there is nothing for a span to show.
+            over(prepared, {row.task_id for row in rows})
+        return rows

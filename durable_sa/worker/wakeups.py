@@ -1,0 +1,87 @@
+"""Waking tasks: waits that are over are resolved, parents are woken, events are delivered."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from ..database.channel import DedicatedConnection
+from ..database.notifier import Hint
+from ..statements import waits
+from .agenda import Agenda
+from .dispatcher import Dispatcher
+from .executor import Executor
+
+BATCH = 500
+DELIVERY_EVENTS = 50
+LOCKED_RETRY_DELAY = 0.1
+"""Seconds until tasks whose rows another transaction holds locked are looked at again."""
+LOCKED_PAUSE_RATIO = 4
+"""Least delay of that retry, as a multiple of the time that passing over the locked rows took."""
+
+
+class WakeUps:
+    """Resolves waits, in batches that skip the rows that other transactions hold locked."""
+
+    def __init__(
+        self, connection: DedicatedConnection, agenda: Agenda, dispatcher: Dispatcher, executor: Executor
+    ) -> None:
+        self._connection = connection
+        self._agenda = agenda
+        self._dispatcher = dispatcher
+        self._executor = executor
+        self._locked_events = 0
+        """Undelivered events whose waiters are locked; deliveries pass over so many until the time below."""
+        self._retry_locked_at = 0.0
+
+    async def resolve(self, task_ids: list[uuid.UUID]) -> None:
+        """Resolve what is over of the waits of these suspended tasks."""
+        rows = await self._connection.execute(waits.RESOLVE_FREE, {"task_ids": task_ids})
+        self._dispatcher.announce(Hint().add_rows(rows))
+
+    async def wake_parents(self, task_ids: list[uuid.UUID]) -> None:
+        """Resolve the waits for these ended tasks."""
+        rows = await self._connection.execute(waits.WAITING_FOR, {"task_ids": task_ids})
+        if not rows:
+            return
+        await self.resolve(sorted({row.task_id for row in rows}))
+        self._executor.poll()
+        if await self._connection.execute(waits.WAITING_FOR, {"task_ids": task_ids}):
+            # The transaction that holds a waiter locked may look at the same wait, but as it was before the task ended.
+            self._agenda.defer_ended(task_ids, LOCKED_RETRY_DELAY)
+
+    async def deliver_events(self) -> None:
+        """Deliver emitted events page by page, passing over those whose waiters are locked."""
+        began = time.monotonic()
+        retry_locked = began >= self._retry_locked_at
+        passed = 0 if retry_locked else self._locked_events
+        previous: set[uuid.UUID] = set()
+        while True:
+            rows = await self._connection.execute(
+                waits.UNDELIVERED, {"wanted_events": DELIVERY_EVENTS, "wanted_waits": BATCH, "passed": passed}
+            )
+            if not rows:
+                break
+            waiting = {task_id for row in rows for task_id in row.task_ids or ()}
+            if waiting:
+                await self.resolve(sorted(waiting))
+            marked = await self._connection.execute(
+                waits.MARK_DELIVERED,
+                {"queue_names": [row.queue_name for row in rows], "names": [row.name for row in rows]},
+            )
+            left = len(rows) - len(marked)
+            if left and waiting != previous:
+                # The page shows a batch of waiters, and there are more; or another transaction has just released one.
+                previous = waiting
+                continue
+            passed += left
+            previous = set()
+            if len(rows) < DELIVERY_EVENTS:
+                break
+        self._locked_events = passed
+        if passed:
+            now = time.monotonic()
+            if retry_locked:
+                self._retry_locked_at = now + max(LOCKED_RETRY_DELAY, LOCKED_PAUSE_RATIO * (now - began))
+            self._agenda.look_within(self._retry_locked_at - now)
+        self._executor.poll()
