@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
-from ..database.notifier import channel_name, flush
+from ..database.hint import channel_name
+from ..database.notifier import flush
 from ..errors import InvalidConfiguration
 from ..hooks import Hooks
 from ..models import DEFAULT_QUEUE, SCHEMA
@@ -28,6 +29,7 @@ from ..worker.settings import Settings
 from ..worker.worker import Worker
 from .events import Events
 from .queues import QueuePolicy, Queues
+from .registry import Registry
 from .schedules import Schedules
 from .spawning import Spawning
 from .tasks import Tasks
@@ -40,7 +42,7 @@ __all__ = ["Durable", "QueuePolicy"]
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process

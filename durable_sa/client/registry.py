@@ -1,12 +1,12 @@
-"""The tasks that a client knows."""
+"""Registering tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar, overload
 
+from ..app import App
 from ..context import TaskContext
-from ..errors import TaskAlreadyRegistered, TaskNotRegistered
 from ..policies import CancellationPolicy, RetryStrategy
 from ..tasks import Task, TaskDecorator
 from ..tasks import task as make_task
@@ -15,12 +15,8 @@ T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
 
 
-class Registry:
-    """Tasks by name."""
-
-    def __init__(self) -> None:
-        self.tasks: dict[str, Task[Any, Any]] = {}
-        """The registered tasks by name."""
+class Registry(App):
+    """The part of a client that registers tasks."""
 
     @overload
     def task(self, name: Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, T]], /) -> Task[ParamsT, T]: ...
@@ -51,7 +47,7 @@ class Registry:
         queue_name: str | None = None,
         no_retry_on: Iterable[type[BaseException]] = (),
     ) -> Any:
-        """As :func:`durable_sa.task`, and registers what it makes."""
+        """Make a task as :func:`durable_sa.task` does, and register it."""
         if callable(name):
             return self.register(make_task(name))
         decorate = make_task(
@@ -67,26 +63,3 @@ class Registry:
             return self.register(decorate(function))
 
         return registering
-
-    def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
-        """Make a task known: its workers claim it from now on, and it may be spawned by name. Returns the task.
-
-        Raises:
-            TaskAlreadyRegistered: another task has that name.
-        """
-        if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
-        if self.tasks.setdefault(task.name, task) is not task:
-            raise TaskAlreadyRegistered(task.name)
-        return task
-
-    def registered(self, name: str) -> Task[Any, Any]:
-        """The task of that name.
-
-        Raises:
-            TaskNotRegistered: there is none.
-        """
-        try:
-            return self.tasks[name]
-        except KeyError:
-            raise TaskNotRegistered(name, self.tasks) from None

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from ..database.loans import discard
+from ..database.connections import discard
 from ..database_errors import (
     backoff,
     is_conflict,
@@ -124,7 +124,7 @@ async def _once(
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
         try:
-            locked = await durable.database.execute_within(
+            locked = await durable.database.execute_on(
                 connection,
                 checkpoints.LOCK_UNDER_FENCE,
                 {"task_id": run.claimed.task_id, "fence": run.claimed.fence},
@@ -132,7 +132,7 @@ async def _once(
             if not locked:
                 run.take_away(LeaseLost())
                 raise LeaseLost
-            written = await durable.database.execute_within(
+            written = await durable.database.execute_on(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
                 {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},

@@ -22,8 +22,8 @@ from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
 from ..spawns import (
     Prepared,
+    SpawnCall,
     columns,
-    over,
     prepare,
 )
 from ..statements import queues, scheduling
@@ -106,7 +106,7 @@ def tick_key(name: str, tick: datetime) -> str:
     return f"durable::{name}:{tick.isoformat()}"[-255:]
 
 
-def prepare_tick(client: App, row: Row[Any], tick: datetime | None) -> Prepared:
+def prepare_tick(client: App, row: Row[Any], tick: datetime | None, call: SpawnCall | None = None) -> Prepared:
     """A schedule's spawn, the same in whatever process; without a tick, one that was asked for by hand."""
     options = decode_options(row.spawn_options)
     options["queue_name"] = row.queue_name
@@ -114,7 +114,7 @@ def prepare_tick(client: App, row: Row[Any], tick: datetime | None) -> Prepared:
         options["idempotency_key"] = tick_key(row.name, tick)
     params = None if row.params is None else UNTYPED.decode(row.params, "the params of a schedule")
     headers = {SCHEDULED_BY: row.name, CRON: row.cron_expression}
-    return prepare(client, row.task_name, params, options, as_stored=True, internal_headers=headers)
+    return prepare(client, row.task_name, params, options, as_stored=True, internal_headers=headers, call=call)
 
 
 def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
@@ -263,9 +263,9 @@ async def pause(client: App, name: str, *, paused: bool) -> None:
             return
 
 
-async def triggered(client: App, name: str) -> Prepared:
+async def triggered(client: App, name: str, call: SpawnCall) -> Prepared:
     """The spawn of a tick that is asked for by hand."""
-    return prepare_tick(client, await _stored(client, name), None)
+    return prepare_tick(client, await _stored(client, name), None, call)
 
 
 async def fire_due(client: App, channel: Executing, said: set[str] | None = None) -> tuple[list[Row[Any]], bool]:
@@ -283,19 +283,20 @@ async def fire_due(client: App, channel: Executing, said: set[str] | None = None
             scheduling.DUE_SCHEDULES, {"wanted": _PAGE, "after_tick": tick, "after_name": name}
         )
         for row in rows:
-            prepared: list[Prepared] = []
+            call = SpawnCall(client)
             try:
                 fired, following = due_ticks(row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire)
                 # Several at once would overlap: the latest is left.
                 ticks = fired[-1 if row.overlap == "skip" else 0 :]
-                prepared.extend(prepare_tick(client, row, each) for each in ticks)
+                prepared = [prepare_tick(client, row, each, call) for each in ticks]
             except Exception as error:
                 if row.name not in said:
                     said.add(row.name)
                     logger.exception("schedule %s cannot be fired by this worker", row.name)
-                over(prepared, (), error)
+                call.end(error)
                 continue
-            spawned.extend(await _fire(channel, row, fired, following, prepared))
+            with call:
+                spawned.extend(await _fire(channel, row, fired, following, prepared, call))
             said.discard(row.name)
             moved = True
         if len(rows) < _PAGE:
@@ -304,7 +305,12 @@ async def fire_due(client: App, channel: Executing, said: set[str] | None = None
 
 
 async def _fire(
-    channel: Executing, row: Row[Any], fired: list[datetime], following: datetime | None, prepared: list[Prepared]
+    channel: Executing,
+    row: Row[Any],
+    fired: list[datetime],
+    following: datetime | None,
+    prepared: list[Prepared],
+    call: SpawnCall,
 ) -> Sequence[Row[Any]]:
     arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
     parameters = {
@@ -316,12 +322,12 @@ async def _fire(
         "last_task": prepared[-1].task_id if prepared else None,
         **{f"tick_{name}": list(array) for name, array in arrays.items()},
     }
-    try:
-        rows = await channel.execute(scheduling.FIRE, parameters)
-    except BaseException as error:
-        over(prepared, (), error)
-        raise
-    if rows:
-        # Where others were faster, nothing has happened that a span could be about.
-        over(prepared, {row.task_id for row in rows})
+    rows = await channel.execute(scheduling.FIRE, parameters)
+    if not rows:
+        # Another worker was faster, so there is nothing to record in a span.
+        call.drop()
+    created = {row.task_id for row in rows}
+    for item in prepared:
+        if item.task_id in created:
+            call.created(item)
     return rows

@@ -121,7 +121,6 @@ class Tracing:
 
 def mark_failed(span: Span, error: BaseException) -> None:
     """The class says what went wrong. The message, which may quote values, is in the database."""
-    # A script of statements learns of an error of the database by not being continued.
-    kind = "_OTHER" if isinstance(error, GeneratorExit) else type(error).__qualname__
+    kind = type(error).__qualname__
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR, kind))

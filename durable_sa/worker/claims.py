@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..database_errors import (
     backoff,
     is_transient,
@@ -98,7 +98,7 @@ class Claimer:
         """Whether there are slots for all tasks of a hint that comes from this process, and nobody else need hear."""
         self._offered += hint.tasks
         return (
-            not hint.taken
+            not hint.cancelled
             and not self._stopping.is_set()
             and self._registration.lease.valid
             and all(queue_name in self._settings.queue_names for queue_name, _ in hint.lanes)

@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from ..database.notifier import Hint, HintSender
+from ..database.hint import Hint
+from ..database.notifier import HintSender
 from ..execution.writes import Kind, Write
 from .claims import Claimer
 from .maintenance import Maintenance
@@ -68,7 +69,7 @@ class News:
         self._claims.note(hint)
         if hint.events:
             self._maintenance.deliver()
-        if hint.taken:
+        if hint.cancelled:
             self._maintenance.check()
         if hint.limits:
             self._maintenance.look_within(0.0)

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..database_errors import backoff, is_transient, without_values
 from ..ids import new_id
 from ..statements import (
@@ -267,7 +267,7 @@ class Maintenance:
             self._cascade.update(row.task_id for row in rows)
         if any(row.was == "running" for row in rows):
             self._check = True
-            self._announce(Hint(taken=True))
+            self._announce(Hint(cancelled=True))
 
     async def _cancel_overdue(self) -> bool:
         some = False

@@ -18,8 +18,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from ..concurrency import branches, task_factory
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
+from ..database.hint import Hint
 from ..database.listener import Listener
-from ..database.notifier import Hint, channel_name, sender
+from ..database.notifier import sender
 from ..database_errors import reason
 from ..errors import InvalidConfiguration, QueueNotFound
 from ..execution.reader import Reader
@@ -72,7 +73,7 @@ class Worker:
         self._sampler = QueueSampler(self._rest, settings.queue_names)
         self._clock = LocalClock()
         self._background = BackgroundTasks()
-        self._hints = sender(database.engine, channel_name(database.schema))
+        self._hints = sender(database)
         self._registration = Registration(
             database,
             self._rest,

@@ -107,8 +107,8 @@ MUTANTS = (
         "client/inserting.py",
         (
             (
-                "            explained = explain(item, rows)\n",
-                "            explained = created(item)\n",
+                "            if (outcome := resolve_missing(item, rows)) is not None:\n",
+                "            if (outcome := spawn_result(item)) is not None:\n",
             ),
         ),
         (f"{RACES}test_two_spawns_with_one_key", MACHINE),
@@ -286,7 +286,7 @@ MUTANTS = (
     ),
     Mutant(
         "a cancel that overlooks waits which are just stored",
-        "client/inserting.py",
+        "client/tasks.py",
         (('            yield waits.FORGET_WAITS, {"task_ids": begun}\n', "            pass\n"),),
         (f"{RACES}test_cancel_and_what_a_run_writes",),
     ),
@@ -353,7 +353,7 @@ MUTANTS = (
         (
             (
                 (
-                    "            written = await durable.database.execute_within(\n"
+                    "            written = await durable.database.execute_on(\n"
                     "                connection,\n"
                     "                checkpoints.RECORD_IN_TRANSACTION,"
                 ),

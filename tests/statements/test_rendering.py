@@ -66,7 +66,6 @@ def test_results_are_what_the_driver_gives(name: str) -> None:
         "outcomes.COMPLETE_ONE",
         "outcomes.SUSPEND",
         "spawning.SPAWN",
-        "spawning.SPAWN_ALIKE",
         "spawning.SPAWN_ONE",
     ],
 )
