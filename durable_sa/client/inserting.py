@@ -6,14 +6,17 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from sqlalchemy.exc import IntegrityError
+
 from ..database.hint import Hint
 from ..database.scripts import Script
+from ..database_errors import UNIQUE_VIOLATION, sqlstate
 from ..errors import DurableError, InvalidState
 from ..results import SpawnResult
 from ..spawns import Kind, Prepared, at_position, conflict, lookup_params, resolve_missing, spawn_result
 from ..statements import spawning
 from ..statements.expressions import arrays
-from ..statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
+from ..statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SAME_KIND_COLUMNS, SPAWN_COLUMNS
 
 SPAWN_BATCH = 1000
 """Tasks in one statement."""
@@ -109,7 +112,16 @@ def _insert_one(
 def _insert_many(
     items: list[Prepared], hint: Hint, lock_timeout: str | None
 ) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
-    lanes = yield spawning.SPAWN, {**spawn_params(items), "lock_timeout": lock_timeout}
+    if _are_same_kind(items):
+        try:
+            lanes = yield spawning.SPAWN_SAME_KIND, {**same_kind_params(items), "lock_timeout": lock_timeout}
+        except IntegrityError as error:
+            if sqlstate(error) != UNIQUE_VIOLATION:
+                raise
+            # This statement was executed before, and its reply was lost.
+            lanes = yield spawning.SPAWN, {**spawn_params(items), "lock_timeout": lock_timeout}
+    else:
+        lanes = yield spawning.SPAWN, {**spawn_params(items), "lock_timeout": lock_timeout}
     results = {item.task_id: spawn_result(item) for item in items}
     inserted: dict[uuid.UUID, SpawnResult[Any]] = {}
     for lane in lanes:
@@ -150,13 +162,20 @@ def portioned(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
         yield portion
 
 
-def commit_together(prepared: Sequence[Prepared]) -> bool:
-    """Return whether all tasks go into one statement that inserts all or none, so that none need be deleted.
+def same_kind_params(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """Return what the insert of many tasks of one kind binds: arrays of the values of each task, and the kind."""
+    kind = zip(KIND_COLUMNS, prepared[0].kind, strict=True)
+    return {**arrays(SAME_KIND_COLUMNS, [item[:3] for item in prepared]), **dict(kind)}
 
-    They have no keys, and one queue, which exists or does not.
+
+def is_atomic(prepared: Sequence[Prepared]) -> bool:
+    """Return whether one statement inserts all tasks or none, so that it needs no transaction around it.
+
+    They are of one kind and without keys, and their queue exists or does not.
     """
-    return (
-        len({item.queue_name for item in prepared}) == 1
-        and all(item.idempotency_key is None for item in prepared)
-        and sum(1 for _ in portioned(prepared)) == 1
-    )
+    return len(prepared) <= SPAWN_BATCH and _are_same_kind(prepared) and sum(1 for _ in portioned(prepared)) == 1
+
+
+def _are_same_kind(prepared: Sequence[Prepared]) -> bool:
+    kind = prepared[0].kind if prepared else None
+    return all((item.kind is kind or item.kind == kind) and item.idempotency_key is None for item in prepared)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..app import App
-from ..database.batches import Batch, halving
+from ..database.batches import Batch, halving, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
 from ..database.scripts import (
@@ -171,7 +171,7 @@ class Spawning(App):
         """
         with SpawnCall(self) as call:
             prepared = self._prepare_many(items, call)
-            run = perform_in_autocommit if inserting.commit_together(prepared) else perform
+            run = perform_in_autocommit if inserting.is_atomic(prepared) else perform
             results = await run(self.database, functools.partial(inserting.spawn, prepared))
             return _count(call, prepared, results)
 
@@ -249,11 +249,11 @@ class Spawning(App):
 
     @functools.cached_property
     def _spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
-        return Batch(self._spawn_batch)
+        return Batch(with_connection(lambda: self.database, self._spawn_batch))
 
     @functools.cached_property
     def _keyed_spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
-        return Batch(self._spawn_keyed)
+        return Batch(with_connection(lambda: self.database, self._spawn_keyed))
 
     async def _spawn(self, prepared: Prepared, call: SpawnCall) -> SpawnResult[Any]:
         """Spawn together with others, but without waiting for a transaction that has another one's idempotency key."""
@@ -267,19 +267,19 @@ class Spawning(App):
             call.created(prepared)
         return result
 
-    async def _spawn_keyed(self, prepared: list[Prepared]) -> Sequence[SpawnResult[Any] | BaseException]:
+    async def _spawn_keyed(
+        self, held: HeldConnection, prepared: list[Prepared]
+    ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawn as `_spawn_batch` does, with an error for items whose key an open transaction has inserted."""
-        spawn = functools.partial(self._spawn_batch, lock_timeout=LOCK_TIMEOUT)
+        spawn = functools.partial(self._spawn_batch, held, lock_timeout=LOCK_TIMEOUT)
         return await halving(spawn, prepared, when=_is_locked)
 
     async def _spawn_batch(
-        self, prepared: list[Prepared], *, lock_timeout: str | None = None
+        self, held: HeldConnection, prepared: list[Prepared], *, lock_timeout: str | None = None
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawn tasks of callers that came at the same time with one statement, and an outcome each."""
         hint = Hint()
-        async with HeldConnection(self.database) as held:
-            script = inserting.insert(prepared, hint, lock_timeout=lock_timeout)
-            results = await drive_async(held.execute, script)
+        results = await drive_async(held.execute, inserting.insert(prepared, hint, lock_timeout=lock_timeout))
         hints = self._sender()
         # A worker on this event loop that has slots for all of the tasks gets the hint without the database.
         here = next((worker for worker in self._workers if worker.loop is hints.loop), None)

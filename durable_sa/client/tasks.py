@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from ..app import App
-from ..database.batches import Batch
+from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
 from ..database.scripts import Script, SessionOrConnection, perform, perform_within
@@ -160,11 +160,10 @@ class Tasks(App):
 
     @functools.cached_property
     def _polls(self) -> Batch[uuid.UUID, Row[Any] | None]:
-        return Batch(self._poll_batch)
+        return Batch(with_connection(lambda: self.database, self._poll_batch))
 
-    async def _poll_batch(self, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
-        async with HeldConnection(self.database) as held:
-            rows = await held.execute(waits.POLL_TASKS, {"task_ids": task_ids})
+    async def _poll_batch(self, held: HeldConnection, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
+        rows = await held.execute(waits.POLL_TASKS, {"task_ids": task_ids})
         found = {row.task_id: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import Executable, Row
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..database.batches import Batch
+from ..database.batches import Batch, always
 from ..database.channel import DedicatedConnection
 from ..database_errors import backoff, is_transient
 from ..statements import checkpoints, claiming, waits
@@ -47,14 +47,14 @@ class Reader:
 
     def __init__(self, channel: DedicatedConnection) -> None:
         self._channel = channel
-        self.event: Batch[tuple[str, str], str | None] = Batch(self._events)
+        self.event: Batch[tuple[str, str], str | None] = Batch(always(self._events))
         """The payload of an event of a queue, None if it has not been emitted."""
-        self.task: Batch[uuid.UUID, JoinTarget | None] = Batch(self._tasks)
+        self.task: Batch[uuid.UUID, JoinTarget | None] = Batch(always(self._tasks))
         """Another task, None if there is none of that id."""
-        self.gone: Batch[tuple[uuid.UUID, int], str | None] = Batch(self._gone)
+        self.gone: Batch[tuple[uuid.UUID, int], str | None] = Batch(always(self._gone))
         """What became of a run whose fence is another by now: the task's state; None while all is well."""
-        self._checkpoints: Batch[tuple[uuid.UUID, uuid.UUID], Stored | None] = Batch(self._read_checkpoints)
-        self._resolve: Batch[uuid.UUID, None] = Batch(self._resolve_waits)
+        self._checkpoints: Batch[tuple[uuid.UUID, uuid.UUID], Stored | None] = Batch(always(self._read_checkpoints))
+        self._resolve: Batch[uuid.UUID, None] = Batch(always(self._resolve_waits))
 
     async def checkpoint(self, task_id: uuid.UUID, key: uuid.UUID) -> str | None:
         """The value of a checkpoint that the journal left behind."""
