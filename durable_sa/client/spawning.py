@@ -124,7 +124,7 @@ class Spawning(App):
         Nothing is flushed: if the params need `order.id`, flush before. Nothing is committed or closed either.
 
         Raises:
-            DurableError: whatever :meth:`spawn` raises; the transaction is then still usable.
+            DurableError: the same errors as :meth:`spawn`; the transaction is then still usable.
         """
         return self._spawn_one_with(session, functools.partial(prepare, self, task, params, options))
 
@@ -157,7 +157,7 @@ class Spawning(App):
         unchecked: bool = False,
         **options: Unpack[SpawnOptions],
     ) -> Any:
-        """As :meth:`spawn_with`, by the task's name."""
+        """Enqueue a task by its name as :meth:`spawn_with` does."""
         return self._spawn_one_with(
             session, functools.partial(prepare, self, name, params, options, unchecked=unchecked)
         )
@@ -166,8 +166,7 @@ class Spawning(App):
         """Enqueue many tasks, all or none, a thousand per statement. Results are in the order of the items.
 
         Raises:
-            DurableError: whatever :meth:`spawn` raises, for the first item that is at fault, with its position in a
-                note.
+            DurableError: the same errors as :meth:`spawn`, for the first item at fault, with its position in a note.
         """
         with SpawnCall(self) as call:
             prepared = self._prepare_many(items, call)
@@ -190,9 +189,9 @@ class Spawning(App):
     def spawn_many_with(
         self, session: SessionOrConnection, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]
     ) -> Any:
-        """As :meth:`spawn_many`, in the caller's transaction.
+        """Enqueue many tasks as :meth:`spawn_many` does, in the caller's transaction.
 
-        On an `AUTOCOMMIT` connection, which has none, what would be refused is looked for before anything is inserted.
+        An `AUTOCOMMIT` connection has no transaction: there, all items are checked before the first is inserted.
         """
         return self._spawn_with(session, functools.partial(self._prepare_many, items))
 
