@@ -95,6 +95,11 @@ class SpawnCall:
             self._span = telemetry.spawn(task_name, queue_name)
         return self._span.headers
 
+    @property
+    def observed(self) -> bool:
+        """True if there is a span."""
+        return self._span is not None
+
     def created(self, item: Prepared) -> None:
         """Count a task that was created."""
         if self._span is not None:

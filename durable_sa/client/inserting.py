@@ -80,10 +80,11 @@ def _insert(
 ) -> Script[None]:
     for _ in range(_TRIES):
         insert_some = _insert_one if len(missing) == 1 else _insert_many
-        outcomes.update((yield from insert_some(missing, hint, lock_timeout)))
-        missing = [item for item in missing if item.task_id not in outcomes]
-        if not missing:
+        inserted = yield from insert_some(missing, hint, lock_timeout)
+        outcomes.update(inserted)
+        if len(inserted) == len(missing):
             return
+        missing = [item for item in missing if item.task_id not in outcomes]
         rows = yield spawning.EXPLAIN_SPAWN, lookup_params(missing)
         for item in missing:
             if (outcome := resolve_missing(item, rows)) is not None:
@@ -130,7 +131,7 @@ def _insert_many(
         else:
             inserted.update((task_id, results[task_id]) for task_id in lane.task_ids)
         hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
-    hint.limits |= any(item.kind.max_pending_seconds is not None for item in items if item.task_id in inserted)
+    hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in inserted for item in items)
     return inserted
 
 

@@ -288,9 +288,10 @@ class Spawning(App):
 
 
 def _count(call: SpawnCall, prepared: Sequence[Prepared], results: list[SpawnResult[Any]]) -> list[SpawnResult[Any]]:
-    for item, result in zip(prepared, results, strict=True):
-        if result.created:
-            call.created(item)
+    if call.observed:
+        for item, result in zip(prepared, results, strict=True):
+            if result.created:
+                call.created(item)
     return results
 
 
