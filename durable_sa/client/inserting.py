@@ -115,7 +115,7 @@ def _insert_many(
 ) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
     if _are_same_kind(items):
         try:
-            lanes = yield spawning.SPAWN_SAME_KIND, {**same_kind_params(items), "lock_timeout": lock_timeout}
+            lanes = yield spawning.SPAWN_SAME_KIND, same_kind_params(items)
         except IntegrityError as error:
             if sqlstate(error) != UNIQUE_VIOLATION:
                 raise

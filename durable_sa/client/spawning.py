@@ -209,7 +209,8 @@ class Spawning(App):
 
         def script(hint: Hint, insert: Any = inserting.spawn) -> Script[list[SpawnResult[Any]]]:
             with call:
-                return _count(call, prepared, (yield from insert(prepared, hint)))
+                results: list[SpawnResult[Any]] = yield from insert(prepared, hint)
+                return _count(call, prepared, results)
 
         looking_first = functools.partial(script, insert=inserting.spawn_looking_first)
         return perform_within(session, self.schema, script, in_autocommit=looking_first if len(prepared) > 1 else None)
