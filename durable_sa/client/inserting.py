@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -28,12 +30,30 @@ _TRIES = 5
 Outcome = SpawnResult[Any] | DurableError
 
 
-def spawn(prepared: Sequence[Prepared], hint: Hint) -> Script[list[SpawnResult[Any]]]:
+class Portion(list[Prepared]):
+    """Tasks that are inserted by one statement."""
+
+    @functools.cached_property
+    def results(self) -> dict[uuid.UUID, SpawnResult[Any]]:
+        """The results of those that are inserted, by id."""
+        return {item.task_id: spawn_result(item) for item in self}
+
+
+async def compute_results(portions: Iterable[Portion]) -> None:
+    """Compute the results of spawns while the database is busy with their statements."""
+    for portion in portions:
+        await asyncio.sleep(0)
+        _ = portion.results
+
+
+def spawn(
+    prepared: Sequence[Prepared], hint: Hint, portions: Iterable[Portion] | None = None
+) -> Script[list[SpawnResult[Any]]]:
     """Insert tasks, all or none: those that were inserted are deleted before the error of the first refused is raised.
 
     The transaction may be the caller's, who may continue it after the error.
     """
-    outcomes = yield from insert(prepared, hint)
+    outcomes = yield from insert(prepared, hint, portions=portions)
     results = [outcome for outcome in outcomes if isinstance(outcome, SpawnResult)]
     for position, outcome in enumerate(outcomes):
         if isinstance(outcome, DurableError):
@@ -63,43 +83,45 @@ def spawn_looking_first(prepared: Sequence[Prepared], hint: Hint) -> Script[list
     return (yield from spawn(prepared, hint))
 
 
-def insert(prepared: Sequence[Prepared], hint: Hint, *, lock_timeout: str | None = None) -> Script[list[Outcome]]:
+def insert(
+    prepared: Sequence[Prepared],
+    hint: Hint,
+    *,
+    lock_timeout: str | None = None,
+    portions: Iterable[Portion] | None = None,
+) -> Script[list[Outcome]]:
     """Insert tasks. An item that is refused has an error for its outcome; the others are inserted.
 
     With a `lock_timeout`, such as "5ms", the script fails with 55P03 after it if an open transaction of another session
     has inserted one of the idempotency keys.
     """
     outcomes: dict[uuid.UUID, Outcome] = {}
-    for portion in portioned(prepared):
+    for portion in portions or portioned(prepared):
         yield from _insert(portion, hint, lock_timeout, outcomes)
     return [outcomes[item.task_id] for item in prepared]
 
 
-def _insert(
-    missing: list[Prepared], hint: Hint, lock_timeout: str | None, outcomes: dict[uuid.UUID, Outcome]
-) -> Script[None]:
+def _insert(missing: Portion, hint: Hint, lock_timeout: str | None, outcomes: dict[uuid.UUID, Outcome]) -> Script[None]:
     for _ in range(_TRIES):
         insert_some = _insert_one if len(missing) == 1 else _insert_many
         inserted = yield from insert_some(missing, hint, lock_timeout)
         outcomes.update(inserted)
         if len(inserted) == len(missing):
             return
-        missing = [item for item in missing if item.task_id not in outcomes]
+        missing = Portion(item for item in missing if item.task_id not in outcomes)
         rows = yield spawning.EXPLAIN_SPAWN, lookup_params(missing)
         for item in missing:
             if (outcome := resolve_missing(item, rows)) is not None:
                 outcomes[item.task_id] = outcome
         # The task that had the key of any other item has been deleted since, so the next insert succeeds.
-        missing = [item for item in missing if item.task_id not in outcomes]
+        missing = Portion(item for item in missing if item.task_id not in outcomes)
         if not missing:
             return
     for item in missing:
         outcomes[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
 
 
-def _insert_one(
-    items: list[Prepared], hint: Hint, lock_timeout: str | None
-) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
+def _insert_one(items: Portion, hint: Hint, lock_timeout: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
     (item,) = items
     values = dict(zip(SPAWN_COLUMNS, item.values, strict=True))
     rows = yield spawning.SPAWN_ONE, {**values, "lock_timeout": lock_timeout}
@@ -110,9 +132,7 @@ def _insert_one(
     return {item.task_id: spawn_result(item)}
 
 
-def _insert_many(
-    items: list[Prepared], hint: Hint, lock_timeout: str | None
-) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
+def _insert_many(items: Portion, hint: Hint, lock_timeout: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
     if _are_same_kind(items):
         try:
             lanes = yield spawning.SPAWN_SAME_KIND, same_kind_params(items)
@@ -123,7 +143,7 @@ def _insert_many(
             lanes = yield spawning.SPAWN, {**spawn_params(items), "lock_timeout": lock_timeout}
     else:
         lanes = yield spawning.SPAWN, {**spawn_params(items), "lock_timeout": lock_timeout}
-    results = {item.task_id: spawn_result(item) for item in items}
+    results = items.results
     inserted: dict[uuid.UUID, SpawnResult[Any]] = {}
     for lane in lanes:
         if lane.task_ids is None:
@@ -148,15 +168,15 @@ def spawn_params(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
     return {**arrays(ITEM_COLUMNS, items), **arrays(KIND_COLUMNS, list(numbers))}
 
 
-def portioned(prepared: Iterable[Prepared]) -> Iterator[list[Prepared]]:
+def portioned(prepared: Iterable[Prepared]) -> Iterator[Portion]:
     """Divide tasks into portions of one statement each."""
-    portion: list[Prepared] = []
+    portion = Portion()
     size = 0
     for item in prepared:
         length = len(item.params or "")
         if portion and (len(portion) == SPAWN_BATCH or size + length > SPAWN_BATCH_CHARACTERS):
             yield portion
-            portion, size = [], 0
+            portion, size = Portion(), 0
         portion.append(item)
         size += length
     if portion:
@@ -169,12 +189,12 @@ def same_kind_params(prepared: Sequence[Prepared]) -> dict[str, Any]:
     return {**arrays(SAME_KIND_COLUMNS, [item[:3] for item in prepared]), **dict(kind)}
 
 
-def is_atomic(prepared: Sequence[Prepared]) -> bool:
+def is_atomic(portions: Sequence[Portion]) -> bool:
     """Return whether one statement inserts all tasks or none, so that it needs no transaction around it.
 
     They are of one kind and without keys, and their queue exists or does not.
     """
-    return len(prepared) <= SPAWN_BATCH and _are_same_kind(prepared) and sum(1 for _ in portioned(prepared)) == 1
+    return len(portions) == 1 and _are_same_kind(portions[0])
 
 
 def _are_same_kind(prepared: Sequence[Prepared]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..app import App
+from ..concurrency.branches import detached
 from ..database.batches import Batch, halving, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
@@ -170,8 +172,14 @@ class Spawning(App):
         """
         with SpawnCall(self) as call:
             prepared = self._prepare_many(items, call)
-            run = perform_in_autocommit if inserting.is_atomic(prepared) else perform
-            results = await run(self.database, functools.partial(inserting.spawn, prepared))
+            portions = list(inserting.portioned(prepared))
+            run = perform_in_autocommit if inserting.is_atomic(portions) else perform
+            with detached():
+                computing = asyncio.ensure_future(inserting.compute_results(portions))
+            try:
+                results = await run(self.database, functools.partial(inserting.spawn, prepared, portions=portions))
+            finally:
+                computing.cancel()
             return _count(call, prepared, results)
 
     @overload
