@@ -215,13 +215,18 @@ class Spawning(App):
             call.end(error)
             raise
 
-        def script(hint: Hint, insert: Any = inserting.spawn) -> Script[list[SpawnResult[Any]]]:
+        def observed(script: Script[list[SpawnResult[Any]]]) -> Script[list[SpawnResult[Any]]]:
             with call:
-                results: list[SpawnResult[Any]] = yield from insert(prepared, hint)
-                return _count(call, prepared, results)
+                return _count(call, prepared, (yield from script))
 
-        looking_first = functools.partial(script, insert=inserting.spawn_looking_first)
-        return perform_within(session, self.schema, script, in_autocommit=looking_first if len(prepared) > 1 else None)
+        return perform_within(
+            session,
+            self.schema,
+            lambda hint: observed(inserting.spawn(prepared, hint)),
+            in_autocommit=(lambda hint: observed(inserting.spawn_looking_first(prepared, hint)))
+            if len(prepared) > 1
+            else None,
+        )
 
     def _prepare_many(
         self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]], call: SpawnCall

@@ -54,7 +54,8 @@ async def test_a_loop_keeps_its_connection_and_gives_it_back_when_it_ends(
             await durable.spawn(noop)
         assert given() <= 1 + 100 // CALLS_IN_A_ROW
         await asyncio.sleep(0.05)
-        assert engine.pool.checkedout() == 0
+        pool: Any = engine.pool
+        assert pool.checkedout() == 0
     await engine.dispose()
 
 
