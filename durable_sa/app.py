@@ -1,25 +1,16 @@
-"""What all parts of a client stand on: its settings, its tasks and its database."""
+"""The application as all parts of the engine see it: its settings, its tasks and its database."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from .database.connections import Database
-from .database.notifier import (
-    Hint,
-    HintSender,
-    channel_name,
-    sender,
-)
-from .database.scripts import perform_alone
-from .database.sessions import Script
-from .errors import QueueNotFound, TaskNotRegistered
+from .database.notifier import HintSender, sender
+from .errors import QueueNotFound, TaskAlreadyRegistered, TaskNotRegistered
 from .execution.hooks import HookChain
 from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, TaskOptions
@@ -30,15 +21,15 @@ from .validation import integer
 
 if TYPE_CHECKING:
     from .telemetry import Telemetry
-    from .worker.worker import Worker
 
 T = TypeVar("T")
+ParamsT = TypeVar("ParamsT")
 
 _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics": "get_meter_provider"}
 
 
 class App:
-    """A client before there is anything that it can do."""
+    """The settings, tasks and database of a client."""
 
     def __init__(
         self,
@@ -56,7 +47,7 @@ class App:
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self.queue_name = validate_name("queue", queue_name)
-        """The queue of spawns and workers that name none."""
+        """The default queue of spawns and workers."""
         self.schema = validate_schema(schema)
         self.max_payload_bytes = integer(max_payload_bytes, "max_payload_bytes", minimum=1, maximum=2**30)
         self.default_retry_strategy = default_retry_strategy or DEFAULT_RETRY_STRATEGY
@@ -70,23 +61,10 @@ class App:
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         self._database: Database | None = None
-        self._workers: set[Worker] = set()
-        self._hint_sender: HintSender | None = None
-
-    def registered(self, name: str) -> Task[Any, Any]:
-        """Return the task of that name.
-
-        Raises:
-            TaskNotRegistered: no task has that name.
-        """
-        try:
-            return self.tasks[name]
-        except KeyError:
-            raise TaskNotRegistered(name, self.tasks) from None
 
     @property
     def database(self) -> Database:
-        """The engine as durable uses it, resolved on first use."""
+        """The database, resolved from `bind` on first use."""
         if self._database is None:
             self._database = Database(self._bind, self.schema)
         return self._database
@@ -98,13 +76,13 @@ class App:
 
     @property
     def telemetry(self) -> Telemetry | None:
-        """Where spans and metrics go; None as long as that is nowhere."""
+        """The telemetry that records spans and metrics, if any."""
         if self._telemetry is None:
             self._telemetry = _global_telemetry()
         return None if self._telemetry is False else self._telemetry
 
     async def require_queue(self, name: str) -> None:
-        """Raise `QueueNotFound` unless there is a queue of that name."""
+        """Raise `QueueNotFound` unless a queue of that name exists."""
         if not await self.database.execute(queues.KNOWN_QUEUES, {"queue_names": [name]}):
             raise QueueNotFound(name)
 
@@ -112,14 +90,30 @@ class App:
         return self.queue_name if name is None else validate_name("queue", name)
 
     def _sender(self) -> HintSender:
-        """The sender on the running event loop. The client keeps it, as it knows when the last hint went."""
-        kept, engine = self._hint_sender, self.database.engine
-        if kept is None or kept.pool is not engine.sync_engine.pool or kept.loop is not asyncio.get_running_loop():
-            kept = self._hint_sender = sender(engine, channel_name(self.schema))
-        return kept
+        return sender(self.database)
 
-    async def _perform(self, script: Callable[[Hint], Script[T]]) -> T:
-        return await perform_alone(self.database, script)
+    def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
+        """Register a task, and return it: workers claim it from now on, and it may be spawned by name.
+
+        Raises:
+            TaskAlreadyRegistered: another task has that name.
+        """
+        if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
+        if self.tasks.setdefault(task.name, task) is not task:
+            raise TaskAlreadyRegistered(task.name)
+        return task
+
+    def registered(self, name: str) -> Task[Any, Any]:
+        """Return the task of that name.
+
+        Raises:
+            TaskNotRegistered: no task of that name is registered.
+        """
+        try:
+            return self.tasks[name]
+        except KeyError:
+            raise TaskNotRegistered(name, self.tasks) from None
 
 
 def _global_telemetry() -> Telemetry | None:

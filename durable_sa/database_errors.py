@@ -1,4 +1,4 @@
-"""Errors of the database: which of them the next try may not meet, and when to make it."""
+"""Errors of the database: which of them a retry may not meet, and when to retry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import random
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -14,16 +15,17 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from .errors import InvalidState
 
 logger = logging.getLogger("durable_sa")
+T = TypeVar("T")
 
 LOCK_NOT_AVAILABLE = "55P03"
 UNIQUE_VIOLATION = "23505"
 CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 POOLER_STATES = frozenset({"26000", "42P05"})
-"""A prepared statement is not there, or is there already: one server connection has prepared it, another runs it."""
+"""A prepared statement does not exist, or exists already: one server connection has prepared it, another runs it."""
 
 UNDEFINED_TABLE = "42P01"
 MISSING_TABLE_STATES = frozenset({UNDEFINED_TABLE, "42703", "3F000"})
-"""No such table, column or schema: durable's are not installed, or older than this version of the package."""
+"""No such table, column or schema: durable's tables are not installed, or older than this version of the package."""
 
 READ_ONLY = "25006"
 """A standby, or a server, database or role whose transactions are read-only by default."""
@@ -35,9 +37,9 @@ _LOST_STATES = frozenset({"57P01", "57P02", READ_ONLY})
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """The server's five-letter code, wherever the driver keeps it; None where the server said nothing."""
+    """Return the server's five-letter code, wherever the driver keeps it; None if the server sent none."""
     cause: Any = error.orig if isinstance(error, DBAPIError) else error
-    # What SQLAlchemy makes of asyncpg's error about a cached plan has the code only in what it comes from.
+    # SQLAlchemy's error for asyncpg's error about a cached plan has no code; its cause has.
     for source in (cause, getattr(cause, "__cause__", None)):
         for name in ("sqlstate", "pgcode"):
             code = getattr(source, name, None)
@@ -47,7 +49,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same statement may succeed later: lost connections, restarts, deadlocks, timeouts, full servers."""
+    """Return whether the same statement may succeed later: after lost connections, restarts, deadlocks, timeouts."""
     if isinstance(error, PoolTimeout | PendingRollbackError | OSError | asyncio.TimeoutError):
         return True
     if not isinstance(error, DBAPIError):
@@ -56,22 +58,22 @@ def is_transient(error: BaseException) -> bool:
         return True
     code = sqlstate(error)
     if code is None:
-        # Nothing came back from the server, so it is about the connection.
+        # The server sent no code, so the error is about the connection, unless the driver refused a value.
         return not isinstance(error.orig, ValueError | TypeError | ArithmeticError)
     return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_STATES or code in CACHED_PLAN_STATES
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether a transaction lost against another one, or its connection, and may be run again from its beginning."""
+    """Return whether a transaction lost against another one, or lost its connection, and may be retried as a whole."""
     if not isinstance(error, DBAPIError):
         return False
     return is_lost(error) or sqlstate(error) in _CONFLICT_STATES
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether the connection was lost, ended by an administrator or a crash, or leads where nothing can be written.
+    """Return whether the connection was lost, ended by an administrator or a crash, or leads to a read-only server.
 
-    That is a server that is no longer, or not yet, the primary: another connection may lead to the one that is.
+    That server is no longer, or not yet, the primary: another connection may lead to the one that is.
     """
     if not isinstance(error, DBAPIError):
         return False
@@ -80,15 +82,15 @@ def is_lost(error: BaseException) -> bool:
 
 
 def is_read_only(error: BaseException) -> bool:
-    """Whether the database takes no writes."""
+    """Return whether the database takes no writes."""
     return sqlstate(error) == READ_ONLY
 
 
 def refuse_read_only(error: BaseException) -> None:
-    """Say it in words of ours if a call has failed because the database takes no writes.
+    """Raise an error of ours if a call has failed because the database takes no writes.
 
     Raises:
-        InvalidState: it has.
+        InvalidState: the call failed for that.
     """
     if is_read_only(error):
         raise InvalidState(
@@ -100,9 +102,9 @@ def refuse_read_only(error: BaseException) -> None:
 
 
 def without_values(error: BaseException) -> BaseException:
-    """The error as it may be logged and stored: with what the server says first, and nothing of rows and parameters.
+    """Return the error as it may be logged and stored: with the server's first line, and no values.
 
-    Those are in the lines that follow it, and in what SQLAlchemy adds where the engine does not hide parameters.
+    Values of rows are in the lines that follow, and SQLAlchemy adds those of parameters unless the engine hides them.
     """
     if not isinstance(error, DBAPIError):
         return error
@@ -114,9 +116,9 @@ def without_values(error: BaseException) -> BaseException:
 
 
 def reason(error: BaseException) -> str:
-    """What kept a statement from being answered, for a line of the log: the kind of error, and what was said of it.
+    """Describe for the log why a statement failed: the kind of error, and the server's first line.
 
-    Only where it is about the database's condition, as anything else may tell of values.
+    The line is left out unless it is about the state of the database, as it may contain values.
     """
     name = type(error).__name__
     if is_read_only(error):
@@ -124,14 +126,36 @@ def reason(error: BaseException) -> str:
     if not is_transient(error):
         return name
     cause = error.orig if isinstance(error, DBAPIError) else error
-    # What the driver says, which its adapter repeats with the name of a class in front.
+    # The driver's message, which its adapter repeats with the name of a class in front.
     lines = str(getattr(cause, "__cause__", None) or cause).strip().splitlines()
     return f"{name}: {lines[0][:300]}" if lines else name
 
 
 def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
-    """Seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
+    """Return the seconds to wait before the next try, with jitter, so that a fleet does not come back all at once."""
     return min(most, base * 2.0 ** min(attempt, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
+
+
+async def retrying(
+    call: Callable[[], Awaitable[T]],
+    *,
+    tries: int | None,
+    when: Callable[[BaseException], bool],
+    most: float = 5.0,
+) -> T:
+    """Make a call, up to `tries` times (None: any number) as long as it fails with errors that `when` accepts.
+
+    The pauses in between grow from 0.05 seconds to `most`.
+    """
+    failures = 0
+    while True:
+        try:
+            return await call()
+        except Exception as error:
+            failures += 1
+            if failures == tries or not when(error):
+                raise
+        await asyncio.sleep(backoff(failures - 1, most=most))
 
 
 class Retry:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, cast, overload
 
 from sqlalchemy import Row
 from typing_extensions import Unpack
@@ -20,7 +21,7 @@ from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
 from .statements.expressions import arrays
-from .statements.spawning import ALIKE_COLUMNS, ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
+from .statements.spawning import SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class OutgoingSpawn:
 
 
 class Kind(NamedTuple):
-    """What many tasks may have in common, in the order of `KIND_COLUMNS`."""
+    """The values that many tasks may have in common, in the order of `KIND_COLUMNS`."""
 
     queue_name: str
     task_name: str
@@ -97,36 +98,77 @@ class Kind(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """One task to insert. Nothing of it has been written yet, and nothing of it can be refused for its form."""
+    """A task to insert: checked and encoded, and not written yet."""
 
     task_id: uuid.UUID
     run_id: uuid.UUID
     params: str | None
     idempotency_key: str | None
     kind: Kind
-    """The rest of what is inserted, which others may have as well: then it is the same object, or an equal one."""
+    """The other values, in the same object or an equal one for tasks that have them in common."""
     codec: Codec[Any]
-    """Of the params."""
-    known: bool
-    """Whether the task is registered here."""
-    spawning: Spawning | None
-    """The span of the call that spawns it."""
+    """The codec of the params."""
 
     @property
     def task_name(self) -> str:
-        """Of the task."""
         return self.kind.task_name
 
     @property
     def queue_name(self) -> str:
-        """Of the queue that it goes to."""
         return self.kind.queue_name
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What is inserted, in the order of `SPAWN_COLUMNS`."""
+        """The values to insert, in the order of `SPAWN_COLUMNS`."""
         kind = self.kind
         return (self.task_id, self.run_id, *kind[:2], self.params, *kind[2:], self.idempotency_key)
+
+
+class SpawnCall:
+    """A call that spawns, as the context manager of its span; without telemetry it does nothing.
+
+    The span begins when the first task is prepared, so that its context is among the task's headers.
+    """
+
+    def __init__(self, client: App) -> None:
+        self._client = client
+        self._span: Spawning | None = None
+
+    def begin(self, task_name: str | None = None, queue_name: str | None = None) -> Mapping[str, Any]:
+        """Begin the span of one task or, without a name, of many, unless it has begun; return headers that carry it."""
+        if self._span is None:
+            if (telemetry := self._client.telemetry) is None:
+                return {}
+            self._span = telemetry.spawn(task_name, queue_name)
+        return self._span.headers
+
+    @property
+    def observed(self) -> bool:
+        """True if there is a span."""
+        return self._span is not None
+
+    def created(self, item: Prepared) -> None:
+        """Count a task that was created."""
+        if self._span is not None:
+            known = item.task_name in self._client.tasks
+            self._span.created(item.queue_name, item.task_name if known else None)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the span."""
+        if self._span is not None:
+            self._span.end(error)
+
+    def drop(self) -> None:
+        """Leave the span out: nothing has happened."""
+        self._span = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(error)
 
 
 def prepare(
@@ -141,19 +183,16 @@ def prepare(
     internal_headers: Mapping[str, Any] | None = None,
     hooked: bool = True,
     as_stored: bool = False,
-    observed: bool = True,
-    spawning: Spawning | None = None,
+    call: SpawnCall | None = None,
 ) -> Prepared:
-    """Check a spawn and encode it. Without `hooked` that is all that will happen, so hooks do not hear of it.
+    """Check a spawn and encode it.
 
-    With `as_stored` all that the task would have added is in the params and options already: it need not be known.
-
-    Its span begins here, unless it belongs to that of many, `spawning`, or is not to be `observed`; who sends it tells
-    what came of it.
+    Hooks are called unless `hooked` is False: the task is not going to be inserted. With `as_stored` the params and
+    options are complete, and the task need not be registered. The headers carry the span of the `call`.
 
     Raises:
-        TypeError: no task, or an option there is not.
-        TaskNotRegistered: a name nobody knows here, unless `unchecked`.
+        TypeError: it is not a task, or there is no such option.
+        TaskNotRegistered: no task of that name is registered, unless `unchecked`.
         InvalidTaskParams: params that do not fit the task, unless `unchecked`, or have no JSON form.
         PayloadTooLarge: params beyond the limit.
         InvalidConfiguration, InvalidName, SerializationError: an option that breaks a rule.
@@ -176,10 +215,8 @@ def prepare(
         resolved, kind = _without_options(name, defaults, client.defaults)
     task_id, run_id = task_id or new_id(), new_id()
     headers = resolved.headers
-    if spawning is None and observed and hooked and (telemetry := client.telemetry) is not None:
-        spawning = telemetry.spawn(name, resolved.queue_name)
-    if spawning is not None:
-        internal_headers = {**(internal_headers or {}), **spawning.headers}
+    if call is not None and (carrying := call.begin(name, resolved.queue_name)):
+        internal_headers = {**(internal_headers or {}), **carrying}
         headers = encode_headers(options.get("headers"), internal_headers)
     if hooked and (hooks := client.hooks.on_spawn):
         outgoing = OutgoingSpawn(
@@ -191,21 +228,16 @@ def prepare(
             dict(options.get("headers") or {}),
             dict(internal_headers or {}),
         )
-        try:
-            for hook in hooks:
-                hook(outgoing)
-            headers = encode_headers(outgoing.headers, outgoing.internal_headers)
-        except BaseException as error:
-            if spawning is not None:
-                spawning.over((), error)
-            raise
+        for hook in hooks:
+            hook(outgoing)
+        headers = encode_headers(outgoing.headers, outgoing.internal_headers)
     if headers is not resolved.headers or parent_task_id is not None:
         kind = kind._replace(headers=None if headers == "{}" else headers, parent_task_id=parent_task_id)
-    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec, name in client.tasks, spawning)
+    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec)
 
 
 def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepared) -> Prepared:
-    """As `prepare`, of the same task and with the same options, where hooks do not hear of it."""
+    """Prepare another spawn of the same task with the same options. Hooks are not called."""
     text = task.encode_params(params)
     if text is not None:
         check_size(text, client.max_payload_bytes, f"the params of task {task.name!r}")
@@ -231,7 +263,7 @@ def _kind(name: str, resolved: ResolvedSpawn) -> Kind:
         strategy.factor,
         strategy.max_backoff,
         strategy.jitter,
-        # Seconds, once they have been checked.
+        # Checked policies hold seconds.
         cast("float | None", cancellation.max_pending_time),
         cast("float | None", cancellation.max_running_time),
         resolved.available_at,
@@ -243,7 +275,7 @@ def _kind(name: str, resolved: ResolvedSpawn) -> Kind:
 def _encode_params(
     name: str, known: Task[Any, Any] | None, params: Any, *, unchecked: bool
 ) -> tuple[str | None, Codec[Any]]:
-    """Params as the task has them, where it is known; as plain JSON where it is not, or they need not fit it."""
+    """Encode params as the task does if it is known; as plain JSON if it is not, or if they need not fit it."""
     if known is not None:
         try:
             return known.encode_params(params), known.params_codec if known.takes_params else UNTYPED
@@ -257,42 +289,18 @@ def _encode_params(
 
 
 def at_position(error: ErrorT, position: int) -> ErrorT:
-    """The error with a note that says which of many spawns it is about."""
+    """Add a note to an error that says which of many spawns it is about, and return it."""
     error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
     return error
 
 
-def values(prepared: Prepared) -> dict[str, Any]:
-    """What the insert of a task alone binds."""
-    return dict(zip(SPAWN_COLUMNS, prepared.values, strict=True))
-
-
 def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
-    """The arrays of `SPAWN_COLUMNS`, an element of each a task."""
+    """Return the arrays of `SPAWN_COLUMNS`, with one element of each per task."""
     return arrays(SPAWN_COLUMNS, [item.values for item in prepared])
 
 
-def grouped(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
-    """The arrays that the insert of many binds: what each has for itself, and each kind once."""
-    numbers: dict[Kind, int] = {}
-    items: list[tuple[Any, ...]] = []
-    last, number = None, 0
-    for item in prepared:
-        if item.kind is not last:
-            last = item.kind
-            number = numbers.setdefault(last, len(numbers) + 1)
-        items.append((*item[:4], number))
-    return {**arrays(ITEM_COLUMNS, items), **arrays(KIND_COLUMNS, list(numbers))}
-
-
-def alike(prepared: Sequence[Prepared]) -> dict[str, Any]:
-    """What the insert of many of one kind binds: arrays of what each has for itself, and the kind."""
-    kind = zip(KIND_COLUMNS, prepared[0].kind, strict=True)
-    return {**arrays(ALIKE_COLUMNS, [item[:3] for item in prepared]), **dict(kind)}
-
-
-def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
-    """What is asked about spawns that an insert has passed over."""
+def lookup_params(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
+    """Return the parameters of the query why spawns are missing from an insert."""
     items = list(prepared)
     return {
         "task_ids": [item.task_id for item in items],
@@ -301,31 +309,23 @@ def wanted(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
     }
 
 
-def created(item: Prepared) -> SpawnResult[Any]:
-    """The result of a spawn that was inserted."""
+def spawn_result(item: Prepared) -> SpawnResult[Any]:
+    """Return the result of a spawn that was inserted."""
     return SpawnResult(plain(item.task_id), plain(item.run_id), 1, True)
 
 
-def over(prepared: Sequence[Prepared], created: Collection[uuid.UUID], error: BaseException | None = None) -> None:
-    """Tell the spans what came of these spawns: which tasks are there now that were not, and what went wrong."""
-    spawnings: dict[Spawning, list[tuple[str, str | None]]] = {}
-    for item in prepared:
-        if item.spawning is not None:
-            tasks = spawnings.setdefault(item.spawning, [])
-            if item.task_id in created:
-                tasks.append((item.queue_name, item.task_name if item.known else None))
-    for spawning, tasks in spawnings.items():
-        spawning.over(tasks, error)
+def resolve_missing(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | DurableError | None:
+    """Return the outcome of a spawn that is missing from an insert, from the rows of the query for the reasons.
 
-
-def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | DurableError | None:
-    """What a spawn that was not inserted has met: the same one, a conflict, no queue; None if it is gone again."""
+    It may be this spawn, inserted before, an earlier one, a conflict with that, or no queue; None if there is no
+    reason any more.
+    """
     found = [row for row in rows if row.wanted_id == item.task_id]
     if found and not found[0].queue_exists:
         return QueueNotFound(item.queue_name)
     for row in found:
         if row.task_id == item.task_id:
-            return created(item)
+            return spawn_result(item)
         if row.task_id is not None:
             if row.task_name != item.task_name or not _same_params(item, row.params):
                 return IdempotencyConflict(str(item.idempotency_key), item.queue_name, row.task_id)
@@ -334,14 +334,14 @@ def explain(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any] | Dura
 
 
 def conflict(item: Prepared, first: Prepared) -> IdempotencyConflict | None:
-    """What is wrong with an item that has the idempotency key of another one before it."""
+    """Return the error of an item that has the idempotency key of an earlier one, if they differ."""
     if item.task_name == first.task_name and _same_params(item, first.params):
         return None
     return IdempotencyConflict(str(item.idempotency_key), item.queue_name, first.task_id)
 
 
 def _same_params(item: Prepared, stored: str | None) -> bool:
-    """By meaning: entries of an object may come in another order, and so may the members of a set."""
+    """Compare params by meaning: entries of an object, or members of a set, may be in another order."""
     if stored is None or item.params is None or stored == item.params:
         return stored == item.params
     try:

@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from durable_sa import Durable, RetryStrategy, TaskContext, task
+from durable_sa.client.inserting import spawn_params
 from durable_sa.ids import new_id
 from durable_sa.options import SpawnOptions
 from durable_sa.policies import CancellationPolicy
-from durable_sa.spawns import Kind, grouped, prepare
+from durable_sa.spawns import Kind, prepare
 from durable_sa.statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SPAWN_COLUMNS
 
 
@@ -60,7 +61,7 @@ def test_values_are_in_the_order_of_the_columns() -> None:
 def test_what_tasks_have_in_common_is_sent_once() -> None:
     options: list[Any] = [{}, {"priority": 1}, {}, {"priority": 1}, {"queue_name": "other"}]
     prepared = [prepare(CLIENT, work, number, each) for number, each in enumerate(options)]
-    arrays = grouped(prepared)
+    arrays = spawn_params(prepared)
     assert {name: len(arrays[name]) for name in ITEM_COLUMNS} == dict.fromkeys(ITEM_COLUMNS, 5)
     assert {name: len(arrays[name]) for name in KIND_COLUMNS} == dict.fromkeys(KIND_COLUMNS, 3)
     assert arrays["kind"] == [1, 2, 1, 2, 3]

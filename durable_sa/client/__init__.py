@@ -1,4 +1,4 @@
-"""The client: registers tasks, spawns them, asks for their results, and starts workers."""
+"""The client: registers tasks, spawns them, returns their results, and starts workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
-from ..database.notifier import channel_name, flush
+from ..database.hint import channel_name
+from ..database.notifier import flush
 from ..hooks import Hooks, chain
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import WorkerOptions
@@ -43,19 +44,19 @@ StateT = DefaultTypeVar("StateT", default=Any)
 class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
-    `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is looked at when it is first needed: a process
-    that only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is read; where that is unset
-    too, the embedded Postgres is used. An engine that is given is neither configured nor disposed of; one that is
-    made from a URL is disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
+    `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process
+    that only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is used, or if that is not set,
+    the embedded Postgres. An engine that is given is neither configured nor disposed of; one that is made from a URL is
+    disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
-    `ctx.state`, otherwise `state` is. `queue_name` is the queue of spawns and workers that name none, and
+    `ctx.state`, otherwise `state` is. `queue_name` is the default queue of spawns and workers, and
     `default_max_attempts`, `default_retry_strategy` (5 seconds between attempts) and `default_cancellation` (never) are
-    for tasks that say nothing of their own. A value may have `max_payload_bytes` as JSON, 16 MiB if not given and at
-    most 1 GiB. `schema` is where the tables are, if not in ``durable``. `hooks` go around all
-    spawns, runs and steps of the client; see :class:`durable_sa.Hooks`. Spans and metrics go to `telemetry`, a
-    :class:`durable_sa.telemetry.Telemetry`; if none is given, to OpenTelemetry's global providers as soon as the
-    application has set these up; False is never.
+    the defaults of tasks. A value may have `max_payload_bytes` as JSON, 16 MiB by default and at most 1 GiB. `schema`
+    is the schema of the tables, ``durable`` by default. `hooks` surround all spawns, runs and steps of the client; see
+    :class:`durable_sa.Hooks`. Spans and metrics are recorded by `telemetry`, a
+    :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
+    has set these up; not at all if it is False.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -92,7 +93,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             telemetry=telemetry,
         )
         self.state = state
-        """What `ctx.state` is without a lifespan."""
+        """The value of `ctx.state` without a lifespan."""
         self.lifespan = lifespan
         for task in tasks:
             self.register(task)
@@ -116,7 +117,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
     async def close(self) -> None:
         """Shut down workers that still run, and dispose of the engine if it was made from a URL.
 
-        Wake-up hints on their way are seen off, also over engines of the application: dispose of those afterwards.
+        Waits until wake-up hints in flight are sent, also over engines of the application: dispose of those afterwards.
         """
         ended = await asyncio.gather(*(worker.shutdown() for worker in self._workers), return_exceptions=True)
         await flush(channel_name(self.schema))
@@ -180,7 +181,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
 
     @asynccontextmanager
     async def worker(self, **options: Unpack[WorkerOptions]) -> AsyncGenerator[Worker]:
-        """A worker for the length of an ``async with`` block; at its end it is shut down. As :meth:`start_worker`."""
+        """Start a worker as :meth:`start_worker` does, and shut it down at the end of an ``async with`` block."""
         worker = await self.start_worker(**options)
         try:
             yield worker
@@ -188,15 +189,15 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             await worker.shutdown()
 
     async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
-        """Run a worker until SIGTERM or SIGINT. A second signal gives its runs back without waiting for them.
+        """Run a worker until SIGTERM or SIGINT. A second signal releases its runs without waiting for them.
 
-        A signal during its start gives that up.
+        A signal during its start aborts the start.
 
-        It takes the process to be there for the worker: what is in memory once it has started, code above all, is left
-        out of garbage collections from then on (`gc.freeze`), which would cost a quarter of the throughput.
+        The process is taken to exist for the worker: all objects in memory once it has started, code above all, are
+        excluded from garbage collections (`gc.freeze`), which would cost a quarter of the throughput.
 
         Raises:
-            DurableError: whatever :meth:`start_worker` raises.
+            DurableError: the same errors as :meth:`start_worker`.
         """
         async with signals_handled() as interrupts:
             worker = await interrupts.started(self.start_worker(**options))

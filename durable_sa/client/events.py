@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, overload
+from contextlib import nullcontext
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, overload
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from ..app import App
-from ..database.notifier import Hint
-from ..database.sessions import Script, SessionOrConnection, perform
+from ..database.hint import Hint
+from ..database.scripts import Script, SessionOrConnection, perform, perform_within
+from ..errors import QueueNotFound
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, check_size
-from . import inserting
+from ..statements import queues, waits
+
+if TYPE_CHECKING:
+    from ..telemetry.operations import Emission
 
 
 class Events(App):
@@ -27,7 +33,12 @@ class Events(App):
             InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.
             QueueNotFound: there is no such queue.
         """
-        return await self._perform(self._emission(name, payload, queue_name))
+        script, emission = self._emission(name, payload, queue_name)
+        with emission or nullcontext():
+            first = await perform(self.database, script)
+            if first and emission is not None:
+                emission.emitted()
+            return first
 
     @overload
     def emit_event_with(
@@ -50,14 +61,50 @@ class Events(App):
     def emit_event_with(
         self, session: SessionOrConnection, name: str, payload: Any = None, *, queue_name: str | None = None
     ) -> Any:
-        """As :meth:`emit_event`, in the caller's transaction; whoever waits is woken after the commit."""
-        return perform(session, self.schema, self._emission(name, payload, queue_name))
+        """Emit an event in the caller's transaction; tasks that wait for it wake after the commit."""
+        script, emission = self._emission(name, payload, queue_name)
 
-    def _emission(self, name: str, payload: Any, queue_name: str | None) -> Callable[[Hint], Script[bool]]:
+        def observed(hint: Hint) -> Script[bool]:
+            with emission or nullcontext():
+                first = yield from script(hint)
+                if first and emission is not None:
+                    emission.emitted()
+                return first
+
+        return perform_within(session, self.schema, observed)
+
+    def _emission(
+        self, name: str, payload: Any, queue_name: str | None
+    ) -> tuple[Callable[[Hint], Script[bool]], Emission | None]:
         validate_name("event", name)
         queue = self._queue(queue_name)
         what = f"the payload of event {name!r}"
         text = UNTYPED.encode(payload, what)
         check_size(text, self.max_payload_bytes, what)
-        telemetry = self.telemetry
-        return inserting.emit(queue, name, text, None if telemetry is None else telemetry.emit(name, queue))
+        emission = None if (telemetry := self.telemetry) is None else telemetry.emit(name, queue)
+        return emit(queue, name, text, None if emission is None else emission.metadata), emission
+
+
+def emit(queue_name: str, name: str, payload: str, metadata: str | None = None) -> Callable[[Hint], Script[bool]]:
+    """Return the script that emits an event."""
+    emitted_at: datetime | None = None
+
+    def script(hint: Hint) -> Script[bool]:
+        nonlocal emitted_at
+        known = yield queues.KNOWN_QUEUES, {"queue_names": [queue_name]}
+        if not known:
+            raise QueueNotFound(queue_name)
+        rows = yield (
+            waits.EMIT,
+            {"queue_names": [queue_name], "names": [name], "payloads": [payload], "metadata": [metadata]},
+        )
+        if rows:
+            emitted_at = rows[0].emitted_at
+        elif emitted_at is not None:
+            # The script is retried: if only the reply to its commit was lost, the event that exists is its own.
+            stored = yield waits.PEEK_EVENTS, {"queue_names": [queue_name], "event_names": [name]}
+            rows = [row for row in stored if row.emitted_at == emitted_at]
+        hint.events = bool(rows)
+        return bool(rows)
+
+    return script

@@ -1,4 +1,4 @@
-"""Queues: making and dropping them, pausing them, and what they keep."""
+"""Queues: creating and dropping them, pausing them, and their retention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from typing_extensions import Unpack
 
 from ..app import App
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
 from ..results import QueueStatistics
@@ -20,7 +20,7 @@ from ..worker.retention import delete_tasks
 
 
 class QueuePolicy(TypedDict, total=False):
-    """What a queue keeps, and for how long: 30 days, unless said otherwise. None keeps it for ever."""
+    """Retention of a queue: 30 days by default. None keeps everything."""
 
     retention: Duration | None
     """Age, since their end, at which finished tasks are deleted: seconds or a `timedelta`."""
@@ -32,7 +32,7 @@ class Queues(App):
     """The part of a client that deals with queues."""
 
     async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
-        """Create a queue; if it is there, only the policies that are given change.
+        """Create a queue; if it exists, only the policies that are given change.
 
         `retention` is the age at which finished tasks are deleted, `event_retention` the age of events, in seconds or
         as a `timedelta`: 30 days for a new queue unless given. None keeps them. Workers delete in the background.
@@ -53,14 +53,14 @@ class Queues(App):
     async def drop_queue(self, name: str | None = None) -> None:
         """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
 
-        What open transactions have spawned into it cannot be seen yet: drop it once more when they are over.
+        Tasks that open transactions have spawned into it are not visible yet: drop it once more after they end.
 
         Raises:
-            InvalidState: rows of the application refer to some of its tasks, which are left; all else is gone.
+            InvalidState: rows of the application refer to some of its tasks, which are left; all others are deleted.
         """
         queue = self._queue(name)
         async with self.database.transaction() as connection:
-            # The queue first: whoever defines a schedule in it holds its row, and has then committed.
+            # The queue comes first: a transaction that creates a schedule in it holds its row until it has committed.
             await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
             for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
                 await pgcron.remove_job(connection, row.pgcron_job_name)
@@ -71,17 +71,17 @@ class Queues(App):
         except IntegrityError as error:
             raise InvalidState(
                 f"Queue {queue!r}",
-                "dropped but for tasks that rows of the application refer to",
-                "Delete those rows, or give their foreign keys ondelete='SET NULL', and drop it again.",
+                "dropped except for tasks that rows of the application refer to",
+                "Delete those rows, or give their foreign keys ondelete='SET NULL', and drop it once more.",
             ) from error
-        self._sender().send(Hint(taken=True))
+        self._sender().send(Hint(cancelled=True))
 
     async def list_queues(self) -> list[str]:
-        """The names of all queues, sorted."""
+        """Return the names of all queues, sorted."""
         return [row.queue_name for row in await self.database.execute(queues.LIST_QUEUES)]
 
     async def queue_statistics(self, name: str | None = None) -> list[QueueStatistics]:
-        """How all queues stand, or the one of that name, sorted by name.
+        """Return statistics of all queues, sorted by name, or of the one of that name.
 
         Unfinished and failed tasks are counted in their indexes: the more there are, the longer it takes.
 
@@ -106,7 +106,7 @@ class Queues(App):
         ]
 
     async def pause_queue(self, name: str | None = None) -> None:
-        """Let no worker claim from a queue until it is resumed; what runs goes on.
+        """Let no worker claim from a queue until it is resumed; running tasks continue.
 
         Raises:
             QueueNotFound: there is no such queue.
@@ -114,7 +114,7 @@ class Queues(App):
         await self._pause(name, paused=True)
 
     async def resume_queue(self, name: str | None = None) -> None:
-        """Let workers claim from a paused queue again.
+        """Resume a paused queue: workers claim from it as before.
 
         Raises:
             QueueNotFound: there is no such queue.
@@ -131,7 +131,7 @@ class Queues(App):
             self._sender().send(hint)
 
     async def count_unclaimed_ready_tasks(self, queue_name: str | None = None) -> int:
-        """How many tasks of a queue a worker could claim at this moment; 0 for one that is paused or not there.
+        """Count the tasks of a queue that a worker could claim at this moment; 0 if it is paused or does not exist.
 
         It counts rows: ask every few seconds, not with every request.
         """
@@ -140,10 +140,10 @@ class Queues(App):
         return int(rows[0][0])
 
     async def cleanup_tasks(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
-        """Delete up to `limit` tasks that ended longer ago than `older_than`, with all that belongs to them.
+        """Delete up to `limit` tasks that ended longer ago than `older_than`, with their runs and checkpoints.
 
-        What a live ancestor, a child or a waiting task still needs stays, and so does what a foreign key of the
-        application refers to. Returns the number deleted: fewer than `limit` when nothing more is to go.
+        Tasks that a live ancestor, a child or a waiting task still needs stay, and so do those that a foreign key of
+        the application refers to. Returns the number deleted: fewer than `limit` if no others are to be deleted.
 
         Raises:
             InvalidConfiguration: an age below 0 or above 100 years, a `limit` below 1.
@@ -151,15 +151,15 @@ class Queues(App):
         queue, age = self._queue(queue_name), seconds(older_than, "older_than")
         _check_limit(limit)
         deleted = 0
-        # Parents stay until their children have gone.
+        # Parents stay until their children have been deleted.
         while deleted < limit and (more := await delete_tasks(self.database, queue, age, limit - deleted)):
             deleted += more
         return deleted
 
     async def cleanup_events(self, older_than: Duration, *, limit: int = 1000, queue_name: str | None = None) -> int:
-        """Delete up to `limit` events emitted longer ago than `older_than` that nobody waits for.
+        """Delete up to `limit` events emitted longer ago than `older_than` that no task waits for.
 
-        Their names are free again. Returns the number deleted.
+        Their names can be used for new events. Returns the number deleted.
         """
         queue, age = self._queue(queue_name), seconds(older_than, "older_than")
         _check_limit(limit)

@@ -1,4 +1,4 @@
-"""The tasks that a client knows."""
+"""Registering tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..decorators import (
     TaskDecorator,
 )
 from ..decorators import task as make_task
-from ..errors import TaskAlreadyRegistered
 from ..policies import CancellationPolicy, RetryStrategy
 from ..tasks import Task
 
@@ -54,15 +53,3 @@ class Registry(App):
             return self.register(decorate(function))
 
         return registering
-
-    def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
-        """Make a task known: its workers claim it from now on, and it may be spawned by name. Returns the task.
-
-        Raises:
-            TaskAlreadyRegistered: another task has that name.
-        """
-        if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
-        if self.tasks.setdefault(task.name, task) is not task:
-            raise TaskAlreadyRegistered(task.name)
-        return task

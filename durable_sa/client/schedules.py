@@ -1,4 +1,4 @@
-"""Cron schedules as a client defines and changes them."""
+"""Creating and changing cron schedules."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..names import validate_name
 from ..options import SpawnOptions
 from ..results import ScheduleFilter, ScheduleInfo, SpawnResult
 from ..schedules import firing, store
 from ..schedules.cron import Misfire
 from ..schedules.store import Backend, Overlap
+from ..spawns import SpawnCall
 from ..tasks import Task
 from .spawning import Spawning
 
@@ -35,20 +36,19 @@ class Schedules(Spawning):
         overlap: Overlap = "allow",
         **options: Unpack[SpawnOptions],
     ) -> None:
-        """Spawn a task at each tick of a cron expression; defining a name again replaces what it stood for.
+        """Create a schedule that spawns a task at each tick of a cron expression, or replace the one of that name.
 
         Workers fire it, each tick once across the fleet, in the queue given by `queue_name`. Five fields, or six with
-        seconds first. `misfire` is for ticks that no worker was there to fire within a minute: `skip` them, `run_once`
-        for the latest, which is what happens if nothing is said, or `run_all`, up to the latest hundred.
-        `overlap="skip"` leaves out ticks while the task of the one before has not ended, and of several that are due at
-        once all but the latest. The options of the task and
-        of this client are stored with it; those of the process that fires it do not count.
+        seconds first. `misfire` is for ticks that no worker fired within a minute: `skip` them, `run_once` for the
+        latest, which is the default, or `run_all`, up to the latest hundred. `overlap="skip"` leaves out ticks while
+        the task of the previous tick has not ended, and of several that are due at once all but the latest. The options
+        of the task and of this client are stored with it; those of the process that fires it do not count.
 
-        `backend="pg_cron"` hands the schedule to the extension; see :func:`durable_sa.setup_pgcron`. It goes by the
-        server's time zone and by minutes, knows five fields without `L`, `W` and `#`, and makes up for no ticks.
+        `backend="pg_cron"` hands the schedule to the extension; see :func:`durable_sa.setup_pgcron`. It uses the
+        server's time zone, takes five fields without `L`, `W` and `#`, and never fires missed ticks.
 
         Raises:
-            InvalidCron: an expression that cannot be read, or never comes true.
+            InvalidCron: an expression that cannot be parsed, or has no tick.
             InvalidName, InvalidTaskParams, InvalidConfiguration, TaskNotRegistered: as for a spawn.
             QueueNotFound: there is no such queue.
         """
@@ -70,7 +70,7 @@ class Schedules(Spawning):
         self._sender().send(Hint(limits=True))
 
     async def delete_schedule(self, name: str) -> None:
-        """Remove a schedule; tasks that it has spawned go on.
+        """Delete a schedule; tasks that it has spawned continue.
 
         Raises:
             ScheduleNotFound: there is none of that name.
@@ -78,11 +78,11 @@ class Schedules(Spawning):
         await store.delete(self.database, validate_name("schedule", name))
 
     async def list_schedules(self, filter: ScheduleFilter | None = None) -> list[ScheduleInfo]:  # noqa: A002
-        """Schedules by name, those that match everything in `filter`."""
+        """Return the schedules that match everything in `filter`, sorted by name."""
         return await store.list_schedules(self.database, filter or ScheduleFilter())
 
     async def pause_schedule(self, name: str) -> None:
-        """Let a schedule not fire until it is resumed. Ticks of the pause are not made up for.
+        """Pause a schedule until it is resumed. Ticks of the pause are never fired.
 
         Raises:
             ScheduleNotFound: there is none of that name.
@@ -90,7 +90,7 @@ class Schedules(Spawning):
         await store.pause(self.database, validate_name("schedule", name), paused=True)
 
     async def resume_schedule(self, name: str) -> None:
-        """Let a paused schedule fire again, from its next tick on.
+        """Resume a paused schedule, from its next tick on.
 
         Raises:
             ScheduleNotFound: there is none of that name.
@@ -99,10 +99,11 @@ class Schedules(Spawning):
         self._sender().send(Hint(limits=True))
 
     async def trigger_schedule(self, name: str) -> SpawnResult[Any]:
-        """Spawn a schedule's task now, besides its ticks.
+        """Spawn a schedule's task now, independently of its ticks.
 
         Raises:
             ScheduleNotFound: there is none of that name.
         """
-        prepared = await firing.prepare_trigger(self, validate_name("schedule", name))
-        return await self._spawn(prepared)
+        with SpawnCall(self) as call:
+            prepared = await firing.prepare_trigger(self, validate_name("schedule", name), call)
+            return await self._spawn(prepared, call)

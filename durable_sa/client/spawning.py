@@ -4,60 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, TypeVar, cast, overload
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
-from sqlalchemy import Executable
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..app import App
 from ..concurrency.branches import detached
-from ..database.batches import Batch
-from ..database.loans import HeldConnection, lent
-from ..database.notifier import (
-    BOARDING,
-    Hint,
-    HintSender,
-    channel_name,
+from ..database.batches import Batch, halving, with_connection
+from ..database.connections import HeldConnection
+from ..database.hint import Hint
+from ..database.scripts import (
+    Script,
+    SessionOrConnection,
+    drive_async,
+    perform,
+    perform_in_autocommit,
+    perform_within,
 )
-from ..database.scripts import perform_in_autocommit
-from ..database.sessions import Script, SessionOrConnection, perform
-from ..database_errors import LOCK_NOT_AVAILABLE, backoff, sqlstate
-from ..errors import DurableError
+from ..database_errors import LOCK_NOT_AVAILABLE, retrying, sqlstate
 from ..options import SpawnOptions
 from ..results import SpawnResult
-from ..spawns import Prepared, Spawn, at_position, prepare, prepare_another
-from ..statements import spawning
+from ..spawns import Prepared, Spawn, SpawnCall, at_position, prepare, prepare_another
 from ..tasks import Task
 from . import inserting
+
+if TYPE_CHECKING:
+    from ..worker.worker import Worker
+
+LOCK_TIMEOUT: Final = "5ms"
+"""Longest wait for an open transaction that has inserted one of the idempotency keys of a statement."""
+LONGEST_LOCKED_PAUSE = 0.5
+"""Seconds between tries of a spawn whose key an open transaction has inserted, at most."""
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
 
 
-SELDOM = 2
-"""How many times as long as the last spawn took must have passed for the next to carry its own hint.
-
-Workers hear of it sooner then, but commits that send something wait for each other, so what comes often must not.
-"""
-IN_PASSING = 3
-"""How many times as long as a spawn takes must have passed since the last hint for one of many in a row to carry them.
-
-That saves the statement which would send what has gathered. Where commits take long it is the better way, so that
-nobody waits in line for them.
-"""
-
-
 class Spawning(App):
     """The part of a client that enqueues tasks."""
-
-    _last_spawn = 0.0, 0.0
-    """When it began and ended, on the monotonic clock."""
 
     @overload
     async def spawn(
@@ -78,7 +67,8 @@ class Spawning(App):
             QueueNotFound: there is no such queue.
             IdempotencyConflict: the idempotency key belongs to a task of another name or with other params.
         """
-        return await self._spawn(prepare(self, task, params, options))
+        with SpawnCall(self) as call:
+            return await self._spawn(prepare(self, task, params, options, call=call), call)
 
     async def spawn_by_name(
         self, name: str, params: Any = None, *, unchecked: bool = False, **options: Unpack[SpawnOptions]
@@ -89,10 +79,11 @@ class Spawning(App):
         that is registered here, if one is, is sent as plain JSON.
 
         Raises:
-            TaskNotRegistered, InvalidTaskParams: nobody here knows the name, or the params do not fit, and `unchecked`
-                is not set.
+            TaskNotRegistered, InvalidTaskParams: no task of that name is registered here, or the params do not fit, and
+                `unchecked` is not set.
         """
-        return await self._spawn(prepare(self, name, params, options, unchecked=unchecked))
+        with SpawnCall(self) as call:
+            return await self._spawn(prepare(self, name, params, options, unchecked=unchecked, call=call), call)
 
     @overload
     def spawn_with(
@@ -135,10 +126,9 @@ class Spawning(App):
         Nothing is flushed: if the params need `order.id`, flush before. Nothing is committed or closed either.
 
         Raises:
-            DurableError: whatever :meth:`spawn` raises; the transaction is then still usable.
+            DurableError: the same errors as :meth:`spawn`; the transaction is then still usable.
         """
-        prepared = prepare(self, task, params, options)
-        return perform(session, self.schema, lambda hint: _first(inserting.spawn([prepared])(hint)))
+        return self._spawn_one_with(session, functools.partial(prepare, self, task, params, options))
 
     @overload
     def spawn_by_name_with(
@@ -169,28 +159,28 @@ class Spawning(App):
         unchecked: bool = False,
         **options: Unpack[SpawnOptions],
     ) -> Any:
-        """As :meth:`spawn_with`, by the task's name."""
-        prepared = prepare(self, name, params, options, unchecked=unchecked)
-        return perform(session, self.schema, lambda hint: _first(inserting.spawn([prepared])(hint)))
+        """Enqueue a task by its name as :meth:`spawn_with` does."""
+        return self._spawn_one_with(
+            session, functools.partial(prepare, self, name, params, options, unchecked=unchecked)
+        )
 
     async def spawn_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[SpawnResult[Any]]:
-        """Enqueue many tasks, all or none, with one statement a thousand. Results come in the order of the items.
+        """Enqueue many tasks, all or none, a thousand per statement. Results are in the order of the items.
 
         Raises:
-            DurableError: whatever :meth:`spawn` raises, for the first item that is at fault, with its position in a
-                note.
+            DurableError: the same errors as :meth:`spawn`, for the first item at fault, with its position in a note.
         """
-        prepared = self._prepare_many(items)
-        portions = list(inserting.portioned(prepared))
-        with detached():
-            ahead = asyncio.ensure_future(inserting.look_ahead(portions))
-        try:
-            if inserting.are_alike(portions):
-                script = inserting.spawn(prepared, portions, many=spawning.SPAWN_ALIKE)
-                return await perform_in_autocommit(self.database, script)
-            return await self._perform(inserting.spawn(prepared, portions))
-        finally:
-            ahead.cancel()
+        with SpawnCall(self) as call:
+            prepared = self._prepare_many(items, call)
+            portions = list(inserting.portioned(prepared))
+            run = perform_in_autocommit if inserting.is_atomic(portions) else perform
+            with detached():
+                computing = asyncio.ensure_future(inserting.compute_results(portions))
+            try:
+                results = await run(self.database, functools.partial(inserting.spawn, prepared, portions=portions))
+            finally:
+                computing.cancel()
+            return _count(call, prepared, results)
 
     @overload
     def spawn_many_with(
@@ -207,33 +197,53 @@ class Spawning(App):
     def spawn_many_with(
         self, session: SessionOrConnection, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]
     ) -> Any:
-        """As :meth:`spawn_many`, in the caller's transaction.
+        """Enqueue many tasks as :meth:`spawn_many` does, in the caller's transaction.
 
-        On an `AUTOCOMMIT` connection, which has none, what would be refused is looked for before anything is inserted.
+        An `AUTOCOMMIT` connection has no transaction: there, all items are checked before the first is inserted.
         """
-        prepared = self._prepare_many(items)
-        return perform(
+        return self._spawn_with(session, functools.partial(self._prepare_many, items))
+
+    def _spawn_one_with(self, session: SessionOrConnection, prepare_one: Callable[..., Prepared]) -> Any:
+        results = self._spawn_with(session, lambda call: [prepare_one(call=call)])
+        return _first(results) if inspect.isawaitable(results) else results[0]
+
+    def _spawn_with(self, session: SessionOrConnection, prepare_all: Callable[[SpawnCall], list[Prepared]]) -> Any:
+        call = SpawnCall(self)
+        try:
+            prepared = prepare_all(call)
+        except BaseException as error:
+            call.end(error)
+            raise
+
+        def observed(script: Script[list[SpawnResult[Any]]]) -> Script[list[SpawnResult[Any]]]:
+            with call:
+                return _count(call, prepared, (yield from script))
+
+        return perform_within(
             session,
             self.schema,
-            inserting.spawn(prepared),
-            in_autocommit=inserting.spawn_looking_first(prepared) if len(prepared) > 1 else None,
+            lambda hint: observed(inserting.spawn(prepared, hint)),
+            in_autocommit=(lambda hint: observed(inserting.spawn_looking_first(prepared, hint)))
+            if len(prepared) > 1
+            else None,
         )
 
-    def _prepare_many(self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]]) -> list[Prepared]:
+    def _prepare_many(
+        self, items: Iterable[tuple[Task[Any, Any], Any] | Spawn[Any]], call: SpawnCall
+    ) -> list[Prepared]:
         prepared: list[Prepared] = []
-        spawning = None if (telemetry := self.telemetry) is None else telemetry.spawn()
-        ready = functools.partial(prepare, self, spawning=spawning, observed=spawning is not None)
-        # A task that was there without options, as most are again, and what came of it.
+        call.begin()
+        # The latest task without options, and its spawn: most are followed by another of the kind.
         last: tuple[object, Prepared] | None = None
         for position, item in enumerate(items):
             try:
                 match item:
                     case Spawn():
-                        prepared.append(ready(item.task, item.params, item.options))
+                        prepared.append(prepare(self, item.task, item.params, item.options, call=call))
                     case (Task() as task, params) if last is not None and last[0] is task and not self.hooks.on_spawn:
                         prepared.append(prepare_another(self, task, params, last[1]))
                     case (task, params):
-                        prepared.append(ready(task, params, {}))
+                        prepared.append(prepare(self, task, params, {}, call=call))
                         last = task, prepared[-1]
                     case _:
                         raise TypeError(
@@ -241,95 +251,67 @@ class Spawning(App):
                             f"not {type(item).__name__}"
                         )
             except Exception as error:
-                if spawning is not None:
-                    spawning.over((), error)
                 at_position(error, position)
                 raise
         return prepared
 
     @functools.cached_property
-    def _spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
-        return Batch(lent(lambda: self.database, self._spawn_batch))
+    def _workers(self) -> set[Worker]:
+        """The workers of this client that run."""
+        return set()
 
     @functools.cached_property
-    def _keyed_spawns(self) -> Batch[Prepared, SpawnResult[Any] | None]:
-        return Batch(lent(lambda: self.database, self._spawn_keyed))
+    def _spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
+        return Batch(with_connection(lambda: self.database, self._spawn_batch))
 
-    async def _spawn(self, prepared: Prepared) -> SpawnResult[Any]:
-        """Together with others, but none waits for a transaction that has the idempotency key of another one."""
+    @functools.cached_property
+    def _keyed_spawns(self) -> Batch[Prepared, SpawnResult[Any]]:
+        return Batch(with_connection(lambda: self.database, self._spawn_keyed))
+
+    async def _spawn(self, prepared: Prepared, call: SpawnCall) -> SpawnResult[Any]:
+        """Spawn together with others, but without waiting for a transaction that has another one's idempotency key."""
         if prepared.idempotency_key is None:
-            return await self._spawns(prepared)
-        attempt = 0
-        while (spawned := await self._keyed_spawns(prepared)) is None:
-            await asyncio.sleep(backoff(attempt, most=0.5))
-            attempt += 1
-        return spawned
+            result = await self._spawns(prepared)
+        else:
+            result = await retrying(
+                lambda: self._keyed_spawns(prepared), tries=None, when=_is_locked, most=LONGEST_LOCKED_PAUSE
+            )
+        if result.created:
+            call.created(prepared)
+        return result
 
     async def _spawn_keyed(
-        self, loan: HeldConnection, prepared: list[Prepared]
-    ) -> Sequence[SpawnResult[Any] | BaseException | None]:
-        """As `_spawn_batch`, with None for those whose key is in somebody's open transaction."""
-        try:
-            return await self._spawn_batch(loan, prepared, alone=spawning.SPAWN_ONE_KEYED, many=spawning.SPAWN_KEYED)
-        except DBAPIError as error:
-            if sqlstate(error) != LOCK_NOT_AVAILABLE:
-                raise
-        if len(prepared) == 1:
-            return [None]
-        middle = len(prepared) // 2
-        return [*await self._spawn_keyed(loan, prepared[:middle]), *await self._spawn_keyed(loan, prepared[middle:])]
-
-    def _may_tell(self, sender: HintSender, now: float) -> bool:
-        """Whether a spawn that begins now may carry hints."""
-        began, ended = self._last_spawn
-        took = ended - began
-        return now >= ended + SELDOM * took or sender.quiet_for >= max(BOARDING, IN_PASSING * took)
+        self, held: HeldConnection, prepared: list[Prepared]
+    ) -> Sequence[SpawnResult[Any] | BaseException]:
+        """Spawn as `_spawn_batch` does, with an error for items whose key an open transaction has inserted."""
+        spawn = functools.partial(self._spawn_batch, held, lock_timeout=LOCK_TIMEOUT)
+        return await halving(spawn, prepared, when=_is_locked)
 
     async def _spawn_batch(
-        self,
-        loan: HeldConnection,
-        prepared: list[Prepared],
-        *,
-        alone: Executable = spawning.SPAWN_ONE,
-        many: Executable = spawning.SPAWN,
+        self, held: HeldConnection, prepared: list[Prepared], *, lock_timeout: str | None = None
     ) -> Sequence[SpawnResult[Any] | BaseException]:
-        """Spawns of callers that came at the same time: one statement, an outcome each."""
-        hint, sender = Hint(), self._sender()
-        # A worker beside it need not be told by way of the database.
-        here = next((worker for worker in self._workers if worker.loop is sender.loop), None)
-        began = time.monotonic()
-        gathered: Hint | None = None
-        if here is None and len(prepared) == 1 and alone is spawning.SPAWN_ONE and self._may_tell(sender, began):
-            alone = spawning.SPAWN_AND_TELL
-            gathered = sender.take()
-        script = inserting.insert(prepared, hint, alone=alone, many=many)
-        try:
-            statement, parameters = next(script)
-            while True:
-                if statement is spawning.SPAWN_AND_TELL:
-                    parameters = {
-                        **parameters,
-                        "channel": channel_name(self.schema),
-                        "gathered": gathered.encode() if gathered else None,
-                    }
-                rows = await loan.execute(statement, parameters)
-                if rows and statement is spawning.SPAWN_AND_TELL:
-                    gathered = None
-                statement, parameters = script.send(rows)
-        except StopIteration as end:
-            results: list[SpawnResult[Any] | DurableError] = end.value
-        finally:
-            if gathered:
-                sender.send(gathered)
-        self._last_spawn = began, time.monotonic()
-        told = alone is spawning.SPAWN_AND_TELL or (
-            here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)
-        )
-        if not told:
-            sender.send(hint)
-        return cast("list[SpawnResult[Any] | BaseException]", results)
+        """Spawn tasks of callers that came at the same time with one statement, and an outcome each."""
+        hint = Hint()
+        results = await drive_async(held.execute, inserting.insert(prepared, hint, lock_timeout=lock_timeout))
+        hints = self._sender()
+        # A worker on this event loop that has slots for all of the tasks gets the hint without the database.
+        here = next((worker for worker in self._workers if worker.loop is hints.loop), None)
+        if not (here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)):
+            hints.send(hint)
+        return results
 
 
-def _first(script: Script[list[SpawnResult[Any]]]) -> Script[SpawnResult[Any]]:
-    results = yield from script
-    return results[0]
+def _count(call: SpawnCall, prepared: Sequence[Prepared], results: list[SpawnResult[Any]]) -> list[SpawnResult[Any]]:
+    if call.observed:
+        for item, result in zip(prepared, results, strict=True):
+            if result.created:
+                call.created(item)
+    return results
+
+
+async def _first(results: Awaitable[list[SpawnResult[Any]]]) -> SpawnResult[Any]:
+    return (await results)[0]
+
+
+def _is_locked(error: BaseException) -> bool:
+    return sqlstate(error) == LOCK_NOT_AVAILABLE

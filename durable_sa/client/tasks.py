@@ -1,11 +1,11 @@
-"""What becomes of tasks: how they stand, their results, cancelling them and putting them back."""
+"""Results of tasks, cancelling them and retrying them."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
@@ -16,29 +16,33 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from ..app import App
-from ..database.batches import Batch
-from ..database.loans import HeldConnection, lent
-from ..database.sessions import SessionOrConnection, perform
+from ..database.batches import Batch, with_connection
+from ..database.connections import HeldConnection
+from ..database.hint import Hint
+from ..database.scripts import Script, SessionOrConnection, perform, perform_within
 from ..database_errors import is_transient
-from ..errors import TaskNotFound
+from ..errors import InvalidState, TaskNotFound
+from ..ids import new_id
 from ..options import MAX_ATTEMPTS
 from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import stored_failure
-from ..statements import waits
+from ..statements import cancelling, waits
 from ..validation import Duration, integer, seconds
-from . import inserting
 
 T = TypeVar("T")
 
+CASCADE_BATCH = 500
+"""Descendants that are cancelled with one statement."""
 _FIRST_LOOK = 1.0
-"""Seconds that the first look may take, also where there is less to wait: what has ended is told without a wait."""
+"""Seconds that the first poll may take, also with a shorter timeout: the result of an ended task needs no wait."""
 _FIRST_POLL = 0.002
 _LONGEST_POLL = 0.25
+"""Seconds between polls."""
 
 
 class Tasks(App):
-    """The part of a client that deals with tasks that there are."""
+    """The part of a client that deals with existing tasks."""
 
     async def cancel_task(self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> TaskStatus:
         """Cancel a task and its unfinished descendants; a running one is interrupted at its next await.
@@ -48,7 +52,7 @@ class Tasks(App):
         Raises:
             TaskNotFound: there is no such task.
         """
-        return await self._perform(inserting.cancel(_id_of(task_id)))
+        return await perform(self.database, cancel(_id_of(task_id)))
 
     @overload
     def cancel_task_with(
@@ -65,8 +69,8 @@ class Tasks(App):
     def cancel_task_with(
         self, session: SessionOrConnection, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]
     ) -> Any:
-        """As :meth:`cancel_task`, in the caller's transaction."""
-        return perform(session, self.schema, inserting.cancel(_id_of(task_id)))
+        """Cancel a task as :meth:`cancel_task` does, in the caller's transaction."""
+        return perform_within(session, self.schema, cancel(_id_of(task_id)))
 
     async def retry_task(
         self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any], *, max_attempts: int | None = None
@@ -81,14 +85,14 @@ class Tasks(App):
         """
         if max_attempts is not None:
             integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
-        return await self._perform(inserting.retry(_id_of(task_id), max_attempts))
+        return await perform(self.database, retry(_id_of(task_id), max_attempts))
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
     @overload
     async def get_task_result(self, task: uuid.UUID) -> TaskPollResult[Any] | None: ...
     async def get_task_result(self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> Any:
-        """How a task stands, with its output or error once it has ended; None if there is no such task."""
+        """Return a task's status, with its output or error once it has ended; None if there is no such task."""
         row = await self._polls(_id_of(task))
         return None if row is None else self._poll_result(row)
 
@@ -134,7 +138,7 @@ class Tasks(App):
                             raise
         except TimeoutError:
             if not deadline.expired():
-                raise  # it is the database's
+                raise  # a timeout of the database
             raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds{_standing(row)}") from None
         finally:
             self._changes[task_id].discard(changed)
@@ -145,21 +149,21 @@ class Tasks(App):
         return self._poll_result(row)
 
     def task_changed(self, task_id: uuid.UUID) -> None:
-        """A worker of this client has seen a task end: whoever waits for it here may look."""
+        """Let calls of this client that wait for a task poll now: a worker of this client has seen its end."""
         for changed in self._changes.get(task_id, ()):
             changed.set()
 
     @functools.cached_property
     def _changes(self) -> dict[uuid.UUID, set[asyncio.Event]]:
-        """To be set when a task may have ended, for those who wait."""
+        """Events to be set when a task may have ended, of the calls that wait for it."""
         return {}
 
     @functools.cached_property
     def _polls(self) -> Batch[uuid.UUID, Row[Any] | None]:
-        return Batch(lent(lambda: self.database, self._poll_batch))
+        return Batch(with_connection(lambda: self.database, self._poll_batch))
 
-    async def _poll_batch(self, loan: HeldConnection, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
-        rows = await loan.execute(waits.POLL_TASKS, {"task_ids": task_ids})
+    async def _poll_batch(self, held: HeldConnection, task_ids: list[uuid.UUID]) -> list[Row[Any] | None]:
+        rows = await held.execute(waits.POLL_TASKS, {"task_ids": task_ids})
         found = {row.task_id: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]
 
@@ -174,8 +178,81 @@ class Tasks(App):
         return TaskPollResult(row.task_id, TaskStatus(row.state), output, error)
 
 
+def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
+    """Return the script that cancels a task and, generation by generation, its unfinished descendants."""
+
+    def script(hint: Hint) -> Script[TaskStatus]:
+        rows = yield cancelling.CANCEL, {"target_id": task_id}
+        if not rows:
+            rows = yield cancelling.TASK_STATE, {"target_id": task_id}
+            if not rows:
+                raise TaskNotFound(task_id)
+            return TaskStatus(rows[0].state)
+        cancelled = list(rows)
+        while True:
+            rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH, "passed": 0}
+            if not rows:
+                break
+            rows = yield (
+                cancelling.CANCEL_DESCENDANTS,
+                {"task_ids": [row.task_id for row in rows], "origin": task_id},
+            )
+            cancelled.extend(rows)
+            if not rows:
+                # They ended between the two statements, or a snapshot hides their end.
+                break
+        hint.cancelled = any(row.was == "running" for row in cancelled)
+        if begun := [row.task_id for row in cancelled if row.was != "pending"]:
+            yield waits.DELETE_WAITS, {"task_ids": begun}
+        ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
+        if ended:
+            waiting = yield waits.WAITING_FOR, {"task_ids": ended}
+            if waiting:
+                rows = yield waits.RESOLVE, {"task_ids": sorted({row.task_id for row in waiting})}
+                hint.add_rows(rows)
+        return TaskStatus.CANCELLED
+
+    return script
+
+
+def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Script[TaskStatus]]:
+    """Return the script that puts an ended task back, with the descendants that its end had cancelled."""
+    run_id = new_id()
+
+    def script(hint: Hint) -> Script[TaskStatus]:
+        rows = yield cancelling.LOCK_FOR_RETRY, {"target_id": task_id}
+        if not rows:
+            raise TaskNotFound(task_id)
+        if rows[0].run_id == run_id:
+            # This script is retried after a commit whose reply was lost.
+            hint.add_rows(rows)
+            return TaskStatus.PENDING
+        state, cancelled_by = rows[0].state, rows[0].cancelled_by
+        if state not in ("failed", "cancelled"):
+            raise InvalidState(f"Task {task_id}", state, "Only failed and cancelled tasks can be retried.")
+        rows = yield (
+            cancelling.RETRY,
+            {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
+        )
+        hint.add_rows(rows)
+        origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
+        fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}
+        family = [task_id, *(row.task_id for row in fallen)]
+        if fallen:
+            restored = sorted(row.task_id for row in fallen)
+            rows = yield (
+                cancelling.RETRY_DESCENDANTS,
+                {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]},
+            )
+            hint.add_rows(rows)
+        yield cancelling.DELETE_FAILED_JOINS, {"task_ids": family}
+        return TaskStatus.PENDING
+
+    return script
+
+
 def _standing(row: Row[Any] | None) -> str:
-    """How a task that has not ended stood when it was last looked at, and what it may be waiting for."""
+    """Describe the status of a task that has not ended, and what it may be waiting for."""
     if row is None:
         return ""
     if row.state != TaskStatus.PENDING:

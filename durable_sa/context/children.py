@@ -15,7 +15,7 @@ from ..ids import child_id, digest
 from ..results import SpawnResult, TaskHandle
 from ..serialization.codec import UNTYPED
 from ..serialization.failures import stored_failure
-from ..spawns import over, prepare
+from ..spawns import SpawnCall, prepare
 from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 
@@ -72,30 +72,29 @@ class Children(ContextBase):
             options["queue_name"] = run.claimed.queue_name
         child = child_id(run.claimed.task_id, call.key)
         entry = await self._recall(call)
-        prepared = prepare(
-            self._app,
-            task,
-            params,
-            options,
-            task_id=child,
-            parent_task_id=run.claimed.task_id,
-            unchecked=unchecked,
-            hooked=entry is None,
-        )
-        fingerprint = f'"{digest(prepared.params)}"'
-        if entry is None:
-            checkpoint = CheckpointValues("spawn", call.name, "completed", fingerprint, child)
-            values = ChildValues(checkpoint, prepared.values)
-            try:
+        with SpawnCall(self._app) as spawning:
+            prepared = prepare(
+                self._app,
+                task,
+                params,
+                options,
+                task_id=child,
+                parent_task_id=run.claimed.task_id,
+                unchecked=unchecked,
+                hooked=entry is None,
+                call=spawning if entry is None else None,
+            )
+            fingerprint = f'"{digest(prepared.params)}"'
+            if entry is None:
+                checkpoint = CheckpointValues("spawn", call.name, "completed", fingerprint, child)
+                values = ChildValues(checkpoint, prepared.values)
                 with run.branches.busy():
                     stored = await run.write(Kind.CHILD, call.key, values, size=len(prepared.params or ""))
                 if stored is not None and stored.status == "refused":
                     await self._explain_refusal(options, child)
-            except BaseException as error:
-                over([prepared], (), error)
-                raise
-            over([prepared], {child} if stored is None else ())
-        elif entry.value is not None and entry.value != fingerprint:
+                if stored is None:
+                    spawning.created(prepared)
+        if entry is not None and entry.value is not None and entry.value != fingerprint:
             run.warn("subtask %r was spawned with other params than it is now; the first one counts", call.name)
         run.children[child] = self._app.tasks.get(prepared.task_name)
         return TaskHandle(child)

@@ -1,37 +1,37 @@
-"""Calls made while one is on its way go together in the next."""
+"""Calls that are made while one is in flight go together in the next."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Generic, TypeAlias, TypeVar
 
 from ..concurrency.branches import detached
+from .connections import Database, HeldConnection
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 BatchFunction: TypeAlias = Callable[[list[ItemT]], Awaitable[Sequence[ResultT | BaseException]]]
 
-IN_A_ROW = 3
-"""How often a caller must have come again at once for it to be waited for, which takes one turn of the event loop."""
-ROW = 0.01
-"""Seconds after which a row of calls lets others have what it shares."""
-PATIENCE = 1.0
-"""Seconds for which calls wait for the one on its way: it may be on a connection that never answers."""
+CALLS_IN_A_ROW = 20
+"""Calls after which a connection is returned for others to take, although callers in loops have called once more."""
+UNANSWERED_TIMEOUT = 1.0
+"""Seconds for which calls wait for the one in flight, whose connection may never answer."""
 
 
 class Batch(Generic[ItemT, ResultT]):
-    """Turns single calls into a function of many items, without waiting for company: the first goes at once.
+    """Turns single calls into calls of a function of many items. The first is made at once, without waiting for others.
 
-    Nor for long for a call that is on its way: after a second what has come meanwhile goes beside it.
+    The function is awaited in a task of its own, so that a caller that is cancelled cancels no other caller's item, and
+    no statement within a driver. It returns a result for each item, in order, which may be an exception. A call that
+    takes longer than a second no longer delays the items that have come since.
 
-    The function is awaited in a task of its own, so that a caller that is cancelled cancels nobody else's call, and
-    nothing inside a driver. It gives a result an item, in order; an item's result may be an exception. What calls in a
-    row may share, such as a connection, comes with the function, and is given back before the last of them is answered.
-    A caller that comes again as soon as it is answered, and again, keeps it for the time in between.
+    The function comes from a context manager, such as that of :func:`with_connection`, which is left one turn of the
+    event loop after the callers were answered. A caller that spawns in a loop has called once more by then; taking a
+    connection for each of its calls would cost it a quarter of the throughput.
     """
 
     def __init__(
@@ -41,90 +41,59 @@ class Batch(Generic[ItemT, ResultT]):
         self._most = most
         self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._latest: asyncio.Task[None] | None = None
-        self._sent_at = 0.0
-        self._impatience: asyncio.TimerHandle | None = None
-        self._in_a_row = 0
+        self._current: asyncio.Task[None] | None = None
+        """The task that takes what waits."""
 
     async def __call__(self, item: ItemT) -> ResultT:
-        """The result for one item."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[ResultT] = loop.create_future()
+        """Return the result for one item."""
+        future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if self._latest is None:
-            self._send()
-        elif self._impatience is None:
-            self._impatience = loop.call_later(PATIENCE, self._overtake)
+        if self._current is None:
+            self._start()
         return await future
 
-    def _send(self) -> None:
+    def _start(self) -> None:
         with detached():
-            self._latest = asyncio.get_running_loop().create_task(self._drain(), name="durable:batch")
-        self._tasks.add(self._latest)
-        self._latest.add_done_callback(self._tasks.discard)
-
-    def _overtake(self) -> None:
-        """Let what waits go beside the call on its way, if that is old."""
-        self._impatience = None
-        if not self._waiting or self._latest is None:
-            return
-        loop = asyncio.get_running_loop()
-        if (left := self._sent_at + PATIENCE - loop.time()) <= 0:
-            self._send()
-            left = PATIENCE
-        self._impatience = loop.call_later(left, self._overtake)
+            self._current = asyncio.get_running_loop().create_task(self._drain(), name="durable:batch")
+        self._tasks.add(self._current)
+        self._current.add_done_callback(self._tasks.discard)
 
     async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
-        answer = _nothing
+        loop, task = asyncio.get_running_loop(), self._current
         try:
-            while self._waiting:
+            while self._waiting and self._current is task:
                 async with self._opened() as function:
-                    until = loop.time() + ROW
-                    while True:
-                        answer = await self._call(function)
-                        if loop.time() >= until or not (self._waiting or self._in_a_row >= IN_A_ROW):
+                    for _ in range(CALLS_IN_A_ROW):
+                        overtaking = loop.call_later(UNANSWERED_TIMEOUT, self._overtake, task)
+                        try:
+                            await self._call(function)
+                        finally:
+                            overtaking.cancel()
+                        await asyncio.sleep(0)
+                        if not self._waiting or self._current is not task:
                             break
-                        answer()
-                        answer = _nothing
-                        if not self._waiting and not await self._linger():
-                            break
-                answer()
-                await self._linger()
+                # The next in line for the connection takes it in this turn, before this task asks for one.
+                await asyncio.sleep(0)
         finally:
-            answer()
-            if self._latest is asyncio.current_task():
-                self._latest = None
-                if self._impatience is not None:
-                    self._impatience.cancel()
-                    self._impatience = None
+            if self._current is task:
+                self._current = None
 
-    async def _linger(self) -> bool:
-        """Whether a caller that has just been answered calls again at once, as in a loop."""
-        await asyncio.sleep(0)
-        self._in_a_row = self._in_a_row + 1 if self._waiting else 0
-        return bool(self._waiting)
+    def _overtake(self, task: asyncio.Task[None] | None) -> None:
+        """Let another task take what waits, as a call of this one takes too long."""
+        if self._current is task:
+            self._current = None
+            if self._waiting:
+                self._start()
 
-    async def _call(self, function: BatchFunction[ItemT, ResultT]) -> Callable[[], None]:
-        """Call the function with what waits; gives what tells the callers."""
-        self._sent_at = asyncio.get_running_loop().time()
+    async def _call(self, function: BatchFunction[ItemT, ResultT]) -> None:
         batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-        results: Sequence[ResultT | BaseException]
+        results: Sequence[ResultT | BaseException] = [ConnectionError()] * len(batch)
         try:
             results = await function([item for item, _ in batch])
-        except Exception as error:  # noqa: BLE001 - it is the callers'
+        except Exception as error:  # noqa: BLE001 - the callers get it
             results = [error] * len(batch)
-        except BaseException:
-            _answer(batch, [ConnectionError()] * len(batch))
-            raise
-        return functools.partial(_answer, batch, results)
-
-
-def always(
-    function: BatchFunction[ItemT, ResultT],
-) -> Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]]:
-    """For a batch whose calls share nothing."""
-    return lambda: nullcontext(function)
+        finally:
+            _answer(batch, results)
 
 
 def _answer(batch: Sequence[tuple[ItemT, asyncio.Future[ResultT]]], results: Sequence[ResultT | BaseException]) -> None:
@@ -138,5 +107,43 @@ def _answer(batch: Sequence[tuple[ItemT, asyncio.Future[ResultT]]], results: Seq
             future.set_result(result)
 
 
-def _nothing() -> None:
-    """There is nobody left to tell."""
+def always(
+    function: BatchFunction[ItemT, ResultT],
+) -> Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]]:
+    """Open nothing for a batch's function."""
+    return lambda: nullcontext(function)
+
+
+def with_connection(
+    database: Callable[[], Database],
+    function: Callable[[HeldConnection, list[ItemT]], Awaitable[Sequence[ResultT | BaseException]]],
+) -> Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]]:
+    """Open a connection of the database, which is the first argument of a batch's function."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[BatchFunction[ItemT, ResultT]]:
+        async with HeldConnection(database()) as held:
+            yield functools.partial(function, held)
+
+    return opened
+
+
+async def halving(
+    call: Callable[[list[ItemT]], Awaitable[Sequence[ResultT]]],
+    items: list[ItemT],
+    *,
+    when: Callable[[Exception], bool],
+) -> list[ResultT | Exception]:
+    """Make a call for many items; if it is refused, make it for each half of them, to find the items at fault.
+
+    `when` accepts the errors that are refusals. The result of an item whose own call is refused is the error.
+    """
+    try:
+        return [*await call(items)]
+    except Exception as error:
+        if not when(error):
+            raise
+        if len(items) == 1:
+            return [error]
+    middle = len(items) // 2
+    return [*await halving(call, items[:middle], when=when), *await halving(call, items[middle:], when=when)]

@@ -1,4 +1,4 @@
-"""Connections kept for one kind of work each."""
+"""Connections that a worker dedicates to one kind of work each."""
 
 from __future__ import annotations
 
@@ -12,74 +12,64 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from ..database_errors import backoff, is_conflict, is_read_only
+from ..database_errors import is_conflict, is_read_only, retrying
 from ..statements.expressions import INTROSPECT_TYPES, NO_ARRAYS
-from .connections import Database
-from .loans import discard
+from .connections import Database, discard
 
 T = TypeVar("T")
 
 logger = logging.getLogger("durable_sa")
 
 STATEMENT_DEADLINE = 30.0
-"""Seconds after which a statement's connection is taken for dead."""
+"""Seconds of a statement after which its connection is taken for dead."""
 POOL_PATIENCE = 5.0
-"""Seconds that a lost connection's successor is waited for in the application's pool."""
-
-
+"""Seconds to wait for a connection of the application's pool before one is made beside it."""
 RECONNECTIONS = 5
-"""How often a call is made that loses its connection each time: for less than a second."""
+"""Number of times that a call is made which loses its connection each time: within a second."""
 
 
 async def reconnecting(call: Callable[[], Awaitable[T]]) -> T:
-    """Make a call that may be repeated, again if its connection was lost: a server ends those that are idle for long.
+    """Make a call that may be repeated, and retry it if its connection was lost: servers end those that idle for long.
 
-    Not often, as for one that stays away: then whoever calls is to hear of it.
+    Retries are few: if the server stays down, the caller gets the error.
     """
-    for attempt in range(RECONNECTIONS):
-        try:
-            return await call()
-        except SQLAlchemyError as error:
-            if attempt + 1 == RECONNECTIONS or is_read_only(error) or not is_conflict(error):
-                raise
-            await asyncio.sleep(backoff(attempt))
-    raise AssertionError("unreachable")
+    return await retrying(call, tries=RECONNECTIONS, when=lambda error: is_conflict(error) and not is_read_only(error))
 
 
 class Executing(Protocol):
-    """Something that runs one statement as a transaction: a database, a channel."""
+    """A database or a connection that executes one statement as a transaction."""
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
-        """Run a statement."""
+        """Execute a statement."""
         ...
 
 
 class DedicatedConnection:
-    """One connection kept for one kind of work, with statements in sequence.
+    """A connection that is kept for one kind of work, and executes one statement at a time.
 
     After an error of the connection, or a cancellation, SQLAlchemy would reconnect without autocommit, and what is
-    then executed never commits: so it is given up, and the next statement gets another.
+    then executed would never commit: so the connection is discarded, and the next statement gets another.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._connection: AsyncConnection | None = None
         self._own: AsyncEngine | None = None
-        """Of a connection that the application's pool has not given."""
+        """The engine of a connection that did not come from the application's pool."""
         self._lock = asyncio.Lock()
 
     @property
     def busy(self) -> bool:
-        """Whether a statement is on its way."""
+        """True if a statement is in flight."""
         return self._lock.locked()
 
     async def answered(self) -> None:
-        """Wait for the statements that have been given to it."""
+        """Wait until all statements so far have been answered."""
         async with self._lock:
             pass
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
-        """Run one statement as a transaction of its own."""
+        """Execute a statement as a transaction of its own."""
         async with self._lock:
             try:
                 async with asyncio.timeout(STATEMENT_DEADLINE):
@@ -94,15 +84,15 @@ class DedicatedConnection:
                 raise
 
     async def _connect(self) -> AsyncConnection:
-        """A connection of the pool, or one beside it where that has none left.
+        """Take a connection of the pool, or make one beside it if the pool has none left.
 
-        Those who have taken them all may be runs that wait for what is to be written here.
+        The connections may be taken by runs that wait for what is to be written on this one.
         """
         try:
             async with asyncio.timeout(POOL_PATIENCE):
                 return await self._database.connect()
         except (PoolTimeout, TimeoutError):
-            logger.warning("the pool has no connection left for the worker, which makes one of its own")
+            logger.warning("the pool has no connection left for the worker, which makes its own")
         self._own = self._database.private()
         return await Database(self._own, self._database.schema).connect()
 
@@ -118,12 +108,12 @@ class DedicatedConnection:
                 self._connection = await self._database.connect()
 
     async def open(self) -> None:
-        """Take a connection from the pool before the first statement needs it, and let the driver get to know it."""
+        """Take a connection from the pool before the first statement needs it, and let the driver look up its types."""
         await self.connect()
         await self.execute(INTROSPECT_TYPES, NO_ARRAYS)
 
     async def close(self) -> None:
-        """Give the connection back to the pool, once the statement that is on its way has been answered."""
+        """Return the connection to the pool once the statement in flight has been answered."""
         async with self._lock:
             connection, self._connection = self._connection, None
             if connection is not None:

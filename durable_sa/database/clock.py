@@ -5,22 +5,22 @@ from datetime import UTC, datetime, timedelta
 
 
 class LocalClock:
-    """Tells the database's time without asking for it: what it last said, and what has passed here since.
+    """The database's time without a query: the latest time that it returned, and the time that has passed here since.
 
-    It is behind by as long as that answer took, so that nothing is ever over too early, and follows the database's
-    clock wherever that goes.
+    It is late by the duration of that query, so that nothing ends too early, and follows any change of the database's
+    clock.
     """
 
-    __slots__ = ("_heard_at", "_said")
+    __slots__ = ("_set_at", "_time")
 
     def __init__(self) -> None:
         self.set(datetime(1, 1, 2, tzinfo=UTC))
 
-    def set(self, said: datetime) -> None:
-        """Take note of a time that the database has just given."""
-        self._said = said
-        self._heard_at = time.monotonic()
+    def set(self, time_: datetime) -> None:
+        """Set the time that the database has just returned."""
+        self._time = time_
+        self._set_at = time.monotonic()
 
     def now(self) -> datetime:
-        """The database's time, or a little before."""
-        return self._said + timedelta(seconds=time.monotonic() - self._heard_at)
+        """Return the database's time, or a little before."""
+        return self._time + timedelta(seconds=time.monotonic() - self._set_at)

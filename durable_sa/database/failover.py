@@ -1,4 +1,4 @@
-"""Where connections lead: to the primary of before, or to the next, and to nothing that a failover has left behind."""
+"""Checks that connections lead to the same primary as before or to its successor, never to one that was left behind."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ _LOCATE = text(
     "SELECT current_setting('default_transaction_isolation'), system_identifier,"
     " CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_lsn()) END FROM pg_control_system()"
 )
-"""The isolation that a server has by default, its cluster, and the file whose name begins with its timeline."""
+"""A server's default isolation, its cluster, and the WAL file whose name begins with its timeline."""
 _SAVEPOINT = "durable_locate"
 
 
 class Timeline:
-    """Of the primary that the connections of an engine have led to. A failover begins the next one.
+    """The timeline of the primary that the connections of an engine lead to. A failover begins the next one.
 
-    What is read from a standby may be over: a claim that has been given up, a step that has been recorded. A primary
-    that a failover has left behind even has other tasks under the same fences, and takes writes.
+    Rows that a standby returns may be out of date: a claim that has been given up, a step that is not recorded yet. A
+    primary that a failover has left behind even has other runs under the same fences, and takes writes.
     """
 
     def __init__(self) -> None:
         self.cluster: int | None = None
         self.number = 0
         self.known = True
-        """Whether the server tells."""
-        self.said = False
+        """True if the server reports it."""
+        self.logged = False
 
     def follow(self, cluster: int, number: int | None) -> None:
-        """Take note of where a new connection leads; a standby has no number.
+        """Follow to the server that a new connection leads to; a standby has no number.
 
         Raises:
-            ConnectionError: not to the primary any more, or to one that was left behind.
+            ConnectionError: the server is a standby, or a primary that was left behind.
         """
         if number is not None and (cluster != self.cluster or number >= self.number):
-            self.cluster, self.number, self.said = cluster, number, False
+            self.cluster, self.number, self.logged = cluster, number, False
         elif cluster == self.cluster:
             what = "a standby" if number is None else f"a primary that a failover has left behind (timeline {number})"
-            if not self.said:
-                self.said = True
+            if not self.logged:
+                self.logged = True
                 logger.warning(
                     "the database's address leads to %s, after timeline %d, and is not used; if it was restored to an "
                     "earlier state on purpose, restart this process",
@@ -66,15 +66,15 @@ def _number(file: str | None) -> int | None:
 
 
 def timeline_of(dialect: Dialect) -> Timeline:
-    """What is known of where the connections of an engine lead; its variants and its next pools have its dialect."""
+    """Return the timeline of an engine, of its variants and of its later pools, which share its dialect."""
     return _timelines.setdefault(dialect, Timeline())
 
 
 async def inspect(connection: AsyncConnection) -> str:
-    """Find out where a new connection leads. Gives the isolation that it has by default. Leaves no transaction.
+    """Check which server a new connection leads to, and return its default isolation. Leaves no transaction.
 
     Raises:
-        ConnectionError: it does not lead to the primary that others of the engine have led to.
+        ConnectionError: it does not lead to the primary of the engine's other connections.
     """
     timeline = timeline_of(connection.dialect)
     row = None
@@ -85,7 +85,7 @@ async def inspect(connection: AsyncConnection) -> str:
             state = sqlstate(error) or ""
             if is_lost(error) or state[:2] in ("", "53", "57") or state in POOLER_STATES:
                 raise
-            # A service that is like Postgres and has no such files, or rights that were taken away.
+            # A service that resembles Postgres has no such files, or the right to read them was revoked.
             timeline.known = False
             await connection.rollback()
     isolation = (await connection.execute(_ISOLATION)).scalar_one() if row is None else row[0]
@@ -96,9 +96,9 @@ async def inspect(connection: AsyncConnection) -> str:
 
 
 def locate(connection: Connection) -> None:
-    """Find out where a connection leads in the transaction that it is in, and leave that as it was.
+    """Check which server a connection leads to, in the transaction that it is in, and leave that unchanged.
 
-    The application has begun it when the connection left the pool, and set in it what its own statements need.
+    The application has begun the transaction at checkout, and has set in it what its own statements need.
 
     Raises:
         ConnectionError: as :func:`inspect`, or the connection is lost.

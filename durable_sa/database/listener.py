@@ -1,4 +1,4 @@
-"""LISTEN in the worker: on a connection of its own, replaced when it is lost, checked that what is sent arrives."""
+"""LISTEN in the worker: on a connection of its own, replaced when it is lost, and probed with a NOTIFY."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..database_errors import backoff, reason
 from ..statements.notifying import NOTIFY
-from .connections import Database, direct_engine
-from .notifier import channel_name
+from .connections import Database
+from .engines import direct_engine
+from .hint import channel_name
 
 logger = logging.getLogger("durable_sa")
 
 ARRIVAL_DEADLINE = 5.0
-"""Seconds after which what was sent is taken not to arrive any more."""
+"""Seconds after which a probe is taken for lost."""
 CHECK_INTERVAL = 30.0
+"""Seconds between probes."""
 LONGEST_PAUSE = 15.0
-"""Seconds, at most, until the next try where the connection cannot be had."""
+"""Seconds between tries to connect, at most."""
 UNDELIVERED_PAUSE = 60.0
-"""Seconds until the next try where LISTEN has no effect."""
+"""Seconds until the next try if LISTEN has no effect."""
 
 
 class Listener:
-    """Listens for a worker's hints. They are sent over the database's engine; `url` may lead to it more directly."""
+    """Listens for a worker's hints, which are sent over the database's engine; `url` may be a more direct way to it."""
 
     def __init__(self, database: Database, url: str | URL | None, on_payload: Callable[[str], None]) -> None:
         self._database = database
@@ -52,10 +54,10 @@ class Listener:
                     "LISTEN has no effect here (a connection pooler in transaction mode?): polling instead; "
                     "give the worker a listen_url that leads around it"
                     if self._url is None
-                    else "what is sent does not arrive over listen_url (another database?): polling instead"
+                    else "notifications do not arrive over listen_url (another database?): polling instead"
                 )
                 pause = UNDELIVERED_PAUSE
-            except Exception as error:  # noqa: BLE001 - whatever happens here, polling goes on
+            except Exception as error:  # noqa: BLE001 - the worker polls without it
                 self._say(f"LISTEN is interrupted ({reason(error)}): polling until it works again")
                 failures = 0 if self.working else failures + 1
                 pause = backoff(failures, base=1.0, most=LONGEST_PAUSE)
@@ -63,7 +65,7 @@ class Listener:
                 worked, self.working = self.working, False
                 await asyncio.shield(engine.dispose())
             if worked:
-                # What was sent meanwhile is lost, and from now on there is polling to do.
+                # Hints may have been lost since, and the worker has to poll from now on.
                 self._on_payload("")
             await asyncio.sleep(pause)
 
@@ -90,7 +92,7 @@ class Listener:
 
         def lose(_: Any) -> None:
             lost.set()
-            arrived.set()  # Nobody waits for what a lost connection does not bring.
+            arrived.set()  # A lost connection does not bring the probe.
 
         if hasattr(driver, "add_listener"):
 
@@ -98,11 +100,11 @@ class Listener:
                 receive(str(payload))
 
             driver.add_termination_listener(lose)
-            # What it sends is prepared, and a pooler has to keep that together.
+            # asyncpg prepares the statement, and a pooler keeps both parts together in a transaction only.
             transaction: AbstractAsyncContextManager[Any] = driver.transaction()
             async with transaction:
                 await driver.add_listener(self._channel, received)
-            # Said once more as the latest statement, pg_stat_activity shows what the connection is for.
+            # pg_stat_activity shows the latest statement: with this one, what the connection is for.
             await driver.execute(f'LISTEN "{self._channel}"')
         else:
             await driver.execute(f'LISTEN "{self._channel}"')
@@ -150,7 +152,7 @@ class Listener:
                 await asyncio.wait([reading])
 
     async def _probe(self, payload: str) -> None:
-        """Send something to ourselves, in the way of hints but not over the application's connections."""
+        """Send a probe to this listener as hints are sent, but not over the application's connections."""
 
         async def send() -> None:
             engine: AsyncEngine = self._database.private()
@@ -169,4 +171,4 @@ class Listener:
 
 
 class _NotDelivered(Exception):  # noqa: N818
-    """What was sent to the channel did not arrive."""
+    """The probe did not arrive."""

@@ -1,7 +1,7 @@
-"""Statements as text, rendered once for a dialect and a schema.
+"""Statements as text, rendered once for each dialect and schema.
 
-SQLAlchemy finds the text of a statement by hashing all that it consists of, each time. For statements of this size that
-takes as long as the rest of what the client does. They are constants, so it is enough to do it once.
+SQLAlchemy finds the text of a statement by hashing all its elements for each execution. For statements of this size
+that takes as long as the rest of the client's work. The statements are constants, so rendering them once is enough.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import TypeEngine
 
 Translations: TypeAlias = dict[str | None, str | None]
-"""Schemas as the statements name them, and what they are called in the database."""
+"""Names of schemas in the database by their names in the statements."""
 
 
 class Rendered(NamedTuple):
-    """The text of a statement for a driver, and what it binds."""
+    """The text of a statement for a driver, and the values that it binds."""
 
     text: str
     names: list[str] | None
-    """In the order of their positions; None where the driver binds by name."""
+    """Names of the binds in the order of their positions; None where the driver binds by name."""
     constants: dict[str, Any]
-    """Binds whose values belong to the statement."""
+    """Values of the binds that are part of the statement."""
     processors: dict[str, Callable[[Any], Any]]
 
     def bind(self, parameters: Mapping[str, Any] | None) -> tuple[Any, ...] | dict[str, Any]:
-        """The values as the driver takes them."""
+        """Return the values as the driver takes them."""
         values = {**self.constants, **(parameters or {})}
         for name, process in self.processors.items():
             values[name] = process(values[name])
@@ -44,7 +44,7 @@ _rendered: weakref.WeakKeyDictionary[
 
 
 def render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered | None:
-    """The text of a statement; None of one whose text depends on its values, as that of `in_()` does."""
+    """Render a statement; None if its text depends on its values, as that of `in_()` does."""
     statements = _rendered.get(dialect)
     if statements is None:
         statements = _rendered[dialect] = weakref.WeakKeyDictionary()
@@ -64,18 +64,19 @@ def _render(statement: Executable, dialect: Dialect, translations: Translations 
     if not isinstance(compiled, SQLCompiler) or compiled.post_compile_params or compiled.literal_execute_params:
         return None
     constants = {name: bind.effective_value for bind, name in compiled.bind_names.items() if not bind.required}
-    # A type's conversion of what it binds. SQLAlchemy has no public name for it, in 2.0 and 2.1 the same one.
-    processors = dict(cast("dict[str, Callable[[Any], Any]]", compiled._bind_processors))  # pyright: ignore[reportPrivateUsage]
-    if dialect.driver == "asyncpg":
-        for bind, name in compiled.bind_names.items():
-            if _is_only_copied(bind.type, dialect):
-                processors.pop(name, None)
+    processors: dict[str, Callable[[Any], Any]] = {}
+    for bind, name in compiled.bind_names.items():
+        process = _processor(bind.type, dialect)
+        # asyncpg takes any sequence for an array; all that a type of plain elements does is to copy it into a list.
+        if process is not None and not (dialect.driver == "asyncpg" and _has_plain_elements(bind.type, dialect)):
+            processors[name] = process
     return Rendered(compiled.string, compiled.positiontup if compiled.positional else None, constants, processors)
 
 
-def _is_only_copied(kind: TypeEngine[Any], dialect: Dialect) -> bool:
-    """Whether what a type does to a value is to make a list of it. asyncpg takes whatever sequence there is."""
-    if not isinstance(kind, ARRAY):
-        return False
-    item_type: TypeEngine[Any] = cast("ARRAY[Any]", kind).item_type
-    return item_type.dialect_impl(dialect).bind_processor(dialect) is None
+def _processor(kind: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    """Return a type's conversion of the values that are bound."""
+    return kind.dialect_impl(dialect).bind_processor(dialect)
+
+
+def _has_plain_elements(kind: TypeEngine[Any], dialect: Dialect) -> bool:
+    return isinstance(kind, ARRAY) and _processor(cast("ARRAY[Any]", kind).item_type, dialect) is None

@@ -1,88 +1,54 @@
-"""Scripts in transactions of their own, one for all statements or one for each, seen through to the end."""
+"""Scripts of statements, and their two drivers: one for synchronous connections, one for asynchronous ones.
+
+A script is written once and runs in the caller's transaction, whichever of SQLAlchemy's six executors holds that, in a
+transaction of its own, or in autocommit. The driver throws an error of a statement into the script, which raises it
+unless it knows better.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Executable, Row
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from ..concurrency.branches import detached
-from ..database_errors import backoff, is_conflict, is_lost
+from ..database_errors import UNDEFINED_TABLE, backoff, is_conflict, is_lost, retrying, sqlstate
+from ..models import SCHEMA, TaskRow
 from ..statements import maintenance
-from .connections import Database
-from .loans import HeldConnection
-from .notifier import Hint, channel_name, sender
-from .sessions import Script
+from . import direct
+from .connections import Database, HeldConnection, is_autocommit
+from .hint import Hint, channel_name
+from .notifier import send_after_commit, sender
+from .rendering import Translations
 
 T = TypeVar("T")
+
+AsyncSessionOrConnection: TypeAlias = AsyncSession | async_scoped_session[Any] | AsyncConnection
+SyncSessionOrConnection: TypeAlias = Session | scoped_session[Any] | Connection
+SessionOrConnection: TypeAlias = AsyncSessionOrConnection | SyncSessionOrConnection
+
+Script = Generator[tuple[Executable, Mapping[str, Any]], Sequence[Row[Any]], T]
+"""Work that yields statements with their parameters, is sent their rows, and returns its result."""
 
 _TRIES = 5
 _STATUS_TRIES = 12
 
 
-async def perform_alone(database: Database, script: Callable[[Hint], Script[T]]) -> T:
-    """Run a script in a transaction of its own, again if it loses against another one; its hint is sent after that.
-
-    A caller that is cancelled leaves it to finish by itself.
-    """
-    return await _left_alone(_perform(database, script))
-
-
-async def perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
-    """As :func:`perform_alone`, of a script whose statements may each be repeated, and commit by itself."""
-    return await _left_alone(_perform_in_autocommit(database, script))
-
-
-async def _left_alone(performing: Coroutine[Any, Any, T]) -> T:
-    with detached():
-        task = asyncio.get_running_loop().create_task(performing, name="durable:client")
-    return await asyncio.shield(task)
-
-
-async def _perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
-    hint = Hint()
-    async with HeldConnection(database) as loan:
-        result = await _drive(loan.execute, script(hint))
-    sender(database.engine, channel_name(database.schema)).send(hint)
-    return result
-
-
-async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
-    for attempt in range(_TRIES):
-        hint = Hint()
-        done: tuple[T, str | None] | None = None
-        try:
-            async with database.transaction(again=attempt + 1 < _TRIES) as connection:
-                result = await _drive(functools.partial(database.execute_within, connection), script(hint))
-                done = result, (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
-        except DBAPIError as error:
-            status: str | None = "aborted"
-            if done is not None and done[1] is not None and is_lost(error):
-                # Run again after a commit without a reply, it would take its own work for somebody else's.
-                status = await _status(database, done[1])
-            if status == "aborted" and is_conflict(error) and attempt + 1 < _TRIES:
-                await asyncio.sleep(backoff(attempt))
-                continue
-            if done is None or status != "committed":
-                raise
-        sender(database.engine, channel_name(database.schema)).send(hint)
-        return done[0]
-    raise AssertionError("unreachable")
-
-
-async def _drive(
-    execute: Callable[[Executable, Mapping[str, Any]], Awaitable[Sequence[Row[Any]]]], script: Script[T]
-) -> T:
+def drive(execute: Callable[[Executable, Mapping[str, Any]], Sequence[Row[Any]]], script: Script[T]) -> T:
+    """Run a script on a synchronous connection."""
     try:
         statement, parameters = next(script)
         while True:
             try:
-                rows = await execute(statement, parameters)
-            except Exception as error:  # noqa: BLE001 - the script raises it, unless it knows better
+                rows = execute(statement, parameters)
+            except BaseException as error:  # noqa: BLE001 - the script raises it
                 statement, parameters = script.throw(error)
             else:
                 statement, parameters = script.send(rows)
@@ -91,8 +57,166 @@ async def _drive(
         return value
 
 
+async def drive_async(
+    execute: Callable[[Executable, Mapping[str, Any]], Awaitable[Sequence[Row[Any]]]], script: Script[T]
+) -> T:
+    """Run a script on an asynchronous connection."""
+    try:
+        statement, parameters = next(script)
+        while True:
+            try:
+                rows = await execute(statement, parameters)
+            except BaseException as error:  # noqa: BLE001 - the script raises it
+                statement, parameters = script.throw(error)
+            else:
+                statement, parameters = script.send(rows)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+
+
+def perform_within(
+    executor: SessionOrConnection,
+    schema: str,
+    script: Callable[[Hint], Script[T]],
+    *,
+    in_autocommit: Callable[[Hint], Script[T]] | None = None,
+) -> T | Coroutine[Any, Any, T]:
+    """Run a script in the caller's transaction; what it adds to the hint is sent after the commit.
+
+    The asynchronous executors (`AsyncSession`, `async_scoped_session`, `AsyncConnection`) get a coroutine; with the
+    synchronous ones (`Session`, `scoped_session`, `Connection`) the script runs at once. Nothing is flushed, committed
+    or closed. `in_autocommit` runs instead on a connection that has no transaction, as its statements commit at once.
+
+    Raises:
+        TypeError: the executor is none of the six.
+    """
+    if isinstance(executor, AsyncSession | async_scoped_session | AsyncConnection):
+        return _perform_within_async(executor, schema, script, in_autocommit)
+    if isinstance(executor, Session | scoped_session | Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
+        connection = executor if isinstance(executor, Connection) else _connection(executor)
+        return _perform_within(connection, schema, script, in_autocommit)
+    raise TypeError(
+        f"expected a Session, scoped_session, Connection, AsyncSession, async_scoped_session or AsyncConnection, "
+        f"not {type(executor).__name__}"
+    )
+
+
+def _connection(session: Session | scoped_session[Any]) -> Connection:
+    """Return the session's connection for durable's tables; asking for it does not flush."""
+    return session.connection(bind_arguments={"mapper": TaskRow})
+
+
+async def _perform_within_async(
+    executor: AsyncSessionOrConnection,
+    schema: str,
+    script: Callable[[Hint], Script[T]],
+    in_autocommit: Callable[[Hint], Script[T]] | None,
+) -> T:
+    if isinstance(executor, AsyncConnection):
+        return await executor.run_sync(_perform_within, schema, script, in_autocommit)
+    session: AsyncSession = executor() if isinstance(executor, async_scoped_session) else executor
+    return await session.run_sync(lambda inner: _perform_within(_connection(inner), schema, script, in_autocommit))
+
+
+def _perform_within(
+    connection: Connection,
+    schema: str,
+    script: Callable[[Hint], Script[T]],
+    in_autocommit: Callable[[Hint], Script[T]] | None,
+) -> T:
+    if in_autocommit is not None and is_autocommit(connection):
+        script = in_autocommit
+    translations: Translations | None = None if schema == SCHEMA else {SCHEMA: schema}
+
+    def execute(statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        return direct.execute_within(connection, statement, parameters, translations)
+
+    hint = Hint()
+    try:
+        result = drive(execute, script(hint))
+    except DBAPIError as error:
+        if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
+            from ..migrations.version import not_installed
+
+            # The transaction has failed, so the connection cannot be asked for the schema's version.
+            raise not_installed(schema) from error
+        raise
+    if hint:
+        send_after_commit(connection, channel_name(schema), hint)
+    return result
+
+
+async def perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    """Run a script in a transaction of its own, retry it if that loses against another one, and then send its hint.
+
+    If the caller is cancelled, the script still finishes.
+    """
+    return await _shielded(_perform(database, script))
+
+
+async def perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    """Run a script as :func:`perform` does, but each statement commits by itself, and must be one that can be repeated.
+
+    One statement takes one round trip this way, where a transaction takes four.
+    """
+    return await _shielded(_perform_in_autocommit(database, script))
+
+
+async def _shielded(performing: Coroutine[Any, Any, T]) -> T:
+    with detached():
+        task = asyncio.get_running_loop().create_task(performing, name="durable:client")
+    return await asyncio.shield(task)
+
+
+async def _perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    hint = Hint()
+    async with HeldConnection(database) as held:
+        result = await drive_async(held.execute, script(hint))
+    sender(database).send(hint)
+    return result
+
+
+async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    try:
+        done = await retrying(lambda: _perform_once(database, script), tries=_TRIES, when=is_conflict)
+        if isinstance(done, DBAPIError):
+            raise done
+    except DBAPIError as error:
+        await database.explain(error)
+        raise
+    result, hint = done
+    sender(database).send(hint)
+    return result
+
+
+async def _perform_once(database: Database, script: Callable[[Hint], Script[T]]) -> tuple[T, Hint] | DBAPIError:
+    """Run a script in a transaction. The error of a lost connection is returned if the commit may have succeeded.
+
+    A retry would then take its own work for that of another transaction.
+    """
+    hint = Hint()
+    done: tuple[T, Hint] | None = None
+    transaction_id: str | None = None
+    try:
+        async with database.transaction(explained=False) as connection:
+            result = await drive_async(functools.partial(database.execute_on, connection), script(hint))
+            transaction_id = (await connection.execute(maintenance.TRANSACTION_ID)).scalar()
+            done = result, hint
+    except DBAPIError as error:
+        if done is None or transaction_id is None or not is_lost(error):
+            raise
+        status = await _status(database, transaction_id)
+        if status == "aborted":
+            raise
+        if status != "committed":
+            return error
+    assert done is not None  # noqa: S101 - an exception of the block is raised, or the block has come to its end
+    return done
+
+
 async def _status(database: Database, transaction_id: str) -> str | None:
-    """What became of a transaction that nobody was told about: "committed", "aborted", or not known."""
+    """Return the status of a transaction whose commit was not answered: "committed", "aborted", or None: not known."""
     status: str | None = None
     for attempt in range(_STATUS_TRIES):
         rows = await database.execute(maintenance.TRANSACTION_STATUS, {"transaction_id": transaction_id})

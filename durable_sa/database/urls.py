@@ -11,11 +11,15 @@ from ..errors import InvalidConfiguration
 
 
 def resolve_url(url: str | URL, what: str = "bind") -> URL:
-    """A URL as given by a user or a platform, with asyncpg where it names no driver, which calls `sslmode` `ssl`."""
+    """Parse a URL as users and platforms write it: asyncpg is the default driver, and calls `sslmode` `ssl`.
+
+    Raises:
+        InvalidConfiguration: it is not a URL, or not one of an asynchronous PostgreSQL driver.
+    """
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # Their messages may quote it, with the password.
+        # Their messages may quote the URL, with the password.
         raise InvalidConfiguration(
             what, "it is not a database URL", "Write postgresql://user:password@host/database."
         ) from None
@@ -40,7 +44,7 @@ def resolve_url(url: str | URL, what: str = "bind") -> URL:
 
 
 def default_bind() -> str | URL:
-    """Where the tables are when nobody says: `DURABLE_DATABASE_URL`, else the embedded server."""
+    """Return the URL of the default database: `DURABLE_DATABASE_URL`, else the embedded server."""
     if url := os.environ.get("DURABLE_DATABASE_URL"):
         return url
     from ..embedded import server

@@ -15,8 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from ..database.connections import Database
-from ..database.loans import discard
+from ..database.connections import Database, discard
 from ..database_errors import backoff, is_conflict, is_lost, is_transient
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
@@ -117,7 +116,7 @@ async def _attempt(
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
         try:
-            locked = await database.execute_within(
+            locked = await database.execute_on(
                 connection,
                 checkpoints.LOCK_UNDER_FENCE,
                 {"task_id": run.claimed.task_id, "fence": run.claimed.fence},
@@ -125,7 +124,7 @@ async def _attempt(
             if not locked:
                 run.take_away(LeaseLost())
                 raise LeaseLost
-            written = await database.execute_within(
+            written = await database.execute_on(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
                 {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},

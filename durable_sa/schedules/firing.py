@@ -12,7 +12,7 @@ from sqlalchemy import Row
 from ..app import App
 from ..database.channel import Executing
 from ..serialization.codec import UNTYPED
-from ..spawns import Prepared, columns, over, prepare
+from ..spawns import Prepared, SpawnCall, columns, prepare
 from ..statements import scheduling
 from ..statements.spawning import SPAWN_COLUMNS
 from . import store
@@ -29,7 +29,7 @@ def tick_key(name: str, tick: datetime) -> str:
     return f"durable::{name}:{tick.isoformat()}"[-255:]
 
 
-def prepare_tick(app: App, row: Row[Any], tick: datetime | None) -> Prepared:
+def prepare_tick(app: App, row: Row[Any], tick: datetime | None, call: SpawnCall | None = None) -> Prepared:
     """Prepare the spawn of a tick, the same in every process; without a tick, a spawn by hand."""
     options = store.decode_options(row.spawn_options)
     options["queue_name"] = row.queue_name
@@ -37,16 +37,16 @@ def prepare_tick(app: App, row: Row[Any], tick: datetime | None) -> Prepared:
         options["idempotency_key"] = tick_key(row.name, tick)
     params = None if row.params is None else UNTYPED.decode(row.params, "the params of a schedule")
     headers = {store.SCHEDULED_BY: row.name, store.CRON: row.cron_expression}
-    return prepare(app, row.task_name, params, options, as_stored=True, internal_headers=headers)
+    return prepare(app, row.task_name, params, options, as_stored=True, internal_headers=headers, call=call)
 
 
-async def prepare_trigger(app: App, name: str) -> Prepared:
+async def prepare_trigger(app: App, name: str, call: SpawnCall) -> Prepared:
     """Prepare a spawn by hand of a schedule's task.
 
     Raises:
         ScheduleNotFound: no schedule has that name.
     """
-    return prepare_tick(app, await store.read(app.database, name), None)
+    return prepare_tick(app, await store.read(app.database, name), None, call)
 
 
 class Firing:
@@ -71,21 +71,22 @@ class Firing:
                 scheduling.DUE_SCHEDULES, {"wanted": PAGE, "after_tick": tick, "after_name": name}
             )
             for row in rows:
-                prepared: list[Prepared] = []
+                call = SpawnCall(self._app)
                 try:
                     fired, following = due_ticks(
                         row.cron_expression, row.timezone, row.next_tick_at, row.now, row.misfire
                     )
                     # Several tasks at once would overlap, so only the latest tick is spawned.
                     ticks = fired[-1:] if row.overlap == "skip" else fired
-                    prepared.extend(prepare_tick(self._app, row, each) for each in ticks)
+                    prepared = [prepare_tick(self._app, row, each, call) for each in ticks]
                 except Exception as error:
                     if row.name not in self._failing:
                         self._failing.add(row.name)
                         logger.exception("schedule %s cannot be fired by this worker", row.name)
-                    over(prepared, (), error)
+                    call.end(error)
                     continue
-                spawned.extend(await self._fire(row, fired, following, prepared))
+                with call:
+                    spawned.extend(await self._fire(row, fired, following, prepared, call))
                 self._failing.discard(row.name)
                 moved = True
             if len(rows) < PAGE:
@@ -93,7 +94,12 @@ class Firing:
             tick, name = rows[-1].next_tick_at, rows[-1].name
 
     async def _fire(
-        self, row: Row[Any], fired: list[datetime], following: datetime | None, prepared: list[Prepared]
+        self,
+        row: Row[Any],
+        fired: list[datetime],
+        following: datetime | None,
+        prepared: list[Prepared],
+        call: SpawnCall,
     ) -> Sequence[Row[Any]]:
         arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
         parameters = {
@@ -105,12 +111,12 @@ class Firing:
             "last_task": prepared[-1].task_id if prepared else None,
             **{f"tick_{name}": list(array) for name, array in arrays.items()},
         }
-        try:
-            rows = await self._connection.execute(scheduling.FIRE, parameters)
-        except BaseException as error:
-            over(prepared, (), error)
-            raise
-        if rows:
-            # Without rows another worker was faster, and there is nothing for a span to show.
-            over(prepared, {row.task_id for row in rows})
+        rows = await self._connection.execute(scheduling.FIRE, parameters)
+        if not rows:
+            # Another worker was faster, so there is nothing for a span to show.
+            call.drop()
+        created = {row.task_id for row in rows}
+        for item in prepared:
+            if item.task_id in created:
+                call.created(item)
         return rows

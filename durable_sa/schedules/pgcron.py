@@ -14,8 +14,9 @@ from typing import Final
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..database.connections import Bind, Database
-from ..database.notifier import channel_name
+from ..database.connections import Database
+from ..database.engines import Bind
+from ..database.hint import channel_name
 from ..database_errors import sqlstate
 from ..errors import InvalidConfiguration, InvalidCron
 from ..spawns import Prepared

@@ -1,4 +1,4 @@
-"""Internal: the SQL statements of the engine and the command line, one module per subject.
+"""Engine only: the SQL statements of the engine and the command line, one module per subject.
 
 Statements are module constants with bind parameters, so that each is rendered once per dialect and schema and prepared
 once per connection. Lists are bound as arrays and unnested, so that one statement serves one item or a thousand. JSON

@@ -1,9 +1,9 @@
-"""Spawns and emits: spans whose context goes along with what is written, and which end when that has been."""
+"""Spans of calls that spawn and emit: their context is written with the task or event, and they end after that."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from opentelemetry.trace import Span, set_span_in_context
 
@@ -13,27 +13,37 @@ from .spans import harmless, mark_failed
 
 
 class _Operation:
+    """A span as a context manager; not current, as the code within is the engine's."""
+
     def __init__(self, span: Span, meters: Meters) -> None:
         self._span = span
         self._meters = meters
         self._ended = False
 
     @property
-    def carrier(self) -> dict[str, str]:
-        """The trace context of the span, as the database keeps it."""
+    def _carrier(self) -> dict[str, str]:
         return self._carried() or {}
 
     @harmless
     def _carried(self) -> dict[str, str]:
         return carried(set_span_in_context(self._span))
 
-    def _end(self, error: BaseException | None) -> None:
-        # A transaction that lost against another is repeated, and tells a second time.
+    @harmless
+    def end(self, error: BaseException | None = None) -> None:
+        """End the span, unless it has ended."""
         if not self._ended:
             self._ended = True
             if error is not None:
                 mark_failed(self._span, error)
             self._span.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(error)
 
 
 class Spawning(_Operation):
@@ -41,15 +51,13 @@ class Spawning(_Operation):
 
     @property
     def headers(self) -> dict[str, Any]:
-        """The tasks'."""
-        return {OTEL_CONTEXT: carrier} if (carrier := self.carrier) else {}
+        """The headers of its tasks that carry the span."""
+        return {OTEL_CONTEXT: carrier} if (carrier := self._carrier) else {}
 
     @harmless
-    def over(self, created: Iterable[tuple[str, str | None]], error: BaseException | None) -> None:
-        """These tasks, by queue and name, are there now; None is the name of one that is not registered."""
-        for queue_name, task_name in created:
-            self._meters.spawned.add(1, self._meters.labels(queue_name, task_name))
-        self._end(error)
+    def created(self, queue_name: str, task_name: str | None) -> None:
+        """Count a task that was created; None is the name of one that is not registered."""
+        self._meters.spawned.add(1, self._meters.labels(queue_name, task_name))
 
 
 class Emission(_Operation):
@@ -61,12 +69,10 @@ class Emission(_Operation):
 
     @property
     def metadata(self) -> str | None:
-        """The event's."""
-        return encoded(self.carrier)
+        """The metadata of the event, which carry the span."""
+        return encoded(self._carrier)
 
     @harmless
-    def over(self, first: bool, error: BaseException | None) -> None:
-        """It was the first of its name, or not."""
-        if first:
-            self._meters.emitted.add(1, self._meters.queue(self._queue_name))
-        self._end(error)
+    def emitted(self) -> None:
+        """Count the event: it was the first of its name."""
+        self._meters.emitted.add(1, self._meters.queue(self._queue_name))

@@ -121,7 +121,6 @@ class Tracing:
 
 def mark_failed(span: Span, error: BaseException) -> None:
     """Mark a span with the class of an error. Its message may quote values, and is in the database."""
-    # A script of statements is closed, not continued, if one of them fails, so the error of the database is unknown.
-    kind = "_OTHER" if isinstance(error, GeneratorExit) else type(error).__qualname__
+    kind = type(error).__qualname__
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR, kind))

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from ..database.clock import LocalClock
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from .cursors import ClaimCursors
 
 FULL_SCAN_DELAY = 0.01
@@ -63,7 +63,7 @@ class Agenda:
             self.claim.set()
         if hint.events:
             self.deliver_events()
-        if hint.taken:
+        if hint.cancelled:
             self.check_runs = True
             self.maintain.set()
         if hint.limits:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from ..database.channel import DedicatedConnection
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..statements import cancelling
 from .agenda import Agenda
 from .dispatcher import Dispatcher
@@ -57,4 +57,4 @@ class Cancellations:
         self._agenda.wake_parents(row.task_id for row in cancelled if row.parent_task_id is not None)
         if any(row.was == "running" for row in cancelled):
             # Those that run here are found by way of the agenda, to which the dispatcher adds the hint.
-            self._dispatcher.announce(Hint(taken=True))
+            self._dispatcher.announce(Hint(cancelled=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..statements.claiming import ClaimedRun
 
 Cursor = tuple[datetime, uuid.UUID]

@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from ..database.notifier import Hint, HintSender
+from ..database.hint import Hint
+from ..database.notifier import HintSender
 from ..execution.writes import Kind, Write
 from .agenda import Agenda
 from .registration import Registration
@@ -64,7 +65,7 @@ class Dispatcher:
         self._agenda.offered += hint.tasks
         free = self._slots.free
         return (
-            not hint.taken
+            not hint.cancelled
             and self._registration.active
             and not self._agenda.claim_when_written
             and all(queue_name in self._queue_names for queue_name, _ in hint.lanes)

@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from ..app import App
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..database_errors import Retry
 from ..schedules.firing import Firing
 from ..statements import cancelling, waits

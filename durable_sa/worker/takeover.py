@@ -7,7 +7,7 @@ import time
 import uuid
 
 from ..database.channel import DedicatedConnection
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..ids import new_id
 from ..statements import claiming, outcomes
 from .agenda import Agenda

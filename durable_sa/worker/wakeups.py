@@ -6,7 +6,7 @@ import time
 import uuid
 
 from ..database.channel import DedicatedConnection
-from ..database.notifier import Hint
+from ..database.hint import Hint
 from ..statements import waits
 from .agenda import Agenda
 from .dispatcher import Dispatcher

@@ -18,8 +18,9 @@ from ..app import App
 from ..concurrency import branches, task_factory
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
+from ..database.hint import Hint
 from ..database.listener import Listener
-from ..database.notifier import Hint, channel_name, sender
+from ..database.notifier import sender
 from ..database_errors import reason
 from ..errors import InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
@@ -82,7 +83,7 @@ class Worker:
         self._writer_connection = DedicatedConnection(database)
         self._shared_connection = DedicatedConnection(database)
         self._background = BackgroundTasks()
-        self._hints = sender(database.engine, channel_name(database.schema))
+        self._hints = sender(database)
         self._clock = LocalClock()
         self._slots = Slots(settings)
         self._agenda = Agenda(settings.queue_names, self._clock)

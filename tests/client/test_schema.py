@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, foreign, mapped_column, relationship, selectinload
 
 from durable_sa import Durable, InvalidConfiguration, SchemaMismatch, TaskContext, TaskRow, TaskStatus, task
-from durable_sa.database.notifier import channel_name
+from durable_sa.database.hint import channel_name
 from tests.client.support import Hints, close, count
 from tests.support import eventually
 

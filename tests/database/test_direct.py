@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, TaskContext, task
 from durable_sa.database.connections import Database
-from durable_sa.database.direct import leads_directly, run_within
+from durable_sa.database.direct import execute_within, leads_directly
 from durable_sa.database.failover import timeline_of
 from durable_sa.statements import queues
 from durable_sa.statements.expressions import constant
@@ -317,7 +317,7 @@ async def test_a_migration_in_the_middle_of_a_transaction_fails_it_and_the_next_
         for attempt in range(2):
             async with engine.connect() as connection:
                 await connection.execute(sa.text("INSERT INTO changing (id) VALUES (1)"))
-                call = connection.run_sync(run_within, changing, {}, None)
+                call = connection.run_sync(execute_within, changing, {}, None)
                 if columns == ("id", "more") and attempt == 0:
                     assert isinstance(await failure(call), NotSupportedError)
                 else:

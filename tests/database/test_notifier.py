@@ -24,10 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from durable_sa import CancellationPolicy, Durable, QueueNotFound, task
-from durable_sa.database.loans import HeldConnection
-from durable_sa.database.notifier import Hint
+from durable_sa.database.hint import Hint
 from durable_sa.embedded import temporary_server
-from durable_sa.statements import spawning
 from durable_sa.statements.notifying import NOTIFY
 from tests.client.support import (
     ASYNC,
@@ -304,70 +302,24 @@ async def test_a_prepared_transaction_spawns_when_it_is_committed(two_phase_url:
     await hints.connection.close()
 
 
-async def test_a_lone_spawn_carries_its_hint_and_spawns_in_a_row_share_theirs(
+async def test_hints_of_spawns_in_a_row_are_merged(
     durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first is sent at once, and those of the time after it together."""
+    monkeypatch.setattr("durable_sa.database.notifier.SPACING", 0.5)
     durable.register(ship)
-    executed: list[Any] = []
-    execute = HeldConnection.execute
-
-    async def observed(self: HeldConnection, statement: Any, parameters: Any = None) -> Any:
-        executed.append(statement)
-        return await execute(self, statement, parameters)
-
-    monkeypatch.setattr(HeldConnection, "execute", observed)
     at = datetime(2100, 1, 1, tzinfo=UTC)
-    monkeypatch.setattr(Durable, "_may_tell", lambda *_: True)
     limited = CancellationPolicy(max_pending_time=60)
     await durable.spawn(ship, available_at=at, priority=3, cancellation=limited)
-    heard = Hint.decode(await hints.next())
-    assert heard == Hint({("default", 3): at}, limits=True, tasks=1)
-    assert [statement for statement in executed if statement is not spawning.SPAWN_AND_TELL] == []
-    # From now on they come too fast.
-    executed.clear()
-    monkeypatch.setattr(Durable, "_may_tell", lambda *_: False)
-    for _ in range(3):
-        await durable.spawn(ship)
-    assert executed.count(spawning.SPAWN_ONE) == 3
-    await eventually(lambda: NOTIFY in executed)
-    assert spawning.SPAWN_AND_TELL not in executed
-
-
-@pytest.mark.parametrize("carrier", ["spawned", "refused", "lost"])
-async def test_hints_of_earlier_spawns_go_with_a_later_one(
-    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch, carrier: str
-) -> None:
-    """And are sent by themselves where that spawn comes to nothing."""
-    durable.register(ship)
-    await durable.spawn(ship)
-    await hints.next()
+    assert Hint.decode(await hints.next()) == Hint({("default", 3): at}, limits=True, tasks=1)
     hints.heard.clear()
-    # What waits would go by itself soon; here that is late enough for the next spawn.
-    monkeypatch.setattr("durable_sa.database.notifier.SPACING", 0.5)
-    monkeypatch.setattr(Durable, "_may_tell", lambda *_: False)
-    at = datetime(2100, 1, 1, tzinfo=UTC)
-    await durable.spawn(ship, available_at=at, priority=5)
-    monkeypatch.setattr(Durable, "_may_tell", lambda *_: True)
-    if carrier == "spawned":
-        await durable.spawn(ship, available_at=at, priority=7)
-    elif carrier == "refused":
-        with pytest.raises(QueueNotFound):
-            await durable.spawn(ship, queue_name="nowhere")
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(HeldConnection, "_execute", _lose)
-            with pytest.raises(ConnectionError):
-                await durable.spawn(ship)
-    await hints.next()
-    heard = [Hint.decode(payload) for payload in await hints.so_far()]
-    expected = [Hint({("default", 5): at}, tasks=1)]
-    if carrier == "spawned":
-        expected.append(Hint({("default", 7): at}, tasks=1))
-    assert sorted(heard, key=str) == expected
-
-
-async def _lose(*_: Any) -> None:
-    raise ConnectionResetError
+    for priority in (5, 5, 7):
+        await durable.spawn(ship, available_at=at, priority=priority)
+    with pytest.raises(QueueNotFound):
+        await durable.spawn(ship, queue_name="nowhere")
+    heard = Hint.decode(await hints.next())
+    assert heard is not None
+    assert heard.lanes == {("default", 5): at, ("default", 7): at}
 
 
 async def test_many_spawns_at_once_do_not_wait_in_line_for_their_hints(durable: Durable, hints: Hints) -> None:
@@ -399,7 +351,7 @@ def test_a_forked_process_does_not_leave_its_hints_to_a_thread_that_it_does_not_
     program = """
 import os
 from sqlalchemy import create_engine
-from durable_sa import hints
+from durable_sa.database import notifier as hints
 engine = create_engine("postgresql+psycopg2://nowhere/nothing")
 kept = hints._thread_senders[engine.pool, "durable"] = hints._ThreadSender(engine, "durable")
 if os.fork() == 0:

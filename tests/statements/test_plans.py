@@ -332,7 +332,7 @@ async def test_plans_do_not_outlive_the_size_of_the_tables(
 ) -> None:
     """A few rows are best found by reading them all; what was prepared then must not go on so with thousands."""
     monkeypatch.setattr("durable_sa.database.direct.REPLAN_INTERVAL", 0.0)
-    monkeypatch.setattr("durable_sa.database.direct.REPLAN_SECONDS", 0.01)
+    monkeypatch.setattr("durable_sa.database.direct.REPLAN_WAIT", 0.01)
     channel = DedicatedConnection(durable.database)
 
     @durable.task

@@ -64,7 +64,7 @@ def test_results_are_what_the_driver_gives(name: str) -> None:
         "outcomes.COMPLETE_ONE",
         "suspending.SUSPEND",
         "spawning.SPAWN",
-        "spawning.SPAWN_ALIKE",
+        "spawning.SPAWN_SAME_KIND",
         "spawning.SPAWN_ONE",
     ],
 )

@@ -107,8 +107,8 @@ MUTANTS = (
         "client/inserting.py",
         (
             (
-                "            explained = explain(item, rows)\n",
-                "            explained = created(item)\n",
+                "            if (outcome := resolve_missing(item, rows)) is not None:\n",
+                "            if (outcome := spawn_result(item)) is not None:\n",
             ),
         ),
         (f"{RACES}test_two_spawns_with_one_key", MACHINE),
@@ -291,7 +291,7 @@ MUTANTS = (
     ),
     Mutant(
         "a cancel that overlooks waits which are just stored",
-        "client/inserting.py",
+        "client/tasks.py",
         (('            yield waits.DELETE_WAITS, {"task_ids": begun}\n', "            pass\n"),),
         (f"{RACES}test_cancel_and_what_a_run_writes",),
     ),
@@ -358,7 +358,7 @@ MUTANTS = (
         (
             (
                 (
-                    "            written = await database.execute_within(\n"
+                    "            written = await database.execute_on(\n"
                     "                connection,\n"
                     "                checkpoints.RECORD_IN_TRANSACTION,"
                 ),

@@ -15,13 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, TaskContext
-from durable_sa.client.inserting import (
-    cancel,
-    emit,
-    insert,
-    retry,
-)
-from durable_sa.database.notifier import Hint
+from durable_sa.client.events import emit
+from durable_sa.client.inserting import insert
+from durable_sa.client.tasks import cancel, retry
+from durable_sa.database.hint import Hint
 from durable_sa.models import Checkpoint, Event, Run, Task, Wait
 from durable_sa.results import SpawnResult
 from durable_sa.signals import LeaseLost

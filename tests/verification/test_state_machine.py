@@ -25,13 +25,10 @@ from sqlalchemy import URL, Executable, Row, create_engine, select, text
 from sqlalchemy.engine import Connection
 
 from durable_sa import CancellationPolicy, Durable, RetryStrategy, TaskContext
-from durable_sa.client.inserting import (
-    cancel,
-    emit,
-    insert,
-    retry,
-)
-from durable_sa.database.notifier import Hint
+from durable_sa.client.events import emit
+from durable_sa.client.inserting import insert
+from durable_sa.client.tasks import cancel, retry
+from durable_sa.database.hint import Hint
 from durable_sa.errors import IdempotencyConflict
 from durable_sa.execution.waits import Stored, WaitSpec
 from durable_sa.models import Checkpoint, Event, Run, Task, Wait, WorkerRow

@@ -25,8 +25,9 @@ from sqlalchemy.orm import Session
 
 from durable_sa import Durable, InvalidConfiguration, RetryStrategy, Spawn, TaskContext, task
 from durable_sa.database.connections import Database
+from durable_sa.database.hint import Hint
 from durable_sa.database.listener import Listener
-from durable_sa.database.notifier import Hint, HintSender
+from durable_sa.database.notifier import HintSender
 
 from ..support import eventually
 from .conftest import Rows

@@ -1,0 +1,93 @@
+"""Engines: what an application gives as `bind`, and engines of our own."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sqlalchemy import event
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from ..errors import InvalidConfiguration
+from .urls import default_bind, resolve_url
+
+Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
+
+
+class Bound(NamedTuple):
+    """An engine, and what is known of where it comes from."""
+
+    engine: AsyncEngine
+    sessionmaker: async_sessionmaker[Any] | None
+    owned: bool
+    """True if the engine was made here, from a URL."""
+
+
+def resolve_bind(bind: Bind | None) -> Bound:
+    """Return the engine that a `bind` stands for; None stands for the default database.
+
+    Raises:
+        InvalidConfiguration: it is not a bind, or not one of PostgreSQL.
+    """
+    sessionmaker: async_sessionmaker[Any] | None = None
+    if isinstance(bind, async_sessionmaker):
+        sessionmaker = bind
+        bind = bind.kw.get("bind")
+        if not isinstance(bind, AsyncEngine):
+            raise InvalidConfiguration(
+                "bind",
+                "the async_sessionmaker is not bound to one AsyncEngine",
+                "Give the engine that has the durable tables.",
+            )
+    if bind is None:
+        bind = default_bind()
+    if isinstance(bind, AsyncEngine):
+        if bind.dialect.name != "postgresql":
+            raise InvalidConfiguration("bind", f"durable_sa needs PostgreSQL, not {bind.dialect.name}")
+        return Bound(bind, sessionmaker, owned=False)
+    if isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
+        engine = create_async_engine(resolve_url(bind), hide_parameters=True)
+        event.listen(engine.sync_engine, "connect", _set_date_style)
+        return Bound(engine, None, owned=True)
+    raise InvalidConfiguration(
+        "bind",
+        f"it cannot be of type {type(bind).__name__}",
+        "Give an AsyncEngine, an async_sessionmaker or a URL.",
+    )
+
+
+def direct_engine(url: str | URL) -> AsyncEngine:
+    """Make an engine whose one connection is for LISTEN. The caller disposes of it."""
+    return create_async_engine(resolve_url(url), poolclass=NullPool, hide_parameters=True)
+
+
+def check_date_style(connection: AsyncConnection) -> None:
+    """Check that the driver can read times on a connection.
+
+    Raises:
+        InvalidConfiguration: it cannot.
+    """
+    style = _date_style(connection.sync_connection and connection.sync_connection.connection.driver_connection)
+    if style is not None and not style.startswith("ISO"):
+        raise InvalidConfiguration(
+            "bind",
+            f"its connections have the DateStyle {style!r}, in which psycopg cannot read times",
+            "Give the engine connect_args={'options': '-c datestyle=ISO'}.",
+        )
+
+
+def _date_style(driver_connection: Any) -> str | None:
+    """Return the DateStyle of psycopg's connection, which reads ISO only; None for a driver that reads them all."""
+    connection = getattr(driver_connection, "pgconn", None)
+    return None if connection is None else str(connection.parameter_status(b"DateStyle").decode())
+
+
+def _set_date_style(connection: Any, _: Any) -> None:
+    """Set the DateStyle that the driver reads on a new connection of our own engine."""
+    style = _date_style(connection.driver_connection)
+    if style is not None and not style.startswith("ISO"):
+        cursor = connection.cursor()
+        cursor.execute("SET datestyle = ISO")
+        cursor.close()
+        connection.commit()

@@ -1,0 +1,95 @@
+"""The value of a wake-up hint, and the channel that hints are sent on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Row
+
+from ..models import SCHEMA
+
+MAX_PAYLOAD = 7000
+"""Bytes of a NOTIFY payload; Postgres allows 8,000."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def channel_name(schema: str) -> str:
+    """Return the channel of a schema's hints, within the 63 bytes of an identifier."""
+    if schema == SCHEMA:
+        return "durable"
+    return f"durable_{hashlib.blake2b(schema.encode(), digest_size=10).hexdigest()}"
+
+
+@dataclass(slots=True)
+class Hint:
+    """A hint at work for workers. It says what may be worth a look, never what to do."""
+
+    lanes: dict[tuple[str, int], datetime] = field(default_factory=dict[tuple[str, int], datetime])
+    """Queue and priority of tasks, each with the earliest time at which one of them is claimable."""
+    events: bool = False
+    """True if events were emitted."""
+    cancelled: bool = False
+    """True if tasks that were running have been cancelled or deleted."""
+    limits: bool = False
+    """True if there are new limits on time: deadlines of tasks, ticks of schedules."""
+    tasks: int = 0
+    """The number of tasks in the lanes. Known only in the process that made the hint; it is not sent."""
+
+    def __bool__(self) -> bool:
+        return bool(self.lanes) or self.events or self.cancelled or self.limits
+
+    def add(self, queue_name: str, priority: int, available_at: datetime | None, *, tasks: int = 1) -> None:
+        """Add tasks of a lane, the first of which is claimable at `available_at`, or none of them if that is None."""
+        if available_at is None:
+            return
+        self.tasks += tasks
+        known = self.lanes.get((queue_name, priority))
+        if known is None or available_at < known:
+            self.lanes[queue_name, priority] = available_at
+
+    def add_rows(self, rows: Iterable[Row[Any]]) -> Hint:
+        """Add tasks as a statement returned them: queue_name, priority, available_at."""
+        for row in rows:
+            self.add(row.queue_name, row.priority, row.available_at)
+        return self
+
+    def merge(self, other: Hint) -> None:
+        """Add all of another hint."""
+        tasks = self.tasks + other.tasks
+        for (queue_name, priority), available_at in other.lanes.items():
+            self.add(queue_name, priority, available_at)
+        self.tasks = tasks
+        self.events |= other.events
+        self.cancelled |= other.cancelled
+        self.limits |= other.limits
+
+    def encode(self) -> str:
+        """Encode the hint as a NOTIFY payload. With too many lanes to name it names none: workers then scan all."""
+        lanes = [
+            [queue_name, priority, int((available_at - _EPOCH).total_seconds() * 1_000_000)]
+            for (queue_name, priority), available_at in self.lanes.items()
+        ]
+        text = json.dumps([lanes, int(self.events), int(self.cancelled), int(self.limits)], separators=(",", ":"))
+        if len(text) > MAX_PAYLOAD:
+            text = json.dumps([None, int(self.events), int(self.cancelled), int(self.limits)], separators=(",", ":"))
+        return text
+
+    @classmethod
+    def decode(cls, payload: str) -> Hint | None:
+        """Decode a payload; None if all lanes are worth a look, or the payload is not one of ours."""
+        try:
+            lanes, events, cancelled, limits = json.loads(payload)
+            if lanes is None:
+                return None
+            hint = cls(events=bool(events), cancelled=bool(cancelled), limits=bool(limits))
+            for queue_name, priority, micros in lanes:
+                hint.add(str(queue_name), int(priority), datetime.fromtimestamp(int(micros) / 1_000_000, UTC))
+            return hint
+        except (ValueError, TypeError, OverflowError, OSError):
+            return None
