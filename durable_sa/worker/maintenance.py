@@ -29,7 +29,7 @@ from .dispatcher import Dispatcher
 from .executor import Executor
 from .registration import Registration
 from .retention import Retention
-from .takeover import Takeover
+from .takeover import LOST_RUNS_INTERVAL, Takeover
 from .wakeups import BATCH, WakeUps
 
 logger = logging.getLogger("durable_sa")
@@ -143,6 +143,7 @@ class Maintenance:
             # Only the earliest limit is known; look again for the next.
             agenda.look_within(0.0)
         if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._takeover.next_search):
+            self._takeover.next_search = now + LOST_RUNS_INTERVAL
             await self._takeover.search()
         if look.due_ticks:
             spawned, moved = await self._firing.fire_due()

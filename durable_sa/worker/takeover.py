@@ -40,7 +40,6 @@ class Takeover:
 
     async def search(self) -> None:
         """Declare workers lost whose lease has ended, and take over the runs of all lost workers."""
-        self.next_search = time.monotonic() + LOST_RUNS_INTERVAL
         if await self._connection.execute(claiming.DECLARE_LOST, {}):
             # Only the earliest end of a lease is known; look again for the next.
             self._agenda.look_within(0.0)

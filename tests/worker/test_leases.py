@@ -592,7 +592,7 @@ async def test_mass_death_is_taken_over_in_batches(
 async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_taken_over(
     durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.takeover.LOST_RUNS_INTERVAL", 1000)
+    monkeypatch.setattr("durable_sa.worker.maintenance.LOST_RUNS_INTERVAL", 1000)
     spawned = [await durable.spawn(program.count) for _ in range(5)]
     claimer = Claimer(durable.database)
     await claimer.register(seconds=0.05)
