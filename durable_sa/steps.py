@@ -12,12 +12,7 @@ from .current import context_or_none
 from .names import validate_name
 from .options import MAX_ATTEMPTS
 from .policies import RetryStrategy
-from .serialization.annotations import (
-    local_types,
-    names_around,
-    plain_function,
-    resolve,
-)
+from .serialization.annotations import local_types, names_around, plain_function, resolve
 from .serialization.codec import Codec, codec_for
 from .validation import Duration, instance, integer, seconds
 

@@ -18,14 +18,7 @@ from ..concurrency.branches import detached
 from ..database.batches import Batch, halving, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
-from ..database.scripts import (
-    Script,
-    SessionOrConnection,
-    drive_async,
-    perform,
-    perform_in_autocommit,
-    perform_within,
-)
+from ..database.scripts import Script, SessionOrConnection, drive_async, perform, perform_in_autocommit, perform_within
 from ..database_errors import LOCK_NOT_AVAILABLE, retrying, sqlstate
 from ..options import SpawnOptions
 from ..results import SpawnResult

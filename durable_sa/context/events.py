@@ -9,12 +9,7 @@ from ..errors import TaskTimeout
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind
 from ..names import validate_name
-from ..serialization.codec import (
-    UNTYPED,
-    Codec,
-    check_size,
-    codec_for,
-)
+from ..serialization.codec import UNTYPED, Codec, check_size, codec_for
 from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 

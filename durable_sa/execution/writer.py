@@ -23,15 +23,7 @@ from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.channel import DedicatedConnection
-from ..database_errors import (
-    LOCK_NOT_AVAILABLE,
-    backoff,
-    is_read_only,
-    is_transient,
-    reason,
-    sqlstate,
-    without_values,
-)
+from ..database_errors import LOCK_NOT_AVAILABLE, backoff, is_read_only, is_transient, reason, sqlstate, without_values
 from ..signals import LeaseLost
 from ..statements import checkpoints, fencing
 from .waits import Stored

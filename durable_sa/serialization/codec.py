@@ -13,13 +13,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from ..errors import PayloadTooLarge, SerializationError
-from .fidelity import (
-    Unfaithful,
-    compare,
-    culprit,
-    place,
-    same,
-)
+from .fidelity import Unfaithful, compare, culprit, place, same
 
 T_co = TypeVar("T_co", covariant=True)
 

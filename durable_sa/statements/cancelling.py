@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Integer,
-    Uuid,
-    bindparam,
-    case,
-    delete,
-    exists,
-    func,
-    null,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Integer, Uuid, bindparam, case, delete, exists, func, null, or_, select, update
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 

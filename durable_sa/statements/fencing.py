@@ -8,19 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Uuid,
-    select,
-    true,
-)
+from sqlalchemy import BigInteger, ColumnElement, Uuid, select, true
 from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import TaskRow
-from .expressions import (
-    rows,
-)
+from .expressions import rows
 
 
 def locked_rows(source: FromClause) -> CTE:

@@ -30,18 +30,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import RunRow, TaskRow, Wait
 from ..validation import MAX_DURATION
-from .expressions import (
-    array,
-    as_json,
-    clock,
-    constant,
-    count_or_ids,
-    interval,
-    length,
-    next_fence,
-    one_row,
-    rows,
-)
+from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
 from .fencing import locked_rows
 
 LEASE_LOSS_LIMIT = 20

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    DateTime,
-    Float,
-    Text,
-    Uuid,
-    delete,
-    exists,
-    func,
-    null,
-    select,
-    update,
-)
+from sqlalchemy import BigInteger, Boolean, DateTime, Float, Text, Uuid, delete, exists, func, null, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, TaskRow, Wait
-from .expressions import (
-    clock,
-    constant,
-    interval,
-    rows,
-    statement_time,
-)
+from .expressions import clock, constant, interval, rows, statement_time
 from .fencing import is_in, locked_rows
 
 SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {

@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from durable_sa import (
-    Durable,
-    InvalidState,
-    RetryStrategy,
-    TaskContext,
-    UserError,
-    step,
-    task,
-)
+from durable_sa import Durable, InvalidState, RetryStrategy, TaskContext, UserError, step, task
 from durable_sa.validation import MAX_DURATION
 from tests.context.support import Rows, Runner, Tally
 from tests.support import eventually

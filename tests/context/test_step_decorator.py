@@ -6,16 +6,7 @@ import time
 
 import pytest
 
-from durable_sa import (
-    RetryStrategy,
-    SyncTaskContext,
-    TaskContext,
-    TaskTimeout,
-    UserError,
-    current_context,
-    step,
-    task,
-)
+from durable_sa import RetryStrategy, SyncTaskContext, TaskContext, TaskTimeout, UserError, current_context, step, task
 from tests.context.support import Crash, Rows, Runner, Tally
 
 

@@ -22,13 +22,7 @@ from durable_sa import (
     TaskStatus,
     task,
 )
-from durable_sa.migrations.roles import (
-    OPERATOR,
-    PRODUCER,
-    ROLES,
-    WORKER,
-    grants,
-)
+from durable_sa.migrations.roles import OPERATOR, PRODUCER, ROLES, WORKER, grants
 from durable_sa.migrations.sql import quoted, verbatim
 from durable_sa.models import metadata
 from durable_sa.testing import run_until_idle, time_travel

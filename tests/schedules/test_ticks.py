@@ -12,13 +12,7 @@ import pytest
 from cronsim import CronSim
 
 from durable_sa import InvalidConfiguration, InvalidCron
-from durable_sa.schedules.cron import (
-    MAX_MISSED_TICKS,
-    MISSED_AFTER,
-    due_ticks,
-    next_tick,
-    ticks,
-)
+from durable_sa.schedules.cron import MAX_MISSED_TICKS, MISSED_AFTER, due_ticks, next_tick, ticks
 
 BERLIN = "Europe/Berlin"
 

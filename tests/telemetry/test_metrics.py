@@ -10,12 +10,7 @@ import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from durable_sa import (
-    Durable,
-    TaskContext,
-    UserError,
-    task,
-)
+from durable_sa import Durable, TaskContext, UserError, task
 from durable_sa.telemetry.meters import MAX_QUEUES, Meters
 from durable_sa.testing import run_until_idle
 from durable_sa.worker import sampler
