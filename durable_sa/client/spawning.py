@@ -266,9 +266,7 @@ class Spawning(App):
         if prepared.idempotency_key is None:
             result = await self._spawns(prepared)
         else:
-            result = await retrying(
-                lambda: self._keyed_spawns(prepared), tries=None, when=_is_locked, most=LONGEST_LOCKED_PAUSE
-            )
+            result = await retrying(lambda: self._keyed_spawns(prepared), when=_is_locked, most=LONGEST_LOCKED_PAUSE)
         if result.created:
             call.created(prepared)
         return result
