@@ -18,6 +18,8 @@ BatchFunction: TypeAlias = Callable[[list[ItemT]], Awaitable[Sequence[ResultT | 
 
 CALLS_IN_A_ROW = 20
 """Calls after which a connection is returned for others to take, although callers in loops have called once more."""
+MOST_ITEMS = 1000
+"""Items in one call."""
 UNANSWERED_TIMEOUT = 1.0
 """Seconds for which calls wait for the one in flight, whose connection may never answer."""
 
@@ -34,11 +36,8 @@ class Batch(Generic[ItemT, ResultT]):
     connection for each of its calls would cost it a quarter of the throughput.
     """
 
-    def __init__(
-        self, opened: Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]], *, most: int = 1000
-    ) -> None:
+    def __init__(self, opened: Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]]) -> None:
         self._opened = opened
-        self._most = most
         self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._current: asyncio.Task[None] | None = None
@@ -86,7 +85,7 @@ class Batch(Generic[ItemT, ResultT]):
                 self._start()
 
     async def _call(self, function: BatchFunction[ItemT, ResultT]) -> None:
-        batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+        batch, self._waiting = self._waiting[:MOST_ITEMS], self._waiting[MOST_ITEMS:]
         results: Sequence[ResultT | BaseException] = [ConnectionError()] * len(batch)
         try:
             results = await function([item for item, _ in batch])

@@ -52,16 +52,15 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
     )
 
 
-def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
-    statement = (
+def _unfinished(*conditions: Any, skip_locked: bool) -> CTE:
+    return (
         select(TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskRow.claimed_by, TaskRow.started_at)
         .where(TaskRow.finished_at.is_(None), *conditions)
         .order_by(TaskRow.task_id)
         .with_for_update(skip_locked=skip_locked, key_share=True)
+        .cte("locked")
+        .prefix_with("MATERIALIZED", dialect="postgresql")
     )
-    if limit is not None:
-        statement = statement.limit(limit)
-    return statement.cte("locked").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
