@@ -38,20 +38,17 @@ def leads_directly(connection: Connection, *, alone: bool = True) -> bool:
 
     Statements that are alone then commit by themselves, whatever SQLAlchemy's isolation level.
     """
-    try:
-        return (
-            connection.dialect.driver == "asyncpg"
-            and not _has_listeners(connection)
-            and not connection.dialect.dispatch.do_execute
-            and not connection.dialect.dispatch.do_execute_no_params
-            and not private.echoes(connection)
-            # A transaction that the application has begun at checkout would be rolled back when the connection returns.
-            and (not in_transaction(connection) if alone else _has_begun(connection))
-            and private.keeps_prepared_statements(connection)
-            and private.has_all(connection)
-        )
-    except private.Missing:
-        return False
+    return (
+        connection.dialect.driver == "asyncpg"
+        and private.all_exist(connection)
+        and not _has_listeners(connection)
+        and not connection.dialect.dispatch.do_execute
+        and not connection.dialect.dispatch.do_execute_no_params
+        and not private.echoes(connection)
+        # A transaction that the application has begun at checkout would be rolled back when the connection returns.
+        and (not in_transaction(connection) if alone else _has_begun(connection))
+        and private.keeps_prepared_statements(connection)
+    )
 
 
 def _has_listeners(connection: Connection) -> bool:
