@@ -20,8 +20,6 @@ from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, r
 from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
-from .statements.expressions import arrays
-from .statements.spawning import SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -292,11 +290,6 @@ def at_position(error: ErrorT, position: int) -> ErrorT:
     """Add a note to an error that says which of many spawns it is about, and return it."""
     error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
     return error
-
-
-def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
-    """Return the arrays of `SPAWN_COLUMNS`, with one element of each per task."""
-    return arrays(SPAWN_COLUMNS, [item.values for item in prepared])
 
 
 def lookup_params(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
