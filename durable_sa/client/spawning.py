@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..app import App
 from ..concurrency.branches import detached
-from ..database.batches import Batch, halving, with_connection
+from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
 from ..database.scripts import Script, SessionOrConnection, drive_async, perform, perform_in_autocommit, perform_within
@@ -275,8 +276,17 @@ class Spawning(App):
         self, held: HeldConnection, prepared: list[Prepared]
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawn as `_spawn_batch` does, with an error for items whose key an open transaction has inserted."""
-        spawn = functools.partial(self._spawn_batch, held, lock_timeout=LOCK_TIMEOUT)
-        return await halving(spawn, prepared, when=_is_locked)
+        try:
+            return await self._spawn_batch(held, prepared, lock_timeout=LOCK_TIMEOUT)
+        except DBAPIError as error:
+            if not _is_locked(error):
+                raise
+            if len(prepared) == 1:
+                return [error]
+        # Each half is spawned in turn, down to the single item whose key is locked.
+        middle = len(prepared) // 2
+        first = await self._spawn_keyed(held, prepared[:middle])
+        return [*first, *await self._spawn_keyed(held, prepared[middle:])]
 
     async def _spawn_batch(
         self, held: HeldConnection, prepared: list[Prepared], *, lock_timeout: str | None = None

@@ -125,24 +125,3 @@ def with_connection(
             yield functools.partial(function, held)
 
     return opened
-
-
-async def halving(
-    call: Callable[[list[ItemT]], Awaitable[Sequence[ResultT]]],
-    items: list[ItemT],
-    *,
-    when: Callable[[Exception], bool],
-) -> list[ResultT | Exception]:
-    """Make a call for many items; if it is refused, make it for each half of them, to find the items at fault.
-
-    `when` accepts the errors that are refusals. The result of an item whose own call is refused is the error.
-    """
-    try:
-        return [*await call(items)]
-    except Exception as error:
-        if not when(error):
-            raise
-        if len(items) == 1:
-            return [error]
-    middle = len(items) // 2
-    return [*await halving(call, items[:middle], when=when), *await halving(call, items[middle:], when=when)]

@@ -137,10 +137,10 @@ def _perform_within(
         result = drive(execute, script(hint))
     except DBAPIError as error:
         if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
-            from ..migrations.version import not_installed
+            from ..migrations.version import mismatch
 
             # The transaction has failed, so the connection cannot be asked for the schema's version.
-            raise not_installed(schema) from error
+            raise mismatch(None, schema) from error
         raise
     if hint:
         send_after_commit(connection, channel_name(schema), hint)
