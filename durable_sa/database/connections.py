@@ -239,11 +239,8 @@ class Database:
         refuse_read_only(error)
         if sqlstate(error) not in MISSING_TABLE_STATES:
             return
-        from ..migrations import check
-
         try:
-            async with self.engine.connect() as connection:
-                await connection.run_sync(check, self.schema)
+            await self.check_schema()
         except SchemaMismatch as mismatch:
             raise mismatch from error
 
