@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast, overload
 
 from sqlalchemy import Row
 from typing_extensions import Unpack
@@ -83,7 +83,7 @@ class Kind(NamedTuple):
     headers: str | None
     priority: int
     max_attempts: int
-    retry_kind: str
+    retry_kind: Literal["none", "fixed", "exponential"]
     retry_base_delay: float
     retry_factor: float
     retry_max_backoff: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
 from ..spawns import Prepared, prepare
 from ..statements import queues, scheduling
-from ..statements.spawning import SPAWN_COLUMNS
 from ..tasks import Task
 from . import pgcron
 from .cron import Misfire, next_tick
@@ -35,16 +35,8 @@ def encode_options(options: SpawnOptions) -> str:
     for key, value in options.items():
         if value is None:
             continue
-        if isinstance(value, RetryStrategy):
-            plain[key] = {
-                "kind": value.kind,
-                "base_delay": value.base_delay,
-                "factor": value.factor,
-                "max_backoff": value.max_backoff,
-                "jitter": value.jitter,
-            }
-        elif isinstance(value, CancellationPolicy):
-            plain[key] = {"max_pending_time": value.max_pending_time, "max_running_time": value.max_running_time}
+        if isinstance(value, RetryStrategy | CancellationPolicy):
+            plain[key] = dataclasses.asdict(value)
         elif isinstance(value, timedelta):
             plain[key] = value.total_seconds()
         else:
@@ -160,22 +152,16 @@ async def create(
 
 def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
     """Add the options of the task and the defaults of this process, so that those of the firing process are unused."""
-    values = dict(zip(SPAWN_COLUMNS, prepared.values, strict=True))
+    kind = prepared.kind
     complete: SpawnOptions = {
         "headers": options.get("headers"),
         "delay": options.get("delay"),
-        "priority": values["priority"],
-        "max_attempts": values["max_attempts"],
+        "priority": kind.priority,
+        "max_attempts": kind.max_attempts,
         "retry_strategy": RetryStrategy(
-            values["retry_kind"],
-            base_delay=values["retry_base_delay"],
-            factor=values["retry_factor"],
-            max_backoff=values["retry_max_backoff"],
-            jitter=values["retry_jitter"],
+            kind.retry_kind, kind.retry_base_delay, kind.retry_factor, kind.retry_max_backoff, kind.retry_jitter
         ),
-        "cancellation": CancellationPolicy(
-            max_pending_time=values["max_pending_seconds"], max_running_time=values["max_running_seconds"]
-        ),
+        "cancellation": CancellationPolicy(kind.max_pending_seconds, kind.max_running_seconds),
     }
     return complete
 
