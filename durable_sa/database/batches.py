@@ -51,6 +51,11 @@ class Batch(Generic[ItemT, ResultT]):
             self._start()
         return await future
 
+    async def flush(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds until no call is in flight, and its connection is back in the pool."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout)
+
     def _start(self) -> None:
         with detached():
             self._current = asyncio.get_running_loop().create_task(self._drain(), name="durable:batch")
