@@ -6,6 +6,7 @@ another name costs speed and nothing else: every statement is then executed by S
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
@@ -59,14 +60,11 @@ def _adapted(connection: Connection) -> Any:
     return connection.connection.dbapi_connection
 
 
-def has_events(target: Any) -> bool:
-    """Return whether a connection or an engine has, or has had, listeners of any kind."""
-    return bool(target._has_events)
+has_events = operator.attrgetter("_has_events")
+"""Return whether a connection or an engine has, or has had, listeners of any kind."""
 
-
-def echoes(connection: Any) -> bool:
-    """Return whether a connection logs its statements."""
-    return bool(connection._echo)
+echoes = operator.attrgetter("_echo")
+"""Return whether a connection logs its statements."""
 
 
 def keeps_prepared_statements(connection: Connection) -> bool:
