@@ -93,7 +93,7 @@ CHECKS = (
     Check(
         "schedules",
         diagnosis.OVERDUE_TICKS,
-        lambda row: f"schedule {row['name']!r} has been due for {span(row['seconds'])}",
+        lambda row: f"schedule {row['name']!r} of queue {row['queue_name']!r} has been due for {span(row['seconds'])}",
         "Workers of any queue fire schedules. Check that one is running.",
     ),
     Check(

@@ -154,7 +154,7 @@ INCONSISTENT = (
 """Tasks whose columns contradict each other."""
 
 OVERDUE_TICKS = (
-    select(Schedule.name, _age(Schedule.next_tick_at).label("seconds"))
+    select(Schedule.name, Schedule.queue_name, _age(Schedule.next_tick_at).label("seconds"))
     .where(Schedule.paused_at.is_(None), Schedule.backend == constant("worker"), Schedule.next_tick_at < _moment_ago)
     .order_by(Schedule.next_tick_at)
     .limit(_wanted)

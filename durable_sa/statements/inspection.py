@@ -192,7 +192,7 @@ SCHEDULES = select(
     Schedule.next_tick_at,
     clamped_time(Schedule.last_tick_at),
     Schedule.last_task_id,
-).order_by(Schedule.name)
+).order_by(Schedule.name, Schedule.queue_name)
 """All schedules, with their last and their next tick."""
 
 OLD_QUEUES = (
