@@ -54,6 +54,8 @@ class Run:
         self.branches = BranchTree(on_quiescent=self._suspend)
         self.children: dict[uuid.UUID, Any] = {}
         """The tasks of the children that were spawned in this run; None for one that is not registered here."""
+        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
+        """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
         self.over = False
         self._waited = journal.waiting

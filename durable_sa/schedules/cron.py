@@ -54,7 +54,7 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
         raise InvalidCron(expression, "it is no str")
     after = after.astimezone(UTC)
     _walk(expression, _wall(after, local))
-    names_the_hour = not any(field.startswith("*") for field in expression.split()[-5:-3])
+    names_the_hour = not expression.split()[-4].startswith("*")
     yield from (_named if names_the_hour else _steady)(expression, local, after)
 
 
