@@ -16,7 +16,7 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.failures import is_retryable
+from ..serialization.failures import is_retryable, mark_step
 from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
@@ -89,25 +89,29 @@ class Steps(Sleeps):
         kwargs: dict[str, Any],
     ) -> Any:
         run = self._run
-        codec = result_codec(function)
-        if (entry := await self._recall(call)) is not None:
-            return codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
-        tries = self._failed_tries(call) if options.max_attempts > 1 else 0
-        if failures := tries % options.max_attempts:
-            # The run may have been woken before the pause between the tries was over.
-            await run.enter()
-            await self._pause(call, tries, self._strategy(options).delay(failures))
-        while True:
-            await run.enter()
-            try:
-                with run.branches.busy(), run.branches.scope(str(call.key)):
-                    result = await attempt(call.name, function, args, kwargs, options.timeout, self._around(call))
-            except Exception as error:
-                tries += 1
-                if not await self._retry(call, tries, options, error):
-                    raise
-            else:
-                return await self._end_step(call, codec, result)
+        try:
+            codec = result_codec(function)
+            if (entry := await self._recall(call)) is not None:
+                return codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
+            tries = self._failed_tries(call) if options.max_attempts > 1 else 0
+            if failures := tries % options.max_attempts:
+                # The run may have been woken before the pause between the tries was over.
+                await run.enter()
+                await self._pause(call, tries, self._strategy(options).delay(failures))
+            while True:
+                await run.enter()
+                try:
+                    with run.branches.busy(), run.branches.scope(str(call.key)):
+                        result = await attempt(call.name, function, args, kwargs, options.timeout, self._around(call))
+                except Exception as error:
+                    tries += 1
+                    if not await self._retry(call, tries, options, error):
+                        raise
+                else:
+                    return await self._end_step(call, codec, result)
+        except BaseException as error:
+            mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
+            raise
 
     async def _attempt(
         self,

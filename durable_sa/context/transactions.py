@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from ..execution.transactions import run_transaction
 from ..ids import is_part
 from ..serialization.canonical import encode_arguments
+from ..serialization.failures import mark_step
 from ..steps import result_codec
 from .base import NULL, Call, ContextBase, check_function
 
@@ -57,15 +58,20 @@ class Transactions(ContextBase):
     async def _transaction(
         self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        codec = result_codec(fn)
-        if (entry := await self._recall(call)) is not None:
-            return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
-        with (
-            self._run.branches.busy(),
-            self._run.branches.scope(str(call.key)),
-            self._around(call),
-        ):
-            value = await run_transaction(self._run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
-        if is_part(call.key):
-            self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
-        return value
+        run = self._run
+        try:
+            codec = result_codec(fn)
+            if (entry := await self._recall(call)) is not None:
+                return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
+            with (
+                run.branches.busy(),
+                run.branches.scope(str(call.key)),
+                self._around(call),
+            ):
+                value = await run_transaction(run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
+            if is_part(call.key):
+                self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
+            return value
+        except BaseException as error:
+            mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
+            raise

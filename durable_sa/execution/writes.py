@@ -6,11 +6,12 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Generic, NamedTuple, TypeAlias
+from typing import Any, Final, Generic, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Row
 from typing_extensions import TypeVar
 
+from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints, outcomes, suspending
 from ..statements.expressions import arrays
@@ -78,6 +79,8 @@ class FailureValues(NamedTuple):
     retryable: bool
     next_run_id: uuid.UUID
     waited: bool
+    timeouts: Sequence[uuid.UUID] = ()
+    """Keys of recorded timeouts that are deleted, because they are the failure."""
 
 
 class ReleaseValues(NamedTuple):
@@ -101,6 +104,8 @@ Values: TypeAlias = (
     | None
 )
 ValuesT_co = TypeVar("ValuesT_co", bound=Values, covariant=True, default=Any)
+
+_PARAMS: Final = list(SPAWN_COLUMNS).index("params")
 
 OnWritten: TypeAlias = Callable[[Any, BaseException | None], None]
 
@@ -129,6 +134,31 @@ class Write(Generic[ValuesT_co]):
         if not self.over:
             self.over = True
             self.on_written(value, error)
+
+
+def escape(write: Write) -> bool:
+    """Escape the characters beyond ASCII in the JSON of a write. Returns False if it has none that can be escaped.
+
+    JSON with escapes means the same, and a database of any encoding takes it. A failure is no such write, because its
+    texts are read by SQL, which fails at such an escape.
+    """
+    values: Any = write.values
+    escaped: Any = values
+    match values:
+        case CheckpointValues(value=str(text)):
+            escaped = values._replace(value=in_ascii(text))
+        case EventValues(payload=text):
+            escaped = values._replace(payload=in_ascii(text))
+        case CompletionValues(output=text):
+            escaped = values._replace(output=in_ascii(text))
+        case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
+            escaped = values._replace(spawn=(*spawn[:_PARAMS], in_ascii(spawn[_PARAMS]), *spawn[_PARAMS + 1 :]))
+        case _:
+            pass
+    if escaped == values:
+        return False
+    write.values = escaped
+    return True
 
 
 def without_earlier_fences(batch: list[Write]) -> list[Write]:
@@ -186,7 +216,10 @@ def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dic
 
 
 def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
-    return outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))
+    rows = [(write.task_id, write.fence, *write.values[:4]) for write in writes]
+    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited"), rows)
+    timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
+    return outcomes.FAIL, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 
 
 def _releases(writes: list[Write[ReleaseValues]]) -> tuple[Executable, dict[str, Any]]:
@@ -197,9 +230,7 @@ def _completions(writes: list[Write[CompletionValues]]) -> tuple[Executable, dic
     return outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))
 
 
-def _fenced(
-    writes: Sequence[Write[FailureValues | ReleaseValues | CompletionValues]], names: Iterable[str]
-) -> dict[str, list[Any]]:
+def _fenced(writes: Sequence[Write[ReleaseValues | CompletionValues]], names: Iterable[str]) -> dict[str, list[Any]]:
     return arrays(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
 
 
