@@ -17,6 +17,7 @@ from ..concurrency.task_factory import BranchExit
 from ..concurrency.threads import in_event_loop
 from ..concurrency.tree import BranchTree
 from ..errors import InvalidState, ReplayMismatch, TaskTimeout
+from ..options import Replay
 from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
 from ..statements.claiming import ClaimedRun
@@ -123,7 +124,9 @@ class Run:
             self._end(root)
             return
         self._mark_over()
-        if reason == "suspended":
+        if reason == "suspended" and self.mismatch is not None:
+            self._fail(self.mismatch)
+        elif reason == "suspended":
             outcomes.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)
         elif reason == "released":
             outcomes.release(self.host, self.claimed, self.task, waited=self._waited)
@@ -161,6 +164,11 @@ class Run:
     def _fail(self, error: BaseException) -> None:
         timeouts = self._failing_timeouts(error) if self._timeouts else ()
         outcomes.fail(self.host, self.claimed, self.task, error, waited=self._waited, timeouts=timeouts)
+
+    @property
+    def replay(self) -> Replay | None:
+        """The task's own rule for steps that are recorded with other arguments."""
+        return self.task.replay
 
     def timed_out(self, key: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
         """Note the error of a wait, for its record to be deleted if the error fails the run. Returns the error."""

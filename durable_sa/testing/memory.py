@@ -84,6 +84,8 @@ class MemoryRun:
     """Takes the place of a `Run`, of its worker and of the worker's reader."""
 
     signal = None
+    mismatch = None
+    replay = None
     journal = EMPTY_JOURNAL
     threads = None
     """None is the executor of the event loop."""
