@@ -13,7 +13,7 @@ from .database.notifier import HintSender, sender
 from .errors import QueueNotFound, TaskAlreadyRegistered, TaskNotRegistered
 from .execution.hooks import HookChain
 from .names import validate_name, validate_schema
-from .options import MAX_ATTEMPTS, TaskOptions
+from .options import MAX_ATTEMPTS, Replay, TaskOptions, check_replay
 from .policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from .statements import queues
 from .tasks import Task
@@ -43,6 +43,7 @@ class App:
         max_payload_bytes: int,
         hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
+        replay: Replay,
     ) -> None:
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
@@ -57,6 +58,8 @@ class App:
             default_cancellation,
             self.queue_name,
         )
+        self.replay = check_replay(replay)
+        """What happens when a recorded step is met with other arguments, unless the task says it."""
         self.hooks = hooks
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 LOCK_NOT_AVAILABLE = "55P03"
 UNIQUE_VIOLATION = "23505"
+UNTRANSLATABLE = "22P05"
+"""A character that the encoding of the database does not have."""
 CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
 POOLER_STATES = frozenset({"26000", "42P05"})
 """A prepared statement does not exist, or exists already: one server connection has prepared it, another runs it."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
 from .context import TaskContext
 from .context.sync import SyncTaskContext
 from .names import validate_name
-from .options import TaskOptions
+from .options import Replay, TaskOptions, check_replay
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
 from .tasks import Task
@@ -56,6 +56,7 @@ def task(
     cancellation: CancellationPolicy | None = None,
     queue_name: str | None = None,
     no_retry_on: Iterable[type[BaseException]] = (),
+    replay: Replay | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -65,28 +66,36 @@ def task(
     cancellation: CancellationPolicy | None = None,
     queue_name: str | None = None,
     no_retry_on: Iterable[type[BaseException]] = (),
+    replay: Replay | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
     `async def` functions get a `TaskContext`; `def` functions run in a thread with a `SyncTaskContext`. Params and
     output are stored by their annotations, as plain JSON where there are none. The name is the function's own if none
     is given. Options that are not set are the client's. After an exception of `no_retry_on` the task is not
-    retried.
+    retried. With `replay="strict"` it fails with `ReplayMismatch` before a recorded step, met with other arguments,
+    would run anew.
 
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
     """
     if callable(name):
-        return _make(name, None, TaskOptions(), ())
+        return _make(name, None, TaskOptions(), (), None)
     if name is not None:
         validate_name("task", name)
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
-    return functools.partial(_make, name=name, options=options, no_retry_on=_exceptions(no_retry_on))
+    if replay is not None:
+        check_replay(replay)
+    return functools.partial(_make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay)
 
 
 def _make(
-    function: Any, name: str | None, options: TaskOptions, no_retry_on: tuple[type[BaseException], ...]
+    function: Any,
+    name: str | None,
+    options: TaskOptions,
+    no_retry_on: tuple[type[BaseException], ...],
+    replay: Replay | None,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -103,6 +112,7 @@ def _make(
         options=options,
         no_retry_on=no_retry_on,
         local_types=local_types(function),
+        replay=replay,
     )
 
 

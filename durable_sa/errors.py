@@ -14,6 +14,7 @@ DurableError
 └── TaskError                         raised in task code
     ├── UserError
     ├── TaskTimeout (TimeoutError)
+    ├── ReplayMismatch
     ├── ChildFailed
     ├── ChildCancelled
     ├── InvalidName (ValueError)          ┐
@@ -109,6 +110,9 @@ class TaskAlreadyRegistered(DurableError, ValueError):
 class QueueNotFound(DurableError, LookupError):
     """Raised when a queue does not exist."""
 
+    final = False
+    """True if a context has raised it: the task is not retried then, because it would meet the same again."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(name)
@@ -123,6 +127,9 @@ class TaskNotFound(DurableError, LookupError):
 
     `reason` is given if it is another than a spawn that was not committed, or a task that was cleaned up.
     """
+
+    final = False
+    """True if a context has raised it: the task is not retried then, because it would meet the same again."""
 
     def __init__(self, task_id: UUID, reason: str | None = None) -> None:
         self.task_id = task_id
@@ -281,6 +288,25 @@ class TaskTimeout(TaskError, TimeoutError):
         return _sentence(f"{self.what} took longer than {self.timeout:g} s")
 
 
+class ReplayMismatch(TaskError):
+    """Raised when a recorded step is met with other arguments, and the task or client has `replay="strict"`.
+
+    Nothing has run then. The task fails without a retry; `retry_task` goes on from its records once the code passes
+    the recorded arguments again.
+    """
+
+    def __init__(self, step: str) -> None:
+        self.step = step
+        super().__init__(step)
+
+    def __str__(self) -> str:
+        return (
+            f"Step {_shown(self.step)} is recorded with other arguments than the code passes now, and would run anew. "
+            "Arguments must be the same in each run: take times and random values from ctx.now() and ctx.rand(). "
+            "Mend the code, then call `await durable.retry_task(task_id)`. A step that is another one needs a new name."
+        )
+
+
 class ChildFailed(TaskError):
     """Raised by `join` when the child failed. `name`, `message` and `raw` are those of the child's error."""
 
@@ -321,7 +347,11 @@ class InvalidName(TaskError, ValueError):
 
 
 class InvalidTaskParams(TaskError, ValueError):
-    """Raised when params do not fit the task. `problems` say where and why, without the values."""
+    """Raised when params do not fit the task.
+
+    `problems` say where and why: with the text of the application's own validator if that has refused them, and
+    without the values.
+    """
 
     def __init__(self, task_name: str, problems: Sequence[str]) -> None:
         self.task_name = task_name

@@ -5,12 +5,16 @@ They are instances of asyncpg's subclass of `uuid.UUID`, which is faster to make
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import uuid
 from collections.abc import Callable
+from typing import Final
 
 import uuid_utils
 from asyncpg.pgproto import pgproto  # pyright: ignore[reportMissingTypeStubs] - it has no types
+
+_FAMILY_BYTES: Final = 4
 
 _uuid: Callable[[bytes], uuid.UUID] = pgproto.UUID
 
@@ -31,10 +35,29 @@ def step_key(
     """Return the key of a checkpoint, which identifies a call of a task in every run of the same code.
 
     The last bit of the key is set if the call is `part` of a step; once the step is recorded, no replay asks for it.
+    Calls with arguments (steps and transactions) of the same kind, name and branch have the first four bytes in common.
     """
     identity = repr((kind, name, arguments, path, occurrence)).encode("utf-8", "surrogatepass")
     raw = hashlib.blake2b(identity, digest_size=16).digest()
+    if kind in ("step", "transaction"):
+        raw = _family(kind, name, path) + raw[_FAMILY_BYTES:]
     return _uuid(raw if raw[15] & 1 == part else raw[:15] + bytes((raw[15] ^ 1,)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _family(kind: str, name: str, path: tuple[int | str, ...]) -> bytes:
+    identity = repr((kind, name, path)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(identity, digest_size=_FAMILY_BYTES).digest()
+
+
+def family(key: uuid.UUID) -> bytes:
+    """Return what the keys of steps with one name in one branch have in common."""
+    return key.bytes[:_FAMILY_BYTES]
+
+
+def without_family(key: uuid.UUID) -> bytes:
+    """Return the part of a key that identifies the call: all that keys had in common with today's at first."""
+    return key.bytes[_FAMILY_BYTES:]
 
 
 def is_part(key: uuid.UUID) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypedDict, TypeVar, cast
+from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
 
 from sqlalchemy import URL
 
@@ -12,6 +12,9 @@ from .names import validate_name
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.codec import UNTYPED, check_size
 from .validation import Duration, instance, integer, seconds, timestamp
+
+Replay: TypeAlias = Literal["warn", "strict"]
+"""What happens when a recorded step is met with other arguments: it runs anew with a warning, or the task fails."""
 
 MAX_ATTEMPTS: Final = 2**31 - 1
 MAX_HEADERS_BYTES: Final = 16 * 1024
@@ -149,6 +152,17 @@ def resolve_spawn_options(
         delay=None if delay is None else seconds(delay, "delay"),
         priority=0 if priority is None else integer(priority, "priority", minimum=-(2**15), maximum=2**15 - 1),
     )
+
+
+def check_replay(replay: Replay) -> Replay:
+    """Return `replay`.
+
+    Raises:
+        InvalidConfiguration: it is neither "warn" nor "strict".
+    """
+    if replay not in get_args(Replay):
+        raise InvalidConfiguration("replay", f"{replay!r} is neither 'warn' nor 'strict'")
+    return replay
 
 
 def encode_headers(headers: Mapping[str, Any] | None, internal: Mapping[str, Any] | None = None) -> str:

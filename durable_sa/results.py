@@ -59,6 +59,8 @@ class TaskErrorInfo:
     message: str
     raw: Any = field(default=None, repr=False)
     """The data of a `UserError` as plain JSON, else None."""
+    step: str | None = None
+    """The step or transaction in which the failure arose; None for one of the task's own code."""
 
 
 @dataclass(frozen=True)

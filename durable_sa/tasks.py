@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import ValidationError
 
 from .errors import InvalidTaskParams, SerializationError
-from .options import TaskOptions
+from .options import Replay, TaskOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
 from .serialization.codec import Codec, codec_for, problems
@@ -41,6 +41,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """Exceptions after which it is not retried."""
     local_types: dict[str, object] = field(repr=False)
     """Types that its annotations name and that are local to the function that defines the task."""
+    replay: Replay | None = field(default=None, repr=False)
+    """What happens when a recorded step is met with other arguments; None leaves it to the client."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -20,6 +20,7 @@ from durable_sa.errors import (
     InvalidTaskParams,
     PayloadTooLarge,
     QueueNotFound,
+    ReplayMismatch,
     ScheduleNotFound,
     SchemaMismatch,
     SerializationError,
@@ -82,6 +83,11 @@ EXAMPLES: list[tuple[DurableError, type[Exception], str]] = [
     (InvalidConfiguration("claim_timeout", "0.5 is below 1"), ValueError, "claim_timeout: 0.5 is below 1."),
     (InvalidState("task 7", "running", "Cancel it."), RuntimeError, "Task 7 is running. Cancel it."),
     (InvalidState("task 7", "running"), RuntimeError, "Task 7 is running."),
+    (
+        ReplayMismatch("charge"),
+        TaskError,
+        "Step 'charge' is recorded with other arguments than the code passes now, and would run anew. ...",
+    ),
     (
         IdempotencyConflict("k", "q", task_id),
         ValueError,

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from durable_sa.ids import child_id, is_part, new_id, step_key
+from durable_sa.ids import child_id, family, is_part, new_id, step_key, without_family
 
 FORKING = """
 import os, sys, time
@@ -54,7 +54,12 @@ def test_a_step_has_the_same_key_in_every_run_and_no_other_has_it() -> None:
     parts = [step_key(*call, part=True) for call in calls]
     assert len({*keys, *parts}) == 2 * len(calls)
     assert [is_part(key) for key in [*keys, *parts]] == [False] * len(calls) + [True] * len(calls)
-    assert keys[0] == uuid.UUID("470956ef-4049-2187-2aca-59d70a15d550"), "what is stored in databases is found by it"
+    assert keys[0] == uuid.UUID("86bc9a60-4049-2187-2aca-59d70a15d550"), "what is stored in databases is found by it"
+    assert keys[1] == uuid.UUID("ea97cf03-821c-6951-7667-2aaa859c2cba")
+    assert family(keys[0]) == family(keys[3]) == family(keys[6]), "other arguments, the next occurrence"
+    assert len({family(keys[position]) for position in (0, 1, 2, 4, 5, 7)}) == 6, "another kind, name or branch"
+    first = uuid.UUID("470956ef-4049-2187-2aca-59d70a15d550")
+    assert without_family(keys[0]) == without_family(first), "as it was stored before keys had families"
 
 
 def test_a_child_has_one_id_for_each_call_of_its_parent() -> None:

@@ -6,10 +6,10 @@ import functools
 import gc
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import pytest
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
 from durable_sa.decorators import task
@@ -33,7 +33,7 @@ class Query(BaseModel):
     @classmethod
     def positive(cls, value: int) -> int:
         if value < 1:
-            raise ValueError(f"{value} hunter2")
+            raise ValueError("ask for one or more")
         return value
 
 
@@ -106,7 +106,7 @@ def test_params_are_validated_and_come_back() -> None:
         ("hunter2", "Input should be a valid dictionary or instance of Query"),
         ({"text": 5}, "at text: Input should be a valid string"),
         ({"limit": "hunter2"}, "at q: Field required; at limit: Input should be a valid integer"),
-        ({"q": "x", "limit": 0}, "at limit: value_error"),
+        ({"q": "x", "limit": 0}, "at limit: ask for one or more"),
         (Answer(texts=[]), "Input should be a valid dictionary or instance of Query"),
     ],
 )
@@ -123,6 +123,24 @@ def test_stored_params_that_do_not_fit_are_refused() -> None:
     for text in (None, "5", '{"q":1}', "{"):
         with pytest.raises(InvalidTaskParams, match="The params do not fit task 'ask': cannot be read back as Query"):
             ask.decode_params(text)
+    with pytest.raises(InvalidTaskParams, match="at limit: ask for one or more"):
+        ask.decode_params('{"q":"x","limit":0}')
+
+
+def test_an_assertion_without_a_text_is_named_by_its_kind() -> None:
+    def hold(value: int) -> int:
+        assert value != 5, "five is taken"
+        if value == 6:
+            raise AssertionError
+        return value
+
+    @task("assertive")
+    async def assertive(ctx: Any, params: Annotated[int, AfterValidator(hold)]) -> None: ...
+
+    with pytest.raises(InvalidTaskParams, match="five is taken"):
+        assertive.encode_params(5)
+    with pytest.raises(InvalidTaskParams, match="assertion_error"):
+        assertive.encode_params(6)
 
 
 def test_a_task_without_params_takes_none() -> None:

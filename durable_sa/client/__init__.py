@@ -20,7 +20,7 @@ from ..database.hint import channel_name
 from ..database.notifier import flush
 from ..hooks import Hooks, chain
 from ..models import DEFAULT_QUEUE, SCHEMA
-from ..options import WorkerOptions
+from ..options import Replay, WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import Task
@@ -60,7 +60,8 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
     is the schema of the tables, ``durable`` by default. `hooks` surround all spawns, runs and steps of the client; see
     :class:`durable_sa.Hooks`. Spans and metrics are recorded by `telemetry`, a
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
-    has set these up; not at all if it is False.
+    has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
+    warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -83,6 +84,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
+        replay: Replay = "warn",
         tasks: Iterable[Task[Any, Any]] = (),
     ) -> None:
         super().__init__(
@@ -95,6 +97,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             max_payload_bytes=max_payload_bytes,
             hooks=chain(hooks),
             telemetry=telemetry,
+            replay=replay,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""

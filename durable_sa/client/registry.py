@@ -14,6 +14,7 @@ from ..decorators import (
     TaskDecorator,
 )
 from ..decorators import task as make_task
+from ..options import Replay
 from ..policies import CancellationPolicy, RetryStrategy
 from ..tasks import Task
 
@@ -42,6 +43,7 @@ class Registry(App):
         cancellation: CancellationPolicy | None = None,
         queue_name: str | None = None,
         no_retry_on: Iterable[type[BaseException]] = (),
+        replay: Replay | None = None,
     ) -> TaskDecorator: ...
     def task(self, name: str | Callable[..., Any] | None = None, **options: Any) -> Any:
         """Make a task as :func:`durable_sa.task` does, and register it."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..app import App
-from ..errors import InvalidState
+from ..errors import InvalidState, ReplayMismatch
 from ..execution.hooks import around_step
 from ..execution.journal import Entry
 from ..execution.run import Run
@@ -62,13 +62,17 @@ class ContextBase:
         branch = self._run.branch()
         occurrence = branch.occurrence((kind, name, arguments))
         part = _is_inside_step(branch.path)
-        return Call(kind, name, step_key(kind, name, arguments, branch.path, occurrence, part=part))
+        key = step_key(kind, name, arguments, branch.path, occurrence, part=part)
+        self._run.journal.ask(key)
+        return Call(kind, name, key)
 
     async def _recall(self, call: Call) -> Entry | None:
         """Return the record of a call, None if it has none."""
         run = self._run
         if run.signal is not None:
             await run.enter()
+        if run.mismatch is not None:
+            raise ReplayMismatch(run.mismatch.step)
         entry = run.journal.take(call.key) or self._parts.get(call.key)
         if entry is not None and entry.left_behind:
             entry = await run.fetch(entry, call.key)
@@ -116,12 +120,55 @@ class ContextBase:
         with self._run.branches.busy():
             values = CheckpointValues(call.kind, call.name, "completed", text)
             stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
-        if call.kind == "step" and not is_part(call.key) and self._run.journal.holds_other("step", call.name):
-            # Asked after the write, because branches that start after this one need time to take their own records.
-            self._run.warn("step %r is recorded with other arguments than now, and was run anew", call.name)
         if is_part(call.key):
             self._keep_part(call, text if stored is None else stored.value or NULL)
         return value if stored is None else codec.decode(stored.value or NULL, what)
+
+    @property
+    def _strict(self) -> bool:
+        """True if a recorded step must not be met with other arguments."""
+        return (self._run.replay or self._app.replay) == "strict"
+
+    def _check_replay(self, call: Call) -> bool:
+        """Return whether a step or transaction that is not recorded is so with other arguments, after a warning.
+
+        A call that failed in an earlier run is not recorded although those after it are.
+
+        Raises:
+            ReplayMismatch: it is, and the task is strict.
+        """
+        run = self._run
+        if is_part(call.key) or not run.journal.passes_over(call.key):
+            return False
+        if run.journal.take(self._try(call, 0).key) is not None:
+            return False
+        if self._strict:
+            run.mismatch = ReplayMismatch(call.name)
+            raise run.mismatch
+        run.warn("%s %r is recorded with other arguments than now, and runs anew", call.kind, call.name)
+        return True
+
+    def _check_moved(self, call: Call) -> None:
+        """Warn of a step that has run although one of its name is recorded, and no branch has asked for that."""
+        # Asked after the write, because branches that start after this one need time to take their own records.
+        if not is_part(call.key) and self._run.journal.holds_other(call.kind, call.name):
+            self._run.warn("%s %r is recorded with other arguments than now, and was run anew", call.kind, call.name)
+
+    async def _note_failure(self, call: Call) -> None:
+        """Record that a step has failed, so that a replay does not take the records behind it for those of this call.
+
+        Only strict tasks need that. It is written before the task's code goes on, even if that is being cancelled.
+        """
+        if self._strict and not is_part(call.key) and self._run.signal is None:
+            await self._record_try(self._try(call, 0))
+
+    async def _record_try(self, tried: Call) -> None:
+        with self._run.branches.busy():
+            values = CheckpointValues(tried.kind, tried.name, "completed", NULL)
+            await self._run.write(Kind.CHECKPOINT, tried.key, values)
+
+    def _try(self, call: Call, number: int) -> Call:
+        return Call("value", "$try", step_key("try", str(call.key), "", (), number, part=True))
 
     def _keep_part(self, call: Call, text: str) -> None:
         self._parts[call.key] = Entry(call.kind, call.name, "completed", text)

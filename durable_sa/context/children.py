@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from typing_extensions import Unpack
 
-from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, TaskNotFound, TaskTimeout
+from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, QueueNotFound, TaskNotFound, TaskTimeout
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, ChildValues, Kind
 from ..ids import child_id, digest
@@ -51,6 +51,7 @@ class Children(ContextBase):
             InvalidTaskParams: the params do not fit the task.
             InvalidConfiguration, InvalidName: an option is out of range.
             IdempotencyConflict: the idempotency key belongs to a task that is not this child.
+            QueueNotFound: there is no such queue; this task is then not retried.
         """
         return self._spawn(self._call("spawn", name), task, params, options, unchecked=False)
 
@@ -101,7 +102,11 @@ class Children(ContextBase):
 
     async def _explain_refusal(self, options: SpawnOptions, child: uuid.UUID) -> None:
         queue_name = options.get("queue_name") or self._run.claimed.queue_name
-        await self._app.require_queue(queue_name)
+        try:
+            await self._app.require_queue(queue_name)
+        except QueueNotFound as error:
+            error.final = True
+            raise
         raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
@@ -109,8 +114,9 @@ class Children(ContextBase):
 
         Raises:
             ChildFailed, ChildCancelled: the child ended that way.
-            TaskTimeout: the child had not ended after `timeout` seconds; recorded, so a replay raises it too.
-            TaskNotFound: the handle is not that of a child of this task.
+            TaskTimeout: the child had not ended after `timeout` seconds. Recorded, so a replay raises it too; only if
+                it fails the attempt does the next one wait anew.
+            TaskNotFound: the handle is not that of a child of this task, which is then not retried.
         """
         if not isinstance(handle, TaskHandle | SpawnResult):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"join takes the TaskHandle of `await ctx.spawn(...)`, not {type(handle).__name__}")
@@ -129,7 +135,9 @@ class Children(ContextBase):
                 with run.branches.busy():
                     ended = await run.host.reader.task(child)
                 if ended is None or ended.parent_task_id != run.claimed.task_id:
-                    raise TaskNotFound(child, "it is not a child of the task that joins it")
+                    error = TaskNotFound(child, "it is not a child of the task that joins it")
+                    error.final = True
+                    raise error
                 known = known or self._app.tasks.get(ended.task_name)
                 if ended.outcome is not None:
                     value = ended.output if ended.outcome == "completed" else ended.error
@@ -144,8 +152,8 @@ class Children(ContextBase):
             codec = known.output_codec if known is not None else UNTYPED
             return cast(T, codec.decode(stored.value or NULL, f"the output of task {child}"))
         if stored.status == "timeout":
-            raise TaskTimeout(f"joining task {child}", timeout or 0.0)
+            raise run.timed_out(call.key, TaskTimeout(f"joining task {child}", timeout or 0.0))
         if stored.status == "cancelled":
             raise ChildCancelled(child)
-        name, message, raw = stored_failure(stored.value or "{}", f"the error of task {child}")
-        raise ChildFailed(child, name, message, raw=raw)
+        failure = stored_failure(stored.value or "{}", f"the error of task {child}")
+        raise ChildFailed(child, failure.name, failure.message, raw=failure.raw)

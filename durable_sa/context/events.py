@@ -41,7 +41,8 @@ class Events(ContextBase):
             InvalidName: a name that breaks the rules for events.
             SerializationError: the payload is not of that type. `replace_event` and `retry_task` mend that: a retried
                 task reads an event anew whose recorded payload cannot be decoded.
-            TaskTimeout: the event was not emitted within `timeout` seconds; recorded, so a replay raises it too.
+            TaskTimeout: the event was not emitted within `timeout` seconds. Recorded, so a replay raises it too;
+                only if it fails the attempt does the next one wait anew.
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
         validate_name("event", name)
@@ -66,7 +67,7 @@ class Events(ContextBase):
                 else:
                     stored = await self._park(call, event_name=call.name, timeout=timeout)
         if stored.status == "timeout":
-            raise TaskTimeout(f"event {call.name!r}", timeout or 0.0)
+            raise run.timed_out(call.key, TaskTimeout(f"event {call.name!r}", timeout or 0.0))
         return codec.decode(stored.value or NULL, what)
 
     async def _decode_recorded(self, call: Call, text: str, codec: Codec[T], what: str) -> T:

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from ..errors import TaskTimeout
-from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.failures import is_retryable
+from ..serialization.failures import is_retryable, mark_step
 from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
@@ -75,29 +74,40 @@ class Steps(Sleeps):
 
     async def _step(self, attempt: Attempt, call: Call, body: Body, options: StepOptions) -> Any:
         run = self._run
-        codec = result_codec(body.func)
-        if (entry := await self._recall(call)) is not None:
-            return codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
-        tries = self._failed_tries(call) if options.max_attempts > 1 else 0
-        if failures := tries % options.max_attempts:
-            # The run may have been woken before the pause between the tries was over.
-            await run.enter()
-            await self._pause(call, tries, self._strategy(options).delay(failures))
-        while True:
-            await run.enter()
-            run.steps[call.key] = call.name, time.monotonic()
-            try:
+        try:
+            codec = result_codec(body.func)
+            if (entry := await self._recall(call)) is not None:
+                return codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
+            tries = self._failed_tries(call) if options.max_attempts > 1 else 0
+            warned = not tries and self._check_replay(call)
+            if failures := tries % options.max_attempts:
+                # The run may have been woken before the pause between the tries was over.
+                await run.enter()
+                await self._pause(call, tries, self._strategy(options).delay(failures))
+            while True:
+                await run.enter()
+                run.steps[call.key] = call.name, time.monotonic()
                 try:
-                    with run.branches.busy(), run.branches.scope(str(call.key)):
-                        result = await attempt(call.name, body, options.timeout, self._around(call))
-                finally:
-                    run.steps.pop(call.key, None)
-            except Exception as error:
-                tries += 1
-                if not await self._retry(call, tries, options, error):
-                    raise
-            else:
-                return await self._end_step(call, codec, result)
+                    try:
+                        with run.branches.busy(), run.branches.scope(str(call.key)):
+                            result = await attempt(call.name, body, options.timeout, self._around(call))
+                    finally:
+                        run.steps.pop(call.key, None)
+                except Exception as error:
+                    tries += 1
+                    if not await self._retry(call, tries, options, error):
+                        raise
+                else:
+                    value = await self._end_step(call, codec, result)
+                    if not warned:
+                        self._check_moved(call)
+                    return value
+        except asyncio.CancelledError:
+            await self._note_failure(call)
+            raise
+        except BaseException as error:
+            mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
+            raise
 
     async def _attempt(
         self, name: str, body: Body, timeout: float | None, around: AbstractContextManager[object]
@@ -121,9 +131,6 @@ class Steps(Sleeps):
             tries += 1
         return tries
 
-    def _try(self, call: Call, number: int) -> Call:
-        return Call("value", "$try", step_key("try", str(call.key), "", (), number, part=True))
-
     async def _retry(self, call: Call, tries: int, options: StepOptions, error: Exception) -> bool:
         """Record the failure of a try, and wait if another follows; a long wait suspends the run.
 
@@ -135,11 +142,9 @@ class Steps(Sleeps):
         """
         strategy = self._strategy(options)
         if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
+            await self._note_failure(call)
             return False
-        tried = self._try(call, tries - 1)
-        with self._run.branches.busy():
-            values = CheckpointValues(tried.kind, tried.name, "completed", NULL)
-            await self._run.write(Kind.CHECKPOINT, tried.key, values)
+        await self._record_try(self._try(call, tries - 1))
         failures = tries % options.max_attempts
         if failures == 0:
             return False

@@ -132,7 +132,8 @@ class TaskThread:
             try:
                 answer = True, await make()
             except BaseException as error:
-                if isinstance(error, asyncio.CancelledError | ControlFlow) and error is not self._escaped:
+                # By its type, because `isinstance` asks `__class__`, which is user code.
+                if issubclass(type(error), asyncio.CancelledError | ControlFlow) and error is not self._escaped:
                     raise
                 answer = False, error
             self._pending.put(answer)

@@ -9,9 +9,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from ..errors import ReplayMismatch
 from ..execution.transactions import run_transaction
 from ..ids import is_part
 from ..serialization.canonical import encode_arguments
+from ..serialization.failures import mark_step
+from ..signals import ControlFlow
 from ..steps import result_codec
 from .base import NULL, Call, ContextBase, check_function
 
@@ -58,16 +61,25 @@ class Transactions(ContextBase):
     async def _transaction(
         self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        codec = result_codec(fn)
-        if (entry := await self._recall(call)) is not None:
-            return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
         run = self._run
-        run.steps[call.key] = call.name, time.monotonic()
         try:
-            with run.branches.busy(), run.branches.scope(str(call.key)), self._around(call):
-                value = await run_transaction(run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
-        finally:
-            run.steps.pop(call.key, None)
-        if is_part(call.key):
-            self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
-        return value
+            codec = result_codec(fn)
+            if (entry := await self._recall(call)) is not None:
+                return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
+            warned = self._check_replay(call)
+            run.steps[call.key] = call.name, time.monotonic()
+            try:
+                with run.branches.busy(), run.branches.scope(str(call.key)), self._around(call):
+                    value = await run_transaction(run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
+            finally:
+                run.steps.pop(call.key, None)
+            if is_part(call.key):
+                self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
+            if not warned:
+                self._check_moved(call)
+            return value
+        except BaseException as error:
+            if not issubclass(type(error), ReplayMismatch | ControlFlow):
+                await self._note_failure(call)
+            mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
+            raise

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import NamedTuple
 
-from ..ids import is_part
+from ..ids import family, is_part, without_family
 
 
 class Entry(NamedTuple):
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 class Journal:
     """The checkpoints of one task. Each is handed out once, because each call of a task has a key of its own."""
 
-    __slots__ = ("_entries", "_unused", "_waits")
+    __slots__ = ("_asked", "_entries", "_first_keys", "_passed", "_unused", "_waits")
 
     def __init__(
         self, entries: dict[uuid.UUID, Entry] | None = None, waits: Iterable[tuple[uuid.UUID, datetime | None]] = ()
@@ -34,12 +34,47 @@ class Journal:
         self._entries = entries or {}
         self._waits = dict(waits)
         self._unused: Counter[tuple[str, str]] | None = None
+        self._asked: set[uuid.UUID] = set()
+        """Keys of the calls that the code has made, awaited or not."""
+        self._passed: dict[bytes, set[uuid.UUID]] | None = None
+        """By family the recorded keys of calls that the code has not made."""
+        self._first_keys: dict[bytes, uuid.UUID] | None = None
+
+    def ask(self, key: uuid.UUID) -> None:
+        """Note that the code has made the call of this key."""
+        if self._entries:
+            self._asked.add(key)
+            if self._passed is not None:
+                self._passed.get(family(key), set()).discard(key)
+
+    def passes_over(self, key: uuid.UUID) -> bool:
+        """Return whether a call is recorded with other arguments than this step, and the code has not made it.
+
+        That call has the same kind and name, and was made in the same branch. A branch makes its calls in their order,
+        so this one stands where that one did. Calls of other branches may come later.
+        """
+        if not self._entries:
+            return False
+        if self._passed is None:
+            self._passed = {}
+            for recorded, entry in self._entries.items():
+                if entry.kind in ("step", "transaction") and recorded not in self._asked and not is_part(recorded):
+                    self._passed.setdefault(family(recorded), set()).add(recorded)
+        return bool(self._passed.get(family(key)))
+
+    def _key_without_family(self, key: uuid.UUID) -> uuid.UUID | None:
+        """Return the key under which the call of `key` was recorded before keys had families."""
+        if self._first_keys is None:
+            self._first_keys = {without_family(recorded): recorded for recorded in self._entries}
+        return self._first_keys.get(without_family(key))
 
     def take(self, key: uuid.UUID) -> Entry | None:
         """Remove and return the checkpoint under this key, if one is recorded."""
         if not self._entries:
             return None
         entry = self._entries.pop(key, None)
+        if entry is None and (first := self._key_without_family(key)) is not None:
+            entry = self._entries.pop(first, None)
         if entry is not None and self._unused is not None and not is_part(key):
             self._unused[entry.kind, entry.name] -= 1
         return entry

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
+from ..database_errors import reason, without_values
 from ..errors import DurableError
 from ..ids import new_id
 from ..serialization.codec import check_size
-from ..serialization.failures import encode_error, is_retryable
+from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable
 from ..signals import LeaseLost
 from ..statements.claiming import ClaimedRun
 from ..tasks import Task
@@ -23,6 +26,9 @@ from .writes import CompletionValues, FailureValues, Kind, ReleaseValues, Suspen
 logger = logging.getLogger("durable_sa")
 
 AnyTask = Task[Any, Any]
+
+REFUSED_RETRY_DELAY = 30.0
+"""The longest pause, in seconds, between two writes of a failure that the database refuses in every form."""
 
 _RELEASED = '{"name":"Released","message":"the worker shut down and gave the run back"}'
 
@@ -41,12 +47,35 @@ def complete(host: RunHost, claimed: ClaimedRun, task: AnyTask, result: Any, *, 
     host.writer.submit(Write(Kind.COMPLETION, claimed.task_id, claimed.fence, on_written, values, size=len(output)))
 
 
-def fail(host: RunHost, claimed: ClaimedRun, task: AnyTask, error: BaseException, *, waited: bool) -> None:
-    """Write the error that the task has raised."""
-    on_written = functools.partial(_report_failure, host, claimed, error)
-    values = FailureValues(encode_error(error), is_retryable(error, task.no_retry_on), new_id(), waited)
-    size = len(values.error)
-    host.writer.submit(Write(Kind.FAILURE, claimed.task_id, claimed.fence, on_written, values, size=size))
+def fail(
+    host: RunHost,
+    claimed: ClaimedRun,
+    task: AnyTask,
+    error: BaseException,
+    *,
+    waited: bool,
+    timeouts: Sequence[uuid.UUID] = (),
+) -> None:
+    """Write the error that the task has raised, and delete the records of the waits whose timeout it is."""
+    try:
+        retryable = is_retryable(error, task.no_retry_on)
+    except Exception:  # noqa: BLE001 - methods of the exception's class are user code
+        retryable = True
+    values = FailureValues(encode_error(error, claimed.run_id), retryable, new_id(), waited, timeouts)
+    _submit_failure(host, claimed, error, values)
+
+
+def _submit_failure(
+    host: RunHost, claimed: ClaimedRun, error: BaseException, values: FailureValues, refusals: int = 0
+) -> None:
+    on_written = functools.partial(_report_failure, host, claimed, error, values, refusals)
+    write = Write(Kind.FAILURE, claimed.task_id, claimed.fence, on_written, values, size=len(values.error))
+    host.writer.submit(write, delay=_pause(refusals))
+
+
+def _pause(refusals: int) -> float:
+    """Return the seconds before a failure is written that the database has refused, at first in its reduced forms."""
+    return 0.0 if refusals < 3 else min(REFUSED_RETRY_DELAY, 2.0 ** (refusals - 3))
 
 
 def suspend(host: RunHost, claimed: ClaimedRun, task: AnyTask, waits: list[WaitSpec], *, waited: bool) -> None:
@@ -81,13 +110,31 @@ def _report_outcome(
 
 
 def _report_failure(
-    host: RunHost, claimed: ClaimedRun, error: BaseException, stored: Any, refusal: BaseException | None
+    host: RunHost,
+    claimed: ClaimedRun,
+    error: BaseException,
+    values: FailureValues,
+    refusals: int,
+    stored: Any,
+    refusal: BaseException | None,
 ) -> None:
+    """Report a stored failure. One that the database refuses is reduced until it can be stored, so the run ends."""
     if refusal is None:
         host.outcome_stored(claimed, "failed" if stored.state == "failed" else "retried", error)
-    elif isinstance(refusal, LeaseLost):
+        return
+    if isinstance(refusal, LeaseLost):
         host.outcome_stored(claimed, "lost", None)
+        return
+    if refusals == 0:
+        values = values._replace(error=in_ascii(values.error))
     else:
+        # Without the record of a cause, the reason may be another part of the row, or the database: it is written
+        # until the database accepts it.
+        values = values._replace(error=by_class_alone(error, reason(refusal)))
         logger.error(
-            "the failure of task %s cannot be stored", claimed.task_id, exc_info=refusal, extra=claimed.log_fields
+            "the failure of task %s cannot be stored as it is; its class is, as soon as the database accepts it",
+            claimed.task_id,
+            exc_info=without_values(refusal),
+            extra=claimed.log_fields,
         )
+    _submit_failure(host, claimed, error, values, refusals + 1)

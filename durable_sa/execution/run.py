@@ -16,7 +16,9 @@ from ..concurrency.branches import Branch, current_branch
 from ..concurrency.task_factory import BranchExit
 from ..concurrency.threads import in_event_loop
 from ..concurrency.tree import BranchTree
-from ..errors import InvalidState
+from ..errors import InvalidState, ReplayMismatch, TaskTimeout
+from ..options import Replay
+from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
 from ..statements.claiming import ClaimedRun
 from ..tasks import Task
@@ -58,6 +60,10 @@ class Run:
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
         self.over = False
+        self.mismatch: ReplayMismatch | None = None
+        """The error that fails the run even if the task's code catches it."""
+        self._timeouts: list[tuple[uuid.UUID, TaskTimeout, asyncio.Task[Any] | None]] = []
+        """Keys of waits that have timed out, with the error, and the asyncio task in which it was raised."""
         self._waited = journal.waiting
         """True if waits of the task may be stored."""
         self._signals_raised = 0
@@ -120,7 +126,9 @@ class Run:
             self._end(root)
             return
         self._mark_over()
-        if reason == "suspended":
+        if reason == "suspended" and self.mismatch is not None:
+            self._fail(self.mismatch)
+        elif reason == "suspended":
             outcomes.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)
         elif reason == "released":
             outcomes.release(self.host, self.claimed, self.task, waited=self._waited)
@@ -139,17 +147,52 @@ class Run:
             self._fail(asyncio.CancelledError("the task cancelled itself"))
             return
         error = root.exception()
+        if self.mismatch is not None:
+            self._fail(self.mismatch)
+            return
         if error is not None:
-            cause = error.__cause__ if isinstance(error, BranchExit) else error
-            self._fail(cause or error)
+            if type(error) is BranchExit and error.__cause__ is not None:
+                error = error.__cause__
+            self._fail(error)
             return
         if names := self.journal.unused_names():
             recorded = ", ".join(names[:10])
             self.warn("completed without using its records of: %s. Was its code changed?", recorded)
-        outcomes.complete(self.host, self.claimed, self.task, root.result(), waited=self._waited)
+        try:
+            outcomes.complete(self.host, self.claimed, self.task, root.result(), waited=self._waited)
+        except Exception as refusal:  # noqa: BLE001 - to encode a result is to call methods of the application's types
+            self._fail(refusal)
 
     def _fail(self, error: BaseException) -> None:
-        outcomes.fail(self.host, self.claimed, self.task, error, waited=self._waited)
+        timeouts = self._failing_timeouts(error) if self._timeouts else ()
+        outcomes.fail(self.host, self.claimed, self.task, error, waited=self._waited, timeouts=timeouts)
+
+    @property
+    def replay(self) -> Replay | None:
+        """The task's own rule for steps that are recorded with other arguments."""
+        return self.task.replay
+
+    def timed_out(self, key: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
+        """Note the error of a wait, for its record to be deleted if the error fails the run. Returns the error."""
+        self._timeouts.append((key, error, asyncio.current_task()))
+        return error
+
+    def _failing_timeouts(self, error: BaseException) -> list[uuid.UUID]:
+        """Return the keys of the waits that have failed the run, which the next attempt is to wait for anew.
+
+        They are those whose `TaskTimeout` the root has raised; beside one of these, also those that have ended other
+        branches: of several waits that time out at once in a `gather`, it raises the first.
+        """
+        raised = {id(member) for member in with_members(error)}
+        failing = [key for key, timeout, _ in self._timeouts if id(timeout) in raised]
+        if not failing or not self.task.is_async:
+            return failing
+        ended = [
+            key
+            for key, timeout, branch in self._timeouts
+            if branch is not None and branch.done() and not branch.cancelled() and branch.exception() is timeout
+        ]
+        return list({*failing, *ended})
 
     def now(self) -> datetime:
         """Return the database's time, or an earlier one by no more than the delay of its last reply."""

@@ -16,10 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransacti
 from sqlalchemy.orm import SessionTransaction
 
 from ..database.connections import Database, discard
-from ..database_errors import backoff, is_conflict, is_lost, is_transient, retrying
+from ..database_errors import UNTRANSLATABLE, backoff, is_conflict, is_lost, is_transient, retrying, sqlstate
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
-from ..serialization.codec import Codec, check_size
+from ..serialization.codec import Codec, check_size, in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints
 from .run import Run
@@ -69,13 +69,16 @@ async def run_transaction(
     under the lock, before it commits another one.
     """
     conflicts = lost = interruptions = 0
+    ascii_only = False
     while True:
         await run.enter()
         connection = await retrying(database.transactional)
         try:
-            return await _attempt(run, database, connection, key, name, codec, fn, args, kwargs)
+            return await _attempt(run, database, connection, key, name, codec, fn, args, kwargs, ascii_only)
         except _Interrupted:
             interruptions += 1
+        except _Untranslatable:
+            ascii_only = True
         except SQLAlchemyError as error:
             if is_lost(error):
                 lost += 1
@@ -101,6 +104,7 @@ async def _attempt(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    ascii_only: bool,
 ) -> T:
     what = f"the result of transaction {name!r}"
     async with _transaction(connection) as transaction:
@@ -114,6 +118,8 @@ async def _attempt(
             await session.flush()
         text, value = codec.round_trip(result, what)
         check_size(text, run.host.max_payload_bytes, what)
+        if ascii_only:
+            text = in_ascii(text)
         try:
             locked = await database.execute_on(
                 connection,
@@ -131,6 +137,8 @@ async def _attempt(
         except SQLAlchemyError as error:
             if is_transient(error):
                 raise _Interrupted from error
+            if sqlstate(error) == UNTRANSLATABLE and not text.isascii():
+                raise _Untranslatable from error
             raise
         if written:
             return value
@@ -161,6 +169,10 @@ def refuse_awaitable(result: object, what: str) -> None:
 
 class _Interrupted(Exception):  # noqa: N818
     """A statement of the engine's own has failed for a while, which is retried without limit: `fn` is not the cause."""
+
+
+class _Untranslatable(Exception):  # noqa: N818
+    """The encoding of the database lacks a character of the result, which is retried once with escapes."""
 
 
 @asynccontextmanager

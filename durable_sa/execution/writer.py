@@ -22,7 +22,16 @@ from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.channel import DedicatedConnection
-from ..database_errors import LOCK_NOT_AVAILABLE, backoff, is_read_only, is_transient, reason, sqlstate, without_values
+from ..database_errors import (
+    LOCK_NOT_AVAILABLE,
+    UNTRANSLATABLE,
+    backoff,
+    is_read_only,
+    is_transient,
+    reason,
+    sqlstate,
+    without_values,
+)
 from ..signals import LeaseLost
 from ..statements import checkpoints, fencing
 from .waits import Stored
@@ -33,6 +42,7 @@ from .writes import (
     SINGLE_STATEMENTS,
     Kind,
     Write,
+    escape,
     identify,
     results,
     statement_of,
@@ -96,10 +106,14 @@ class Writer:
             in_flight += self._second.writes_in_flight
         return len(self._queue) + in_flight + self._delayed
 
-    def submit(self, write: Write) -> None:
-        """Queue a write. Its outcome is `LeaseLost` if the task has another fence by then."""
+    def submit(self, write: Write, *, delay: float = 0.0) -> None:
+        """Queue a write, after `delay` seconds. Its outcome is `LeaseLost` if the task has another fence by then."""
         if self._abandoned:
             write.settle(None, LeaseLost())
+            return
+        if delay:
+            self._delayed += 1
+            asyncio.get_running_loop().call_later(delay, self._retry, write)
             return
         self._queue.append(write)
         self._first.wake.set()
@@ -239,6 +253,8 @@ class Writer:
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue
+                if len(writes) == 1 and sqlstate(error) == UNTRANSLATABLE and escape(writes[0]):
+                    continue
                 await self._send_apart(channel, writes, error)
             return
         for write in writes:
@@ -320,9 +336,7 @@ class Writer:
     def _delay(self, write: Write) -> None:
         """Retry a write in a moment, because another transaction has locked a row that it needs."""
         write.delays += 1
-        self._delayed += 1
-        delay = min(1.0, LOCKED_RETRY_DELAY * write.delays)
-        asyncio.get_running_loop().call_later(delay, self._retry, write)
+        self.submit(write, delay=min(1.0, LOCKED_RETRY_DELAY * write.delays))
 
     def _retry(self, write: Write) -> None:
         self._delayed -= 1

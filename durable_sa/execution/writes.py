@@ -7,11 +7,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeAlias
+from typing import Any, Final, Generic, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Row
 from typing_extensions import TypeVar
 
+from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints, outcomes, suspending
 from ..statements.expressions import arrays
@@ -79,6 +80,8 @@ class FailureValues(NamedTuple):
     retryable: bool
     next_run_id: uuid.UUID
     waited: bool
+    timeouts: Sequence[uuid.UUID] = ()
+    """Keys of recorded timeouts that are deleted, because they are the failure."""
 
 
 class ReleaseValues(NamedTuple):
@@ -102,6 +105,8 @@ Values: TypeAlias = (
     | None
 )
 ValuesT_co = TypeVar("ValuesT_co", bound=Values, covariant=True, default=Any)
+
+_PARAMS: Final = list(SPAWN_COLUMNS).index("params")
 
 OnWritten: TypeAlias = Callable[[Any, BaseException | None], None]
 
@@ -130,6 +135,31 @@ class Write(Generic[ValuesT_co]):
         if not self.over:
             self.over = True
             self.on_written(value, error)
+
+
+def escape(write: Write) -> bool:
+    """Escape the characters beyond ASCII in the JSON of a write. Returns False if it has none that can be escaped.
+
+    JSON with escapes means the same, and a database of any encoding takes it. A failure is no such write, because its
+    texts are read by SQL, which fails at such an escape.
+    """
+    values: Any = write.values
+    escaped: Any = values
+    match values:
+        case CheckpointValues(value=str(text)):
+            escaped = values._replace(value=in_ascii(text))
+        case EventValues(payload=text):
+            escaped = values._replace(payload=in_ascii(text))
+        case CompletionValues(output=text):
+            escaped = values._replace(output=in_ascii(text))
+        case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
+            escaped = values._replace(spawn=(*spawn[:_PARAMS], in_ascii(spawn[_PARAMS]), *spawn[_PARAMS + 1 :]))
+        case _:
+            pass
+    if escaped == values:
+        return False
+    write.values = escaped
+    return True
 
 
 def without_earlier_fences(batch: list[Write]) -> list[Write]:
@@ -187,10 +217,17 @@ def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dic
 
 
 def _outcomes(
-    statement: Executable, names: tuple[str, ...], writes: list[Write[FailureValues | ReleaseValues | CompletionValues]]
+    statement: Executable, names: tuple[str, ...], writes: list[Write[ReleaseValues | CompletionValues]]
 ) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, *write.values) for write in writes]
     return statement, arrays(("task_ids", "fences", *names), rows)
+
+
+def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, *write.values[:4]) for write in writes]
+    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited"), rows)
+    timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
+    return outcomes.FAIL, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 
 
 def _wait_columns(writes: Sequence[Write]) -> dict[str, list[Any]]:
@@ -204,7 +241,7 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.EVENT: _events,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
-    Kind.FAILURE: partial(_outcomes, outcomes.FAIL, ("errors", "retryable", "next_run_ids", "waited")),
+    Kind.FAILURE: _failures,
     Kind.RELEASE: partial(_outcomes, outcomes.RELEASE, ("errors", "next_run_ids")),
     Kind.COMPLETION: partial(_outcomes, outcomes.COMPLETE, ("outputs", "waited")),
 }

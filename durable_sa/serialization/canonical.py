@@ -1,6 +1,7 @@
 """The arguments of a step as text that is the same in every process and replay, because it is part of the key."""
 
 import dataclasses
+import functools
 import json
 import json.encoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, Final, NoReturn, TypeAlias, cast
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
+from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from ..errors import SerializationError
@@ -26,8 +28,9 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
 def encode_arguments(args: Sequence[object], kwargs: Mapping[str, object], what: str) -> str:
     """Return the arguments as canonical JSON text. `what` names the call in errors.
 
-    Entries are sorted by key, sets by their members' text. Models, dataclasses and named tuples stand for their
-    fields, enum members for their values, bytes for their base64 form.
+    Entries are sorted by key, sets by their members' text. Models and dataclasses stand for those of their fields that
+    differ from their defaults, so that a new field with a default changes no text; named tuples stand for all fields,
+    enum members for their values, bytes for their base64 form.
 
     Raises:
         SerializationError: naming the argument that is no data: a function, session or connection, an ORM object, an
@@ -97,7 +100,7 @@ def _portable(value: object) -> object:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, BaseModel):
-        return {name: item for name, item in value if not _excluded(value, name)}
+        return _without_defaults(value, _model_defaults(type(value)))
     if is_set(value):
         return sorted(_canonical(item) for item in value)
     if is_mapping(value):
@@ -105,7 +108,8 @@ def _portable(value: object) -> object:
     if hasattr(value, "_sa_instance_state"):
         _refuse(f"a {kind} belongs to a session, pass its primary key")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return _without_defaults(fields, _dataclass_defaults(type(value)))
     if isinstance(value, SecretStr | SecretBytes | Secret):
         _refuse(f"a {kind}, pass a reference and read the secret inside the step")
     if isinstance(value, Iterator):
@@ -118,9 +122,54 @@ def _portable(value: object) -> object:
         _refuse(f"a {kind} is no data that can be recognised on replay, pass what identifies it")
 
 
-def _excluded(model: BaseModel, name: str) -> bool:
-    field = type(model).model_fields.get(name)
-    return field is not None and bool(field.exclude)
+def _without_defaults(
+    fields: Iterable[tuple[str, object]], defaults: Mapping[str, Callable[[], object] | None]
+) -> dict[str, object]:
+    return {name: item for name, item in fields if name not in defaults or not _is_default(item, defaults[name])}
+
+
+@functools.lru_cache(maxsize=1024)
+def _model_defaults(model: type[BaseModel]) -> dict[str, Callable[[], object] | None]:
+    """Return functions for the defaults of fields, and None for fields that are excluded from all JSON."""
+    defaults: dict[str, Callable[[], object] | None] = {}
+    for name, field in model.model_fields.items():
+        if field.exclude:
+            defaults[name] = None
+        elif not field.is_required() and not getattr(field, "default_factory_takes_validated_data", False):
+            defaults[name] = functools.partial(field.get_default, call_default_factory=True)
+    return defaults
+
+
+@functools.lru_cache(maxsize=1024)
+def _dataclass_defaults(kind: type[Any]) -> dict[str, Callable[[], object] | None]:
+    defaults: dict[str, Callable[[], object] | None] = {}
+    for field in dataclasses.fields(kind):
+        default: Any = field.default
+        if isinstance(default, FieldInfo):
+            if not default.is_required():
+                defaults[field.name] = functools.partial(default.get_default, call_default_factory=True)
+        elif default is not dataclasses.MISSING:
+            defaults[field.name] = functools.partial(_same_object, default)
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = cast(Callable[[], object], field.default_factory)
+    return defaults
+
+
+def _same_object(value: object) -> object:
+    return value
+
+
+def _is_default(item: object, default: Callable[[], object] | None) -> bool:
+    """Return whether a field has its default, also in the types: `==` takes 1 for True."""
+    if default is None:
+        return True
+    try:
+        other = default()
+        if type(item) is not type(other) or not item == other:  # noqa: SIM201 - `!=` may be another method
+            return False
+        return isinstance(item, str | int | None) or _canonical(item) == _canonical(other)
+    except Exception:  # noqa: BLE001 - defaults and comparisons are user code
+        return False
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -5,6 +5,8 @@ between the two. Only data is decoded: no code and no type name is ever read fro
 """
 
 import inspect
+import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, Generic, Never, NoReturn, TypeVar, cast
@@ -23,10 +25,13 @@ DEFAULT_MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 _UNANNOTATED: Final = (inspect.Parameter.empty, Any, object, NoReturn, Never)
 _ATOMS: Final = (type(None), bool, int, str)
 _INT64: Final = 2**63
+_BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]+")
 # Base64 preserves bytes that are not UTF-8, too. Models, dataclasses and TypedDicts keep their own configuration.
 _BASE64: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
-# Errors whose messages repeat (a part of) the value.
-_TELLTALE: Final = frozenset({"value_error", "assertion_error", "union_tag_invalid", "uuid_parsing"})
+# Errors of pydantic whose messages repeat (a part of) the value.
+_TELLTALE: Final = frozenset({"union_tag_invalid", "uuid_parsing"})
+# Errors that the application's validators raise: the text is behind a prefix of pydantic.
+_OWN: Final = frozenset({"value_error", "assertion_error"})
 
 
 class Codec(Generic[T_co]):
@@ -169,12 +174,26 @@ def check_size(text: str, limit: int, what: str) -> None:
         raise PayloadTooLarge(what, size, limit)
 
 
+def in_ascii(text: str) -> str:
+    """Return JSON text that means the same, with escapes for all characters beyond ASCII."""
+    return text if text.isascii() else _BEYOND_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
 def problems(error: ValidationError) -> list[str]:
-    """Return the places and reasons for which a value does not fit, without the value."""
+    """Return the places and reasons for which a value does not fit.
+
+    The reasons are the texts of the application's validators, or those of pydantic that do not repeat the value.
+    """
     return [
-        place(detail["loc"]) + (detail["type"] if detail["type"] in _TELLTALE else detail["msg"])
+        place(detail["loc"]) + _reason(detail["type"], detail["msg"])
         for detail in error.errors(include_url=False, include_context=False, include_input=False)
     ]
+
+
+def _reason(kind: str, message: str) -> str:
+    if kind in _OWN:
+        return message.partition(", ")[2] or kind
+    return kind if kind in _TELLTALE else message
 
 
 def _adapter(annotation: Any, names: Mapping[str, object] | None) -> TypeAdapter[Any]:

@@ -2,11 +2,12 @@
 
 import os
 import traceback
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, TypedDict, cast
+from typing import Any, Final, NamedTuple, TypedDict, cast
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from ..errors import (
     ChildCancelled,
@@ -17,7 +18,10 @@ from ..errors import (
     InvalidState,
     InvalidTaskParams,
     PayloadTooLarge,
+    QueueNotFound,
+    ReplayMismatch,
     SerializationError,
+    TaskNotFound,
     UserError,
 )
 from .codec import UNTYPED
@@ -40,7 +44,10 @@ _NEVER_RETRIED: Final = (
     InvalidState,
     PayloadTooLarge,
     IdempotencyConflict,
+    ReplayMismatch,
 )
+
+_STEP_MARK: Final = "_durable_sa_step"
 
 
 class Failure(TypedDict):
@@ -54,41 +61,88 @@ class Failure(TypedDict):
     """The frames outside this package, of its causes as well, at most 64 KiB: head and tail are kept."""
     raw: Any
     """The data of a `UserError`, the task's or a child's, as plain JSON; None for other exceptions and beyond 1 MiB."""
+    step: str | None
+    """The step or transaction in which it arose; None for an exception of the task's own code."""
+
+
+class StoredFailure(NamedTuple):
+    """What is read back of a stored failure."""
+
+    name: str
+    message: str
+    raw: Any
+    step: str | None
+
+
+# The class of an exception is asked by `type`, not by `isinstance`, which calls `__class__`, and that is user code.
 
 
 def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], ...] = ()) -> bool:
     """Return whether the same code may succeed next time.
 
     `UserError`, the errors of a child, and errors that would recur (`SerializationError`, `InvalidName`,
-    `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`, `IdempotencyConflict`) are not
-    retried, nor are the exceptions of `no_retry_on`; all others are. An exception group is retried if all its
-    members are.
+    `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`, `IdempotencyConflict`,
+    `ReplayMismatch`, and `QueueNotFound` and `TaskNotFound` of a context) are not retried, nor are the exceptions of
+    `no_retry_on`; all others are. An exception group is retried if all its members are.
     """
     refused = _NEVER_RETRIED + no_retry_on
-    return not any(isinstance(inner, refused) for inner in _with_members(error))
+    return not any(issubclass(type(inner), refused) or _recurs(inner) for inner in with_members(error))
 
 
-def describe(error: BaseException) -> Failure:
-    """Return the record of `error`. Never raises, even if the exception's `__str__` does."""
+def mark_step(error: BaseException, run_id: uuid.UUID, step: str, *, inner: bool) -> None:
+    """Remember at an exception the step of a run in which it arose. A step inside of another one (`inner`) counts."""
+    try:
+        # By the base class, because an exception may have methods of its own for its attributes.
+        mark = BaseException.__getattribute__(error, "__dict__").get(_STEP_MARK)
+        if inner or mark is None or mark[0] != run_id or not mark[2]:
+            BaseException.__setattr__(error, _STEP_MARK, (run_id, step, inner))
+    except Exception:  # noqa: BLE001, S110 - it is still a failure, only without the name of its step
+        pass
+
+
+def describe(error: BaseException, run_id: uuid.UUID | None = None) -> Failure:
+    """Return the record of `error`, with the step of that run which has raised it.
+
+    Never raises, even if the exception's methods do.
+    """
     message = _message(error)
     raw, size = _raw(error)
     if size > MAX_RAW_BYTES:
         raw, message = None, f"{message} (its data is longer than {MAX_RAW_BYTES} bytes as JSON and is not kept)"
     return Failure(
-        name=_clean(type(error).__name__, MAX_MESSAGE_BYTES),
+        name=_clean(_class_name(error), MAX_MESSAGE_BYTES),
         message=_clean(message, MAX_MESSAGE_BYTES),
         traceback=_clean(_traceback(error), MAX_TRACEBACK_BYTES),
         raw=raw,
+        step=_step(error, run_id),
     )
 
 
-def encode_error(error: BaseException) -> str:
-    """`describe(error)` as JSON text. Never raises."""
-    return to_json(describe(error)).decode()
+def encode_error(error: BaseException, run_id: uuid.UUID | None = None) -> str:
+    """Return `describe(error, run_id)` as JSON text. Never raises."""
+    try:
+        return to_json(describe(error, run_id)).decode()
+    except BaseException as failure:  # noqa: BLE001 - methods of the exception are user code
+        return by_class_alone(error, f"it could not be recorded: {_class_name(failure)}")
 
 
-def stored_failure(text: str, what: str) -> tuple[str, str, Any]:
-    """Return the name, message and raw data of a stored error. `what` names it in errors.
+def in_ascii(text: str) -> str:
+    """Return an encoded error in which every character beyond ASCII is escaped by its number.
+
+    It fits a database of any encoding. Unlike escapes of JSON, it can be read by SQL there as well.
+    """
+    return to_json(_escaped(from_json(text))).decode()
+
+
+def by_class_alone(error: BaseException, reason: str) -> str:
+    """Return an encoded error with no more than the class, and the reason for that, in ASCII."""
+    name = ascii(_class_name(error)[:200])[1:-1]
+    message = f"<its text is not stored: {ascii(reason[:200])[1:-1]}>"
+    return to_json(Failure(name=name, message=message, traceback="", raw=None, step=None)).decode()
+
+
+def stored_failure(text: str, what: str) -> StoredFailure:
+    """Return a stored error, which an earlier version may have stored without its step. `what` names it in errors.
 
     Raises:
         SerializationError: the text is no such object, so it was written by hand.
@@ -97,31 +151,76 @@ def stored_failure(text: str, what: str) -> tuple[str, str, Any]:
     if not isinstance(stored, dict):
         raise SerializationError(what, f"cannot be read back as an object: it is of type {type(stored).__name__}")
     fields = cast(dict[str, Any], stored)
-    return str(fields.get("name")), str(fields.get("message")), fields.get("raw")
+    step = fields.get("step")
+    return StoredFailure(
+        str(fields.get("name")),
+        str(fields.get("message")),
+        fields.get("raw"),
+        step if isinstance(step, str) else None,
+    )
 
 
-def _with_members(error: BaseException) -> Iterator[BaseException]:
+def with_members(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, and if it is a group its members, also those of groups inside of it."""
     yield error
-    if isinstance(error, BaseExceptionGroup):
-        for member in cast(BaseExceptionGroup[BaseException], error).exceptions:
-            yield from _with_members(member)
+    if issubclass(type(error), BaseExceptionGroup):
+        # By the base class, because a subclass is user code.
+        members: Any = vars(BaseExceptionGroup)["exceptions"]
+        for member in members.__get__(error):
+            yield from with_members(member)
+
+
+def _recurs(error: BaseException) -> bool:
+    return issubclass(type(error), QueueNotFound | TaskNotFound) and cast(QueueNotFound | TaskNotFound, error).final
 
 
 def _raw(error: BaseException) -> tuple[Any, int]:
-    for inner in _with_members(error):
-        if isinstance(inner, UserError | ChildFailed):
+    for inner in with_members(error):
+        if issubclass(type(inner), UserError | ChildFailed):
             try:
-                return inner.raw, len(to_json(inner.raw))
-            except Exception:  # noqa: BLE001, S112 - subclasses are user code, and a child's raw is whatever was passed
+                raw = cast(UserError | ChildFailed, inner).raw
+                return raw, len(to_json(raw))
+            except BaseException:  # noqa: BLE001, S112 - subclasses are user code, and a child's raw is whatever was passed
                 continue
     return None, 0
+
+
+def _step(error: BaseException, run_id: uuid.UUID | None) -> str | None:
+    """Return the step of the run that has raised an exception, one of its members, or what it was raised `from`."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while run_id is not None and cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        for inner in with_members(cause):
+            mark = BaseException.__getattribute__(inner, "__dict__").get(_STEP_MARK)
+            if mark is not None and mark[0] == run_id:
+                return cast(str, mark[1])
+        cause = BaseException.__getattribute__(cause, "__cause__")
+    return None
+
+
+def _class_name(error: BaseException) -> str:
+    try:
+        return str(type.__getattribute__(type(error), "__name__"))
+    except Exception:  # noqa: BLE001 - a metaclass is user code
+        return "Exception"
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("ascii", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_escaped(item) for item in cast(list[Any], value)]
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in cast(dict[str, Any], value).items()}
+    return value
 
 
 def _message(error: BaseException) -> str:
     try:
         return str(error)
     except BaseException as failure:  # noqa: BLE001 - user code; the failure that is being recorded matters more
-        return f"<its text cannot be had: str() raised {type(failure).__name__}>"
+        return f"<its text cannot be had: str() raised {_class_name(failure)}>"
 
 
 def _traceback(error: BaseException) -> str:
@@ -136,7 +235,16 @@ def _traceback(error: BaseException) -> str:
             pending.extend(part.exceptions or ())
         return "".join(report.format())
     except BaseException as failure:  # noqa: BLE001 - as above
-        return f"<no traceback: formatting it raised {type(failure).__name__}>"
+        return _frames_alone(error, f"<no more than frames: formatting it raised {_class_name(failure)}>")
+
+
+def _frames_alone(error: BaseException, reason: str) -> str:
+    try:
+        frames = traceback.extract_tb(BaseException.__getattribute__(error, "__traceback__"))
+        outside = [frame for frame in frames if not frame.filename.startswith(_PACKAGE)]
+        return "".join([*traceback.format_list(outside), reason])
+    except BaseException:  # noqa: BLE001 - as above
+        return reason
 
 
 def _clean(text: str, limit: int) -> str:

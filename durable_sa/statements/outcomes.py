@@ -28,10 +28,10 @@ from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
-from ..models import RunRow, TaskRow, Wait
+from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
-from .fencing import locked_rows, materialized
+from .fencing import is_in, locked_rows, materialized
 
 LEASE_LOSS_LIMIT = 20
 """Consecutive workers that may be lost while they run a task, before the task is failed as the likely cause."""
@@ -120,6 +120,17 @@ _forgotten = (
     .where(Wait.task_id == _locked.c.task_id, TaskRow.task_id == Wait.task_id, _locked.c.waited, ~_again)
     .cte("forgotten")
 )
+_timed_out = rows("timed_out", timed_out_ids=Uuid(), timed_out_keys=Uuid())
+_dropped = (
+    delete(Checkpoint)
+    .where(
+        Checkpoint.task_id == _timed_out.c.timed_out_ids,
+        Checkpoint.key == _timed_out.c.timed_out_keys,
+        Checkpoint.status == constant("timeout"),
+        is_in(_timed_out.c.timed_out_ids, _locked),
+    )
+    .cte("dropped")
+)
 
 
 def _within(number: InstrumentedAttribute[float], least: float, most: float) -> ColumnElement[Any]:
@@ -173,9 +184,12 @@ FAIL = (
         TaskRow.priority,
         TaskRow.available_at,
     )
-    .add_cte(_ended, _forgotten)
+    .add_cte(_ended, _forgotten, _dropped)
 )
-"""Record failures of user code: schedule the next attempt after the policy's delay, or end the task as failed."""
+"""Record failures of user code: schedule the next attempt after the policy's delay, or end the task as failed.
+
+Recorded timeouts that are the failure are deleted, so that the next attempt waits anew.
+"""
 
 _released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
 _locked = locked_rows(_released)

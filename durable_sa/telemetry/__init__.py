@@ -180,7 +180,7 @@ def _attributes(claimed: ClaimedRun) -> dict[str, Any]:
 
 def _outcome(signal: ControlFlow | None, error: BaseException) -> str:
     """Return the outcome of an execution that has raised `error`."""
-    found = error if isinstance(error, ControlFlow) else signal
+    found = error if issubclass(type(error), ControlFlow) else signal
     match found:
         case None:
             return "failed"

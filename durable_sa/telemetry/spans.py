@@ -83,7 +83,8 @@ class Scope:
         # The garbage collector closes abandoned coroutines in another context, from which the token cannot be detached.
         if self._token is not None and current.get_current() is self._context:
             current.detach(self._token)
-        if isinstance(error, Exception):
+        # By its type, because `isinstance` asks `__class__`, which is user code.
+        if error is not None and issubclass(type(error), Exception):
             mark_failed(self._span, error)
         elif error is not None:
             self._span.set_attribute("durable.interrupted", True)

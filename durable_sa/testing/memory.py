@@ -84,6 +84,8 @@ class MemoryRun:
     """Takes the place of a `Run`, of its worker and of the worker's reader."""
 
     signal = None
+    mismatch = None
+    replay = None
     journal = EMPTY_JOURNAL
     threads = None
     """None is the executor of the event loop."""
@@ -124,6 +126,10 @@ class MemoryRun:
 
     async def enter(self) -> None:
         """Let every call begin, because no other worker can take the run over."""
+
+    def timed_out(self, _: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
+        """Return the error of a wait, whose record no other attempt will read."""
+        return error
 
     async def ownership(self, _: object) -> None:
         """Return None, because the task is never cancelled or taken over."""

@@ -674,3 +674,47 @@ async def test_what_is_no_handle_cannot_be_joined(run: Runner):
     error = await run.failure(by_id)
     assert error.message == "join takes the TaskHandle of `await ctx.spawn(...)`, not UUID"
     assert (await run.failure(somebody_elses)).name == "TaskNotFound"
+
+
+async def test_join_that_timed_out_is_joined_anew_by_the_next_attempt(run: Runner):
+    release = asyncio.Event()
+
+    @task("slow")
+    async def slow(ctx: TaskContext) -> str:
+        await release.wait()
+        return "late"
+
+    @task("parent", max_attempts=2)
+    async def parent(ctx: TaskContext) -> str:
+        child = await ctx.spawn("child", slow)
+        if ctx.attempt == 2:
+            release.set()
+        return await ctx.join(child, timeout=0.05 if ctx.attempt == 1 else 30)
+
+    run.durable.register(slow)
+    spawned = await run.spawn(parent)
+    assert (await run.wait(spawned)).output == "late"
+    assert len(await Rows(run.durable, spawned).runs()) == 2
+
+
+async def test_queue_or_child_that_does_not_exist_is_not_tried_again(run: Runner):
+    @task("child")
+    async def child(ctx: TaskContext) -> None: ...
+
+    @task("spawns", max_attempts=5)
+    async def spawns(ctx: TaskContext) -> None:
+        await ctx.spawn("child", child, queue_name="missing")
+
+    @task("joins", max_attempts=5)
+    async def joins(ctx: TaskContext) -> None:
+        await ctx.join(TaskHandle(uuid.uuid4()))
+
+    @task("calls", max_attempts=2)
+    async def calls(ctx: TaskContext) -> None:
+        # The client's own call may meet a queue that is created a moment later.
+        await run.durable.spawn(child, queue_name="missing")
+
+    for work, name, attempts in ((spawns, "QueueNotFound", 1), (joins, "TaskNotFound", 1), (calls, "QueueNotFound", 2)):
+        spawned = await run.spawn(work)
+        assert (await run.wait(spawned)).error.name == name
+        assert len(await Rows(run.durable, spawned).runs()) == attempts

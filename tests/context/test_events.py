@@ -727,3 +727,86 @@ async def test_of_many_that_emit_a_name_at_the_same_time_one_is_the_first(engine
         async with durable.engine.connect() as connection:
             stored = await connection.scalar(select(Event.payload))
     assert [winner for winner in winners if winner] == [[stored]]
+
+
+@pytest.mark.parametrize("group", [False, True])
+async def test_timeout_that_fails_an_attempt_is_waited_for_anew(run: Runner, group: bool):
+    started = asyncio.Event()
+
+    @task(max_attempts=2)
+    async def work(ctx: TaskContext) -> Any:
+        if ctx.attempt == 2:
+            started.set()
+        if not group:
+            return await ctx.await_event("paid", timeout=0.05 if ctx.attempt == 1 else 30)
+        async with asyncio.TaskGroup() as tasks:
+            paid = tasks.create_task(ctx.await_event("paid", timeout=0.05 if ctx.attempt == 1 else 30))
+        return await paid
+
+    spawned = await run.spawn(work)
+    await started.wait()
+    assert await Rows(run.durable, spawned).checkpoints("paid") == []
+    await run.durable.emit_event("paid", 5)
+    assert (await run.wait(spawned)).output == 5
+
+
+async def test_waits_that_time_out_together_fail_one_attempt(run: Runner):
+    @task(max_attempts=2)
+    async def work(ctx: TaskContext) -> Any:
+        timeout = 0.05 if ctx.attempt == 1 else 30
+        return await asyncio.gather(*(ctx.await_event(name, timeout=timeout) for name in ("a", "b", "c")))
+
+    spawned = await run.spawn(work)
+    rows = Rows(run.durable, spawned)
+    await eventually(rows.runs)
+    for name in ("a", "b", "c"):
+        await run.durable.emit_event(name, name)
+    assert (await run.wait(spawned)).output == ["a", "b", "c"]
+
+
+async def test_timeout_of_a_failed_task_is_waited_for_anew_when_it_is_retried(run: Runner):
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> Any:
+        return await ctx.await_event("paid", timeout=0.05)
+
+    spawned = await run.spawn(work)
+    assert (await run.wait(spawned)).error.name == "TaskTimeout"
+    await run.durable.emit_event("paid", 5)
+    await run.durable.retry_task(spawned.task_id)
+    assert (await run.wait(spawned)).output == 5
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+async def test_timeout_that_was_caught_stays(run: Runner, tally: Tally, synchronous: bool):
+    @task("asynchronous", max_attempts=4)
+    async def work(ctx: TaskContext) -> Any:
+        try:
+            await ctx.await_event("caught", timeout=0.05)
+        except TaskTimeout as error:
+            tally.add(ctx.attempt)
+            if ctx.attempt == 1:
+                raise Crash from error
+        if ctx.attempt == 2:
+            return await ctx.await_event("uncaught", timeout=0.05)
+        return None
+
+    @task("synchronous", max_attempts=4)
+    def plain(ctx: SyncTaskContext) -> Any:
+        try:
+            ctx.await_event("caught", timeout=0.05)
+        except TaskTimeout as error:
+            tally.add(ctx.attempt)
+            if ctx.attempt == 1:
+                raise Crash from error
+        if ctx.attempt == 2:
+            return ctx.await_event("uncaught", timeout=0.05)
+        return None
+
+    spawned = await run.spawn(plain if synchronous else work)
+    await eventually(lambda: 2 in tally)
+    await run.durable.emit_event("caught", 5)
+    await run.wait(spawned)
+    assert set(tally) == {1, 2, 3}
+    [row] = await Rows(run.durable, spawned).checkpoints("caught")
+    assert row.status == "timeout"
+    assert await Rows(run.durable, spawned).checkpoints("uncaught") == []

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from durable_sa import TaskContext, TaskError, TaskTimeout, UserError, step, task
+from durable_sa import Durable, SyncTaskContext, TaskContext, TaskError, TaskTimeout, UserError, step, task
 from tests.context.support import Rows, Runner
 
 
@@ -28,6 +30,65 @@ class Harmful(Exception):
 
     def __repr__(self) -> str:
         raise KeyboardInterrupt
+
+
+class Unreachable(Exception):
+    """Raises from everything that may be asked of it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError("no attributes")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise RuntimeError("no attributes")
+
+
+class Classless(Exception):
+    @property
+    def __class__(self) -> Any:
+        raise KeyboardInterrupt
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither true nor false")
+
+    def __repr__(self) -> str:
+        raise SystemExit
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class NamelessType(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name in ("__name__", "__qualname__", "__module__"):
+            raise RuntimeError("no name")
+        return super().__getattribute__(name)
+
+
+class Nameless(Exception, metaclass=NamelessType):
+    pass
+
+
+class Group(ExceptionGroup):
+    @property
+    def exceptions(self) -> Any:
+        raise RuntimeError("no members")
+
+    @property
+    def message(self) -> Any:
+        raise RuntimeError("no message")
+
+
+HOSTILE = [
+    Unprintable,
+    Harmful,
+    Unreachable,
+    Classless,
+    Nameless,
+    lambda: Group("group", [ValueError()]),
+    lambda: ExceptionGroup("group", [Classless(), Unreachable()]),
+]
 
 
 async def test_name_message_and_traceback(run: Runner):
@@ -300,3 +361,102 @@ async def test_params_and_results_are_not_logged(run: Runner, caplog: pytest.Log
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("durable_sa")]
     assert ours
     assert "canary" not in "".join(ours)
+
+
+@pytest.mark.parametrize("kind", ["async", "def"])
+async def test_whatever_is_raised_the_run_ends_and_frees_its_slot(durable: Durable, kind: str):
+    names = []
+
+    def declare(number: int, make: Any) -> Any:
+        name = f"hostile-{number}"
+
+        def fail() -> None:
+            raise make()
+
+        async def body(ctx: TaskContext) -> None:
+            if ctx.attempt == 1:
+                await ctx.step("fail", fail)
+            raise make()
+
+        def plain_body(ctx: SyncTaskContext) -> None:
+            if ctx.attempt == 1:
+                ctx.step("fail", fail)
+            raise make()
+
+        names.append(name)
+        return durable.task(name, max_attempts=2)(body if kind == "async" else plain_body)
+
+    tasks = [declare(number, make) for number, make in enumerate(HOSTILE)]
+    # One slot: the first run that does not end would keep the others from beginning.
+    async with durable.worker(concurrency=1, shutdown_timeout=0.2):
+        for make, hostile in zip(HOSTILE, tasks, strict=True):
+            spawned = await durable.spawn(hostile)
+            result = await durable.wait_for_result(spawned, timeout=30)
+            assert result.error is not None
+            expected = "Nameless" if make is Nameless else type.__getattribute__(type(make()), "__name__")
+            assert result.error.name == expected
+            first, second = await Rows(durable, spawned).runs()
+            assert first.error["step"] == "fail"
+            assert second.error["step"] is None
+
+
+async def test_the_step_in_which_the_last_failure_arose_is_named(run: Runner):
+    async def charge(succeed: bool) -> None:
+        if not succeed:
+            raise ValueError("no")
+
+    async def save(session: AsyncSession) -> None:
+        raise LookupError
+
+    async def outer(ctx: TaskContext) -> None:
+        await ctx.step("inner", charge, False)
+
+    @task("work", max_attempts=8)
+    async def work(ctx: TaskContext) -> None:
+        match ctx.attempt:
+            case 1:
+                await ctx.step("charge", charge, False)
+            case 2:
+                raise ValueError("after")
+            case 3:
+                await ctx.transaction("save", save)
+            case 4:
+                try:
+                    await ctx.step("charge", charge, False)
+                except ValueError as error:
+                    raise KeyError from error
+            case 5:
+                try:
+                    await ctx.step("charge", charge, False)
+                except ValueError:
+                    raise KeyError  # noqa: B904 - by chance, in the handler
+            case 6:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(ctx.step("grouped", charge, False))
+            case 7:
+                await ctx.step("outer", outer, ctx)
+            case _:
+                await ctx.step("unencodable", lambda: object())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("durable_sa.context.steps.encode_arguments", lambda *_: "")
+        spawned = await run.spawn(work)
+        result = await run.wait(spawned)
+    assert result.error.step == "unencodable"
+    steps = [row.error["step"] for row in await Rows(run.durable, spawned).runs()]
+    assert steps == ["charge", None, "save", "charge", None, "grouped", "inner", "unencodable"]
+
+
+async def test_error_that_was_stored_without_its_step_can_be_read(run: Runner):
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> None:
+        raise ValueError
+
+    spawned = await run.spawn(work)
+    await run.wait(spawned)
+    async with run.durable.engine.begin() as connection:
+        await connection.execute(text("UPDATE durable.tasks SET error = (error::jsonb - 'step')::json"))
+    result = await run.durable.get_task_result(spawned)
+    assert result is not None
+    assert result.error is not None
+    assert result.error.step is None

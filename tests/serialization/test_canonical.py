@@ -135,6 +135,37 @@ def test_a_model_stands_for_its_fields() -> None:
     assert encoded(order) != encoded(again.model_copy(update={"tags": {"a"}}))
 
 
+@dataclasses.dataclass
+class Parcel:
+    weight: int
+    fragile: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Shipment(BaseModel):
+    id: int
+    parcel: Parcel | None = None
+    urgent: bool = False
+    weight: int = 1
+    labels: list[int] = [1]
+    token: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    broken: int = Field(default_factory=lambda: 1 // 0)
+
+
+def test_models_and_dataclasses_stand_for_what_differs_from_their_defaults() -> None:
+    def shipment(**fields: Any) -> Shipment:
+        return Shipment(id=1, token="t", broken=1, **fields)
+
+    assert encoded(shipment()) == '[[{"broken":1,"id":1,"token":"t"}],{}]'
+    assert encoded(shipment(urgent=False, labels=[1], parcel=None)) == encoded(shipment())
+    # `==` takes these for the default.
+    assert '"weight":true' in encoded(shipment().model_copy(update={"weight": True}))
+    assert '"labels":[true]' in encoded(shipment().model_copy(update={"labels": [True]}))
+    assert '"parcel":{"weight":2}' in encoded(shipment(parcel=Parcel(2)))
+    assert encoded(Parcel(2, notes=["x"])) == '[[{"notes":["x"],"weight":2}],{}]'
+    assert encoded(Parcel(2, fragile=0)) == '[[{"fragile":0,"weight":2}],{}]'  # type: ignore[arg-type]
+
+
 def test_positions_and_keywords_are_told_apart() -> None:
     assert len({encoded(1, 2), encoded([1, 2]), encoded(1, b=2), encoded(2, 1), encoded(), encoded(None)}) == 6
 

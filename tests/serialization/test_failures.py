@@ -20,6 +20,7 @@ from durable_sa.errors import (
     InvalidState,
     InvalidTaskParams,
     PayloadTooLarge,
+    ReplayMismatch,
     SerializationError,
     TaskNotFound,
     TaskTimeout,
@@ -63,6 +64,7 @@ def caught(function: Any) -> BaseException:
         (InvalidState("it", "over"), False),
         (PayloadTooLarge("it", 2, 1), False),
         (IdempotencyConflict("key", "queue", task_id), False),
+        (ReplayMismatch("charge"), False),
         (TaskTimeout("it", 1), True),
         (TimeoutError(), True),
         (ValueError(), True),
@@ -149,7 +151,7 @@ def test_too_much_data_is_dropped_and_said() -> None:
 def test_whatever_the_text_it_is_stored_within_its_limits(text: str, size: int) -> None:
     encoded = encode_error(ValueError(text * 20_000 * size + text))
     failure = from_json(encoded)
-    assert set(failure) == {"name", "message", "traceback", "raw"}
+    assert set(failure) == {"name", "message", "traceback", "raw", "step"}
     assert "\x00" not in failure["message"] + failure["traceback"]
     assert len(failure["message"].encode()) <= MAX_MESSAGE_BYTES
     assert len(failure["traceback"].encode()) <= MAX_TRACEBACK_BYTES
