@@ -165,7 +165,8 @@ def with_members(error: BaseException) -> Iterator[BaseException]:
     yield error
     if issubclass(type(error), BaseExceptionGroup):
         # By the base class, because a subclass is user code.
-        for member in BaseExceptionGroup.exceptions.__get__(error):
+        members: Any = vars(BaseExceptionGroup)["exceptions"]
+        for member in cast(tuple[BaseException, ...], members.__get__(error)):
             yield from with_members(member)
 
 
