@@ -103,9 +103,11 @@ class App:
 
         Raises:
             TaskAlreadyRegistered: another task has that name.
+            SerializationError: values of its params or output could not be read back as they were, by their types.
         """
         if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
+        task.check_types()
         if self.tasks.setdefault(task.name, task) is not task:
             raise TaskAlreadyRegistered(task.name)
         return task

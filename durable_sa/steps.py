@@ -9,11 +9,13 @@ from weakref import WeakKeyDictionary
 
 from .concurrency.threads import in_event_loop
 from .current import context_or_none
+from .errors import SerializationError
 from .names import validate_name
 from .options import MAX_ATTEMPTS
 from .policies import RetryStrategy
 from .serialization.annotations import local_types, names_around, plain_function, resolve
 from .serialization.codec import Codec, codec_for
+from .serialization.types import UnfaithfulType
 from .validation import Duration, instance, integer, seconds
 
 P = ParamSpec("P")
@@ -110,6 +112,7 @@ def step(
 
     Raises:
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
+        SerializationError: values of the result could not be read back as they were, by their type.
     """
     if callable(name):
         return _make(name, None, StepOptions())
@@ -153,4 +156,10 @@ def _make(function: Any, name: str | None, options: StepOptions) -> Step[..., An
         raise TypeError(f"{function!r} has no name of its own, give it one: step('name')(...)")
     if found := local_types(function):
         _local_types[plain_function(function)] = found
+    try:
+        result_codec(function)
+    except UnfaithfulType:
+        raise
+    except SerializationError:  # a name in the annotation is not defined yet
+        pass
     return Step(validate_name("step", name), function, options)

@@ -12,6 +12,7 @@ from .options import Replay, TaskOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
 from .serialization.codec import Codec, codec_for, problems
+from .serialization.types import UnfaithfulType
 
 # A task that accepts a base type, or None, can be spawned with a subtype.
 ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
@@ -91,6 +92,20 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     def _codec(self, name: str) -> Codec[Any]:
         annotation = resolve(self.function, name, self.local_types)
         return codec_for(annotation, names_around(self.function, self.local_types))
+
+    def check_types(self) -> None:
+        """Refuse types that say in advance that some of their values cannot be read back, as far as they are known yet.
+
+        Raises:
+            SerializationError: with the type, and the part of it that is at fault.
+        """
+        for name in ("return",) if self.params_name is None else ("return", self.params_name):
+            try:
+                self._codec(name)
+            except UnfaithfulType:
+                raise
+            except SerializationError:  # a name in it is not defined yet, or will never be
+                continue
 
     def encode_params(self, params: object) -> str | None:
         """Return params as JSON text, None for a task that takes none.

@@ -100,7 +100,7 @@ def _portable(value: object) -> object:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, BaseModel):
-        return _without_defaults(value, _model_defaults(type(value)))
+        return _without_defaults(value, model_defaults(type(value)))
     if is_set(value):
         return sorted(_canonical(item) for item in value)
     if is_mapping(value):
@@ -125,11 +125,11 @@ def _portable(value: object) -> object:
 def _without_defaults(
     fields: Iterable[tuple[str, object]], defaults: Mapping[str, Callable[[], object] | None]
 ) -> dict[str, object]:
-    return {name: item for name, item in fields if name not in defaults or not _is_default(item, defaults[name])}
+    return {name: item for name, item in fields if name not in defaults or not is_default(item, defaults[name])}
 
 
 @functools.lru_cache(maxsize=1024)
-def _model_defaults(model: type[BaseModel]) -> dict[str, Callable[[], object] | None]:
+def model_defaults(model: type[BaseModel]) -> dict[str, Callable[[], object] | None]:
     """Return functions for the defaults of fields, and None for fields that are excluded from all JSON."""
     defaults: dict[str, Callable[[], object] | None] = {}
     for name, field in model.model_fields.items():
@@ -159,7 +159,7 @@ def _same_object(value: object) -> object:
     return value
 
 
-def _is_default(item: object, default: Callable[[], object] | None) -> bool:
+def is_default(item: object, default: Callable[[], object] | None) -> bool:
     """Return whether a field has its default, also in the types: `==` takes 1 for True."""
     if default is None:
         return True

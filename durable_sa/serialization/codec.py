@@ -9,13 +9,15 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Final, Generic, Never, NoReturn, TypeVar, cast
+from typing import Any, Final, Generic, Literal, Never, NoReturn, TypeVar, cast, get_origin
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, RootModel, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from ..errors import PayloadTooLarge, SerializationError
-from .fidelity import Unfaithful, compare, culprit, place, same
+from .canonical import is_default, model_defaults
+from .fidelity import Unfaithful, check_types, compare, culprit, is_mapping, is_row, place, same
+from .types import UnfaithfulType, Zoned, check, parts
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -37,7 +39,7 @@ _OWN: Final = frozenset({"value_error", "assertion_error"})
 class Codec(Generic[T_co]):
     """Encodes values of one annotation as JSON text, and decodes them. Made by `codec_for`."""
 
-    __slots__ = ("_adapter", "_annotation", "_atoms", "_drawn", "_lenient")
+    __slots__ = ("_adapter", "_annotation", "_atoms", "_drawn", "_forms", "_json", "_lenient")
 
     def __init__(self, annotation: object, names: Mapping[str, object] | None = None) -> None:
         self._annotation = annotation
@@ -45,10 +47,16 @@ class Codec(Generic[T_co]):
         self._lenient = True
         self._drawn = False
         """True if a field is left out of the JSON and its default is made by a function on each decoding."""
+        self._forms = 0
+        """The number of forms to try that leave fields out: 2, later 1 if the sparsest has failed, 0 without models."""
         self._atoms = frozenset(_ATOMS)
         if not any(annotation is unannotated for unannotated in _UNANNOTATED):
             self._adapter = _adapter(annotation, names)
-            self._lenient = _has_holes(self._adapter.core_schema)
+            schema = self._adapter.core_schema
+            check(schema, f"The type {self._name}")
+            self._json = Zoned(self._adapter)
+            self._forms = 2 * any(part.get("type") == "model" for part in parts(schema))
+            self._lenient = _has_holes(schema)
             self._drawn = _draws(self._adapter.core_schema)
             self._atoms = frozenset(atom for atom in _ATOMS if annotation is atom)
 
@@ -86,21 +94,50 @@ class Codec(Generic[T_co]):
         kind = type(value)
         if kind in self._atoms and (kind is not int or -_INT64 <= cast(int, value) < _INT64):
             return self._dump(value, what), cast(T_co, value)
+        if self._forms and (sparse := self._sparse_round_trip(value, what)) is not None:
+            return sparse
         text = self._dump(value, what)
         try:
-            decoded = self.decode(text, what)
-            if not same(value, decoded):
-                compare(value, decoded, lenient=self._lenient)
-                # Sorted, because the members of a set may change their order.
-                if sorted(self._dump(decoded, what)) != sorted(text):
-                    raise Unfaithful((), "it would come back as another value")
-            if self._drawn:
-                compare(decoded, self.decode(text, what), lenient=True, whole=True)
+            return text, self._checked(value, text, what)
         except SerializationError as error:
             raise _better_explained(error, value, text) from None
         except Unfaithful as unfaithful:
             raise SerializationError(what, f"cannot be stored: {unfaithful}") from None
-        return text, decoded
+
+    def _sparse_round_trip(self, value: object, what: str) -> tuple[str, T_co] | None:
+        """Return text without the fields of models that are not set, for these to come back not set.
+
+        First without all of them. If the value is not the same then, those are stored that have another value than a
+        new default, or that may tell the members of a union apart. None if it is not the same then either: models in
+        the place of an `Any`, for example, come back as dicts with all fields.
+        """
+        for sparse in ({"exclude_unset": True}, {"exclude": None})[2 - self._forms :]:
+            try:
+                text = self._dump(value, what, **({"exclude": _unset(value)} if "exclude" in sparse else sparse))
+                decoded = self._checked(value, text, what, complete=True)
+            except (SerializationError, Unfaithful, RecursionError):
+                continue
+            if "exclude" in sparse:
+                self._forms = 1
+            return text, decoded
+        return None
+
+    def _checked(self, value: object, text: str, what: str, *, complete: bool = False) -> T_co:
+        """Return what is decoded of the text of a value.
+
+        Raises:
+            SerializationError, Unfaithful: it is not the same.
+        """
+        decoded = self.decode(text, what)
+        if not same(value, decoded):
+            compare(value, decoded, lenient=self._lenient, complete=complete)
+            # Sorted, because the members of a set may change their order.
+            if sorted(self._dump(decoded, what)) != sorted(self._dump(value, what)):
+                raise Unfaithful((), "it would come back as another value")
+        check_types(value, decoded, lenient=self._lenient)
+        if self._drawn:
+            compare(decoded, self.decode(text, what), lenient=True, whole=True)
+        return decoded
 
     def decode(self, text: str, what: str) -> T_co:
         """Return the value of which `text` is the JSON form.
@@ -112,7 +149,7 @@ class Codec(Generic[T_co]):
         try:
             if self._adapter is None:
                 return cast(T_co, from_json(text, allow_inf_nan=False))
-            return cast(T_co, self._adapter.validator.validate_json(text, by_alias=True, by_name=True))
+            return cast(T_co, self._json.validator.validate_json(text, by_alias=True, by_name=True))
         except ValidationError as error:
             reason = "; ".join(problems(error))
         except ValueError as error:
@@ -121,12 +158,14 @@ class Codec(Generic[T_co]):
             raise SerializationError(what, f"cannot be read back as {self._name}: {type(error).__name__}") from error
         raise SerializationError(what, f"cannot be read back as {self._name}: {reason}")
 
-    def _dump(self, value: object, what: str) -> str:
+    def _dump(self, value: object, what: str, **sparse: Any) -> str:
         try:
             if self._adapter is None:
                 encoded = to_json(value, by_alias=False, inf_nan_mode="null")
             else:
-                encoded = self._adapter.serializer.to_json(value, by_alias=False, round_trip=True, warnings=False)
+                encoded = self._json.serializer.to_json(
+                    value, by_alias=False, round_trip=True, warnings=False, **sparse
+                )
         except Exception:  # noqa: BLE001 - serializers are user code
             raise SerializationError(what, f"cannot be stored: {culprit(value)}") from None
         text = encoded.decode()
@@ -149,6 +188,8 @@ def codec_for(annotation: object, names: Mapping[str, object] | None = None) -> 
         return _codec_for(annotation, annotation if isinstance(annotation, type) else repr(annotation))
     except TypeError:  # unhashable metadata of an Annotated
         return Codec(annotation, names)
+    except UnfaithfulType:
+        raise
     except SerializationError:
         if not names:
             raise
@@ -210,6 +251,28 @@ def _adapter(annotation: Any, names: Mapping[str, object] | None) -> TypeAdapter
         reason = str(error).partition("\n")[0]
         raise SerializationError(f"The type {_name(annotation)}", f"has no JSON form: {reason}") from error
     return adapter
+
+
+def _unset(value: object) -> Any:
+    """Return what pydantic is to exclude: fields that are not set, and that a model gets again as they are."""
+    if isinstance(value, RootModel):
+        return None
+    if isinstance(value, BaseModel):
+        defaults = model_defaults(type(value))
+        excluded: dict[Any, Any] = {}
+        for name, item in value:
+            default = defaults.get(name)
+            if name in value.model_fields_set or default is None or not is_default(item, default):
+                excluded[name] = _unset(item)
+            elif get_origin(type(value).model_fields[name].annotation) is not Literal:
+                excluded[name] = True
+    elif is_mapping(value):
+        excluded = {key: _unset(item) for key, item in value.items()}
+    elif is_row(value):
+        excluded = {position: _unset(item) for position, item in enumerate(value)}
+    else:
+        return None
+    return {name: entry for name, entry in excluded.items() if entry is not None} or None
 
 
 def _has_holes(schema: object) -> bool:

@@ -166,7 +166,7 @@ def with_members(error: BaseException) -> Iterator[BaseException]:
     if issubclass(type(error), BaseExceptionGroup):
         # By the base class, because a subclass is user code.
         members: Any = vars(BaseExceptionGroup)["exceptions"]
-        for member in members.__get__(error):
+        for member in cast(tuple[BaseException, ...], members.__get__(error)):
             yield from with_members(member)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from enum import Enum
 from numbers import Number
 from typing import Any, Final, TypeGuard, cast
 from uuid import UUID
@@ -27,6 +28,7 @@ _SHOWN_CHARACTERS: Final = 40
 _TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} levels deep, or contains itself"
 # Types whose instances are equal if they mean the same: a decoded one that is unequal has changed.
 _COMPARABLE: Final = (str, bytes, bytearray, Number, date, time, timedelta, UUID)
+_FLAT: Final = frozenset({str, int, float, bool, type(None)})
 _JSON_TYPES: Final = (str, int, float, bool, type(None), list, dict)
 
 
@@ -77,12 +79,15 @@ def same(one: object, other: object) -> bool:
         return False
 
 
-def compare(value: object, decoded: object, *, lenient: bool, whole: bool = False, path: Path = ()) -> None:
+def compare(
+    value: object, decoded: object, *, lenient: bool, whole: bool = False, complete: bool = False, path: Path = ()
+) -> None:
     """Refuse a `value` that has lost information in `decoded`, which is decoded from its JSON form.
 
     A tuple that is decoded as a list has not. With `lenient`, neither has a value that JSON has no type for and that is
     decoded as its JSON form, such as a datetime as text; this applies to values without an annotation. With `whole`,
-    fields that are left out of the JSON count too; both values are decoded ones then.
+    fields that are left out of the JSON count too; both values are decoded ones then. With `complete`, a model that is
+    decoded as a mapping must have all of its fields there.
 
     Raises:
         Unfaithful: with the place and the types.
@@ -94,7 +99,7 @@ def compare(value: object, decoded: object, *, lenient: bool, whole: bool = Fals
     _refuse_unstorable(value, decoded, path)
     came_back = f"{_a(value)} would come back as {_a(decoded)}"
     if is_mapping(value) and is_mapping(decoded):
-        _compare_entries(value, decoded, lenient, whole, path)
+        _compare_entries(value, decoded, lenient, whole, complete, path)
     elif is_set(value):
         for item in value:
             _refuse_unstorable(item, None, path)
@@ -102,18 +107,61 @@ def compare(value: object, decoded: object, *, lenient: bool, whole: bool = Fals
         if len(value) != len(decoded):
             raise Unfaithful(path, came_back + " of another length")
         for position, (item, decoded_item) in enumerate(zip(value, decoded, strict=True)):
-            compare(item, decoded_item, lenient=lenient, whole=whole, path=(*path, position))
+            compare(item, decoded_item, lenient=lenient, whole=whole, complete=complete, path=(*path, position))
     elif (fields := _fields(value, whole=whole)) is not None and (lenient or type(decoded) is type(value)):
+        _compare_private(value, decoded, path)
         decoded_fields = decoded if is_mapping(decoded) else _fields(decoded, whole=whole) or {}
         for name, item in fields.items():
             if name in decoded_fields:
-                compare(item, decoded_fields[name], lenient=lenient, whole=whole, path=(*path, name))
+                compare(item, decoded_fields[name], lenient=lenient, whole=whole, complete=complete, path=(*path, name))
+            elif complete and is_mapping(decoded):
+                raise Unfaithful((*path, name), "it would be left out")
     elif type(value) is type(decoded):
         if isinstance(value, _COMPARABLE):
             each_time = ", each time: the JSON leaves it out, and its default is made anew" if whole else ""
             raise Unfaithful(path, f"{_a(value)} would come back as a different one{each_time}")
     elif not (lenient and isinstance(decoded, _JSON_TYPES)):
         raise Unfaithful(path, came_back)
+
+
+def check_types(value: object, decoded: object, *, lenient: bool, path: Path = ()) -> None:
+    """Refuse a bool or a member of an enum that is decoded as an equal number or text, and a number as a bool.
+
+    With `lenient` a member of an enum may be. Models are passed over, because their fields are validated when they are
+    made.
+
+    Raises:
+        Unfaithful: with the place and the types.
+    """
+    kind, decoded_kind = type(value), type(decoded)
+    if kind is decoded_kind and kind in _FLAT:
+        return
+    if is_mapping(value) and is_mapping(decoded):
+        if set(map(type, value)) != set(map(type, decoded)):
+            check_types(set(value), set(decoded), lenient=lenient, path=path)
+        for key, item in value.items():
+            if key in decoded:
+                check_types(item, decoded[key], lenient=lenient, path=(*path, key))
+    elif is_row(value) and is_row(decoded):
+        kinds = list(map(type, value))
+        if not (_FLAT.issuperset(kinds) and kinds == list(map(type, decoded))):
+            for position, (item, decoded_item) in enumerate(zip(value, decoded, strict=False)):
+                check_types(item, decoded_item, lenient=lenient, path=(*path, position))
+    elif is_set(value) and is_set(decoded):
+        others = {item: item for item in decoded}
+        for item in value:
+            check_types(item, others.get(item, item), lenient=lenient, path=path)
+    elif isinstance(value, BaseModel):
+        return
+    elif dataclasses.is_dataclass(value) and kind is decoded_kind:
+        for field in dataclasses.fields(value):
+            item, decoded_item = getattr(value, field.name, None), getattr(decoded, field.name, None)
+            check_types(item, decoded_item, lenient=lenient, path=(*path, field.name))
+    elif kind is not decoded_kind and (
+        isinstance(value, bool if lenient else bool | Enum)
+        or (isinstance(decoded, bool) and isinstance(value, int | float))
+    ):
+        raise Unfaithful(path, f"{_a(value)} would come back as {_a(decoded)}")
 
 
 def culprit(value: object, path: Path = ()) -> Unfaithful:
@@ -133,13 +181,26 @@ def culprit(value: object, path: Path = ()) -> Unfaithful:
 
 
 def _compare_entries(
-    value: Mapping[object, object], decoded: Mapping[object, object], lenient: bool, whole: bool, path: Path
+    value: Mapping[object, object],
+    decoded: Mapping[object, object],
+    lenient: bool,
+    whole: bool,
+    complete: bool,
+    path: Path,
 ) -> None:
     for key, item in value.items():
         if key not in decoded:
             reason = f"a key of type {type(key).__name__} would come back as a str, annotate the dict with its key type"
             raise Unfaithful(path, reason)
-        compare(item, decoded[key], lenient=lenient, whole=whole, path=(*path, key))
+        compare(item, decoded[key], lenient=lenient, whole=whole, complete=complete, path=(*path, key))
+
+
+def _compare_private(value: object, decoded: object, path: Path) -> None:
+    if isinstance(value, BaseModel) and isinstance(decoded, BaseModel):
+        private, decoded_private = value.__pydantic_private__ or {}, decoded.__pydantic_private__ or {}
+        for name, item in private.items():
+            if not same(item, decoded_private.get(name)):
+                raise Unfaithful((*path, name), "a private attribute is not stored, and would come back as another one")
 
 
 def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:

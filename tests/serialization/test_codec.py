@@ -14,15 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import (
     AliasChoices,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
     PlainSerializer,
+    PrivateAttr,
     RootModel,
     SecretBytes,
     SecretStr,
     computed_field,
     field_serializer,
+    model_serializer,
+    model_validator,
 )
 from typing_extensions import TypedDict
 
@@ -505,3 +509,215 @@ def test_the_default_limit_is_16_mib() -> None:
     check_size("x" * DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_MAX_PAYLOAD_BYTES, "It")
     with pytest.raises(PayloadTooLarge, match="16777217 bytes as JSON and at most 16777216"):
         check_size("x" * (DEFAULT_MAX_PAYLOAD_BYTES + 1), DEFAULT_MAX_PAYLOAD_BYTES, "It")
+
+
+# -- what a model has set, zones, and types that cannot be read back
+
+
+class Patch(BaseModel):
+    name: str | None = None
+    tags: list[str] = []
+    created: datetime = datetime(2020, 1, 1)
+    inner: "Patch | None" = None
+
+
+class Made(BaseModel):
+    id: uuid.UUID = Field(default_factory=uuid.uuid4)
+    note: str | None = None
+
+
+class Card(BaseModel):
+    kind: Literal["card"] = "card"
+    number: int = 1
+
+
+class Cash(BaseModel):
+    kind: Literal["cash"] = "cash"
+    number: int = 1
+
+
+class Order2(BaseModel):
+    payment: Card | Cash = Field(discriminator="kind")
+    note: str = ""
+
+
+def test_fields_that_were_not_set_come_back_not_set() -> None:
+    for value, dumped in (
+        (Patch(), {}),
+        (Patch(name=None), {"name": None}),
+        (Patch(inner=Patch(tags=[])), {"inner": {"tags": []}}),
+        (Patch.model_validate({"name": "x", "inner": {"name": None}}), {"name": "x", "inner": {"name": None}}),
+    ):
+        decoded = codec_for(Patch).round_trip(value, "It")[1]
+        assert decoded == value
+        assert decoded.model_dump(exclude_unset=True) == dumped
+        [listed] = codec_for(list[Patch]).round_trip([value], "It")[1]
+        assert listed.model_dump(exclude_unset=True) == dumped
+    # An assignment sets a field; a change of a default in place has to be stored as well.
+    patch = Patch()
+    patch.name = "y"
+    patch.tags.append("z")
+    decoded = codec_for(Patch).round_trip(patch, "It")[1]
+    assert decoded == patch
+    assert decoded.model_dump(exclude_unset=True) == {"name": "y", "tags": ["z"]}
+
+
+def test_fields_that_would_be_made_anew_are_stored_and_the_others_stay_not_set() -> None:
+    codec = codec_for(dict[str, list[Made]])
+    value = {"a": [Made(), Made(note=None)]}
+    for _ in range(2):
+        decoded = codec.round_trip(value, "It")[1]
+        assert decoded == value
+        assert [made.model_fields_set for made in decoded["a"]] == [{"id"}, {"id", "note"}]
+    for payment in (Card(), Cash(number=2)):
+        order = codec_for(Order2).round_trip(Order2(payment=payment), "It")[1]
+        assert order == Order2(payment=payment)
+        assert order.model_fields_set == {"payment"}
+
+
+def test_models_in_the_place_of_any_keep_all_fields_in_their_json() -> None:
+    class Open(BaseModel):
+        content: Any
+        note: str = ""
+
+    decoded = codec_for(Open).round_trip(Open(content=[Tree(value=1)]), "It")[1]
+    assert decoded.content == [{"value": 1, "children": []}]
+
+
+class Timetable(BaseModel):
+    model_config = ConfigDict(strict=True)
+    start: AwareDatetime
+    stops: dict[datetime, list[datetime]] = {}
+    back: "Timetable | None" = None
+
+
+def test_names_of_zones_come_back() -> None:
+    paris = datetime(2024, 7, 1, 12, tzinfo=ZoneInfo("Europe/Paris"))
+    text, decoded = codec_for(datetime).round_trip(paris, "It")
+    assert text == '"2024-07-01T12:00:00+02:00[Europe/Paris]"'
+    assert decoded.tzinfo is paris.tzinfo
+    assert (decoded + timedelta(days=180)).utcoffset() == timedelta(hours=1)
+    table = Timetable(start=paris, stops={paris: [paris]}, back=Timetable(start=paris))
+    decoded = codec_for(list[Timetable]).round_trip([table], "It")[1][0]
+    assert decoded == table
+    [(key, [stop])] = decoded.stops.items()
+    assert {decoded.start.tzinfo, key.tzinfo, stop.tzinfo, decoded.back.start.tzinfo} == {paris.tzinfo}
+    # The second time of an hour, and a time that the clock skips, stay where they are on the clock.
+    for local in (
+        datetime(2024, 10, 27, 2, 30, fold=1),
+        datetime(2024, 3, 31, 2, 30),
+        datetime(2024, 3, 31, 2, 30, fold=1),
+    ):
+        there = local.replace(tzinfo=paris.tzinfo)
+        decoded = codec_for(datetime).round_trip(there, "It")[1]
+        assert (decoded.replace(tzinfo=None), decoded.utcoffset()) == (local, there.utcoffset())
+    # As an earlier version has stored it, and as UTC and offsets are.
+    assert codec_for(datetime).decode('"2024-07-01T12:00:00+02:00"', "It") == paris
+    for plain_time in ("2024-01-01T00:00:00", "2024-01-01T00:00:00Z", "2024-01-01T00:00:00+05:45"):
+        value = datetime.fromisoformat(plain_time)
+        assert codec_for(datetime).round_trip(value, "It") == (f'"{plain_time}"', value)
+    for hostile in ("Nowhere/Land", "../../etc/passwd", ""):
+        with pytest.raises(SerializationError, match="its time zone is not known on this machine"):
+            codec_for(datetime).decode(f'"2024-07-01T12:00:00+02:00[{hostile}]"', "It")
+    assert codec_for(datetime | str).round_trip(paris, "It")[1] == paris
+    assert codec_for(datetime | str).round_trip("later", "It")[1] == "later"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Name(enum.StrEnum):
+    A = "a"
+
+
+class Private(BaseModel):
+    value: int = 0
+    _cache: dict[str, int] = PrivateAttr(default_factory=dict)
+
+
+class Restored(BaseModel):
+    _state: int = PrivateAttr(0)
+
+    @model_serializer
+    def store(self) -> dict[str, int]:
+        return {"state": self._state}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def restore(cls, value: Any, handler: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        restored = handler({})
+        restored._state = value.get("state", 0)
+        return restored
+
+
+@pytest.mark.parametrize(
+    ("annotation", "message"),
+    [
+        (Private, "'_cache', a private attribute of Private, would not be stored"),
+        (dict[str, list[Private | None]], "a private attribute of Private"),
+        (Level | int, "in a union with int, a member of Level would come back as its value"),
+        (int | Level | None, "member of Level"),
+        (float | Level, "in a union with float, a member of Level"),
+        (list[Name | str], "in a union with str, a member of Name"),
+        (Colour | int, "member of Colour"),
+        (Colour | str, "member of Colour"),
+    ],
+    ids=repr,
+)
+def test_types_that_cannot_be_read_back_are_refused_before_there_is_a_value(annotation: Any, message: str) -> None:
+    with pytest.raises(SerializationError, match=message) as caught:
+        codec_for(annotation)
+    assert str(caught.value).startswith("The type ")
+
+
+@pytest.mark.parametrize("annotation", [Level | str, Level | None, Name | int, Level | Name, int | str | None])
+def test_unions_whose_members_can_be_told_apart_are_fine(annotation: Any) -> None:
+    for value in (Level.LOW, Name.A):
+        if type(value) in annotation.__args__:
+            assert type(codec_for(annotation).round_trip(value, "It")[1]) is type(value)
+
+
+def test_private_attributes_that_a_model_stores_itself_come_back() -> None:
+    value = Restored()
+    value._state = 5
+    assert codec_for(Restored).round_trip(value, "It")[1]._state == 5
+
+
+@dataclasses.dataclass
+class Loose:
+    numbers: Any
+    count: int = 0
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "place"),
+    [
+        (int | str, True, ""),
+        (int, True, ""),
+        (float, False, ""),
+        (list[int | str], ["a", 1, True], r"at \[2\]: "),
+        (dict[str, int], {"a": True}, "at a: "),
+        (set[int | str], {True, 2}, ""),
+        (tuple[int | str, ...], (True,), r"at \[0\]: "),
+        (Loose, Loose(numbers=[1], count=True), "at count: "),
+        (int, Level.LOW, ""),
+        (list[str], [Name.A], r"at \[0\]: "),
+        (bool | str, 1, ""),
+        (date | str, "2024-01-01", ""),
+        (list[date | str], ["x", "2024-01-01"], r"at \[1\]: "),
+    ],
+    ids=repr,
+)
+def test_values_that_would_be_taken_for_others_are_refused(annotation: Any, value: Any, place: str) -> None:
+    with pytest.raises(
+        SerializationError, match=rf"It cannot be stored: {place}a value of type \w+ would come back as"
+    ):
+        codec_for(annotation).encode(value, "It")
+
+
+def test_numbers_and_texts_that_mean_the_same_are_not_refused() -> None:
+    for annotation, value in ((float, 5), (list[float], [1, 2.5]), (Name, "a"), (Any, [True, Level.LOW]), (bool, True)):
+        assert codec_for(annotation).round_trip(value, "It")[1] == value
