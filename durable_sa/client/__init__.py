@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
@@ -56,7 +56,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
     is the schema of the tables, ``durable`` by default. `hooks` surround all spawns, runs and steps of the client; see
     :class:`durable_sa.Hooks`. Spans and metrics are recorded by `telemetry`, a
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
-    has set these up; not at all if it is False.
+    has set these up; not at all if it is False. `tasks` are registered; those of another client are `other.tasks`.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -79,7 +79,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
-        tasks: Iterable[Task[Any, Any]] = (),
+        tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         super().__init__(
             bind,
@@ -95,7 +95,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         self.state = state
         """The value of `ctx.state` without a lifespan."""
         self.lifespan = lifespan
-        for task in tasks:
+        for task in tasks.values() if isinstance(tasks, Mapping) else tasks:
             self.register(task)
 
     def __repr__(self) -> str:
