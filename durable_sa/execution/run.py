@@ -123,7 +123,7 @@ class Run:
         elif reason == "released":
             outcomes.release(self.host, self.claimed, self.task, waited=self._waited)
         else:
-            self.host.outcome_stored(self.claimed, "lost", None)
+            self.host.outcome_stored(self.claimed, "lost", self.signal)
 
     def _mark_over(self) -> None:
         if not self.over:

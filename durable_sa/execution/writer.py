@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +22,16 @@ from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.channel import DedicatedConnection
-from ..database_errors import LOCK_NOT_AVAILABLE, backoff, is_read_only, is_transient, reason, sqlstate, without_values
+from ..database_errors import (
+    LOCK_NOT_AVAILABLE,
+    FailureLog,
+    Outage,
+    backoff,
+    is_read_only,
+    is_transient,
+    sqlstate,
+    without_values,
+)
 from ..signals import LeaseLost
 from ..statements import checkpoints, fencing
 from .waits import Stored
@@ -40,8 +48,6 @@ from .writes import (
     statement_of_many,
     without_earlier_fences,
 )
-
-logger = logging.getLogger("durable_sa")
 
 T = TypeVar("T")
 
@@ -80,10 +86,12 @@ class Writer:
         spare: DedicatedConnection | None = None,
         *,
         on_commit: Callable[[Kind, list[Write], Sequence[Row[Any]]], None],
+        outage: Outage | None = None,
     ) -> None:
         self._first = _Pipe(channel)
         self._second = None if spare is None else _Pipe(spare)
         self._on_commit = on_commit
+        self._failures = FailureLog("writing", outage, patience=1)
         self._queue: deque[Write] = deque()
         self._abandoned = False
         self._delayed = 0
@@ -238,11 +246,12 @@ class Writer:
         while not self._abandoned:
             try:
                 await self._flush(channel, writes)
+                self._failures.succeeded()
                 return
             except Exception as error:
                 contended = writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
                 if is_transient(error) and not contended:
-                    logger.warning("writing for %d runs failed, retrying: %s", len(writes), reason(error))
+                    self._failures.failed(error)
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue

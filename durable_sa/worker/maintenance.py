@@ -83,7 +83,7 @@ class Maintenance:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        retry = Retry("maintenance")
+        retry = Retry("maintenance", outage=self._registration.outage)
         while True:
             try:
                 await self.work()
