@@ -52,7 +52,8 @@ class Children(ContextBase):
             InvalidConfiguration, InvalidName: an option is out of range.
             IdempotencyConflict: the idempotency key belongs to a task that is not this child.
         """
-        return self._spawn(self._call("spawn", name), task, params, options, unchecked=False)
+        call = self._call("spawn", name)
+        return self._begun(call, self._spawn(call, task, params, options, unchecked=False))
 
     def spawn_by_name(
         self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
@@ -62,7 +63,8 @@ class Children(ContextBase):
         See :meth:`spawn`. Params are checked if the task is registered here, else they are sent as plain JSON.
         """
         unchecked = task_name not in self._app.tasks
-        return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=unchecked)
+        call = self._call("spawn", name)
+        return self._begun(call, self._spawn(call, task_name, params, options, unchecked=unchecked))
 
     async def _spawn(
         self, call: Call, task: Task[Any, Any] | str, params: Any, options: SpawnOptions, *, unchecked: bool
@@ -116,7 +118,7 @@ class Children(ContextBase):
             raise TypeError(f"join takes the TaskHandle of `await ctx.spawn(...)`, not {type(handle).__name__}")
         limit = None if timeout is None else seconds(timeout, "timeout")
         call = self._call("join", "$join", str(handle.task_id))
-        return self._join(call, handle, limit)
+        return self._begun(call, self._join(call, handle, limit))
 
     async def _join(self, call: Call, handle: TaskHandle[T], timeout: float | None) -> T:
         run = self._run

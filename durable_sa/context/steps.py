@@ -75,9 +75,10 @@ class Steps(Sleeps):
     ) -> Coroutine[Any, Any, Any]:
         """Run a step as :meth:`step` does, but execute its tries by `attempt`."""
         function, options = plain_step(fn)
-        call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
-        check_function(function, call)
-        return self._step(attempt, call, function, options, args, kwargs)
+        arguments = encode_arguments(args, kwargs, f"step {name!r}")
+        check_function(function, "step", name)
+        call = self._call("step", name, arguments)
+        return self._begun(call, self._step(attempt, call, function, options, args, kwargs))
 
     async def _step(
         self,

@@ -24,6 +24,7 @@ from ..tasks import Task
 from ..validation import Duration
 from . import TaskContext
 from .data import StateT, TaskData
+from .logger import TaskLogger
 from .thread import TaskThread, call_in_another_thread
 
 P = ParamSpec("P")
@@ -53,6 +54,12 @@ class SyncTaskContext(TaskData[StateT]):
         if self.thread is None:
             raise InvalidState("The task", "not running")
         return self.thread
+
+    @property
+    def logger(self) -> TaskLogger:
+        """As :attr:`durable_sa.TaskContext.logger`."""
+        branch = None if self.thread is None else self.thread.branch
+        return TaskLogger(self._claimed, lambda record: self.context._log(record, branch))
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._own_thread.call(make)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import inspect
 import logging
 import time
 import uuid
@@ -23,6 +24,7 @@ from ..tasks import Task
 from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
+from .lines import Lines
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
 
@@ -54,6 +56,9 @@ class Run:
         self.branches = BranchTree(on_quiescent=self._suspend)
         self.children: dict[uuid.UUID, Any] = {}
         """The tasks of the children that were spawned in this run; None for one that is not registered here."""
+        self.unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] = {}
+        """Calls of the context that have not been awaited yet, each with its coroutine."""
+        self.lines = Lines()
         self.signal: ControlFlow | None = None
         self.over = False
         self._waited = journal.waiting
@@ -118,6 +123,7 @@ class Run:
             self._end(root)
             return
         self._mark_over()
+        self._drop_unawaited()  # they may have been meant for later
         if reason == "suspended":
             outcomes.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)
         elif reason == "released":
@@ -128,6 +134,7 @@ class Run:
     def _mark_over(self) -> None:
         if not self.over:
             self.over = True
+            self.lines.release()
             self.host.run_ended(self.claimed)
 
     def _end(self, root: asyncio.Task[Any]) -> None:
@@ -141,10 +148,32 @@ class Run:
             cause = error.__cause__ if isinstance(error, BranchExit) else error
             self._fail(cause or error)
             return
+        if forgotten := self._drop_unawaited():
+            self._fail(
+                InvalidState(
+                    f"The call of {', '.join(forgotten[:10])}",
+                    "made and never awaited, so it had no effect",
+                    "Await the coroutine that each method of the context returns, or pass it to asyncio.gather.",
+                )
+            )
+            return
         if names := self.journal.unused_names():
             recorded = ", ".join(names[:10])
             self.warn("completed without using its records of: %s. Was its code changed?", recorded)
         outcomes.complete(self.host, self.claimed, self.task, root.result(), waited=self._waited)
+
+    def _drop_unawaited(self) -> list[str]:
+        """Close the coroutines of calls that were never awaited, and return what they are calls of.
+
+        A coroutine that was cancelled or closed before it began counts as awaited, as it does for Python.
+        """
+        forgotten: list[str] = []
+        for call, coroutine in self.unawaited.values():
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()  # otherwise Python warns as well
+                forgotten.append(f"{call.kind} {call.name!r}")
+        self.unawaited.clear()
+        return forgotten
 
     def _fail(self, error: BaseException) -> None:
         outcomes.fail(self.host, self.claimed, self.task, error, waited=self._waited)
