@@ -51,7 +51,7 @@ from .results import (
 )
 from .schedules.pgcron import setup_pgcron
 from .spawns import OutgoingSpawn, Spawn
-from .steps import step
+from .steps import step, transaction
 from .tasks import Task
 from .worker.worker import Worker
 
@@ -103,6 +103,7 @@ __all__ = [
     "setup_pgcron",
     "step",
     "task",
+    "transaction",
 ]
 
 

@@ -15,6 +15,7 @@ from ..decorators import (
 )
 from ..decorators import task as make_task
 from ..policies import CancellationPolicy, RetryStrategy
+from ..steps import transaction
 from ..tasks import Task
 
 T = TypeVar("T")
@@ -23,6 +24,9 @@ ParamsT = TypeVar("ParamsT")
 
 class Registry(App):
     """The part of a client that registers tasks."""
+
+    transaction = staticmethod(transaction)
+    """The decorator :func:`durable_sa.transaction`; nothing is registered."""
 
     @overload
     def task(self, name: AsyncFunction[ParamsT, T], /) -> Task[ParamsT, T]: ...

@@ -47,7 +47,7 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, TaskDat
         last call of a branch while others suspend the task. The logger is `durable_sa.tasks`; its records have the
         attributes of :class:`durable_sa.logs.TaskFields`.
         """
-        return TaskLogger(self._claimed, self._log)
+        return TaskLogger(self._claimed, self.log_line)
 
     @property
     def signal(self) -> ControlFlow | None:

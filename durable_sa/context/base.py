@@ -70,7 +70,7 @@ class ContextBase:
             self._run.lines.called(branch, recorded=journal.knows(key))
         return Call(kind, name, key)
 
-    def _log(self, record: logging.LogRecord, branch: Branch | None = None) -> None:
+    def log_line(self, record: logging.LogRecord, branch: Branch | None = None) -> None:
         """Log a record of the calling code, in `branch` if that is given, unless an earlier run has logged it."""
         run = self._run
         if isinstance(run.signal, Suspended):

@@ -42,12 +42,13 @@ class TaskLogger(Adapter):
         if not self.isEnabledFor(level):
             return
         path, number, function, stack = self.logger.findCaller(stack_info, stacklevel + 1)
+        raised: Any = exc_info or None
         if isinstance(exc_info, BaseException):
-            exc_info = (type(exc_info), exc_info, exc_info.__traceback__)
+            raised = (type(exc_info), exc_info, exc_info.__traceback__)
         elif exc_info and not isinstance(exc_info, tuple):
-            exc_info = sys.exc_info()
-        fields = {**self._claimed.log_fields, **(extra or {})}
+            raised = sys.exc_info()
+        fields: dict[str, Any] = {**self._claimed.log_fields, **(extra or {})}
         record = self.logger.makeRecord(
-            self.logger.name, level, path, number, msg, args, exc_info or None, function, fields, stack
+            self.logger.name, level, path, number, msg, args, raised, function, fields, stack
         )
         self._handle(record)

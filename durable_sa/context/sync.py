@@ -59,7 +59,7 @@ class SyncTaskContext(TaskData[StateT]):
     def logger(self) -> TaskLogger:
         """As :attr:`durable_sa.TaskContext.logger`."""
         branch = None if self.thread is None else self.thread.branch
-        return TaskLogger(self._claimed, lambda record: self.context._log(record, branch))
+        return TaskLogger(self._claimed, lambda record: self.context.log_line(record, branch))
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._own_thread.call(make)

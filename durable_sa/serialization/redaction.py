@@ -100,9 +100,7 @@ class _Copies:
         self._seen[id(error)] = None
         deep = len(self._seen) > LONGEST_CHAIN
         cause, context = (None, None) if deep else (self.of(error.__cause__), self.of(error.__context__))
-        members: list[BaseException] = []
-        if isinstance(error, BaseExceptionGroup):
-            members = list(cast("BaseExceptionGroup[BaseException]", error).exceptions)
+        members = _members(error)
         copies = [self.of(member) for member in members]
         text, notes = message(error), list(getattr(error, "__notes__", ()))
         shown, shown_notes = self._redacted(text), [self._redacted(str(note)) for note in notes]
@@ -118,11 +116,21 @@ class _Copies:
         return copy
 
 
+def _members(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return list(cast("BaseExceptionGroup[BaseException]", error).exceptions)
+    return []
+
+
 def _copy(kind: type[BaseException], text: str, members: list[BaseException]) -> BaseException:
     """Make an exception that a traceback shows as one of this kind."""
     named: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     if members:
-        named["__str__"] = lambda _: text
+
+        def show(_: BaseException) -> str:
+            return text
+
+        named["__str__"] = show
         return cast(BaseException, type(kind.__name__, (BaseExceptionGroup,), named)("", members))
     return cast(BaseException, type(kind.__name__, (Exception,), named)(text))
 
