@@ -170,7 +170,7 @@ class Steps(Sleeps):
         """Wait `delay` seconds between two tries of a step."""
         if delay < 1.0 or is_part(call.key):
             with self._run.branches.busy():
-                await asyncio.sleep(delay)
+                await self._run.pause(delay)
         else:
             key = step_key("pause", str(call.key), "", (), tries, part=True)
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)

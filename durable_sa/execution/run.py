@@ -58,6 +58,7 @@ class Run:
         """The tasks of the children that were spawned in this run; None for one that is not registered here."""
         self.unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] = {}
         """Calls of the context that have not been awaited yet, each with its coroutine."""
+        self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
         self.lines = Lines()
         self.signal: ControlFlow | None = None
         self.over = False
@@ -284,6 +285,15 @@ class Run:
         finally:
             self.pending.pop(wait.future, None)
 
+    async def pause(self, seconds: float) -> None:
+        """Wait in memory, by a clock that `clock_moved` moves."""
+        over: asyncio.Future[None] = self._loop.create_future()
+        self._pauses[over] = self._loop.call_later(seconds, _end_pause, over)
+        try:
+            await over
+        finally:
+            self._pauses.pop(over).cancel()
+
     def _stop_timers(self) -> None:
         for timer in (self._register_timer, self._poll_timer):
             if timer is not None:
@@ -352,7 +362,15 @@ class Run:
         """Count waits from an earlier time, because the database's clock was moved forward by so many seconds."""
         for wait in self.pending.values():
             wait.called_at -= by
+        for over, timer in self._pauses.items():
+            timer.cancel()
+            self._pauses[over] = self._loop.call_at(timer.when() - by, _end_pause, over)
         self.poll_soon()
+
+
+def _end_pause(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _settle_future(future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
