@@ -136,16 +136,22 @@ class TaskNotFound(DurableError, LookupError):
 
 
 class ScheduleNotFound(DurableError, LookupError):
-    """Raised when a schedule does not exist."""
+    """Raised when a queue has no schedule of that name; `elsewhere` lists the queues that have one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, queue_name: str | None = None, elsewhere: Sequence[str] = ()) -> None:
         self.name = name
-        super().__init__(name)
+        self.queue_name = queue_name
+        self.elsewhere = tuple(elsewhere)
+        super().__init__(name, queue_name, self.elsewhere)
 
     def __str__(self) -> str:
-        return (
-            f"There is no schedule named {_shown(self.name)}. `await durable.list_schedules()` lists the existing ones."
-        )
+        queue = "" if self.queue_name is None else f" in queue {_shown(self.queue_name)}"
+        if self.elsewhere:
+            others = ", ".join(_shown(name) for name in self.elsewhere[:5])
+            remedy = f"Queues that have one: {others}. Name the queue with queue_name=."
+        else:
+            remedy = "`await durable.list_schedules(ScheduleFilter())` lists those of all queues."
+        return f"There is no schedule named {_shown(self.name)}{queue}. {remedy}"
 
 
 class InvalidCron(DurableError, ValueError):

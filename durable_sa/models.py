@@ -23,6 +23,7 @@ from sqlalchemy import (
     Integer,
     Interval,
     MetaData,
+    PrimaryKeyConstraint,
     SmallInteger,
     Text,
     Uuid,
@@ -36,7 +37,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0001"
+REVISION = "durable_0002"
+OLDEST = "durable_0001"
+"""The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
 """The default retention of a queue's ended tasks and events."""
 
@@ -82,7 +85,7 @@ class Queue(Base):
     __table_args__ = (
         CheckConstraint("retention BETWEEN '0' AND '36525 days'", name="retention"),
         CheckConstraint("event_retention BETWEEN '0' AND '36525 days'", name="event_retention"),
-        {"comment": f"schema version: {REVISION}"},
+        {"comment": f"schema version: {REVISION} (for {OLDEST} and later)"},
     )
 
     queue_name: Mapped[str] = mapped_column(primary_key=True)
@@ -255,10 +258,11 @@ class Wait(Base):
 
 
 class Schedule(Base):
-    """A cron schedule; each tick spawns its task once across the fleet."""
+    """A cron schedule of a queue; each tick spawns its task once across the fleet."""
 
     __tablename__ = "schedules"
     __table_args__ = (
+        PrimaryKeyConstraint("queue_name", "name"),
         CheckConstraint("name ~ '^[A-Za-z0-9_-]+$' AND octet_length(name) <= 200", name="name"),
         CheckConstraint("backend IN ('worker', 'pg_cron')", name="backend"),
         CheckConstraint("misfire IN ('skip', 'run_once', 'run_all')", name="misfire"),
@@ -267,7 +271,7 @@ class Schedule(Base):
         Index("schedules_next_tick_idx", "next_tick_at", postgresql_where=text("paused_at IS NULL")),
     )
 
-    name: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
     queue_name: Mapped[str]
     task_name: Mapped[str]
     cron_expression: Mapped[str]
@@ -307,6 +311,9 @@ class WorkerRow(Base):
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=_now)
     expires_at: Mapped[datetime]
     lost_at: Mapped[datetime | None] = mapped_column(comment="when another worker found it silent")
+    long_steps: Mapped[list[dict[str, Any]] | None] = mapped_column(
+        JSON(), comment="steps that have run for more than a second: task_id, step, started_at"
+    )
 
 
 FILLFACTOR = {"tasks": 40}

@@ -93,6 +93,8 @@ class ScheduleInfo:
     """The job's name in `cron.job`. None for the worker backend."""
     created_at: datetime
     updated_at: datetime
+    queue_name: str = "default"
+    """The queue to which the schedule belongs, and into which it spawns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class ScheduleFilter:
     task_name: str | None = None
     metadata: Mapping[str, Any] | None = None
     """Entries that the schedule's metadata must contain."""
+    queue_name: str | None = None
+    """None: the schedules of all queues."""
 
 
 @dataclass(frozen=True, slots=True)

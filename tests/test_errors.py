@@ -62,7 +62,12 @@ EXAMPLES: list[tuple[DurableError, type[Exception], str]] = [
     (
         ScheduleNotFound("s"),
         LookupError,
-        "There is no schedule named 's'. `await durable.list_schedules()` lists the existing ones.",
+        "There is no schedule named 's'. `await durable.list_schedules(ScheduleFilter())` lists those of all queues.",
+    ),
+    (
+        ScheduleNotFound("s", "default", ["east", "west"]),
+        LookupError,
+        "There is no schedule named 's' in queue 'default'. Queues that have one: 'east', 'west'. ...",
     ),
     (
         InvalidCron("* * *", "it has 3 fields"),

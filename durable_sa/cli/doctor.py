@@ -20,6 +20,7 @@ from .invocation import FAILED, Invocation, connected
 from .output import as_dicts, span
 
 _GRACE_SECONDS = 60.0
+_STEP_SECONDS = 3600.0
 _SHOWN = 20
 _CHECK_SECONDS = 30
 _SNAPSHOT_SECONDS = 300.0
@@ -85,6 +86,15 @@ CHECKS = (
         "Workers of any queue take such runs over. Check that one is running.",
     ),
     Check(
+        "steps",
+        diagnosis.LONG_STEPS,
+        lambda row: (
+            f"task {row['task_id']} ({row['task_name']}) has been in step {row['step']!r} for {span(row['seconds'])}, "
+            f"in worker {row['worker_name']}"
+        ),
+        "Look at what the step waits for; a step may have a timeout. --long-step raises the bound.",
+    ),
+    Check(
         "states",
         diagnosis.INCONSISTENT,
         lambda row: f"task {row['task_id']} ({row['task_name']}) is {row['state']}, which contradicts its lease",
@@ -93,7 +103,7 @@ CHECKS = (
     Check(
         "schedules",
         diagnosis.OVERDUE_TICKS,
-        lambda row: f"schedule {row['name']!r} has been due for {span(row['seconds'])}",
+        lambda row: f"schedule {row['name']!r} of queue {row['queue_name']!r} has been due for {span(row['seconds'])}",
         "Workers of any queue fire schedules. Check that one is running.",
     ),
     Check(
@@ -112,12 +122,19 @@ async def doctor(
         timedelta | None,
         typer.Option(parser=duration, metavar="DURATION", help="Minimum age of a problem; 1m by default."),
     ] = None,
+    long_step: Annotated[
+        timedelta | None,
+        typer.Option(parser=duration, metavar="DURATION", help="How long a run may be in one step; 1h by default."),
+    ] = None,
 ) -> None:
     """Check for problems: stuck waits, orphans, unclaimed work, expired leases, old snapshots.
 
     The exit code is 1 if any is found. Nothing is locked or changed. Each check may take up to 30 seconds.
     """
-    seconds = _GRACE_SECONDS if grace is None else grace.total_seconds()
+    bounds = {
+        "grace": _GRACE_SECONDS if grace is None else grace.total_seconds(),
+        "step_bound": _STEP_SECONDS if long_step is None else long_step.total_seconds(),
+    }
     async with invocation.durable.engine.connect() as connection:
         revision = await connection.run_sync(migrations.current, invocation.durable.schema)
     try:
@@ -125,7 +142,7 @@ async def doctor(
     except SchemaMismatch as error:
         report: dict[str, Any] = {"revision": revision, "findings": [_finding("schema", [str(error)], None)]}
     else:
-        report = {"revision": revision, **await _examine(invocation, seconds)}
+        report = {"revision": revision, **await _examine(invocation, bounds)}
     report["ok"] = not report["findings"]
     if invocation.output.as_json:
         invocation.output.json(report)
@@ -135,10 +152,10 @@ async def doctor(
         raise typer.Exit(FAILED)
 
 
-async def _examine(invocation: Invocation, grace: float) -> dict[str, Any]:
+async def _examine(invocation: Invocation, bounds: Mapping[str, float]) -> dict[str, Any]:
     findings: list[dict[str, Any]] = []
     for check in CHECKS:
-        rows = await _rows(invocation, check.statement, {"grace": grace, "wanted": _SHOWN})
+        rows = await _rows(invocation, check.statement, {**bounds, "wanted": _SHOWN})
         if rows is None:
             findings.append(_finding(check.subject, [f"could not be checked within {_CHECK_SECONDS} s"], None))
         elif rows:

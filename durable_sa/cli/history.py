@@ -39,6 +39,8 @@ class History:
     checkpoints: list[Fields]
     waits: list[Fields]
     children: list[Fields]
+    long_steps: list[Fields]
+    """Steps in progress that have run for more than a second."""
 
     def as_data(self) -> dict[str, Any]:
         """Return everything as data for JSON, with decoded payloads."""
@@ -48,6 +50,7 @@ class History:
             "checkpoints": [_decoded(checkpoint) for checkpoint in self.checkpoints],
             "waits": self.waits,
             "children": self.children,
+            "long_steps": self.long_steps,
         }
         return {**data, "timeline": [moment._asdict() for moment in self.timeline()]}
 
@@ -72,6 +75,9 @@ class History:
         """Print the history as tables."""
         output.print_table(self._facts(), {"fact": "task", "value": str(self.task["task_id"])})
         self.print_timeline(output)
+        if self.long_steps:
+            rows = [{**step, "duration": span(step["seconds"])} for step in self.long_steps]
+            output.print_table(rows, {"step": "step in progress", "started_at": "since", "duration": "for"})
         if self.waits:
             columns = {"kind": "waits for", "awaited": "name", "since_at": "since", "due_at": "until"}
             awaited = [
@@ -132,6 +138,7 @@ async def load(database: Database, task_id: uuid.UUID, *, payloads: bool = False
         await rows(inspection.CHECKPOINTS),
         await rows(inspection.WAITS),
         await rows(inspection.CHILDREN),
+        await rows(inspection.LONG_STEPS),
     )
 
 

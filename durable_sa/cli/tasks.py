@@ -18,7 +18,7 @@ from ..statements import inspection
 from . import history
 from .arguments import duration, headers, json_value, moment
 from .invocation import FAILED, USAGE, Invocation, connected, examples, fail
-from .output import as_dicts
+from .output import as_dicts, span
 
 tasks = typer.Typer(help="List and manage tasks, one by one or in bulk.", no_args_is_help=True)
 
@@ -47,6 +47,16 @@ Since = Annotated[
         parser=moment, metavar="WHEN", help="Only tasks spawned since: 12h for 12 hours ago, or 2026-01-31T08:00Z."
     ),
 ]
+RunningLongerThan = Annotated[
+    timedelta | None,
+    typer.Option(
+        parser=duration,
+        metavar="DURATION",
+        help="Only tasks whose current attempt has run for longer.",
+        show_default=False,
+    ),
+]
+Sort = Annotated[inspection.Order, typer.Option(help="By the spawn, or by how long the current attempt has run.")]
 Payloads = Annotated[bool, typer.Option("--payloads", help="Show params, results, headers and tracebacks.")]
 MaxAttempts = Annotated[
     int | None, typer.Option(help="Number of failures of the task's own code after which it fails.")
@@ -64,12 +74,27 @@ async def list_(
     states: States = None,
     name: Name = None,
     since: Since = None,
+    running_longer_than: RunningLongerThan = None,
+    sort: Sort = "newest",
     limit: Annotated[int, typer.Option("--limit", "-l", help="Maximum number of tasks.", min=1, max=10_000)] = 20,
 ) -> None:
     """List tasks, the newest first."""
-    query = inspection.tasks(queue_name=queue_name, states=states or (), task_name=name, since=since, limit=limit)
+    query = inspection.tasks(
+        queue_name=queue_name,
+        states=states or (),
+        task_name=name,
+        since=since,
+        running_longer_than=running_longer_than,
+        order=sort,
+        limit=limit,
+    )
     rows = as_dicts(await invocation.durable.database.execute(query))
-    invocation.output.table(rows, _COLUMNS, empty="No matching tasks.")
+    columns = dict(_COLUMNS)
+    if running_longer_than is not None or sort == "running":
+        columns["running"] = "running for"
+        for row in rows:
+            row["running"] = "" if row["running_seconds"] is None else span(row["running_seconds"])
+    invocation.output.table(rows, columns, empty="No matching tasks.")
 
 
 @tasks.command("show", epilog=examples("durable tasks show 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa --payloads"))

@@ -38,7 +38,8 @@ class Schedules(Spawning):
     ) -> None:
         """Create a schedule that spawns a task at each tick of a cron expression, or replace the one of that name.
 
-        Workers fire it, each tick once across the fleet, in the queue given by `queue_name`. Five fields, or six with
+        It belongs to the queue into which it spawns: `queue_name`, else that of the task or of this client. Each queue
+        has names of its own. Workers fire it, each tick once across the fleet. Five fields, or six with
         seconds first. `misfire` is for ticks that no worker fired within a minute: `skip` them, `run_once` for the
         latest, which is the default, or `run_all`, up to the latest hundred. `overlap="skip"` leaves out ticks while
         the task of the previous tick has not ended, and of several that are due at once all but the latest. The options
@@ -69,41 +70,48 @@ class Schedules(Spawning):
         )
         self._sender().send(Hint(limits=True))
 
-    async def delete_schedule(self, name: str) -> None:
-        """Delete a schedule; tasks that it has spawned continue.
+    async def delete_schedule(self, name: str, *, queue_name: str | None = None) -> None:
+        """Delete a schedule of a queue, by default the client's; tasks that it has spawned continue.
 
         Raises:
-            ScheduleNotFound: there is none of that name.
+            ScheduleNotFound: the queue has none of that name.
         """
-        await store.delete(self.database, validate_name("schedule", name))
+        await store.delete(self.database, self._queue(queue_name), validate_name("schedule", name))
 
     async def list_schedules(self, filter: ScheduleFilter | None = None) -> list[ScheduleInfo]:  # noqa: A002
-        """Return the schedules that match everything in `filter`, sorted by name."""
-        return await store.list_schedules(self.database, filter or ScheduleFilter())
+        """Return the schedules that match everything in `filter`, by default those of the client's queue, by name.
 
-    async def pause_schedule(self, name: str) -> None:
-        """Pause a schedule until it is resumed. Ticks of the pause are never fired.
+        A filter without `queue_name` is for all queues: `ScheduleFilter()` lists every schedule.
+        """
+        chosen = ScheduleFilter(queue_name=self.queue_name) if filter is None else filter
+        return await store.list_schedules(self.database, chosen)
+
+    async def pause_schedule(self, name: str, *, queue_name: str | None = None) -> None:
+        """Pause a schedule of a queue, by default the client's, until it is resumed. Ticks of the pause are not fired.
 
         Raises:
-            ScheduleNotFound: there is none of that name.
+            ScheduleNotFound: the queue has none of that name.
         """
-        await store.pause(self.database, validate_name("schedule", name), paused=True)
+        queue_name = self._queue(queue_name)
+        await store.pause(self.database, queue_name, validate_name("schedule", name), paused=True)
 
-    async def resume_schedule(self, name: str) -> None:
-        """Resume a paused schedule, from its next tick on.
+    async def resume_schedule(self, name: str, *, queue_name: str | None = None) -> None:
+        """Resume a paused schedule of a queue, by default the client's, from its next tick on.
 
         Raises:
-            ScheduleNotFound: there is none of that name.
+            ScheduleNotFound: the queue has none of that name.
         """
-        await store.pause(self.database, validate_name("schedule", name), paused=False)
+        queue_name = self._queue(queue_name)
+        await store.pause(self.database, queue_name, validate_name("schedule", name), paused=False)
         self._sender().send(Hint(limits=True))
 
-    async def trigger_schedule(self, name: str) -> SpawnResult[Any]:
-        """Spawn a schedule's task now, independently of its ticks.
+    async def trigger_schedule(self, name: str, *, queue_name: str | None = None) -> SpawnResult[Any]:
+        """Spawn the task of a schedule of a queue, by default the client's, now, independently of its ticks.
 
         Raises:
-            ScheduleNotFound: there is none of that name.
+            ScheduleNotFound: the queue has none of that name.
         """
+        queue_name = self._queue(queue_name)
         with SpawnCall(self) as call:
-            prepared = await firing.prepare_trigger(self, validate_name("schedule", name), call)
+            prepared = await firing.prepare_trigger(self, queue_name, validate_name("schedule", name), call)
             return await self._spawn(prepared, call)

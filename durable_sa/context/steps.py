@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -100,9 +101,13 @@ class Steps(Sleeps):
             await self._pause(call, tries, self._strategy(options).delay(failures))
         while True:
             await run.enter()
+            run.steps[call.key] = call.name, time.monotonic()
             try:
-                with run.branches.busy(), run.branches.scope(str(call.key)):
-                    result = await attempt(call.name, function, args, kwargs, options.timeout, self._around(call))
+                try:
+                    with run.branches.busy(), run.branches.scope(str(call.key)):
+                        result = await attempt(call.name, function, args, kwargs, options.timeout, self._around(call))
+                finally:
+                    run.steps.pop(call.key, None)
             except Exception as error:
                 tries += 1
                 if not await self._retry(call, tries, options, error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
@@ -61,12 +62,13 @@ class Transactions(ContextBase):
         codec = result_codec(fn)
         if (entry := await self._recall(call)) is not None:
             return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
-        with (
-            self._run.branches.busy(),
-            self._run.branches.scope(str(call.key)),
-            self._around(call),
-        ):
-            value = await run_transaction(self._run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
+        run = self._run
+        run.steps[call.key] = call.name, time.monotonic()
+        try:
+            with run.branches.busy(), run.branches.scope(str(call.key)), self._around(call):
+                value = await run_transaction(run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
+        finally:
+            run.steps.pop(call.key, None)
         if is_part(call.key):
             self._keep_part(call, codec.encode(value, f"the result of transaction {call.name!r}"))
         return value

@@ -60,6 +60,8 @@ class Run:
         """Calls of the context that have not been awaited yet, each with its coroutine."""
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
         self.lines = Lines()
+        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
+        """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
         self.over = False
         self._waited = journal.waiting

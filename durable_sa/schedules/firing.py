@@ -21,11 +21,11 @@ from .cron import due_ticks
 logger = logging.getLogger("durable_sa")
 
 PAGE = 100
-_FIRST_PAGE = (datetime(1, 1, 2, tzinfo=UTC), "")
+_FIRST_PAGE = (datetime(1, 1, 2, tzinfo=UTC), "", "")
 
 
 def tick_key(name: str, tick: datetime) -> str:
-    """Return the idempotency key of a tick, which keeps it from being spawned twice."""
+    """Return the idempotency key of a tick, which keeps it from being spawned twice in the schedule's queue."""
     return f"durable::{name}:{tick.isoformat()}"[-255:]
 
 
@@ -40,13 +40,13 @@ def prepare_tick(app: App, row: Row[Any], tick: datetime | None, call: SpawnCall
     return prepare(app, row.task_name, params, options, as_stored=True, internal_headers=headers, call=call)
 
 
-async def prepare_trigger(app: App, name: str, call: SpawnCall) -> Prepared:
+async def prepare_trigger(app: App, queue_name: str, name: str, call: SpawnCall) -> Prepared:
     """Prepare a spawn by hand of a schedule's task.
 
     Raises:
-        ScheduleNotFound: no schedule has that name.
+        ScheduleNotFound: the queue has no schedule of that name.
     """
-    return prepare_tick(app, await store.read(app.database, name), None, call)
+    return prepare_tick(app, await store.read(app.database, queue_name, name), None, call)
 
 
 class Firing:
@@ -55,7 +55,7 @@ class Firing:
     def __init__(self, app: App, connection: Executing) -> None:
         self._app = app
         self._connection = connection
-        self._failing: set[str] = set()
+        self._failing: set[tuple[str, str]] = set()
         """Schedules that this worker cannot fire. Each is logged once."""
 
     async def fire_due(self) -> tuple[list[Row[Any]], bool]:
@@ -65,10 +65,11 @@ class Firing:
         """
         spawned: list[Row[Any]] = []
         moved = False
-        tick, name = _FIRST_PAGE
+        tick, name, queue_name = _FIRST_PAGE
         while True:
             rows = await self._connection.execute(
-                scheduling.DUE_SCHEDULES, {"wanted": PAGE, "after_tick": tick, "after_name": name}
+                scheduling.DUE_SCHEDULES,
+                {"wanted": PAGE, "after_tick": tick, "after_name": name, "after_queue": queue_name},
             )
             for row in rows:
                 call = SpawnCall(self._app)
@@ -80,18 +81,20 @@ class Firing:
                     ticks = fired[-1:] if row.overlap == "skip" else fired
                     prepared = [prepare_tick(self._app, row, each, call) for each in ticks]
                 except Exception as error:
-                    if row.name not in self._failing:
-                        self._failing.add(row.name)
-                        logger.exception("schedule %s cannot be fired by this worker", row.name)
+                    if (row.queue_name, row.name) not in self._failing:
+                        self._failing.add((row.queue_name, row.name))
+                        logger.exception(
+                            "schedule %s of queue %s cannot be fired by this worker", row.name, row.queue_name
+                        )
                     call.end(error)
                     continue
                 with call:
                     spawned.extend(await self._fire(row, fired, following, prepared, call))
-                self._failing.discard(row.name)
+                self._failing.discard((row.queue_name, row.name))
                 moved = True
             if len(rows) < PAGE:
                 return spawned, moved
-            tick, name = rows[-1].next_tick_at, rows[-1].name
+            tick, name, queue_name = rows[-1].next_tick_at, rows[-1].name, rows[-1].queue_name
 
     async def _fire(
         self,
@@ -103,6 +106,7 @@ class Firing:
     ) -> Sequence[Row[Any]]:
         arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
         parameters = {
+            "schedule_queue": row.queue_name,
             "schedule_name": row.name,
             "fired_tick": row.next_tick_at,
             "read_as_of": row.updated_at,

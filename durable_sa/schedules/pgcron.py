@@ -67,11 +67,13 @@ def check_expression(expression: str) -> None:
         raise InvalidCron(expression, "pg_cron does not know L, W or H")
 
 
-def job_name(schedule_name: str, schema: str) -> str:
+def job_name(queue_name: str, schedule_name: str, schema: str) -> str:
     """Return the name of a schedule's job, unique in the database."""
-    name = f"durable:{schema}:{schedule_name}"
-    if len(name.encode()) > _MAX_NAME_BYTES:
-        return f"durable:{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+    name = f"durable:{schema}:{queue_name}:{schedule_name}"
+    if len(name.encode()) > _MAX_NAME_BYTES or ":" in schema + queue_name:
+        # NUL is in no name, so that two schedules have the same digest only if all their names are the same.
+        identity = "\0".join((schema, queue_name, schedule_name))
+        return f"durable:{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}"
     return name
 
 
@@ -103,13 +105,14 @@ async def put_job(connection: AsyncConnection, schema: str, name: str, cron: str
         InvalidCron: the extension refuses the expression.
     """
     command = statements.firing(
+        spawn.queue_name,
         name,
         f"durable::{name}:",
         dict(zip(SPAWN_COLUMNS, spawn.values, strict=True)),
         schema=schema,
         channel=channel_name(schema),
     )
-    parameters = {"job_name": job_name(name, schema), "job_schedule": cron, "command": command}
+    parameters = {"job_name": job_name(spawn.queue_name, name, schema), "job_schedule": cron, "command": command}
     try:
         await connection.execute(statements.SCHEDULE_JOB, parameters)
     except DBAPIError as error:

@@ -7,10 +7,11 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..app import App
 from ..database.connections import Database
-from ..errors import InvalidConfiguration, InvalidCron, QueueNotFound, ScheduleNotFound
+from ..errors import InvalidConfiguration, InvalidCron, InvalidState, QueueNotFound, ScheduleNotFound
 from ..options import SpawnOptions, refuse_nul
 from ..policies import CancellationPolicy, RetryStrategy
 from ..results import ScheduleFilter, ScheduleInfo
@@ -67,6 +68,7 @@ def schedule_info(row: Row[Any]) -> ScheduleInfo:
     """Make the public description of a stored schedule."""
     return ScheduleInfo(
         name=row.name,
+        queue_name=row.queue_name,
         task_name=row.task_name,
         cron_expression=row.cron_expression,
         timezone=row.timezone,
@@ -126,7 +128,7 @@ async def create(app: App, definition: Definition) -> None:
     first = next_tick(definition.cron_expression, definition.timezone, now)
     if first is None:
         raise InvalidCron(definition.cron_expression, "it never comes true")
-    job = pgcron.job_name(definition.name, app.schema) if definition.backend == "pg_cron" else None
+    job = pgcron.job_name(prepared.queue_name, definition.name, app.schema) if definition.backend == "pg_cron" else None
     if job is not None:
         pgcron.check_expression(definition.cron_expression)
         if misfire != "skip":
@@ -153,13 +155,26 @@ async def create(app: App, definition: Definition) -> None:
             raise QueueNotFound(prepared.queue_name)
         if job is not None:
             await pgcron.require_extension(connection, definition.timezone)
-        before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": definition.name})).one_or_none()
+        identity = {"schedule_queue": prepared.queue_name, "schedule_name": definition.name}
+        before = (await connection.execute(scheduling.JOB_NAME, identity)).one_or_none()
         stored = (await connection.execute(scheduling.PUT_SCHEDULE, values)).one()
+        if before is not None and before.pgcron_job_name != job:
+            await pgcron.remove_job(connection, before.pgcron_job_name)
         if job is not None:
+            await _refuse_jobs_by_name(connection, identity, app.schema)
             await pgcron.put_job(connection, app.schema, definition.name, definition.cron_expression, prepared)
             await pgcron.activate_job(connection, job, active=stored.paused_at is None)
-        elif before is not None:
-            await pgcron.remove_job(connection, before.pgcron_job_name)
+
+
+async def _refuse_jobs_by_name(connection: AsyncConnection, identity: Mapping[str, str], schema: str) -> None:
+    """Refuse a second job of a name while the first is of a version that knew schedules by name: it would fire both."""
+    for row in await connection.execute(scheduling.JOBS_OF_OTHER_QUEUES, identity):
+        if row.pgcron_job_name != pgcron.job_name(row.queue_name, row.name, schema):
+            raise InvalidState(
+                f"The pg_cron job of schedule {row.name!r} in queue {row.queue_name!r}",
+                "of an earlier version of durable_sa, which knew schedules by name alone",
+                "Create that schedule anew first: its job is then replaced.",
+            )
 
 
 def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
@@ -184,24 +199,39 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
     return complete
 
 
-async def delete(database: Database, name: str) -> None:
+async def delete(database: Database, queue_name: str, name: str) -> None:
     """Delete a schedule, together with its job.
 
     Raises:
-        ScheduleNotFound: no schedule has that name.
+        ScheduleNotFound: the queue has no schedule of that name.
     """
+    identity = {"schedule_queue": queue_name, "schedule_name": name}
     async with database.transaction() as connection:
-        row = (await connection.execute(scheduling.DELETE_SCHEDULE, {"schedule_name": name})).one_or_none()
-        if row is None:
-            raise ScheduleNotFound(name)
-        await pgcron.remove_job(connection, row.pgcron_job_name)
+        row = (await connection.execute(scheduling.DELETE_SCHEDULE, identity)).one_or_none()
+        if row is not None:
+            await pgcron.remove_job(connection, row.pgcron_job_name)
+    if row is None:
+        raise await _not_found(database, queue_name, name)
+
+
+async def _not_found(database: Database, queue_name: str, name: str) -> ScheduleNotFound:
+    return ScheduleNotFound(name, queue_name, await queues_with(database, name))
+
+
+async def queues_with(database: Database, name: str) -> list[str]:
+    """Return the names of the queues that have a schedule of this name."""
+    return [row.queue_name for row in await _rows(database, name, ScheduleFilter())]
 
 
 async def _rows(database: Database, name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
     containing = None if chosen.metadata is None else _encode_metadata(chosen.metadata, "the metadata to look for")
-    return await database.execute(
-        scheduling.LIST_SCHEDULES, {"only_name": name, "only_task": chosen.task_name, "containing": containing}
-    )
+    parameters = {
+        "only_queue": chosen.queue_name,
+        "only_name": name,
+        "only_task": chosen.task_name,
+        "containing": containing,
+    }
+    return await database.execute(scheduling.LIST_SCHEDULES, parameters)
 
 
 async def list_schedules(database: Database, chosen: ScheduleFilter) -> list[ScheduleInfo]:
@@ -209,31 +239,32 @@ async def list_schedules(database: Database, chosen: ScheduleFilter) -> list[Sch
     return [schedule_info(row) for row in await _rows(database, None, chosen)]
 
 
-async def read(database: Database, name: str) -> Row[Any]:
+async def read(database: Database, queue_name: str, name: str) -> Row[Any]:
     """Return the row of a schedule.
 
     Raises:
-        ScheduleNotFound: no schedule has that name.
+        ScheduleNotFound: the queue has no schedule of that name.
     """
-    rows = await _rows(database, name, ScheduleFilter())
+    rows = await _rows(database, name, ScheduleFilter(queue_name=queue_name))
     if not rows:
-        raise ScheduleNotFound(name)
+        raise await _not_found(database, queue_name, name)
     return rows[0]
 
 
-async def pause(database: Database, name: str, *, paused: bool) -> None:
+async def pause(database: Database, queue_name: str, name: str, *, paused: bool) -> None:
     """Pause a schedule, or resume it from its next tick.
 
     Raises:
-        ScheduleNotFound: no schedule has that name.
+        ScheduleNotFound: the queue has no schedule of that name.
     """
+    identity = {"schedule_queue": queue_name, "schedule_name": name}
     while True:
-        row = await read(database, name)
+        row = await read(database, queue_name, name)
         following: datetime | None = None
         if not paused and row.backend == "worker":
             now = (await database.execute(scheduling.DATABASE_TIME))[0].now
             following = next_tick(row.cron_expression, row.timezone, now)
-        values = {"schedule_name": name, "paused": paused, "next_tick": following, "read_as_of": row.updated_at}
+        values = {**identity, "paused": paused, "next_tick": following, "read_as_of": row.updated_at}
         async with database.transaction() as connection:
             changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
             if changed is not None and changed.pgcron_job_name is not None:

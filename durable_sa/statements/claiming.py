@@ -53,6 +53,7 @@ from sqlalchemy.dialects.postgresql import insert
 from ..models import Queue, TaskRow, WorkerRow
 from .expressions import (
     array,
+    as_json,
     as_text,
     clamped_limit,
     clock,
@@ -266,6 +267,13 @@ HEARTBEAT = (
 LEASE_STATUS = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
 """Returns a row unless the worker was declared lost. For workers that must not extend their lease: the event loop is
 stuck, or the lease is over."""
+
+SHOW_LONG_STEPS = (
+    update(WorkerRow)
+    .where(WorkerRow.worker_id == _beating_id)
+    .values(long_steps=as_json(bindparam("long_steps_json", type_=Text())))
+)
+"""Replace the list of a worker's steps that have run for more than a second."""
 
 REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
 """Remove a stopping worker, after it has released its runs."""

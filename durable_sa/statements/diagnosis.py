@@ -15,8 +15,10 @@ from sqlalchemy import (
     Integer,
     Select,
     Text,
+    Uuid,
     bindparam,
     case,
+    cast,
     column,
     exists,
     func,
@@ -29,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 
 from ..models import Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
-from .expressions import clamped_time, clock, constant, interval
+from .expressions import clamped_time, clock, constant, interval, long_steps
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
@@ -140,6 +142,26 @@ EXPIRED_LEASES = (
 )
 """Runs of silent or unknown workers that no worker has taken over."""
 
+_long = long_steps()
+_began = cast(_long.c.value["started_at"].as_string(), DateTime(timezone=True))
+LONG_STEPS = (
+    select(
+        TaskRow.task_id,
+        TaskRow.task_name,
+        _long.c.value["step"].as_string().label("step"),
+        WorkerRow.name.label("worker_name"),
+        _age(_began).label("seconds"),
+    )
+    .where(
+        TaskRow.task_id == cast(_long.c.value["task_id"].as_string(), Uuid()),
+        TaskRow.claimed_by == WorkerRow.worker_id,
+        _began < clock() - interval(bindparam("step_bound", type_=Float(53))),
+    )
+    .order_by(_began)
+    .limit(_wanted)
+)
+"""Runs that have been in one step for longer than a bound."""
+
 INCONSISTENT = (
     select(TaskRow.task_id, TaskRow.task_name, TaskRow.state)
     .where(
@@ -154,7 +176,7 @@ INCONSISTENT = (
 """Tasks whose columns contradict each other."""
 
 OVERDUE_TICKS = (
-    select(Schedule.name, _age(Schedule.next_tick_at).label("seconds"))
+    select(Schedule.name, Schedule.queue_name, _age(Schedule.next_tick_at).label("seconds"))
     .where(Schedule.paused_at.is_(None), Schedule.backend == constant("worker"), Schedule.next_tick_at < _moment_ago)
     .order_by(Schedule.next_tick_at)
     .limit(_wanted)

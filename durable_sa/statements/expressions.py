@@ -37,7 +37,7 @@ from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.sql.selectable import CTE, FromClause, TableValuedAlias
 from sqlalchemy.types import TypeEngine
 
-from ..models import READABLE
+from ..models import READABLE, WorkerRow
 
 
 class _Clock(FunctionElement[Any]):
@@ -154,6 +154,12 @@ def count_or_ids(written: FromClause, expected: ColumnElement[int], *, columns: 
 def as_json(text: ColumnElement[Any]) -> ColumnElement[Any]:
     """Cast encoded JSON for a ``json`` column."""
     return cast(text, JSON(none_as_null=True))
+
+
+def long_steps() -> TableValuedAlias:
+    """Return the elements of `workers.long_steps` as rows with a `value`, to be selected from beside the workers."""
+    elements = case((func.json_typeof(WorkerRow.long_steps) == constant("array"), WorkerRow.long_steps))
+    return func.json_array_elements(elements).table_valued(column("value", JSON()), name="long", joins_implicitly=True)
 
 
 def as_jsonb(text: ColumnElement[Any]) -> ColumnElement[Any]:

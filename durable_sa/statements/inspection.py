@@ -6,14 +6,15 @@ None of them locks anything. Payloads (params, results, headers) are read only o
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final, Literal
 
 from sqlalchemy import (
     ARRAY,
     Boolean,
     ColumnElement,
+    DateTime,
     Float,
     Integer,
     Select,
@@ -21,13 +22,14 @@ from sqlalchemy import (
     Uuid,
     bindparam,
     case,
+    cast,
     func,
     literal,
     select,
 )
 
 from ..models import Checkpoint, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
-from .expressions import as_text, clamped_time, clock, interval
+from .expressions import as_text, clamped_time, clock, constant, interval, long_steps
 
 _task_id = bindparam("task_id", type_=Uuid())
 _with_payloads = bindparam("with_payloads", type_=Boolean())
@@ -56,6 +58,17 @@ _summary = (
 )
 
 
+_running_seconds = case(
+    (TaskRow.state == constant("running"), func.extract("epoch", clock() - clamped_time(TaskRow.started_at)))
+).label("running_seconds")
+Order = Literal["newest", "oldest", "running"]
+_ORDERS: Final[Mapping[Order, tuple[ColumnElement[Any], ...]]] = {
+    "newest": (TaskRow.task_id.desc(),),
+    "oldest": (TaskRow.task_id.asc(),),
+    "running": (_running_seconds.desc().nulls_last(), TaskRow.task_id.asc()),
+}
+
+
 def _any_of(values: Sequence[str]) -> ColumnElement[Any]:
     return func.any(literal(list(values), ARRAY(Text())))
 
@@ -66,15 +79,23 @@ def tasks(
     states: Sequence[str] = (),
     task_name: str | None = None,
     since: datetime | timedelta | None = None,
+    running_longer_than: timedelta | None = None,
+    order: Order = "newest",
     before: uuid.UUID | None = None,
     limit: int,
 ) -> Select[*tuple[Any, ...]]:
-    """Select the tasks that meet all given conditions, the newest first; `before` starts the next page.
+    """Select the tasks that meet all given conditions; `before` starts the next page, in the order `newest`.
 
-    `since` is the earliest time of the spawn, or its greatest age. The conditions match the predicates of the two
-    partial indexes, so that rare tasks are found without reading all.
+    `since` is the earliest time of the spawn, or its greatest age. `running_longer_than` is about the current attempt.
+    The conditions match the predicates of the two partial indexes, so that rare tasks are found without reading all.
     """
-    query = select(*_summary).order_by(TaskRow.task_id.desc()).limit(limit)
+    query = select(*_summary, _running_seconds).order_by(*_ORDERS[order]).limit(limit)
+    if running_longer_than is not None:
+        query = query.where(
+            TaskRow.finished_at.is_(None),
+            TaskRow.state == constant("running"),
+            TaskRow.started_at < clock() - running_longer_than,
+        )
     ended = [state for state in states if state in ("completed", "failed", "cancelled")]
     if states and len(ended) == len(states):
         query = query.where(TaskRow.finished_at.is_not(None), TaskRow.outcome == _any_of(ended))
@@ -134,6 +155,22 @@ RUNS = (
 )
 """The ended attempts of a task."""
 
+_long = long_steps()
+_began = cast(_long.c.value["started_at"].as_string(), DateTime(timezone=True))
+LONG_STEPS = (
+    select(
+        _long.c.value["step"].as_string().label("step"),
+        _began.label("started_at"),
+        func.extract("epoch", clock() - _began).label("seconds"),
+        WorkerRow.name.label("worker_name"),
+    )
+    .select_from(WorkerRow)
+    .join(TaskRow, TaskRow.claimed_by == WorkerRow.worker_id)
+    .where(TaskRow.task_id == _task_id, _long.c.value["task_id"].as_string() == cast(TaskRow.task_id, Text()))
+    .order_by(_began)
+)
+"""The steps of a running task that have run for more than a second."""
+
 CHECKPOINTS = (
     select(
         Checkpoint.kind,
@@ -192,7 +229,7 @@ SCHEDULES = select(
     Schedule.next_tick_at,
     clamped_time(Schedule.last_tick_at),
     Schedule.last_task_id,
-).order_by(Schedule.name)
+).order_by(Schedule.name, Schedule.queue_name)
 """All schedules, with their last and their next tick."""
 
 OLD_QUEUES = (

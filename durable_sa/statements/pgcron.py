@@ -99,16 +99,20 @@ _DIALECT: Final = postgresql.dialect(paramstyle="named")  # type: ignore[no-unty
 """A dialect without a driver, because drivers would have percent signs doubled."""
 
 
-def firing(schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, schema: str, channel: str) -> str:
+def firing(
+    queue_name: str, schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, schema: str, channel: str
+) -> str:
     """Build the statement of a job: it spawns the task with these values of `SPAWN_COLUMNS`, once per tick.
 
     The statement updates the schedule's row under a condition on its last tick, so that only one of two jobs spawns.
     """
+    queue = literal_column(quoted(queue_name), Text())
     name = literal_column(quoted(schedule_name), Text())
     unfinished = exists().where(TaskRow.task_id == Schedule.last_task_id, TaskRow.finished_at.is_(None))
     advanced = (
         update(cast(Table, Schedule.__table__))
         .where(
+            Schedule.queue_name == queue,
             Schedule.name == name,
             Schedule.backend == constant("pg_cron"),
             Schedule.paused_at.is_(None),

@@ -28,11 +28,13 @@ from .expressions import as_json, as_jsonb, as_text, clamped_time, clock, consta
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
+_queue = bindparam("schedule_queue", type_=Text())
+_is_named = (Schedule.queue_name == _queue) & (Schedule.name == _name)
 _as_read = clamped_time(Schedule.updated_at) == bindparam("read_as_of", type_=DateTime(timezone=True))
 
 _new = insert(cast("Table", Schedule.__table__)).values(
     name=_name,
-    queue_name=bindparam("schedule_queue", type_=Text()),
+    queue_name=_queue,
     task_name=bindparam("schedule_task", type_=Text()),
     cron_expression=bindparam("cron", type_=Text()),
     timezone=bindparam("zone", type_=Text()),
@@ -48,7 +50,6 @@ _new = insert(cast("Table", Schedule.__table__)).values(
 _changed = {
     column: _new.excluded[column]
     for column in (
-        "queue_name",
         "task_name",
         "cron_expression",
         "timezone",
@@ -68,7 +69,7 @@ _same_times = (
 )
 
 PUT_SCHEDULE = _new.on_conflict_do_update(
-    index_elements=[Schedule.name],
+    index_elements=[Schedule.queue_name, Schedule.name],
     set_={
         **_changed,
         # A deploy that defines the schedule unchanged must not skip a due tick.
@@ -78,10 +79,15 @@ PUT_SCHEDULE = _new.on_conflict_do_update(
 ).returning(Schedule.paused_at)
 """Define a schedule, or replace its definition."""
 
-JOB_NAME = select(Schedule.pgcron_job_name).where(Schedule.name == _name).with_for_update()
+JOB_NAME = select(Schedule.pgcron_job_name).where(_is_named).with_for_update()
 """Lock a schedule and read the name of its pg_cron job."""
 
-DELETE_SCHEDULE = delete(Schedule).where(Schedule.name == _name).returning(Schedule.name, Schedule.pgcron_job_name)
+JOBS_OF_OTHER_QUEUES = select(Schedule.queue_name, Schedule.name, Schedule.pgcron_job_name).where(
+    Schedule.name == _name, Schedule.queue_name != _queue, Schedule.pgcron_job_name.is_not(None)
+)
+"""Read the pg_cron jobs of schedules with the same name in other queues."""
+
+DELETE_SCHEDULE = delete(Schedule).where(_is_named).returning(Schedule.name, Schedule.pgcron_job_name)
 """Delete a schedule; the tasks it has spawned continue."""
 
 LIST_SCHEDULES = (
@@ -105,6 +111,10 @@ LIST_SCHEDULES = (
         clamped_time(Schedule.updated_at),
     )
     .where(
+        or_(
+            bindparam("only_queue", type_=Text()).is_(None),
+            Schedule.queue_name == bindparam("only_queue", type_=Text()),
+        ),
         or_(bindparam("only_name", type_=Text()).is_(None), Schedule.name == bindparam("only_name", type_=Text())),
         or_(bindparam("only_task", type_=Text()).is_(None), Schedule.task_name == bindparam("only_task", type_=Text())),
         or_(
@@ -112,13 +122,13 @@ LIST_SCHEDULES = (
             Schedule.metadata_.contains(as_jsonb(bindparam("containing", type_=Text()))),
         ),
     )
-    .order_by(Schedule.name)
+    .order_by(Schedule.name, Schedule.queue_name)
 )
-"""Schedules, filtered by name, by task and by what their metadata contains."""
+"""Schedules, filtered by queue, by name, by task and by what their metadata contains."""
 
 PAUSE_SCHEDULE = (
     update(Schedule)
-    .where(Schedule.name == _name, _as_read)
+    .where(_is_named, _as_read)
     .values(
         paused_at=case((bindparam("paused", type_=Boolean()), func.coalesce(Schedule.paused_at, clock()))),
         next_tick_at=case(
@@ -153,10 +163,14 @@ DUE_SCHEDULES = (
         Schedule.backend == constant("worker"),
         Schedule.paused_at.is_(None),
         Schedule.next_tick_at <= clock(),
-        tuple_(Schedule.next_tick_at, Schedule.name)
-        > tuple_(bindparam("after_tick", type_=DateTime(timezone=True)), bindparam("after_name", type_=Text())),
+        tuple_(Schedule.next_tick_at, Schedule.name, Schedule.queue_name)
+        > tuple_(
+            bindparam("after_tick", type_=DateTime(timezone=True)),
+            bindparam("after_name", type_=Text()),
+            bindparam("after_queue", type_=Text()),
+        ),
     )
-    .order_by(Schedule.next_tick_at, Schedule.name)
+    .order_by(Schedule.next_tick_at, Schedule.name, Schedule.queue_name)
     .limit(bindparam("wanted", type_=Integer()))
     .with_for_update(skip_locked=True, key_share=True)
 )
@@ -171,7 +185,7 @@ _fires = _last_task.is_not(None) & or_(Schedule.overlap == constant("allow"), ~_
 _advanced = (
     update(Schedule)
     .where(
-        Schedule.name == _name,
+        _is_named,
         Schedule.next_tick_at == bindparam("fired_tick", type_=DateTime(timezone=True)),
         Schedule.paused_at.is_(None),
         _as_read,

@@ -31,6 +31,7 @@ from .claims import Claimer
 from .dispatcher import Dispatcher
 from .executor import Executor
 from .health import HealthServer
+from .long_steps import LongSteps
 from .maintenance import Maintenance
 from .registration import Registration
 from .sampler import QueueSampler
@@ -130,6 +131,7 @@ class Worker:
             self._executor,
             listening=self._listening,
         )
+        self._long_steps = LongSteps(self._shared_connection, self._registration, self._clock, self._slots)
         self._claimer = Claimer(
             app,
             settings,
@@ -204,6 +206,7 @@ class Worker:
         serve(self._writer.run, "durable:writer", self._writer_connection)
         serve(self._writer.run_second, "durable:writer-second")
         serve(self.maintenance.run, "durable:maintenance", self._shared_connection)
+        serve(self._long_steps.run, "durable:long-steps")
         if self._telemetry is not None:
             self._telemetry.watch(self)
             serve(self._sampler.run, "durable:samples")

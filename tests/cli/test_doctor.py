@@ -167,7 +167,7 @@ async def test_a_schedule_that_is_overdue(cli: CommandLine, durable: Durable) ->
         insert(Schedule).values(name="due", **values),
         insert(Schedule).values(name="paused", paused_at=AGO, **values),
     )
-    assert await findings(cli) == {"schedules": ["schedule 'due' has been due for 1 h"]}
+    assert await findings(cli) == {"schedules": ["schedule 'due' of queue 'default' has been due for 1 h"]}
 
 
 async def test_rows_that_belong_to_nothing(cli: CommandLine, durable: Durable) -> None:

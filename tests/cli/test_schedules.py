@@ -63,4 +63,23 @@ async def test_an_unknown_schedule_is_said_to_be_unknown(cli: CommandLine) -> No
     for command in ("pause", "resume", "trigger"):
         result = await cli("schedules", command, "nope")
         assert (result.code, result.stdout) == (1, "")
-        assert result.stderr.startswith("error: There is no schedule named 'nope'.")
+        assert result.stderr.startswith("error: There is no schedule named 'nope' in queue 'default'.")
+
+
+async def test_a_name_in_several_queues_needs_the_queue(cli: CommandLine, durable: Durable) -> None:
+    await schedule(durable)
+    await durable.create_queue("west")
+    await durable.create_schedule("weekly", task="report", cron_expression="0 3 1 1 *", params="", queue_name="west")
+    # There is one of that name: its queue need not be said.
+    assert (await cli("schedules", "pause", "weekly")).code == 0
+    await durable.create_schedule("nightly", task="report", cron_expression="0 3 1 1 *", params="", queue_name="west")
+    refused = await cli("schedules", "pause", "nightly")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "Name one with --queue: default, west." in refused.stderr
+    assert (await cli("schedules", "pause", "nightly", "--queue", "west")).code == 0
+    rows = (await cli("schedules", "list", "--json")).json
+    assert [(row["queue_name"], row["paused_at"] is None) for row in rows] == [
+        ("default", True),
+        ("west", False),
+        ("west", False),
+    ]

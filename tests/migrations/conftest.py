@@ -29,7 +29,7 @@ CATALOG = [
               pg_catalog.col_description(c.oid, a.attnum)
        FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
        LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
-       WHERE c.relnamespace = :schema AND c.relkind = 'r' AND a.attnum > 0""",
+       WHERE c.relnamespace = :schema AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped""",
     """SELECT 'constraint', conrelid::regclass::text, conname, contype::text, condeferrable, convalidated,
               pg_catalog.pg_get_constraintdef(oid)
        FROM pg_constraint WHERE connamespace = :schema""",

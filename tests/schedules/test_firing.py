@@ -30,6 +30,7 @@ from durable_sa import (
     task,
 )
 from durable_sa.models import Schedule
+from durable_sa.schedules import firing
 from durable_sa.schedules.firing import Firing
 from durable_sa.statements import queues, scheduling
 from durable_sa.testing import time_travel
@@ -72,7 +73,7 @@ async def make_due(sql: Sql, ago: timedelta = timedelta(), name: str = "s") -> d
         "UPDATE durable.schedules SET next_tick_at = date_trunc('minute', now()) - CAST(:ago AS interval)"
         " WHERE name = :name RETURNING next_tick_at"
     )
-    (row,) = await sql(statement, ago=ago, name=name)
+    row, *_ = await sql(statement, ago=ago, name=name)
     tick: datetime = row.next_tick_at
     return tick
 
@@ -367,7 +368,7 @@ async def test_one_that_cannot_be_fired_keeps_none_of_the_others(
     rows, moved = await fire_due(durable)
     assert (len(rows), moved) == (1, True)
     assert (await fire_due(durable)) == ([], False)
-    assert "schedule bad cannot be fired by this worker" in caplog.text
+    assert "schedule bad of queue default cannot be fired by this worker" in caplog.text
 
 
 async def test_any_number_that_cannot_be_fired_holds_up_no_tick_of_the_others(
@@ -392,6 +393,65 @@ async def test_any_number_that_cannot_be_fired_holds_up_no_tick_of_the_others(
         assert row.created_at - tick < timedelta(seconds=2)
     # And each is said once.
     assert caplog.text.count("cannot be fired by this worker") == 250
+
+
+async def test_queues_may_have_schedules_of_the_same_name(durable: Durable, engine: AsyncEngine, sql: Sql) -> None:
+    await durable.create_queue("east")
+    await durable.create_queue("west")
+    async with (
+        Durable(engine, tasks=[report], queue_name="east") as east,
+        Durable(engine, tasks=[report], queue_name="west") as west,
+    ):
+        await create(east, "nightly", cron_expression="0 3 * * *")
+        await create(west, "nightly", cron_expression="0 4 * * *", params="Friday")
+        await create(durable, "hourly", queue_name="west", cron_expression="0 * * * *")
+
+        async def found(client: Durable, *chosen: ScheduleFilter) -> list[tuple[str, str, str]]:
+            return [(i.queue_name, i.name, i.cron_expression) for i in await client.list_schedules(*chosen)]
+
+        assert await found(east) == [("east", "nightly", "0 3 * * *")]
+        assert await found(durable) == []
+        everything = [
+            ("west", "hourly", "0 * * * *"),
+            ("east", "nightly", "0 3 * * *"),
+            ("west", "nightly", "0 4 * * *"),
+        ]
+        assert await found(east, ScheduleFilter(queue_name=None)) == everything
+        assert await found(east, ScheduleFilter(queue_name="west")) == [everything[0], everything[2]]
+
+        # Each has ticks of its own, also at the same moment and on two pages.
+        assert await make_due(sql, name="nightly") == (await make_due(sql, name="hourly"))
+        assert await fired(durable) == 3
+        rows = await sql("SELECT queue_name, params::text FROM durable.tasks ORDER BY 1, 2")
+        assert [tuple(row) for row in rows] == [("east", '"Monday"'), ("west", '"Friday"'), ("west", '"Monday"')]
+
+        # What is done to one leaves the other as it is.
+        await west.pause_schedule("nightly")
+        await make_due(sql, timedelta(minutes=1), name="nightly")
+        assert await fired(durable) == 1
+        await durable.resume_schedule("nightly", queue_name="west")
+        await create(west, "nightly", cron_expression="0 5 * * *")
+        triggered = await durable.trigger_schedule("nightly", queue_name="west")
+        (row,) = await sql(sa.select(TaskRow.queue_name).where(TaskRow.task_id == triggered.task_id))
+        assert row.queue_name == "west"
+        for call in (durable.delete_schedule, durable.pause_schedule, durable.trigger_schedule):
+            with pytest.raises(ScheduleNotFound, match=r"in queue 'default'. Queues that have one: 'east', 'west'"):
+                await call("nightly")
+        await east.delete_schedule("nightly")
+        with pytest.raises(ScheduleNotFound, match="'east'"):
+            await durable.delete_schedule("nightly", queue_name="east")
+        assert await found(east, ScheduleFilter()) == [everything[0], ("west", "nightly", "0 5 * * *")]
+
+
+async def test_schedules_of_the_same_name_fire_on_several_pages(
+    durable: Durable, engine: AsyncEngine, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firing, "PAGE", 2)
+    for queue in ("a", "b", "c", "d", "e"):
+        await durable.create_queue(queue)
+        await create(durable, queue_name=queue)
+    await make_due(sql)
+    assert await fired(durable) == 5
 
 
 async def test_a_schedule_that_somebody_holds_locked_holds_up_nothing(

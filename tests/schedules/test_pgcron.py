@@ -15,7 +15,9 @@ from durable_sa import (
     Durable,
     InvalidConfiguration,
     InvalidCron,
+    InvalidState,
     RetryStrategy,
+    ScheduleFilter,
     ScheduleNotFound,
     TaskContext,
     TaskStatus,
@@ -62,8 +64,8 @@ async def durable(engine: AsyncEngine) -> AsyncGenerator[Durable]:
     async with Durable(engine, schema=f'd{next(_numbers)} "x"', tasks=[report], telemetry=False) as durable:
         await durable.migrate()
         yield durable
-        for schedule in await durable.list_schedules():
-            await durable.delete_schedule(schedule.name)
+        for schedule in await durable.list_schedules(ScheduleFilter()):
+            await durable.delete_schedule(schedule.name, queue_name=schedule.queue_name)
 
 
 Sql = Callable[..., Awaitable[list[Any]]]
@@ -172,7 +174,7 @@ async def test_everything_that_a_spawn_says_is_in_the_job(
         "SELECT *, params::text AS params_text, available_at - created_at AS delay, cancel_at - available_at AS pending"
         " FROM durable.tasks"
     )
-    triggered = (await durable.trigger_schedule("full")).task_id
+    triggered = (await durable.trigger_schedule("full", queue_name=options["queue_name"])).task_id
     (other,) = await sql("SELECT *, params::text AS params_text FROM durable.tasks WHERE task_id = :i", i=triggered)
     assert (row.delay, row.pending) == (timedelta(minutes=5), timedelta(hours=1))
     differing = {"task_id", "run_id", "idempotency_key", "created_at", "available_at", "cancel_at", "params"}
@@ -194,7 +196,7 @@ async def test_jobs_keep_in_step(durable: Durable, sql: Sql) -> None:
     await create("0 3 * * *", backend="pg_cron")
     (info,) = await durable.list_schedules()
     assert info.backend == "pg_cron"
-    assert info.pgcron_job_name == f"durable:{durable.schema}:s"
+    assert info.pgcron_job_name == f"durable:{durable.schema}:default:s"
     assert await jobs(sql) == {"s": ("0 3 * * *", True)}
     await create("0 4 * * *", backend="pg_cron")
     assert await jobs(sql) == {"s": ("0 4 * * *", True)}
@@ -231,6 +233,36 @@ async def test_two_schemas_have_a_job_each_whatever_the_length_of_the_name(
         await other.delete_schedule("n" * 200)
         (job,) = await sql("SELECT jobname FROM cron.job")
         assert job.jobname == (await durable.list_schedules())[0].pgcron_job_name
+
+
+async def test_two_queues_have_a_job_each(durable: Durable, sql: Sql, engine: AsyncEngine) -> None:
+    async def create(queue: str) -> None:
+        await durable.create_schedule(
+            "s", task=report, params={}, cron_expression="* * * * *", backend="pg_cron", queue_name=queue
+        )
+
+    queues = ["east", "we:st", "it's"]
+    for queue in queues:
+        await durable.create_queue(queue)
+        await create(queue)
+    await durable.pause_schedule("s", queue_name="it's")
+    await fire(sql, engine, times=2)
+    rows = await sql("SELECT queue_name FROM durable.tasks ORDER BY 1")
+    assert [row.queue_name for row in rows] == ["east", "we:st"]
+    await durable.delete_schedule("s", queue_name="we:st")
+    assert len(await sql("SELECT * FROM cron.job")) == 2
+
+    # The job of an earlier version knows its schedule by name alone: a second one must not be made beside it.
+    await sql("UPDATE cron.job SET jobname = 'old' WHERE jobname LIKE '%:east:s'")
+    await sql("UPDATE durable.schedules SET pgcron_job_name = 'old' WHERE queue_name = 'east'")
+    with pytest.raises(InvalidState, match="schedule 's' in queue 'east' is of an earlier version"):
+        await create("we:st")
+    assert len(await sql("SELECT * FROM cron.job")) == 2
+    await create("east")
+    await create("we:st")
+    names = {row.jobname for row in await sql("SELECT jobname FROM cron.job")}
+    assert names == {info.pgcron_job_name for info in await durable.list_schedules(ScheduleFilter())}
+    assert "old" not in names
 
 
 async def test_a_paused_schedule_and_one_whose_last_task_goes_on_do_not_fire(
