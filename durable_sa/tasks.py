@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -18,6 +18,14 @@ ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
 OutputT_co = TypeVar("OutputT_co", covariant=True)
 
 _NULL = "null"
+
+
+class DeclaredSchedule(NamedTuple):
+    """The schedule that a task declares."""
+
+    cron_expression: str
+    """A cron expression, or `@every` and a number of seconds."""
+    timezone: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +49,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """Exceptions after which it is not retried."""
     local_types: dict[str, object] = field(repr=False)
     """Types that its annotations name and that are local to the function that defines the task."""
+    schedule: DeclaredSchedule | None = field(default=None, repr=False)
+    """The schedule that workers keep in step with the code."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -17,6 +17,7 @@ from ..decorators import task as make_task
 from ..policies import CancellationPolicy, RetryStrategy
 from ..steps import transaction
 from ..tasks import Task
+from ..validation import Duration
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -46,6 +47,9 @@ class Registry(App):
         cancellation: CancellationPolicy | None = None,
         queue_name: str | None = None,
         no_retry_on: Iterable[type[BaseException]] = (),
+        schedule: str | None = None,
+        timezone: str = "UTC",
+        every: Duration | None = None,
     ) -> TaskDecorator: ...
     def task(self, name: str | Callable[..., Any] | None = None, **options: Any) -> Any:
         """Make a task as :func:`durable_sa.task` does, and register it."""

@@ -129,6 +129,7 @@ class Worker:
             self._agenda,
             self._dispatcher,
             self._executor,
+            queue_names=settings.queue_names,
             listening=self._listening,
         )
         self._long_steps = LongSteps(self._shared_connection, self._registration, self._clock, self._slots)
