@@ -22,7 +22,7 @@ from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
 from .statements.expressions import arrays
 from .statements.spawning import SPAWN_COLUMNS
-from .tasks import Task
+from .tasks import OfTask, Task
 
 if TYPE_CHECKING:
     from .app import App
@@ -48,7 +48,10 @@ class Spawn(Generic[OutputT_co]):
     ) -> None: ...
     @overload
     def __init__(
-        self: Spawn[OutputT], task: Task[ParamsT, OutputT], params: ParamsT, **options: Unpack[SpawnOptions]
+        self: Spawn[OutputT],
+        task: Task[ParamsT, OutputT],
+        params: ParamsT | OfTask[ParamsT],
+        **options: Unpack[SpawnOptions],
     ) -> None: ...
     def __init__(self, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]) -> None:
         object.__setattr__(self, "task", task)

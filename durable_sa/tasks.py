@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -18,6 +18,18 @@ ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
 OutputT_co = TypeVar("OutputT_co", covariant=True)
 
 _NULL = "null"
+
+
+class OfTask(Protocol[OutputT_co]):
+    """A type that no value has: with it beside them, type checkers take the type of params from the task alone.
+
+    From the params alone mypy infers another type than from the task, and reports neither. If a union has a second
+    member that could hold the params, it infers nothing from them, and reports the argument that does not fit. Each
+    object has a method of this name, and none that returns what a task takes.
+    """
+
+    def __reduce__(self) -> OutputT_co:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        ...
 
 
 class DeclaredSchedule(NamedTuple):

@@ -21,7 +21,7 @@ from .base import NULL, Call, ContextBase
 
 if TYPE_CHECKING:
     from ..options import SpawnOptions
-    from ..tasks import Task
+    from ..tasks import OfTask, Task
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -38,7 +38,7 @@ class Children(ContextBase):
     ) -> TaskHandle[T]: ...
     @overload
     async def spawn(
-        self, name: str, task: Task[ParamsT, T], params: ParamsT, /, **options: Unpack[SpawnOptions]
+        self, name: str, task: Task[ParamsT, T], params: ParamsT | OfTask[ParamsT], /, **options: Unpack[SpawnOptions]
     ) -> TaskHandle[T]: ...
 
     def spawn(self, name: str, task: Task[Any, Any], params: Any = None, /, **options: Unpack[SpawnOptions]) -> Any:

@@ -20,7 +20,7 @@ from ..options import SpawnOptions
 from ..results import TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..steps import plain_step
-from ..tasks import Task
+from ..tasks import OfTask, Task
 from ..validation import Duration
 from . import TaskContext
 from .data import StateT, TaskData
@@ -115,7 +115,7 @@ class SyncTaskContext(TaskData[StateT]):
     ) -> TaskHandle[T]: ...
     @overload
     def spawn(
-        self, name: str, task: Task[ParamsT, T], params: ParamsT, /, **options: Unpack[SpawnOptions]
+        self, name: str, task: Task[ParamsT, T], params: ParamsT | OfTask[ParamsT], /, **options: Unpack[SpawnOptions]
     ) -> TaskHandle[T]: ...
     def spawn(self, name: str, task: Any, params: Any = None, /, **options: Unpack[SpawnOptions]) -> TaskHandle[Any]:
         """As :meth:`durable_sa.TaskContext.spawn`."""
