@@ -79,9 +79,12 @@ def _texts(value: object) -> Iterator[str]:
 def loggable(error: BaseException, redacted: Callable[[str], str] = redact) -> BaseException:
     """Return an error as it may be logged: itself, or a copy of it and its causes with redacted messages.
 
-    Never raises, even if the exception's `__str__` does.
+    Never raises, whatever the code of the exception's class does.
     """
-    return _Copies(redacted).of(error) or error
+    try:
+        return _Copies(redacted).of(error) or error
+    except BaseException:  # noqa: BLE001 - user code; the failure that is being logged matters more
+        return _copy(type(error), redacted(message(error)), [])
 
 
 class _Copies:
@@ -104,7 +107,7 @@ class _Copies:
         copies = [self.of(member) for member in members]
         text, notes = message(error), list(getattr(error, "__notes__", ()))
         shown, shown_notes = self._redacted(text), [self._redacted(str(note)) for note in notes]
-        unchanged = text != NOT_SHOWN and (shown, shown_notes, cause, context) == (text, notes, None, None)
+        unchanged = (shown, shown_notes, cause, context) == (_text_or_none(error), notes, None, None)
         if unchanged and not any(copies):
             return None
         copy = _copy(type(error), shown, [each or member for each, member in zip(copies, members, strict=True)])
@@ -117,6 +120,7 @@ class _Copies:
 
 
 def _members(error: BaseException) -> list[BaseException]:
+    # isinstance, as the traceback module calls it: an exception for which it raises is replaced by a copy.
     if isinstance(error, BaseExceptionGroup):
         return list(cast("BaseExceptionGroup[BaseException]", error).exceptions)
     return []
@@ -136,12 +140,25 @@ def _copy(kind: type[BaseException], text: str, members: list[BaseException]) ->
 
 
 def message(error: BaseException) -> str:
-    """Return the message of an exception, shortened. The data of a `UserError` is a value, unless it is the message."""
+    """Return the message of an exception as valid UTF-8, shortened. The data of a `UserError` is no message.
+
+    Never raises, even if the exception's `__str__` does.
+    """
     try:
-        if isinstance(error, UserError) and not isinstance(error.data, str):
-            raw = error.raw
-            if not (isinstance(raw, dict) and isinstance(cast(dict[str, object], raw).get("message"), str)):
+        if issubclass(type(error), UserError):
+            user_error = cast(UserError, error)
+            raw = None if isinstance(user_error.data, str) else user_error.raw
+            if raw is not None and not (
+                isinstance(raw, dict) and isinstance(cast(dict[str, object], raw).get("message"), str)
+            ):
                 return NOT_SHOWN
-        return str(error)[:LONGEST_MESSAGE]
-    except BaseException as failure:  # noqa: BLE001 - user code; the failure that is being logged matters more
+        return str(error)[:LONGEST_MESSAGE].encode(errors="backslashreplace").decode()
+    except BaseException as failure:  # noqa: BLE001 - as above
         return f"<its text cannot be had: str() raised {type(failure).__name__}>"
+
+
+def _text_or_none(error: BaseException) -> str | None:
+    try:
+        return str(error)
+    except BaseException:  # noqa: BLE001 - as above
+        return None

@@ -88,3 +88,20 @@ def test_an_exception_whose_text_cannot_be_had_is_logged_all_the_same() -> None:
     around.__cause__.__context__ = around
     assert "around" in report(loggable(around))
     assert message(UserError("out of stock")) == message(UserError({"message": "out of stock"})) == "out of stock"
+
+
+def test_hostile_exceptions_are_logged_as_what_they_are_and_lone_surrogates_escaped() -> None:
+    class Hostile(Exception):
+        def __getattribute__(self, name: str) -> object:
+            raise RuntimeError(name)
+
+    class Disguised(Exception):
+        @property
+        def __class__(self) -> type:
+            raise RuntimeError
+
+    for kind in (Hostile, Disguised):
+        assert kind.__name__ in report(loggable(kind("text")))
+        assert message(kind("text")) == "text"
+    report(loggable(ValueError("\ud800"))).encode()
+    assert message(ValueError("\ud800")) == "\\ud800"
