@@ -1,7 +1,8 @@
-"""Emitting events."""
+"""Emitting events, and replacing what was emitted wrongly."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from datetime import datetime
@@ -14,13 +15,19 @@ from sqlalchemy.orm import Session, scoped_session
 from ..app import App
 from ..database.hint import Hint
 from ..database.scripts import Script, SessionOrConnection, perform, perform_within
-from ..errors import QueueNotFound
+from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, check_size
 from ..statements import queues, waits
 
 if TYPE_CHECKING:
     from ..telemetry.operations import Emission
+
+logger = logging.getLogger("durable_sa")
+
+_MAX_WARNED = 1000
+_warned: set[str] = set()
+"""Names of events whose waiters in another queue were logged."""
 
 
 class Events(App):
@@ -73,14 +80,40 @@ class Events(App):
 
         return perform_within(session, self.schema, observed)
 
-    def _emission(
-        self, name: str, payload: Any, queue_name: str | None
-    ) -> tuple[Callable[[Hint], Script[bool]], Emission | None]:
-        validate_name("event", name)
+    async def replace_event(self, name: str, payload: Any, queue_name: str | None = None) -> None:
+        """Replace the payload of an event that was emitted wrongly.
+
+        Waits that are resolved from then on get the new payload; tasks that have received the former one keep it. A
+        task that failed because it could not decode the former payload gets the new one when it is retried.
+
+        Raises:
+            InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.
+            InvalidState: the event was not emitted, or was deleted since.
+            QueueNotFound: there is no such queue.
+        """
+        text = self._encoded(name, payload)
         queue = self._queue(queue_name)
+        parameters = {"event_queue": queue, "event": name, "new_payload": text}
+        async with self.database.transaction() as connection:
+            if not (await connection.execute(queues.KNOWN_QUEUES, {"queue_names": [queue]})).all():
+                raise QueueNotFound(queue)
+            if not (await connection.execute(waits.REPLACE_EVENT, parameters)).all():
+                raise InvalidState(
+                    f"Event {name!r} of queue {queue!r}", "not emitted", "Emit it: `await durable.emit_event(...)`."
+                )
+
+    def _encoded(self, name: str, payload: Any) -> str:
+        validate_name("event", name)
         what = f"the payload of event {name!r}"
         text = UNTYPED.encode(payload, what)
         check_size(text, self.max_payload_bytes, what)
+        return text
+
+    def _emission(
+        self, name: str, payload: Any, queue_name: str | None
+    ) -> tuple[Callable[[Hint], Script[bool]], Emission | None]:
+        text = self._encoded(name, payload)
+        queue = self._queue(queue_name)
         emission = None if (telemetry := self.telemetry) is None else telemetry.emit(name, queue)
         return emit(queue, name, text, None if emission is None else emission.metadata), emission
 
@@ -100,6 +133,8 @@ def emit(queue_name: str, name: str, payload: str, metadata: str | None = None) 
         )
         if rows:
             emitted_at = rows[0].emitted_at
+            if rows[0].elsewhere is not None:
+                _warn(name, queue_name, rows[0].elsewhere)
         elif emitted_at is not None:
             # The script is retried: if only the reply to its commit was lost, the event that exists is its own.
             stored = yield waits.PEEK_EVENTS, {"queue_names": [queue_name], "event_names": [name]}
@@ -108,3 +143,19 @@ def emit(queue_name: str, name: str, payload: str, metadata: str | None = None) 
         return bool(rows)
 
     return script
+
+
+def _warn(name: str, queue_name: str, elsewhere: str) -> None:
+    """Log once for each name that tasks wait for the event in another queue."""
+    if name in _warned:
+        return
+    if len(_warned) >= _MAX_WARNED:
+        _warned.clear()
+    _warned.add(name)
+    logger.warning(
+        "event %r was emitted into queue %r, where no task waits for it, while one waits for it in queue %r; "
+        "each queue has events of its own: name the queue with queue_name=",
+        name,
+        queue_name,
+        elsewhere,
+    )

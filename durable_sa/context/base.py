@@ -13,7 +13,7 @@ import logging
 import uuid
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..app import App
 from ..concurrency.branches import Branch
@@ -27,6 +27,9 @@ from ..ids import is_part, step_key
 from ..names import validate_name
 from ..serialization.codec import Codec, check_size
 from ..signals import Suspended
+
+if TYPE_CHECKING:
+    from ..telemetry.spans import Scope
 
 T = TypeVar("T")
 
@@ -166,7 +169,7 @@ class ContextBase:
         span = None if host.telemetry is None else host.telemetry.call("step", call.name, self._run.claimed)
         return around_step(host.hooks.around_step, self, call.name, span)
 
-    def _observed(self, kind: str, name: str | None = None, **more: Any) -> AbstractContextManager[object]:
+    def _observed(self, kind: str, name: str | None = None, **more: Any) -> AbstractContextManager[Scope | None]:
         """Return the span of a call, or a context manager without effect if there is no telemetry."""
         telemetry = self._run.host.telemetry
         return _UNOBSERVED if telemetry is None else telemetry.call(kind, name, self._run.claimed, **more)

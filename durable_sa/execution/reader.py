@@ -19,6 +19,13 @@ from .waits import Stored
 T = TypeVar("T")
 
 
+class EmittedEvent(NamedTuple):
+    """An event that exists already."""
+
+    payload: str
+    metadata: str | None
+
+
 class JoinTarget(NamedTuple):
     """A task that another one joins."""
 
@@ -47,8 +54,8 @@ class Reader:
 
     def __init__(self, channel: DedicatedConnection) -> None:
         self._channel = channel
-        self.event: Batch[tuple[str, str], str | None] = Batch(always(self._events))
-        """The payload of an event, by queue and name; None if it has not been emitted."""
+        self.event: Batch[tuple[str, str], EmittedEvent | None] = Batch(always(self._events))
+        """An event, by queue and name; None if it has not been emitted."""
         self.task: Batch[uuid.UUID, JoinTarget | None] = Batch(always(self._tasks))
         """Another task, by id; None if there is no such task."""
         self.ownership: Batch[tuple[uuid.UUID, int], str | None] = Batch(always(self._ownership))
@@ -70,13 +77,14 @@ class Reader:
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
         return await persistently(lambda: self._channel.execute(statement, parameters))
 
-    async def _events(self, events: list[tuple[str, str]]) -> list[str | None]:
+    async def _events(self, events: list[tuple[str, str]]) -> list[EmittedEvent | None]:
         rows = await self._execute(
             waits.PEEK_EVENTS,
             {"queue_names": [queue for queue, _ in events], "event_names": [name for _, name in events]},
         )
-        payloads = {(row.queue_name, row.name): row.payload for row in rows}
-        return [payloads.get(item) for item in events]
+        # The payload of an event without one is NULL in the database, as an event of an application's own statement.
+        found = {(row.queue_name, row.name): EmittedEvent(row.payload or "null", row.metadata) for row in rows}
+        return [found.get(item) for item in events]
 
     async def _tasks(self, task_ids: list[uuid.UUID]) -> list[JoinTarget | None]:
         rows = await self._execute(waits.PEEK_TASKS, {"task_ids": task_ids})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from alembic import util
@@ -11,14 +11,23 @@ from alembic.autogenerate.api import AutogenContext
 from alembic.migration import MigrationContext
 from alembic.operations.ops import MigrateOperation, MigrationScript, OpContainer, UpgradeOps
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 
 from ..models import SCHEMA, metadata
 from .chain import BASE, head, is_known, scripts
 from .running import configured_schema
+from .sql import quoted
 from .version import current, downgrade_call, too_new, upgrade_call
 
 _IMPORT: Final = "from durable_sa import migrations as durable"
+_PATH_BEFORE: Final = "durable_search_path"
+_SEARCH_PATH: Final = text(
+    "SELECT pg_catalog.current_schemas(false) AS schemas, pg_catalog.current_setting('search_path') AS setting"
+)
+_SET_SEARCH_PATH: Final = text("SELECT pg_catalog.set_config('search_path', :path, false)")
 _TABLES: Final = frozenset(table.name for table in metadata.tables.values())
+
+Comparator = Callable[..., None]
 
 
 class Move(MigrateOperation):
@@ -85,27 +94,59 @@ def _is_branch(script: ScriptDirectory | None) -> bool:
     return script is not None and any(revision.revision in ours for revision in script.walk_revisions())
 
 
-def _register() -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a comparison that runs after Alembic's own; since Alembic 1.18 that takes a priority."""
+def _first(comparator: Comparator) -> Comparator:
+    """Register a comparison that runs before Alembic's own; before Alembic 1.18 only the list of them can do that."""
     if priorities := getattr(util, "DispatchPriority", None):
-        return comparators.dispatch_for("schema", priority=priorities.LAST)
-    return comparators.dispatch_for("schema")
+        return comparators.dispatch_for("schema", priority=priorities.FIRST)(comparator)
+    comparators._registry["schema", "default"].insert(0, comparator)
+    return comparator
 
 
-@_register()
+def _last(comparator: Comparator) -> Comparator:
+    """Register a comparison that runs after Alembic's own."""
+    if priorities := getattr(util, "DispatchPriority", None):
+        return comparators.dispatch_for("schema", priority=priorities.LAST)(comparator)
+    return comparators.dispatch_for("schema")(comparator)
+
+
+@_first
+def _hide(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Iterable[str | None]) -> None:
+    """Take durable's schema off the search path while Alembic compares.
+
+    Alembic gives every table that the search path finds the schema None. It would take durable's tables for the
+    application's, and drop them, or compare them with models that have the same names.
+    """
+    schema = configured_schema(context.migration_context)
+    connection = context.connection
+    if schema is None or connection is None:
+        return
+    path = connection.execute(_SEARCH_PATH).one()
+    others = [name for name in path.schemas if name not in (SCHEMA, schema)]
+    # Behind a path that begins with durable's schema, the application's tables may be in that schema.
+    if len(others) < len(path.schemas) and path.schemas[:1] == others[:1]:
+        context.migration_context.opts[_PATH_BEFORE] = path.setting
+        connection.execute(_SET_SEARCH_PATH, {"path": ", ".join(map(quoted, others))})
+
+
+@_last
 def _leave_alone(context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Iterable[str | None]) -> None:
     """Remove durable's tables from the result of the comparison.
 
     Otherwise `include_schemas=True` would drop them, and durable's metadata in `target_metadata` would create them.
     """
     schema = configured_schema(context.migration_context)
-    if schema is not None:
-        _without(upgrade_ops, {SCHEMA, schema}, context.dialect.default_schema_name)
+    connection = context.connection
+    if schema is None or connection is None:
+        return
+    # The dialect's default schema is that of the engine's first connection, when durable's may not have existed.
+    _without(upgrade_ops, {SCHEMA, schema}, connection.execute(_SEARCH_PATH).one().schemas[:1])
+    if (before := context.migration_context.opts.pop(_PATH_BEFORE, None)) is not None:
+        connection.execute(_SET_SEARCH_PATH, {"path": before})
 
 
-def _without(container: OpContainer, schemas: set[str], default_schema: str | None) -> None:
+def _without(container: OpContainer, schemas: set[str], default_schema: Sequence[str]) -> None:
     def is_ours(operation: MigrateOperation) -> bool:
-        schema = getattr(operation, "schema", None) or default_schema
+        schema = getattr(operation, "schema", None) or next(iter(default_schema), None)
         return schema in schemas and getattr(operation, "table_name", None) in _TABLES
 
     container.ops[:] = [operation for operation in container.ops if not is_ours(operation)]

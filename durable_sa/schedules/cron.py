@@ -63,7 +63,7 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
         yield from _every(expression, after)
         return
     _walk(expression, _wall(after, local))
-    names_the_hour = not any(field.startswith("*") for field in expression.split()[-5:-3])
+    names_the_hour = not expression.split()[-4].startswith("*")
     yield from (_named if names_the_hour else _steady)(expression, local, after)
 
 

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Event, TaskRow, Wait
+from ..models import Checkpoint, Event, Queue, TaskRow, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, interval, next_fence, rows
 
 _task_ids = array("task_ids", Uuid())
@@ -194,7 +194,7 @@ EMIT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 }
 _emitted = rows("emitted", **EMIT_COLUMNS)
 
-EMIT = (
+_first = (
     insert(Event)
     .from_select(
         ["queue_name", "name", "payload", "metadata", "emitted_at"],
@@ -208,8 +208,32 @@ EMIT = (
     )
     .on_conflict_do_nothing()
     .returning(Event.queue_name, Event.name, Event.emitted_at)
+    .cte("first")
 )
-"""Emit events, in the order of their names so that two transactions never deadlock. Delivery follows separately."""
+_elsewhere = (
+    select(Queue.queue_name)
+    .where(
+        ~exists().where(Wait.queue_name == _first.c.queue_name, Wait.event_name == _first.c.name),
+        Queue.queue_name != _first.c.queue_name,
+        exists().where(Wait.queue_name == Queue.queue_name, Wait.event_name == _first.c.name),
+    )
+    .limit(literal_column("1"))
+    .correlate(_first)
+    .scalar_subquery()
+)
+EMIT = select(_first.c.queue_name, _first.c.name, _first.c.emitted_at, _elsewhere.label("elsewhere"))
+"""Emit events, in the order of their names so that two transactions never deadlock. Delivery follows separately.
+
+`elsewhere` is another queue in which a task waits for an event of this name, if none waits in the event's queue.
+"""
+
+REPLACE_EVENT = (
+    update(Event)
+    .where(Event.queue_name == bindparam("event_queue", type_=Text()), Event.name == bindparam("event", type_=Text()))
+    .values(payload=as_json(bindparam("new_payload", type_=Text())))
+    .returning(Event.name)
+)
+"""Replace the payload of an emitted event, for the waits that are resolved from then on."""
 
 _undelivered = (
     select(Event.queue_name, Event.name)
@@ -292,7 +316,11 @@ WAKERS = (
 
 _peek = rows("peek", queue_names=Text(), event_names=Text())
 PEEK_EVENTS = select(
-    Event.queue_name, Event.name, as_text(Event.payload).label("payload"), clamped_time(Event.emitted_at)
+    Event.queue_name,
+    Event.name,
+    as_text(Event.payload).label("payload"),
+    as_text(Event.metadata_).label("metadata"),
+    clamped_time(Event.emitted_at),
 ).join(_peek, (Event.queue_name == _peek.c.queue_names) & (Event.name == _peek.c.event_names))
 """Events that exist already when a task is about to wait for them."""
 

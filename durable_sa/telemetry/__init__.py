@@ -32,13 +32,13 @@ except ModuleNotFoundError as error:
 from ..signals import ControlFlow, LeaseLost, TaskCancelled
 from .meters import Meters, WatchedWorker
 from .operations import Emission, Spawning
-from .propagation import OTEL_CONTEXT, carried, context_of, encoded, links_to
+from .propagation import OTEL_CONTEXT, carried, context_of, encoded, extract, inject, links_to
 from .spans import Scope, Tracing, harmless
 
 if TYPE_CHECKING:
     from ..statements.claiming import ClaimedRun
 
-__all__ = ["OTEL_CONTEXT", "Telemetry", "shared"]
+__all__ = ["OTEL_CONTEXT", "Telemetry", "extract", "inject", "shared"]
 
 T = TypeVar("T")
 

@@ -13,6 +13,8 @@ from opentelemetry import context as current
 from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
+from .propagation import links_to_event
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -54,6 +56,12 @@ class Scope:
     def set(self, attribute: str, value: str) -> None:
         """Set an attribute."""
         self._span.set_attribute(attribute, value)
+
+    @harmless
+    def link(self, metadata: str | None) -> None:
+        """Add a link to the trace context in the metadata of an event, if there is one."""
+        for link in links_to_event(metadata):
+            self._span.add_link(link.context)
 
     def __enter__(self) -> Self:
         self._enter()

@@ -68,11 +68,18 @@ BUSY = union_all(
 """The present work of workers that serve these queues and know these tasks."""
 
 
-async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **options: Unpack[WorkerOptions]) -> None:
+async def run_until_idle(
+    durable: Durable[Any],
+    queues: Sequence[str] | None = None,
+    *,
+    timeout: Duration = 30.0,
+    **options: Unpack[WorkerOptions],
+) -> None:
     """Run a worker until it has nothing to do: nothing can be claimed, nothing runs, all events are delivered.
 
-    Tasks that sleep, wait for an event that was not emitted, or are due later remain. So do tasks in paused queues and
-    in queues that the worker does not serve, and tasks that the client does not know. The options are those of
+    The worker serves these queues, by default all queues of the database. Tasks that sleep, wait for an event that was
+    not emitted, or are due later remain. So do tasks in paused queues and in queues that the worker does not serve, and
+    tasks that the client does not know. The options are those of
     :meth:`durable_sa.Durable.start_worker`, with a default `concurrency` of 10. Other workers may run at the same time;
     this waits for their runs in these queues, too.
 
@@ -104,6 +111,10 @@ async def run_until_idle(durable: Durable[Any], *, timeout: Duration = 30.0, **o
             released.
     """
     limit = seconds(timeout, "timeout")
+    if queues is not None:
+        options["queue_names"] = queues
+    elif options.get("queue_names") is None and (existing := await durable.list_queues()):
+        options["queue_names"] = existing
     chosen: WorkerOptions = {"concurrency": 10, "listen": False, "poll_interval": 0.02, **options}
     worker = await durable.start_worker(**chosen)
     deadline = asyncio.get_running_loop().time() + limit

@@ -128,9 +128,11 @@ class Clock:
         self, connection: object, cursor: object, statement: str, parameters: Any, context: object, many: bool
     ) -> tuple[str, Any]:
         if self._offset and "pg_catalog." in statement:
-            microseconds = self._offset // timedelta(microseconds=1)
+            # Of one unit alone, PostgreSQL 14 takes no more than 2,147,483,647. Days would depend on the time zone.
+            hours, rest = divmod(self._offset, timedelta(hours=1))
+            offset = f"{hours} hours {rest.seconds}.{rest.microseconds:06} seconds"
             for time in _TIMES:
-                statement = statement.replace(time, f"({time} + interval '{microseconds} microseconds')")
+                statement = statement.replace(time, f"({time} + interval '{offset}')")
         return statement, parameters
 
     @asynccontextmanager

@@ -12,11 +12,16 @@ import pytest
 import sqlalchemy as sa
 from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
-from durable_sa import Durable, InvalidName, QueueNotFound, SerializationError, TaskContext
+from durable_sa import Durable, InvalidName, InvalidState, QueueNotFound, SerializationError, TaskContext
 from durable_sa.models import Event
+from durable_sa.testing import run_until_idle
 from tests.client.support import Application, Gate, count, with_some_callers
+
+
+class Amount(BaseModel):
+    amount: int
 
 
 class Payment(BaseModel):
@@ -43,6 +48,122 @@ async def test_an_event_belongs_to_a_queue(durable: Durable, engine: AsyncEngine
     assert await durable.emit_event("paid", 2, queue_name="mails")
     assert await Durable(engine, queue_name="mails").emit_event("paid", 3) is False
     assert (await payload(engine, "paid"), await payload(engine, "paid", "mails")) == ("1", "2")
+
+
+async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_once_for_each_name(
+    durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    @durable.task("wait")
+    async def wait(ctx: TaskContext, name: str) -> Any:
+        return await ctx.await_event(name)
+
+    def warned() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "was emitted into queue" in record.getMessage()]
+
+    await durable.create_queue("mails")
+    await durable.create_queue("others")
+    names = [f"{kind}:{uuid.uuid4()}" for kind in ("paid", "shipped", "both", "early")]
+    for name in names[:3]:
+        await durable.spawn(wait, name, queue_name="mails")
+    await durable.spawn(wait, names[2])
+    await run_until_idle(durable)
+    assert await durable.emit_event(names[0], 1)
+    (message,) = warned()
+    assert f"event {names[0]!r} was emitted into queue 'default'" in message
+    assert "waits for it in queue 'mails'" in message
+    # Once for each name; in a caller's transaction, too; and not where its own queue has a waiter, or no queue has one.
+    assert await durable.emit_event(names[0], 1, queue_name="others")
+    assert not await durable.emit_event(names[0], 2)
+    async with AsyncSession(engine) as session, session.begin():
+        assert await durable.emit_event_with(session, names[1])
+    await durable.emit_event(names[2])
+    await durable.emit_event(names[3])
+    assert len(warned()) == 2
+    assert names[1] in warned()[1]
+
+
+async def test_an_emit_is_two_statements_on_the_tables(durable: Durable, engine: AsyncEngine) -> None:
+    statements: list[str] = []
+    await durable.emit_event("first")
+    sa.event.listen(engine.sync_engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    await durable.emit_event("second")
+    assert len([each for each in statements if "durable." in each]) == 2
+
+
+async def test_a_replaced_event_is_what_later_waits_get(durable: Durable, engine: AsyncEngine) -> None:
+    @durable.task("wait", max_attempts=5)
+    async def wait(ctx: TaskContext) -> int:
+        amount = (await ctx.await_event("paid", type=Amount)).amount
+        again = (await ctx.await_event("paid", type=Amount)).amount
+        await ctx.sleep_for("replay", 0.01)
+        return 10 * amount + again
+
+    await durable.create_queue("mails")
+    await durable.emit_event("paid", {"amount": 1}, queue_name="mails")
+    waiting = await durable.spawn(wait)
+    await run_until_idle(durable)
+    await durable.emit_event("paid", {"amount": "a lot"})
+    await run_until_idle(durable)
+    failed = await durable.wait_for_result(waiting, timeout=10)
+    assert failed.error is not None
+    assert (failed.status, failed.error.name) == ("failed", "SerializationError")
+    # As long as the event is the same, a retry fails again; the first emit has counted.
+    assert not await durable.emit_event("paid", {"amount": 2})
+    await durable.retry_task(waiting.task_id)
+    assert (await finished(durable, waiting.task_id)).status == "failed"
+    # One that does not fit either is not recorded.
+    await durable.replace_event("paid", {"amount": None})
+    await durable.retry_task(waiting.task_id)
+    assert (await finished(durable, waiting.task_id)).status == "failed"
+    await durable.replace_event("paid", {"amount": 3})
+    await durable.retry_task(waiting.task_id)
+    assert (await finished(durable, waiting.task_id)).output == 33
+    # What has been read well stays; what comes later reads the new one; the other queue has its own.
+    await durable.replace_event("paid", {"amount": 4})
+    assert (await finished(durable, (await durable.spawn(wait)).task_id)).output == 44
+    assert await payload(engine, "paid", "mails") == '{"amount":1}'
+    await durable.replace_event("paid", {"amount": 5}, "mails")
+    assert await payload(engine, "paid", "mails") == '{"amount":5}'
+
+
+async def test_a_payload_read_anew_stays_when_the_event_is_replaced_once_more(durable: Durable) -> None:
+    replaced = asyncio.Event()
+
+    @durable.task("wait")
+    async def wait(ctx: TaskContext) -> int:
+        amount = (await ctx.await_event("paid", type=Amount)).amount
+        replaced.set()
+        await ctx.await_event("go")
+        return amount
+
+    await durable.emit_event("paid", "nothing")
+    waiting = await durable.spawn(wait)
+    assert (await finished(durable, waiting.task_id)).status == "failed"
+    await durable.replace_event("paid", {"amount": 1})
+    await durable.retry_task(waiting.task_id)
+    await run_until_idle(durable)
+    assert replaced.is_set()
+    await durable.replace_event("paid", {"amount": 2})
+    await durable.emit_event("go")
+    assert (await finished(durable, waiting.task_id)).output == 1
+
+
+async def test_what_cannot_replace_an_event_is_refused(durable: Durable, engine: AsyncEngine) -> None:
+    with pytest.raises(InvalidState, match=r"Event 'never' of queue 'default' is not emitted. Emit it"):
+        await durable.replace_event("never", 1)
+    with pytest.raises(QueueNotFound, match="nowhere"):
+        await durable.replace_event("paid", 1, queue_name="nowhere")
+    with pytest.raises(InvalidName):
+        await durable.replace_event("$paid", 1)
+    await durable.emit_event("paid", 1)
+    with pytest.raises(SerializationError, match="payload of event 'paid' cannot be stored"):
+        await durable.replace_event("paid", math.nan)
+    assert await payload(engine, "paid") == "1"
+
+
+async def finished(durable: Durable, task_id: uuid.UUID) -> Any:
+    await run_until_idle(durable)
+    return await durable.wait_for_result(task_id, timeout=10)
 
 
 async def test_null_and_nothing_are_a_payload(durable: Durable, engine: AsyncEngine) -> None:

@@ -41,7 +41,11 @@ def first(expression: str, after: str, count: int = 3, zone: str = BERLIN) -> li
         # Seconds in front change nothing of that.
         ("0 30 2 * * *", "2026-03-27T12:00", ["03-28T01:30:00", "03-29T01:00:00", "03-30T00:30:00"]),
         ("0 30 2 * * *", "2026-10-23T12:00", ["10-24T00:30:00", "10-25T00:30:00", "10-26T01:30:00"]),
-        ("0 */30 2 * * *", "2026-10-24T12:00", ["10-25T00:00:00", "10-25T00:30:00", "10-25T01:00:00"]),
+        ("0 */30 2 * * *", "2026-10-24T12:00", ["10-25T00:00:00", "10-25T00:30:00", "10-26T01:00:00"]),
+        # The hour is named, whatever the minutes are: a time that is there twice fires once, one that is not there, too.
+        ("*/30 2 * * *", "2026-10-24T12:00", ["10-25T00:00:00", "10-25T00:30:00", "10-26T01:00:00"]),
+        ("*/30 2 * * *", "2026-03-28T12:00", ["03-29T01:00:00", "03-30T00:00:00", "03-30T00:30:00"]),
+        ("*/30 1-3 * * *", "2026-10-25T00:20", ["10-25T00:30:00", "10-25T02:00:00", "10-25T02:30:00"]),
         # In the hour that comes again what was in it is over.
         ("45 2 * * *", "2026-10-25T01:10", ["10-26T01:45:00", "10-27T01:45:00", "10-28T01:45:00"]),
         ("0,45 2,3 * * *", "2026-10-25T01:10", ["10-25T02:00:00", "10-25T02:45:00", "10-26T01:00:00"]),
@@ -70,7 +74,7 @@ def test_ticks_go_by_the_clock_on_the_wall(expression: str, after: str, expected
     ],
 )
 @pytest.mark.parametrize(
-    "expression", ["* * * * *", "0 */3 * * *", "*/20 2 * * *", "* 0-3 * * *", "30 * * * *", "15 */30 * * * *"]
+    "expression", ["* * * * *", "0 */3 * * *", "*/20 */2 * * *", "* * * * 0-6", "30 * * * *", "15 */30 * * * *"]
 )
 def test_steady_ticks_are_all_those_times_at_which_the_clock_shows_them(
     zone: str, change: str, expression: str

@@ -24,7 +24,7 @@ from durable_sa import (
     task,
 )
 from durable_sa.models import Event
-from durable_sa.telemetry import OTEL_CONTEXT, Telemetry
+from durable_sa.telemetry import OTEL_CONTEXT, Telemetry, extract, inject
 from durable_sa.telemetry.meters import Meters
 from durable_sa.testing import run_until_idle
 from tests.support import eventually
@@ -128,6 +128,27 @@ async def test_whoever_wakes_is_linked_from_whoever_is_woken(durable: Durable, s
     assert trace_of(second) == trace_of(first) != trace_of(spans.one("emit"))
     assert (spans.one("await").attributes or {})["durable.event"] == "go"
     assert SECRET not in spans.everything()
+
+
+async def test_a_wait_that_finds_its_event_is_linked_to_the_emit(durable: Durable, spans: Spans) -> None:
+    assert await durable.emit_event("go", SECRET)
+    await durable.spawn(waiter)
+    await run_until_idle(durable)
+    assert is_linked(spans.one("await"), spans.one("emit"))
+    assert not spans.one("execute waiter").links
+
+
+def test_a_context_is_put_into_headers_and_taken_out(tracer_provider: TracerProvider) -> None:
+    headers: dict[str, Any] = {"tenant": "acme"}
+    assert inject(headers) is headers
+    assert headers == {"tenant": "acme"}
+    with tracer_provider.get_tracer("app").start_as_current_span("request") as span:
+        inject(headers)
+    assert set(headers[OTEL_CONTEXT]) == {"traceparent"}
+    found = trace.get_current_span(extract(headers)).get_span_context()
+    assert (found.trace_id, found.span_id) == (span.get_span_context().trace_id, span.get_span_context().span_id)
+    for unreadable in ({}, {OTEL_CONTEXT: 17}, {OTEL_CONTEXT: {"traceparent": None}}):
+        assert not trace.get_current_span(extract(unreadable)).get_span_context().is_valid
 
 
 async def test_a_parent_is_linked_to_the_child_that_it_joins(durable: Durable, spans: Spans) -> None:

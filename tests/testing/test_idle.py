@@ -109,3 +109,19 @@ async def test_what_does_not_come_to_an_end_is_named_and_given_back(durable: Dur
         await run_until_idle(durable, timeout=0.3)
     assert asyncio.get_running_loop().time() - began < 10
     assert await status(durable, spawned) is TaskStatus.PENDING
+
+
+async def test_it_serves_all_queues_unless_told_which(durable: Durable) -> None:
+    @durable.task
+    async def nothing(ctx: TaskContext) -> str:
+        return ctx.queue_name
+
+    await durable.create_queue("east")
+    await durable.create_queue("west")
+    here, east, west = [await durable.spawn(nothing, queue_name=name) for name in ("default", "east", "west")]
+    await run_until_idle(durable, ["east"])
+    assert [await status(durable, each) for each in (here, east, west)] == ["pending", "completed", "pending"]
+    await run_until_idle(durable, queue_names=["west"])
+    assert await status(durable, here) == "pending"
+    await run_until_idle(durable)
+    assert await status(durable, here) == await status(durable, west) == "completed"
