@@ -77,8 +77,8 @@ class Steps(Sleeps):
         """Run a step as :meth:`step` does, but execute its tries by `attempt`."""
         function, options = plain_step(fn)
         arguments = encode_arguments(args, kwargs, f"step {name!r}")
-        check_function(function, "step", name)
         call = self._call("step", name, arguments)
+        check_function(function, "step", name)
         return self._begun(call, self._step(attempt, call, function, options, args, kwargs))
 
     async def _step(

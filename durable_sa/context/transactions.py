@@ -52,8 +52,8 @@ class Transactions(ContextBase):
             SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
         """
         arguments = encode_arguments(args, kwargs, f"transaction {name!r}")
-        check_function(fn, "transaction", name)
         call = self._call("transaction", name, arguments)
+        check_function(fn, "transaction", name)
         return self._begun(call, self._transaction(call, fn, args, kwargs))
 
     async def _transaction(

@@ -317,7 +317,12 @@ async def test_next_attempt_is_when_the_formula_says_at_the_boundaries(engine: A
 strategies = st.one_of(
     st.builds(RetryStrategy.fixed, st.floats(0, MAX_DURATION)),
     st.builds(
-        RetryStrategy.exponential, st.floats(0, 10_000), st.floats(1, 1000), st.floats(0, MAX_DURATION), st.just(0)
+        RetryStrategy,
+        st.just("exponential"),
+        st.floats(0, 10_000),
+        st.floats(1, 1000),
+        st.floats(0, MAX_DURATION),
+        st.just(0),
     ),
 )
 
