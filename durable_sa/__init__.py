@@ -52,7 +52,7 @@ from .results import (
 )
 from .schedules.pgcron import setup_pgcron
 from .spawns import OutgoingSpawn, Spawn
-from .steps import step
+from .steps import step, transaction
 from .tasks import Task
 from .worker.worker import Worker
 
@@ -105,6 +105,7 @@ __all__ = [
     "setup_pgcron",
     "step",
     "task",
+    "transaction",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import URL
@@ -15,6 +16,7 @@ from .execution.hooks import HookChain
 from .names import validate_name, validate_schema
 from .options import MAX_ATTEMPTS, Replay, TaskOptions, check_replay
 from .policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
+from .serialization.annotations import plain_function
 from .statements import queues
 from .tasks import Task
 from .validation import integer
@@ -101,15 +103,20 @@ class App:
     def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
         """Register a task, and return it: workers claim it from now on, and it may be spawned by name.
 
+        A task of the same function, defined once more by a reloaded module or a notebook cell, replaces the former one.
+
         Raises:
-            TaskAlreadyRegistered: another task has that name.
+            TaskAlreadyRegistered: a task of another function has that name.
             SerializationError: values of its params or output could not be read back as they were, by their types.
         """
         if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"register() takes a task, made by @task, not {type(task).__name__}")
         task.check_types()
-        if self.tasks.setdefault(task.name, task) is not task:
-            raise TaskAlreadyRegistered(task.name)
+        known = self.tasks.setdefault(task.name, task)
+        if known is not task:
+            if not _is_redefined(known.function, task.function):
+                raise TaskAlreadyRegistered(task.name)
+            self.tasks[task.name] = task
         return task
 
     def registered(self, name: str) -> Task[Any, Any]:
@@ -122,6 +129,18 @@ class App:
             return self.tasks[name]
         except KeyError:
             raise TaskNotRegistered(name, self.tasks) from None
+
+
+def _is_redefined(former: Callable[..., Any], latter: Callable[..., Any]) -> bool:
+    """Return whether two functions have the same place in the same module."""
+    module, name = _place(former)
+    # A function that another one defines is not defined once more by a reload, but by another call.
+    return (module, name) == _place(latter) and name is not None and "<locals>" not in name
+
+
+def _place(function: Callable[..., Any]) -> tuple[str | None, str | None]:
+    function = plain_function(function)
+    return getattr(function, "__module__", None), getattr(function, "__qualname__", None)
 
 
 def _global_telemetry() -> Telemetry | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from .errors import InvalidState
 
 logger = logging.getLogger("durable_sa")
 T = TypeVar("T")
+
+REMINDER_INTERVAL = 60.0
+"""Seconds after which a failure that lasts is logged once more, for readers of the last lines of a log."""
 
 LOCK_NOT_AVAILABLE = "55P03"
 UNIQUE_VIOLATION = "23505"
@@ -28,6 +32,8 @@ POOLER_STATES = frozenset({"26000", "42P05"})
 UNDEFINED_TABLE = "42P01"
 MISSING_TABLE_STATES = frozenset({UNDEFINED_TABLE, "42703", "3F000"})
 """No such table, column or schema: durable's tables are not installed, or older than this version of the package."""
+
+MISSING_DATABASE = "3D000"
 
 READ_ONLY = "25006"
 """A standby, or a server, database or role whose transactions are read-only by default."""
@@ -88,6 +94,12 @@ def is_read_only(error: BaseException) -> bool:
     return sqlstate(error) == READ_ONLY
 
 
+def is_refused(error: BaseException) -> bool:
+    """Return whether the server lets no connection in: the database is missing, or the role or its password is."""
+    code = sqlstate(error) or ""
+    return code == MISSING_DATABASE or code[:2] == "28"
+
+
 def refuse_read_only(error: BaseException) -> None:
     """Raise an error of ours if a call has failed because the database takes no writes.
 
@@ -125,7 +137,7 @@ def reason(error: BaseException) -> str:
     name = type(error).__name__
     if is_read_only(error):
         return "the database is read-only"
-    if not is_transient(error):
+    if not (is_transient(error) or is_refused(error)):
         return name
     cause = error.orig if isinstance(error, DBAPIError) else error
     # The driver's message, which its adapter repeats with the name of a class in front.
@@ -160,30 +172,82 @@ async def retrying(
         await asyncio.sleep(backoff(failures - 1, most=most))
 
 
+class Outage:
+    """A time in which the database does not answer several loops of a worker: its end is logged once."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """Note that a failure has been logged."""
+        if self._began is None:
+            self._began = time.monotonic()
+
+    def end(self) -> None:
+        """Log that the database answers, if a failure has been logged before."""
+        if self._began is not None:
+            logger.info("the database answers again, after %.1f seconds", time.monotonic() - self._began)
+            self._began = None
+
+
+class FailureLog:
+    """Logs the failures of a loop that retries: each kind of them once, and once a minute for as long as they last.
+
+    `what` is the subject of its lines. The first `patience` failures in a row that come from the state of the database
+    are not logged.
+    """
+
+    def __init__(self, what: str, outage: Outage | None = None, *, patience: int = 0) -> None:
+        self._what = what
+        self._outage = outage or Outage()
+        self._patience = patience
+        self._failures = 0
+        self._silent_until: dict[str, float] = {}
+
+    def failed(self, error: BaseException, *, logged: bool = False) -> None:
+        """Log a failure unless the caller, or this object, has logged one of its kind."""
+        self._failures += 1
+        outage = is_transient(error) or is_refused(error)
+        if logged or (outage and self._failures <= self._patience):
+            return
+        kind = reason(error)
+        now = time.monotonic()
+        if now < self._silent_until.get(kind, 0.0):
+            return
+        self._silent_until[kind] = now + REMINDER_INTERVAL
+        if outage:
+            self._outage.begin()
+            logger.warning("%s failed (%s), retrying", self._what, kind)
+        else:
+            logger.error("%s failed, retrying", self._what, exc_info=without_values(error))
+
+    def succeeded(self) -> None:
+        """Note a success, after which every kind of failure is logged again."""
+        if self._failures:
+            self._failures = 0
+            self._silent_until.clear()
+            self._outage.end()
+
+
 class Retry:
     """The pauses of a loop that retries until it succeeds, and what it logs; `what` is the subject of its log lines.
 
-    A pause ends early when `stop` is set.
+    A pause ends early when `stop` is set. A failure that comes from the state of the database is logged once it lasts.
     """
 
-    def __init__(self, what: str, stop: asyncio.Event | None = None) -> None:
-        self._what = what
+    def __init__(self, what: str, stop: asyncio.Event | None = None, outage: Outage | None = None) -> None:
+        self._log = FailureLog(what, outage, patience=3)
         self._stop = stop
         self._failures = 0
 
     def reset(self) -> None:
         """Begin with short pauses anew, after a success."""
         self._failures = 0
+        self._log.succeeded()
 
     async def pause(self, error: Exception, *, logged: bool = False) -> None:
-        """Wait before the next try. Log the error unless the caller has logged it.
-
-        A transient error is logged once it lasts. Any other error may be a defect, so each one is logged.
-        """
-        if not is_transient(error):
-            logger.error("%s failed, retrying", self._what, exc_info=without_values(error))
-        elif self._failures == 3 and not logged:
-            logger.warning("%s failed (%s), retrying", self._what, reason(error))
+        """Wait before the next try. Log the error unless the caller has logged it."""
+        self._log.failed(error, logged=logged)
         seconds = backoff(self._failures)
         self._failures += 1
         if self._stop is None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
+from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
 
 from .context import TaskContext
 from .context.sync import SyncTaskContext
+from .errors import InvalidConfiguration, InvalidCron
 from .names import validate_name
 from .options import Replay, TaskOptions, check_replay
 from .policies import CancellationPolicy, RetryStrategy
+from .schedules.cron import EVERY, next_tick
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
-from .tasks import Task
+from .tasks import DeclaredSchedule, Task
+from .validation import Duration, seconds
 
 ParamsT = TypeVar("ParamsT")
 OutputT = TypeVar("OutputT")
@@ -57,6 +61,9 @@ def task(
     queue_name: str | None = None,
     no_retry_on: Iterable[type[BaseException]] = (),
     replay: Replay | None = None,
+    schedule: str | None = None,
+    timezone: str = "UTC",
+    every: Duration | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -67,6 +74,9 @@ def task(
     queue_name: str | None = None,
     no_retry_on: Iterable[type[BaseException]] = (),
     replay: Replay | None = None,
+    schedule: str | None = None,
+    timezone: str = "UTC",
+    every: Duration | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
@@ -76,18 +86,37 @@ def task(
     retried. With `replay="strict"` it fails with `ReplayMismatch` before a recorded step, met with other arguments,
     would run anew.
 
+    `schedule`, a cron expression in `timezone`, or `every`, seconds or a `timedelta`, declares a schedule that spawns
+    the task without params. Workers that have the task create it, under the task's name in the task's queue, and
+    change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
+
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
+        InvalidCron: for a `schedule` that cannot be read, or never fires.
     """
     if callable(name):
-        return _make(name, None, TaskOptions(), (), None)
+        return _make(name, name=None, options=TaskOptions(), no_retry_on=(), replay=None, schedule=None)
     if name is not None:
         validate_name("task", name)
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
     if replay is not None:
         check_replay(replay)
-    return functools.partial(_make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay)
+    declared = _declared(schedule, timezone, every)
+    return functools.partial(
+        _make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay, schedule=declared
+    )
+
+
+def _declared(schedule: str | None, timezone: str, every: Duration | None) -> DeclaredSchedule | None:
+    if schedule is None and every is None:
+        return None
+    if schedule is not None and every is not None:
+        raise InvalidConfiguration("schedule and every", "both are given", "Give one of them.")
+    expression = schedule if every is None else f"{EVERY}{seconds(every, 'every', minimum=1):.15g}"
+    if next_tick(cast(str, expression), timezone, datetime.now(UTC)) is None:
+        raise InvalidCron(expression, "it never comes true")
+    return DeclaredSchedule(cast(str, expression), timezone)
 
 
 def _make(
@@ -96,6 +125,7 @@ def _make(
     options: TaskOptions,
     no_retry_on: tuple[type[BaseException], ...],
     replay: Replay | None,
+    schedule: DeclaredSchedule | None,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -113,6 +143,7 @@ def _make(
         no_retry_on=no_retry_on,
         local_types=local_types(function),
         replay=replay,
+        schedule=schedule,
     )
 
 

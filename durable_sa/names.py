@@ -21,7 +21,8 @@ _SCHEDULE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> str:
     """Return `value` as a plain `str` if it may name a `kind`.
 
-    A name has 1 to 200 bytes of UTF-8 (an idempotency key up to 255) and no control characters. Schedule names are
+    A name has 1 to 200 bytes of UTF-8 (an idempotency key up to 255), no control characters, and something else than
+    blanks. Schedule names are
     made of ASCII letters, digits, `_` and `-`. `$` at the start of step and event names and `durable::` at the start
     of header keys are reserved; `internal` lets them pass for the engine's own.
 
@@ -37,6 +38,8 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
 def _validated(kind: NameKind, name: str, internal: bool) -> str:
     if not name:
         raise InvalidName(kind, name, "it is empty")
+    if name.isspace() and kind != "idempotency key":
+        raise InvalidName(kind, name, "it consists of blanks, which no list or log shows")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:

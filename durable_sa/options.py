@@ -18,6 +18,8 @@ Replay: TypeAlias = Literal["warn", "strict"]
 
 MAX_ATTEMPTS: Final = 2**31 - 1
 MAX_HEADERS_BYTES: Final = 16 * 1024
+DEFAULT_CONCURRENCY: Final = 10
+"""Runs in progress at once in a worker that sets no other number."""
 
 
 class SpawnOptions(TypedDict, total=False):
@@ -51,7 +53,7 @@ class WorkerOptions(TypedDict, total=False):
     queue_names: Sequence[str] | None
     """The queues to serve, in the order of claiming. The client's queue if absent."""
     concurrency: int
-    """The number of runs in progress at once. 1 if absent."""
+    """The number of runs in progress at once. 10 if absent."""
     batch_size: int | None
     """The maximum number of tasks per claim. The number of free slots if absent."""
     claim_timeout: Duration

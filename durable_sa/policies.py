@@ -60,10 +60,19 @@ class RetryStrategy:
         """Return a strategy whose delay begins at `base_delay` and grows by `factor` per retry, up to `max_backoff`.
 
         Both times are seconds or a `timedelta`; `jitter` is a share of the delay, 0 to 1, by which it varies at random.
+
+        Raises:
+            InvalidConfiguration: `base_delay` is longer than `max_backoff`, or a field is outside its range.
         """
-        return cls(
-            "exponential", seconds(base_delay, "base_delay"), factor, seconds(max_backoff, "max_backoff"), jitter
-        )
+        first, longest = seconds(base_delay, "base_delay"), seconds(max_backoff, "max_backoff")
+        if first > longest:
+            # Checked here rather than for each instance, because schedules of earlier versions may store such a pair.
+            raise InvalidConfiguration(
+                "base_delay",
+                f"{first:g} seconds is more than max_backoff, {longest:g} seconds",
+                "No delay is longer than max_backoff: raise it, or lower base_delay.",
+            )
+        return cls("exponential", first, factor, longest, jitter)
 
     def delay(self, failures: int, random: Callable[[], float] = _random.random) -> float:
         """Return the seconds to wait after the `failures`-th failure, counted from 1; 0 for the strategy `none`.

@@ -20,7 +20,7 @@ from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, r
 from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
-from .tasks import Task
+from .tasks import OfTask, Task
 
 if TYPE_CHECKING:
     from .app import App
@@ -46,7 +46,10 @@ class Spawn(Generic[OutputT_co]):
     ) -> None: ...
     @overload
     def __init__(
-        self: Spawn[OutputT], task: Task[ParamsT, OutputT], params: ParamsT, **options: Unpack[SpawnOptions]
+        self: Spawn[OutputT],
+        task: Task[ParamsT, OutputT],
+        params: ParamsT | OfTask[ParamsT],
+        **options: Unpack[SpawnOptions],
     ) -> None: ...
     def __init__(self, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]) -> None:
         object.__setattr__(self, "task", task)

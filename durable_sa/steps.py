@@ -1,15 +1,19 @@
-"""The `step` decorator: a function whose calls by a task are recorded, and a plain function elsewhere."""
+"""The decorators `step` and `transaction`: functions whose calls by a task are recorded, and plain ones elsewhere."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from .concurrency.threads import in_event_loop
 from .current import context_or_none
-from .errors import SerializationError
+from .errors import InvalidState, SerializationError
 from .names import validate_name
 from .options import MAX_ATTEMPTS
 from .policies import RetryStrategy
@@ -121,6 +125,90 @@ def step(
     limit = None if timeout is None else seconds(timeout, "timeout")
     options = StepOptions(max_attempts, retry_strategy, limit)
     return functools.partial(_make, name=name, options=options)
+
+
+AnySession: TypeAlias = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
+_SESSIONS: Final = (Session, AsyncSession, scoped_session, async_scoped_session)
+
+
+@dataclass(frozen=True, eq=False)
+class Transaction(Generic[P, R_co]):
+    """A function whose call by a task is one transaction with its checkpoint. Made by `transaction`."""
+
+    name: str
+    function: Callable[..., R_co]
+    """The plain function, which takes a session first."""
+
+    @overload
+    def __call__(self, session: AnySession, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # mypy: P may hold anything
+        """Call the function: inside a task as `ctx.transaction`, which passes a session; with a session as it is.
+
+        In an `async def` task the result is awaited.
+
+        Raises:
+            InvalidState: it is called without a session where no task runs.
+        """
+        if args and isinstance(args[0], _SESSIONS):
+            return self.function(*args, **kwargs)
+        context = context_or_none()
+        if context is None or not (context.blocking or (in_event_loop() and not context.in_another_loop)):
+            raise InvalidState(
+                f"Transaction {self.name!r}",
+                "called without a session, outside of a task's own code",
+                "Call it from a task, or pass a session first.",
+            )
+        return context.transaction(self.name, self.function, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., R_co]:
+        return self.function
+
+
+class TransactionDecorator(Protocol):
+    """The decorator that `transaction(...)` returns."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[AsyncSession, P], R], /) -> Transaction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Session, P], R], /) -> Transaction[P, R]: ...
+
+
+@overload
+def transaction(name: Callable[Concatenate[AsyncSession, P], R], /) -> Transaction[P, R]: ...
+@overload
+def transaction(name: Callable[Concatenate[Session, P], R], /) -> Transaction[P, R]: ...
+@overload
+def transaction(name: str | None = None) -> TransactionDecorator: ...
+def transaction(name: str | Callable[..., Any] | None = None) -> Any:
+    """Decorate a function that takes a session first, so that its call by a task is one transaction.
+
+    Inside a task `await transfer(1, 2)` is then `await ctx.transaction("transfer", transfer, 1, 2)`. With a session as
+    its first argument it is the plain function, also inside a task: it then belongs to the transaction of that session.
+
+    The name is the function's own if none is given.
+
+    Raises:
+        InvalidName: for a name that breaks the rules for steps.
+        TypeError: for a method, a class, or a function without parameters.
+    """
+    if callable(name):
+        return _make_transaction(name, None)
+    if name is not None:
+        validate_name("step", name)
+    return functools.partial(_make_transaction, name=name)
+
+
+def _make_transaction(function: Any, name: str | None) -> Transaction[..., Any]:
+    if not callable(function) or isinstance(function, Step | Transaction | type):
+        raise TypeError(f"@transaction decorates a function, not {function!r}")
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    if first is None or first.name in ("self", "cls") or first.kind is inspect.Parameter.KEYWORD_ONLY:
+        raise TypeError(f"@transaction decorates a function whose first parameter is the session, not {function!r}")
+    step = _make(function, name, PLAIN)
+    return Transaction(step.name, function)
 
 
 def plain_step(fn: Callable[..., Any]) -> tuple[Callable[..., Any], StepOptions]:

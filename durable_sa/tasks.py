@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -19,6 +19,26 @@ ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
 OutputT_co = TypeVar("OutputT_co", covariant=True)
 
 _NULL = "null"
+
+
+class OfTask(Protocol[OutputT_co]):
+    """A type that no value has: with it beside them, type checkers take the type of params from the task alone.
+
+    From the params alone mypy infers another type than from the task, and reports neither. If a union has a second
+    member that could hold the params, it infers nothing from them, and reports the argument that does not fit. Each
+    object has a method of this name, and none that returns what a task takes.
+    """
+
+    def __reduce__(self) -> OutputT_co:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        ...
+
+
+class DeclaredSchedule(NamedTuple):
+    """The schedule that a task declares."""
+
+    cron_expression: str
+    """A cron expression, or `@every` and a number of seconds."""
+    timezone: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +64,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """Types that its annotations name and that are local to the function that defines the task."""
     replay: Replay | None = field(default=None, repr=False)
     """What happens when a recorded step is met with other arguments; None leaves it to the client."""
+    schedule: DeclaredSchedule | None = field(default=None, repr=False)
+    """The schedule that workers keep in step with the code."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -21,10 +21,14 @@ def allowed(kind: str, name: str) -> bool:
     ):
         return False
     limit = 255 if kind == "idempotency key" else 200
+    if name.isspace() and kind != "idempotency key":
+        return False
     return 1 <= len(name.encode()) <= limit and not name.startswith(reserved.get(kind, "\0"))
 
 
-@given(kinds, st.text() | st.text("ab_-1", min_size=1) | st.text("aé🐍", min_size=40, max_size=300))
+@given(
+    kinds, st.text() | st.text(" \u3000a") | st.text("ab_-1", min_size=1) | st.text("aé🐍", min_size=40, max_size=300)
+)
 def test_the_rules(kind: NameKind, name: str) -> None:
     if allowed(kind, name):
         assert validate_name(kind, name) == name
@@ -41,6 +45,8 @@ def test_the_rules(kind: NameKind, name: str) -> None:
     ("kind", "name", "message"),
     [
         ("queue", "", "The queue name '' is not valid: it is empty."),
+        ("queue", "  ", "The queue name '  ' is not valid: it consists of blanks"),
+        ("event", "\u3000", "it consists of blanks"),
         ("task", "a\x00b", r"The task name 'a\x00b' is not valid: it contains the control character U+0000."),
         ("worker", "\x9f", r"The worker name '\x9f' is not valid: it contains the control character U+009F."),
         ("event", "\ud800", "it contains a lone surrogate, which UTF-8 cannot encode"),

@@ -18,8 +18,13 @@ shares = st.floats(0, 1)
 draws = st.floats(0, 1, exclude_max=True)
 
 
-@given(durations, st.floats(1, 1000), durations, st.integers(1, 100))
-def test_exponential_delays_follow_the_formula(base: float, factor: float, cap: float, count: int) -> None:
+ranges = st.tuples(durations, durations).map(sorted)
+"""The first delay of an exponential strategy, and its longest."""
+
+
+@given(ranges, st.floats(1, 1000), st.integers(1, 100))
+def test_exponential_delays_follow_the_formula(bounds: list[float], factor: float, count: int) -> None:
+    base, cap = bounds
     exact = min(Fraction(base) * Fraction(factor) ** (count - 1), Fraction(cap))
     delay = RetryStrategy.exponential(base, factor, cap).delay(count)
     assert delay == pytest.approx(float(exact), rel=1e-9, abs=1e-300)
@@ -30,10 +35,11 @@ def test_fixed_delays_are_all_the_same(base: float, count: int) -> None:
     assert RetryStrategy.fixed(base).delay(count) == base
 
 
-@given(durations, st.floats(1, 1000), durations, shares, failures, draws)
+@given(ranges, st.floats(1, 1000), shares, failures, draws)
 def test_delays_never_leave_their_range(
-    base: float, factor: float, cap: float, jitter: float, count: int, draw: float
+    bounds: list[float], factor: float, jitter: float, count: int, draw: float
 ) -> None:
+    base, cap = bounds
     strategy = RetryStrategy.exponential(base, factor, cap, jitter)
     without = RetryStrategy.exponential(base, factor, cap).delay(count)
     delay = strategy.delay(count, lambda: draw)
@@ -44,7 +50,7 @@ def test_delays_never_leave_their_range(
 
 @given(durations, shares, failures, st.integers(1, 1000))
 def test_delays_never_shrink_with_more_failures(base: float, jitter: float, count: int, more: int) -> None:
-    strategy = RetryStrategy.exponential(base, 1.5, jitter=jitter)
+    strategy = RetryStrategy.exponential(base, 1.5, max_backoff=MAX_DURATION, jitter=jitter)
     assert strategy.delay(count, lambda: 0.5) <= strategy.delay(count + more, lambda: 0.5)
 
 
@@ -160,3 +166,10 @@ def test_timestamps_keep_their_instant(value: datetime) -> None:
 def test_timestamps_that_cannot_work_are_refused(value: object, message: str) -> None:
     with pytest.raises(InvalidConfiguration, match=message):
         timestamp(value, "available_at")
+
+
+@pytest.mark.parametrize("base", [301, timedelta(hours=1)])
+def test_a_first_delay_beyond_the_longest_one_is_refused(base: Any) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"base_delay: .* is more than max_backoff, 300 seconds. .*raise"):
+        RetryStrategy.exponential(base)
+    assert RetryStrategy.exponential(base, max_backoff=base).delay(1) == RetryStrategy.fixed(base).delay(1)

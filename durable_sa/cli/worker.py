@@ -18,6 +18,7 @@ import typer
 
 from .. import Durable, WorkerOptions
 from ..errors import InvalidConfiguration
+from ..options import DEFAULT_CONCURRENCY
 from . import reloading
 from .invocation import exit_on_errors, exit_on_package_errors
 
@@ -82,7 +83,7 @@ Level = Annotated[LogLevel, typer.Option("--log-level", help="Minimum level of t
 def worker(
     target: Target,
     queues: Queues = None,
-    concurrency: Concurrency = 1,
+    concurrency: Concurrency = DEFAULT_CONCURRENCY,
     batch_size: BatchSize = None,
     claim_timeout: ClaimTimeout = 120,
     poll_interval: PollInterval = 0.25,

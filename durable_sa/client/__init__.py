@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
@@ -62,6 +62,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
     has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
+    `tasks` are registered; those of another client are `other.tasks`.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -85,7 +86,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
-        tasks: Iterable[Task[Any, Any]] = (),
+        tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         super().__init__(
             bind,
@@ -102,7 +103,8 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         self.state = state
         """The value of `ctx.state` without a lifespan."""
         self.lifespan = lifespan
-        for task in tasks:
+        given: Iterable[Task[Any, Any]] = tasks.values() if isinstance(tasks, Mapping) else tasks
+        for task in given:
             self.register(task)
 
     def __repr__(self) -> str:

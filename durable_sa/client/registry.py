@@ -16,7 +16,9 @@ from ..decorators import (
 from ..decorators import task as make_task
 from ..options import Replay
 from ..policies import CancellationPolicy, RetryStrategy
+from ..steps import transaction
 from ..tasks import Task
+from ..validation import Duration
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -24,6 +26,9 @@ ParamsT = TypeVar("ParamsT")
 
 class Registry(App):
     """The part of a client that registers tasks."""
+
+    transaction = staticmethod(transaction)
+    """The decorator :func:`durable_sa.transaction`; nothing is registered."""
 
     @overload
     def task(self, name: AsyncFunction[ParamsT, T], /) -> Task[ParamsT, T]: ...
@@ -44,6 +49,9 @@ class Registry(App):
         queue_name: str | None = None,
         no_retry_on: Iterable[type[BaseException]] = (),
         replay: Replay | None = None,
+        schedule: str | None = None,
+        timezone: str = "UTC",
+        every: Duration | None = None,
     ) -> TaskDecorator: ...
     def task(self, name: str | Callable[..., Any] | None = None, **options: Any) -> Any:
         """Make a task as :func:`durable_sa.task` does, and register it."""

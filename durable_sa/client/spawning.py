@@ -24,7 +24,7 @@ from ..database_errors import LOCK_NOT_AVAILABLE, retrying, sqlstate
 from ..options import SpawnOptions
 from ..results import SpawnResult
 from ..spawns import Prepared, Spawn, SpawnCall, at_position, prepare, prepare_another
-from ..tasks import Task
+from ..tasks import OfTask, Task
 from . import inserting
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Spawning(App):
     ) -> SpawnResult[T]: ...
     @overload
     async def spawn(
-        self, task: Task[ParamsT, T], params: ParamsT, **options: Unpack[SpawnOptions]
+        self, task: Task[ParamsT, T], params: ParamsT | OfTask[ParamsT], **options: Unpack[SpawnOptions]
     ) -> SpawnResult[T]: ...
     async def spawn(
         self, task: Task[Any, Any], params: Any = None, **options: Unpack[SpawnOptions]
@@ -92,7 +92,7 @@ class Spawning(App):
         self,
         session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
         task: Task[ParamsT, T],
-        params: ParamsT,
+        params: ParamsT | OfTask[ParamsT],
         **options: Unpack[SpawnOptions],
     ) -> Coroutine[Any, Any, SpawnResult[T]]: ...
     @overload
@@ -108,7 +108,7 @@ class Spawning(App):
         self,
         session: Session | scoped_session[Any] | Connection,
         task: Task[ParamsT, T],
-        params: ParamsT,
+        params: ParamsT | OfTask[ParamsT],
         **options: Unpack[SpawnOptions],
     ) -> SpawnResult[T]: ...
     def spawn_with(

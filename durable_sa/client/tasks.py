@@ -77,7 +77,8 @@ class Tasks(App):
     ) -> TaskStatus:
         """Put a failed or cancelled task back, with its checkpoints, a fresh failure count and fresh clocks.
 
-        Descendants that its end had cancelled are put back with it. `max_attempts` replaces the task's own.
+        Descendants that its end had cancelled are put back with it, and so is a child whose failure made it fail, with
+        the child's child that made that one fail, and so on. `max_attempts` replaces the task's own.
 
         Raises:
             TaskNotFound: there is no such task.
@@ -230,25 +231,40 @@ def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Scri
         state, cancelled_by = rows[0].state, rows[0].cancelled_by
         if state not in ("failed", "cancelled"):
             raise InvalidState(f"Task {task_id}", state, "Only failed and cancelled tasks can be retried.")
-        rows = yield (
-            cancelling.RETRY,
-            {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
-        )
-        hint.add_rows(rows)
-        origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
-        fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}
-        family = [task_id, *(row.task_id for row in fallen)]
-        if fallen:
-            restored = sorted(row.task_id for row in fallen)
-            rows = yield (
-                cancelling.RETRY_DESCENDANTS,
-                {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]},
-            )
-            hint.add_rows(rows)
+        # Read first, because the retry removes the error that names them. A parent comes before its children.
+        to_retry, generation = [(task_id, run_id, max_attempts, cancelled_by)], [task_id]
+        while generation:
+            rows = yield cancelling.FAILED_CHILDREN, {"task_ids": generation}
+            generation = [row.task_id for row in rows]
+            to_retry.extend((child, new_id(), None, None) for child in generation)
+        family: list[uuid.UUID] = []
+        for target in to_retry:
+            family += yield from _put_back(hint, *target)
         yield cancelling.DELETE_FAILED_JOINS, {"task_ids": family}
         return TaskStatus.PENDING
 
     return script
+
+
+def _put_back(
+    hint: Hint, task_id: uuid.UUID, run_id: uuid.UUID, max_attempts: int | None, cancelled_by: uuid.UUID | None
+) -> Script[list[uuid.UUID]]:
+    """Put one ended task back, with the descendants that its end had cancelled. Return the ids of all."""
+    rows = yield (
+        cancelling.RETRY,
+        {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
+    )
+    hint.add_rows(rows)
+    origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
+    fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}
+    if fallen:
+        restored = sorted(row.task_id for row in fallen)
+        rows = yield (
+            cancelling.RETRY_DESCENDANTS,
+            {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]},
+        )
+        hint.add_rows(rows)
+    return [task_id, *(row.task_id for row in fallen)]
 
 
 def _standing(row: Row[Any] | None) -> str:

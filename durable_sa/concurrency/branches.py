@@ -62,9 +62,11 @@ class _Counters:
 class Branch:
     """One asyncio task of a run, or the body of one step in it."""
 
-    __slots__ = ("_counters", "bound", "depth", "owner", "path")
+    __slots__ = ("_counters", "bound", "called", "depth", "live", "owner", "path")
 
-    def __init__(self, owner: BranchOwner, path: tuple[int | str, ...], *, bound: bool = False) -> None:
+    def __init__(
+        self, owner: BranchOwner, path: tuple[int | str, ...], *, bound: bool = False, live: bool = False
+    ) -> None:
         self.owner = owner
         self.path = path
         """`()` for the root. For others the parent's path, and the number of the task or the label of the step."""
@@ -72,6 +74,10 @@ class Branch:
         """The distance from the root."""
         self.bound = bound
         """True once its asyncio task is known, which comes after the first step of a task that starts eagerly."""
+        self.live = live
+        """True once the branch is past its replay: it has made a call that was not recorded."""
+        self.called = False
+        """True once the branch has made a call in a replay."""
         self._counters: _Counters | None = None
 
     @property
@@ -94,14 +100,14 @@ class Branch:
 
     def fork(self) -> "Branch":
         """Return the branch of the next task that this one creates."""
-        return Branch(self.owner, (*self.path, next(self._count.children)))
+        return Branch(self.owner, (*self.path, next(self._count.children)), live=self.live)
 
     def fork_in_callback(self) -> "Branch":
         """Return the branch of the next task that a callback of this one creates.
 
         Callbacks are called in no fixed order, so they must not shift the numbers of other tasks.
         """
-        return Branch(self.owner, (*self.path, f"callback-{next(self._count.callbacks)}"))
+        return Branch(self.owner, (*self.path, f"callback-{next(self._count.callbacks)}"), live=self.live)
 
     def fork_in_wait_for(self) -> "Branch":
         """Return this branch once more, for the task that `asyncio.wait_for` creates before Python 3.12.
@@ -116,7 +122,7 @@ class Branch:
 
     def within_step(self, label: str) -> "Branch":
         """Return the branch of the body of a step that this one executes."""
-        return Branch(self.owner, (*self.path, label), bound=True)
+        return Branch(self.owner, (*self.path, label), bound=True, live=True)
 
     def start(self, create: Callable[[], TaskT], context: contextvars.Context | None) -> TaskT:
         """Return the asyncio task of this branch, made by `create` in `context`; None is a copy of the current one."""

@@ -11,6 +11,7 @@ from ..validation import Duration, seconds
 from .children import Children
 from .data import StateT, TaskData
 from .events import Events
+from .logger import TaskLogger
 from .sleeps import Sleeps
 from .steps import Steps
 from .transactions import Transactions
@@ -35,6 +36,18 @@ class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, TaskDat
         super().__init__(run, app)
         self._claimed = run.claimed
         self._state = state
+
+    @property
+    def logger(self) -> TaskLogger:
+        """A logger for the task's own code that does not repeat its lines.
+
+        Each replay executes the code between recorded calls once more, and a usual logger logs its lines once more.
+        This one leaves out the lines before a call that is recorded. Lines in steps are always logged. Lines behind the
+        last recorded call are logged once more by the attempt after a failure or a crash, and so are those behind the
+        last call of a branch while others suspend the task. The logger is `durable_sa.tasks`; its records have the
+        attributes of :class:`durable_sa.logs.TaskFields`.
+        """
+        return TaskLogger(self._claimed, self.log_line)
 
     @property
     def signal(self) -> ControlFlow | None:

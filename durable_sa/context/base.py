@@ -7,12 +7,15 @@ both `Coroutine[Any, Any, T]` and coroutines of `async def`, mypy takes all of i
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import uuid
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..app import App
+from ..concurrency.branches import Branch
 from ..errors import InvalidState, ReplayMismatch
 from ..execution.hooks import around_step
 from ..execution.journal import Entry
@@ -22,6 +25,7 @@ from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
 from ..serialization.codec import Codec, check_size
+from ..signals import Suspended
 
 if TYPE_CHECKING:
     from ..telemetry.spans import Scope
@@ -64,11 +68,32 @@ class ContextBase:
         part = _is_inside_step(branch.path)
         key = step_key(kind, name, arguments, branch.path, occurrence, part=part)
         self._run.journal.ask(key)
+        journal = self._run.journal
+        if not (branch.live or (journal.empty and not self._run.lines.held)):
+            self._run.lines.called(branch, recorded=journal.knows(key))
         return Call(kind, name, key)
 
-    async def _recall(self, call: Call) -> Entry | None:
-        """Return the record of a call, None if it has none."""
+    def log_line(self, record: logging.LogRecord, branch: Branch | None = None) -> None:
+        """Log a record of the calling code, in `branch` if that is given, unless an earlier run has logged it."""
         run = self._run
+        if isinstance(run.signal, Suspended):
+            # The code unwinds, and will come to this line once more.
+            return
+        if branch is None:
+            with contextlib.suppress(InvalidState):
+                branch = run.branch()
+        run.lines.log(record, branch if run.signal is None else None, replaying=not run.journal.used_up)
+
+    def _begun(self, call: Call, coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """Return the coroutine of a call, and remember it until it is awaited."""
+        if call.key is not _NO_KEY:
+            self._run.unawaited[call.key] = call, coroutine
+        return coroutine
+
+    async def _recall(self, call: Call) -> Entry | None:
+        """Return the record of a call, None if it has none. Each call begins with this."""
+        run = self._run
+        run.unawaited.pop(call.key, None)
         if run.signal is not None:
             await run.enter()
         if run.mismatch is not None:
@@ -193,7 +218,7 @@ class ContextBase:
         return _UNOBSERVED if telemetry is None else telemetry.call(kind, name, self._run.claimed, **more)
 
 
-def check_function(function: object, call: Call) -> None:
+def check_function(function: object, kind: str, name: str) -> None:
     """Refuse a step's function that is not callable, such as the coroutine in `ctx.step("charge", charge(5))`.
 
     Raises:
@@ -205,7 +230,7 @@ def check_function(function: object, call: Call) -> None:
     if isinstance(function, Coroutine):
         function.close()  # otherwise Python warns that it was never awaited
         given = f"the result of a call (a {given})"
-    raise TypeError(f"{call.kind} {call.name!r} takes a function and then its arguments, not {given}")
+    raise TypeError(f"{kind} {name!r} takes a function and then its arguments, not {given}")
 
 
 def _is_inside_step(path: tuple[int | str, ...]) -> bool:

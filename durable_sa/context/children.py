@@ -21,7 +21,7 @@ from .base import NULL, Call, ContextBase
 
 if TYPE_CHECKING:
     from ..options import SpawnOptions
-    from ..tasks import Task
+    from ..tasks import OfTask, Task
 
 T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
@@ -38,7 +38,7 @@ class Children(ContextBase):
     ) -> TaskHandle[T]: ...
     @overload
     async def spawn(
-        self, name: str, task: Task[ParamsT, T], params: ParamsT, /, **options: Unpack[SpawnOptions]
+        self, name: str, task: Task[ParamsT, T], params: ParamsT | OfTask[ParamsT], /, **options: Unpack[SpawnOptions]
     ) -> TaskHandle[T]: ...
 
     def spawn(self, name: str, task: Task[Any, Any], params: Any = None, /, **options: Unpack[SpawnOptions]) -> Any:
@@ -53,7 +53,8 @@ class Children(ContextBase):
             IdempotencyConflict: the idempotency key belongs to a task that is not this child.
             QueueNotFound: there is no such queue; this task is then not retried.
         """
-        return self._spawn(self._call("spawn", name), task, params, options, unchecked=False)
+        call = self._call("spawn", name)
+        return self._begun(call, self._spawn(call, task, params, options, unchecked=False))
 
     def spawn_by_name(
         self, name: str, task_name: str, params: Any = None, /, **options: Unpack[SpawnOptions]
@@ -63,7 +64,8 @@ class Children(ContextBase):
         See :meth:`spawn`. Params are checked if the task is registered here, else they are sent as plain JSON.
         """
         unchecked = task_name not in self._app.tasks
-        return self._spawn(self._call("spawn", name), task_name, params, options, unchecked=unchecked)
+        call = self._call("spawn", name)
+        return self._begun(call, self._spawn(call, task_name, params, options, unchecked=unchecked))
 
     async def _spawn(
         self, call: Call, task: Task[Any, Any] | str, params: Any, options: SpawnOptions, *, unchecked: bool
@@ -122,7 +124,7 @@ class Children(ContextBase):
             raise TypeError(f"join takes the TaskHandle of `await ctx.spawn(...)`, not {type(handle).__name__}")
         limit = None if timeout is None else seconds(timeout, "timeout")
         call = self._call("join", "$join", str(handle.task_id))
-        return self._join(call, handle, limit)
+        return self._begun(call, self._join(call, handle, limit))
 
     async def _join(self, call: Call, handle: TaskHandle[T], timeout: float | None) -> T:
         run = self._run

@@ -46,8 +46,9 @@ class Events(ContextBase):
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
         validate_name("event", name)
+        codec = UNTYPED if type is None else codec_for(type)
         call = self._call("event", name)
-        return self._await_event(call, limit, UNTYPED if type is None else codec_for(type))
+        return self._begun(call, self._await_event(call, limit, codec))
 
     async def _await_event(self, call: Call, timeout: float | None, codec: Codec[T]) -> T:
         run = self._run
@@ -98,11 +99,11 @@ class Events(ContextBase):
             InvalidName, SerializationError, PayloadTooLarge: a name or payload that cannot be stored.
         """
         validate_name("event", name)
-        call = self._call("emit", name)
         what = f"the payload of event {name!r}"
         text = UNTYPED.encode(payload, what)
         check_size(text, self._run.host.max_payload_bytes, what)
-        return self._emit(call, text)
+        call = self._call("emit", name)
+        return self._begun(call, self._emit(call, text))
 
     async def _emit(self, call: Call, text: str) -> bool:
         if (entry := await self._recall(call)) is not None:

@@ -27,13 +27,15 @@ class Sleeps(ContextBase):
             InvalidConfiguration: the duration is negative or too long.
             InvalidName: a name that breaks the rules for steps.
         """
+        delay = seconds(duration, "duration")
         call = self._call("sleep", name)
-        return self._sleep(call, delay=seconds(duration, "duration"), due_at=None)
+        return self._begun(call, self._sleep(call, delay=delay, due_at=None))
 
     def sleep_until(self, name: str, when: datetime) -> Coroutine[object, None, None]:
         """Suspend until `when`, which has a time zone, as :meth:`sleep_for` does; not at all if that has passed."""
+        due_at = timestamp(when, "when")
         call = self._call("sleep", name)
-        return self._sleep(call, delay=None, due_at=timestamp(when, "when"))
+        return self._begun(call, self._sleep(call, delay=None, due_at=due_at))
 
     async def _sleep(self, call: Call, *, delay: float | None, due_at: datetime | None) -> None:
         run = self._run

@@ -69,8 +69,8 @@ class Steps(Sleeps):
         """Run a step as :meth:`step` does, but execute its tries by `attempt`."""
         function, options = plain_step(fn)
         call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
-        check_function(function, call)
-        return self._step(attempt, call, functools.partial(function, *args, **kwargs), options)
+        check_function(function, "step", name)
+        return self._begun(call, self._step(attempt, call, functools.partial(function, *args, **kwargs), options))
 
     async def _step(self, attempt: Attempt, call: Call, body: Body, options: StepOptions) -> Any:
         run = self._run
@@ -158,7 +158,7 @@ class Steps(Sleeps):
         """Wait `delay` seconds between two tries of a step."""
         if delay < 1.0 or is_part(call.key):
             with self._run.branches.busy():
-                await asyncio.sleep(delay)
+                await self._run.pause(delay)
         else:
             key = step_key("pause", str(call.key), "", (), tries, part=True)
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)

@@ -20,10 +20,11 @@ from ..options import SpawnOptions
 from ..results import TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..steps import plain_step
-from ..tasks import Task
+from ..tasks import OfTask, Task
 from ..validation import Duration
 from . import TaskContext
 from .data import StateT, TaskData
+from .logger import TaskLogger
 from .steps import Body
 from .thread import TaskThread, call_in_another_thread
 
@@ -54,6 +55,12 @@ class SyncTaskContext(TaskData[StateT]):
         if self.thread is None:
             raise InvalidState("The task", "not running")
         return self.thread
+
+    @property
+    def logger(self) -> TaskLogger:
+        """As :attr:`durable_sa.TaskContext.logger`."""
+        branch = None if self.thread is None else self.thread.branch
+        return TaskLogger(self._claimed, lambda record: self.context.log_line(record, branch))
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._own_thread.call(make)
@@ -100,7 +107,7 @@ class SyncTaskContext(TaskData[StateT]):
     ) -> TaskHandle[T]: ...
     @overload
     def spawn(
-        self, name: str, task: Task[ParamsT, T], params: ParamsT, /, **options: Unpack[SpawnOptions]
+        self, name: str, task: Task[ParamsT, T], params: ParamsT | OfTask[ParamsT], /, **options: Unpack[SpawnOptions]
     ) -> TaskHandle[T]: ...
     def spawn(self, name: str, task: Any, params: Any = None, /, **options: Unpack[SpawnOptions]) -> TaskHandle[Any]:
         """As :meth:`durable_sa.TaskContext.spawn`."""

@@ -44,7 +44,7 @@ class TaskThread:
         self._requests: asyncio.Queue[tuple[_Make, _Answers] | None] = asyncio.Queue()
         self._pending: _Answers | None = None
         """The last call that the root has begun to carry out."""
-        self._branch = current_branch()
+        self.branch = current_branch()
         """The branch of the code in the thread: the root's, or that of the step whose body it executes."""
         self._lock = threading.Lock()
         self._signal: BaseException | None = None
@@ -65,7 +65,7 @@ class TaskThread:
         answers: _Answers = queue.SimpleQueue()
         with self._lock:
             if self._signal is None:
-                request = functools.partial(_perform, self._branch, make)
+                request = functools.partial(_perform, self.branch, make)
                 self._loop.call_soon_threadsafe(self._requests.put_nowait, (request, answers))
             else:
                 self._signals_raised += 1
@@ -98,8 +98,8 @@ class TaskThread:
             with contextlib.suppress(RuntimeError):  # the event loop is closed, and with it the run has ended
                 self._loop.call_soon_threadsafe(finish, *ended)
 
-        outer = self._branch, self._pending
-        self._branch = current_branch()
+        outer = self.branch, self._pending
+        self.branch = current_branch()
         if self._pending is None:
             self._start(run)
         else:
@@ -110,7 +110,7 @@ class TaskThread:
             await self._unwind(error, outcome)
             raise
         finally:
-            self._branch, self._pending = outer
+            self.branch, self._pending = outer
         succeeded, value = outcome.result()
         if succeeded:
             return value

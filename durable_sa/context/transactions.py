@@ -54,9 +54,10 @@ class Transactions(ContextBase):
             InvalidState: `fn` commits or rolls back the whole transaction itself, or closes the session.
             SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
         """
-        call = self._call("transaction", name, encode_arguments(args, kwargs, f"transaction {name!r}"))
-        check_function(fn, call)
-        return self._transaction(call, fn, args, kwargs)
+        arguments = encode_arguments(args, kwargs, f"transaction {name!r}")
+        call = self._call("transaction", name, arguments)
+        check_function(fn, "transaction", name)
+        return self._begun(call, self._transaction(call, fn, args, kwargs))
 
     async def _transaction(
         self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -22,8 +22,14 @@ class Values(ContextBase):
 
     __slots__ = ()
 
-    async def rand(self) -> float:
+    def rand(self) -> Coroutine[object, None, float]:
         """Return a random number in [0, 1), drawn once."""
+        # The key of the record is drawn when this is awaited, as it was in the first version.
+        call = Call("value", "$rand", new_id())
+        return self._begun(call, self._rand(call))
+
+    async def _rand(self, call: Call) -> float:
+        self._run.unawaited.pop(call.key, None)
         return await self._draw("$rand", codec_for(float), random.random)
 
     def now(self) -> Coroutine[object, None, datetime]:
@@ -36,7 +42,7 @@ class Values(ContextBase):
 
     def _draw(self, name: str, codec: Codec[T], source: Callable[[], T]) -> Coroutine[object, None, T]:
         call = self._call("value", name)
-        return self._drawn(call, codec, source)
+        return self._begun(call, self._drawn(call, codec, source))
 
     async def _drawn(self, call: Call, codec: Codec[T], source: Callable[[], T]) -> T:
         if (entry := await self._recall(call)) is not None:

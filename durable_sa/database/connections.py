@@ -6,8 +6,8 @@ import asyncio
 import functools
 import logging
 import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, cast
 
 from sqlalchemy import Executable, Row
@@ -217,7 +217,8 @@ class Database:
             InvalidConfiguration: a connection pooler does not let transactions through.
         """
         # Imported here, because importing Alembic takes a third of the package's time and few processes need it.
-        from ..migrations import check
+        with _silent("alembic.runtime.plugins"):
+            from ..migrations import check
 
         try:
             async with self.engine.connect() as connection:
@@ -384,3 +385,18 @@ class HeldConnection:
 def _is_worth_another(error: BaseException) -> bool:
     """Return whether a statement that failed on one connection may succeed on another."""
     return isinstance(error, ConnectionError) or is_conflict(error) or sqlstate(error) in CACHED_PLAN_STATES
+
+
+@contextmanager
+def _silent(name: str) -> Generator[None]:
+    """Drop what a logger logs inside the block: Alembic, when it is imported, a line about each part of it."""
+    silenced = logging.getLogger(name)
+    silenced.addFilter(_drop)
+    try:
+        yield
+    finally:
+        silenced.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False

@@ -26,13 +26,14 @@ class Entry(NamedTuple):
 class Journal:
     """The checkpoints of one task. Each is handed out once, because each call of a task has a key of its own."""
 
-    __slots__ = ("_asked", "_entries", "_first_keys", "_passed", "_unused", "_waits")
+    __slots__ = ("_asked", "_entries", "_first_keys", "_passed", "_unseen_waits", "_unused", "_waits")
 
     def __init__(
         self, entries: dict[uuid.UUID, Entry] | None = None, waits: Iterable[tuple[uuid.UUID, datetime | None]] = ()
     ) -> None:
         self._entries = entries or {}
         self._waits = dict(waits)
+        self._unseen_waits = set(self._waits)
         self._unused: Counter[tuple[str, str]] | None = None
         self._asked: set[uuid.UUID] = set()
         """Keys of the calls that the code has made, awaited or not."""
@@ -86,7 +87,22 @@ class Journal:
 
     def wait(self, key: uuid.UUID) -> tuple[bool, datetime | None]:
         """Return whether a wait is stored, and the time at which it ends; None if it has no time limit."""
+        self._unseen_waits.discard(key)
         return key in self._waits, self._waits.get(key)
+
+    @property
+    def used_up(self) -> bool:
+        """True once the replay has come to all calls that are recorded, and to all waits that are stored."""
+        return not self._unseen_waits and not (self._entries and any(True for _ in self._calls()))
+
+    def knows(self, key: uuid.UUID) -> bool:
+        """Return whether a call is recorded that this replay has not used yet, or its wait stored."""
+        return key in self._entries or key in self._waits
+
+    @property
+    def empty(self) -> bool:
+        """True if nothing is recorded that this replay has not used yet."""
+        return not self._entries and not self._waits
 
     def holds_other(self, kind: str, name: str) -> bool:
         """Return whether a checkpoint of this name is recorded that this replay has not used (yet)."""

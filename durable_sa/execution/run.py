@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import inspect
 import logging
 import time
 import uuid
@@ -25,6 +26,7 @@ from ..tasks import Task
 from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
+from .lines import Lines
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
 
@@ -56,6 +58,10 @@ class Run:
         self.branches = BranchTree(on_quiescent=self._suspend)
         self.children: dict[uuid.UUID, Any] = {}
         """The tasks of the children that were spawned in this run; None for one that is not registered here."""
+        self.unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] = {}
+        """Calls of the context that have not been awaited yet, each with its coroutine."""
+        self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
+        self.lines = Lines()
         self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
@@ -126,6 +132,7 @@ class Run:
             self._end(root)
             return
         self._mark_over()
+        self._drop_unawaited()  # they may have been meant for later
         if reason == "suspended" and self.mismatch is not None:
             self._fail(self.mismatch)
         elif reason == "suspended":
@@ -133,11 +140,12 @@ class Run:
         elif reason == "released":
             outcomes.release(self.host, self.claimed, self.task, waited=self._waited)
         else:
-            self.host.outcome_stored(self.claimed, "lost", None)
+            self.host.outcome_stored(self.claimed, "lost", self.signal)
 
     def _mark_over(self) -> None:
         if not self.over:
             self.over = True
+            self.lines.release()
             self.host.run_ended(self.claimed)
 
     def _end(self, root: asyncio.Task[Any]) -> None:
@@ -155,6 +163,15 @@ class Run:
                 error = error.__cause__
             self._fail(error)
             return
+        if forgotten := self._drop_unawaited():
+            self._fail(
+                InvalidState(
+                    f"The call of {', '.join(forgotten[:10])}",
+                    "made and never awaited, so it had no effect",
+                    "Await the coroutine that each method of the context returns, or pass it to asyncio.gather.",
+                )
+            )
+            return
         if names := self.journal.unused_names():
             recorded = ", ".join(names[:10])
             self.warn("completed without using its records of: %s. Was its code changed?", recorded)
@@ -162,6 +179,19 @@ class Run:
             outcomes.complete(self.host, self.claimed, self.task, root.result(), waited=self._waited)
         except Exception as refusal:  # noqa: BLE001 - to encode a result is to call methods of the application's types
             self._fail(refusal)
+
+    def _drop_unawaited(self) -> list[str]:
+        """Close the coroutines of calls that were never awaited, and return what they are calls of.
+
+        A coroutine that was cancelled or closed before it began counts as awaited, as it does for Python.
+        """
+        forgotten: list[str] = []
+        for call, coroutine in self.unawaited.values():
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()  # otherwise Python warns as well
+                forgotten.append(f"{call.kind} {call.name!r}")
+        self.unawaited.clear()
+        return forgotten
 
     def _fail(self, error: BaseException) -> None:
         timeouts = self._failing_timeouts(error) if self._timeouts else ()
@@ -300,6 +330,15 @@ class Run:
         finally:
             self.pending.pop(wait.future, None)
 
+    async def pause(self, seconds: float) -> None:
+        """Wait in memory, by a clock that `clock_moved` moves."""
+        over: asyncio.Future[None] = self._loop.create_future()
+        self._pauses[over] = self._loop.call_later(seconds, _end_pause, over)
+        try:
+            await over
+        finally:
+            self._pauses.pop(over).cancel()
+
     def _stop_timers(self) -> None:
         for timer in (self._register_timer, self._poll_timer):
             if timer is not None:
@@ -368,7 +407,15 @@ class Run:
         """Count waits from an earlier time, because the database's clock was moved forward by so many seconds."""
         for wait in self.pending.values():
             wait.called_at -= by
+        for over, timer in self._pauses.items():
+            timer.cancel()
+            self._pauses[over] = self._loop.call_at(timer.when() - by, _end_pause, over)
         self.poll_soon()
+
+
+def _end_pause(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _settle_future(future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:

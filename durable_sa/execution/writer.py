@@ -25,10 +25,11 @@ from ..database.channel import DedicatedConnection
 from ..database_errors import (
     LOCK_NOT_AVAILABLE,
     UNTRANSLATABLE,
+    FailureLog,
+    Outage,
     backoff,
     is_read_only,
     is_transient,
-    reason,
     sqlstate,
     without_values,
 )
@@ -87,10 +88,12 @@ class Writer:
         spare: DedicatedConnection | None = None,
         *,
         on_commit: Callable[[Kind, list[Write], Sequence[Row[Any]]], None],
+        outage: Outage | None = None,
     ) -> None:
         self._first = _Pipe(channel)
         self._second = None if spare is None else _Pipe(spare)
         self._on_commit = on_commit
+        self._failures = FailureLog("writing", outage, patience=1)
         self._queue: deque[Write] = deque()
         self._abandoned = False
         self._delayed = 0
@@ -247,9 +250,10 @@ class Writer:
         while not self._abandoned:
             try:
                 await self._flush(channel, writes)
+                self._failures.succeeded()
             except Exception as error:  # noqa: BLE001 - a write whose statement is refused is settled with the error
                 if is_transient(error) and not _is_contended(writes, error):
-                    logger.warning("writing for %d runs failed, retrying: %s", len(writes), reason(error))
+                    self._failures.failed(error)
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -20,6 +21,10 @@ MISSED_AFTER: Final = timedelta(seconds=60)
 MAX_MISSED_TICKS: Final = 100
 """Number of missed ticks, the latest ones, that `run_all` fires at most."""
 
+EVERY: Final = "@every "
+"""The beginning of an expression that is an interval."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _SECOND: Final = timedelta(seconds=1)
 _OFFSET_CHANGE_STEP: Final = timedelta(days=7)
@@ -44,7 +49,8 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
     """Yield the times at which an expression fires after `after`, in UTC, as long as there are any.
 
     It has five fields, or six with seconds first. An expression that names the hour fires once at local times that a
-    change of the clocks skips or repeats; one that fires every so many minutes or hours keeps its steps.
+    change of the clocks skips or repeats; one that fires every so many minutes or hours keeps its steps. `@every` with
+    a number of seconds is an interval.
 
     Raises:
         InvalidCron: the expression cannot be read.
@@ -53,9 +59,27 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
     if not isinstance(expression, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidCron(expression, "it is no str")
     after = after.astimezone(UTC)
+    if expression.startswith(EVERY):
+        yield from _every(expression, after)
+        return
     _walk(expression, _wall(after, local))
     names_the_hour = not expression.split()[-4].startswith("*")
     yield from (_named if names_the_hour else _steady)(expression, local, after)
+
+
+def _every(expression: str, after: datetime) -> Iterator[datetime]:
+    """Yield the multiples of an interval since 1970, so that all workers agree on them."""
+    try:
+        interval = timedelta(seconds=float(expression.removeprefix(EVERY)))
+    except (ValueError, OverflowError):
+        raise InvalidCron(expression, "it is not @every and a number of seconds") from None
+    if interval < _SECOND:
+        raise InvalidCron(expression, "the interval is shorter than a second")
+    moment = _EPOCH + (after - _EPOCH) // interval * interval
+    with contextlib.suppress(OverflowError):
+        while True:
+            moment += interval
+            yield moment
 
 
 def _walk(expression: str, wall: datetime) -> CronSim:

@@ -83,6 +83,10 @@ def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
     return refuse_nul(UNTYPED.encode(dict(metadata or {}), what), what)
 
 
+DECLARED = "durable::declared"
+"""The key in the metadata of a schedule that a task declares: when a worker that has the task last confirmed it."""
+
+
 async def create(
     app: App,
     name: str,

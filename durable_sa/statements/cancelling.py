@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Uuid, bindparam, case, delete, exists, func, null, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    cast,
+    delete,
+    exists,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
@@ -242,6 +257,28 @@ RETRY_DESCENDANTS = (
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
 """Make descendants pending that the cascade had cancelled."""
+
+_failing = aliased(TaskRow, name="failing")
+FAILED_CHILDREN = (
+    select(TaskRow.task_id)
+    .join(Checkpoint, TaskRow.task_id == Checkpoint.child_task_id)
+    .join(_failing, _failing.task_id == Checkpoint.task_id)
+    .where(
+        Checkpoint.task_id == func.any(_targets),
+        Checkpoint.kind == constant("join"),
+        Checkpoint.status.in_(_UNSUCCESSFUL),
+        TaskRow.parent_task_id == Checkpoint.task_id,
+        TaskRow.outcome.in_(_UNSUCCESSFUL),
+        _failing.outcome == constant("failed"),
+        func.strpos(cast(_failing.error, Text()), cast(TaskRow.task_id, Text())) > constant(0),
+    )
+    .distinct()
+    .order_by(TaskRow.task_id)
+)
+"""Children that have made tasks fail: those that ended unsuccessfully, were joined, and are named in the task's error.
+
+A child whose failure the task has handled is not named there, nor in the traceback of what the task raised.
+"""
 
 _family = array("task_ids", Uuid())
 DELETE_FAILED_JOINS = delete(Checkpoint).where(

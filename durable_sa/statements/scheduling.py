@@ -7,6 +7,7 @@ from typing import cast
 from sqlalchemy import (
     Boolean,
     DateTime,
+    Float,
     Integer,
     Table,
     Text,
@@ -15,16 +16,18 @@ from sqlalchemy import (
     case,
     delete,
     exists,
+    extract,
     func,
     or_,
     select,
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import cast as cast_
+from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from ..models import Schedule, TaskRow
-from .expressions import as_json, as_jsonb, as_text, clamped_time, clock, constant, rows
+from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, rows
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 _name = bindparam("schedule_name", type_=Text())
@@ -143,6 +146,39 @@ PAUSE_SCHEDULE = (
 
 DATABASE_TIME = select(clock().label("now"))
 """The database's time, from which the next tick is computed."""
+
+_declared = bindparam("declared", type_=Text())
+_confirmed_at = func.jsonb_build_object(_declared, extract("epoch", clock()))
+_declares = func.jsonb_exists(Schedule.metadata_, _declared)
+
+CONFIRM_DECLARED = (
+    update(Schedule)
+    .where(
+        _is_named,
+        _declares,
+        Schedule.task_name == bindparam("schedule_task", type_=Text()),
+        Schedule.cron_expression == bindparam("cron", type_=Text()),
+        Schedule.timezone == bindparam("zone", type_=Text()),
+    )
+    .values(metadata_=Schedule.metadata_.op("||", return_type=JSONB())(_confirmed_at))
+    .returning(Schedule.name)
+)
+"""Note in a declared schedule that a worker has its task. Returns no row if it does not exist or is another one."""
+
+FIND_SCHEDULE = select(_declares.label("declared")).where(_is_named)
+"""Return whether a schedule is a declared one; no row if it does not exist."""
+
+DELETE_UNDECLARED = (
+    delete(Schedule)
+    .where(
+        _declares,
+        Schedule.queue_name == func.any(array("queue_names", Text())),
+        cast_(Schedule.metadata_.op("->>", return_type=Text())(_declared), Float(53))
+        < extract("epoch", clock()) - bindparam("age", type_=Float(53)),
+    )
+    .returning(Schedule.name, Schedule.queue_name)
+)
+"""Delete declared schedules of these queues that no worker has confirmed for `age` seconds."""
 
 DUE_SCHEDULES = (
     select(

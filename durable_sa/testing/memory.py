@@ -14,6 +14,7 @@ from ..concurrency.branches import Branch
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
 from ..execution.hooks import HookChain
 from ..execution.journal import EMPTY_JOURNAL
+from ..execution.lines import Lines
 from ..execution.reader import JoinTarget
 from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind, Values
@@ -105,6 +106,9 @@ class MemoryRun:
         self.events = events
         self.recorded = Recorded()
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
+        self.unawaited: dict[uuid.UUID, object] = {}
+        self.lines = Lines()
+        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self

@@ -26,7 +26,8 @@ started once, when the first test requests a database. The fixtures are synchron
 with anyio, and with tests without an event loop.
 
 An application with tables of its own overrides `durable_migrate` in its `conftest.py`; all databases are copies of the
-one it has migrated:
+one it has migrated. Where that calls `alembic.command.upgrade`, `env.py` should pass `disable_existing_loggers=False`
+to `fileConfig`: without it, all loggers that exist are silent from then on.
 
 ```python
 import pytest

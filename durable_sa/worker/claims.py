@@ -85,7 +85,7 @@ class Claimer:
     async def run(self) -> None:
         """Claim until the worker is being shut down."""
         agenda = self._agenda
-        retry = Retry("claim", self._stopping)
+        retry = Retry("claim", self._stopping, self._registration.outage)
         while not self._stopping.is_set():
             try:
                 if self._wanted <= 0 or not self._registration.lease.valid:

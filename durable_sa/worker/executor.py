@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import logging
@@ -12,6 +13,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 from sqlalchemy import Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..app import App
 from ..concurrency import task_factory
@@ -26,8 +28,10 @@ from ..execution.journal import EMPTY_JOURNAL, Entry, Journal
 from ..execution.reader import Reader
 from ..execution.run import Run
 from ..execution.writer import Writer
+from ..logs import FIELDS
+from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
-from ..statements import checkpoints, claiming, waits
+from ..statements import checkpoints, claiming, outcomes, waits
 from ..statements.claiming import ClaimedRun
 from .agenda import Agenda
 from .background import BackgroundTasks
@@ -189,24 +193,67 @@ class Executor:
         """Log and count the outcome of a run, which is committed or, if the run was lost, never will be."""
         self._slots.unwritten.discard(claimed.key)
         if outcome in ("failed", "retried") and error is not None:
-            what = "failed" if outcome == "failed" else f"failed in attempt {claimed.attempt}"
-            logger.info(
-                "task %s (%s) %s: %s",
-                claimed.task_id,
-                claimed.task_name,
-                what,
-                type(error).__name__,
-                extra=claimed.log_fields,
-            )
+            self._log_failure(claimed, error, final=outcome == "failed")
         elif outcome == "lost":
-            logger.info("lost ownership of task %s (%s)", claimed.task_id, claimed.task_name, extra=claimed.log_fields)
+            if isinstance(error, TaskCancelled):
+                self._log_loss(claimed, "cancelled")
+            else:
+                self._background.start_task(self._explain_loss(claimed), "durable:lost")
         if self.telemetry is not None:
             self.telemetry.ended(claimed.queue_name, claimed.task_name, outcome)
         if outcome in ("completed", "failed", "lost"):
             self._on_task_ended(claimed.task_id)
 
+    def _log_failure(self, claimed: ClaimedRun, error: BaseException, *, final: bool) -> None:
+        level = logging.ERROR if final else logging.WARNING
+        if not logger.isEnabledFor(level):
+            return
+        redacted = payload_redactor(claimed.params, claimed.headers)
+        shown = loggable(error, redacted)
+        logger.log(
+            level,
+            "task %s (%s) failed%s: %s: %s",
+            claimed.task_id,
+            claimed.task_name,
+            "" if final else f" in attempt {claimed.attempt} and is retried",
+            type(error).__name__,
+            redacted(message(shown)).partition("\n")[0],
+            exc_info=shown,
+            extra=claimed.log_fields,
+        )
+
+    async def _explain_loss(self, claimed: ClaimedRun) -> None:
+        """Log why a run has lost its task, which the database knows if it answers."""
+        state: str | None = None
+        try:
+            if self.leased:
+                with contextlib.suppress(SQLAlchemyError, OSError, TimeoutError):
+                    state = await self.reader.ownership(claimed.key)
+        finally:
+            self._log_loss(claimed, state)
+
+    def _log_loss(self, claimed: ClaimedRun, state: str | None) -> None:
+        if state in ("cancelled", "deleted"):
+            level, what = logging.INFO, f"was {state} while it ran"
+        else:
+            level, what = logging.WARNING, "was lost by this worker, and goes on with another one"
+        logger.log(level, "task %s (%s) %s", claimed.task_id, claimed.task_name, what, extra=claimed.log_fields)
+
     def failed_by_takeover(self, rows: Sequence[Row[Any]]) -> None:
-        """Count tasks that a takeover has failed, because too many workers were lost with them."""
+        """Log and count tasks that a takeover has failed, because too many workers were lost with them."""
+        for row in rows:
+            logger.error(
+                "task %s (%s) failed: LeaseLost: %d workers in a row were lost while they ran it",
+                row.task_id,
+                row.task_name,
+                outcomes.LEASE_LOSS_LIMIT,
+                extra={
+                    **dict.fromkeys(FIELDS),
+                    "task_id": str(row.task_id),
+                    "task_name": row.task_name,
+                    "queue_name": row.queue_name,
+                },
+            )
         if self.telemetry is not None:
             for row in rows:
                 self.telemetry.ended(row.queue_name, row.task_name, "failed")

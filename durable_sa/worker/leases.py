@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..concurrency.threads import LoopThread
 from ..database.channel import DedicatedConnection
 from ..database.connections import Database
-from ..database_errors import is_transient, reason, without_values
+from ..database_errors import FailureLog, Outage
 from ..statements import claiming
 
 logger = logging.getLogger("durable_sa")
@@ -75,13 +75,21 @@ class Heartbeat:
     """Renews the lease of one registration, until it is stopped or finds the worker declared lost."""
 
     def __init__(
-        self, database: Database, worker_id: uuid.UUID, lease: Lease, *, fatal: bool, on_lost: Callable[[], None]
+        self,
+        database: Database,
+        worker_id: uuid.UUID,
+        lease: Lease,
+        *,
+        fatal: bool,
+        on_lost: Callable[[], None],
+        outage: Outage | None = None,
     ) -> None:
         self._database = database
         self._worker_id = worker_id
         self._lease = lease
         self._fatal = fatal
         self._on_lost = on_lost
+        self._outage = outage
         self._loop = asyncio.get_running_loop()
         self._thread = LoopThread("durable-heartbeat", self._renew, _log_failure)
 
@@ -99,6 +107,7 @@ class Heartbeat:
         interval = self._lease.seconds / BEATS_PER_LEASE
         timeout = min(2 * interval, 10.0)
         began = time.monotonic()
+        failures = FailureLog("heartbeat", self._outage)
         try:
             if self._lease.seconds < 2 * CONNECT_TIMEOUT:
                 # With a longer lease there is time to connect when the first heartbeat is due.
@@ -120,13 +129,11 @@ class Heartbeat:
                         statement = claiming.LEASE_STATUS if stuck else claiming.HEARTBEAT
                         rows = await connection.execute(statement, {"beating_id": self._worker_id})
                 except (SQLAlchemyError, OSError, TimeoutError) as error:
-                    if is_transient(error):
-                        logger.warning("heartbeat failed (%s), retrying", reason(error))
-                    else:
-                        logger.error("heartbeat failed, retrying", exc_info=without_values(error))
+                    failures.failed(error)
                     pause = min(1.0, interval / 4)
                     continue
                 pause = interval
+                failures.succeeded()
                 if not rows:
                     self._lost()
                     return

@@ -25,6 +25,7 @@ from ..statements import cancelling, waits
 from ..statements import maintenance as looking
 from .agenda import Agenda
 from .cancellations import Cancellations
+from .declarations import Declarations
 from .dispatcher import Dispatcher
 from .executor import Executor
 from .registration import Registration
@@ -62,6 +63,7 @@ class Maintenance:
         dispatcher: Dispatcher,
         executor: Executor,
         *,
+        queue_names: tuple[str, ...],
         listening: Callable[[], bool],
     ) -> None:
         self._connection = connection
@@ -76,6 +78,7 @@ class Maintenance:
         self._takeover = Takeover(connection, agenda, dispatcher, executor)
         self._firing = Firing(app, connection)
         self._retention = Retention(connection)
+        self._declarations = Declarations(app, connection, queue_names)
         self._next_repair = time.monotonic() + REPAIR_INTERVAL
         self._next_retention = time.monotonic() + RETENTION_INTERVAL
         self.repaired = 0
@@ -83,7 +86,7 @@ class Maintenance:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        retry = Retry("maintenance")
+        retry = Retry("maintenance", outage=self._registration.outage)
         while True:
             try:
                 await self.work()
@@ -145,6 +148,8 @@ class Maintenance:
         if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._takeover.next_search):
             self._takeover.next_search = now + LOST_RUNS_INTERVAL
             await self._takeover.search()
+        if await self._declarations.keep(look.now):
+            agenda.look_within(0.0)
         if look.due_ticks:
             spawned, moved = await self._firing.fire_due()
             self._dispatcher.announce(Hint().add_rows(spawned))

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database.connections import Database
-from ..database_errors import Retry, is_read_only, reason
+from ..database_errors import Outage, Retry, is_read_only, reason
 from ..ids import new_id
 from ..statements import claiming
 from .background import BackgroundTasks
@@ -47,6 +47,8 @@ class Registration:
         self.worker_id = new_id()
         """The worker's id in the database, another one after each lost lease."""
         self.lease = Lease(settings.claim_timeout)
+        self.outage = Outage()
+        """What the loops of the worker have logged of the database's absence."""
         self._database = database
         self._connection = connection
         self._settings = settings
@@ -96,6 +98,7 @@ class Registration:
             self.lease,
             fatal=self._settings.fatal_on_lease_timeout,
             on_lost=self.lose,
+            outage=self.outage,
         )
         self._heartbeat.start()
 
@@ -139,7 +142,8 @@ class Registration:
 
     async def _register_anew(self) -> None:
         await self.stop_heartbeat()
-        retry, former_id, waiting = Retry("registration of the worker", self._stopping), self.worker_id, False
+        retry = Retry("registration of the worker", self._stopping, self.outage)
+        former_id, waiting = self.worker_id, False
         while not self._stopping.is_set():
             try:
                 registered_before = self._heartbeat is not None
@@ -151,6 +155,7 @@ class Registration:
                     end_process(TAKEN_OVER)
                 self.worker_id = new_id()
                 await self.register()
+                retry.reset()
                 if waiting:
                     logger.info("worker %s goes on: the database takes writes", self._settings.name)
                 break

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 
 from ..database.channel import DedicatedConnection
-from ..database_errors import is_transient, without_values
+from ..database_errors import FailureLog, is_transient
 from ..statements import queues
-
-logger = logging.getLogger("durable_sa")
 
 SAMPLE_INTERVAL = 15.0
 """Seconds between counts of what is ready."""
@@ -30,12 +27,14 @@ class QueueSampler:
 
     async def run(self) -> None:
         """Count until cancelled."""
+        failures = FailureLog("the count of the queues")
         while True:
             began = time.monotonic()
             try:
                 rows = await self._connection.execute(queues.QUEUE_STATISTICS, {"queue_names": list(self._queue_names)})
+                failures.succeeded()
                 self.latest = {row.queue_name: (row.ready, row.oldest_ready_seconds or 0.0) for row in rows}
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged below
                 if not is_transient(error):
-                    logger.error("counting the queues failed", exc_info=without_values(error))
+                    failures.failed(error)
             await asyncio.sleep(max(SAMPLE_INTERVAL, SAMPLE_PAUSE_RATIO * (time.monotonic() - began)))

@@ -11,7 +11,7 @@ from sqlalchemy import URL
 from ..database.urls import resolve_url
 from ..errors import InvalidConfiguration
 from ..names import validate_name
-from ..options import WorkerOptions
+from ..options import DEFAULT_CONCURRENCY, WorkerOptions
 from ..validation import integer, seconds
 
 
@@ -52,7 +52,7 @@ class Settings:
         health_port = options.get("health_port")
         return cls(
             tuple(validate_name("queue", name) for name in names),
-            integer(options.get("concurrency", 1), "concurrency", minimum=1, maximum=100_000),
+            integer(options.get("concurrency", DEFAULT_CONCURRENCY), "concurrency", minimum=1, maximum=100_000),
             None if batch_size is None else integer(batch_size, "batch_size", minimum=1, maximum=100_000),
             seconds(options.get("claim_timeout", 120.0), "claim_timeout", minimum=1.0),
             seconds(options.get("poll_interval", 0.25), "poll_interval", minimum=0.001),

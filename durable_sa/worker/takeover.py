@@ -77,7 +77,9 @@ class Takeover:
             {"task_ids": task_ids, "next_run_ids": [new_id() for _ in task_ids], "worker_ids": worker_ids},
         )
         if rows:
-            logger.warning("took over %d runs of lost workers", len(rows))
+            # All ids, because a search of the log for one of them is how its owner learns of the lost worker.
+            ids = ", ".join(str(row.task_id) for row in rows)
+            logger.warning("took over %d runs of lost workers, of the tasks %s", len(rows), ids)
         failed = [row for row in rows if row.state == "failed"]
         self._executor.failed_by_takeover(failed)
         self._agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)

@@ -44,6 +44,8 @@ CLOSING_TIMEOUT = 10.0
 """Seconds that the last writes and the removal of the registration may take at shutdown."""
 HINTS_TIMEOUT = 2.0
 """Seconds that the last hints may take at shutdown."""
+SHOWN_RUNS = 10
+"""Runs that the line about a shutdown names."""
 CLAIMS = "durable:claims"
 
 
@@ -102,7 +104,12 @@ class Worker:
             on_returned=self._registered_anew,
         )
         self._dispatcher = Dispatcher(settings, self._agenda, self._slots, self._registration, self._hints)
-        self._writer = Writer(self._writer_connection, self._claims_connection, on_commit=self._dispatcher.committed)
+        self._writer = Writer(
+            self._writer_connection,
+            self._claims_connection,
+            on_commit=self._dispatcher.committed,
+            outage=self._registration.outage,
+        )
         self._executor = Executor(
             app,
             self._shared_connection,
@@ -122,6 +129,7 @@ class Worker:
             self._agenda,
             self._dispatcher,
             self._executor,
+            queue_names=settings.queue_names,
             listening=self._listening,
         )
         self._long_steps = LongSteps(self._shared_connection, self._registration, self._clock, self._slots)
@@ -264,8 +272,25 @@ class Worker:
         self._stopping.set()
         self._agenda.claim.set()
 
+    def _log_shutdown(self) -> None:
+        runs = [item.claimed for item in self._slots.runs.values()] + self._slots.starting
+        if not runs:
+            logger.info("worker %s is shutting down: no run is in progress", self.settings.name)
+            return
+        shown = ", ".join(f"{run.task_name} ({run.task_id})" for run in runs[:SHOWN_RUNS])
+        logger.info(
+            "worker %s is shutting down: it waits up to %g seconds for %d run%s: %s%s",
+            self.settings.name,
+            self.settings.shutdown_timeout,
+            len(runs),
+            "" if len(runs) == 1 else "s",
+            shown,
+            f", and {len(runs) - SHOWN_RUNS} more" if len(runs) > SHOWN_RUNS else "",
+        )
+
     async def _shut_down(self) -> None:
         self._stop_claiming()
+        self._log_shutdown()
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 # A claim may be in flight, and the tasks that it claims are run, too.

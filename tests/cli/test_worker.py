@@ -59,6 +59,8 @@ async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str
         assert await run(durable, "answer") == 42
         worker.signal(signal.SIGTERM)
         assert await asyncio.to_thread(worker.wait) == 0, worker.said
+    assert "is shutting down: no run is in progress" in worker.said
+    assert "alembic" not in worker.said
 
 
 async def test_options_reach_the_worker(durable: Durable, url: str, app: Path) -> None:

@@ -455,6 +455,47 @@ async def test_a_retried_parent_joins_its_child_again(durable: Durable, engine: 
     assert await count(engine) == 2
 
 
+async def test_a_retry_puts_the_children_back_that_made_a_task_fail_and_no_others(
+    durable: Durable, engine: AsyncEngine
+) -> None:
+    broken, ran = True, list[str]()
+
+    @durable.task("leaf", max_attempts=1)
+    async def leaf(ctx: TaskContext, name: str) -> str:
+        ran.append(name)
+        if broken:
+            raise ValueError(name)
+        return name
+
+    @durable.task("middle", max_attempts=1)
+    async def middle(ctx: TaskContext) -> str:
+        return await ctx.join(await ctx.spawn("leaf", leaf, "deep"))
+
+    @durable.task("root", max_attempts=1)
+    async def root(ctx: TaskContext) -> list[str]:
+        handled = await ctx.spawn("handled", leaf, "handled")
+        try:
+            await ctx.join(handled)
+        except ChildFailed:
+            await ctx.step("compensate", lambda: None)
+        one = await ctx.spawn("middle", middle)
+        async with asyncio.TaskGroup() as group:
+            joined = group.create_task(ctx.join(one))
+        return [joined.result(), await ctx.join(await ctx.spawn("direct", leaf, "direct"))]
+
+    async with durable.worker():
+        spawned = await durable.spawn(root)
+        failed = await durable.wait_for_result(spawned, timeout=20)
+        assert failed.error is not None
+        assert failed.error.name == "ExceptionGroup"
+        broken = False
+        await durable.retry_task(spawned)
+        done = await durable.wait_for_result(spawned, timeout=20)
+        assert (done.status, done.output) == (TaskStatus.COMPLETED, ["deep", "direct"])
+    assert sorted(ran) == ["deep", "deep", "direct", "handled"]
+    assert await count(engine) == 5
+
+
 async def test_a_child_that_is_put_back_by_hand_outlives_its_cancelled_parent(
     durable: Durable, engine: AsyncEngine
 ) -> None:

@@ -582,3 +582,34 @@ async def now(engine: AsyncEngine) -> datetime:
     async with engine.connect() as connection:
         value: datetime = (await connection.execute(sa.text("SELECT clock_timestamp()"))).scalar_one()
         return value
+
+
+def test_the_tasks_of_one_client_can_be_those_of_another() -> None:
+    first = Durable(tasks=[tick])
+    assert Durable(tasks=first.tasks).tasks == Durable(tasks=first.tasks.values()).tasks == {"tick": tick}
+
+
+def test_a_function_that_a_reloaded_module_or_a_notebook_cell_defines_anew_replaces_its_task() -> None:
+    durable = Durable()
+    cell = (
+        "from durable_sa import TaskContext\n@durable.task\nasync def greet(ctx: TaskContext) -> str:\n    return {!r}"
+    )
+    module = {"durable": durable, "__name__": "__main__"}
+    exec(cell.format("Hello"), module)
+    exec(cell.format("Good morning"), module)
+    assert durable.tasks["greet"] is module["greet"]
+    assert durable.tasks["greet"].function.__code__.co_consts[-1] == "Good morning"
+    with pytest.raises(TaskAlreadyRegistered):
+        exec(cell.format("Hello"), {"durable": durable, "__name__": "another_module"})
+
+
+def test_functions_that_a_factory_makes_under_one_name_are_refused() -> None:
+    durable = Durable()
+
+    def make() -> None:
+        @durable.task("made")
+        async def made(ctx: Any) -> None: ...
+
+    make()
+    with pytest.raises(TaskAlreadyRegistered):
+        make()

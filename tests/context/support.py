@@ -3,6 +3,7 @@
 import uuid
 from typing import Any, Generic, TypeVar
 
+import pytest
 from sqlalchemy import select, text
 
 from durable_sa import Durable, SpawnResult, Task, TaskPollResult, TaskRow, TaskStatus
@@ -14,6 +15,12 @@ T = TypeVar("T")
 
 class Crash(Exception):
     """Ends an attempt as a crash would, where it does not matter that it counts as a failure."""
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines of the engine, but for those about attempts that a test lets fail."""
+    lines = [record.getMessage() for record in caplog.records]
+    return [line for line in lines if " and is retried: " not in line]
 
 
 class Runner:

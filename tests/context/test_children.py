@@ -25,7 +25,7 @@ from durable_sa import (
     UserError,
     task,
 )
-from tests.context.support import Crash, Rows, Runner, Tally
+from tests.context.support import Crash, Rows, Runner, Tally, warnings
 from tests.support import eventually
 
 
@@ -156,7 +156,7 @@ async def test_other_params_on_replay_give_the_first_child_and_warn(run: Runner,
         spawned = await run.spawn(work)
         assert (await run.wait(spawned)).output == 2000
     assert len(await Rows(run.durable, spawned).children()) == 1
-    [warning] = [record.getMessage() for record in caplog.records]
+    [warning] = warnings(caplog)
     assert "'child'" in warning
     assert "other params" in warning
     assert "1000" not in warning

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from durable_sa import TaskContext, current_context, task
-from tests.context.support import Crash, Runner, Tally
+from tests.context.support import Crash, Runner, Tally, warnings
 
 
 class Stopwatch:
@@ -154,7 +154,7 @@ async def test_crash_amid_steps_of_one_name_does_not_warn(run: Runner, caplog: p
 
     with caplog.at_level(logging.WARNING, logger="durable_sa"):
         assert await run(work) == [0, 1, 2, 3]
-    assert caplog.records == []
+    assert warnings(caplog) == []
 
 
 async def test_failing_branch_of_a_gather_fails_the_attempt_and_the_others_are_kept(run: Runner, tally: Tally):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from durable_sa import Durable, SyncTaskContext, TaskContext, current_context, step, task
-from tests.context.support import Crash, Rows, Runner, Tally
+from tests.context.support import Crash, Rows, Runner, Tally, warnings
 
 
 async def test_task_and_its_plain_steps_run_in_one_thread_that_is_not_the_event_loops(run: Runner):
@@ -136,7 +136,7 @@ async def test_steps_inside_a_plain_step_are_part_of_it(run: Runner, tally: Tall
         assert await run(work) == seen
     assert len(set(seen)) == 3
     assert tally == ["outer", "inner x", "inner x", "inner x"]
-    assert caplog.records == []
+    assert warnings(caplog) == []
 
 
 async def test_decorated_steps_that_call_each_other(run: Runner, tally: Tally):

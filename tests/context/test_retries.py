@@ -297,8 +297,8 @@ BOUNDARIES = [
     (RetryStrategy.exponential(1, 1, 300), 100_000),
     (RetryStrategy.exponential(MAX_DURATION, 1000, MAX_DURATION), 1),
     (RetryStrategy.exponential(MAX_DURATION, 1000, MAX_DURATION), 1_000_000),
-    (RetryStrategy.exponential(10, 2, 1), 1),
-    (RetryStrategy.exponential(10, 2, 0), 5),
+    (RetryStrategy("exponential", 10, 2, 1), 1),
+    (RetryStrategy("exponential", 10, 2, 0), 5),
     (RetryStrategy.exponential(1e-9, 1000, 300), 5),
     (RetryStrategy.exponential(1e-300, 1000, 300), 104),
     (RetryStrategy.exponential(2.2250738585072014e-308, 703.4463436894061, MAX_DURATION), 110),
@@ -317,7 +317,12 @@ async def test_next_attempt_is_when_the_formula_says_at_the_boundaries(engine: A
 strategies = st.one_of(
     st.builds(RetryStrategy.fixed, st.floats(0, MAX_DURATION)),
     st.builds(
-        RetryStrategy.exponential, st.floats(0, 10_000), st.floats(1, 1000), st.floats(0, MAX_DURATION), st.just(0)
+        RetryStrategy,
+        st.just("exponential"),
+        st.floats(0, 10_000),
+        st.floats(1, 1000),
+        st.floats(0, MAX_DURATION),
+        st.just(0),
     ),
 )
 

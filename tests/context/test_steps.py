@@ -9,7 +9,7 @@ from typing import Any, Never, NoReturn
 import pytest
 
 from durable_sa import Durable, SyncTaskContext, TaskContext, task
-from tests.context.support import Crash, Rows, Runner, Tally
+from tests.context.support import Crash, Rows, Runner, Tally, warnings
 
 
 async def test_recorded_step_does_not_run_again(run: Runner, tally: Tally):
@@ -178,10 +178,10 @@ async def test_other_arguments_on_replay_run_the_step_anew_and_warn(
         spawned = await run.spawn(work)
         assert (await run.wait(spawned)).output == "secret-2"
     assert tally == ["secret-1", "secret-2"]
-    warnings = [record.getMessage() for record in caplog.records if "other arguments" in record.getMessage()]
-    assert len(warnings) == 1
-    assert "'fetch'" in warnings[0]
-    assert str(spawned.task_id) in warnings[0]
+    told = [line for line in warnings(caplog) if "other arguments" in line]
+    assert len(told) == 1
+    assert "'fetch'" in told[0]
+    assert str(spawned.task_id) in told[0]
     assert "secret" not in caplog.text.replace("secret-2 ", "")
 
 
@@ -201,7 +201,7 @@ async def test_replay_with_the_same_arguments_warns_of_nothing(run: Runner, capl
 
     with caplog.at_level(logging.WARNING, logger="durable_sa"):
         assert await run(work) == 9
-    assert caplog.records == []
+    assert warnings(caplog) == []
 
 
 async def test_completing_without_using_what_is_recorded_warns_with_the_names(
@@ -220,7 +220,7 @@ async def test_completing_without_using_what_is_recorded_warns_with_the_names(
 
     with caplog.at_level(logging.WARNING, logger="durable_sa"):
         assert await run(work) == "private"
-    [warning] = [record.getMessage() for record in caplog.records]
+    [warning] = warnings(caplog)
     assert "removed-step" in warning
     assert "kept-step" not in warning
     assert "private" not in warning
@@ -468,7 +468,7 @@ async def test_steps_inside_a_step_are_replayed_with_it(run: Runner, tally: Tall
     with caplog.at_level(logging.WARNING, logger="durable_sa"):
         assert await run(work) == ["xx", "x", "x"]
     assert tally == ["outer", "inner x", "inner x", "inner x", "inner x"]
-    assert caplog.records == []
+    assert warnings(caplog) == []
 
 
 async def test_steps_inside_a_step_that_failed_are_not_repeated(run: Runner, tally: Tally):

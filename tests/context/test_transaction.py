@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from durable_sa import Durable, InvalidState, RetryStrategy, SyncTaskContext, TaskContext, task
+from durable_sa import Durable, InvalidState, RetryStrategy, SyncTaskContext, TaskContext, task, transaction
 from durable_sa.models import Base as DurableBase
 from tests.context.support import Crash, Rows, Runner, Tally
 from tests.support import eventually
@@ -763,3 +763,76 @@ async def test_events_of_the_connection_see_one_commit(run: Runner, ledger: Ledg
 
     await run(work)
     assert len(commits) == 1
+
+
+@transaction
+async def write_down(session: AsyncSession, entry: str, *, twice: bool = False) -> str:
+    """Write an entry."""
+    await session.execute(text("SELECT 1"))
+    session.add_all([Entry(text=entry)] * (1 + twice))
+    return entry.upper()
+
+
+@Durable.transaction("write-plainly")
+def write_plainly(session: Session, entry: str) -> str:
+    session.add(Entry(text=entry))
+    return entry.upper()
+
+
+async def test_the_call_of_a_decorated_function_is_a_transaction(run: Runner, ledger: Ledger):
+    @task
+    async def work(ctx: TaskContext) -> list[str]:
+        found = [await write_down("a"), await write_down("a"), await write_plainly("b")]  # type: ignore[misc]
+        if ctx.attempt == 1:
+            raise Crash
+        return [*found, await ctx.transaction("other name", write_down, "c")]
+
+    spawned = await run.spawn(work)
+    assert (await run.wait(spawned)).output == ["A", "A", "B", "C"]
+    assert await ledger.entries() == ["a", "a", "b", "c"]
+    stored = await Rows(run.durable, spawned).checkpoints()
+    assert [(row.kind, row.name) for row in stored] == [
+        ("transaction", "write_down"),
+        ("transaction", "write_down"),
+        ("transaction", "write-plainly"),
+        ("transaction", "other name"),
+    ]
+
+
+async def test_in_a_def_task_too(run: Runner, ledger: Ledger):
+    @task
+    def work(ctx: SyncTaskContext) -> str:
+        return write_plainly("a") + write_plainly("b")
+
+    assert await run(work) == "AB"
+    assert await ledger.entries() == ["a", "b"]
+
+
+async def test_with_a_session_it_is_the_plain_function(run: Runner, ledger: Ledger, engine: AsyncEngine):
+    @transaction
+    async def both(session: AsyncSession) -> str:
+        return await write_down(session, "a") + await write_down(session, "b", twice=True)
+
+    @task
+    async def work(ctx: TaskContext) -> str:
+        return await both()
+
+    spawned = await run.spawn(work)
+    assert (await run.wait(spawned)).output == "AB"
+    assert [row.name for row in await Rows(run.durable, spawned).checkpoints()] == ["both"]
+    async with AsyncSession(engine) as session:
+        assert await write_down(session, "outside") == "OUTSIDE"
+        assert await session.run_sync(write_plainly, "plain") == "PLAIN"
+        await session.commit()
+    assert await ledger.entries() == ["a", "b", "outside", "plain"]
+    with pytest.raises(InvalidState, match=r"Transaction 'write_down' is called without a session.*pass a session"):
+        await write_down("nowhere")
+
+
+def test_what_cannot_be_a_transaction_is_refused() -> None:
+    class Service:
+        def method(self, session: Session) -> None: ...
+
+    for wrong in (Service, Service.method, lambda: None, write_down):
+        with pytest.raises(TypeError, match="@transaction decorates a function"):
+            transaction(wrong)  # type: ignore[call-overload]

@@ -63,7 +63,11 @@ async def test_lines_about_a_task_have_its_fields(engine: AsyncEngine, caplog: p
         await run_until_idle(durable)
     lines = [(record.getMessage(), fields(record)) for record in caplog.records if hasattr(record, "task_id")]
     assert [(line, values[0], values[3]) for line, values in lines] == [
-        (f"task {spawned.task_id} (fails) failed in attempt 1: ValueError", str(spawned.task_id), 1),
-        (f"task {spawned.task_id} (fails) failed: ValueError", str(spawned.task_id), 2),
+        (
+            f"task {spawned.task_id} (fails) failed in attempt 1 and is retried: ValueError: ...",
+            str(spawned.task_id),
+            1,
+        ),
+        (f"task {spawned.task_id} (fails) failed: ValueError: ...", str(spawned.task_id), 2),
     ]
     assert SECRET not in caplog.text

@@ -19,6 +19,7 @@ from durable_sa import (
     TaskRow,
     TaskStatus,
     TaskTimeout,
+    step,
     task,
 )
 from durable_sa.execution import run
@@ -381,3 +382,42 @@ async def test_there_is_one_clock(durable: Durable) -> None:
                 pass
     async with time_travel(durable):
         pass
+
+
+async def test_pauses_between_the_tries_of_a_step_follow_the_clock_inside_of_other_steps_too(durable: Durable) -> None:
+    tries = asyncio.Queue[str]()
+
+    async def fail_once(name: str) -> str:
+        tries.put_nowait(name)
+        if name not in failed:
+            failed.add(name)
+            raise ValueError(name)
+        return name
+
+    failed = set[str]()
+    inner = step("inner", max_attempts=2, retry_strategy=RetryStrategy.fixed(WEEK))(fail_once)
+    short = step("short", max_attempts=2, retry_strategy=RetryStrategy.fixed(0.9))(fail_once)
+
+    async def outer() -> str:
+        return await inner("nested")
+
+    @durable.task(max_attempts=1)
+    async def retries(ctx: TaskContext) -> list[str]:
+        return [await ctx.step("outer", outer), await short("short")]
+
+    async with durable.worker(), time_travel(durable) as clock:
+        spawned = await durable.spawn(retries)
+        for name, pause in (("nested", WEEK), ("short", timedelta(seconds=0.9))):
+            assert await tries.get() == name
+            began = asyncio.get_running_loop().time()
+            await eventually(lambda: _pausing(durable))
+            await clock.advance(pause)
+            assert await tries.get() == name
+            if pause != WEEK:
+                assert asyncio.get_running_loop().time() - began < 0.8
+        assert (await durable.wait_for_result(spawned, timeout=20)).output == ["nested", "short"]
+
+
+def _pausing(durable: Durable) -> bool:
+    (worker,) = durable.workers
+    return any(run._pauses for run in worker._slots.runs.values())

@@ -15,10 +15,10 @@ def resolve(**options: Any) -> Settings:
     return Settings.resolve(options, "mails")  # type: ignore[arg-type]
 
 
-def test_without_options_it_serves_the_clients_queue_one_task_at_a_time() -> None:
+def test_without_options_it_serves_the_clients_queue_ten_tasks_at_a_time() -> None:
     assert resolve() == Settings(
         queue_names=("mails",),
-        concurrency=1,
+        concurrency=10,
         batch_size=None,
         claim_timeout=120.0,
         poll_interval=0.25,

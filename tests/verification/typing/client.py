@@ -37,8 +37,8 @@ async def spawning(name: str) -> None:
     assert_type(many, list[SpawnResult[Any]])
 
     await durable.spawn(bare)  # type: ignore[arg-type]
-    await durable.spawn(bare, "x")  # type: ignore[misc]
-    await durable.spawn(without_params, 5)  # type: ignore[misc]
+    await durable.spawn(bare, "x")  # type: ignore[arg-type]
+    await durable.spawn(without_params, 5)  # type: ignore[arg-type]
     await durable.spawn(bare, Params(query="x"), priorty=1)  # type: ignore[call-overload]
     await durable.spawn(bare, Params(query="x"), max_attempts="3")  # type: ignore[call-overload]
     await durable.spawn("bare", Params(query="x"))  # type: ignore[call-overload]
@@ -68,7 +68,7 @@ async def in_an_asynchronous_transaction(
     assert_type(await durable.cancel_task_with(session, UUID(int=1)), TaskStatus)
 
     await durable.spawn_with(session, bare)  # type: ignore[arg-type]
-    await durable.spawn_with(session, bare, "x")  # type: ignore[misc]
+    await durable.spawn_with(session, bare, "x")  # type: ignore[arg-type]
     await durable.spawn_with(session, without_params, priorty=1)  # type: ignore[call-overload]
 
 
@@ -97,7 +97,7 @@ def in_a_synchronous_transaction(
     assert_type(durable.cancel_task_with(session, task_id), TaskStatus)
 
     durable.spawn_with(session, bare)  # type: ignore[arg-type]
-    durable.spawn_with(session, bare, "x")  # type: ignore[misc]
+    durable.spawn_with(session, bare, "x")  # type: ignore[arg-type]
 
 
 async def what_is_no_executor(

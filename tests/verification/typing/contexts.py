@@ -91,7 +91,7 @@ async def in_a_task(ctx: TaskContext[State], plain: TaskContext) -> None:
     await ctx.transaction("book", book, "1")  # type: ignore[call-overload]
     await ctx.transaction("fetch", fetch, "x")  # type: ignore[call-overload]
     await ctx.spawn("bare", bare)  # type: ignore[arg-type]
-    await ctx.spawn("bare", bare, "x")  # type: ignore[misc]
+    await ctx.spawn("bare", bare, "x")  # type: ignore[arg-type]
     await ctx.join(UUID(int=1))  # type: ignore[arg-type]
     await ctx.sleep_for("nap", "1 day")  # type: ignore[arg-type]
     await ctx.sleep_until("noon", 5)  # type: ignore[arg-type]

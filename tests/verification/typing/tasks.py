@@ -91,10 +91,10 @@ def takes_general(handle: TaskHandle[BaseModel]) -> None: ...
 
 narrower: Task[Params, str] = bare  # type: ignore[assignment]
 Spawn(bare)  # type: ignore[arg-type]
-Spawn(bare, "x")  # type: ignore[misc]
+Spawn(bare, "x")  # type: ignore[arg-type]
 Spawn(bare, Params(query="x"), priorty=1)  # type: ignore[call-overload]
 Spawn(bare, Params(query="x"), priority="high")  # type: ignore[call-overload]
-Spawn(without_params, 5)  # type: ignore[misc]
+Spawn(without_params, 5)  # type: ignore[arg-type]
 task(max_atempts=3)  # type: ignore[call-overload]
 task("x", max_attempts="3")  # type: ignore[call-overload]
 bare.name = "other"  # type: ignore[misc]

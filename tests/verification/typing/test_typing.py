@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-MODULES = [str(path) for path in sorted(Path(__file__).parent.glob("*.py")) if path != Path(__file__)]
+MODULES = [str(path) for path in sorted(Path(__file__).parent.glob("*.py")) if not path.name.startswith("test_")]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

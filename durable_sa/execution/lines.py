@@ -1,0 +1,57 @@
+"""The lines that tasks log by `ctx.logger`: those of a replay are held back until it is known if they are new."""
+
+from __future__ import annotations
+
+import logging
+
+from ..concurrency.branches import Branch
+
+LOGGER = logging.getLogger("durable_sa.tasks")
+
+
+class Lines:
+    """The lines of one run.
+
+    A line is new if the next call of its branch is not recorded: an earlier run that had logged it would have made that
+    call. So while calls are recorded that the replay has not come to, lines are held back until their branch makes its
+    next call. Lines before the first call of a branch share its fate with those of the branches that have created it.
+    """
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int | str, ...], list[logging.LogRecord]] = {}
+        """Lines by the path of their branch."""
+
+    def log(self, record: logging.LogRecord, branch: Branch | None, *, replaying: bool) -> None:
+        """Log a line, or hold it back if it may be one of a replay. Outside of branches it is logged."""
+        if not replaying:
+            self.release()
+        elif branch is not None and not branch.live:
+            self.held.setdefault(branch.path, []).append(record)
+            return
+        LOGGER.handle(record)
+
+    def called(self, branch: Branch, *, recorded: bool) -> None:
+        """Drop or log the lines before a call that a branch makes."""
+        first, branch.called = not branch.called, True
+        branch.live = not recorded
+        if not self.held:
+            return
+        lines = self.held.pop(branch.path, [])
+        if not recorded:
+            _handle(lines)
+        elif first:
+            for length in range(len(branch.path)):
+                self.held.pop(branch.path[:length], None)
+
+    def release(self) -> None:
+        """Log the lines that are still held back: the replay is over."""
+        for lines in self.held.values():
+            _handle(lines)
+        self.held.clear()
+
+
+def _handle(lines: list[logging.LogRecord]) -> None:
+    for record in lines:
+        LOGGER.handle(record)
