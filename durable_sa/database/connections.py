@@ -29,6 +29,7 @@ from ..database_errors import (
 from ..errors import InvalidConfiguration, SchemaMismatch
 from ..models import SCHEMA
 from . import direct
+from .closing import begun, discard, dispose, give_back, know_connections
 from .engines import Bind, check_date_style, resolve_bind
 from .failover import inspect, locate
 from .rendering import Translations, render
@@ -58,20 +59,6 @@ def is_autocommit(connection: Connection) -> bool:
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
-async def discard(connection: AsyncConnection) -> None:
-    """Close a connection in an unknown state. Takes 5 seconds at most, and raises only when cancelled."""
-
-    async def close() -> None:
-        try:
-            await connection.invalidate()
-        finally:
-            await connection.close()
-
-    task = asyncio.ensure_future(close())
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    await asyncio.wait([task], timeout=5.0)
-
-
 class Database:
     """An engine and the schema in it.
 
@@ -90,7 +77,7 @@ class Database:
     async def close(self) -> None:
         """Dispose of the engine if it was made from a URL."""
         if self.owned:
-            await self.engine.dispose()
+            await dispose(self.engine)
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Execute a statement that may be repeated as a transaction of its own, on a connection of the pool.
@@ -136,7 +123,7 @@ class Database:
             _mixed_up.add(self._pool)
             await self._set_up(connection)
         try:
-            async with connection.begin():
+            async with begun(connection):
                 return await self._execute_within(connection, statement, parameters)
         except DBAPIError as error:
             if sqlstate(error) in POOLER_STATES and self._pool not in _explained:
@@ -212,6 +199,15 @@ class Database:
         isolation = await inspect(connection)
         connection.info[_EXPLICIT] = isolation != "read committed"
 
+    @asynccontextmanager
+    async def _connected(self) -> AsyncGenerator[AsyncConnection]:
+        """Take a connection from the pool for the block."""
+        connection = await self.engine.connect()
+        try:
+            yield connection
+        finally:
+            await give_back(connection)
+
     async def check_schema(self) -> None:
         """Compare the tables in the database with what this version of the package needs.
 
@@ -223,7 +219,7 @@ class Database:
         from ..migrations import check
 
         try:
-            async with self.engine.connect() as connection:
+            async with self._connected() as connection:
                 await connection.run_sync(check, self.schema)
         except DBAPIError as error:
             if "statement pooling" in str(error.orig):
@@ -245,7 +241,7 @@ class Database:
         from ..migrations import check
 
         try:
-            async with self.engine.connect() as connection:
+            async with self._connected() as connection:
                 await connection.run_sync(check, self.schema)
         except SchemaMismatch as mismatch:
             raise mismatch from error
@@ -292,14 +288,14 @@ class Database:
             raise
         try:
             try:
-                async with connection.begin():
+                async with begun(connection):
                     yield connection
             except SQLAlchemyError as error:
                 if is_lost(error):
                     await discard(connection)
                 raise
             finally:
-                await connection.close()
+                await give_back(connection)
         except SQLAlchemyError as error:
             if explained:
                 await self.explain(error)
@@ -331,7 +327,9 @@ class Database:
         pool = engine.pool.recreate()
         if self._is_mixed_up:
             _mixed_up.add(pool)
-        return AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
+        return know_connections(
+            AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
+        )
 
 
 class HeldConnection:
@@ -381,10 +379,7 @@ class HeldConnection:
         if self._database.engine.sync_engine.pool is not self._pool:
             await discard(connection)
             return
-        try:
-            await connection.close()
-        except (SQLAlchemyError, OSError):
-            await discard(connection)
+        await give_back(connection)
 
 
 def _is_worth_another(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionma
 from sqlalchemy.pool import NullPool
 
 from ..errors import InvalidConfiguration
+from .closing import know_connections
 from .urls import default_bind, resolve_url
 
 Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
@@ -49,7 +50,7 @@ def resolve_bind(bind: Bind | None) -> Bound:
     if isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
         engine = create_async_engine(resolve_url(bind), hide_parameters=True)
         event.listen(engine.sync_engine, "connect", _set_date_style)
-        return Bound(engine, None, owned=True)
+        return Bound(know_connections(engine), None, owned=True)
     raise InvalidConfiguration(
         "bind",
         f"it cannot be of type {type(bind).__name__}",
@@ -59,7 +60,7 @@ def resolve_bind(bind: Bind | None) -> Bound:
 
 def direct_engine(url: str | URL) -> AsyncEngine:
     """Make an engine whose one connection is for LISTEN. The caller disposes of it."""
-    return create_async_engine(resolve_url(url), poolclass=NullPool, hide_parameters=True)
+    return know_connections(create_async_engine(resolve_url(url), poolclass=NullPool, hide_parameters=True))
 
 
 def check_date_style(connection: AsyncConnection) -> None:

@@ -1,4 +1,4 @@
-"""The private attributes of SQLAlchemy that the engine uses, all of them in one list.
+"""The private attributes of SQLAlchemy and asyncpg that the engine uses, all of them in one list.
 
 Statements go to asyncpg without SQLAlchemy only by way of these. A version of SQLAlchemy in which one of them has
 another name costs speed and nothing else: every statement is then executed by SQLAlchemy (see `direct.leads_directly`).
@@ -32,6 +32,10 @@ ATTRIBUTES: Final[dict[str, str]] = {
     "handle_exception": "_handle_exception",
     # Of SimpleResultMetaData: the third argument of Row. A Result sets it as well, but takes longer than the row.
     "key_to_index": "_key_to_index",
+    # Of asyncpg's own connection: its socket, which `close` and `terminate` leave open if another close is in progress.
+    "transport": "_transport",
+    # Of the same: the event loop that the connection belongs to.
+    "loop": "_loop",
 }
 """Name of each attribute by the name that it has here."""
 
@@ -105,3 +109,13 @@ def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
     """Return what Row takes besides its values: the metadata, and the indexes of its keys."""
     metadata = SimpleResultMetaData(keys)
     return metadata, _get(metadata, "key_to_index")
+
+
+def transport_of(driver: Any) -> Any:
+    """Return the transport of asyncpg's own connection, or None for another driver or version."""
+    return getattr(driver, ATTRIBUTES["transport"], None)
+
+
+def loop_of(driver: Any) -> Any:
+    """Return the event loop of asyncpg's own connection, or None for another driver, whose connections have none."""
+    return getattr(driver, ATTRIBUTES["loop"], None)

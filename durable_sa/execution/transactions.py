@@ -15,7 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from ..database.connections import Database, discard
+from ..database.closing import begun, discard, give_back
+from ..database.connections import Database
 from ..database_errors import backoff, is_conflict, is_lost, is_transient
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
@@ -171,7 +172,7 @@ async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTrans
     SQLAlchemy takes a refused transaction for ended although nothing was sent. The pool would hand its connection on
     with uncommitted writes, for the next transaction to commit.
     """
-    async with connection.begin() as transaction:
+    async with begun(connection) as transaction:
         try:
             yield transaction
         except BaseException:
@@ -247,7 +248,7 @@ def _close_in_greenlet(_: object, connection: Connection) -> None:
 
 async def _close(connection: AsyncConnection) -> None:
     """Return the connection to the pool, or discard it if the caller is cancelled meanwhile."""
-    closing = asyncio.ensure_future(connection.close())
+    closing = asyncio.ensure_future(give_back(connection))
     try:
         await asyncio.shield(closing)
     except asyncio.CancelledError:

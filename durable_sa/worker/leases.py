@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..concurrency.threads import LoopThread
 from ..database.channel import DedicatedConnection
+from ..database.closing import dispose
 from ..database.connections import Database
 from ..database_errors import is_transient, reason, without_values
 from ..statements import claiming
@@ -134,7 +135,7 @@ class Heartbeat:
                     self._lease.renewed(sent_at)
         finally:
             await connection.close()
-            await engine.dispose()
+            await dispose(engine)
 
     def _lost(self) -> None:
         if self._thread.stopping:

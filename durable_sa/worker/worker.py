@@ -223,8 +223,11 @@ class Worker:
             ) from error
 
     async def _disconnect(self) -> None:
+        await asyncio.gather(*(connection.close() for connection in self._connections))
+
+    def _tear_down(self) -> None:
         for connection in self._connections:
-            await connection.close()
+            connection.tear_down()
 
     def _lease_lost(self) -> None:
         logger.warning("worker %s lost its lease: cancelling %d runs", self.settings.name, len(self._slots.runs))
@@ -270,14 +273,17 @@ class Worker:
                 await self._slots.idle.wait()
         except TimeoutError:
             self.release_now()
+        handing_over = self.loop.create_task(self._hand_over(), name="durable:hand-over")
+        done, _ = await asyncio.wait([handing_over], timeout=CLOSING_TIMEOUT)
+        if not done:
+            # The connections come first: cancelled, a driver waits for the server to cancel the statement.
+            self._tear_down()
+            handing_over.cancel()
+            await asyncio.wait([handing_over], timeout=HINTS_TIMEOUT)
         try:
-            async with asyncio.timeout(CLOSING_TIMEOUT):
-                await self._background.ended(CLAIMS)
-                await self._slots.idle.wait()
-                await self._writer.idle.wait()
-                await reconnecting(self.maintenance.work)
-                parameters = {"worker_id": self.worker_id}
-                await reconnecting(lambda: self._shared_connection.execute(claiming.REMOVE_WORKER, parameters))
+            if not done:
+                raise TimeoutError
+            handing_over.result()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             logger.warning(
                 "worker %s has ended with work left (%s); other workers take it over when its lease has ended",
@@ -286,15 +292,27 @@ class Worker:
             )
         await self._close()
 
+    async def _hand_over(self) -> None:
+        """Write what is left to write, pass on what is due, and unregister."""
+        await self._background.ended(CLAIMS)
+        await self._slots.idle.wait()
+        await self._writer.idle.wait()
+        await reconnecting(self.maintenance.work)
+        parameters = {"worker_id": self.worker_id}
+        await reconnecting(lambda: self._shared_connection.execute(claiming.REMOVE_WORKER, parameters))
+
     async def _close(self) -> None:
         if self._telemetry is not None:
             self._telemetry.forget(self)
         self._registration.expire()
+        tearing = self.loop.call_later(HINTS_TIMEOUT, self._tear_down)
         await self._background.end()
-        await self._registration.stop_heartbeat()
-        if self._health is not None:
-            await self._health.stop()
-        await self._disconnect()
+        tearing.cancel()
+        await asyncio.gather(
+            self._registration.stop_heartbeat(),
+            self._disconnect(),
+            *(() if self._health is None else (self._health.stop(),)),
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HINTS_TIMEOUT):
                 await self._hints.flush()
