@@ -118,12 +118,13 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         """Shut down workers that still run, and dispose of the engine if it was made from a URL.
 
         Waits until wake-up hints in flight are sent, also over engines of the application: dispose of those afterwards.
+        Of the engines that were made from a URL, it is the one of the running event loop.
         """
-        ended = await asyncio.gather(*(worker.shutdown() for worker in self._workers), return_exceptions=True)
+        ended = await asyncio.gather(*(_shut_down(worker) for worker in list(self._workers)), return_exceptions=True)
         await flush(channel_name(self.schema))
-        if self._database is not None:
-            await self._database.close()
-            if self._database.owned:
+        if (database := self._databases.pop() or self._database) is not None:
+            await database.close()
+            if database.owned:
                 self._database = None
         for error in ended:
             if error is not None:
@@ -209,3 +210,11 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
                 await worker.wait()
             finally:
                 await worker.shutdown()
+
+
+async def _shut_down(worker: Worker) -> None:
+    """Shut down a worker, which may be one of another event loop; on one that does not run, it has ended already."""
+    if worker.loop is asyncio.get_running_loop():
+        await worker.shutdown()
+    elif worker.loop.is_running():
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(worker.shutdown(), worker.loop))

@@ -288,7 +288,7 @@ class Spawning(App):
         results = await drive_async(held.execute, inserting.insert(prepared, hint, lock_timeout=lock_timeout))
         hints = self._sender()
         # A worker on this event loop that has slots for all of the tasks gets the hint without the database.
-        here = next((worker for worker in self._workers if worker.loop is hints.loop), None)
+        here = next((worker for worker in list(self._workers) if worker.loop is hints.loop), None)
         if not (here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)):
             hints.send(hint)
         return results

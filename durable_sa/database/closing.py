@@ -93,8 +93,9 @@ async def discard(connection: AsyncConnection) -> None:
         finally:
             await connection.close()
 
+    loop = asyncio.get_running_loop()
     with detached():
-        task = asyncio.ensure_future(_bounded(close, functools.partial(tear_down, driver_of(connection))))
+        task = loop.create_task(_bounded(close, functools.partial(tear_down, driver_of(connection))))
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     await asyncio.wait([task])
 
@@ -138,3 +139,13 @@ async def dispose(engine: AsyncEngine) -> None:
 
     with contextlib.suppress(SQLAlchemyError, OSError, TimeoutError):
         await _bounded(engine.dispose, tear)
+
+
+def abandon(engine: AsyncEngine) -> None:
+    """Let the server end the connections of an engine whose event loop is closed, so that nothing can be awaited."""
+    for driver in list(_drivers.get(engine.sync_engine.pool, ())):
+        with contextlib.suppress(Exception):  # it is closed already
+            if (transport := private.transport_of(driver)) is not None:
+                transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            else:
+                tear_down(driver)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.pool import Pool
+from sqlalchemy.pool import NullPool, Pool
 
 from ..database_errors import (
     CACHED_PLAN_STATES,
@@ -26,10 +27,10 @@ from ..database_errors import (
     retrying,
     sqlstate,
 )
-from ..errors import InvalidConfiguration, SchemaMismatch
+from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
-from . import direct
-from .closing import begun, discard, dispose, give_back, know_connections
+from . import direct, private
+from .closing import abandon, begun, discard, dispose, driver_of, give_back, know_connections
 from .engines import Bind, check_date_style, resolve_bind
 from .failover import inspect, locate
 from .rendering import Translations, render
@@ -38,6 +39,9 @@ logger = logging.getLogger("durable_sa")
 
 TRIES = 3
 """Number of times that a statement is sent which meets a dead connection."""
+
+FIRST_CONNECTION_PAUSE = 0.005
+"""Seconds between looks whether another event loop has its first connection."""
 
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: True if statements need explicit transactions on it, False if autocommit will do."""
@@ -52,6 +56,19 @@ _mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools whose connections lead to a pooler that was seen to mix up prepared statements."""
 _explained: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools for which the remedy has been logged."""
+_first_connections: weakref.WeakKeyDictionary[Pool, threading.Lock | None] = weakref.WeakKeyDictionary()
+"""The lock of the first connection over an engine without a pool, which event loops may share; None once it exists."""
+_loops: weakref.WeakKeyDictionary[Pool, asyncio.AbstractEventLoop] = weakref.WeakKeyDictionary()
+"""The event loop of the connections of a pool, which keeps them."""
+
+
+def _shared_between_loops() -> InvalidState:
+    return InvalidState(
+        "The engine's pool",
+        "used on another event loop than its connections",
+        "Pools of SQLAlchemy cannot be shared between event loops. Create the engine with poolclass=NullPool, or await "
+        "engine.dispose() before its loop ends, or give Durable the URL: it then has an engine for each loop.",
+    )
 
 
 def is_autocommit(connection: Connection) -> bool:
@@ -69,6 +86,8 @@ class Database:
     def __init__(self, bind: Bind | None, schema: str = SCHEMA) -> None:
         self.schema = schema
         self.engine, self.sessionmaker, self.owned = resolve_bind(bind)
+        self._used_by: tuple[Pool, asyncio.AbstractEventLoop] | None = None
+        """The pool, and the event loop that was last found to be the one of its connections."""
         self.options: dict[str, Any] = {}
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
@@ -78,6 +97,48 @@ class Database:
         """Dispose of the engine if it was made from a URL."""
         if self.owned:
             await dispose(self.engine)
+
+    def abandon(self) -> None:
+        """Drop the connections of an engine that was made from a URL, after its event loop was closed."""
+        if self.owned:
+            abandon(self.engine)
+
+    async def checkout(self) -> AsyncConnection:
+        """Take a connection from the pool.
+
+        Raises:
+            InvalidState: connections of the pool belong to another event loop. SQLAlchemy would hand them on, and what
+                is awaited on them might never end.
+        """
+        pool, loop = self._pool, asyncio.get_running_loop()
+        if self._used_by == (pool, loop):
+            connection = await self.engine.connect()
+        else:
+            connection = await self._checkout_first(pool, loop)
+        if private.loop_of(driver_of(connection)) not in (None, loop):
+            await give_back(connection)
+            raise _shared_between_loops()
+        return connection
+
+    async def _checkout_first(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> AsyncConnection:
+        """Take a connection on another event loop than before, or from another pool."""
+        if not isinstance(pool, NullPool):
+            other = _loops.setdefault(pool, loop)
+            if other is not loop and not other.is_closed():
+                raise _shared_between_loops()
+            _loops[pool] = loop
+            self._used_by = (pool, loop)
+        elif (lock := _first_connections.setdefault(pool, threading.Lock())) is not None:
+            # SQLAlchemy asks the server for its version on the first connection, under a lock of one event loop.
+            while not lock.acquire(blocking=False):  # noqa: ASYNC110 - an asyncio.Event is of one event loop
+                await asyncio.sleep(FIRST_CONNECTION_PAUSE)
+            try:
+                connection = await self.engine.connect()
+                _first_connections[pool] = None
+            finally:
+                lock.release()
+            return connection
+        return await self.engine.connect()
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Execute a statement that may be repeated as a transaction of its own, on a connection of the pool.
@@ -159,7 +220,7 @@ class Database:
         """Take a connection from the pool and prepare it for :meth:`execute_on`."""
         while True:
             was_mixed_up = self._is_mixed_up
-            connection = await self.engine.connect()
+            connection = await self.checkout()
             try:
                 await self._set_up(connection)
                 return connection
@@ -202,7 +263,7 @@ class Database:
     @asynccontextmanager
     async def _connected(self) -> AsyncGenerator[AsyncConnection]:
         """Take a connection from the pool for the block."""
-        connection = await self.engine.connect()
+        connection = await self.checkout()
         try:
             yield connection
         finally:
@@ -251,7 +312,7 @@ class Database:
 
         If that is autocommit, which knows no transactions, at read committed.
         """
-        connection = await self.engine.connect()
+        connection = await self.checkout()
         try:
             await self._locate(connection)
             options = dict(self.options)
@@ -278,7 +339,7 @@ class Database:
 
         Callers that retry have errors `explained` (see :meth:`explain`) by themselves, after the last try.
         """
-        connection = await self.engine.connect()
+        connection = await self.checkout()
         try:
             # An engine of that level would not do: if the application's was derived from another, that one's counts.
             connection = await connection.execution_options(isolation_level="READ COMMITTED", **self.options)
@@ -363,7 +424,7 @@ class HeldConnection:
         try:
             if self._connection is None:
                 self._pool = self._database.engine.sync_engine.pool
-                self._connection = await self._database.engine.connect()
+                self._connection = await self._database.checkout()
             return await self._database.execute_on(self._connection, statement, parameters)
         except BaseException:
             connection, self._connection = self._connection, None

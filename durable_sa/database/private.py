@@ -32,12 +32,16 @@ ATTRIBUTES: Final[dict[str, str]] = {
     "handle_exception": "_handle_exception",
     # Of SimpleResultMetaData: the third argument of Row. A Result sets it as well, but takes longer than the row.
     "key_to_index": "_key_to_index",
+}
+"""Name of each attribute by the name that it has here."""
+
+ASYNCPG_ATTRIBUTES: Final[dict[str, str]] = {
     # Of asyncpg's own connection: its socket, which `close` and `terminate` leave open if another close is in progress.
     "transport": "_transport",
     # Of the same: the event loop that the connection belongs to.
     "loop": "_loop",
 }
-"""Name of each attribute by the name that it has here."""
+"""The same of asyncpg. Without them its connections are ended and refused less thoroughly."""
 
 
 _checked: set[type] = set()
@@ -113,9 +117,9 @@ def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
 
 def transport_of(driver: Any) -> Any:
     """Return the transport of asyncpg's own connection, or None for another driver or version."""
-    return getattr(driver, ATTRIBUTES["transport"], None)
+    return getattr(driver, ASYNCPG_ATTRIBUTES["transport"], None)
 
 
 def loop_of(driver: Any) -> Any:
     """Return the event loop of asyncpg's own connection, or None for another driver, whose connections have none."""
-    return getattr(driver, ATTRIBUTES["loop"], None)
+    return getattr(driver, ASYNCPG_ATTRIBUTES["loop"], None)
