@@ -189,18 +189,25 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         finally:
             await worker.shutdown()
 
-    async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
+    async def run_worker(self, *, signals: bool | None = None, **options: Unpack[WorkerOptions]) -> None:
         """Run a worker until SIGTERM or SIGINT. A second signal releases its runs without waiting for them.
 
-        A signal during its start aborts the start.
+        A signal during its start aborts the start. Signals are taken on the main thread, if no other code, such as a
+        web server, has a handler for them; with `signals=True` in any case, and that handler is called as well; with
+        `signals=False` never. Where they are not taken, cancel the call to shut the worker down.
+
+        After a signal the process ends in `shutdown_timeout` and 30 seconds, by force if the code of a task does not
+        let it: the log says which task.
 
         The process is taken to exist for the worker: all objects in memory once it has started, code above all, are
         excluded from garbage collections (`gc.freeze`), which would cost a quarter of the throughput.
 
         Raises:
             DurableError: the same errors as :meth:`start_worker`.
+            InvalidConfiguration: signals are to be taken outside of the main thread.
         """
-        async with signals_handled() as interrupts:
+        settings = Settings.resolve(options, self.queue_name)
+        async with signals_handled(signals, settings.shutdown_timeout) as interrupts:
             worker = await interrupts.started(self.start_worker(**options))
             if worker is None:
                 return

@@ -35,7 +35,7 @@ from .maintenance import Maintenance
 from .registration import Registration
 from .sampler import QueueSampler
 from .settings import Settings
-from .slots import Slots
+from .slots import RunKey, Slots
 
 logger = logging.getLogger("durable_sa")
 
@@ -158,6 +158,24 @@ class Worker:
     def running_in(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return self._slots.queue_names()
+
+    @property
+    def left_behind(self) -> bool:
+        """True if code of its runs ignores its cancellation and goes on."""
+        return bool(self._executor.unended())
+
+    def unended(self) -> list[str]:
+        """Describe the tasks whose code runs, also after its cancellation. Safe to call from any thread."""
+        holding = asyncio.current_task(self.loop)
+        descriptions: dict[RunKey, str] = {}
+        for run in list(self._slots.runs.values()):
+            blocking = holding is not None and holding in run.branches.tasks
+            what = ", which blocks the event loop" if blocking else ""
+            descriptions[run.claimed.key] = f"task {run.claimed.task_id} ({run.claimed.task_name}){what}"
+        for claimed in self._executor.unended():
+            what = ", which ignores its cancellation"
+            descriptions[claimed.key] = f"task {claimed.task_id} ({claimed.task_name}){what}"
+        return list(descriptions.values())
 
     async def start(self) -> None:
         """Register, and start to claim. If the database is read-only, do both in the background, once it takes writes.
