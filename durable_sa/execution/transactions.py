@@ -17,7 +17,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from ..database.closing import begun, discard, give_back
 from ..database.connections import Database
-from ..database_errors import backoff, is_conflict, is_lost, is_transient
+from ..database_errors import backoff, is_conflict, is_lost, is_mixed_up, is_transient
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import Codec, check_size
@@ -79,12 +79,14 @@ async def run_transaction(
         except _Interrupted:
             interruptions += 1
         except SQLAlchemyError as error:
-            if is_lost(error):
+            # The engine's own SAVEPOINT is the first statement that a pooler may mix up.
+            mixed_up = is_mixed_up(error)
+            if mixed_up or is_lost(error):
                 lost += 1
                 await discard(connection)
             else:
                 conflicts += 1
-            if lost == MAX_LOST_CONNECTIONS or conflicts == MAX_CONFLICTS or not is_conflict(error):
+            if lost == MAX_LOST_CONNECTIONS or conflicts == MAX_CONFLICTS or not (mixed_up or is_conflict(error)):
                 raise
         finally:
             await _close(connection)
