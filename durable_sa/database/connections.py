@@ -191,8 +191,8 @@ class Database:
             if sqlstate(error) in POOLER_STATES and self._pool not in _explained:
                 _explained.add(self._pool)
                 logger.warning(
-                    "a connection pooler mixes up prepared statements; let the driver reuse none: by ?pooler=transaction in "
-                    "the URL that you give to Durable, or, for an engine of your own, by connect_args: "
+                    "a connection pooler mixes up prepared statements; let the driver reuse none: by "
+                    "?pooler=transaction in the URL of Durable, or for an engine of your own by connect_args: "
                     "statement_cache_size=0, prepared_statement_cache_size=0 and a prepared_statement_name_func that "
                     "returns unique names with asyncpg, prepare_threshold=None with psycopg"
                 )
