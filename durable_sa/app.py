@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
+from .concurrency.loops import PerLoop
+from .concurrency.threads import in_event_loop
 from .database.connections import Database
 from .database.notifier import HintSender, sender
 from .errors import QueueNotFound, TaskAlreadyRegistered, TaskNotRegistered
@@ -66,15 +68,28 @@ class App:
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         self._database: Database | None = None
+        """The database on an engine that is the application's, or that was made while no event loop ran."""
+        self._databases = PerLoop(self._make_database, Database.abandon)
         self._hint_sender: HintSender | None = None
         """The sender that was used last, kept because it knows when that was."""
 
     @property
     def database(self) -> Database:
-        """The database, resolved from `bind` on first use."""
-        if self._database is None:
-            self._database = Database(self._bind, self.schema)
-        return self._database
+        """The database, resolved from `bind` on first use. Of a URL, each event loop has an engine of its own."""
+        database = self._database
+        if database is not None and not database.owned:
+            return database
+        if in_event_loop():
+            return self._databases.get()
+        if database is None:
+            database = self._database = Database(self._bind, self.schema)
+        return database
+
+    def _make_database(self) -> Database:
+        database, self._database = self._database or Database(self._bind, self.schema), None
+        if not database.owned:
+            self._database = database
+        return database
 
     @property
     def engine(self) -> AsyncEngine:

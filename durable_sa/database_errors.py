@@ -89,6 +89,14 @@ def is_lost(error: BaseException) -> bool:
     return error.connection_invalidated or code[:2] == "08" or code in _LOST_STATES
 
 
+def is_mixed_up(error: BaseException) -> bool:
+    """Return whether a pooler has sent a prepared statement to a server connection that does not know it.
+
+    The transaction has failed, and another connection prepares the statement anew.
+    """
+    return sqlstate(error) in POOLER_STATES
+
+
 def is_read_only(error: BaseException) -> bool:
     """Return whether the database takes no writes."""
     return sqlstate(error) == READ_ONLY

@@ -19,6 +19,7 @@ import typer
 from .. import Durable, WorkerOptions
 from ..errors import InvalidConfiguration
 from ..options import DEFAULT_CONCURRENCY
+from ..worker.interrupts import ENDING_TIMEOUT, Watchdog
 from . import reloading
 from .invocation import exit_on_errors, exit_on_package_errors
 
@@ -134,7 +135,9 @@ async def _run(durable: Durable[Any], options: WorkerOptions) -> None:
         with exit_on_errors():
             await durable.check_schema()
         with exit_on_package_errors():
-            await durable.run_worker(**options)
+            await durable.run_worker(signals=True, **options)
+    # Nothing is left to do: what keeps the process now is code of the application.
+    Watchdog(list).expect_end_within(ENDING_TIMEOUT)
 
 
 def load(target: str) -> Durable[Any]:

@@ -103,8 +103,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         self.state = state
         """The value of `ctx.state` without a lifespan."""
         self.lifespan = lifespan
-        given: Iterable[Task[Any, Any]] = tasks.values() if isinstance(tasks, Mapping) else tasks
-        for task in given:
+        for task in cast("Iterable[Task[Any, Any]]", tasks.values() if isinstance(tasks, Mapping) else tasks):
             self.register(task)
 
     def __repr__(self) -> str:
@@ -127,14 +126,14 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         """Shut down workers that still run, and dispose of the engine if it was made from a URL.
 
         Waits, but not for long, for calls and wake-up hints in flight, also over engines of the application: dispose of
-        those afterwards.
+        those afterwards. Of the engines that were made from a URL, it is the one of the running event loop.
         """
-        ended = await asyncio.gather(*(worker.shutdown() for worker in self._workers), return_exceptions=True)
+        ended = await asyncio.gather(*(_shut_down(worker) for worker in list(self._workers)), return_exceptions=True)
         await asyncio.gather(*(batch.flush(BATCH_TIMEOUT) for batch in vars(self).values() if isinstance(batch, Batch)))
         await flush(channel_name(self.schema))
-        if self._database is not None:
-            await self._database.close()
-            if self._database.owned:
+        if (database := self._databases.pop() or self._database) is not None:
+            await database.close()
+            if database.owned:
                 self._database = None
         for error in ended:
             if error is not None:
@@ -199,18 +198,25 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         finally:
             await worker.shutdown()
 
-    async def run_worker(self, **options: Unpack[WorkerOptions]) -> None:
+    async def run_worker(self, *, signals: bool | None = None, **options: Unpack[WorkerOptions]) -> None:
         """Run a worker until SIGTERM or SIGINT. A second signal releases its runs without waiting for them.
 
-        A signal during its start aborts the start.
+        A signal during its start aborts the start. Signals are taken on the main thread, if no other code, such as a
+        web server, has a handler for them; with `signals=True` in any case, and that handler is called as well; with
+        `signals=False` never. Where they are not taken, cancel the call to shut the worker down.
+
+        After a signal the process ends in `shutdown_timeout` and 30 seconds, by force if the code of a task does not
+        let it: the log says which task.
 
         The process is taken to exist for the worker: all objects in memory once it has started, code above all, are
         excluded from garbage collections (`gc.freeze`), which would cost a quarter of the throughput.
 
         Raises:
             DurableError: the same errors as :meth:`start_worker`.
+            InvalidConfiguration: signals are to be taken outside of the main thread.
         """
-        async with signals_handled() as interrupts:
+        settings = Settings.resolve(options, self.queue_name)
+        async with signals_handled(signals, settings.shutdown_timeout) as interrupts:
             worker = await interrupts.started(self.start_worker(**options))
             if worker is None:
                 return
@@ -220,3 +226,11 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
                 await worker.wait()
             finally:
                 await worker.shutdown()
+
+
+async def _shut_down(worker: Worker) -> None:
+    """Shut down a worker, which may be one of another event loop; on one that does not run, it has ended already."""
+    if worker.loop is asyncio.get_running_loop():
+        await worker.shutdown()
+    elif worker.loop.is_running():
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(worker.shutdown(), worker.loop))

@@ -294,7 +294,7 @@ class Spawning(App):
         """Spawn tasks of callers that came at the same time with one statement, and an outcome each."""
         hint, hints = Hint(), self._sender()
         # A worker on this event loop that has slots for all of the tasks gets the hint without the database.
-        here = next((worker for worker in self._workers if worker.loop is hints.loop), None)
+        here = next((worker for worker in list(self._workers) if worker.loop is hints.loop), None)
         alone = here is None and len(prepared) == 1 and lock_timeout is None
         channel = hints.channel if alone and hints.quiet else None
         script = inserting.insert(prepared, hint, lock_timeout=lock_timeout, channel=channel)

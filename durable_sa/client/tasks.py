@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from ..app import App
+from ..concurrency.loops import PerLoop
 from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
@@ -116,8 +117,8 @@ class Tasks(App):
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
         task_id = _id_of(task)
-        changed = asyncio.Event()
-        self._changes.setdefault(task_id, set()).add(changed)
+        changed, changes = asyncio.Event(), self._changes.get()
+        changes.setdefault(task_id, set()).add(changed)
         began = asyncio.get_running_loop().time()
         deadline = asyncio.timeout(None if limit is None else max(limit, _FIRST_LOOK))
         row: Row[Any] | None = None
@@ -142,22 +143,22 @@ class Tasks(App):
                 raise  # a timeout of the database
             raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds{_standing(row)}") from None
         finally:
-            self._changes[task_id].discard(changed)
-            if not self._changes[task_id]:
-                del self._changes[task_id]
+            changes[task_id].discard(changed)
+            if not changes[task_id]:
+                del changes[task_id]
         if row is None:
             raise TaskNotFound(task_id)
         return self._poll_result(row)
 
     def task_changed(self, task_id: uuid.UUID) -> None:
         """Let calls of this client that wait for a task poll now: a worker of this client has seen its end."""
-        for changed in self._changes.get(task_id, ()):
+        for changed in self._changes.get().get(task_id, ()):
             changed.set()
 
     @functools.cached_property
-    def _changes(self) -> dict[uuid.UUID, set[asyncio.Event]]:
+    def _changes(self) -> PerLoop[dict[uuid.UUID, set[asyncio.Event]]]:
         """Events to be set when a task may have ended, of the calls that wait for it."""
-        return {}
+        return PerLoop(dict[uuid.UUID, set[asyncio.Event]])
 
     @functools.cached_property
     def _polls(self) -> Batch[uuid.UUID, Row[Any] | None]:

@@ -7,6 +7,7 @@ import asyncio
 import functools
 import weakref
 from collections.abc import Coroutine, Generator
+from types import CellType
 from typing import Any, TypeVar
 
 from . import branches
@@ -60,6 +61,28 @@ class _TaskFactory:
             return create(loop, coro, **kwargs)
         guarded = _Guarded(coro) if asyncio.iscoroutine(coro) else coro
         return branch.start(functools.partial(create, loop, guarded, **kwargs), context)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a factory of `asyncio.create_eager_task_factory` has: its code, and the constructor in a cell.
+
+        anyio knows such a factory by its code, and calls the constructor for tasks that must not start eagerly.
+        """
+        if name not in ("__code__", "__closure__") or self.previous is None:
+            raise AttributeError(name)
+        found = getattr(self.previous, name)
+        if name == "__code__":
+            return found
+        return tuple(CellType(functools.partial(self._construct, cell.cell_contents)) for cell in found)
+
+    def _construct(self, constructor: Any, coro: Any, *, loop: Any = None, **kwargs: Any) -> Any:
+        """Make a task that does not start eagerly, which is a branch if it is one of a run."""
+        loop = loop or asyncio.get_running_loop()
+        context = kwargs.get("context")
+        branch = branches.next_branch(loop, context) if self.users else None
+        if branch is None:
+            return constructor(coro, loop=loop, **kwargs)
+        guarded = _Guarded(coro) if asyncio.iscoroutine(coro) else coro
+        return branch.start(functools.partial(constructor, guarded, loop=loop, **kwargs), context)
 
     def create_root(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], **kwargs: Any) -> Any:
         """Create the first task of a run, whose branch is in its context already."""

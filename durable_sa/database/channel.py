@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Executable, Row
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..database_errors import is_conflict, is_read_only, retrying
 from ..statements.expressions import INTROSPECT_TYPES, NO_ARRAYS
-from .connections import Database, discard
+from .closing import CLOSING_TIMEOUT, discard, dispose, driver_of, give_back, tear_down
+from .connections import Database
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ class DedicatedConnection:
     async def _dispose(self) -> None:
         own, self._own = self._own, None
         if own is not None:
-            await own.dispose()
+            await dispose(own)
 
     async def connect(self) -> None:
         """Take a connection from the pool before the next statement needs it."""
@@ -112,14 +113,22 @@ class DedicatedConnection:
         await self.connect()
         await self.execute(INTROSPECT_TYPES, NO_ARRAYS)
 
+    def tear_down(self) -> None:
+        """Have the statement in flight fail, whose connection may never answer it."""
+        if self.busy and self._connection is not None:
+            tear_down(driver_of(self._connection))
+
     async def close(self) -> None:
-        """Return the connection to the pool once the statement in flight has been answered."""
-        async with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                try:
-                    async with asyncio.timeout(5.0):
-                        await connection.close()
-                except (SQLAlchemyError, OSError, TimeoutError):
-                    await discard(connection)
-            await self._dispose()
+        """Return the connection to the pool once the statement in flight has been answered, or does not answer."""
+        try:
+            async with asyncio.timeout(CLOSING_TIMEOUT):
+                await self.answered()
+        except TimeoutError:
+            self.tear_down()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_TIMEOUT):
+                await self.answered()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await give_back(connection)
+        await self._dispose()

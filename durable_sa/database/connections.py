@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -14,7 +15,7 @@ from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.pool import Pool
+from sqlalchemy.pool import NullPool, Pool
 
 from ..database_errors import (
     CACHED_PLAN_STATES,
@@ -22,13 +23,15 @@ from ..database_errors import (
     POOLER_STATES,
     is_conflict,
     is_lost,
+    is_mixed_up,
     refuse_read_only,
     retrying,
     sqlstate,
 )
-from ..errors import InvalidConfiguration, SchemaMismatch
+from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
-from . import direct
+from . import direct, private
+from .closing import abandon, begun, discard, dispose, driver_of, give_back, know_connections
 from .engines import Bind, check_date_style, resolve_bind
 from .failover import inspect, locate
 from .rendering import Translations
@@ -37,6 +40,9 @@ logger = logging.getLogger("durable_sa")
 
 TRIES = 3
 """Number of times that a statement is sent which meets a dead connection."""
+
+FIRST_CONNECTION_PAUSE = 0.005
+"""Seconds between looks whether another event loop has its first connection."""
 
 _EXPLICIT = "durable_explicit"
 """Key in a connection's `info`: True if statements need explicit transactions on it, False if autocommit will do."""
@@ -51,25 +57,24 @@ _mixed_up: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools whose connections lead to a pooler that was seen to mix up prepared statements."""
 _explained: weakref.WeakSet[Pool] = weakref.WeakSet()
 """Pools for which the remedy has been logged."""
+_first_connections: weakref.WeakKeyDictionary[Pool, threading.Lock | None] = weakref.WeakKeyDictionary()
+"""The lock of the first connection over an engine without a pool, which event loops may share; None once it exists."""
+_loops: weakref.WeakKeyDictionary[Pool, asyncio.AbstractEventLoop] = weakref.WeakKeyDictionary()
+"""The event loop of the connections of a pool, which keeps them."""
+
+
+def _shared_between_loops() -> InvalidState:
+    return InvalidState(
+        "The engine's pool",
+        "used on another event loop than its connections",
+        "Pools of SQLAlchemy cannot be shared between event loops. Create the engine with poolclass=NullPool, or await "
+        "engine.dispose() before its loop ends, or give Durable the URL: it then has an engine for each loop.",
+    )
 
 
 def is_autocommit(connection: Connection) -> bool:
     """Return whether every statement commits by itself; all drivers of Postgres have the same attribute for that."""
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
-
-
-async def discard(connection: AsyncConnection) -> None:
-    """Close a connection in an unknown state. Takes 5 seconds at most, and raises only when cancelled."""
-
-    async def close() -> None:
-        try:
-            await connection.invalidate()
-        finally:
-            await connection.close()
-
-    task = asyncio.ensure_future(close())
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    await asyncio.wait([task], timeout=5.0)
 
 
 class Database:
@@ -82,6 +87,8 @@ class Database:
     def __init__(self, bind: Bind | None, schema: str = SCHEMA) -> None:
         self.schema = schema
         self.engine, self.sessionmaker, self.owned = resolve_bind(bind)
+        self._used_by: tuple[Pool, asyncio.AbstractEventLoop] | None = None
+        """The pool, and the event loop that was last found to be the one of its connections."""
         self.options: dict[str, Any] = {}
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
@@ -90,7 +97,49 @@ class Database:
     async def close(self) -> None:
         """Dispose of the engine if it was made from a URL."""
         if self.owned:
-            await self.engine.dispose()
+            await dispose(self.engine)
+
+    def abandon(self) -> None:
+        """Drop the connections of an engine that was made from a URL, after its event loop was closed."""
+        if self.owned:
+            abandon(self.engine)
+
+    async def checkout(self) -> AsyncConnection:
+        """Take a connection from the pool.
+
+        Raises:
+            InvalidState: connections of the pool belong to another event loop. SQLAlchemy would hand them on, and what
+                is awaited on them might never end.
+        """
+        pool, loop = self._pool, asyncio.get_running_loop()
+        if self._used_by == (pool, loop):
+            connection = await self.engine.connect()
+        else:
+            connection = await self._checkout_first(pool, loop)
+        if private.loop_of(driver_of(connection)) not in (None, loop):
+            await give_back(connection)
+            raise _shared_between_loops()
+        return connection
+
+    async def _checkout_first(self, pool: Pool, loop: asyncio.AbstractEventLoop) -> AsyncConnection:
+        """Take a connection on another event loop than before, or from another pool."""
+        if not isinstance(pool, NullPool):
+            other = _loops.setdefault(pool, loop)
+            if other is not loop and not other.is_closed():
+                raise _shared_between_loops()
+            _loops[pool] = loop
+            self._used_by = (pool, loop)
+        elif (lock := _first_connections.setdefault(pool, threading.Lock())) is not None:
+            # SQLAlchemy asks the server for its version on the first connection, under a lock of one event loop.
+            while not lock.acquire(blocking=False):  # noqa: ASYNC110 - an asyncio.Event is of one event loop
+                await asyncio.sleep(FIRST_CONNECTION_PAUSE)
+            try:
+                connection = await self.engine.connect()
+                _first_connections[pool] = None
+            finally:
+                lock.release()
+            return connection
+        return await self.engine.connect()
 
     async def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Execute a statement that may be repeated as a transaction of its own, on a connection of the pool.
@@ -133,13 +182,14 @@ class Database:
             _mixed_up.add(self._pool)
             await self._set_up(connection)
         try:
-            async with connection.begin():
+            async with begun(connection):
                 return await self._execute_within(connection, statement, parameters)
         except DBAPIError as error:
             if sqlstate(error) in POOLER_STATES and self._pool not in _explained:
                 _explained.add(self._pool)
                 logger.warning(
-                    "a connection pooler mixes up prepared statements; let the driver reuse none, by connect_args: "
+                    "a connection pooler mixes up prepared statements; let the driver reuse none: by "
+                    "?pooler=transaction in the URL of Durable, or for an engine of your own by connect_args: "
                     "statement_cache_size=0, prepared_statement_cache_size=0 and a prepared_statement_name_func that "
                     "returns unique names with asyncpg, prepare_threshold=None with psycopg"
                 )
@@ -169,7 +219,7 @@ class Database:
         """Take a connection from the pool and prepare it for :meth:`execute_on`."""
         while True:
             was_mixed_up = self._is_mixed_up
-            connection = await self.engine.connect()
+            connection = await self.checkout()
             try:
                 await self._set_up(connection)
                 return connection
@@ -209,6 +259,15 @@ class Database:
         isolation = await inspect(connection)
         connection.info[_EXPLICIT] = isolation != "read committed"
 
+    @asynccontextmanager
+    async def _connected(self) -> AsyncGenerator[AsyncConnection]:
+        """Take a connection from the pool for the block."""
+        connection = await self.checkout()
+        try:
+            yield connection
+        finally:
+            await give_back(connection)
+
     async def check_schema(self) -> None:
         """Compare the tables in the database with what this version of the package needs.
 
@@ -221,7 +280,7 @@ class Database:
             from ..migrations import check
 
         try:
-            async with self.engine.connect() as connection:
+            async with self._connected() as connection:
                 await connection.run_sync(check, self.schema)
         except DBAPIError as error:
             if "statement pooling" in str(error.orig):
@@ -250,7 +309,7 @@ class Database:
 
         If that is autocommit, which knows no transactions, at read committed.
         """
-        connection = await self.engine.connect()
+        connection = await self.checkout()
         try:
             await self._locate(connection)
             options = dict(self.options)
@@ -277,7 +336,7 @@ class Database:
 
         Callers that retry have errors `explained` (see :meth:`explain`) by themselves, after the last try.
         """
-        connection = await self.engine.connect()
+        connection = await self.checkout()
         try:
             # An engine of that level would not do: if the application's was derived from another, that one's counts.
             connection = await connection.execution_options(isolation_level="READ COMMITTED", **self.options)
@@ -287,14 +346,14 @@ class Database:
             raise
         try:
             try:
-                async with connection.begin():
+                async with begun(connection):
                     yield connection
             except SQLAlchemyError as error:
-                if is_lost(error):
+                if is_lost(error) or is_mixed_up(error):
                     await discard(connection)
                 raise
             finally:
-                await connection.close()
+                await give_back(connection)
         except SQLAlchemyError as error:
             if explained:
                 await self.explain(error)
@@ -326,7 +385,9 @@ class Database:
         pool = engine.pool.recreate()
         if self._is_mixed_up:
             _mixed_up.add(pool)
-        return AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
+        return know_connections(
+            AsyncEngine(Engine(pool, engine.dialect, engine.url, hide_parameters=engine.hide_parameters))
+        )
 
 
 class HeldConnection:
@@ -360,7 +421,7 @@ class HeldConnection:
         try:
             if self._connection is None:
                 self._pool = self._database.engine.sync_engine.pool
-                self._connection = await self._database.engine.connect()
+                self._connection = await self._database.checkout()
             return await self._database.execute_on(self._connection, statement, parameters)
         except BaseException:
             connection, self._connection = self._connection, None
@@ -376,10 +437,7 @@ class HeldConnection:
         if self._database.engine.sync_engine.pool is not self._pool:
             await discard(connection)
             return
-        try:
-            await connection.close()
-        except (SQLAlchemyError, OSError):
-            await discard(connection)
+        await give_back(connection)
 
 
 def _is_worth_another(error: BaseException) -> bool:

@@ -10,7 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionma
 from sqlalchemy.pool import NullPool
 
 from ..errors import InvalidConfiguration
-from .urls import default_bind, resolve_url
+from . import private
+from .closing import know_connections
+from .urls import default_bind, dial, resolve_url, set_socket_options
 
 Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
 
@@ -47,7 +49,7 @@ def resolve_bind(bind: Bind | None) -> Bound:
             raise InvalidConfiguration("bind", f"durable_sa needs PostgreSQL, not {bind.dialect.name}")
         return Bound(bind, sessionmaker, owned=False)
     if isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
-        engine = create_async_engine(resolve_url(bind), hide_parameters=True)
+        engine = _make_engine(resolve_url(bind))
         event.listen(engine.sync_engine, "connect", _set_date_style)
         return Bound(engine, None, owned=True)
     raise InvalidConfiguration(
@@ -59,7 +61,21 @@ def resolve_bind(bind: Bind | None) -> Bound:
 
 def direct_engine(url: str | URL) -> AsyncEngine:
     """Make an engine whose one connection is for LISTEN. The caller disposes of it."""
-    return create_async_engine(resolve_url(url), poolclass=NullPool, hide_parameters=True)
+    return _make_engine(resolve_url(url), "listen_url", poolclass=NullPool)
+
+
+def _make_engine(url: URL, what: str = "bind", **options: Any) -> AsyncEngine:
+    dialed = dial(url, what)
+    engine = create_async_engine(dialed.url, connect_args=dialed.connect_args, hide_parameters=True, **options)
+    if dialed.socket_options:
+
+        def set_options(connection: Any, _: Any) -> None:
+            transport = private.transport_of(connection.driver_connection)
+            if transport is not None:
+                set_socket_options(transport.get_extra_info("socket"), dialed.socket_options)
+
+        event.listen(engine.sync_engine, "connect", set_options)
+    return know_connections(engine)
 
 
 def check_date_style(connection: AsyncConnection) -> None:

@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..database_errors import backoff, reason
 from ..statements.notifying import NOTIFY
-from .connections import Database
+from .closing import CLOSING_TIMEOUT, discard, dispose
+from .connections import Database, HeldConnection
 from .engines import direct_engine
 from .hint import channel_name
 
@@ -22,6 +23,8 @@ logger = logging.getLogger("durable_sa")
 
 ARRIVAL_DEADLINE = 5.0
 """Seconds after which a probe is taken for lost."""
+CONNECT_DEADLINE = 30.0
+"""Seconds after which a new connection, or the first statements on it, are taken for dead."""
 CHECK_INTERVAL = 30.0
 """Seconds between probes."""
 LONGEST_PAUSE = 15.0
@@ -43,12 +46,16 @@ class Listener:
 
     async def run(self) -> None:
         """Listen until cancelled."""
-        failures = 0
+        failures, pause = 0, 0.0
         while True:
             engine = self._database.private() if self._url is None else direct_engine(self._url)
             try:
-                async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                async with asyncio.timeout(CONNECT_DEADLINE):
+                    connection = await engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+                try:
                     await self._listen(connection)
+                finally:
+                    await discard(connection)
             except _NotDelivered:
                 self._say(
                     "LISTEN has no effect here (a connection pooler in transaction mode?): polling instead; "
@@ -63,7 +70,7 @@ class Listener:
                 pause = backoff(failures, base=1.0, most=LONGEST_PAUSE)
             finally:
                 worked, self.working = self.working, False
-                await asyncio.shield(engine.dispose())
+                await asyncio.shield(dispose(engine))
             if worked:
                 # Hints may have been lost since, and the worker has to poll from now on.
                 self._on_payload("")
@@ -102,12 +109,14 @@ class Listener:
             driver.add_termination_listener(lose)
             # asyncpg prepares the statement, and a pooler keeps both parts together in a transaction only.
             transaction: AbstractAsyncContextManager[Any] = driver.transaction()
-            async with transaction:
-                await driver.add_listener(self._channel, received)
-            # pg_stat_activity shows the latest statement: with this one, what the connection is for.
-            await driver.execute(f'LISTEN "{self._channel}"')
+            async with asyncio.timeout(CONNECT_DEADLINE):
+                async with transaction:
+                    await driver.add_listener(self._channel, received)
+                # pg_stat_activity shows the latest statement: with this one, what the connection is for.
+                await driver.execute(f'LISTEN "{self._channel}"')
         else:
-            await driver.execute(f'LISTEN "{self._channel}"')
+            async with asyncio.timeout(CONNECT_DEADLINE):
+                await driver.execute(f'LISTEN "{self._channel}"')
 
             async def read() -> None:
                 async for notification in driver.notifies():
@@ -149,7 +158,7 @@ class Listener:
         finally:
             if reading is not None:
                 reading.cancel()
-                await asyncio.wait([reading])
+                await asyncio.wait([reading], timeout=CLOSING_TIMEOUT)
 
     async def _probe(self, payload: str) -> None:
         """Send a probe to this listener as hints are sent, but not over the application's connections."""
@@ -157,16 +166,17 @@ class Listener:
         async def send() -> None:
             engine: AsyncEngine = self._database.private()
             try:
-                await Database(engine).execute(NOTIFY, {"channel": self._channel, "payload": payload})
+                async with asyncio.timeout(CONNECT_DEADLINE), HeldConnection(Database(engine)) as held:
+                    await held.execute(NOTIFY, {"channel": self._channel, "payload": payload})
             finally:
-                await engine.dispose()
+                await dispose(engine)
 
         # Cancelled in the middle of opening or closing, a driver would leave its connection open.
         sending = asyncio.ensure_future(send())
         try:
             await asyncio.shield(sending)
         except asyncio.CancelledError:
-            await asyncio.wait([sending], timeout=2.0)
+            await asyncio.wait([sending], timeout=CLOSING_TIMEOUT)
             raise
 
 

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool
 
 from ..concurrency.branches import detached
+from ..concurrency.loops import PerLoop
 from ..statements.notifying import NOTIFY
 from .connections import Database, HeldConnection, is_autocommit
 from .hint import Hint, channel_name
@@ -79,6 +80,7 @@ class HintSender:
         self._database = Database(engine)
         self._outbox = _Outbox()
         self._task: asyncio.Task[None] | None = None
+        self._sending = _senders.get().sending
         self._next_turn = 0.0
         """When the next hint may be sent, on the monotonic clock."""
 
@@ -97,7 +99,7 @@ class HintSender:
             return
         self._outbox.put(hint, after)
         if self._task is None:
-            _sending.add(self)
+            self._sending.add(self)
             with detached():
                 self._task = self.loop.create_task(self._drain(), name="durable:hints")
 
@@ -124,7 +126,7 @@ class HintSender:
             logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)
         finally:
             self._task = None
-            _sending.discard(self)
+            self._sending.discard(self)
 
 
 class _ThreadSender:
@@ -168,15 +170,21 @@ class _ThreadSender:
             time.sleep(SPACING)
 
 
-# By pool, as all variants of an engine that `execution_options()` makes share it: applications make one each request.
-_senders: weakref.WeakKeyDictionary[
-    asyncio.AbstractEventLoop, weakref.WeakValueDictionary[tuple[Pool, str], HintSender]
-] = weakref.WeakKeyDictionary()
+class _Senders:
+    """The senders on one event loop."""
+
+    def __init__(self) -> None:
+        # By pool, as all variants of an engine that `execution_options()` makes share it: applications make one each
+        # request.
+        self.known: weakref.WeakValueDictionary[tuple[Pool, str], HintSender] = weakref.WeakValueDictionary()
+        self.sending: set[HintSender] = set()
+
+
+_senders = PerLoop(_Senders)
 _thread_senders: weakref.WeakValueDictionary[tuple[Pool, str], _ThreadSender] = weakref.WeakValueDictionary()
 if hasattr(os, "register_at_fork"):
     # Their threads do not exist in the child.
     os.register_at_fork(after_in_child=_thread_senders.clear)
-_sending: set[HintSender] = set()
 _pending: weakref.WeakKeyDictionary[RootTransaction, dict[str, Hint]] = weakref.WeakKeyDictionary()
 """Hints to be sent after a transaction, by channel; those of one that is rolled back are dropped with it."""
 _listening: weakref.WeakKeyDictionary[Connection, set[str]] = weakref.WeakKeyDictionary()
@@ -189,7 +197,7 @@ def sender(database: Database) -> HintSender:
 
 
 def _sender_of(engine: AsyncEngine, channel: str) -> HintSender:
-    senders = _senders.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+    senders = _senders.get().known
     key = (engine.sync_engine.pool, channel)
     found = senders.get(key)
     if found is None:
@@ -199,10 +207,9 @@ def _sender_of(engine: AsyncEngine, channel: str) -> HintSender:
 
 async def flush(channel: str, *, seconds: float = 5.0) -> None:
     """Wait, up to `seconds`, until no hint for a channel is in flight on the running event loop, over any engine."""
-    loop = asyncio.get_running_loop()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            for busy in [busy for busy in _sending if busy.loop is loop and busy.channel == channel]:
+            for busy in [busy for busy in _senders.get().sending if busy.channel == channel]:
                 await busy.flush()
 
 

@@ -1,4 +1,4 @@
-"""The private attributes of SQLAlchemy that the engine uses, all of them in one list.
+"""The private attributes of SQLAlchemy and asyncpg that the engine uses, all of them in one list.
 
 Statements go to asyncpg without SQLAlchemy only by way of these. A version of SQLAlchemy in which one of them has
 another name costs speed and nothing else: every statement is then executed by SQLAlchemy (see `direct.leads_directly`).
@@ -43,6 +43,14 @@ METADATA: Final = {
 
 _complete: dict[type, bool] = {}
 """By classes of adapted connections: True if all attributes exist."""
+
+ASYNCPG_ATTRIBUTES: Final[dict[str, str]] = {
+    # Of asyncpg's own connection: its socket, which `close` and `terminate` leave open if another close is in progress.
+    "transport": "_transport",
+    # Of the same: the event loop that the connection belongs to.
+    "loop": "_loop",
+}
+"""The same of asyncpg. Without them its connections are ended and refused less thoroughly."""
 
 
 def all_exist(connection: Connection) -> bool:
@@ -94,3 +102,13 @@ def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
     """Return what Row takes besides its values: the metadata, and the indexes of its keys."""
     metadata: Any = SimpleResultMetaData(keys)
     return metadata, metadata._key_to_index
+
+
+def transport_of(driver: Any) -> Any:
+    """Return the transport of asyncpg's own connection, or None for another driver or version."""
+    return getattr(driver, ASYNCPG_ATTRIBUTES["transport"], None)
+
+
+def loop_of(driver: Any) -> Any:
+    """Return the event loop of asyncpg's own connection, or None for another driver, whose connections have none."""
+    return getattr(driver, ASYNCPG_ATTRIBUTES["loop"], None)

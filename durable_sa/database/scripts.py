@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from ..concurrency.branches import detached
-from ..database_errors import UNDEFINED_TABLE, backoff, is_conflict, is_lost, retrying, sqlstate
+from ..database_errors import UNDEFINED_TABLE, backoff, is_conflict, is_lost, is_mixed_up, retrying, sqlstate
 from ..models import SCHEMA, TaskRow
 from ..statements import maintenance
 from . import direct
@@ -177,7 +177,7 @@ async def perform_in_autocommit(database: Database, script: Callable[[Hint], Scr
 async def perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     """Run a script in a transaction of its own, retry it if that loses against another one, and then send its hint."""
     try:
-        done = await retrying(lambda: _perform_once(database, script), tries=_TRIES, when=is_conflict)
+        done = await retrying(lambda: _perform_once(database, script), tries=_TRIES, when=_is_worth_another)
         if isinstance(done, DBAPIError):
             raise done
     except DBAPIError as error:
@@ -186,6 +186,10 @@ async def perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     result, hint = done
     sender(database).send(hint)
     return result
+
+
+def _is_worth_another(error: BaseException) -> bool:
+    return is_conflict(error) or is_mixed_up(error)
 
 
 async def _perform_once(database: Database, script: Callable[[Hint], Script[T]]) -> tuple[T, Hint] | DBAPIError:

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import os
+import shlex
+import socket
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ..errors import InvalidConfiguration
+
+_SOCKET: Final[dict[str, str]] = {
+    "keepalives": "",
+    "keepalives_idle": "TCP_KEEPIDLE",
+    "keepalives_interval": "TCP_KEEPINTVL",
+    "keepalives_count": "TCP_KEEPCNT",
+    "tcp_user_timeout": "TCP_USER_TIMEOUT",
+}
+"""The name of the socket option of each of libpq's parameters."""
+_TRANSLATED: Final = frozenset(
+    {
+        *("application_name", "fallback_application_name", "options", "connect_timeout", "client_encoding", "pooler"),
+        *("channel_binding", "gssencmode", *_SOCKET),
+    }
+)
 
 
 def resolve_url(url: str | URL, what: str = "bind") -> URL:
@@ -41,6 +61,102 @@ def resolve_url(url: str | URL, what: str = "bind") -> URL:
         query = dict(parsed.query)
         parsed = parsed.set(query={"ssl": query.pop("sslmode"), **query})
     return parsed
+
+
+class Dialed(NamedTuple):
+    """A URL as its driver takes it."""
+
+    url: URL
+    connect_args: dict[str, Any]
+    socket_options: dict[str, int]
+    """Values of libpq's `keepalives*` and `tcp_user_timeout` for asyncpg, which leaves the socket to its caller."""
+
+
+def dial(url: URL, what: str = "bind") -> Dialed:
+    """Translate libpq's parameters of a resolved URL for asyncpg, and `pooler` for both drivers.
+
+    Raises:
+        InvalidConfiguration: the driver cannot do what a parameter asks for.
+    """
+    query: dict[str, Any] = dict(url.query)
+    for name in query.keys() & _TRANSLATED:
+        if not isinstance(query[name], str):
+            query[name] = query[name][-1]  # of a parameter that occurs twice
+    arguments: dict[str, Any] = {}
+    is_asyncpg = url.drivername == "postgresql+asyncpg"
+    pooler = query.pop("pooler", "session")
+    if pooler == "transaction":
+        arguments.update(_for_pooler() if is_asyncpg else {"prepare_threshold": None})
+    elif pooler != "session":
+        raise InvalidConfiguration(what, f"pooler={pooler} is neither transaction nor session")
+    options = _for_asyncpg(query, arguments, what) if is_asyncpg else {}
+    return Dialed(url.set(query=query), arguments, options)
+
+
+def _for_pooler() -> dict[str, Any]:
+    # asyncpg prepares every statement, so each needs a name that no other client of the pooler has.
+    return {
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+        "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__",
+    }
+
+
+def _for_asyncpg(query: dict[str, Any], arguments: dict[str, Any], what: str) -> dict[str, int]:
+    """Move libpq's parameters out of a query into asyncpg's arguments, and return those of the socket."""
+    fallback = query.pop("fallback_application_name", None)
+    settings = _settings(query.pop("options", ""), what)
+    if name := query.pop("application_name", fallback):
+        settings["application_name"] = name
+    if settings:
+        arguments["server_settings"] = settings
+    if (seconds := _number(query, "connect_timeout", what)) is not None and seconds > 0:
+        arguments["timeout"] = float(max(2, seconds))  # as libpq does
+    encoding = query.pop("client_encoding", "auto")
+    if encoding.lower().replace("-", "").replace("_", "") not in ("auto", "utf8", "unicode"):
+        raise InvalidConfiguration(
+            what, f"asyncpg speaks UTF-8, not client_encoding={encoding}", "Remove the parameter, or use psycopg."
+        )
+    for name in ("channel_binding", "gssencmode"):
+        if query.pop(name, "prefer") == "require":
+            raise InvalidConfiguration(what, f"asyncpg has no {name}", "Remove the parameter, or use psycopg.")
+    found = {name: _number(query, name, what) for name in _SOCKET}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _settings(options: str, what: str) -> dict[str, str]:
+    """Parse libpq's `options`, which are those of the server's command line: `-c name=value` and `--name=value`."""
+    settings: dict[str, str] = {}
+    words = iter(shlex.split(options))
+    for word in words:
+        assignment = next(words, "") if word == "-c" else word.removeprefix("--" if word[:2] == "--" else "-c")
+        name, equals, value = assignment.partition("=")
+        if not word.startswith(("-c", "--")) or not equals:
+            raise InvalidConfiguration(
+                what, f"options has {word!r}, which asyncpg cannot send", "Write options=-c name=value."
+            )
+        settings[name.replace("-", "_")] = value
+    return settings
+
+
+def _number(query: dict[str, Any], name: str, what: str) -> int | None:
+    value = query.pop(name, None)
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise InvalidConfiguration(what, f"{name}={value} is not a number") from None
+
+
+def set_socket_options(sock: Any, options: Mapping[str, int]) -> None:
+    """Set libpq's parameters of a TCP socket, as far as the platform has them; a value of 0 is the system's."""
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, options.get("keepalives", 1))
+    for name, option in _SOCKET.items():
+        if option and options.get(name, 0) > 0 and hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), options[name])
 
 
 def default_bind() -> str | URL:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..concurrency.blocking import AnyTask
 from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
 from ..statements.claiming import ClaimedRun
@@ -42,8 +43,8 @@ class RunHost(Protocol):
     def lease_lost(self) -> None:
         """Give the runs up, because the lease has ended by the local clock."""
 
-    def left_running(self) -> None:
-        """Take note that code of a run which another worker may have taken over does not end."""
+    def left_behind(self, claimed: ClaimedRun, tasks: Sequence[AnyTask], *, lost: bool) -> None:
+        """Take note of code of a run that ignores its cancellation; if `lost`, another worker may run the task."""
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start an asyncio task of the engine, outside of every run."""

@@ -126,8 +126,7 @@ class Run:
         abandoned = await self.branches.unwind()
         if abandoned:
             self.warn("does not end when it is cancelled; %d of its coroutines are left behind", len(abandoned))
-            if isinstance(self.signal, LeaseLost):
-                self.host.left_running()
+            self.host.left_behind(self.claimed, abandoned, lost=isinstance(self.signal, LeaseLost))
         if root is not None:
             self._end(root)
             return

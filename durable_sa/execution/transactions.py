@@ -15,8 +15,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from ..database.connections import Database, discard
-from ..database_errors import UNTRANSLATABLE, backoff, is_conflict, is_lost, is_transient, retrying, sqlstate
+from ..database.closing import begun, discard, give_back
+from ..database.connections import Database
+from ..database_errors import (
+    UNTRANSLATABLE,
+    backoff,
+    is_conflict,
+    is_lost,
+    is_mixed_up,
+    is_transient,
+    retrying,
+    sqlstate,
+)
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import Codec, check_size, in_ascii
@@ -80,12 +90,14 @@ async def run_transaction(
         except _Untranslatable:
             ascii_only = True
         except SQLAlchemyError as error:
-            if is_lost(error):
+            # The engine's own SAVEPOINT is the first statement that a pooler may mix up.
+            mixed_up = is_mixed_up(error)
+            if mixed_up or is_lost(error):
                 lost += 1
                 await discard(connection)
             else:
                 conflicts += 1
-            if lost == MAX_LOST_CONNECTIONS or conflicts == MAX_CONFLICTS or not is_conflict(error):
+            if lost == MAX_LOST_CONNECTIONS or conflicts == MAX_CONFLICTS or not (mixed_up or is_conflict(error)):
                 raise
         finally:
             await _close(connection)
@@ -182,7 +194,7 @@ async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTrans
     SQLAlchemy takes a refused transaction for ended although nothing was sent. The pool would hand its connection on
     with uncommitted writes, for the next transaction to commit.
     """
-    async with connection.begin() as transaction:
+    async with begun(connection) as transaction:
         try:
             yield transaction
         except BaseException:
@@ -258,7 +270,7 @@ def _close_in_greenlet(_: object, connection: Connection) -> None:
 
 async def _close(connection: AsyncConnection) -> None:
     """Return the connection to the pool, or discard it if the caller is cancelled meanwhile."""
-    closing = asyncio.ensure_future(connection.close())
+    closing = asyncio.ensure_future(give_back(connection))
     try:
         await asyncio.shield(closing)
     except asyncio.CancelledError:

@@ -8,6 +8,7 @@ import contextvars
 import functools
 import logging
 import uuid
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -17,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..app import App
 from ..concurrency import task_factory
+from ..concurrency.blocking import AnyTask
 from ..concurrency.threads import StepThreads
 from ..context import TaskContext
 from ..context.sync import SyncTaskContext, run_in_thread
@@ -75,6 +77,7 @@ class Executor:
         self._on_task_ended = on_task_ended
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
+        self._left_behind: weakref.WeakKeyDictionary[AnyTask, ClaimedRun] = weakref.WeakKeyDictionary()
         self._releasing = False
         self._freeing = False
 
@@ -169,9 +172,15 @@ class Executor:
         """Register anew: the lease has ended by the local clock."""
         self._registration.lose()
 
-    def left_running(self) -> None:
-        """End the process, if the worker is set to: code of a lost run ignores its cancellation."""
-        self._registration.left_running()
+    def left_behind(self, claimed: ClaimedRun, tasks: Sequence[AnyTask], *, lost: bool) -> None:
+        """Remember code that ignores its cancellation. Of a lost run, it ends the process, if the worker is set to."""
+        self._left_behind.update(dict.fromkeys(tasks, claimed))
+        if lost:
+            self._registration.left_running()
+
+    def unended(self) -> list[ClaimedRun]:
+        """Return the runs whose code ignores its cancellation. Safe to call from any thread."""
+        return list({run.key: run for task, run in list(self._left_behind.items()) if not task.done()}.values())
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task of the engine, outside of every run."""

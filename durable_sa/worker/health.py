@@ -20,6 +20,7 @@ from sqlalchemy import text
 
 from ..concurrency.threads import LoopThread
 from ..database.channel import DedicatedConnection
+from ..database.closing import dispose
 from ..database.connections import Database
 from ..errors import InvalidConfiguration
 
@@ -97,7 +98,7 @@ class HealthServer:
                 await stop.wait()
         finally:
             await connection.close()
-            await engine.dispose()
+            await dispose(engine)
 
     async def _answer(self, request: bytes, connection: DedicatedConnection) -> bytes:
         method, _, rest = request.partition(b" ")

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..concurrency.threads import LoopThread
 from ..database.channel import DedicatedConnection
+from ..database.closing import dispose
 from ..database.connections import Database
 from ..database_errors import FailureLog, Outage
 from ..statements import claiming
@@ -141,7 +142,7 @@ class Heartbeat:
                     self._lease.renewed(sent_at)
         finally:
             await connection.close()
-            await engine.dispose()
+            await dispose(engine)
 
     def _lost(self) -> None:
         if self._thread.stopping:

@@ -36,7 +36,7 @@ from .maintenance import Maintenance
 from .registration import Registration
 from .sampler import QueueSampler
 from .settings import Settings
-from .slots import Slots
+from .slots import RunKey, Slots
 
 logger = logging.getLogger("durable_sa")
 
@@ -169,6 +169,24 @@ class Worker:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return self._slots.queue_names()
 
+    @property
+    def left_behind(self) -> bool:
+        """True if code of its runs ignores its cancellation and goes on."""
+        return bool(self._executor.unended())
+
+    def unended(self) -> list[str]:
+        """Describe the tasks whose code runs, also after its cancellation. Safe to call from any thread."""
+        holding = asyncio.current_task(self.loop)
+        descriptions: dict[RunKey, str] = {}
+        for run in list(self._slots.runs.values()):
+            blocking = holding is not None and holding in run.branches.tasks
+            what = ", which blocks the event loop" if blocking else ""
+            descriptions[run.claimed.key] = f"task {run.claimed.task_id} ({run.claimed.task_name}){what}"
+        for claimed in self._executor.unended():
+            what = ", which ignores its cancellation"
+            descriptions[claimed.key] = f"task {claimed.task_id} ({claimed.task_name}){what}"
+        return list(descriptions.values())
+
     async def start(self) -> None:
         """Register, and start to claim. If the database is read-only, do both in the background, once it takes writes.
 
@@ -234,8 +252,11 @@ class Worker:
             ) from error
 
     async def _disconnect(self) -> None:
+        await asyncio.gather(*(connection.close() for connection in self._connections))
+
+    def _tear_down(self) -> None:
         for connection in self._connections:
-            await connection.close()
+            connection.tear_down()
 
     def _lease_lost(self) -> None:
         logger.warning("worker %s lost its lease: cancelling %d runs", self.settings.name, len(self._slots.runs))
@@ -298,14 +319,17 @@ class Worker:
                 await self._slots.idle.wait()
         except TimeoutError:
             self.release_now()
+        handing_over = self.loop.create_task(self._hand_over(), name="durable:hand-over")
+        done, _ = await asyncio.wait([handing_over], timeout=CLOSING_TIMEOUT)
+        if not done:
+            # The connections come first: cancelled, a driver waits for the server to cancel the statement.
+            self._tear_down()
+            handing_over.cancel()
+            await asyncio.wait([handing_over], timeout=HINTS_TIMEOUT)
         try:
-            async with asyncio.timeout(CLOSING_TIMEOUT):
-                await self._background.ended(CLAIMS)
-                await self._slots.idle.wait()
-                await self._writer.idle.wait()
-                await reconnecting(self.maintenance.work)
-                parameters = {"worker_id": self.worker_id}
-                await reconnecting(lambda: self._shared_connection.execute(claiming.REMOVE_WORKER, parameters))
+            if not done:
+                raise TimeoutError
+            handing_over.result()
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             logger.warning(
                 "worker %s has ended with work left (%s); other workers take it over when its lease has ended",
@@ -314,15 +338,27 @@ class Worker:
             )
         await self._close()
 
+    async def _hand_over(self) -> None:
+        """Write what is left to write, pass on what is due, and unregister."""
+        await self._background.ended(CLAIMS)
+        await self._slots.idle.wait()
+        await self._writer.idle.wait()
+        await reconnecting(self.maintenance.work)
+        parameters = {"worker_id": self.worker_id}
+        await reconnecting(lambda: self._shared_connection.execute(claiming.REMOVE_WORKER, parameters))
+
     async def _close(self) -> None:
         if self._telemetry is not None:
             self._telemetry.forget(self)
         self._registration.expire()
+        tearing = self.loop.call_later(HINTS_TIMEOUT, self._tear_down)
         await self._background.end()
-        await self._registration.stop_heartbeat()
-        if self._health is not None:
-            await self._health.stop()
-        await self._disconnect()
+        tearing.cancel()
+        await asyncio.gather(
+            self._registration.stop_heartbeat(),
+            self._disconnect(),
+            *(() if self._health is None else (self._health.stop(),)),
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HINTS_TIMEOUT):
                 await self._hints.flush()

@@ -1516,3 +1516,35 @@ async def test_ten_thousand_runs_leave_nothing_behind() -> None:
         await one()
     gc.collect()
     assert len(gc.get_objects()) - before < 100
+
+
+@on_every_loop
+async def test_the_task_groups_of_anyio_work_beside_runs_and_in_them() -> None:
+    """It looks for an eager task factory, to make tasks that do not start at once, and fails if one is hidden."""
+    anyio = pytest.importorskip("anyio")
+    seen: list[Path | None] = []
+
+    async def child() -> None:
+        seen.append(_path())
+        await anyio.sleep(0)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await anyio.sleep(10)
+
+    async def group() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(child)
+            tasks.start_soon(child)
+
+    await group()
+    assert seen == [None, None]
+    tree = BranchTree(on_quiescent=lambda: None)
+    await tree.start(group())
+    assert seen[2:] == [(0,), (1,)]
+
+
+def _path() -> Path | None:
+    try:
+        return current_branch().path
+    except LookupError:
+        return None

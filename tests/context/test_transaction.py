@@ -531,6 +531,27 @@ async def test_serialization_failure_runs_the_function_again(engine: AsyncEngine
     assert tally == ["called", "called"]
 
 
+async def test_a_pooler_that_mixes_up_prepared_statements_is_no_failure_of_the_task(
+    run: Runner, ledger: Ledger, tally: Tally
+):
+    """The server's error is that of a statement which another of its connections has prepared."""
+
+    @task(max_attempts=1)
+    async def work(ctx: TaskContext) -> str:
+        async def mixed_up(session: AsyncSession) -> str:
+            tally.add("called")
+            await session.execute(text("SELECT 1"))
+            if len(tally) <= 2:
+                await session.execute(text("EXECUTE of_another_connection"))
+            return await note(session, "a")
+
+        return await ctx.transaction("note", mixed_up)
+
+    assert await run(work) == "A"
+    assert await ledger.entries() == ["a"]
+    assert tally == ["called"] * 3
+
+
 async def test_what_the_function_asks_of_its_context_is_the_same_when_it_is_run_again(run: Runner, tally: Tally):
     async def inner() -> str:
         tally.add("inner")

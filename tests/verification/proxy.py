@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Self
 
 _SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
+_TERMINATE = b"X\0\0\0\x04"
 _CHUNK = 65536
 
 
@@ -107,6 +108,12 @@ class Proxy:
         """Bytes at a time, if not 0."""
         self.refusing = False
         """Whether new connections are reset at once."""
+        self.clinging = False
+        """Whether the ends of sessions are kept from the server, so that neither it nor the proxy closes anything."""
+        self.waiting = 0
+        """New connections that nothing passes through yet."""
+        self.left = 0
+        """Clients that have closed their end in spite of that."""
         self.seen = 0
         """Statements that have passed."""
         self.happened = 0
@@ -193,8 +200,14 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refusing:
             return
+        self.waiting += 1
         await self._open.wait()
-        from_server, to_server = await asyncio.open_connection(*self.target)
+        self.waiting -= 1
+        host, port = self.target
+        if host.startswith("/"):
+            from_server, to_server = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+        else:
+            from_server, to_server = await asyncio.open_connection(host, port)
         link = Link(writer, to_server)
         self.links.add(link)
         try:
@@ -219,6 +232,11 @@ class Proxy:
                 if fate == "request":
                     raise ConnectionAbortedError
                 link.swallowing = Frames()
+            if self.clinging and data.endswith(_TERMINATE):
+                while await reader.read(_CHUNK):
+                    pass
+                self.left += 1
+                await asyncio.Event().wait()
             if self._swallowing != "up":
                 await self._pass(link.server, data)
         raise EOFError

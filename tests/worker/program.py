@@ -5,6 +5,7 @@ down what they do, and the worker's options as JSON.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from durable_sa import Durable, TaskContext, current_context, task
+from durable_sa.worker import interrupts
 
 
 class Work(BaseModel):
@@ -117,10 +119,29 @@ async def hoard(ctx: TaskContext, size: int) -> int:
     return len(bytearray(size)) if ctx.attempt == 1 else os.getpid()
 
 
-TASKS = (count, work, block, die, stubborn, hung, nap, hoard)
+@task
+async def insatiable(ctx: TaskContext) -> None:
+    """Swallows everything, whatever it calls."""
+    note("begin", task=str(ctx.task_id), attempt=ctx.attempt)
+    while True:
+        with contextlib.suppress(BaseException):
+            await ctx.step("nothing", asyncio.sleep, 0)
+
+
+@task
+async def hog(ctx: TaskContext) -> None:
+    """Blocks the event loop, and swallows what its signal handlers raise."""
+    note("begin", task=str(ctx.task_id), attempt=ctx.attempt)
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(0.001)  # noqa: ASYNC251 - what this task is for
+
+
+TASKS = (count, work, block, die, stubborn, hung, nap, hoard, insatiable, hog)
 
 
 async def main(options: dict[str, Any]) -> None:
+    interrupts.ENDING_TIMEOUT = options.pop("ending_timeout", interrupts.ENDING_TIMEOUT)
     async with Durable(tasks=TASKS) as durable:
         await durable.run_worker(**options)
     note("executed", count=len(executed))
