@@ -163,8 +163,8 @@ async def test_what_cannot_replace_an_event_is_refused(durable: Durable, engine:
 
 
 async def finished(durable: Durable, task_id: uuid.UUID) -> Any:
-    await run_until_idle(durable)
-    return await durable.wait_for_result(task_id, timeout=10)
+    async with durable.worker():
+        return await durable.wait_for_result(task_id, timeout=20)
 
 
 async def test_null_and_nothing_are_a_payload(durable: Durable, engine: AsyncEngine) -> None:
