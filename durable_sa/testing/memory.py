@@ -15,7 +15,7 @@ from ..errors import ChildCancelled, InvalidState, TaskTimeout
 from ..execution.hooks import HookChain
 from ..execution.journal import EMPTY_JOURNAL
 from ..execution.lines import Lines
-from ..execution.reader import JoinTarget
+from ..execution.reader import EmittedEvent, JoinTarget
 from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind, Values
 from ..options import SpawnOptions
@@ -106,9 +106,9 @@ class MemoryRun:
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
         self.unawaited: dict[uuid.UUID, object] = {}
         self.lines = Lines()
-        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         self.branches = _Branches()
         self.branch = self.branches.current
+        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         self.host = self.reader = self
         self._results = results
         self._execute = execute
@@ -162,9 +162,10 @@ class MemoryRun:
         self.pass_until(due_at)
         return Stored("completed" if wait.kind == "sleep" else "timeout", None)
 
-    async def event(self, queue_and_name: tuple[str, str]) -> str | None:
-        """Return the payload of an event; None if it has not been emitted."""
-        return self.events.get(queue_and_name[1])
+    async def event(self, queue_and_name: tuple[str, str]) -> EmittedEvent | None:
+        """Return an event; None if it has not been emitted."""
+        payload = self.events.get(queue_and_name[1])
+        return None if payload is None else EmittedEvent(payload, None)
 
     async def task(self, task_id: uuid.UUID) -> JoinTarget | None:
         """Return a child, which has ended, unless its result is a `TaskTimeout`."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from pydantic import BaseModel
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
@@ -85,7 +86,7 @@ async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_onc
 async def test_an_emit_is_two_statements_on_the_tables(durable: Durable, engine: AsyncEngine) -> None:
     statements: list[str] = []
     await durable.emit_event("first")
-    sa.event.listen(engine.sync_engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    event.listen(engine.sync_engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
     await durable.emit_event("second")
     assert len([each for each in statements if "durable." in each]) == 2
 
