@@ -103,7 +103,8 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         self.state = state
         """The value of `ctx.state` without a lifespan."""
         self.lifespan = lifespan
-        for task in cast("Iterable[Task[Any, Any]]", tasks.values() if isinstance(tasks, Mapping) else tasks):
+        given = cast("Mapping[str, Task[Any, Any]]", tasks).values() if isinstance(tasks, Mapping) else tasks
+        for task in given:
             self.register(task)
 
     def __repr__(self) -> str:
