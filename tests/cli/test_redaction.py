@@ -109,7 +109,9 @@ def test_data_of_a_user_error_is_a_value() -> None:
     child = ChildFailed(new_id(), "UserError", SECRET, {"a": SECRET})
     message = message_of("ChildFailed", str(child), has_data=True)
     assert message == f"Child task {child.task_id} failed: UserError"
-    assert SECRET not in without_values(f"Child task {child.task_id} failed: ChildFailed: x failed: UserError: {SECRET}")
+    assert SECRET not in without_values(
+        f"Child task {child.task_id} failed: ChildFailed: x failed: UserError: {SECRET}"
+    )
 
 
 def test_other_messages_stay() -> None:
@@ -135,7 +137,14 @@ def test_a_traceback_keeps_frames_and_classes() -> None:
     kept = traceback_of(failure["traceback"], "ExceptionGroup: several")
     assert kept is not None
     assert SECRET not in kept
-    for part in ("in failing", "raise KeyError(SECRET)", "KeyError", "ValueError", "UserError", "ExceptionGroup: several"):
+    for part in (
+        "in failing",
+        "raise KeyError(SECRET)",
+        "KeyError",
+        "ValueError",
+        "UserError",
+        "ExceptionGroup: several",
+    ):
         assert part in kept, kept
 
 

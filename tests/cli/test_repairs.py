@@ -27,9 +27,7 @@ async def failed(durable: Durable) -> AsyncGenerator[dict[str, uuid.UUID]]:
             ("two", "send", "connection", "default"),
             ("three", "pack", "value", "mail"),
         ):
-            spawned[key] = (
-                await durable.spawn_by_name(name, error, queue_name=queue, idempotency_key=key)
-            ).task_id
+            spawned[key] = (await durable.spawn_by_name(name, error, queue_name=queue, idempotency_key=key)).task_id
         for task_id in spawned.values():
             await durable.wait_for_result(task_id, timeout=10)
     async with durable.engine.begin() as connection:

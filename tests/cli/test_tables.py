@@ -76,7 +76,7 @@ async def test_a_pipe_gets_lines_with_tabs(cli: CommandLine, filled: uuid.UUID) 
 async def test_what_has_lines_is_one_row_in_a_pipe(cli: CommandLine, durable: Durable) -> None:
     task_id = (await durable.spawn_by_name("a", unchecked=True)).task_id
     async with durable.engine.begin() as connection:
-        await connection.execute(text("UPDATE durable.tasks SET error = '{\"name\": \"E\", \"message\": \"a\\nb\\tc\"}'"))
+        await connection.execute(text('UPDATE durable.tasks SET error = \'{"name": "E", "message": "a\\nb\\tc"}\''))
     assert "error\tE: a\\nb\\tc\n" in (await cli("tasks", "show", task_id)).stdout
 
 
