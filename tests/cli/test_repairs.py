@@ -58,7 +58,7 @@ async def states(durable: Durable, failed: dict[str, uuid.UUID]) -> dict[str, Ta
         (["--until", "12h"], {"two"}),
         (["--error", "ValueError", "--name", "send"], {"one"}),
     ],
-    ids=" ".join,
+    ids=["none", "error", "name", "queue", "key", "since", "until", "several"],
 )
 async def test_filters_and_a_trial_that_changes_nothing(
     cli: CommandLine, durable: Durable, failed: dict[str, uuid.UUID], options: list[str], keys: set[str]
