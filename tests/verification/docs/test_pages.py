@@ -8,7 +8,7 @@ from sqlalchemy import URL
 
 from durable_sa.testing.database import TestServer
 
-from .snippets import DOCS, ROOT, blocks, check_durable_command, check_typed, durable_commands, run_page
+from .snippets import DOCS, ROOT, WIDTH, blocks, check_durable_command, check_typed, durable_commands, run_page
 
 README = ROOT / "README.md"
 EVERY_PAGE = [README, *sorted(DOCS.rglob("*.md"))]
@@ -36,7 +36,6 @@ def test_commands_and_their_options_exist() -> None:
         check_durable_command(line)
 
 
-WIDTH = 80
 GENERATED = {DOCS / "benchmarks.md"}
 """Pages with text from elsewhere, such as the server's own name for its version."""
 
