@@ -15,7 +15,7 @@ from durable_sa import errors, migrations, testing
 from .snippets import DOCS, ROOT
 
 REFERENCE = DOCS / "reference"
-INTERNAL = {"around_step", "task_changed", "forget_worker", "require_queue", "begin_step", "end_step", "try_again"}
+INTERNAL = {"around_step", "task_changed", "require_queue", "step_by"}
 """Methods that other modules of the package call."""
 
 
