@@ -61,6 +61,8 @@ class App:
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         self._database: Database | None = None
+        self._hint_sender: HintSender | None = None
+        """The sender that was used last, kept because it knows when that was."""
 
     @property
     def database(self) -> Database:
@@ -90,7 +92,8 @@ class App:
         return self.queue_name if name is None else validate_name("queue", name)
 
     def _sender(self) -> HintSender:
-        return sender(self.database)
+        self._hint_sender = sender(self.database)
+        return self._hint_sender
 
     def register(self, task: Task[ParamsT, T]) -> Task[ParamsT, T]:
         """Register a task, and return it: workers claim it from now on, and it may be spawned by name.

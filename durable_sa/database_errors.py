@@ -139,8 +139,8 @@ def backoff(attempt: int, *, base: float = 0.05, most: float = 5.0) -> float:
 async def retrying(
     call: Callable[[], Awaitable[T]],
     *,
-    tries: int | None,
-    when: Callable[[BaseException], bool],
+    tries: int | None = None,
+    when: Callable[[BaseException], bool] = is_transient,
     most: float = 5.0,
 ) -> T:
     """Make a call, up to `tries` times (None: any number) as long as it fails with errors that `when` accepts.

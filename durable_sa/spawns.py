@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast, overload
 
 from sqlalchemy import Row
 from typing_extensions import Unpack
@@ -20,8 +20,6 @@ from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, r
 from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
-from .statements.expressions import arrays
-from .statements.spawning import SPAWN_COLUMNS
 from .tasks import Task
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ class Kind(NamedTuple):
     headers: str | None
     priority: int
     max_attempts: int
-    retry_kind: str
+    retry_kind: Literal["none", "fixed", "exponential"]
     retry_base_delay: float
     retry_factor: float
     retry_max_backoff: float
@@ -292,11 +290,6 @@ def at_position(error: ErrorT, position: int) -> ErrorT:
     """Add a note to an error that says which of many spawns it is about, and return it."""
     error.add_note(f"It is item {position} of those to be spawned (counted from 0); none was spawned.")
     return error
-
-
-def columns(prepared: Sequence[Prepared]) -> dict[str, list[Any]]:
-    """Return the arrays of `SPAWN_COLUMNS`, with one element of each per task."""
-    return arrays(SPAWN_COLUMNS, [item.values for item in prepared])
 
 
 def lookup_params(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:

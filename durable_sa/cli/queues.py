@@ -18,25 +18,19 @@ queues = typer.Typer(
     epilog=examples("durable queues", "durable queues create mail --retention 7d", "durable queues pause mail"),
 )
 
+
+def _age(deleted: str) -> Any:
+    return typer.Option(
+        parser=retention,
+        metavar="DURATION",
+        help=f"Age at which {deleted} are deleted, or never. 30d for a new queue.",
+        show_default=False,
+    )
+
+
 Name = Annotated[str, typer.Argument(metavar="QUEUE", show_default=False)]
-Retention = Annotated[
-    Any,
-    typer.Option(
-        parser=retention,
-        metavar="DURATION",
-        help="Age at which ended tasks are deleted, or never. 30d for a new queue.",
-        show_default=False,
-    ),
-]
-EventRetention = Annotated[
-    Any,
-    typer.Option(
-        parser=retention,
-        metavar="DURATION",
-        help="Age at which events are deleted, or never. 30d for a new queue.",
-        show_default=False,
-    ),
-]
+Retention = Annotated[Any, _age("ended tasks")]
+EventRetention = Annotated[Any, _age("events")]
 
 _COLUMNS = {
     "queue_name": "queue",

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
+from ..database.batches import Batch
 from ..database.hint import channel_name
 from ..database.notifier import flush
 from ..hooks import Hooks, chain
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from ..telemetry import Telemetry
 
 __all__ = ["Durable", "QueuePolicy"]
+
+BATCH_TIMEOUT = 2.0
+"""Seconds for which :meth:`Durable.close` waits for calls in flight."""
 
 StateT = DefaultTypeVar("StateT", default=Any)
 
@@ -117,9 +121,11 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
     async def close(self) -> None:
         """Shut down workers that still run, and dispose of the engine if it was made from a URL.
 
-        Waits until wake-up hints in flight are sent, also over engines of the application: dispose of those afterwards.
+        Waits, but not for long, for calls and wake-up hints in flight, also over engines of the application: dispose of
+        those afterwards.
         """
         ended = await asyncio.gather(*(worker.shutdown() for worker in self._workers), return_exceptions=True)
+        await asyncio.gather(*(batch.flush(BATCH_TIMEOUT) for batch in vars(self).values() if isinstance(batch, Batch)))
         await flush(channel_name(self.schema))
         if self._database is not None:
             await self._database.close()

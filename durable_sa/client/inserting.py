@@ -88,23 +88,32 @@ def insert(
     hint: Hint,
     *,
     lock_timeout: str | None = None,
+    channel: str | None = None,
     portions: Iterable[Portion] | None = None,
 ) -> Script[list[Outcome]]:
     """Insert tasks. An item that is refused has an error for its outcome; the others are inserted.
 
     With a `lock_timeout`, such as "5ms", the script fails with 55P03 after it if an open transaction of another session
-    has inserted one of the idempotency keys.
+    has inserted one of the idempotency keys. With a `channel`, the insert of one task sends the hint by itself.
     """
     outcomes: dict[uuid.UUID, Outcome] = {}
     for portion in portions or portioned(prepared):
-        yield from _insert(portion, hint, lock_timeout, outcomes)
+        yield from _insert(portion, hint, lock_timeout, channel, outcomes)
     return [outcomes[item.task_id] for item in prepared]
 
 
-def _insert(missing: Portion, hint: Hint, lock_timeout: str | None, outcomes: dict[uuid.UUID, Outcome]) -> Script[None]:
+def _insert(
+    missing: Portion,
+    hint: Hint,
+    lock_timeout: str | None,
+    channel: str | None,
+    outcomes: dict[uuid.UUID, Outcome],
+) -> Script[None]:
     for _ in range(_TRIES):
-        insert_some = _insert_one if len(missing) == 1 else _insert_many
-        inserted = yield from insert_some(missing, hint, lock_timeout)
+        if len(missing) == 1 and lock_timeout is None:
+            inserted = yield from _insert_one(missing[0], hint, channel)
+        else:
+            inserted = yield from _insert_many(missing, hint, lock_timeout)
         outcomes.update(inserted)
         if len(inserted) == len(missing):
             return
@@ -121,14 +130,17 @@ def _insert(missing: Portion, hint: Hint, lock_timeout: str | None, outcomes: di
         outcomes[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
 
 
-def _insert_one(items: Portion, hint: Hint, lock_timeout: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
-    (item,) = items
+def _insert_one(item: Prepared, hint: Hint, channel: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
     values = dict(zip(SPAWN_COLUMNS, item.values, strict=True))
-    rows = yield spawning.SPAWN_ONE, {**values, "lock_timeout": lock_timeout}
+    if channel is not None:
+        rows = yield spawning.SPAWN_AND_NOTIFY, {**values, "channel": channel}
+    else:
+        rows = yield spawning.SPAWN_ONE, values
     if not rows:
         return {}
-    hint.add_rows(rows)
-    hint.limits |= item.kind.max_pending_seconds is not None
+    if channel is None:
+        hint.add_rows(rows)
+        hint.limits |= item.kind.max_pending_seconds is not None
     return {item.task_id: spawn_result(item)}
 
 

@@ -54,18 +54,16 @@ class Schedules(Spawning):
         """
         await store.create(
             self,
-            store.Definition(
-                validate_name("schedule", name),
-                task,
-                params,
-                cron_expression,
-                timezone,
-                metadata,
-                backend,
-                misfire,
-                overlap,
-                options,
-            ),
+            validate_name("schedule", name),
+            task=task,
+            params=params,
+            cron_expression=cron_expression,
+            timezone=timezone,
+            metadata=metadata,
+            backend=backend,
+            misfire=misfire,
+            overlap=overlap,
+            options=options,
         )
         self._sender().send(Hint(limits=True))
 

@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..app import App
 from ..concurrency.branches import detached
-from ..database.batches import Batch, halving, with_connection
+from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
 from ..database.scripts import Script, SessionOrConnection, drive_async, perform, perform_in_autocommit, perform_within
@@ -266,9 +267,7 @@ class Spawning(App):
         if prepared.idempotency_key is None:
             result = await self._spawns(prepared)
         else:
-            result = await retrying(
-                lambda: self._keyed_spawns(prepared), tries=None, when=_is_locked, most=LONGEST_LOCKED_PAUSE
-            )
+            result = await retrying(lambda: self._keyed_spawns(prepared), when=_is_locked, most=LONGEST_LOCKED_PAUSE)
         if result.created:
             call.created(prepared)
         return result
@@ -277,18 +276,31 @@ class Spawning(App):
         self, held: HeldConnection, prepared: list[Prepared]
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawn as `_spawn_batch` does, with an error for items whose key an open transaction has inserted."""
-        spawn = functools.partial(self._spawn_batch, held, lock_timeout=LOCK_TIMEOUT)
-        return await halving(spawn, prepared, when=_is_locked)
+        try:
+            return await self._spawn_batch(held, prepared, lock_timeout=LOCK_TIMEOUT)
+        except DBAPIError as error:
+            if not _is_locked(error):
+                raise
+            if len(prepared) == 1:
+                return [error]
+        # Each half is spawned in turn, down to the single item whose key is locked.
+        middle = len(prepared) // 2
+        first = await self._spawn_keyed(held, prepared[:middle])
+        return [*first, *await self._spawn_keyed(held, prepared[middle:])]
 
     async def _spawn_batch(
         self, held: HeldConnection, prepared: list[Prepared], *, lock_timeout: str | None = None
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawn tasks of callers that came at the same time with one statement, and an outcome each."""
-        hint = Hint()
-        results = await drive_async(held.execute, inserting.insert(prepared, hint, lock_timeout=lock_timeout))
-        hints = self._sender()
+        hint, hints = Hint(), self._sender()
         # A worker on this event loop that has slots for all of the tasks gets the hint without the database.
         here = next((worker for worker in self._workers if worker.loop is hints.loop), None)
+        alone = here is None and len(prepared) == 1 and lock_timeout is None
+        channel = hints.channel if alone and hints.quiet else None
+        script = inserting.insert(prepared, hint, lock_timeout=lock_timeout, channel=channel)
+        results = await drive_async(held.execute, script)
+        if channel is not None:
+            hints.sent()
         if not (here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)):
             hints.send(hint)
         return results

@@ -44,14 +44,8 @@ class BranchTree:
         "_unretrieved",
     )
 
-    def __init__(
-        self,
-        *,
-        on_quiescent: Callable[[], object],
-        grace: float = 10.0,
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        self._loop = loop or asyncio.get_running_loop()
+    def __init__(self, *, on_quiescent: Callable[[], object], grace: float = 10.0) -> None:
+        self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._root: AnyTask | None = None
         """None once it has ended, because it refers to its context, and that to this object."""

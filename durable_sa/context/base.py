@@ -7,7 +7,6 @@ both `Coroutine[Any, Any, T]` and coroutines of `async def`, mypy takes all of i
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -102,11 +101,9 @@ class ContextBase:
         """Block on an event or a child until it is there or `timeout` seconds have passed."""
         self._refuse_inside_step(call)
         waiting, due_at = self._run.journal.wait(call.key)
-        future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
-        parked = PendingWait(
-            future, call.key, call.kind, call.name, event_name, child_task_id, due_at, None if waiting else timeout
-        )
-        return await self._run.park(parked)
+        delay = None if waiting else timeout
+        wait = PendingWait(call.key, call.kind, call.name, event_name, child_task_id, due_at, delay)
+        return await self._run.park(wait)
 
     async def _end_step(self, call: Call, codec: Codec[T], result: T) -> T:
         """Record a result, and return the result that is stored."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from datetime import datetime
 
-from ..execution.waits import PendingWait, Stored
+from ..execution.waits import PendingWait
 from ..serialization.codec import Codec, codec_for
 from ..validation import Duration, seconds, timestamp
 from .base import NULL, Call, ContextBase
@@ -45,6 +44,5 @@ class Sleeps(ContextBase):
         if delay == 0 or (due_at is not None and due_at <= run.now()):
             return
         self._refuse_inside_step(call)
-        future: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
         with self._observed("sleep", call.name):
-            await run.park(PendingWait(future, call.key, "sleep", call.name, due_at=due_at, delay=delay))
+            await run.park(PendingWait(call.key, "sleep", call.name, due_at=due_at, delay=delay))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from ..errors import TaskTimeout
 from ..execution.writes import CheckpointValues, Kind
@@ -25,18 +26,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Attempt(Protocol):
-    """A function that executes one try of a step, within the span and the hooks that `around` enters."""
-
-    def __call__(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        around: AbstractContextManager[object],
-    ) -> Awaitable[Any]: ...
+Body: TypeAlias = functools.partial[Any]
+"""The function of a step with its arguments."""
+Attempt: TypeAlias = Callable[[str, Body, float | None, AbstractContextManager[object]], Awaitable[Any]]
+"""A function that executes one try of a step, by its name, body and timeout, within its span and the hooks."""
 
 
 class Steps(Sleeps):
@@ -77,19 +70,11 @@ class Steps(Sleeps):
         function, options = plain_step(fn)
         call = self._call("step", name, encode_arguments(args, kwargs, f"step {name!r}"))
         check_function(function, call)
-        return self._step(attempt, call, function, options, args, kwargs)
+        return self._step(attempt, call, functools.partial(function, *args, **kwargs), options)
 
-    async def _step(
-        self,
-        attempt: Attempt,
-        call: Call,
-        function: Callable[..., Any],
-        options: StepOptions,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    async def _step(self, attempt: Attempt, call: Call, body: Body, options: StepOptions) -> Any:
         run = self._run
-        codec = result_codec(function)
+        codec = result_codec(body.func)
         if (entry := await self._recall(call)) is not None:
             return codec.decode(entry.value or NULL, f"the result of step {call.name!r}")
         tries = self._failed_tries(call) if options.max_attempts > 1 else 0
@@ -101,7 +86,7 @@ class Steps(Sleeps):
             await run.enter()
             try:
                 with run.branches.busy(), run.branches.scope(str(call.key)):
-                    result = await attempt(call.name, function, args, kwargs, options.timeout, self._around(call))
+                    result = await attempt(call.name, body, options.timeout, self._around(call))
             except Exception as error:
                 tries += 1
                 if not await self._retry(call, tries, options, error):
@@ -110,21 +95,15 @@ class Steps(Sleeps):
                 return await self._end_step(call, codec, result)
 
     async def _attempt(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        around: AbstractContextManager[object],
+        self, name: str, body: Body, timeout: float | None, around: AbstractContextManager[object]
     ) -> Any:
         with around:
             if timeout is None:
-                return await _invoke(self._run.host.threads, function, args, kwargs)
+                return await _invoke(self._run.host.threads, body)
             deadline = asyncio.timeout(timeout)
             try:
                 async with deadline:
-                    return await _invoke(self._run.host.threads, function, args, kwargs)
+                    return await _invoke(self._run.host.threads, body)
             except TimeoutError:
                 if not deadline.expired():
                     raise
@@ -175,17 +154,15 @@ class Steps(Sleeps):
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)
 
 
-async def _invoke(
-    executor: Executor, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+async def _invoke(executor: Executor, body: Body) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
-    if is_coroutine_function(function):
-        return await function(*args, **kwargs)
+    if is_coroutine_function(body.func):
+        return await body()
     context = contextvars.copy_context()
 
     def call() -> Any:
         try:
-            return context.run(function, *args, **kwargs)
+            return context.run(body)
         except StopIteration as error:
             # A future cannot hold a StopIteration. Python replaces it in the same way if a coroutine raises it.
             raise RuntimeError("the step raised StopIteration") from error

@@ -24,6 +24,7 @@ from ..tasks import Task
 from ..validation import Duration
 from . import TaskContext
 from .data import StateT, TaskData
+from .steps import Body
 from .thread import TaskThread, call_in_another_thread
 
 P = ParamSpec("P")
@@ -71,26 +72,17 @@ class SyncTaskContext(TaskData[StateT]):
         return self._call(lambda: self.context.step_by(self._attempt, name, fn, args, kwargs))
 
     def _attempt(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        around: contextlib.AbstractContextManager[object],
+        self, name: str, body: Body, timeout: float | None, around: contextlib.AbstractContextManager[object]
     ) -> Awaitable[Any]:
-        def body() -> Any:
+        def execute() -> Any:
             with around:
-                if timeout is None:
-                    result = function(*args, **kwargs)
-                else:
-                    result = call_in_another_thread(name, functools.partial(function, *args, **kwargs), timeout)
+                result = body() if timeout is None else call_in_another_thread(name, body, timeout)
                 if inspect.isawaitable(result):
                     # A function such as `lambda: fetch(url)` is only known to return one once it has.
                     return self._call(lambda: self._await(lambda: result))
                 return result
 
-        return self._execute(body)
+        return self._execute(execute)
 
     async def _await(self, make: Callable[[], Awaitable[T]]) -> T:
         with running(self.context):

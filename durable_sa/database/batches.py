@@ -18,6 +18,8 @@ BatchFunction: TypeAlias = Callable[[list[ItemT]], Awaitable[Sequence[ResultT | 
 
 CALLS_IN_A_ROW = 20
 """Calls after which a connection is returned for others to take, although callers in loops have called once more."""
+MOST_ITEMS = 1000
+"""Items in one call."""
 UNANSWERED_TIMEOUT = 1.0
 """Seconds for which calls wait for the one in flight, whose connection may never answer."""
 
@@ -34,11 +36,8 @@ class Batch(Generic[ItemT, ResultT]):
     connection for each of its calls would cost it a quarter of the throughput.
     """
 
-    def __init__(
-        self, opened: Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]], *, most: int = 1000
-    ) -> None:
+    def __init__(self, opened: Callable[[], AbstractAsyncContextManager[BatchFunction[ItemT, ResultT]]]) -> None:
         self._opened = opened
-        self._most = most
         self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._current: asyncio.Task[None] | None = None
@@ -51,6 +50,11 @@ class Batch(Generic[ItemT, ResultT]):
         if self._current is None:
             self._start()
         return await future
+
+    async def flush(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds until no call is in flight, and its connection is back in the pool."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout)
 
     def _start(self) -> None:
         with detached():
@@ -86,7 +90,7 @@ class Batch(Generic[ItemT, ResultT]):
                 self._start()
 
     async def _call(self, function: BatchFunction[ItemT, ResultT]) -> None:
-        batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+        batch, self._waiting = self._waiting[:MOST_ITEMS], self._waiting[MOST_ITEMS:]
         results: Sequence[ResultT | BaseException] = [ConnectionError()] * len(batch)
         try:
             results = await function([item for item, _ in batch])
@@ -126,24 +130,3 @@ def with_connection(
             yield functools.partial(function, held)
 
     return opened
-
-
-async def halving(
-    call: Callable[[list[ItemT]], Awaitable[Sequence[ResultT]]],
-    items: list[ItemT],
-    *,
-    when: Callable[[Exception], bool],
-) -> list[ResultT | Exception]:
-    """Make a call for many items; if it is refused, make it for each half of them, to find the items at fault.
-
-    `when` accepts the errors that are refusals. The result of an item whose own call is refused is the error.
-    """
-    try:
-        return [*await call(items)]
-    except Exception as error:
-        if not when(error):
-            raise
-        if len(items) == 1:
-            return [error]
-    middle = len(items) // 2
-    return [*await halving(call, items[:middle], when=when), *await halving(call, items[middle:], when=when)]

@@ -31,7 +31,7 @@ from ..models import SCHEMA
 from . import direct
 from .engines import Bind, check_date_style, resolve_bind
 from .failover import inspect, locate
-from .rendering import Translations, render
+from .rendering import Translations
 
 logger = logging.getLogger("durable_sa")
 
@@ -118,10 +118,7 @@ class Database:
             return await self._execute_within(connection, statement, parameters)
         # asyncpg itself needs no autocommit of SQLAlchemy, which takes long to turn on.
         directly = (
-            inner.connection.info.get(_EXPLICIT) is False
-            and not self._is_mixed_up
-            and render(statement, inner.dialect, self._translations) is not None
-            and direct.leads_directly(inner)
+            inner.connection.info.get(_EXPLICIT) is False and not self._is_mixed_up and direct.leads_directly(inner)
         )
         if not directly:
             await self._set_up(connection)
@@ -242,11 +239,8 @@ class Database:
         refuse_read_only(error)
         if sqlstate(error) not in MISSING_TABLE_STATES:
             return
-        from ..migrations import check
-
         try:
-            async with self.engine.connect() as connection:
-                await connection.run_sync(check, self.schema)
+            await self.check_schema()
         except SchemaMismatch as mismatch:
             raise mismatch from error
 

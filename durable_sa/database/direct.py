@@ -38,20 +38,17 @@ def leads_directly(connection: Connection, *, alone: bool = True) -> bool:
 
     Statements that are alone then commit by themselves, whatever SQLAlchemy's isolation level.
     """
-    try:
-        return (
-            connection.dialect.driver == "asyncpg"
-            and not _has_listeners(connection)
-            and not connection.dialect.dispatch.do_execute
-            and not connection.dialect.dispatch.do_execute_no_params
-            and not private.echoes(connection)
-            # A transaction that the application has begun at checkout would be rolled back when the connection returns.
-            and (not in_transaction(connection) if alone else _has_begun(connection))
-            and private.keeps_prepared_statements(connection)
-            and private.has_all(connection)
-        )
-    except private.Missing:
-        return False
+    return (
+        connection.dialect.driver == "asyncpg"
+        and private.all_exist(connection)
+        and not _has_listeners(connection)
+        and not connection.dialect.dispatch.do_execute
+        and not connection.dialect.dispatch.do_execute_no_params
+        and not private.echoes(connection)
+        # A transaction that the application has begun at checkout would be rolled back when the connection returns.
+        and (not in_transaction(connection) if alone else _has_begun(connection))
+        and private.keeps_prepared_statements(connection)
+    )
 
 
 def _has_listeners(connection: Connection) -> bool:
@@ -101,13 +98,11 @@ async def execute(
         del info[_REPLAN]
     began = time.monotonic()
     rows: Sequence[Row[Any]]
-    if directly and rendered is not None:
-        rows = await _fetch_translating(connection, rendered.text, rendered.bind(parameters), repeatable=alone)
+    values = rendered.bind(parameters)
+    if directly:
+        rows = await _fetch_translating(connection, rendered.text, values, repeatable=alone)
     else:
-        if rendered is None:
-            result = await connection.execute(statement, parameters)
-        else:
-            result = await connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
+        result = await connection.exec_driver_sql(rendered.text, values)
         rows = result.all() if result.returns_rows else ()
     _add_wait(info, time.monotonic() - began)
     return rows
@@ -118,13 +113,10 @@ def execute_within(
 ) -> Sequence[Row[Any]]:
     """Execute a statement in the application's transaction on a connection; the connection keeps its plans."""
     rendered = render(statement, connection.dialect, translations)
-    if rendered is None:
-        options = {} if translations is None else {"schema_translate_map": translations}
-        result = connection.execute(statement, parameters, execution_options=options)
-    elif leads_directly(connection, alone=False):
-        return _fetch_within(connection, rendered.text, rendered.bind(parameters))
-    else:
-        result = connection.exec_driver_sql(rendered.text, rendered.bind(parameters))
+    values = rendered.bind(parameters)
+    if leads_directly(connection, alone=False):
+        return _fetch_within(connection, rendered.text, values)
+    result = connection.exec_driver_sql(rendered.text, values)
     return result.all() if result.returns_rows else ()
 
 

@@ -38,13 +38,13 @@ class Rendered(NamedTuple):
         return values if self.names is None else tuple([values[name] for name in self.names])
 
 
-_rendered: weakref.WeakKeyDictionary[
-    Dialect, weakref.WeakKeyDictionary[Executable, dict[frozenset[Any], Rendered | None]]
-] = weakref.WeakKeyDictionary()
+_rendered: weakref.WeakKeyDictionary[Dialect, weakref.WeakKeyDictionary[Executable, dict[frozenset[Any], Rendered]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered | None:
-    """Render a statement; None if its text depends on its values, as that of `in_()` does."""
+def render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered:
+    """Render a statement, whose text must not depend on its values, as that of `in_()` does."""
     statements = _rendered.get(dialect)
     if statements is None:
         statements = _rendered[dialect] = weakref.WeakKeyDictionary()
@@ -57,12 +57,12 @@ def render(statement: Executable, dialect: Dialect, translations: Translations |
     return texts[key]
 
 
-def _render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered | None:
-    compiled = cast("ClauseElement", statement).compile(
-        dialect=dialect, schema_translate_map=translations, render_schema_translate=bool(translations)
+def _render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered:
+    element = cast("ClauseElement", statement)
+    compiled = cast(
+        "SQLCompiler",
+        element.compile(dialect=dialect, schema_translate_map=translations, render_schema_translate=bool(translations)),
     )
-    if not isinstance(compiled, SQLCompiler) or compiled.post_compile_params or compiled.literal_execute_params:
-        return None
     constants = {name: bind.effective_value for bind, name in compiled.bind_names.items() if not bind.required}
     processors: dict[str, Callable[[Any], Any]] = {}
     for bind, name in compiled.bind_names.items():

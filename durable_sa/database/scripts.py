@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection
@@ -28,6 +28,7 @@ from .hint import Hint, channel_name
 from .notifier import send_after_commit, sender
 from .rendering import Translations
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 AsyncSessionOrConnection: TypeAlias = AsyncSession | async_scoped_session[Any] | AsyncConnection
@@ -137,39 +138,34 @@ def _perform_within(
         result = drive(execute, script(hint))
     except DBAPIError as error:
         if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
-            from ..migrations.version import not_installed
+            from ..migrations.version import mismatch
 
             # The transaction has failed, so the connection cannot be asked for the schema's version.
-            raise not_installed(schema) from error
+            raise mismatch(None, schema) from error
         raise
     if hint:
         send_after_commit(connection, channel_name(schema), hint)
     return result
 
 
-async def perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
-    """Run a script in a transaction of its own, retry it if that loses against another one, and then send its hint.
+def _shielded(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Let calls of a coroutine function finish even if the caller is cancelled."""
 
-    If the caller is cancelled, the script still finishes.
-    """
-    return await _shielded(_perform(database, script))
+    @functools.wraps(function)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with detached():
+            task = asyncio.get_running_loop().create_task(function(*args, **kwargs), name="durable:client")
+        return await asyncio.shield(task)
+
+    return call
 
 
+@_shielded
 async def perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     """Run a script as :func:`perform` does, but each statement commits by itself, and must be one that can be repeated.
 
     One statement takes one round trip this way, where a transaction takes four.
     """
-    return await _shielded(_perform_in_autocommit(database, script))
-
-
-async def _shielded(performing: Coroutine[Any, Any, T]) -> T:
-    with detached():
-        task = asyncio.get_running_loop().create_task(performing, name="durable:client")
-    return await asyncio.shield(task)
-
-
-async def _perform_in_autocommit(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     hint = Hint()
     async with HeldConnection(database) as held:
         result = await drive_async(held.execute, script(hint))
@@ -177,7 +173,9 @@ async def _perform_in_autocommit(database: Database, script: Callable[[Hint], Sc
     return result
 
 
-async def _perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+@_shielded
+async def perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
+    """Run a script in a transaction of its own, retry it if that loses against another one, and then send its hint."""
     try:
         done = await retrying(lambda: _perform_once(database, script), tries=_TRIES, when=is_conflict)
         if isinstance(done, DBAPIError):

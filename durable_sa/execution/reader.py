@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from sqlalchemy import Executable, Row
-from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.batches import Batch, always
 from ..database.channel import DedicatedConnection
-from ..database_errors import backoff, is_transient
+from ..database_errors import retrying
 from ..statements import checkpoints, claiming, waits
 from .waits import Stored
-
-T = TypeVar("T")
 
 
 class JoinTarget(NamedTuple):
@@ -27,19 +24,6 @@ class JoinTarget(NamedTuple):
     outcome: str | None
     output: str | None
     error: str | None
-
-
-async def persistently(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call until the database answers it. An error that is not transient is raised."""
-    failures = 0
-    while True:
-        try:
-            return await call()
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
-            if not is_transient(error):
-                raise
-            await asyncio.sleep(backoff(failures))
-            failures += 1
 
 
 class Reader:
@@ -67,11 +51,12 @@ class Reader:
         found = await asyncio.gather(*(self._checkpoints((task_id, key)) for key in keys))
         return {key: stored for key, stored in zip(keys, found, strict=True) if stored is not None}
 
-    async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
-        return await persistently(lambda: self._channel.execute(statement, parameters))
+    async def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
+        """Execute a statement that may be repeated, until the database answers."""
+        return await retrying(lambda: self._channel.execute(statement, parameters))
 
     async def _events(self, events: list[tuple[str, str]]) -> list[str | None]:
-        rows = await self._execute(
+        rows = await self.execute(
             waits.PEEK_EVENTS,
             {"queue_names": [queue for queue, _ in events], "event_names": [name for _, name in events]},
         )
@@ -79,7 +64,7 @@ class Reader:
         return [payloads.get(item) for item in events]
 
     async def _tasks(self, task_ids: list[uuid.UUID]) -> list[JoinTarget | None]:
-        rows = await self._execute(waits.PEEK_TASKS, {"task_ids": task_ids})
+        rows = await self.execute(waits.PEEK_TASKS, {"task_ids": task_ids})
         tasks = {
             row.task_id: JoinTarget(row.parent_task_id, row.task_name, row.outcome, row.output, row.error)
             for row in rows
@@ -87,14 +72,14 @@ class Reader:
         return [tasks.get(task_id) for task_id in task_ids]
 
     async def _ownership(self, held: list[tuple[uuid.UUID, int]]) -> list[str | None]:
-        rows = await self._execute(
+        rows = await self.execute(
             claiming.LOST_RUNS, {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]}
         )
         states = {(row.task_id, row.fence): row.state or "deleted" for row in rows}
         return [states.get(key) for key in held]
 
     async def _read_checkpoints(self, items: list[tuple[uuid.UUID, uuid.UUID]]) -> list[Stored | None]:
-        rows = await self._execute(
+        rows = await self.execute(
             checkpoints.READ_CHECKPOINTS,
             {"task_ids": [task_id for task_id, _ in items], "keys": [key for _, key in items]},
         )
@@ -102,5 +87,5 @@ class Reader:
         return [found.get(item) for item in items]
 
     async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> list[None]:
-        await self._execute(waits.RESOLVE, {"task_ids": sorted(set(task_ids))})
+        await self.execute(waits.RESOLVE, {"task_ids": sorted(set(task_ids))})
         return [None] * len(task_ids)

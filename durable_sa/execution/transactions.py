@@ -16,13 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransacti
 from sqlalchemy.orm import SessionTransaction
 
 from ..database.connections import Database, discard
-from ..database_errors import backoff, is_conflict, is_lost, is_transient
+from ..database_errors import backoff, is_conflict, is_lost, is_transient, retrying
 from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import Codec, check_size
 from ..signals import LeaseLost
 from ..statements import checkpoints
-from .reader import persistently
 from .run import Run
 
 T = TypeVar("T")
@@ -72,7 +71,7 @@ async def run_transaction(
     conflicts = lost = interruptions = 0
     while True:
         await run.enter()
-        connection = await persistently(database.transactional)
+        connection = await retrying(database.transactional)
         try:
             return await _attempt(run, database, connection, key, name, codec, fn, args, kwargs)
         except _Interrupted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
@@ -34,7 +34,6 @@ class WaitSpec(NamedTuple):
 class PendingWait:
     """A durable wait that user code is blocked on."""
 
-    future: asyncio.Future[Stored]
     key: uuid.UUID
     kind: str
     name: str
@@ -43,6 +42,7 @@ class PendingWait:
     due_at: datetime | None = None
     delay: float | None = None
     """Seconds from the call on."""
+    future: asyncio.Future[Stored] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     called_at: float = 0.0
     """The time of the call, by `time.monotonic`."""
     registered: bool = False

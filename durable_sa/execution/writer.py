@@ -12,12 +12,11 @@ written, the runs of the other half go on. The second connection is that of the 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,8 +41,6 @@ from .writes import (
 )
 
 logger = logging.getLogger("durable_sa")
-
-T = TypeVar("T")
 
 FLUSH_WRITES = 1000
 FLUSH_BYTES = 4 * 1024 * 1024
@@ -224,37 +221,38 @@ class Writer:
         groups: dict[Kind, list[Write]] = {}
         for write in batch:
             groups.setdefault(write.kind, []).append(write)
-        send = functools.partial(self._send, channel)
         for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
-            await in_halves(groups[kind], send)
+            await self._send(channel, groups[kind])
 
     async def _send(self, channel: DedicatedConnection, writes: list[Write]) -> None:
         """Send writes of one kind in one statement, and retry while the database does not answer.
 
-        Raises:
-            Exception: the database refuses the statement, and it has more than one write.
+        If the database refuses the statement, each half of the writes is sent in turn, down to single writes.
         """
         failures = 0
         while not self._abandoned:
             try:
                 await self._flush(channel, writes)
-                return
-            except Exception as error:
-                contended = writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE
-                if is_transient(error) and not contended:
+            except Exception as error:  # noqa: BLE001 - a write whose statement is refused is settled with the error
+                if is_transient(error) and not _is_contended(writes, error):
                     logger.warning("writing for %d runs failed, retrying: %s", len(writes), reason(error))
                     await asyncio.sleep(backoff(failures))
                     failures += 1
                     continue
-                if len(writes) > 1:
-                    raise
-                if contended:
-                    self._delay(writes[0])
-                else:
-                    writes[0].settle(None, without_values(error))
-                return
+                await self._send_apart(channel, writes, error)
+            return
         for write in writes:
             write.settle(None, LeaseLost())
+
+    async def _send_apart(self, channel: DedicatedConnection, writes: list[Write], refusal: Exception) -> None:
+        if len(writes) > 1:
+            middle = len(writes) // 2
+            await self._send(channel, writes[:middle])
+            await self._send(channel, writes[middle:])
+        elif _is_contended(writes, refusal):
+            self._delay(writes[0])
+        else:
+            writes[0].settle(None, without_values(refusal))
 
     async def _flush(self, channel: DedicatedConnection, writes: list[Write]) -> None:
         kind = writes[0].kind
@@ -331,13 +329,5 @@ class Writer:
         self.submit(write)
 
 
-async def in_halves(items: list[T], call: Callable[[list[T]], Awaitable[None]]) -> None:
-    """Call with all items. If that raises, call with each half in turn, down to single items, whose error is raised."""
-    try:
-        await call(items)
-    except Exception:
-        if len(items) < 2:
-            raise
-        middle = len(items) // 2
-        await in_halves(items[:middle], call)
-        await in_halves(items[middle:], call)
+def _is_contended(writes: list[Write], error: Exception) -> bool:
+    return writes[0].kind in CONTENDED and sqlstate(error) == LOCK_NOT_AVAILABLE

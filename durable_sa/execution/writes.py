@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Row
@@ -185,22 +186,11 @@ def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dic
     return suspending.SUSPEND, arrays(names, rows) | _wait_columns(writes)
 
 
-def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
-    return outcomes.FAIL, _fenced(writes, ("errors", "retryable", "next_run_ids", "waited"))
-
-
-def _releases(writes: list[Write[ReleaseValues]]) -> tuple[Executable, dict[str, Any]]:
-    return outcomes.RELEASE, _fenced(writes, ("errors", "next_run_ids"))
-
-
-def _completions(writes: list[Write[CompletionValues]]) -> tuple[Executable, dict[str, Any]]:
-    return outcomes.COMPLETE, _fenced(writes, ("outputs", "waited"))
-
-
-def _fenced(
-    writes: Sequence[Write[FailureValues | ReleaseValues | CompletionValues]], names: Iterable[str]
-) -> dict[str, list[Any]]:
-    return arrays(("task_ids", "fences", *names), [(write.task_id, write.fence, *write.values) for write in writes])
+def _outcomes(
+    statement: Executable, names: tuple[str, ...], writes: list[Write[FailureValues | ReleaseValues | CompletionValues]]
+) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, *write.values) for write in writes]
+    return statement, arrays(("task_ids", "fences", *names), rows)
 
 
 def _wait_columns(writes: Sequence[Write]) -> dict[str, list[Any]]:
@@ -214,9 +204,9 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.EVENT: _events,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
-    Kind.FAILURE: _failures,
-    Kind.RELEASE: _releases,
-    Kind.COMPLETION: _completions,
+    Kind.FAILURE: partial(_outcomes, outcomes.FAIL, ("errors", "retryable", "next_run_ids", "waited")),
+    Kind.RELEASE: partial(_outcomes, outcomes.RELEASE, ("errors", "next_run_ids")),
+    Kind.COMPLETION: partial(_outcomes, outcomes.COMPLETE, ("outputs", "waited")),
 }
 
 SINGLE_STATEMENTS: dict[Kind, Executable] = {

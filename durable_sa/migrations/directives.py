@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from ..models import SCHEMA, metadata
 from .chain import BASE, head, is_known, scripts
 from .running import configured_schema
-from .version import current, downgrade_call, too_new, upgrade_call
+from .version import current, downgrade_call, mismatch, upgrade_call
 
 _IMPORT: Final = "from durable_sa import migrations as durable"
 _TABLES: Final = frozenset(table.name for table in metadata.tables.values())
@@ -69,7 +69,7 @@ def autogenerate(context: MigrationContext, revision: Any, directives: list[Migr
     if installed == head():
         return
     if not is_known(installed):
-        raise too_new(installed, schema)
+        raise mismatch(installed, schema)
     move = Move(head(), installed, schema)
     directives[0].upgrade_ops_list[-1].ops.insert(0, move)
     directives[0].downgrade_ops_list[-1].ops.append(move.reverse())

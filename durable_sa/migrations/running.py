@@ -16,7 +16,7 @@ from ..database_errors import LOCK_NOT_AVAILABLE, refuse_read_only, sqlstate
 from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
 from .chain import BASE, head, is_known, position, scripts
-from .version import current, downgrade_call, record, too_new, upgrade_call, works_with
+from .version import current, downgrade_call, mismatch, record, upgrade_call, works_with
 
 SCHEMA_OPTION: Final = "durable_schema"
 """The keyword of `context.configure()` in env.py for another schema than `durable`."""
@@ -144,7 +144,7 @@ def _installed(op: Operations, since: str, schema: str) -> str:
     _wait_for_turn(connection, schema)
     installed = current(connection, schema) or BASE
     if not is_known(installed):
-        raise too_new(installed, schema)
+        raise mismatch(installed, schema)
     return installed
 
 

@@ -88,17 +88,11 @@ def check(connection: Connection, schema: str = SCHEMA) -> None:
         InvalidState: the comment with their revision was lost.
     """
     if not works_with(connection, schema):
-        installed, required = current(connection, schema), head()
-        raise SchemaMismatch(installed, required, _remedy(installed, required, schema))
+        raise mismatch(current(connection, schema), schema)
 
 
-def not_installed(schema: str = SCHEMA) -> SchemaMismatch:
-    """Create the error for a database without durable's tables."""
-    return SchemaMismatch(None, head(), _remedy(None, head(), schema))
-
-
-def too_new(installed: str, schema: str = SCHEMA) -> SchemaMismatch:
-    """Create the error for tables of a newer version of the package."""
+def mismatch(installed: str | None, schema: str) -> SchemaMismatch:
+    """Create the error for tables of a revision that this version of the package does not work with; None for none."""
     return SchemaMismatch(installed, head(), _remedy(installed, head(), schema))
 
 

@@ -12,8 +12,9 @@ from sqlalchemy import Row
 from ..app import App
 from ..database.channel import Executing
 from ..serialization.codec import UNTYPED
-from ..spawns import Prepared, SpawnCall, columns, prepare
+from ..spawns import Prepared, SpawnCall, prepare
 from ..statements import scheduling
+from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
 from . import store
 from .cron import due_ticks
@@ -101,7 +102,7 @@ class Firing:
         prepared: list[Prepared],
         call: SpawnCall,
     ) -> Sequence[Row[Any]]:
-        arrays = columns(prepared) if prepared else dict.fromkeys(SPAWN_COLUMNS, ())
+        spawns = arrays(SPAWN_COLUMNS, [item.values for item in prepared])
         parameters = {
             "schedule_name": row.name,
             "fired_tick": row.next_tick_at,
@@ -109,7 +110,7 @@ class Firing:
             "next_tick": following,
             "last_tick": fired[-1] if fired else None,
             "last_task": prepared[-1].task_id if prepared else None,
-            **{f"tick_{name}": list(array) for name, array in arrays.items()},
+            **{f"tick_{name}": values for name, values in spawns.items()},
         }
         rows = await self._connection.execute(scheduling.FIRE, parameters)
         if not rows:

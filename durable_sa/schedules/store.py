@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from sqlalchemy import Row
 
@@ -17,7 +18,6 @@ from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
 from ..spawns import Prepared, prepare
 from ..statements import queues, scheduling
-from ..statements.spawning import SPAWN_COLUMNS
 from ..tasks import Task
 from . import pgcron
 from .cron import Misfire, next_tick
@@ -35,16 +35,8 @@ def encode_options(options: SpawnOptions) -> str:
     for key, value in options.items():
         if value is None:
             continue
-        if isinstance(value, RetryStrategy):
-            plain[key] = {
-                "kind": value.kind,
-                "base_delay": value.base_delay,
-                "factor": value.factor,
-                "max_backoff": value.max_backoff,
-                "jitter": value.jitter,
-            }
-        elif isinstance(value, CancellationPolicy):
-            plain[key] = {"max_pending_time": value.max_pending_time, "max_running_time": value.max_running_time}
+        if isinstance(value, RetryStrategy | CancellationPolicy):
+            plain[key] = dataclasses.asdict(value)
         elif isinstance(value, timedelta):
             plain[key] = value.total_seconds()
         else:
@@ -89,62 +81,58 @@ def _encode_metadata(metadata: Mapping[str, Any] | None, what: str) -> str:
     return refuse_nul(UNTYPED.encode(dict(metadata or {}), what), what)
 
 
-class Definition(NamedTuple):
-    """A schedule as the caller defines it."""
-
-    name: str
-    task: Task[Any, Any] | str
-    params: Any
-    cron_expression: str
-    timezone: str
-    metadata: Mapping[str, Any] | None
-    backend: Backend
-    misfire: Misfire | None
-    overlap: Overlap
-    options: SpawnOptions
-
-
-async def create(app: App, definition: Definition) -> None:
-    """Check a definition and store it, together with a job of the extension if that is to fire it."""
-    misfire = definition.misfire or ("run_once" if definition.backend == "worker" else "skip")
+async def create(
+    app: App,
+    name: str,
+    *,
+    task: Task[Any, Any] | str,
+    params: Any,
+    cron_expression: str,
+    timezone: str,
+    metadata: Mapping[str, Any] | None,
+    backend: Backend,
+    misfire: Misfire | None,
+    overlap: Overlap,
+    options: SpawnOptions,
+) -> None:
+    """Check a schedule and store it, together with a job of the extension if that is to fire it."""
+    misfire = misfire or ("run_once" if backend == "worker" else "skip")
     for what, value, known in (
         ("misfire", misfire, ("skip", "run_once", "run_all")),
-        ("overlap", definition.overlap, ("allow", "skip")),
-        ("backend", definition.backend, ("worker", "pg_cron")),
+        ("overlap", overlap, ("allow", "skip")),
+        ("backend", backend, ("worker", "pg_cron")),
     ):
         if value not in known:
             raise InvalidConfiguration(what, f"{str(value)[:40]!r} is none of {', '.join(known)}")
     for key in ("idempotency_key", "available_at"):
-        if definition.options.get(key) is not None:
+        if options.get(key) is not None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
-    headers = {SCHEDULED_BY: definition.name, CRON: definition.cron_expression}
-    prepared = prepare(
-        app, definition.task, definition.params, definition.options, internal_headers=headers, hooked=False
-    )
-    metadata = _encode_metadata(definition.metadata, "the metadata of a schedule")
+    headers = {SCHEDULED_BY: name, CRON: cron_expression}
+    prepared = prepare(app, task, params, options, internal_headers=headers, hooked=False)
+    encoded_metadata = _encode_metadata(metadata, "the metadata of a schedule")
     now = (await app.database.execute(scheduling.DATABASE_TIME))[0].now
-    first = next_tick(definition.cron_expression, definition.timezone, now)
+    first = next_tick(cron_expression, timezone, now)
     if first is None:
-        raise InvalidCron(definition.cron_expression, "it never comes true")
-    job = pgcron.job_name(definition.name, app.schema) if definition.backend == "pg_cron" else None
+        raise InvalidCron(cron_expression, "it never comes true")
+    job = pgcron.job_name(name, app.schema) if backend == "pg_cron" else None
     if job is not None:
-        pgcron.check_expression(definition.cron_expression)
+        pgcron.check_expression(cron_expression)
         if misfire != "skip":
             remedy = "Leave misfire out, or leave the schedule to the workers: backend='worker'."
             raise InvalidConfiguration("misfire", f"pg_cron makes up for no ticks, so not {misfire!r}", remedy)
     values = {
-        "schedule_name": definition.name,
+        "schedule_name": name,
         "schedule_queue": prepared.queue_name,
         "schedule_task": prepared.task_name,
-        "cron": definition.cron_expression,
-        "zone": definition.timezone,
+        "cron": cron_expression,
+        "zone": timezone,
         "encoded_params": prepared.params,
-        "encoded_options": encode_options(_complete(definition.options, prepared)),
-        "encoded_metadata": metadata,
-        "firing_backend": definition.backend,
+        "encoded_options": encode_options(_complete(options, prepared)),
+        "encoded_metadata": encoded_metadata,
+        "firing_backend": backend,
         "job_name": job,
         "misfire_policy": misfire,
-        "overlap_policy": definition.overlap,
+        "overlap_policy": overlap,
         # The extension keeps the time of the next tick by itself.
         "next_tick": first if job is None else None,
     }
@@ -152,11 +140,11 @@ async def create(app: App, definition: Definition) -> None:
         if not (await connection.execute(queues.LOCK_QUEUE, {"queue_name": prepared.queue_name})).all():
             raise QueueNotFound(prepared.queue_name)
         if job is not None:
-            await pgcron.require_extension(connection, definition.timezone)
-        before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": definition.name})).one_or_none()
+            await pgcron.require_extension(connection, timezone)
+        before = (await connection.execute(scheduling.JOB_NAME, {"schedule_name": name})).one_or_none()
         stored = (await connection.execute(scheduling.PUT_SCHEDULE, values)).one()
         if job is not None:
-            await pgcron.put_job(connection, app.schema, definition.name, definition.cron_expression, prepared)
+            await pgcron.put_job(connection, app.schema, name, cron_expression, prepared)
             await pgcron.activate_job(connection, job, active=stored.paused_at is None)
         elif before is not None:
             await pgcron.remove_job(connection, before.pgcron_job_name)
@@ -164,22 +152,16 @@ async def create(app: App, definition: Definition) -> None:
 
 def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
     """Add the options of the task and the defaults of this process, so that those of the firing process are unused."""
-    values = dict(zip(SPAWN_COLUMNS, prepared.values, strict=True))
+    kind = prepared.kind
     complete: SpawnOptions = {
         "headers": options.get("headers"),
         "delay": options.get("delay"),
-        "priority": values["priority"],
-        "max_attempts": values["max_attempts"],
+        "priority": kind.priority,
+        "max_attempts": kind.max_attempts,
         "retry_strategy": RetryStrategy(
-            values["retry_kind"],
-            base_delay=values["retry_base_delay"],
-            factor=values["retry_factor"],
-            max_backoff=values["retry_max_backoff"],
-            jitter=values["retry_jitter"],
+            kind.retry_kind, kind.retry_base_delay, kind.retry_factor, kind.retry_max_backoff, kind.retry_jitter
         ),
-        "cancellation": CancellationPolicy(
-            max_pending_time=values["max_pending_seconds"], max_running_time=values["max_running_seconds"]
-        ),
+        "cancellation": CancellationPolicy(kind.max_pending_seconds, kind.max_running_seconds),
     }
     return complete
 

@@ -10,6 +10,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import Checkpoint, TaskRow, Wait
 from .expressions import array, clamped_limit, clock, constant, next_fence, rows
+from .fencing import ENDING, materialized
 from .outcomes import delete_unlocked_waits, record_attempts
 
 # Not named `task_id`, because in an UPDATE SQLAlchemy takes a parameter named like a column for a value to set.
@@ -52,16 +53,14 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
     )
 
 
-def _unfinished(*conditions: Any, skip_locked: bool, limit: Any = None) -> CTE:
-    statement = (
-        select(TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskRow.claimed_by, TaskRow.started_at)
+def _unfinished(*conditions: Any, skip_locked: bool) -> CTE:
+    return materialized(
+        "locked",
+        select(*ENDING)
         .where(TaskRow.finished_at.is_(None), *conditions)
         .order_by(TaskRow.task_id)
-        .with_for_update(skip_locked=skip_locked, key_share=True)
+        .with_for_update(skip_locked=skip_locked, key_share=True),
     )
-    if limit is not None:
-        statement = statement.limit(limit)
-    return statement.cte("locked").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
@@ -100,12 +99,11 @@ fence is unchanged since.
 
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
-_still_ended = (
+_still_ended = materialized(
+    "still_ended",
     select(TaskRow.task_id)
     .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNSUCCESSFUL))
-    .with_for_update(skip_locked=True, key_share=True)
-    .cte("still_ended")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, key_share=True),
 )
 CANCEL_DESCENDANTS = _cancel(_unfinished(TaskRow.task_id == func.any(_targets), skip_locked=False), _origin)
 """Cancel a batch of descendants inside the caller's transaction, waiting for locks."""
@@ -162,23 +160,17 @@ _limit_error = func.json_build_object(
         else_=constant("max_running_time was over"),
     ),
 )
-_overdue = (
+_overdue = materialized(
+    "locked",
     select(
-        TaskRow.task_id,
-        TaskRow.run_id,
-        TaskRow.attempt,
-        TaskRow.state,
-        TaskRow.claimed_by,
-        TaskRow.started_at,
+        *ENDING,
         TaskRow.parent_task_id,
         _limit_error.label("reason"),
     )
     .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None), TaskRow.cancel_at <= clock())
     .order_by(TaskRow.task_id)
     .limit(bindparam("wanted", type_=Integer()))
-    .with_for_update(skip_locked=True, key_share=True)
-    .cte("locked")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, key_share=True),
 )
 
 CANCEL_OVERDUE = _cancel(_overdue, null(), skip_locked=True)

@@ -37,7 +37,7 @@ from .expressions import (
     one_row,
     rows,
 )
-from .fencing import is_in, locked_rows
+from .fencing import is_in, locked_rows, materialized
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
 CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -108,17 +108,15 @@ RECORD_CHILDREN = select(
 _event = numbered_rows("event", "position", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())
 _locked = locked_rows(_fences(_event))
 _queue_name = select(TaskRow.queue_name).where(TaskRow.task_id == _event.c.task_ids).scalar_subquery()
-_ranked = (
+_ranked = materialized(
+    "ranked",
     select(
         _event,
         _queue_name.label("queue_name"),
         func.row_number()
         .over(partition_by=(_queue_name, _event.c.event_names), order_by=_event.c.position)
         .label("rank"),
-    )
-    .where(is_in(_event.c.task_ids, _locked))
-    .cte("ranked")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    ).where(is_in(_event.c.task_ids, _locked)),
 )
 _first = _ranked.c.rank == constant(1)
 _emitted = (

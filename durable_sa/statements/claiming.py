@@ -63,6 +63,7 @@ from .expressions import (
     rows,
     statement_time,
 )
+from .fencing import materialized
 
 
 class ClaimedRun(NamedTuple):
@@ -114,16 +115,15 @@ _cursors = numbered_rows(
     cursor_times=DateTime(timezone=True),
     cursor_ids=Uuid(),
 )
-_open_lanes = (
+_open_lanes = materialized(
+    "open_lanes",
     select(_cursors)
     .where(
         ~exists().where(Queue.queue_name == _cursors.c.queue_names, Queue.paused_at.is_not(None)),
         # A worker that was declared lost claims nothing more under its old id.
         exists().where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None)),
     )
-    .order_by(_cursors.c.position)
-    .cte("open_lanes")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .order_by(_cursors.c.position),
 )
 _next_in_lane = (
     select(TaskRow.task_id)
@@ -270,13 +270,12 @@ stuck, or the lease is over."""
 REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
 """Remove a stopping worker, after it has released its runs."""
 
-_silent = (
+_silent = materialized(
+    "silent",
     select(WorkerRow.worker_id)
     .where(WorkerRow.lost_at.is_(None), WorkerRow.expires_at < clock())
     .order_by(WorkerRow.worker_id)
-    .with_for_update(skip_locked=True)
-    .cte("silent")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True),
 )
 
 DECLARE_LOST = (
@@ -319,12 +318,11 @@ ORPHANED_RUNS = (
 )
 """Runs whose worker has no row, for instance because it was deleted by hand."""
 
-_forgotten = (
+_forgotten = materialized(
+    "forgotten",
     select(WorkerRow.worker_id)
     .where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
-    .with_for_update(skip_locked=True)
-    .cte("forgotten")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True),
 )
 DELETE_LOST_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
 """Delete lost workers after `age` seconds, when no run can refer to them any more."""

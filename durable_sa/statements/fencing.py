@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Uuid, select, true
+from sqlalchemy import BigInteger, ColumnElement, Select, Uuid, select, true
 from sqlalchemy.sql.selectable import CTE, FromClause
 
 from ..models import TaskRow
 from .expressions import rows
+
+ENDING = (TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskRow.claimed_by, TaskRow.started_at)
+"""Columns of a locked task from which the row of its run is made when the run ends."""
+
+
+def materialized(name: str, query: Select[*tuple[Any, ...]]) -> CTE:
+    """Name a query whose rows are computed once, and which the planner does not merge into the rest of a statement."""
+    return query.cte(name).prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 def locked_rows(source: FromClause) -> CTE:
@@ -21,23 +29,17 @@ def locked_rows(source: FromClause) -> CTE:
     The other columns of `source` are passed on. Joining them later would take time quadratic in the batch, because the
     planner cannot estimate the number of locked rows and chooses nested loops.
     """
-    return (
+    return materialized(
+        "locked",
         select(
-            TaskRow.task_id,
-            TaskRow.run_id,
-            TaskRow.attempt,
-            TaskRow.state,
-            TaskRow.claimed_by,
-            TaskRow.started_at,
+            *ENDING,
             TaskRow.parent_task_id,
             TaskRow.queue_name,
             *(column for column in source.c if column.key not in ("task_ids", "fences")),
         )
         .join(source, (TaskRow.task_id == source.c.task_ids) & (TaskRow.fence == source.c.fences))
         .order_by(TaskRow.task_id)
-        .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
-        .cte("locked")
-        .prefix_with("MATERIALIZED", dialect="postgresql")
+        .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
     )
 
 
@@ -51,12 +53,11 @@ def is_in(column: ColumnElement[Any], found: CTE) -> ColumnElement[bool]:
 
 
 _asked = rows("asked", task_ids=Uuid(), fences=BigInteger())
-_free = (
+_free = materialized(
+    "free",
     select(TaskRow.task_id)
     .join(_asked, TaskRow.task_id == _asked.c.task_ids)
-    .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
-    .cte("free")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
 )
 FENCE_STATUS = (
     select(TaskRow.task_id, TaskRow.fence, _free.c.task_id.is_not(None).label("free"))

@@ -31,7 +31,7 @@ from sqlalchemy.types import TypeEngine
 from ..models import RunRow, TaskRow, Wait
 from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
-from .fencing import locked_rows
+from .fencing import locked_rows, materialized
 
 LEASE_LOSS_LIMIT = 20
 """Consecutive workers that may be lost while they run a task, before the task is failed as the likely cause."""
@@ -53,13 +53,12 @@ def record_attempts(locked: FromClause, state: ColumnElement[str], error: Column
 
 def delete_unlocked_waits(locked: FromClause, *conditions: ColumnElement[bool]) -> CTE:
     """Delete the waits of ending tasks; maintenance deletes those that another transaction has locked now."""
-    free = (
+    free = materialized(
+        "free_waits",
         select(Wait.task_id, Wait.key)
         .join(locked, Wait.task_id == locked.c.task_id)
         .where(*conditions)
-        .with_for_update(skip_locked=True, of=Wait)
-        .cte("free_waits")
-        .prefix_with("MATERIALIZED", dialect="postgresql")
+        .with_for_update(skip_locked=True, of=Wait),
     )
     return delete(Wait).where(Wait.task_id == free.c.task_id, Wait.key == free.c.key).cte("waits_gone")
 
@@ -198,7 +197,8 @@ RELEASE = (
 """Release runs at shutdown: claimable at once, and not counted as failures."""
 
 _taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
-_locked = (
+_locked = materialized(
+    "locked",
     select(
         TaskRow.task_id,
         TaskRow.run_id,
@@ -212,9 +212,7 @@ _locked = (
     .join(_taken, TaskRow.task_id == _taken.c.task_ids)
     .where(TaskRow.claimed_by == func.any(array("worker_ids", Uuid())), TaskRow.finished_at.is_(None))
     .order_by(TaskRow.task_id)
-    .with_for_update(skip_locked=True, key_share=True, of=TaskRow)
-    .cte("locked")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
 )
 _lost = func.json_build_object(
     constant("name"),

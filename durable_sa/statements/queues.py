@@ -30,6 +30,7 @@ from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from ..models import RETENTION, Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait
 from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
+from .fencing import materialized
 
 _queue_name = bindparam("queue_name", type_=Text())
 _set_retention = bindparam("set_retention", type_=Boolean())
@@ -114,7 +115,8 @@ _needed = (
 )
 _child = aliased(TaskRow, name="child")
 _lock_timeout = lock_timeout()
-_gone = (
+_gone = materialized(
+    "gone",
     select(TaskRow.task_id)
     .join(_lock_timeout, true())
     .where(
@@ -125,9 +127,7 @@ _gone = (
         ~exists().where(Wait.child_task_id == TaskRow.task_id),
     )
     .order_by(TaskRow.task_id)
-    .with_for_update(skip_locked=True, of=TaskRow)
-    .cte("gone")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, of=TaskRow),
 )
 
 DELETE_TASKS = (
@@ -153,7 +153,8 @@ _waiter = (
     .correlate(Event)
     .scalar_subquery()
 )
-_spent = (
+_spent = materialized(
+    "spent",
     select(Event.queue_name, Event.name)
     .where(
         Event.queue_name == _queue_name,
@@ -162,9 +163,7 @@ _spent = (
     )
     .order_by(Event.emitted_at)
     .limit(_wanted)
-    .with_for_update(skip_locked=True, of=Event)
-    .cte("spent")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, of=Event),
 )
 
 DELETE_EVENTS = (
@@ -172,14 +171,13 @@ DELETE_EVENTS = (
 )
 """Delete a batch of old events without waiters. Waits stored before the event was emitted are visible here."""
 
-_some = (
+_some = materialized(
+    "some",
     select(TaskRow.task_id)
     .where(TaskRow.queue_name == _queue_name)
     .order_by(TaskRow.task_id)
     .limit(_wanted)
-    .with_for_update()
-    .cte("some")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(),
 )
 DELETE_QUEUE_TASKS = (
     delete(TaskRow)
@@ -202,7 +200,8 @@ def _oldest(moment: InstrumentedAttribute[Any], *conditions: ColumnElement[bool]
     return select(func.min(moment)).where(moment.is_not(None), *conditions).correlate(Queue).scalar_subquery()
 
 
-_ages = (
+_ages = materialized(
+    "ages",
     select(
         Queue.queue_name,
         Queue.retention,
@@ -216,9 +215,7 @@ _ages = (
             )
         ).label("oldest_task"),
         _oldest(Event.emitted_at, Event.queue_name == Queue.queue_name).label("oldest_event"),
-    )
-    .cte("ages")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    ),
 )
 _old_task = _ages.c.oldest_task < statement_time() - _ages.c.retention
 _old_event = _ages.c.oldest_event < statement_time() - _ages.c.event_retention

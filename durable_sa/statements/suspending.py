@@ -11,7 +11,7 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, TaskRow, Wait
 from .expressions import clock, constant, interval, rows, statement_time
-from .fencing import is_in, locked_rows
+from .fencing import is_in, locked_rows, materialized
 
 SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "wait_task_ids": Uuid(),
@@ -31,11 +31,11 @@ _waits = rows("wait", **SUSPEND_COLUMNS)
 def _due(locked: CTE) -> CTE:
     due_at = func.coalesce(_waits.c.due_times, statement_time() + interval(_waits.c.delays))
     queue_name = select(TaskRow.queue_name).where(TaskRow.task_id == _waits.c.wait_task_ids).scalar_subquery()
-    return (
-        select(_waits, due_at.label("due_at"), queue_name.label("queue_name"))
-        .where(is_in(_waits.c.wait_task_ids, locked))
-        .cte("due")
-        .prefix_with("MATERIALIZED", dialect="postgresql")
+    return materialized(
+        "due",
+        select(_waits, due_at.label("due_at"), queue_name.label("queue_name")).where(
+            is_in(_waits.c.wait_task_ids, locked)
+        ),
     )
 
 

@@ -33,16 +33,16 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, TaskRow, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, interval, next_fence, rows
+from .fencing import materialized
 
 _task_ids = array("task_ids", Uuid())
 
-_waiters = (
+_waiters = materialized(
+    "waiters",
     select(TaskRow.task_id, TaskRow.state)
     .where(TaskRow.task_id == func.any(_task_ids), TaskRow.finished_at.is_(None))
     .order_by(TaskRow.task_id)
-    .with_for_update(skip_locked=True, key_share=True)
-    .cte("waiters")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, key_share=True),
 )
 _child = TaskRow.__table__.alias("child")
 _in_time = or_(Wait.due_at.is_(None), Wait.due_at > clock())
@@ -50,7 +50,8 @@ _event_came = Event.name.is_not(None) & (or_(_in_time, Event.emitted_at <= Wait.
 _child_ended = _child.c.finished_at.is_not(None) & (or_(_in_time, _child.c.finished_at <= Wait.due_at))
 _child_missing = (Wait.kind == constant("join")) & _child.c.task_id.is_(None)
 _timed_out = Wait.due_at <= clock()
-_resolved = (
+_resolved = materialized(
+    "resolved",
     select(
         Wait.task_id,
         Wait.key,
@@ -70,16 +71,13 @@ _resolved = (
     .join(_waiters, _waiters.c.task_id == Wait.task_id)
     .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
     .outerjoin(_child, _child.c.task_id == Wait.child_task_id)
-    .where(or_(_event_came, _child_ended, _child_missing, _timed_out))
-    .cte("resolved")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .where(or_(_event_came, _child_ended, _child_missing, _timed_out)),
 )
-_free_waits = (
+_free_waits = materialized(
+    "free_waits",
     select(_resolved)
     .join(Wait, (Wait.task_id == _resolved.c.task_id) & (Wait.key == _resolved.c.key))
-    .with_for_update(skip_locked=True, of=Wait)
-    .cte("free_waits")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, of=Wait),
 )
 
 COALESCING_SECONDS = 0.001
@@ -173,15 +171,14 @@ The rows are locked, only for this statement, so that those which cannot be reso
 DELETE_WAITS = delete(Wait).where(Wait.task_id == func.any(_task_ids))
 """Delete the waits of cancelled tasks, including those stored while the cancel waited for its lock."""
 
-_stray = (
+_stray = materialized(
+    "stray",
     select(Wait.task_id, Wait.key)
     .where(
         Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
         ~exists().where(TaskRow.task_id == Wait.task_id, TaskRow.finished_at.is_(None)),
     )
-    .with_for_update(skip_locked=True, of=Wait)
-    .cte("stray")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, of=Wait),
 )
 DELETE_STRAY_WAITS = delete(Wait).where(Wait.task_id == _stray.c.task_id, Wait.key == _stray.c.key)
 """Delete waits of ended tasks: they were stored concurrently with the end, which did not see them."""
@@ -211,14 +208,13 @@ EMIT = (
 )
 """Emit events, in the order of their names so that two transactions never deadlock. Delivery follows separately."""
 
-_undelivered = (
+_undelivered = materialized(
+    "undelivered",
     select(Event.queue_name, Event.name)
     .where(Event.delivered_at.is_(None))
     .order_by(Event.emitted_at)
     .limit(bindparam("wanted_events", type_=Integer()))
-    .offset(bindparam("passed", type_=Integer()))
-    .cte("undelivered")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .offset(bindparam("passed", type_=Integer())),
 )
 UNDELIVERED = select(
     _undelivered.c.queue_name,
@@ -242,12 +238,11 @@ The oldest come first. `passed` skips events already seen that are locked, or wh
 """
 
 _marked = rows("marked", queue_names=Text(), names=Text())
-_free_events = (
+_free_events = materialized(
+    "free_events",
     select(Event.queue_name, Event.name)
     .join(_marked, (Event.queue_name == _marked.c.queue_names) & (Event.name == _marked.c.names))
-    .with_for_update(skip_locked=True, key_share=True, of=Event)
-    .cte("free_events")
-    .prefix_with("MATERIALIZED", dialect="postgresql")
+    .with_for_update(skip_locked=True, key_share=True, of=Event),
 )
 MARK_DELIVERED = (
     update(Event)

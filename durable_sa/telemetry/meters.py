@@ -56,12 +56,12 @@ class Meters:
         )
         meter.create_observable_gauge(
             "durable_worker_concurrent_tasks",
-            [self._gauge(_running)],
+            [self._gauge(lambda worker: worker.running_in())],
             description="Runs in progress here",
         )
         meter.create_observable_gauge(
             "durable_worker_active",
-            [self._gauge(_serving)],
+            [self._gauge(lambda worker: worker.queue_names)],
             description="Workers of this process",
         )
         meter.create_observable_gauge(
@@ -124,11 +124,3 @@ class Meters:
 def _fold(position: int, one: float, another: float) -> float:
     """Add numbers of tasks; of ages, take the greater."""
     return one + another if position == 0 else max(one, another)
-
-
-def _running(worker: WatchedWorker) -> Iterable[str]:
-    return worker.running_in()
-
-
-def _serving(worker: WatchedWorker) -> Iterable[str]:
-    return worker.queue_names

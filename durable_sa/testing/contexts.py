@@ -9,7 +9,7 @@ import random
 import uuid
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, cast, overload
@@ -31,7 +31,7 @@ from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
 from ..results import TaskHandle
 from ..serialization.annotations import is_coroutine_function
-from ..serialization.codec import UNTYPED, check_size, codec_for
+from ..serialization.codec import UNTYPED, codec_for
 from ..statements.claiming import ClaimedRun
 from ..steps import result_codec
 from ..tasks import Task
@@ -128,10 +128,6 @@ class MemoryContext(TaskContext[Any], _Enterable):
         """The durable calls that the task has made so far."""
         return self._memory.recorded
 
-    def inside(self, call: Call) -> AbstractContextManager[None]:
-        """Return a context manager for the body of a step."""
-        return self._memory.branches.scope(str(call.key))
-
     async def _pause(self, call: Call, tries: int, delay: float) -> None:
         self._memory.pass_until(self._memory.now() + timedelta(seconds=delay))
 
@@ -174,33 +170,27 @@ class MemoryContext(TaskContext[Any], _Enterable):
         if isinstance(session, Session):
             if is_coroutine_function(fn):
                 raise InvalidState(f"transaction {call.name!r}", "asynchronous", "Pass an AsyncSession.")
-            return self._transact(session, call, fn, args, kwargs)
-        if not is_coroutine_function(fn):
-            return await session.run_sync(self._transact, call, fn, args, kwargs)
-        with self.inside(call):
-            async with session.begin_nested() as savepoint:
-                with _guarded(session.sync_session, savepoint.sync_transaction, call.name):
-                    result = await fn(session, *args, **kwargs)
-        return self._stored(call, fn, result)
+            result = self._transact(session, call, fn, args, kwargs)
+        elif not is_coroutine_function(fn):
+            result = await session.run_sync(self._transact, call, fn, args, kwargs)
+        else:
+            with self._memory.branches.scope(str(call.key)):
+                async with session.begin_nested() as savepoint:
+                    with _guarded(session.sync_session, savepoint.sync_transaction, call.name):
+                        result = await fn(session, *args, **kwargs)
+        return await self._end_step(call, result_codec(fn), result)
 
     def _transact(
         self, session: Session, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         with (
-            self.inside(call),
+            self._memory.branches.scope(str(call.key)),
             session.begin_nested() as savepoint,
             _guarded(session, savepoint, call.name),
         ):
             result = fn(session, *args, **kwargs)
             refuse_awaitable(result, f"the result of transaction {call.name!r}")
-        return self._stored(call, fn, result)
-
-    def _stored(self, call: Call, fn: Callable[..., Any], result: Any) -> Any:
-        what = f"the result of transaction {call.name!r}"
-        text, value = result_codec(fn).round_trip(result, what)
-        check_size(text, self._memory.max_payload_bytes, what)
-        self.recorded.steps.append(call.name)
-        return value
+        return result
 
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""

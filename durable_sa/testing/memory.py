@@ -131,7 +131,7 @@ class MemoryRun:
     async def write(self, kind: Kind, key: uuid.UUID, values: Values, *, size: int = 0) -> Stored | None:
         """Record steps and events. No checkpoint is stored before."""
         match values:
-            case CheckpointValues(kind="step"):
+            case CheckpointValues(kind="step" | "transaction"):
                 self.recorded.steps.append(values.name)
             case EventValues(event_name=name):
                 first = name not in self.events

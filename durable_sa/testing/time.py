@@ -34,12 +34,13 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Engine, Float, Uuid, bindparam, event, func, select, update
+from sqlalchemy import Engine, Float, Uuid, bindparam, event, func, update
 
 from ..client import Durable
 from ..errors import InvalidConfiguration, InvalidState
 from ..models import WorkerRow
 from ..statements.expressions import array, clock, interval
+from ..statements.scheduling import DATABASE_TIME
 from ..validation import Duration, seconds, timestamp
 from ..worker.worker import Worker
 
@@ -47,8 +48,6 @@ __all__ = ["Clock", "time_travel"]
 
 _TIMES: Final = ("pg_catalog.clock_timestamp()", "pg_catalog.now()")
 """The expressions for the time in durable's statements; with the schema, other statements do not write it."""
-
-_NOW = select(clock())
 
 _LEASE: Final = 100 * timedelta(days=365)
 """The lease of the client's own workers while time travels."""
@@ -71,8 +70,8 @@ class Clock:
 
     async def now(self) -> datetime:
         """Return the time of this clock."""
-        rows = await self._durable.database.execute(_NOW)
-        moment: datetime = rows[0][0]
+        rows = await self._durable.database.execute(DATABASE_TIME)
+        moment: datetime = rows[0].now
         return moment
 
     async def advance(self, duration: Duration) -> None:

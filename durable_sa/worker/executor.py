@@ -23,7 +23,7 @@ from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..execution.hooks import around_task
 from ..execution.journal import EMPTY_JOURNAL, Entry, Journal
-from ..execution.reader import Reader, persistently
+from ..execution.reader import Reader
 from ..execution.run import Run
 from ..execution.writer import Writer
 from ..signals import LeaseLost, TaskCancelled
@@ -103,17 +103,13 @@ class Executor:
         """Load the journals, after resolving the waits that are over, and start."""
         task_ids = [item.task_id for item in claimed]
         try:
-            await persistently(lambda: self._connection.execute(waits.RESOLVE, {"task_ids": sorted(task_ids)}))
+            await self.reader.execute(waits.RESOLVE, {"task_ids": sorted(task_ids)})
             # Waits are read first: one that another worker resolves in between is found twice, instead of not at all.
-            waiting = await persistently(
-                lambda: self._connection.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids})
-            )
-            recorded = await persistently(
-                lambda: self._connection.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
-            )
+            waiting = await self.reader.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids})
+            recorded = await self.reader.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
             wakers: Sequence[Row[Any]] = ()
             if self.telemetry is not None:
-                wakers = await persistently(lambda: self._connection.execute(waits.WAKERS, {"task_ids": task_ids}))
+                wakers = await self.reader.execute(waits.WAKERS, {"task_ids": task_ids})
         except Exception as error:  # noqa: BLE001 - the row of one task may be at fault: each is tried alone
             if len(claimed) > 1:
                 for item in claimed:

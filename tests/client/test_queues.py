@@ -353,7 +353,9 @@ async def test_a_queue_whose_tasks_the_application_refers_to_is_dropped_but_for_
     async with engine.begin() as connection:
         await connection.execute(sa.text("CREATE TABLE orders (task_id uuid REFERENCES durable.tasks)"))
         await connection.execute(sa.text("INSERT INTO orders VALUES (:id)"), {"id": spawned.task_id})
-    with pytest.raises(InvalidState, match="'default' is dropped but for tasks that rows of the application refer to"):
+    with pytest.raises(
+        InvalidState, match="'default' is dropped except for tasks that rows of the application refer to"
+    ):
         await durable.drop_queue()
     assert await durable.list_queues() == []
     async with engine.begin() as connection:

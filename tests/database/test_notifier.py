@@ -302,6 +302,15 @@ async def test_a_prepared_transaction_spawns_when_it_is_committed(two_phase_url:
     await hints.connection.close()
 
 
+async def test_a_lone_spawn_sends_its_hint_in_its_own_statement(
+    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.database.notifier.NOTIFY", sa.text("SELECT 'no statement of its own'"))
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    await durable.spawn_by_name("ship", unchecked=True, available_at=at)
+    assert Hint.decode(await hints.next()) == Hint({("default", 0): at}, tasks=1)
+
+
 async def test_hints_of_spawns_in_a_row_are_merged(
     durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,21 +17,20 @@ from durable_sa.database import direct, private
 async def noop(ctx: Any) -> None: ...
 
 
-@pytest.mark.parametrize("name", [None, *private.ATTRIBUTES])
+@pytest.mark.parametrize("owner", [None, "CONNECTION", "ADAPTED", "METADATA"])
 async def test_sqlalchemy_executes_where_an_attribute_has_another_name(
-    database_url: URL, name: str | None, monkeypatch: pytest.MonkeyPatch
+    database_url: URL, owner: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private, "_checked", set())
-    if name is not None:
-        monkeypatch.setitem(private.ATTRIBUTES, name, "_of_another_version")
+    monkeypatch.setattr(private, "_complete", {})
+    if owner is not None:
+        monkeypatch.setattr(private, owner, getattr(private, owner) | {"_of_another_version"})
     engine = create_async_engine(database_url)
     async with engine.connect() as connection:
         assert connection.sync_connection is not None
         alone = direct.leads_directly(connection.sync_connection)
         await connection.execute(sa.text("SELECT 1"))
         within = direct.leads_directly(connection.sync_connection, alone=False)
-    # Only statements in a transaction need to know whether that has begun.
-    assert (alone, within) == (name in (None, "transaction"), name is None)
+    assert alone is within is (owner is None)
     async with Durable(engine, tasks=[noop]) as durable:
         await durable.create_queue()
         spawned = [await durable.spawn(noop) for _ in range(2)]

@@ -32,12 +32,12 @@ both = pytest.mark.parametrize("template", ["generic", "async"], indirect=True)
 generic = pytest.mark.parametrize("template", ["generic"], indirect=True)
 
 PAGE = snippets.DOCS / "guides/adopting.md"
-IMPORT, _, CONFIGURE = snippets.file(PAGE, "alembic/env.py").partition("\n\n")
+_, IMPORT, CONFIGURE = snippets.file(PAGE, "alembic/env.py").split("\n\n")
 COMMANDS = [
     shlex.split(line)[1:]
     for block in snippets.blocks(PAGE)
     if block.language == "sh"
-    for line in block.text.splitlines()
+    for line in block.text.replace("\\\n", " ").splitlines()
     if line.startswith("alembic ")
 ]
 SEPARATOR_HAS_NEWLINE = tuple(int(part) for part in alembic.__version__.split(".")[:2]) >= (1, 16)
@@ -100,7 +100,7 @@ def command(first: str, *others: str) -> list[str]:
 
 def add_hook(application: Application) -> None:
     application.paste("alembic/env.py", "from alembic import context", f"\n{IMPORT}")
-    (argument,) = [line for line in CONFIGURE.splitlines() if "=" in line]
+    (argument,) = [line for line in CONFIGURE.splitlines() if "=" in line and "#" not in line]
     application.paste("alembic/env.py", "context.configure(", f"\n    {argument}\n")
 
 

@@ -125,7 +125,7 @@ async def test_a_lock_that_cannot_be_had_is_explained(
     monkeypatch.setattr(running, "LOCK_SECONDS", 0.1)
     async with empty_engine.connect() as blocking:
         await block(blocking)
-        with pytest.raises(InvalidState, match="Run it again"):
+        with pytest.raises(InvalidState, match="Repeat the migration"):
             await run(empty_engine)
     assert await installed(empty_engine) is None
     await run(empty_engine)
@@ -137,7 +137,7 @@ async def test_a_migrator_that_hangs_is_not_waited_for_forever(
     monkeypatch.setattr(running, "QUEUE_SECONDS", 0.1)
     async with empty_engine.connect() as hanging:
         await hanging.run_sync(migrate)
-        with pytest.raises(InvalidState, match="Run it again"):
+        with pytest.raises(InvalidState, match="Repeat the migration"):
             await run(empty_engine)
         await hanging.rollback()
     await run(empty_engine)

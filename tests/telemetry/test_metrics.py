@@ -90,7 +90,7 @@ async def test_gauges_show_workers_their_runs_and_what_is_ready(
     durable: Durable, metrics: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler, "SAMPLE_INTERVAL", 0.01)
-    monkeypatch.setattr(sampler, "SAMPLE_SHARE", 1)
+    monkeypatch.setattr(sampler, "SAMPLE_PAUSE_RATIO", 1)
     held = asyncio.Event()
 
     @durable.task

@@ -118,8 +118,8 @@ MUTANTS = (
         "statements/claiming.py",
         (
             (
-                '    .order_by(WorkerRow.worker_id)\n    .with_for_update(skip_locked=True)\n    .cte("silent")',
-                '    .order_by(WorkerRow.worker_id)\n    .cte("silent")',
+                "    .order_by(WorkerRow.worker_id)\n    .with_for_update(skip_locked=True),\n",
+                "    .order_by(WorkerRow.worker_id),\n",
             ),
             (
                 (

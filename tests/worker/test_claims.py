@@ -425,7 +425,7 @@ async def test_what_no_hint_tells_of_is_found_among_many_hints(durable: Durable,
 async def test_a_late_commit_is_announced_and_found(
     durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 600)
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL_INTERVAL", 600)
     hidden = _Hidden(durable)
     async with durable.worker():
         async with engine.connect() as connection:

@@ -249,7 +249,7 @@ def _now() -> Any:
 async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
     durable: Durable, quick: Any, sql: Rows, payload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL", 600)
+    monkeypatch.setattr("durable_sa.worker.claims.LISTENING_POLL_INTERVAL", 600)
     async with durable.worker(poll_interval=10) as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
         for _ in range(3):

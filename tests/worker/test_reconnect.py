@@ -103,6 +103,8 @@ async def test_a_call_on_a_connection_that_answers_nothing_holds_up_no_other(dat
     engine = create_async_engine(route.url)
     async with Durable(engine) as client:
         known = await client.spawn_by_name("work", unchecked=True)
+        # The connection of the spawn is back in the pool, so the pool has only the three that are opened below.
+        await eventually(lambda: engine.pool.checkedout() == 0)  # type: ignore[attr-defined]
         calls = (
             lambda: client.spawn_by_name("work", unchecked=True),
             lambda: client.spawn_by_name("work", unchecked=True, idempotency_key="key"),
