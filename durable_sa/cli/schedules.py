@@ -1,4 +1,4 @@
-"""`durable schedules`: list, pause, resume and trigger cron schedules."""
+"""`durable schedules`: list, pause, resume, trigger and delete cron schedules."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ScheduleNotFound
 from ..schedules.cron import next_tick
 from ..statements import inspection
-from .invocation import Invocation, connected, examples
+from .completion import complete_queues, complete_schedules
+from .invocation import FAILED, Invocation, connected, examples, fail, listing
 from .output import as_dicts
 
 schedules = typer.Typer(
@@ -18,7 +20,16 @@ schedules = typer.Typer(
     epilog=examples("durable schedules list", "durable schedules pause nightly-report"),
 )
 
-Name = Annotated[str, typer.Argument(metavar="SCHEDULE", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="SCHEDULE", autocompletion=complete_schedules, show_default=False)]
+Queue = Annotated[
+    str | None,
+    typer.Option(
+        "--queue",
+        "-q",
+        autocompletion=complete_queues,
+        help="The queue of the schedule; needed only if several queues have one of that name.",
+    ),
+]
 
 _COLUMNS = {
     "name": "schedule",
@@ -33,10 +44,18 @@ _COLUMNS = {
 
 
 @schedules.command("list", epilog=examples("durable schedules list --json"))
-@connected
-async def list_(invocation: Invocation) -> None:
+@listing
+async def list_(
+    invocation: Invocation,
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="Only schedules of this queue.")
+    ] = None,
+) -> None:
     """List the schedules with their last and next ticks."""
+    if queue_name is not None:
+        await invocation.durable.require_queue(queue_name)
     rows = as_dicts(await invocation.durable.database.execute(inspection.SCHEDULES))
+    rows = [row for row in rows if queue_name in (None, row["queue_name"])]
     for row in rows:
         if row["backend"] == "pg_cron" and row["paused_at"] is None:
             # pg_cron does not store the next tick.
@@ -49,23 +68,58 @@ async def list_(invocation: Invocation) -> None:
 
 @schedules.command("pause", epilog=examples("durable schedules pause nightly-report"))
 @connected
-async def pause(invocation: Invocation, name: Name) -> None:
+async def pause(invocation: Invocation, name: Name, queue_name: Queue = None) -> None:
     """Stop a schedule until it is resumed. Ticks during the pause are skipped."""
+    await _choose(invocation, name, queue_name)
     await invocation.durable.pause_schedule(name)
     invocation.output.say(f"Schedule {name!r} paused.", name=name, paused=True)
 
 
 @schedules.command("resume", epilog=examples("durable schedules resume nightly-report"))
 @connected
-async def resume(invocation: Invocation, name: Name) -> None:
+async def resume(invocation: Invocation, name: Name, queue_name: Queue = None) -> None:
     """Resume a paused schedule, from its next tick on."""
+    await _choose(invocation, name, queue_name)
     await invocation.durable.resume_schedule(name)
     invocation.output.say(f"Schedule {name!r} resumed.", name=name, paused=False)
 
 
 @schedules.command("trigger", epilog=examples("durable schedules trigger nightly-report"))
 @connected
-async def trigger(invocation: Invocation, name: Name) -> None:
+async def trigger(invocation: Invocation, name: Name, queue_name: Queue = None) -> None:
     """Spawn a schedule's task now, in addition to its ticks."""
+    await _choose(invocation, name, queue_name)
     spawned = await invocation.durable.trigger_schedule(name)
     invocation.output.say(f"Task {spawned.task_id} spawned.", name=name, task_id=spawned.task_id)
+
+
+@schedules.command("delete", epilog=examples("durable schedules delete nightly-report --yes"))
+@connected
+async def delete(
+    invocation: Invocation,
+    name: Name,
+    queue_name: Queue = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+) -> None:
+    """Delete a schedule, after a confirmation. Tasks that it has spawned continue."""
+    await _choose(invocation, name, queue_name)
+    if not yes:
+        typer.confirm(f"Delete schedule {name!r}?", abort=True, err=True)
+    await invocation.durable.delete_schedule(name)
+    invocation.output.say(f"Schedule {name!r} deleted.", name=name)
+
+
+async def _choose(invocation: Invocation, name: str, queue_name: str | None) -> None:
+    """Make the queue of a schedule that of the client, on which calls about schedules act.
+
+    Raises:
+        ScheduleNotFound: there is none of that name.
+        typer.Exit: several queues have one.
+    """
+    rows = await invocation.durable.database.execute(inspection.SCHEDULES)
+    queues = [row.queue_name for row in rows if row.name == name and queue_name in (None, row.queue_name)]
+    if not queues:
+        raise ScheduleNotFound(name)
+    if len(queues) > 1:
+        fail(f"Several queues have a schedule named {name!r}. Give --queue: {', '.join(queues)}", FAILED)
+    invocation.durable.queue_name = queues[0]

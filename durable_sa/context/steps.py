@@ -17,7 +17,7 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.failures import is_retryable
+from ..serialization.failures import encode_try, is_retryable
 from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
@@ -133,7 +133,7 @@ class Steps(Sleeps):
             return False
         tried = self._try(call, tries - 1)
         with self._run.branches.busy():
-            values = CheckpointValues(tried.kind, tried.name, "completed", NULL)
+            values = CheckpointValues(tried.kind, tried.name, "completed", encode_try(call.name, error))
             await self._run.write(Kind.CHECKPOINT, tried.key, values)
         failures = tries % options.max_attempts
         if failures == 0:

@@ -1,5 +1,6 @@
 """The record of an exception that ended a step or a task, and the rule for its retry."""
 
+import json
 import os
 import traceback
 from collections.abc import Iterator
@@ -85,6 +86,15 @@ def describe(error: BaseException) -> Failure:
 def encode_error(error: BaseException) -> str:
     """`describe(error)` as JSON text. Never raises."""
     return to_json(describe(error)).decode()
+
+
+def encode_try(step_name: str, error: BaseException) -> str:
+    """Return the record of a step's failed try as JSON text: its step, and its error without traceback. Never raises.
+
+    It is ASCII, so that a database of any encoding can store it.
+    """
+    failure = describe(error)
+    return json.dumps({"step": step_name, "name": failure["name"], "message": failure["message"]})
 
 
 def stored_failure(text: str, what: str) -> tuple[str, str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import URL
 
 from durable_sa import Durable
-from durable_sa.cli.invocation import place
+from durable_sa.cli.connection import place
 from tests.cli.support import CommandLine, process
 
 PASSWORD = "hunter2-the-password"

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import URL, text
 
 from durable_sa import Durable, InvalidConfiguration, TaskStatus
-from durable_sa.cli.worker import load
+from durable_sa.cli.loading import load
 from tests.cli.support import process
 from tests.support import eventually
 
