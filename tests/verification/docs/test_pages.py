@@ -16,6 +16,7 @@ PAGES = [path for path in EVERY_PAGE[1:] if path.parent.name != "reference" and 
 COMMANDS = {line for page in PAGES for line in durable_commands(list(blocks(page)))}
 
 
+@pytest.mark.timeout(400)  # a page may start twenty processes, one after the other
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS).with_suffix("")))
 async def test_a_page_runs_and_prints_what_it_says(
     page: Path, database_url: URL, durable_server: TestServer, tmp_path: Path
