@@ -37,14 +37,8 @@ def test_commands_and_their_options_exist() -> None:
         check_durable_command(line)
 
 
-GENERATED = {DOCS / "benchmarks.md"}
-"""Pages with text from elsewhere, such as the server's own name for its version."""
-
-
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_code_is_narrow_enough_to_be_read_without_scrolling(page: Path) -> None:
-    if page in GENERATED:
-        pytest.skip("is generated")
     lines = [line for block in blocks(page) for line in block.text.splitlines()]
     assert [line for line in lines if len(line) > WIDTH] == []
 
