@@ -25,6 +25,7 @@ P = ParamSpec("P")
 OK, FAILED, USAGE = 0, 1, 2
 
 _WATCH_SECONDS = 2.0
+_pause = asyncio.sleep
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Repeat every two seconds, until Ctrl-C.")]
@@ -127,7 +128,7 @@ async def _watched(act: Callable[[], Coroutine[Any, Any, None]], invocation: Inv
         if not watch:
             return
         try:
-            await asyncio.sleep(_WATCH_SECONDS)
+            await _pause(_WATCH_SECONDS)
         except asyncio.CancelledError:
             # Ctrl-C cancels the command; it is how this one ends.
             raise typer.Exit(OK) from None

@@ -16,9 +16,12 @@ _PARTS = (
     (r"(?s)(invalid input (?:syntax|value) for [\w ]+): .*?(?=\n|\Z)", rf"\1: {CUT}"),
     (r"(?s)(invalid input for query argument \$\d+: ).*?(?= \(|\n|\Z)", rf"\1{CUT}"),
     (r"(value )\"[^\n]*\"( is out of range)", rf"\1{CUT}\2"),
-    # What pydantic adds. Up to the last type on the line, because the input itself may contain such a text.
-    (r"input_value=[^\n]*(?=, input_type=\w+\])", f"input_value={CUT}"),
-    (r"(?s)input_value=(?!\.\.\.,).*?(?=, input_type=\w+\]|\Z)", f"input_value={CUT}"),
+    # What pydantic adds, up to the end of an entry, because the input itself may contain what follows it.
+    (
+        r"(?s)input_value=.*?(, input_type=\w+\])(?=\n    For further information visit |\Z)",
+        rf"input_value={CUT}\1",
+    ),
+    (r"(?s)input_value=(?!\.\.\.,).*", f"input_value={CUT}"),
     (r"(Input tag )'[^\n]*'( found using)", rf"\1{CUT}\2"),
 )
 """Parts of messages that hold values, with what is left of them."""

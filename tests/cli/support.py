@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,6 +56,13 @@ class CommandLine:
         """The command in a terminal of this width."""
         environment = {"COLUMNS": str(width), "LINES": "50", "TERM": "xterm", **environment}
         return await asyncio.to_thread(self.run, *arguments, terminal=True, **environment)
+
+    async def with_environment(self, *arguments: object, **environment: str) -> Result:
+        return await asyncio.to_thread(self.run, *arguments, **environment)
+
+    async def typed(self, line: str) -> Result:
+        """The command as it is typed in a shell."""
+        return await self(*shlex.split(line)[1:])
 
     async def __call__(self, *arguments: object, stdin: str = "") -> Result:
         return await asyncio.to_thread(self.run, *arguments, stdin=stdin)

@@ -166,7 +166,9 @@ def test_errors_of_the_worker_are_one_message(url: str, app: Path) -> None:
     ):
         with process("worker", "app:durable", *options, url=url, cwd=app) as worker:
             assert worker.wait() == code
-            assert worker.said.startswith(message)
+            announced, _, said = worker.said.partition("\n")
+            assert announced.startswith("database: ")
+            assert said.startswith(message)
             assert "Traceback" not in worker.said
 
 
