@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionma
 from sqlalchemy.pool import NullPool
 
 from ..errors import InvalidConfiguration
+from . import citus
 from .urls import default_bind, resolve_url
 
 Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
@@ -49,6 +50,7 @@ def resolve_bind(bind: Bind | None) -> Bound:
     if isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
         engine = create_async_engine(resolve_url(bind), hide_parameters=True)
         event.listen(engine.sync_engine, "connect", _set_date_style)
+        citus.connect_faster(engine.sync_engine)
         return Bound(engine, None, owned=True)
     raise InvalidConfiguration(
         "bind",
