@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from alembic import util
 from alembic.autogenerate import comparators, renderers
@@ -98,7 +98,7 @@ def _first(comparator: Comparator) -> Comparator:
     """Register a comparison that runs before Alembic's own; before Alembic 1.18 only the list of them can do that."""
     if priorities := getattr(util, "DispatchPriority", None):
         return comparators.dispatch_for("schema", priority=priorities.FIRST)(comparator)
-    comparators._registry["schema", "default"].insert(0, comparator)  # pyright: ignore[reportPrivateUsage]
+    cast("Any", comparators)._registry["schema", "default"].insert(0, comparator)
     return comparator
 
 
