@@ -37,9 +37,10 @@ lint: $(READY)
 docs: $(READY) reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The pages of docs/reference are written from the docstrings and checked in.
+# The pages of docs/reference are written from the docstrings, and docs/hot-statements.md from the statements.
 reference: $(READY)
 	$(BIN)/python docs/reference/generated.py
+	$(BIN)/python docs/hot_statements.py
 
 # SOAK_SECONDS and SOAK_SEED in the environment choose its length and what happens in it.
 soak: $(READY)

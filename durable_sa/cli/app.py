@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from .database import cleanup, migrate
 from .demo import demo
 from .doctor import doctor
+from .embedded import embedded
 from .events import events
-from .invocation import examples
+from .invocation import examples, print_version
 from .queues import queues
 from .roles import roles
 from .schedules import schedules
 from .tasks import tasks
 from .worker import worker
+from .workers import workers
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+]
 
 app = typer.Typer(
     name="durable",
@@ -24,6 +32,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _options(version: Version = False) -> None:
+    pass
+
 
 app.command(epilog=examples("durable demo"))(demo)
 app.command(epilog=examples("DURABLE_DATABASE_URL=postgresql://me@host/app durable migrate"))(migrate)
@@ -40,10 +54,12 @@ app.command(
         "durable worker app.tasks:durable --health-port 8080",
     )
 )(worker)
+app.command(epilog=examples("durable workers", "durable workers --watch"))(workers)
 app.add_typer(queues, name="queues")
 app.add_typer(tasks, name="tasks")
 app.add_typer(events, name="events")
 app.add_typer(schedules, name="schedules")
+app.add_typer(embedded, name="embedded")
 app.command(epilog=examples("durable doctor", "durable doctor --grace 5m --json"))(doctor)
 app.command(epilog=examples("durable cleanup --older-than 30d", "durable cleanup --older-than 90d --events -q mail"))(
     cleanup

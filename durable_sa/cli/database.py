@@ -10,6 +10,7 @@ import typer
 from .. import migrations
 from ..models import DEFAULT_QUEUE
 from .arguments import duration
+from .completion import complete_queues
 from .invocation import Invocation, connected
 
 _BATCH = 1000
@@ -36,7 +37,9 @@ async def cleanup(
     older_than: Annotated[
         timedelta, typer.Option(parser=duration, metavar="DURATION", help="Minimum age, such as 30d.")
     ],
-    queue_name: Annotated[str, typer.Option("--queue", "-q", help="The queue.")] = DEFAULT_QUEUE,
+    queue_name: Annotated[
+        str, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue.")
+    ] = DEFAULT_QUEUE,
     events: Annotated[bool, typer.Option("--events", help="Delete events instead of tasks.")] = False,
 ) -> None:
     """Delete old ended tasks, or old events, in batches.

@@ -24,7 +24,8 @@ from .. import Durable, SpawnResult, TaskPollResult, TaskStatus
 from ..errors import InvalidState, TaskNotFound
 from ..statements import inspection
 from . import history
-from .invocation import FAILED, exit_on_errors
+from .connection import place
+from .invocation import FAILED, exit_on_errors, exit_on_package_errors
 from .output import Output
 from .research import LEDGER_VARIABLE, Entry, Question, Report, read_ledger, research
 
@@ -43,17 +44,18 @@ def demo() -> None:
     over. A file outside the database counts how often each step was executed: steps that were finished before the kill
     must not be executed a second time, or the exit code is 1. Takes about 15 seconds.
     """
-    with exit_on_errors():
-        if not asyncio.run(_demo()):
+    output = Output(as_json=False)
+    with exit_on_package_errors(), output.console.status("Starting PostgreSQL ..."):
+        from ..embedded import server
+
+        url = server().url()
+    output.note(f"database: {place(url)}")
+    with exit_on_errors(url):
+        if not asyncio.run(_demo(url, output)):
             raise Exit(FAILED)
 
 
-async def _demo() -> bool:
-    from ..embedded import server
-
-    output = Output(as_json=False)
-    with output.console.status("Starting PostgreSQL ..."):
-        url = server().url()
+async def _demo(url: URL, output: Output) -> bool:
     async with _client(url) as durable:
         output.say("PostgreSQL is running, and durable's tables are created.")
         with tempfile.TemporaryDirectory(prefix="durable-demo-") as directory:
@@ -207,8 +209,7 @@ class Stage:
             "Only the interrupted step was repeated.",
             "bold green",
         )
-        if "DURABLE_DATABASE_URL" not in os.environ:
-            self._tell(f"Show the task: durable tasks show {result.task_id}")
+        self._tell(f"Show the task: durable tasks show {result.task_id} --embedded")
         return True
 
     def _tell(self, text: str, style: str = "") -> None:

@@ -48,19 +48,19 @@ CHECKS = (
             f"the oldest for {span(row['oldest_seconds'])}; "
             + ("workers serve the queue" if row["served"] else "no worker serves the queue")
         ),
-        "Start a worker that serves the queue and knows the task, or more of them.",
+        "Start a worker that serves the queue and knows the task, or more: durable worker MODULE:DURABLE --queue QUEUE",
     ),
     Check(
         "waits",
         diagnosis.STUCK_WAITS,
         lambda row: f"task {row['task_id']} waits for {row['kind']} {row['awaited']!r}, but {row['reason']}",
-        "Workers repair such waits within a minute. Check that one is running.",
+        "Workers repair such waits within a minute. Check that one is running: durable workers",
     ),
     Check(
         "sleepers",
         diagnosis.SLEEPLESS,
         lambda row: f"task {row['task_id']} ({row['task_name']}) sleeps and waits for nothing",
-        "This is a bug: please report it. `durable tasks cancel`, then `durable tasks retry`, wakes the task.",
+        "This is a bug: please report it. To wake the task: durable tasks cancel TASK; durable tasks retry TASK",
     ),
     Check(
         "events",
@@ -68,13 +68,13 @@ CHECKS = (
         lambda row: (
             f"event {row['name']!r} in queue {row['queue_name']!r} has not been delivered for {span(row['seconds'])}"
         ),
-        "Workers of any queue deliver events. Check that one is running.",
+        "Workers of any queue deliver events. Check that one is running: durable workers",
     ),
     Check(
         "time limits",
         diagnosis.OVERDUE,
         lambda row: f"task {row['task_id']} ({row['task_name']}) is past its limit by {span(row['seconds'])}",
-        "Workers of any queue cancel such tasks. Check that one is running.",
+        "Workers of any queue cancel such tasks. Check that one is running: durable workers",
     ),
     Check(
         "leases",
@@ -83,7 +83,7 @@ CHECKS = (
             f"{row['runs']} runs are held by worker {row['worker_name'] or row['worker_id']}, "
             + ("which is unknown" if row["worker_name"] is None else f"whose lease ended {span(row['seconds'])} ago")
         ),
-        "Workers of any queue take such runs over. Check that one is running.",
+        "Workers of any queue take such runs over. Check that one is running: durable workers",
     ),
     Check(
         "steps",
@@ -104,7 +104,7 @@ CHECKS = (
         "schedules",
         diagnosis.OVERDUE_TICKS,
         lambda row: f"schedule {row['name']!r} of queue {row['queue_name']!r} has been due for {span(row['seconds'])}",
-        "Workers of any queue fire schedules. Check that one is running.",
+        "Workers of any queue fire schedules. Check that one is running: durable workers",
     ),
     Check(
         "orphans",
@@ -199,24 +199,21 @@ def _snapshot(row: Fields) -> str:
 
 
 def _print(invocation: Invocation, report: Fields) -> None:
-    output = invocation.output
     found = {finding["subject"]: finding for finding in report["findings"]}
-    if "schema" in found:
-        output.say(f"{'FAIL':<6} {'schema':<12} {found['schema']['problems'][0]}")
-        return
-    live = [row["name"] for row in report["workers"] if row["lost_at"] is None]
-    snapshot = report["oldest_snapshot"]
+    live = [row["name"] for row in report.get("workers", ()) if row["lost_at"] is None]
+    snapshot = report.get("oldest_snapshot")
     facts = {
         "schema": f"revision {report['revision']}",
         "workers": ", ".join(live) or "none",
         "snapshots": "none" if snapshot is None else _snapshot(snapshot),
     }
-    for subject in ["schema", "workers", *(check.subject for check in CHECKS), "snapshots"]:
-        finding = found.get(subject)
-        if finding is None:
-            output.say(f"{'ok':<6} {subject:<12} {facts.get(subject, '')}".rstrip())
-            continue
-        for problem in finding["problems"]:
-            output.say(f"{'FAIL':<6} {subject:<12} {problem}")
+    subjects = ["schema", "workers", *(check.subject for check in CHECKS), "snapshots"]
+    rows: list[dict[str, str]] = []
+    # Without the tables nothing else was examined.
+    for subject in ["schema"] if "schema" in found else subjects:
+        finding = found.get(subject, {"problems": [], "remedy": None})
+        problems = [{"result": "FAIL", "check": subject, "found": problem} for problem in finding["problems"]]
+        rows += problems or [{"result": "ok", "check": subject, "found": facts.get(subject, "")}]
         if finding["remedy"]:
-            output.say(f"{'':<20}{finding['remedy']}")
+            rows.append({"result": "", "check": "", "found": finding["remedy"]})
+    invocation.output.print_table(rows, {"result": "", "check": "", "found": ""}, headed=False)

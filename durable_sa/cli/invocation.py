@@ -5,74 +5,108 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import os
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
-from typing import Annotated, Any, Concatenate, ParamSpec, get_type_hints
+from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec, get_type_hints
 
 import typer
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from .. import Durable
+from .. import Durable, __version__
 from ..database_errors import sqlstate
-from ..errors import (
-    DurableError,
-    InvalidConfiguration,
-    InvalidCron,
-    InvalidName,
-    InvalidTaskParams,
-    PayloadTooLarge,
-    SerializationError,
-)
-from ..models import SCHEMA
+from ..errors import DurableError
+from .connection import App, Embedded, SchemaName, Source, Url, description, place, require_database
+from .messages import USAGE_ERRORS, message
 from .output import Output, clean, make_console
 
 P = ParamSpec("P")
 
 OK, FAILED, USAGE = 0, 1, 2
 
-_USAGE_ERRORS = (InvalidConfiguration, InvalidCron, InvalidName, InvalidTaskParams, PayloadTooLarge, SerializationError)
+_WATCH_SECONDS = 2.0
+_pause = asyncio.sleep
 
-Url = Annotated[
-    str | None,
-    typer.Option(
-        help="The database. Prefer the variable: other users can read the arguments of a process. "
-        "Without either, the embedded Postgres is used.",
-        envvar="DURABLE_DATABASE_URL",
-        show_default=False,
-    ),
-]
-SchemaName = Annotated[str, typer.Option(help="The schema of durable's tables.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Repeat every two seconds, until Ctrl-C.")]
+
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "url": (Url, None),
+    "app": (App, None),
+    "embedded": (Embedded, False),
+    "schema": (SchemaName, None),
+    "as_json": (AsJson, False),
+}
+"""The options of every command that uses a database, with their defaults."""
 
 
 class Invocation:
     """The client and the output of a command."""
 
-    def __init__(self, durable: Durable[Any], output: Output) -> None:
+    def __init__(self, durable: Durable[Any], output: Output, *, has_app: bool = False) -> None:
         self.durable = durable
         self.output = output
+        self.has_app = has_app
+        """True if the client is that of an application, with its tasks."""
+
+    def announce(self) -> None:
+        """Say on stderr which database the command speaks to.
+
+        Raises:
+            InvalidConfiguration: none was named.
+        """
+        require_database(self.durable)
+        self.output.note(f"database: {description(self.durable)}")
 
 
-def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Turn a coroutine function of an `Invocation` into a command with the options `--url`, `--schema` and `--json`."""
+Command = Callable[Concatenate[Invocation, P], Coroutine[Any, Any, None]]
+
+
+def connected(function: Command[P]) -> Callable[..., None]:
+    """Turn a coroutine function of an `Invocation` into a command with options for the database and `--json`."""
+    return _command(function, _once)
+
+
+def listing(function: Command[P]) -> Callable[..., None]:
+    """Turn a coroutine function into a command as `connected` does, with the option `--watch`."""
+    return _command(function, _watched, watch=(Watch, False))
+
+
+def offline(function: Command[P]) -> Callable[..., None]:
+    """Turn a coroutine function into a command as `connected` does, which announces its database itself, or none."""
+    return _command(function, _once, announced=False)
+
+
+def _command(
+    function: Command[P], perform: Callable[..., Coroutine[Any, Any, None]], *, announced: bool = True, **more: Any
+) -> Callable[..., None]:
+    options = _OPTIONS | more
 
     @functools.wraps(function)
-    def run(*, url: str | None, schema: str, as_json: bool, **arguments: Any) -> None:
-        async def main() -> None:
-            async with Durable(url, schema=schema) as durable:
-                await function(Invocation(durable, Output(as_json=as_json)), **arguments)  # type: ignore[call-arg]
+    def run(**arguments: Any) -> None:
+        given = {name: arguments.pop(name, default) for name, (_, default) in options.items()}
+        as_json, watch = given.pop("as_json"), given.pop("watch", False)
+        source = Source(**given)
 
-        with exit_on_errors(url):
-            asyncio.run(main())
+        async def main(durable: Durable[Any]) -> None:
+            async with durable:
+                invocation = Invocation(durable, Output(as_json=as_json), has_app=source.app is not None)
+                if announced:
+                    invocation.announce()
+                await perform(functools.partial(function, invocation, **arguments), invocation, watch)
+
+        # Errors of an application that is imported keep their traceback.
+        with exit_on_package_errors():
+            durable = source.client()
+        with exit_on_errors(durable):
+            asyncio.run(main(durable))
 
     hints = get_type_hints(function, include_extras=True)
     parameters = [
         parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
         for parameter in list(inspect.signature(function).parameters.values())[1:]
     ]
-    for name, annotation, default in (("url", Url, None), ("schema", SchemaName, SCHEMA), ("as_json", AsJson, False)):
+    for name, (annotation, default) in options.items():
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )
@@ -82,17 +116,35 @@ def connected(function: Callable[Concatenate[Invocation, P], Coroutine[Any, Any,
     return run
 
 
+async def _once(act: Callable[[], Coroutine[Any, Any, None]], invocation: Invocation, watch: bool) -> None:
+    await act()
+
+
+async def _watched(act: Callable[[], Coroutine[Any, Any, None]], invocation: Invocation, watch: bool) -> None:
+    while True:
+        if watch:
+            invocation.output.console.clear()
+        await act()
+        if not watch:
+            return
+        try:
+            await _pause(_WATCH_SECONDS)
+        except asyncio.CancelledError:
+            # Ctrl-C cancels the command; it is how this one ends.
+            raise typer.Exit(OK) from None
+
+
 @contextmanager
 def exit_on_package_errors() -> Generator[None]:
     """Turn errors of this package into a message on stderr, without a traceback, and an exit code."""
     try:
         yield
     except DurableError as error:
-        fail(str(error), USAGE if isinstance(error, _USAGE_ERRORS) else FAILED)
+        fail(message(error), USAGE if isinstance(error, USAGE_ERRORS) else FAILED)
 
 
 @contextmanager
-def exit_on_errors(url: str | None = None) -> Generator[None]:
+def exit_on_errors(database: Durable[Any] | URL | str) -> Generator[None]:
     """Turn errors of this package and of the database into a message, which never contains the password."""
     try:
         with exit_on_package_errors():
@@ -104,17 +156,18 @@ def exit_on_errors(url: str | None = None) -> Generator[None]:
         if not isinstance(error, SQLAlchemyError | OSError) and sqlstate(error) is None:
             raise
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        message = str(cause).strip().splitlines() or [type(cause).__name__]
-        fail(f"The database at {place(url)} failed: {message[0]}", FAILED)
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        where = place(database.engine.url) if isinstance(database, Durable) else place(database)
+        fail(f"The database at {where} failed: {lines[0]}", FAILED)
 
 
-def fail(message: str, code: int) -> None:
+def fail(problem: str, code: int) -> NoReturn:
     """Print an error and exit.
 
     Raises:
         typer.Exit: always.
     """
-    make_console(stderr=True).print(f"error: {clean(message)}", soft_wrap=True)
+    make_console(stderr=True).print(f"error: {clean(problem)}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -123,15 +176,8 @@ def examples(*commands: str) -> str:
     return "\n\n".join([f"Example{'s' if commands[1:] else ''}:", *commands])
 
 
-def place(url: str | None) -> str:
-    """Return the location of a database without user and password."""
-    url = url or os.environ.get("DURABLE_DATABASE_URL")
-    if url is None:
-        return "the embedded server"
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        return "the given URL"
-    bare = URL.create(parsed.drivername, host=parsed.host, port=parsed.port, database=parsed.database)
-    socket = f" (in {parsed.query['host']})" if "host" in parsed.query else ""
-    return f"{bare.render_as_string()}{socket}"
+def print_version(wanted: bool) -> None:
+    """Print the version of the package and exit, if it is wanted."""
+    if wanted:
+        print(f"durable_sa {__version__}")  # noqa: T201
+        raise typer.Exit(OK)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +14,11 @@ from decimal import Decimal
 from typing import Any, cast
 
 from pydantic_core import to_json
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy import Row
+
+from . import tables
 
 _UNLIMITED = 10_000
 """Width in columns of an output that is not a terminal, so that nothing is wrapped or cut off."""
@@ -63,14 +66,46 @@ class Output:
         else:
             self.console.print(empty)
 
-    def print_table(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-        """Print a table, also if JSON was requested."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for key, heading in columns.items():
-            table.add_column(heading, overflow="fold", no_wrap=key.endswith(("_id", "_at")), min_width=len(heading))
-        for row in rows:
-            table.add_row(*(cell(row[key]) for key in columns))
-        self.console.print(table)
+    def print_table(
+        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, headed: bool = True
+    ) -> None:
+        """Print a table, also if JSON was requested: for a terminal as wide as it is, else with tabs between cells."""
+        headings = list(columns.values()) if headed else None
+        cells = [[shown(row[key]) for key in columns] for row in rows]
+        if not self.console.is_terminal:
+            for line in [*([headings] if headings else []), *cells]:
+                print(tables.plain_line(line))  # noqa: T201 - a console would expand the tabs
+            return
+        unbroken = {number for number, key in enumerate(columns) if key.endswith(("_id", "_at"))}
+        for text in tables.render(headings, cells, self.console.width, _STYLES, unbroken=unbroken):
+            self.console.print(text, soft_wrap=True)
+
+    def heading(self, text: str) -> None:
+        """Print the heading of a section, below an empty line."""
+        self.console.print(f"\n{clean(text)}", style="bold", soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Print a remark on stderr, where it does not mix with the result."""
+        make_console(stderr=True).print(clean(message), soft_wrap=True)
+
+    @contextmanager
+    def paged(self, *, enabled: bool) -> Generator[None]:
+        """Show what is printed through the pager if it is longer than the terminal.
+
+        The pager is `PAGER`, else `less`. Without a terminal, or without a pager, everything is printed.
+        """
+        pager = shlex.split(os.environ.get("PAGER") or "less")
+        if not enabled or self.as_json or not self.console.is_terminal or not shutil.which(pager[0]):
+            yield
+            return
+        with self.console.capture() as captured:
+            yield
+        text = captured.get()
+        if text.count("\n") < self.console.height:
+            self.console.file.write(text)
+            return
+        self.console.file.flush()
+        subprocess.run(pager, input=text, text=True, check=False, env={"LESS": "FRX", **os.environ})
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Generator[Callable[[int], None]]:
@@ -88,12 +123,6 @@ def as_dicts(rows: Iterable[Row[Any]]) -> list[dict[str, Any]]:
         {key: float(value) if isinstance(value, Decimal) else value for key, value in row._mapping.items()}  # pyright: ignore[reportPrivateUsage]
         for row in rows
     ]
-
-
-def cell(value: Any) -> Text:
-    """Format a value for a table, with the style of a task's state."""
-    text = shown(value)
-    return Text(text, style=_STYLES.get(text, ""))
 
 
 def shown(value: object) -> str:

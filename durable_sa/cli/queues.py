@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from ..client import QueuePolicy
-from ..models import SCHEMA
 from ..statements import queues as statements
 from .arguments import retention
-from .invocation import USAGE, AsJson, Invocation, SchemaName, Url, connected, examples, fail
+from .completion import complete_queues
+from .connection import App, Embedded, SchemaName, Url
+from .invocation import USAGE, AsJson, Invocation, Watch, connected, examples, fail, listing
 from .output import as_dicts, span
 
 queues = typer.Typer(
@@ -28,7 +29,8 @@ def _age(deleted: str) -> Any:
     )
 
 
-Name = Annotated[str, typer.Argument(metavar="QUEUE", show_default=False)]
+NewName = Annotated[str, typer.Argument(metavar="QUEUE", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="QUEUE", autocompletion=complete_queues, show_default=False)]
 Retention = Annotated[Any, _age("ended tasks")]
 EventRetention = Annotated[Any, _age("events")]
 
@@ -44,10 +46,18 @@ _COLUMNS = {
 
 
 @queues.callback(invoke_without_command=True)
-def _alone(context: typer.Context, url: Url = None, schema: SchemaName = SCHEMA, as_json: AsJson = False) -> None:
+def _alone(
+    context: typer.Context,
+    url: Url = None,
+    app: App = None,
+    embedded: Embedded = False,
+    schema: SchemaName = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+) -> None:
     command = context.invoked_subcommand
     if command is None:
-        connected(_list)(url=url, schema=schema, as_json=as_json)
+        listing(_list)(url=url, app=app, embedded=embedded, schema=schema, as_json=as_json, watch=watch)
         return
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
@@ -69,7 +79,7 @@ async def _list(invocation: Invocation) -> None:
     invocation.output.table(rows, _COLUMNS, empty="No queues. Create one: durable queues create NAME")
 
 
-queues.command("list", epilog=examples("durable queues list --json"))(connected(_list))
+queues.command("list", epilog=examples("durable queues list --json"))(listing(_list))
 
 
 @queues.command(
@@ -78,7 +88,7 @@ queues.command("list", epilog=examples("durable queues list --json"))(connected(
 )
 @connected
 async def create(
-    invocation: Invocation, name: Name, retention: Retention = None, event_retention: EventRetention = None
+    invocation: Invocation, name: NewName, retention: Retention = None, event_retention: EventRetention = None
 ) -> None:
     """Create a queue, or change the given settings of an existing one."""
     policy = QueuePolicy()

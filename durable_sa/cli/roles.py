@@ -8,10 +8,10 @@ import typer
 
 from ..migrations import roles as privileges
 from ..migrations.sql import verbatim
-from .invocation import Invocation, connected
+from .invocation import Invocation, offline
 
 
-@connected
+@offline
 async def roles(
     invocation: Invocation,
     producer: Annotated[
@@ -37,6 +37,7 @@ async def roles(
     names = {kind: role for kind, role in named.items() if role is not None}
     statements = privileges.grants(names, invocation.durable.schema)
     if apply:
+        invocation.announce()
         async with invocation.durable.database.transaction() as connection:
             for statement in statements:
                 await connection.execute(verbatim(statement))

@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
 from .. import Durable, WorkerOptions
-from ..errors import InvalidConfiguration
 from ..options import DEFAULT_CONCURRENCY
 from ..worker.interrupts import ENDING_TIMEOUT, Watchdog
 from . import reloading
-from .invocation import exit_on_errors, exit_on_package_errors
+from .completion import complete_queues
+from .connection import App, Embedded, Source, description, require_database
+from .invocation import USAGE, exit_on_errors, exit_on_package_errors, fail
+from .output import make_console
 
 logger = logging.getLogger("durable_sa")
 
@@ -36,13 +36,19 @@ class LogLevel(StrEnum):
 
 
 Target = Annotated[
-    str, typer.Argument(metavar="MODULE:DURABLE", help="The Durable of your application, such as app.tasks:durable.")
+    str | None,
+    typer.Argument(
+        metavar="MODULE:DURABLE",
+        help="The Durable of your application, such as app.tasks:durable.",
+        show_default=False,
+    ),
 ]
 Queues = Annotated[
     list[str] | None,
     typer.Option(
         "--queue",
         "-q",
+        autocompletion=complete_queues,
         help="A queue to serve; may be repeated, in order of precedence. The client's queue by default.",
     ),
 ]
@@ -82,7 +88,7 @@ Level = Annotated[LogLevel, typer.Option("--log-level", help="Minimum level of t
 
 
 def worker(
-    target: Target,
+    target: Target = None,
     queues: Queues = None,
     concurrency: Concurrency = DEFAULT_CONCURRENCY,
     batch_size: BatchSize = None,
@@ -97,12 +103,16 @@ def worker(
     reload: Reload = False,
     reload_dirs: ReloadDir = None,
     log_level: Level = LogLevel.INFO,
+    app: App = None,
+    embedded: Embedded = False,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT.
 
     After the first signal runs have --shutdown-timeout seconds to finish, and the remaining ones are released for other
     workers; a second signal releases all at once. uvloop is used if it is installed.
     """
+    if (target is None) == (app is None):
+        fail("Name the Durable of your application once, for example: durable worker app.tasks:durable", USAGE)
     if reload:
         raise typer.Exit(reloading.supervise(reload_dirs or [Path.cwd()]))
     logging.basicConfig(
@@ -123,60 +133,25 @@ def worker(
     )
     # Errors of the application itself keep their traceback.
     with exit_on_package_errors():
-        durable = load(target)
+        durable = Source(app=target or app, embedded=embedded).client()
+        require_database(durable)
+        make_console(stderr=True).print(f"database: {description(durable)}", soft_wrap=True)
     if not durable.tasks:
-        logger.warning("%s has no registered task and will run none: import the modules that define them", target)
+        logger.warning(
+            "%s has no registered task and will run none: import the modules that define them", target or app
+        )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(durable, options))
 
 
 async def _run(durable: Durable[Any], options: WorkerOptions) -> None:
     async with durable:
-        with exit_on_errors():
+        with exit_on_errors(durable):
             await durable.check_schema()
         with exit_on_package_errors():
             await durable.run_worker(signals=True, **options)
     # Nothing is left to do: what keeps the process now is code of the application.
     Watchdog(list).expect_end_within(ENDING_TIMEOUT)
-
-
-def load(target: str) -> Durable[Any]:
-    """Import a `Durable`, with the current directory on the path.
-
-    Raises:
-        InvalidConfiguration: the module does not exist, or has no Durable of that name.
-    """
-    module_name, colon, name = target.partition(":")
-    if not (module_name and colon and name):
-        raise InvalidConfiguration(
-            "MODULE:DURABLE", f"{target!r} has another form", "Write, for example, app.tasks:durable."
-        )
-    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - the path holds strings
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # If the application's own import fails, its traceback says where.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise InvalidConfiguration(
-            "MODULE:DURABLE",
-            f"the module {error.name!r} was not found",
-            f"The search path is {here} and Python's packages.",
-        ) from error
-    found: object = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, Durable):
-        raise InvalidConfiguration("MODULE:DURABLE", f"{name!r} in {module_name} is not a Durable", _suggestion(module))
-    return found  # pyright: ignore[reportUnknownVariableType] - of any state
-
-
-def _suggestion(module: ModuleType) -> str:
-    names = sorted(name for name, value in vars(module).items() if isinstance(value, Durable))
-    if not names:
-        return "The module contains none."
-    return f"Write {' or '.join(f'{module.__name__}:{name}' for name in names)}."
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -187,9 +187,9 @@ class ContextBase:
         if self._strict and not is_part(call.key) and self._run.signal is None:
             await self._record_try(self._try(call, 0))
 
-    async def _record_try(self, tried: Call) -> None:
+    async def _record_try(self, tried: Call, text: str = NULL) -> None:
         with self._run.branches.busy():
-            values = CheckpointValues(tried.kind, tried.name, "completed", NULL)
+            values = CheckpointValues(tried.kind, tried.name, "completed", text)
             await self._run.write(Kind.CHECKPOINT, tried.key, values)
 
     def _try(self, call: Call, number: int) -> Call:

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionma
 from sqlalchemy.pool import NullPool
 
 from ..errors import InvalidConfiguration
-from . import private
+from . import citus, private
 from .closing import know_connections
 from .urls import default_bind, dial, resolve_url, set_socket_options
 
@@ -51,6 +51,7 @@ def resolve_bind(bind: Bind | None) -> Bound:
     if isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
         engine = _make_engine(resolve_url(bind))
         event.listen(engine.sync_engine, "connect", _set_date_style)
+        citus.connect_faster(engine.sync_engine)
         return Bound(engine, None, owned=True)
     raise InvalidConfiguration(
         "bind",

@@ -11,15 +11,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..database_errors import POOLER_STATES, is_lost, sqlstate
+from . import citus
 
 logger = logging.getLogger("durable_sa")
 
-_ISOLATION = text("SELECT current_setting('default_transaction_isolation')")
+_ISOLATION = text(f"SELECT current_setting('default_transaction_isolation'), {citus.INSTALLED}")
 _LOCATE = text(
-    "SELECT current_setting('default_transaction_isolation'), system_identifier,"
+    f"{_ISOLATION}, system_identifier,"
     " CASE WHEN NOT pg_is_in_recovery() THEN pg_walfile_name(pg_current_wal_lsn()) END FROM pg_control_system()"
 )
-"""A server's default isolation, its cluster, and the WAL file whose name begins with its timeline."""
+"""As `_ISOLATION`, and a server's cluster, and the WAL file whose name begins with its timeline."""
 _SAVEPOINT = "durable_locate"
 
 
@@ -88,10 +89,12 @@ async def inspect(connection: AsyncConnection) -> str:
             # A service that resembles Postgres has no such files, or the right to read them was revoked.
             timeline.known = False
             await connection.rollback()
-    isolation = (await connection.execute(_ISOLATION)).scalar_one() if row is None else row[0]
+    isolation, has_citus, *place = (await connection.execute(_ISOLATION)).one() if row is None else row
     await connection.rollback()
-    if row is not None:
-        timeline.follow(row[1], _number(row[2]))
+    if has_citus:
+        citus.notice(connection.dialect)
+    if place:
+        timeline.follow(place[0], _number(place[1]))
     return str(isolation)
 
 
@@ -122,4 +125,6 @@ def locate(connection: Connection) -> None:
     except failure as error:
         raise ConnectionError("a connection was lost before its first transaction") from error
     if row is not None:
-        timeline.follow(row[1], _number(row[2]))
+        if row[1]:
+            citus.notice(connection.dialect)
+        timeline.follow(row[2], _number(row[3]))

@@ -62,8 +62,7 @@ def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
     Raises:
         InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
     """
-    Binaries()  # raises if the extra is missing, before the import of platformdirs, which the extra installs
-    directory = Path(data_dir or os.environ.get("DURABLE_EMBEDDED_DIR") or _default_directory()).expanduser().resolve()
+    directory = _directory(data_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with _mutex, _exclusively(directory):
         shared = _joined.get(directory) or EmbeddedServer(directory / "postgres-18")
@@ -75,6 +74,27 @@ def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
             atexit.register(_leave, directory, users, shared)
             _joined[directory] = shared
     return shared
+
+
+def keep_running(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
+    """Start or join the user's embedded server as `server` does, and let it run until `stop_server`.
+
+    It then survives the last process that uses it.
+    """
+    shared = server(data_dir)
+    _kept(_directory(data_dir)).touch()
+    return shared
+
+
+def stop_server(data_dir: str | os.PathLike[str] | None = None) -> bool:
+    """Stop the user's embedded server, even if other processes use it; return whether it was running."""
+    directory = _directory(data_dir)
+    if not directory.exists():
+        return False
+    with _mutex, _exclusively(directory):
+        _kept(directory).unlink(missing_ok=True)
+        shared = _joined.get(directory) or EmbeddedServer(directory / "postgres-18")
+        return shared.stop_if_running()
 
 
 @contextlib.contextmanager
@@ -120,9 +140,12 @@ class EmbeddedServer:
         self._binaries = Binaries()
         self._socket_dir = str(data_dir)
 
-    def url(self, *, database: str = "postgres", driver: str = "asyncpg") -> URL:
-        """Return the SQLAlchemy URL of a database on the running server, for the superuser `postgres`."""
-        name = f"postgresql+{driver}"
+    def url(self, *, database: str = "postgres", driver: str | None = "asyncpg") -> URL:
+        """Return the SQLAlchemy URL of a database on the running server, for the superuser `postgres`.
+
+        Without a driver it is a URL for the programs of PostgreSQL, too.
+        """
+        name = f"postgresql+{driver}" if driver else "postgresql"
         if self._listen:
             return URL.create(name, "postgres", self._password, self._listen, self._port, database)
         query = {"host": self._socket_dir, "port": str(self._port)}
@@ -156,6 +179,14 @@ class EmbeddedServer:
             if self._socket_dir != str(self.data_dir):
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._forget()
+
+    def stop_if_running(self) -> bool:
+        """Stop a server that any process has started; return whether it was running."""
+        if self._postmaster() is None:
+            return False
+        self.start()  # learns the directory of its socket
+        self.stop()
+        return True
 
     def restart(self, mode: StopMode = "fast") -> None:
         """Stop the server, then start it."""
@@ -259,6 +290,17 @@ class EmbeddedServer:
         )
 
 
+def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the directory of the user's server."""
+    Binaries()  # raises if the extra is missing, before the import of platformdirs, which the extra installs
+    return Path(data_dir or os.environ.get("DURABLE_EMBEDDED_DIR") or _default_directory()).expanduser().resolve()
+
+
+def _kept(directory: Path) -> Path:
+    """Return the file that exists while the server is to outlive the processes that use it."""
+    return directory / "kept"
+
+
 def _default_directory() -> Path:
     import platformdirs
 
@@ -279,7 +321,8 @@ def _leave(directory: Path, users: IO[str], shared: EmbeddedServer) -> None:
         users.close()
         with (directory / "users").open("a") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shared.stop()
+            if not _kept(directory).exists():
+                shared.stop()
 
 
 def _free_port(address: str) -> int:

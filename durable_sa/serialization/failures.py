@@ -1,5 +1,6 @@
 """The record of an exception that ended a step or a task, and the rule for its retry."""
 
+import json
 import os
 import traceback
 import uuid
@@ -139,6 +140,15 @@ def by_class_alone(error: BaseException, reason: str) -> str:
     name = ascii(_class_name(error)[:200])[1:-1]
     message = f"<its text is not stored: {ascii(reason[:200])[1:-1]}>"
     return to_json(Failure(name=name, message=message, traceback="", raw=None, step=None)).decode()
+
+
+def encode_try(step_name: str, error: BaseException) -> str:
+    """Return the record of a step's failed try as JSON text: its step, and its error without traceback. Never raises.
+
+    It is ASCII, so that a database of any encoding can store it.
+    """
+    failure = describe(error)
+    return json.dumps({"step": step_name, "name": failure["name"], "message": failure["message"]})
 
 
 def stored_failure(text: str, what: str) -> StoredFailure:

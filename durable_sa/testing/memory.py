@@ -108,6 +108,7 @@ class MemoryRun:
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
         self.unawaited: dict[uuid.UUID, object] = {}
         self.lines = Lines()
+        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,11 +26,24 @@ class Result:
     code: int
     stdout: str
     stderr: str
+    """Without the line that names the database."""
+    database: str = ""
 
     @property
     def json(self) -> Any:
         assert self.code == 0, self.stderr
         return json.loads(self.stdout)
+
+
+class Terminal(io.StringIO):
+    """What is printed on a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
 
 
 class CommandLine:
@@ -38,14 +52,26 @@ class CommandLine:
     def __init__(self, url: URL | str) -> None:
         self.url = url.render_as_string(hide_password=False) if isinstance(url, URL) else url
 
+    async def at(self, width: int, *arguments: object, **environment: str) -> Result:
+        """The command in a terminal of this width."""
+        environment = {"COLUMNS": str(width), "LINES": "50", "TERM": "xterm", **environment}
+        return await asyncio.to_thread(self.run, *arguments, terminal=True, **environment)
+
+    async def with_environment(self, *arguments: object, **environment: str) -> Result:
+        return await asyncio.to_thread(self.run, *arguments, **environment)
+
+    async def typed(self, line: str) -> Result:
+        """The command as it is typed in a shell."""
+        return await self(*shlex.split(line)[1:])
+
     async def __call__(self, *arguments: object, stdin: str = "") -> Result:
         return await asyncio.to_thread(self.run, *arguments, stdin=stdin)
 
-    def run(self, *arguments: object, stdin: str = "") -> Result:
-        out, err = io.StringIO(), io.StringIO()
+    def run(self, *arguments: object, stdin: str = "", terminal: bool = False, **environment: str) -> Result:
+        out, err = Terminal() if terminal else io.StringIO(), io.StringIO()
         code: Any = 0
         with (
-            mock.patch.dict(os.environ, {"DURABLE_DATABASE_URL": self.url}),
+            mock.patch.dict(os.environ, {"DURABLE_DATABASE_URL": self.url, **environment}),
             mock.patch("sys.stdin", io.StringIO(stdin)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
@@ -54,6 +80,9 @@ class CommandLine:
                 app([str(argument) for argument in arguments], prog_name="durable")
             except SystemExit as ended:
                 code = ended.code
+        first, newline, rest = err.getvalue().partition("\n")
+        if newline and first.startswith("database: "):
+            return Result(code, out.getvalue(), rest, first)
         return Result(code, out.getvalue(), err.getvalue())
 
 

@@ -24,7 +24,7 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stderr == ""
+    assert result.stderr == f"database: postgresql:///postgres (in {tmp_path / 'server' / 'postgres-18'})\n"
     assert "\x1b" not in result.stdout
     assert time.monotonic() - begun < 90
     lines = [line.strip() for line in result.stdout.splitlines()]

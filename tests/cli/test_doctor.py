@@ -43,7 +43,8 @@ async def findings(cli: CommandLine) -> dict[str, list[str]]:
     found = {finding["subject"]: finding["problems"] for finding in report["findings"]}
     assert report["ok"] == (not found)
     for subject, problems in found.items():
-        assert all(ageless(f"FAIL   {subject:<12} {problem}") in ageless(result.stdout) for problem in problems)
+        lines = [problem.replace("\n", "\\n") for problem in problems]
+        assert all(ageless(f"FAIL\t{subject}\t{problem}\n") in ageless(result.stdout) for problem in lines)
     assert ("FAIL" in result.stdout) == bool(found)
     return found
 

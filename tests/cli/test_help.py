@@ -19,7 +19,8 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 ALL = dict(commands(get_command(app)))
-WITHOUT_JSON = {("demo",), ("worker",), ("roles",)}
+WITHOUT_JSON = {("demo",), ("worker",), ("roles",), ("embedded", "psql")}
+WITHOUT_DATABASE = {("demo",), *(path for path in ALL if path[0] == "embedded")}
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
@@ -31,6 +32,11 @@ def test_a_command_explains_itself(path: tuple[str, ...]) -> None:
     assert f"durable {' '.join(path)}" in command.epilog
     if path not in WITHOUT_JSON:
         assert any("--json" in parameter.opts for parameter in command.params), "results come as JSON, too"
+    if path not in WITHOUT_DATABASE:
+        assert any("--app" in parameter.opts for parameter in command.params)
+        assert any("--embedded" in parameter.opts for parameter in command.params)
+    if path[-1] in ("list", "queues", "workers"):
+        assert any("--watch" in parameter.opts for parameter in command.params)
     for parameter in command.params:
         if parameter.param_type_name == "option" and "--help" not in parameter.opts:
             assert parameter.help, parameter.name

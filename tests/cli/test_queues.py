@@ -43,7 +43,7 @@ async def test_alone_it_lists_queues_with_their_numbers(cli: CommandLine, durabl
     alone, listed = await cli("queues"), await cli("queues", "list")
     for result in (alone, listed):
         assert result.code == 0
-        assert "default   open     1       1           0         1" in result.stdout
+        assert "default\topen\t1\t1\t0\t1\t" in result.stdout
 
 
 async def test_a_queue_is_created_with_what_it_forgets(cli: CommandLine, durable: Durable) -> None:

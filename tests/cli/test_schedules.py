@@ -32,7 +32,7 @@ async def test_schedules_are_listed_with_their_ticks(cli: CommandLine, durable: 
         "last_tick_at": None,
         "last_task_id": None,
     }
-    assert "nightly    report   default   0 3 1 1 *   UTC         open" in (await cli("schedules", "list")).stdout
+    assert "nightly\treport\tdefault\t0 3 1 1 *\tUTC\topen\t\t" in (await cli("schedules", "list")).stdout
 
 
 async def test_the_next_tick_of_an_extension_is_reckoned(cli: CommandLine, durable: Durable) -> None:
@@ -60,10 +60,10 @@ async def test_a_schedule_is_triggered(cli: CommandLine, durable: Durable) -> No
 
 
 async def test_an_unknown_schedule_is_said_to_be_unknown(cli: CommandLine) -> None:
-    for command in ("pause", "resume", "trigger"):
+    for command in ("pause", "resume", "trigger", "delete"):
         result = await cli("schedules", command, "nope")
         assert (result.code, result.stdout) == (1, "")
-        assert result.stderr.startswith("error: There is no schedule named 'nope' in queue 'default'.")
+        assert result.stderr == "error: There is no schedule named 'nope'. List them: durable schedules list\n"
 
 
 async def test_a_name_in_several_queues_needs_the_queue(cli: CommandLine, durable: Durable) -> None:
@@ -83,3 +83,28 @@ async def test_a_name_in_several_queues_needs_the_queue(cli: CommandLine, durabl
         ("west", False),
         ("west", False),
     ]
+    elsewhere = await cli("schedules", "delete", "weekly", "--queue", "default", "--yes")
+    assert (elsewhere.code, elsewhere.stdout) == (1, "")
+    assert "named 'weekly' in queue 'default'. Queues that have one: west. List them:" in elsewhere.stderr
+    assert (await cli("schedules", "delete", "nightly", "--yes")).code == 2
+    assert (await cli("schedules", "delete", "nightly", "-q", "west", "--yes")).code == 0
+    assert (await cli("schedules", "delete", "nightly", "--yes")).code == 0
+    assert [row["name"] for row in (await cli("schedules", "list", "--json")).json] == ["weekly"]
+
+
+async def test_a_schedule_is_deleted_after_a_question(cli: CommandLine, durable: Durable) -> None:
+    await schedule(durable)
+    assert (await cli("schedules", "delete", "nightly", stdin="n\n")).code == 1
+    assert len(await durable.list_schedules()) == 1
+    assert (await cli("schedules", "delete", "nightly", "--yes", "--json")).json == {"name": "nightly"}
+    assert await durable.list_schedules() == []
+
+
+async def test_schedules_of_one_queue(cli: CommandLine, durable: Durable) -> None:
+    await schedule(durable)
+    await durable.create_queue("other")
+    assert len((await cli("schedules", "list", "-q", "default", "--json")).json) == 1
+    assert (await cli("schedules", "list", "-q", "other", "--json")).json == []
+    assert (await cli("schedules", "list", "-q", "nope")).code == 1
+    assert (await cli("schedules", "pause", "nightly", "-q", "other")).code == 1
+    assert (await cli("schedules", "pause", "nightly", "-q", "default")).code == 0

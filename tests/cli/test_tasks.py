@@ -80,7 +80,7 @@ async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durab
     assert result.code == 0
     for part in (
         "failed",
-        "UserError: not today",
+        "UserError (its message is data: --payloads)",
         "spawned",
         "attempt 1 starts",
         "step 'work'",
@@ -99,7 +99,7 @@ async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durab
         "attempt 1 failed",
     ]
     assert data["task"]["state"] == "failed"
-    assert data["runs"][0]["error_message"] == "not today"
+    assert (data["runs"][0]["error_name"], data["runs"][0]["error_message"]) == ("UserError", None)
     assert [(kid["task_name"], kid["state"]) for kid in data["children"]] == [("child", "completed")]
 
 
@@ -153,7 +153,9 @@ async def test_an_unknown_task_is_not_found(cli: CommandLine) -> None:
         result = await cli("tasks", command, unknown)
         assert (result.code, result.stdout) == (1, "")
         assert result.stderr.startswith(f"error: There is no task {unknown}.")
-    assert (await cli("tasks", "show", "no-uuid")).code == 2
+        result = await cli("tasks", command, "no-uuid")
+        assert (result.code, result.stdout) == (1, "")
+        assert result.stderr.startswith("error: There is no task with the id or key 'no-uuid'.")
 
 
 async def test_a_task_is_spawned_by_name_with_options(cli: CommandLine, durable: Durable, tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
         raise ValueError
 
     # Several pages.
-    monkeypatch.setattr("durable_sa.cli.tasks._PAGE", 3)
+    monkeypatch.setattr("durable_sa.cli.selection._PAGE", 3)
     bad = [await durable.spawn(a, False) for _ in range(7)]
     good, other = await durable.spawn(a, True), await durable.spawn(b)
     async with durable.worker(concurrency=10):
@@ -257,7 +259,8 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
     cancelled = (await durable.spawn(a, True)).task_id
     await durable.cancel_task(cancelled)
     result = (await cli("tasks", "retry", "--all", "--name", "a", "--json")).json
-    assert result == {"retried": 7, "passed_over": 0}
+    counts = {"retried": 7, "passed_over": 0, "matched": 7, "dry_run": False}
+    assert result == {**counts, "task_ids": [str(spawned.task_id) for spawned in reversed(bad)]}
     states = {row["task_id"]: row["state"] for row in (await cli("tasks", "list", "--json")).json}
     assert [states[str(spawned.task_id)] for spawned in bad] == ["pending"] * 7
     assert (states[str(good.task_id)], states[str(other.task_id)], states[str(cancelled)]) == (
@@ -265,7 +268,8 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
         "failed",
         "cancelled",
     )
-    assert (await cli("tasks", "retry", "--all", "--state", "cancelled")).stdout == "Tasks retried: 1.\n"
+    printed = (await cli("tasks", "retry", "--all", "--state", "cancelled")).stdout
+    assert printed == f"{cancelled}\nTasks retried: 1.\n"
 
 
 @pytest.mark.parametrize(
@@ -283,10 +287,10 @@ async def test_bulk_cancel_takes_unfinished_tasks_that_match(cli: CommandLine, d
             text("UPDATE durable.tasks SET available_at = NULL, state = 'sleeping' WHERE task_name = 'b'")
         )
     result = (await cli("tasks", "cancel", "--all", "--name", "a", "--json")).json
-    assert result == {"cancelled": 2, "passed_over": 0}
+    assert (result["cancelled"], result["passed_over"], len(result["task_ids"])) == (2, 0, 2)
     states = sorted((row["task_name"], row["state"]) for row in (await cli("tasks", "list", "--json")).json)
     assert states == [("a", "cancelled"), ("a", "cancelled"), ("b", "sleeping")]
-    assert (await cli("tasks", "cancel", "--all", "--state", "sleeping")).stdout == "Tasks cancelled: 1.\n"
+    assert "\nTasks cancelled: 1.\n" in (await cli("tasks", "cancel", "--all", "--state", "sleeping")).stdout
     assert (await cli("tasks", "cancel", "--all", "--queue", "default")).stdout == "Tasks cancelled: 0.\n"
 
 

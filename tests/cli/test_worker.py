@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import URL, text
 
 from durable_sa import Durable, InvalidConfiguration, TaskStatus
-from durable_sa.cli.worker import load
+from durable_sa.cli.loading import load
 from tests.cli.support import process
 from tests.support import eventually
 
@@ -168,7 +168,9 @@ def test_errors_of_the_worker_are_one_message(url: str, app: Path) -> None:
     ):
         with process("worker", "app:durable", *options, url=url, cwd=app) as worker:
             assert worker.wait() == code
-            assert worker.said.startswith(message)
+            announced, _, said = worker.said.partition("\n")
+            assert announced.startswith("database: ")
+            assert said.startswith(message)
             assert "Traceback" not in worker.said
 
 

@@ -193,7 +193,7 @@ async def test_an_operator_sees_what_hangs(durable: Durable, database_url: sa.UR
         assert 0 < step["seconds"] < 60
         assert datetime.fromisoformat(step["started_at"]) < datetime.now(UTC)
         printed = (await cli("tasks", "show", str(old.task_id))).stdout
-        assert "step in progress" in printed
+        assert "steps in progress" in printed
         assert "charge-card" in printed
         assert (await cli("tasks", "show", str(young.task_id), "--json")).json["long_steps"] == []
 

@@ -1,5 +1,6 @@
-"""The reference in the repository is what the docstrings say, and has everything that is public."""
+"""Generated pages are current: the reference, which has everything that is public, and the SQL of the hot path."""
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -14,7 +15,7 @@ from durable_sa import errors, migrations, testing
 from .snippets import DOCS, ROOT
 
 REFERENCE = DOCS / "reference"
-INTERNAL = {"around_step", "task_changed", "forget_worker", "require_queue", "step_by"}
+INTERNAL = {"around_step", "task_changed", "require_queue", "step_by"}
 """Methods that other modules of the package call."""
 
 
@@ -34,6 +35,15 @@ def test_it_is_current() -> None:
     command = [sys.executable, "docs/reference/generated.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\n`make reference` writes it"
+
+
+def test_the_page_of_statements_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("hot_statements", DOCS / "hot_statements.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "`make reference` writes it"
 
 
 def test_it_has_every_public_name() -> None:
