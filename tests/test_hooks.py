@@ -307,7 +307,7 @@ async def test_context_variables_reach_all_of_a_task(engine: AsyncEngine) -> Non
         outputs = [(await durable_completes(durable, each)).output for each in spawned]
     inside = "acme in a step"
     assert outputs == [[inside, inside, "acme", "acme", "acme"], ["acme", inside, "acme"]]
-    assert threads[-1] == "durable"
+    assert sorted(threads).count("durable") == 1
     assert tenant.get() == "nobody"
 
 

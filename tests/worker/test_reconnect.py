@@ -217,7 +217,7 @@ async def test_a_claim_whose_reply_was_lost_is_run(database_url: URL, durable: D
                 cut(connection)
 
         event.listen(victim.engine.sync_engine, "after_cursor_execute", executed)
-        async with victim.worker(concurrency=10):
+        async with victim.worker(concurrency=5):
             spawned = [await durable.spawn(quick) for _ in range(30)]
             for spawn in spawned:
                 assert (await durable.wait_for_result(spawn, timeout=10)).output == 1
