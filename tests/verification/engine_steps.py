@@ -168,6 +168,7 @@ class SimulatedWorker:
             dispatcher,
             cast("Any", _Executor()),
             listening=lambda: True,
+            queue_names=settings.queue_names,
         )
         self._maintenance._retention = cast("Any", _Retention())
 
