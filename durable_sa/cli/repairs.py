@@ -28,7 +28,7 @@ MaxAttempts = Annotated[
 
 
 class Action(NamedTuple):
-    """What is done to tasks, and to which."""
+    """An action on tasks, and the tasks that it is done to."""
 
     doing: str
     done: str

@@ -67,7 +67,7 @@ class Failure(TypedDict):
 
 
 class StoredFailure(NamedTuple):
-    """What is read back of a stored failure."""
+    """A stored failure, as it is read back."""
 
     name: str
     message: str

@@ -20,7 +20,7 @@ FULL_SCAN_DELAY = 0.01
 
 
 class Agenda:
-    """What claims and maintenance of one worker have to do next."""
+    """The work that claims and maintenance of one worker have to do next."""
 
     def __init__(self, queue_names: Sequence[str], clock: LocalClock) -> None:
         self._clock = clock
