@@ -145,7 +145,7 @@ def test_a_tasks_own_options_are_checked_when_it_is_made(options: dict[str, Any]
         TaskOptions(**options)
 
 
-header_names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
+header_names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20).filter(str.strip)
 header_values = st.recursive(
     st.none()
     | st.booleans()
