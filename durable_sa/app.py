@@ -63,7 +63,7 @@ class App:
             self.queue_name,
         )
         self.replay = check_replay(replay)
-        """What happens when a recorded step is met with other arguments, unless the task says it."""
+        """The rule for a recorded step that is met with other arguments, unless the task has one."""
         self.hooks = hooks
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind

@@ -14,7 +14,7 @@ from .serialization.codec import UNTYPED, check_size
 from .validation import Duration, instance, integer, seconds, timestamp
 
 Replay: TypeAlias = Literal["warn", "strict"]
-"""What happens when a recorded step is met with other arguments: it runs anew with a warning, or the task fails."""
+"""The rule for a recorded step that is met with other arguments: run it anew with a warning, or fail the task."""
 
 MAX_ATTEMPTS: Final = 2**31 - 1
 MAX_HEADERS_BYTES: Final = 16 * 1024
@@ -69,7 +69,7 @@ class WorkerOptions(TypedDict, total=False):
     shutdown_timeout: Duration
     """Seconds that runs have at shutdown to end by themselves. 30 if absent."""
     listen: bool
-    """Whether to LISTEN for wake-up hints. True if absent."""
+    """Use LISTEN for wake-up hints. True if absent."""
     health_port: int | None
     """The port, on all interfaces, of `GET /live` and `GET /ready` for probes. None is opened if absent."""
     listen_url: URL | str | None

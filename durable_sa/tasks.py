@@ -63,7 +63,7 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     local_types: dict[str, object] = field(repr=False)
     """Types that its annotations name and that are local to the function that defines the task."""
     replay: Replay | None = field(default=None, repr=False)
-    """What happens when a recorded step is met with other arguments; None leaves it to the client."""
+    """The rule for a recorded step that is met with other arguments; None leaves it to the client."""
     schedule: DeclaredSchedule | None = field(default=None, repr=False)
     """The schedule that workers keep in step with the code."""
 

@@ -1,4 +1,4 @@
-"""What pydantic's schema of a type says in advance: which values of it would not be read back as they were."""
+"""The values of a type that would not be read back as they were, as far as pydantic's schema shows in advance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker does besides running tasks: waking, delivering, cancelling, taking over, firing, deleting, repairing.
+"""The work of a worker besides running tasks: waking, delivering, cancelling, taking over, firing, deleting, repairing.
 
 Most of it is listed in the agenda, by what was just committed. The rest is found by one small look at the database,
 which is made when something is due and every few seconds. Each kind of work goes in bounded batches and skips rows

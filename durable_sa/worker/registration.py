@@ -48,7 +48,7 @@ class Registration:
         """The worker's id in the database, another one after each lost lease."""
         self.lease = Lease(settings.claim_timeout)
         self.outage = Outage()
-        """What the loops of the worker have logged of the database's absence."""
+        """The failures of the database that the loops of the worker have logged."""
         self._database = database
         self._connection = connection
         self._settings = settings
