@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from uuid import UUID
 
 T_co = TypeVar("T_co", covariant=True)
@@ -48,6 +48,27 @@ class TaskHandle(Generic[T_co]):
     """A reference to a task whose output is a `T`. It can be a param, a result or the argument of a step."""
 
     task_id: UUID
+
+
+AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
+"""What names a task in calls about existing ones."""
+
+
+def task_id_of(task: AnyTaskId) -> UUID:
+    """Return the id of a task that a caller names.
+
+    Raises:
+        TypeError: it is none of the kinds.
+    """
+    if isinstance(task, SpawnResult | TaskHandle):
+        return task.task_id
+    if isinstance(task, UUID):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return task
+    try:
+        return UUID(str(task))
+    except ValueError:
+        what = repr(task[:80]) if isinstance(task, str) else type(task).__name__
+        raise TypeError(f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {what}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,11 @@ def print_history(history: History, output: Output, *, last: bool, failed: bool,
         output.heading("waits for")
         columns = {"kind": "kind", "awaited": "name", "since_at": "since", "due_at": "until"}
         awaited = [
-            {**wait, "awaited": wait["event_name"] or wait["child_task_id"], "since_at": wait["created_at"]}
+            {
+                **wait,
+                "awaited": wait["event_name"] or wait["child_task_id"] or wait["name"],
+                "since_at": wait["created_at"],
+            }
             for wait in history.waits
         ]
         output.print_table(awaited, columns)
@@ -213,7 +217,8 @@ def _recorded(checkpoint: Fields) -> Moment:
         return Moment(checkpoint["created_at"], f"try{step} failed", _brief(failure["error"]), 0.0, failed=True)
     details = [] if checkpoint["status"] == "completed" else [str(checkpoint["status"])]
     if checkpoint["child_task_id"] is not None:
-        details.append(f"task {checkpoint['child_task_id']}")
+        kind = "message" if checkpoint["kind"] == "message" else "task"
+        details.append(f"{kind} {checkpoint['child_task_id']}")
     if checkpoint["value"] is not None:
         details.append(clean(checkpoint["value"]))
     # Names that the engine chooses add nothing to the kind.

@@ -213,5 +213,33 @@ async def spawn(
     invocation.output.say(message, task_id=spawned.task_id, run_id=spawned.run_id, created=spawned.created)
 
 
+@tasks.command(
+    "send",
+    epilog=examples(
+        "durable tasks send 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa approval '{\"by\": \"ann\"}'",
+        "durable tasks send order-17 approval @approval.json --key approval-17",
+    ),
+)
+@connected
+async def send(
+    invocation: Invocation,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)],
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="What the task receives.", show_default=False)],
+    payload: Annotated[
+        Any, typer.Argument(parser=json_value, metavar="JSON", help="The message, or @FILE, or @- for stdin.")
+    ] = None,
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the task's key.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="An idempotency key: the task receives one message with it.")
+    ] = None,
+) -> None:
+    """Send a message to a task that has not ended."""
+    task_id = await resolve_one(invocation, task, queue_name)
+    await invocation.durable.send(task_id, topic, payload, idempotency_key=key)
+    invocation.output.say(f"Message sent to task {task_id}.", task_id=task_id, topic=topic)
+
+
 tasks.command("cancel", epilog=repairs.CANCEL_EXAMPLES)(repairs.cancel)
 tasks.command("retry", epilog=repairs.RETRY_EXAMPLES)(repairs.retry)

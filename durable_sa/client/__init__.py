@@ -28,10 +28,10 @@ from ..worker.interrupts import signals_handled
 from ..worker.settings import Settings
 from ..worker.worker import Worker
 from .events import Events
+from .messages import Messages
 from .queues import QueuePolicy, Queues
 from .registry import Registry
 from .schedules import Schedules
-from .spawning import Spawning
 from .tasks import Tasks
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Tasks, Events, Queues, Schedules, Messages, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process

@@ -25,7 +25,7 @@ from ..database_errors import is_transient
 from ..errors import InvalidState, TaskNotFound
 from ..ids import new_id
 from ..options import MAX_ATTEMPTS
-from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
+from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus, task_id_of
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import stored_failure
 from ..statements import cancelling, waits
@@ -53,7 +53,7 @@ class Tasks(App):
         Raises:
             TaskNotFound: there is no such task.
         """
-        return await perform(self.database, cancel(_id_of(task_id)))
+        return await perform(self.database, cancel(task_id_of(task_id)))
 
     @overload
     def cancel_task_with(
@@ -71,7 +71,7 @@ class Tasks(App):
         self, session: SessionOrConnection, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]
     ) -> Any:
         """Cancel a task as :meth:`cancel_task` does, in the caller's transaction."""
-        return perform_within(session, self.schema, cancel(_id_of(task_id)))
+        return perform_within(session, self.schema, cancel(task_id_of(task_id)))
 
     async def retry_task(
         self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any], *, max_attempts: int | None = None
@@ -87,7 +87,7 @@ class Tasks(App):
         """
         if max_attempts is not None:
             integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
-        return await perform(self.database, retry(_id_of(task_id), max_attempts))
+        return await perform(self.database, retry(task_id_of(task_id), max_attempts))
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
@@ -95,7 +95,7 @@ class Tasks(App):
     async def get_task_result(self, task: uuid.UUID) -> TaskPollResult[Any] | None: ...
     async def get_task_result(self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> Any:
         """Return a task's status, with its output or error once it has ended; None if there is no such task."""
-        row = await self._polls(_id_of(task))
+        row = await self._polls(task_id_of(task))
         return None if row is None else self._poll_result(row)
 
     @overload
@@ -116,7 +116,7 @@ class Tasks(App):
             TimeoutError: it has not ended after `timeout` seconds; says how it stands.
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
-        task_id = _id_of(task)
+        task_id = task_id_of(task)
         changed, changes = asyncio.Event(), self._changes.get()
         changes.setdefault(task_id, set()).add(changed)
         began = asyncio.get_running_loop().time()
@@ -275,15 +275,3 @@ def _standing(row: Row[Any] | None) -> str:
     if row.state != TaskStatus.PENDING:
         return f": it is {row.state}"
     return f": it is pending. Does a worker run that serves its queue and knows a task named {row.task_name!r}?"
-
-
-def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
-    if isinstance(task, SpawnResult | TaskHandle):
-        return task.task_id
-    if isinstance(task, uuid.UUID):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return task
-    try:
-        return uuid.UUID(str(task))
-    except ValueError:
-        what = repr(task[:80]) if isinstance(task, str) else type(task).__name__
-        raise TypeError(f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {what}") from None

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from ..current import running
 from ..errors import InvalidState
 from ..options import SpawnOptions
-from ..results import TaskHandle
+from ..results import AnyTaskId, TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..steps import plain_step
 from ..tasks import OfTask, Task
@@ -142,6 +142,20 @@ class SyncTaskContext(TaskData[StateT]):
     def emit_event(self, name: str, payload: Any = None) -> bool:
         """As :meth:`durable_sa.TaskContext.emit_event`."""
         return self._call(lambda: self.context.emit_event(name, payload))
+
+    def send(
+        self, task: AnyTaskId, topic: str, payload: Any = None, *, idempotency_key: str | None = None
+    ) -> None:
+        """As :meth:`durable_sa.TaskContext.send`."""
+        self._call(lambda: self.context.send(task, topic, payload, idempotency_key=idempotency_key))
+
+    @overload
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
+    @overload
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
+        """As :meth:`durable_sa.TaskContext.receive`."""
+        return self._call(lambda: self.context.receive(topic, timeout=timeout, type=type))
 
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""

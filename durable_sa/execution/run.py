@@ -380,7 +380,8 @@ class Run:
             elif wait.due_at is not None and wait.due_at <= now:
                 _resolve(wait, Stored("completed", None))
         if others:
-            stored = await self.host.reader.resolved(self.claimed.task_id, list(others))
+            messages = any(wait.kind == "message" for wait in others.values())
+            stored = await self.host.reader.resolved(self.claimed.task_id, list(others), messages=messages)
             for key, entry in stored.items():
                 _resolve(others[key], entry)
         if self._going_on() and self.pending:

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
-from ..statements import checkpoints, outcomes, suspending
+from ..statements import checkpoints, messages, outcomes, suspending
 from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -26,6 +26,8 @@ class Kind(Enum):
     CHECKPOINT = "checkpoint"
     CHILD = "child"
     EVENT = "event"
+    MESSAGE = "message"
+    RECEIPT = "receipt"
     WAITS = "waits"
     SUSPENSION = "suspension"
     FAILURE = "failure"
@@ -33,11 +35,14 @@ class Kind(Enum):
     COMPLETION = "completion"
 
 
-CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
+CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""
 
-KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT})
+KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT})
 """Kinds that are stored under a key, once."""
+
+REFUSABLE = frozenset({Kind.CHILD, Kind.MESSAGE})
+"""Kinds that the database may refuse: the queue of a child does not exist, the receiver of a message has ended."""
 
 COUNTED = frozenset({Kind.CHECKPOINT, Kind.COMPLETION})
 """The commonest kinds. Their statements return one row: the number of writes, and the ids only if some are missing."""
@@ -70,6 +75,22 @@ class EventValues(NamedTuple):
     metadata: str | None
 
 
+class MessageValues(NamedTuple):
+    """A message, and the checkpoint of its sending."""
+
+    checkpoint: CheckpointValues
+    message_id: uuid.UUID
+    receiver_id: uuid.UUID
+    topic: str
+    payload: str
+    idempotency_key: str | None
+
+
+class ReceiptValues(NamedTuple):
+    topic: str
+    """The topic of which the next message is received, if there is one."""
+
+
 class SuspensionValues(NamedTuple):
     waited: bool
     """True if waits of the task may be stored, which the statement deletes."""
@@ -98,6 +119,8 @@ Values: TypeAlias = (
     CheckpointValues
     | ChildValues
     | EventValues
+    | MessageValues
+    | ReceiptValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -148,7 +171,7 @@ def escape(write: Write) -> bool:
     match values:
         case CheckpointValues(value=str(text)):
             escaped = values._replace(value=in_ascii(text))
-        case EventValues(payload=text):
+        case EventValues(payload=text) | MessageValues(payload=text):
             escaped = values._replace(payload=in_ascii(text))
         case CompletionValues(output=text):
             escaped = values._replace(output=in_ascii(text))
@@ -196,6 +219,17 @@ def _events(writes: list[Write[EventValues]]) -> tuple[Executable, dict[str, Any
     return checkpoints.RECORD_EVENTS, arrays(names, rows)
 
 
+def _messages(writes: list[Write[MessageValues]]) -> tuple[Executable, dict[str, Any]]:
+    names = [*checkpoints.CHECKPOINT_COLUMNS, *messages.MESSAGE_COLUMNS]
+    rows = [(write.task_id, write.fence, write.key, *write.values.checkpoint, *write.values[1:]) for write in writes]
+    return messages.RECORD_MESSAGES, arrays(names, rows)
+
+
+def _receipts(writes: list[Write[ReceiptValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, write.key, write.values.topic) for write in writes]
+    return messages.RECEIVE, arrays(messages.RECEIVE_COLUMNS, rows)
+
+
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
     return suspending.REGISTER_WAITS, fenced | _wait_columns(writes)
@@ -239,6 +273,8 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.CHECKPOINT: _checkpoints,
     Kind.CHILD: _children,
     Kind.EVENT: _events,
+    Kind.MESSAGE: _messages,
+    Kind.RECEIPT: _receipts,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
@@ -268,9 +304,9 @@ def statement_of_many(kind: Kind, writes: list[Write]) -> tuple[Executable, dict
 
 def identify(write: Write) -> Hashable:
     """Return the key of a write in :func:`results`."""
-    if write.kind in (Kind.CHECKPOINT, Kind.EVENT):
-        return write.task_id, write.key
-    return write.values.checkpoint.child_task_id if write.kind is Kind.CHILD else write.task_id
+    if write.kind is Kind.CHILD:
+        return write.values.checkpoint.child_task_id
+    return (write.task_id, write.key) if write.kind in KEYED else write.task_id
 
 
 def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
@@ -284,6 +320,10 @@ def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
             return dict.fromkeys(row.child_task_id for row in rows)
         case Kind.EVENT:
             return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
+        case Kind.MESSAGE:
+            return {(row.task_id, row.key): None for row in rows}
+        case Kind.RECEIPT:
+            return {(row.task_id, row.key): Stored("completed" if row.found else "none", row.value) for row in rows}
         case Kind.WAITS:
             groups: dict[Hashable, list[Row[Any]]] = {}
             for row in rows:

@@ -1,7 +1,8 @@
 """The least privileges on durable's tables for each kind of process, and the SQL that grants them.
 
-Migrations are run by the owner of the tables. These privileges are complete: clients generate the ids, so there are no
-sequences; there are no functions; and NOTIFY and LISTEN need no privileges.
+Migrations are run by the owner of the tables. These privileges are complete: clients generate the ids, and the one
+sequence is that of an identity column, which needs none; there are no functions; and NOTIFY and LISTEN need no
+privileges.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ PRODUCER: Final = {
     "queues": "SELECT",
     "tasks": "SELECT, INSERT, UPDATE, DELETE",  # DELETE takes back a batch in which one spawn is refused
     "runs": "INSERT",
-    "checkpoints": "INSERT",
+    "checkpoints": "SELECT, INSERT",  # SELECT finds a message whose sending was not answered and that was received since
     "waits": "SELECT, DELETE",
     "events": "SELECT, INSERT",
+    "messages": "SELECT, INSERT",
 }
-"""Privileges of an application that spawns, emits, cancels and reads results."""
+"""Privileges of an application that spawns, emits, sends, cancels and reads results."""
 
 WORKER: Final = {
     "queues": "SELECT",
@@ -30,6 +32,7 @@ WORKER: Final = {
     "checkpoints": "SELECT, INSERT, DELETE",
     "waits": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is needed to skip locked rows
     "events": "SELECT, INSERT, UPDATE, DELETE",
+    "messages": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
 }

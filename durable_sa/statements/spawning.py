@@ -130,7 +130,7 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
     return insert(TaskRow).from_select(list(values), selected).on_conflict_do_nothing()
 
 
-def _lock_timeout() -> CTE:
+def optional_lock_timeout() -> CTE:
     """Set the lock timeout of one statement, unless the parameter is NULL, when joined to the source of its rows."""
     given = bindparam("lock_timeout", type_=Text())
     setting = case((given.is_not(None), func.pg_catalog.set_config(constant("lock_timeout"), given, true())))
@@ -165,7 +165,7 @@ SPAWN = _spawn_many(
         select(_items.c.position, *(({**_items.c, **_kinds.c})[name] for name in SPAWN_COLUMNS))
         .join_from(_items, _kinds, _items.c.kind == _kinds.c.number)
         .subquery("spawn")
-    ).join(_lock_timeout(), true())
+    ).join(optional_lock_timeout(), true())
 )
 """Enqueue. Returns a row per lane: the number of its tasks, their ids and the earliest time.
 

@@ -1,6 +1,6 @@
 """Tools for tests of applications: databases, time travel, workers that stop when idle, contexts without a database."""
 
-from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, Slept, SpawnedChild, task_context
+from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, SentMessage, Slept, SpawnedChild, task_context
 from .database import TestServer, database_server
 from .idle import run_until_idle
 from .time import Clock, time_travel
@@ -11,6 +11,7 @@ __all__ = [
     "MemoryContext",
     "MemorySyncContext",
     "Recorded",
+    "SentMessage",
     "Slept",
     "SpawnedChild",
     "TestServer",

@@ -7,7 +7,7 @@ import contextvars
 import queue
 import random
 import uuid
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -36,13 +36,14 @@ from ..statements.claiming import ClaimedRun
 from ..steps import result_codec
 from ..tasks import Task
 from ..validation import timestamp
-from .memory import MemoryRun, Recorded, Slept, SpawnedChild
+from .memory import MemoryRun, Recorded, SentMessage, Slept, SpawnedChild
 
 __all__ = [
     "ContextOptions",
     "MemoryContext",
     "MemorySyncContext",
     "Recorded",
+    "SentMessage",
     "Slept",
     "SpawnedChild",
     "task_context",
@@ -65,6 +66,8 @@ class ContextOptions(TypedDict, total=False):
     run_id: uuid.UUID
     events: Mapping[str, Any]
     """Payloads by the names of events. Those that the task emits are added."""
+    messages: Mapping[str, Sequence[Any]]
+    """Payloads by topic, in the order of receiving. Those that the task sends to itself are added."""
     results: Mapping[str, Any]
     """The results of children, by the name passed to `ctx.spawn`, or else by the name of their task. An exception is
     the error with which the child has failed. A `ChildCancelled` stands for a child that was cancelled, a `TaskTimeout`
@@ -114,8 +117,12 @@ class MemoryContext(TaskContext[Any], _Enterable):
         if events is None:
             given = options.get("events", {}).items()
             events = {name: UNTYPED.encode(payload, f"the payload of event {name!r}") for name, payload in given}
+        messages = {
+            topic: [UNTYPED.encode(payload, f"the message of topic {topic!r}") for payload in payloads]
+            for topic, payloads in options.get("messages", {}).items()
+        }
         self._memory = MemoryRun(
-            claimed, durable.max_payload_bytes, events, options.get("results", {}), self._execute_child
+            claimed, durable.max_payload_bytes, events, messages, options.get("results", {}), self._execute_child
         )
         super().__init__(cast(Run, self._memory), durable, options.get("state"))
         self.session = options.get("session")
@@ -149,6 +156,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
             queue_name=child.options.get("queue_name") or self.queue_name,
             headers=child.options.get("headers") or {},
             attempt=1,
+            messages={},
             now=self._memory.now(),
         )
         context = MemoryContext(options, self._memory.events)
@@ -291,7 +299,7 @@ def task_context(*, sync: bool = False, **options: Unpack[ContextOptions]) -> Me
     It does in memory what the engine does with a database, and refuses what the engine would refuse. Steps are run,
     with the retries and timeouts of their decorators; arguments and results pass through JSON. Sleeps, pauses between
     tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, and a wait for
-    any other event runs into its timeout. A join returns the child's entry in `results`, or else the result of the
+    any other event runs into its timeout; so do messages, which come from `messages`. A join returns the child's entry in `results`, or else the result of the
     child's function, called with such a context. `ctx.recorded` has the durable calls that the task has made:
 
     ```python

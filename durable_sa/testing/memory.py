@@ -17,7 +17,7 @@ from ..execution.journal import EMPTY_JOURNAL
 from ..execution.lines import Lines
 from ..execution.reader import EmittedEvent, JoinTarget
 from ..execution.waits import PendingWait, Stored
-from ..execution.writes import CheckpointValues, EventValues, Kind, Values
+from ..execution.writes import CheckpointValues, EventValues, Kind, MessageValues, ReceiptValues, Values
 from ..options import SpawnOptions
 from ..results import TaskHandle
 from ..serialization.codec import UNTYPED, Codec
@@ -48,6 +48,18 @@ class SpawnedChild:
 
 
 @dataclass(frozen=True)
+class SentMessage:
+    """A message that a task has sent."""
+
+    task_id: uuid.UUID
+    """The receiver."""
+    topic: str
+    payload: Any = field(repr=False)
+    """Plain JSON."""
+    idempotency_key: str | None
+
+
+@dataclass(frozen=True)
 class Recorded:
     """The durable calls that a task has made, each kind in its order."""
 
@@ -57,6 +69,7 @@ class Recorded:
     spawned: list[SpawnedChild] = field(default_factory=list[SpawnedChild])
     emitted: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     """Payloads of the events that the task was the first to emit, as plain JSON."""
+    sent: list[SentMessage] = field(default_factory=list[SentMessage])
 
 
 class _Branches:
@@ -98,12 +111,15 @@ class MemoryRun:
         claimed: ClaimedRun,
         max_payload_bytes: int,
         events: dict[str, str],
+        messages: dict[str, list[str]],
         results: Mapping[str, Any],
         execute: Callable[[SpawnedChild, Task[Any, Any]], Awaitable[Any]],
     ) -> None:
         self.claimed = claimed
         self.max_payload_bytes = max_payload_bytes
         self.events = events
+        self.messages = messages
+        """By topic those that were not received yet."""
         self.recorded = Recorded()
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
         self.unawaited: dict[uuid.UUID, object] = {}
@@ -149,6 +165,14 @@ class MemoryRun:
                     self.events[name] = values.payload
                     self.recorded.emitted[name] = UNTYPED.decode(values.payload, f"the payload of event {name!r}")
                 return Stored("completed", "true" if first else "false")
+            case MessageValues(receiver_id=receiver_id, topic=topic, payload=text, idempotency_key=sent_key):
+                message = UNTYPED.decode(text, f"the message of topic {topic!r}")
+                if receiver_id == self.claimed.task_id:
+                    self.messages.setdefault(topic, []).append(text)
+                self.recorded.sent.append(SentMessage(receiver_id, topic, message, sent_key))
+            case ReceiptValues(topic=topic):
+                waiting = self.messages.get(topic)
+                return Stored("completed", waiting.pop(0)) if waiting else Stored("none", None)
             case _:
                 pass
         return None
@@ -157,7 +181,7 @@ class MemoryRun:
         """End a wait at once, by letting its time pass."""
         due_at = wait.due_at or (None if wait.delay is None else self._now + timedelta(seconds=wait.delay))
         if due_at is None:
-            given = "events" if wait.kind == "event" else "results"
+            given = {"event": "events", "message": "messages"}.get(wait.kind, "results")
             raise InvalidState(
                 f"{wait.kind} {wait.name!r}",
                 "awaited, and would never come",

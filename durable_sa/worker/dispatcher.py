@@ -46,12 +46,19 @@ class Dispatcher:
                 waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
                 if waiting:
                     agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)
+                    receiving = {
+                        write.task_id for write in writes if any(wait.kind == "message" for wait in write.waits)
+                    }
+                    if receiving:
+                        agenda.deliver_messages(row.task_id for row in rows if row.task_id in receiving)
                 self.announce(Hint().add_rows(rows))
             case Kind.EVENT:
                 agenda.deliver_events()
+            case Kind.MESSAGE:
+                agenda.deliver_messages(row.receiver_id for row in rows)
             case Kind.CHILD | Kind.RELEASE:
                 self.announce(Hint().add_rows(rows))
-            case Kind.CHECKPOINT | Kind.WAITS:
+            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.WAITS:
                 pass
 
     def announce(self, hint: Hint) -> None:
@@ -64,6 +71,9 @@ class Dispatcher:
         self._agenda.note(hint)
         self._agenda.offered += hint.tasks
         free = self._slots.free
+        if not hint.lanes and (hint.receivers or hint.messages) and not hint.cancelled:
+            # Any worker delivers messages to tasks of any queue.
+            return self._registration.active
         return (
             not hint.cancelled
             and self._registration.active

@@ -9,7 +9,7 @@ import functools
 import logging
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -294,10 +294,11 @@ class Executor:
                 cancelled = states[key] in ("cancelled", None)
                 run.take_away(TaskCancelled() if cancelled else LeaseLost())
 
-    def poll(self) -> None:
-        """Have all runs look whether their waits have been resolved."""
+    def poll(self, task_ids: Collection[uuid.UUID] | None = None) -> None:
+        """Have all runs, or those of these tasks, look whether their waits have been resolved."""
         for run in list(self._slots.runs.values()):
-            run.poll_soon()
+            if task_ids is None or run.claimed.task_id in task_ids:
+                run.poll_soon()
 
     def clock_moved(self, by: timedelta) -> None:
         """Adjust all runs to a change of the database's clock, which only tests make."""

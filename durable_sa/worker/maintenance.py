@@ -21,7 +21,7 @@ from ..database.clock import LocalClock
 from ..database.hint import Hint
 from ..database_errors import Retry
 from ..schedules.firing import Firing
-from ..statements import cancelling, waits
+from ..statements import cancelling, messages, waits
 from ..statements import maintenance as looking
 from .agenda import Agenda
 from .cancellations import Cancellations
@@ -31,7 +31,7 @@ from .executor import Executor
 from .registration import Registration
 from .retention import Retention
 from .takeover import LOST_RUNS_INTERVAL, Takeover
-from .wakeups import BATCH, WakeUps
+from .wakeups import BATCH, UNHINTED_AGE, WakeUps
 
 logger = logging.getLogger("durable_sa")
 
@@ -125,6 +125,11 @@ class Maintenance:
             elif agenda.deliver:
                 agenda.deliver = False
                 await self._wakeups.deliver_events()
+            elif agenda.receivers:
+                await _do_batch(agenda.receivers, self._wakeups.deliver_messages)
+            elif agenda.look_for_messages:
+                agenda.look_for_messages = False
+                await self._wakeups.look_for_messages(0.0)
             elif agenda.cascades:
                 await _do_batch(agenda.cascades, self._cancellations.cascade)
             else:
@@ -142,6 +147,8 @@ class Maintenance:
         now = time.monotonic()
         if look.undelivered_events:
             agenda.deliver = True
+        if look.undelivered_messages:
+            await self._wakeups.look_for_messages(UNHINTED_AGE)
         if _passed(look.next_cancel_at, look.now) and await self._cancellations.cancel_overdue():
             # Only the earliest limit is known; look again for the next.
             agenda.look_within(0.0)
@@ -179,6 +186,11 @@ class Maintenance:
             self.repaired += len(missed)
             logger.info("repaired %d missed wake-ups", len(missed))
             self._agenda.resolve_waits(missed)
+        rows = await self._connection.execute(messages.UNDELIVERED_WAITS, {"age": REPAIR_AGE, "wanted": BATCH})
+        if rows:
+            self.repaired += len(rows)
+            logger.info("repaired %d missed wake-ups by messages", len(rows))
+            self._agenda.deliver_messages(row.task_id for row in rows)
         await self._connection.execute(waits.DELETE_STRAY_WAITS, {"age": REPAIR_AGE})
         await self._takeover.take_orphaned()
         left_behind = await self._connection.execute(cancelling.INCOMPLETE_CASCADES, {"wanted": BATCH})
