@@ -37,7 +37,7 @@ from .errors import (
     UserError,
 )
 from .hooks import Hooks
-from .models import TaskRow
+from .models import TaskRow, TaskValueRow
 from .options import SpawnOptions, WorkerOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
@@ -97,6 +97,7 @@ __all__ = [
     "TaskRow",
     "TaskStatus",
     "TaskTimeout",
+    "TaskValueRow",
     "UserError",
     "Worker",
     "WorkerOptions",

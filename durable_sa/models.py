@@ -284,6 +284,24 @@ class Message(Base):
     received_at: Mapped[datetime | None]
 
 
+class TaskValueRow(Base):
+    """A value that a task has published, the last one of its name."""
+
+    __tablename__ = "task_values"
+    __table_args__ = (
+        PrimaryKeyConstraint("task_id", "name"),
+        CheckConstraint("octet_length(name) BETWEEN 1 AND 200 AND left(name, 1) <> '$'", name="name"),
+    )
+
+    task_id: Mapped[uuid.UUID]
+    name: Mapped[str]
+    value: Mapped[Any | None] = mapped_column(JSON())
+    version: Mapped[int] = mapped_column(
+        BigInteger(), server_default="1", comment="rises whenever the value is written"
+    )
+    updated_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
 class Schedule(Base):
     """A cron schedule of a queue; each tick spawns its task once across the fleet."""
 

@@ -6,7 +6,9 @@ from typing import Final, Literal
 
 from .errors import InvalidConfiguration, InvalidName
 
-NameKind = Literal["queue", "task", "step", "event", "topic", "value", "schedule", "worker", "header", "idempotency key"]
+NameKind = Literal[
+    "queue", "task", "step", "event", "topic", "value", "schedule", "worker", "header", "idempotency key"
+]
 
 MAX_NAME_BYTES: Final = 200
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 255

@@ -7,11 +7,12 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import from_json
 
 from .. import SpawnOptions
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
-from ..statements import inspection
+from ..statements import inspection, values
 from . import history, repairs
 from .arguments import duration, headers, json_value
 from .completion import complete_queues, complete_tasks
@@ -216,7 +217,7 @@ async def spawn(
 @tasks.command(
     "send",
     epilog=examples(
-        "durable tasks send 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa approval '{\"by\": \"ann\"}'",
+        'durable tasks send 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa approval \'{"by": "ann"}\'',
         "durable tasks send order-17 approval @approval.json --key approval-17",
     ),
 )
@@ -231,14 +232,38 @@ async def send(
     queue_name: Annotated[
         str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the task's key.")
     ] = None,
-    key: Annotated[
-        str | None, typer.Option(help="An idempotency key: the task receives one message with it.")
-    ] = None,
+    key: Annotated[str | None, typer.Option(help="An idempotency key: the task receives one message with it.")] = None,
 ) -> None:
     """Send a message to a task that has not ended."""
     task_id = await resolve_one(invocation, task, queue_name)
     await invocation.durable.send(task_id, topic, payload, idempotency_key=key)
     invocation.output.say(f"Message sent to task {task_id}.", task_id=task_id, topic=topic)
+
+
+@tasks.command(
+    "values",
+    epilog=examples("durable tasks values 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa --payloads"),
+)
+@listing
+async def values_(
+    invocation: Invocation,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)],
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the key.")
+    ] = None,
+    payloads: Annotated[bool, typer.Option("--payloads", help="Show the values.")] = False,
+) -> None:
+    """List the values that a task has published."""
+    task_id = await resolve_one(invocation, task, queue_name)
+    rows = as_dicts(await invocation.durable.database.execute(values.LIST_VALUES, {"task_id": task_id}))
+    columns = {"name": "value", "updated_at": "published"}
+    for row in rows:
+        text = row.pop("value")
+        if payloads:
+            row["value"] = from_json(text or "null") if invocation.output.as_json else text
+    if payloads:
+        columns["value"] = "content"
+    invocation.output.table(rows, columns, empty="The task has published no values.")
 
 
 tasks.command("cancel", epilog=repairs.CANCEL_EXAMPLES)(repairs.cancel)

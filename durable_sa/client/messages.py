@@ -84,9 +84,7 @@ class Messages(Spawning):
 
         The task is not locked. If it ends before the commit, the message is deleted with it.
         """
-        return perform_within(
-            session, self.schema, _send(self._outgoing(task, topic, payload, idempotency_key))
-        )
+        return perform_within(session, self.schema, _send(self._outgoing(task, topic, payload, idempotency_key)))
 
     def _outgoing(self, task: AnyTaskId, topic: str, payload: Any, idempotency_key: str | None) -> Outgoing:
         return outgoing(task, topic, payload, idempotency_key, self.max_payload_bytes)
@@ -115,7 +113,7 @@ class Messages(Spawning):
     async def _send_batch(
         self, held: HeldConnection, items: list[Outgoing], *, lock_timeout: str | None = None
     ) -> Sequence[BaseException | None]:
-        """Send messages of callers that came at the same time with one statement. Returns an error for each, or None."""
+        """Send messages of callers that came at the same time with one statement; return an error or None for each."""
         sent: set[uuid.UUID] = set()
         repeated = False
 

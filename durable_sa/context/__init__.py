@@ -13,6 +13,7 @@ from .data import StateT, TaskData
 from .events import Events
 from .logger import TaskLogger
 from .messages import Messages
+from .publishing import Publishing
 from .sleeps import Sleeps
 from .steps import Steps
 from .transactions import Transactions
@@ -21,7 +22,7 @@ from .values import Values
 __all__ = ["TaskContext"]
 
 
-class TaskContext(Steps, Transactions, Children, Sleeps, Events, Messages, Values, TaskData[StateT]):
+class TaskContext(Steps, Transactions, Children, Sleeps, Events, Messages, Publishing, Values, TaskData[StateT]):
     """The running task, as passed to its function.
 
     Every method that waits may raise :class:`durable_sa.signals.ControlFlow`, which is no ``Exception``: the run is

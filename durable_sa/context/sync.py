@@ -143,9 +143,7 @@ class SyncTaskContext(TaskData[StateT]):
         """As :meth:`durable_sa.TaskContext.emit_event`."""
         return self._call(lambda: self.context.emit_event(name, payload))
 
-    def send(
-        self, task: AnyTaskId, topic: str, payload: Any = None, *, idempotency_key: str | None = None
-    ) -> None:
+    def send(self, task: AnyTaskId, topic: str, payload: Any = None, *, idempotency_key: str | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.send`."""
         self._call(lambda: self.context.send(task, topic, payload, idempotency_key=idempotency_key))
 
@@ -156,6 +154,10 @@ class SyncTaskContext(TaskData[StateT]):
     def receive(self, topic: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """As :meth:`durable_sa.TaskContext.receive`."""
         return self._call(lambda: self.context.receive(topic, timeout=timeout, type=type))
+
+    def publish(self, name: str, value: Any) -> None:
+        """As :meth:`durable_sa.TaskContext.publish`."""
+        self._call(lambda: self.context.publish(name, value))
 
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""

@@ -49,14 +49,7 @@ class Hint:
     """The number of tasks in the lanes. Known only in the process that made the hint; it is not sent."""
 
     def __bool__(self) -> bool:
-        return (
-            bool(self.lanes)
-            or self.events
-            or self.cancelled
-            or self.limits
-            or bool(self.receivers)
-            or self.messages
-        )
+        return bool(self.lanes) or self.events or self.cancelled or self.limits or bool(self.receivers) or self.messages
 
     def add_receivers(self, task_ids: Iterable[uuid.UUID]) -> Hint:
         """Add tasks to which messages were sent."""

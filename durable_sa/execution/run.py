@@ -27,6 +27,7 @@ from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
 from .lines import Lines
+from .publishing import Publications
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
 
@@ -62,6 +63,7 @@ class Run:
         """Calls of the context that have not been awaited yet, each with its coroutine."""
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
         self.lines = Lines()
+        self._publications: Publications | None = None
         self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
@@ -114,7 +116,9 @@ class Run:
             if not root.cancelled():
                 root.exception()
             return
-        if any(task is not root for task in self.branches.tasks):
+        if any(task is not root for task in self.branches.tasks) or (
+            self._publications is not None and self._publications.pending
+        ):
             self.signal = Suspended()
             self.host.start_task(self._unwind("ended", root), "durable:unwind")
         else:
@@ -127,6 +131,11 @@ class Run:
         if abandoned:
             self.warn("does not end when it is cancelled; %d of its coroutines are left behind", len(abandoned))
             self.host.left_behind(self.claimed, abandoned, lost=isinstance(self.signal, LeaseLost))
+        if self._publications is not None:
+            if reason == "lost":
+                self._publications.drop()
+            # The outcome comes last, because it ends the fence.
+            await self._publications.flush()
         if root is not None:
             self._end(root)
             return
@@ -304,6 +313,19 @@ class Run:
         claimed = self.claimed
         self.host.writer.submit(Write(kind, claimed.task_id, claimed.fence, on_written, values, key, waits, size))
         return await future
+
+    def publish(self, name: str, text: str) -> None:
+        """Have a value of the task written, unless the calling branch repeats what an earlier run has done."""
+        if not (self.branch().live or self.journal.used_up):
+            return
+        if self._publications is None:
+            self._publications = Publications(
+                self.claimed,
+                self.host.writer,
+                on_lost=lambda: self.take_away(LeaseLost()),
+                warn=self.warn,
+            )
+        self._publications.publish(name, text)
 
     async def fetch(self, entry: Entry, key: uuid.UUID) -> Entry:
         """Return a checkpoint with its value, which was too large to load with the others."""

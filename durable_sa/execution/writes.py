@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
-from ..statements import checkpoints, messages, outcomes, suspending
+from ..statements import checkpoints, messages, outcomes, suspending, values
 from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -28,6 +28,7 @@ class Kind(Enum):
     EVENT = "event"
     MESSAGE = "message"
     RECEIPT = "receipt"
+    PUBLICATION = "publication"
     WAITS = "waits"
     SUSPENSION = "suspension"
     FAILURE = "failure"
@@ -91,6 +92,11 @@ class ReceiptValues(NamedTuple):
     """The topic of which the next message is received, if there is one."""
 
 
+class PublicationValues(NamedTuple):
+    published: Mapping[str, str]
+    """JSON texts by the names of values."""
+
+
 class SuspensionValues(NamedTuple):
     waited: bool
     """True if waits of the task may be stored, which the statement deletes."""
@@ -121,6 +127,7 @@ Values: TypeAlias = (
     | EventValues
     | MessageValues
     | ReceiptValues
+    | PublicationValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -166,20 +173,22 @@ def escape(write: Write) -> bool:
     JSON with escapes means the same, and a database of any encoding takes it. A failure is no such write, because its
     texts are read by SQL, which fails at such an escape.
     """
-    values: Any = write.values
-    escaped: Any = values
-    match values:
+    present: Any = write.values
+    escaped: Any = present
+    match present:
         case CheckpointValues(value=str(text)):
-            escaped = values._replace(value=in_ascii(text))
+            escaped = present._replace(value=in_ascii(text))
         case EventValues(payload=text) | MessageValues(payload=text):
-            escaped = values._replace(payload=in_ascii(text))
+            escaped = present._replace(payload=in_ascii(text))
+        case PublicationValues(published):
+            escaped = PublicationValues({name: in_ascii(text) for name, text in published.items()})
         case CompletionValues(output=text):
-            escaped = values._replace(output=in_ascii(text))
+            escaped = present._replace(output=in_ascii(text))
         case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
-            escaped = values._replace(spawn=(*spawn[:_PARAMS], in_ascii(spawn[_PARAMS]), *spawn[_PARAMS + 1 :]))
+            escaped = present._replace(spawn=(*spawn[:_PARAMS], in_ascii(spawn[_PARAMS]), *spawn[_PARAMS + 1 :]))
         case _:
             pass
-    if escaped == values:
+    if escaped == present:
         return False
     write.values = escaped
     return True
@@ -230,6 +239,12 @@ def _receipts(writes: list[Write[ReceiptValues]]) -> tuple[Executable, dict[str,
     return messages.RECEIVE, arrays(messages.RECEIVE_COLUMNS, rows)
 
 
+def _publications(writes: list[Write[PublicationValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, *item) for write in writes for item in write.values.published.items()]
+    fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
+    return values.PUBLISH, fenced | arrays(values.VALUE_COLUMNS, rows)
+
+
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
     return suspending.REGISTER_WAITS, fenced | _wait_columns(writes)
@@ -275,6 +290,7 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.EVENT: _events,
     Kind.MESSAGE: _messages,
     Kind.RECEIPT: _receipts,
+    Kind.PUBLICATION: _publications,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,

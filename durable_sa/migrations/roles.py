@@ -18,10 +18,11 @@ PRODUCER: Final = {
     "queues": "SELECT",
     "tasks": "SELECT, INSERT, UPDATE, DELETE",  # DELETE takes back a batch in which one spawn is refused
     "runs": "INSERT",
-    "checkpoints": "SELECT, INSERT",  # SELECT finds a message whose sending was not answered and that was received since
+    "checkpoints": "SELECT, INSERT",  # SELECT finds a message that was received before its sender had an answer
     "waits": "SELECT, DELETE",
     "events": "SELECT, INSERT",
     "messages": "SELECT, INSERT",
+    "task_values": "SELECT",
 }
 """Privileges of an application that spawns, emits, sends, cancels and reads results."""
 
@@ -33,6 +34,7 @@ WORKER: Final = {
     "waits": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is needed to skip locked rows
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "messages": "SELECT, INSERT, UPDATE, DELETE",
+    "task_values": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
 }

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import aliased
 
-from ..models import Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
+from ..models import Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait, WorkerRow
 from .expressions import clamped_time, clock, constant, interval, long_steps
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
@@ -246,9 +246,12 @@ ORPHANS = union_all(
     _orphan(
         "message to a task that does not exist",
         Message.task_id,
-        select(Message).where(
-            ~exists().where(TaskRow.task_id == Message.task_id), Message.sent_at < _moment_ago
-        ),
+        select(Message).where(~exists().where(TaskRow.task_id == Message.task_id), Message.sent_at < _moment_ago),
+    ),
+    _orphan(
+        "value of a task that does not exist",
+        TaskValueRow.task_id,
+        select(TaskValueRow).where(~exists().where(TaskRow.task_id == TaskValueRow.task_id)),
     ),
     _orphan(
         "event of a queue that does not exist",

@@ -29,7 +29,9 @@ NEXT_DUE = select(
     .label("next_tick_at"),
     clock().label("now"),
 )
-"""The next time limit, lease expiry and tick, and whether lost workers, undelivered events or messages, or due ticks exist."""
+"""The next time limit, lease expiry and tick; and whether lost workers, undelivered events or messages, or due ticks
+exist now.
+"""
 
 TRANSACTION_ID = select(cast(func.pg_current_xact_id_if_assigned(), Text()))
 """The id of this transaction; null if it has written nothing."""

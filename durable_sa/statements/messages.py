@@ -326,9 +326,7 @@ UNDELIVERED_WAITS = (
     .where(
         Wait.kind == constant("message"),
         Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
-        exists().where(
-            Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)
-        ),
+        exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
     )
     .distinct()
     .limit(bindparam("wanted", type_=Integer()))

@@ -28,7 +28,7 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
-from ..models import RETENTION, Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, Wait
+from ..models import RETENTION, Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait
 from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
 from .fencing import materialized
 
@@ -148,6 +148,7 @@ DELETE_TASKS = (
         delete(Checkpoint).where(Checkpoint.task_id == _gone.c.task_id).cte("gone_checkpoints"),
         delete(RunRow).where(RunRow.task_id == _gone.c.task_id).cte("gone_runs"),
         delete(Message).where(Message.task_id == _gone.c.task_id).cte("gone_messages"),
+        delete(TaskValueRow).where(TaskValueRow.task_id == _gone.c.task_id).cte("gone_values"),
     )
 )
 """Delete ended tasks with all that belongs to them; those with an unfinished ancestor, a child or a waiter stay.
@@ -199,6 +200,7 @@ DELETE_QUEUE_TASKS = (
         delete(RunRow).where(RunRow.task_id == _some.c.task_id).cte("gone_runs"),
         delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
         delete(Message).where(Message.task_id == _some.c.task_id).cte("gone_messages"),
+        delete(TaskValueRow).where(TaskValueRow.task_id == _some.c.task_id).cte("gone_values"),
     )
 )
 """Delete a batch of a dropped queue's tasks, with all that belongs to them."""

@@ -1,6 +1,15 @@
 """Tools for tests of applications: databases, time travel, workers that stop when idle, contexts without a database."""
 
-from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, SentMessage, Slept, SpawnedChild, task_context
+from .contexts import (
+    ContextOptions,
+    MemoryContext,
+    MemorySyncContext,
+    Recorded,
+    SentMessage,
+    Slept,
+    SpawnedChild,
+    task_context,
+)
 from .database import TestServer, database_server
 from .idle import run_until_idle
 from .time import Clock, time_travel

@@ -298,9 +298,10 @@ def task_context(*, sync: bool = False, **options: Unpack[ContextOptions]) -> Me
 
     It does in memory what the engine does with a database, and refuses what the engine would refuse. Steps are run,
     with the retries and timeouts of their decorators; arguments and results pass through JSON. Sleeps, pauses between
-    tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, and a wait for
-    any other event runs into its timeout; so do messages, which come from `messages`. A join returns the child's entry in `results`, or else the result of the
-    child's function, called with such a context. `ctx.recorded` has the durable calls that the task has made:
+    tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, messages from
+    `messages`, and a wait for any other runs into its timeout. A join returns the child's entry in `results`, or else
+    the result of the child's function, called with such a context. `ctx.recorded` has the durable calls that the task
+    has made:
 
     ```python
     from datetime import UTC, datetime, timedelta

@@ -70,6 +70,8 @@ class Recorded:
     emitted: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     """Payloads of the events that the task was the first to emit, as plain JSON."""
     sent: list[SentMessage] = field(default_factory=list[SentMessage])
+    published: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    """The values of the task by name, as plain JSON."""
 
 
 class _Branches:
@@ -176,6 +178,10 @@ class MemoryRun:
             case _:
                 pass
         return None
+
+    def publish(self, name: str, text: str) -> None:
+        """Note a value of the task."""
+        self.recorded.published[name] = UNTYPED.decode(text, f"value {name!r}")
 
     async def park(self, wait: PendingWait) -> Stored:
         """End a wait at once, by letting its time pass."""

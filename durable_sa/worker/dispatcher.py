@@ -58,7 +58,7 @@ class Dispatcher:
                 agenda.deliver_messages(row.receiver_id for row in rows)
             case Kind.CHILD | Kind.RELEASE:
                 self.announce(Hint().add_rows(rows))
-            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.WAITS:
+            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.PUBLICATION | Kind.WAITS:
                 pass
 
     def announce(self, hint: Hint) -> None:

@@ -1,4 +1,4 @@
-"""Messages to tasks.
+"""Messages to tasks, and values that tasks publish.
 
 Workers of durable_0001 and durable_0002 continue on these tables, and can be restarted.
 """
@@ -36,9 +36,7 @@ def up(op: Operations, schema: str) -> None:
         sa.Column(
             "message_id", sa.Uuid(), nullable=False, comment="drawn by the sender, or the hash of the idempotency key"
         ),
-        sa.Column(
-            "seq", sa.BigInteger(), sa.Identity(always=True), nullable=False, comment="the order of receiving"
-        ),
+        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False, comment="the order of receiving"),
         sa.Column("topic", sa.Text(), nullable=False),
         sa.Column("payload", sa.JSON()),
         sa.Column("idempotency_key", sa.Text()),
@@ -67,10 +65,30 @@ def up(op: Operations, schema: str) -> None:
         schema=schema,
         postgresql_where=sa.text("delivered_at IS NULL"),
     )
+    op.create_table(
+        "task_values",
+        sa.Column("task_id", sa.Uuid(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("value", sa.JSON()),
+        sa.Column(
+            "version",
+            sa.BigInteger(),
+            server_default="1",
+            nullable=False,
+            comment="rises whenever the value is written",
+        ),
+        sa.Column("updated_at", TIMESTAMP, server_default=NOW, nullable=False),
+        sa.CheckConstraint(
+            "octet_length(name) BETWEEN 1 AND 200 AND left(name, 1) <> '$'", name=op.f("task_values_name_check")
+        ),
+        sa.PrimaryKeyConstraint("task_id", "name", name=op.f("task_values_pkey")),
+        schema=schema,
+    )
     _comment(op, schema, f"{CHILD}, or the message that was received", CHILD)
 
 
 def down(op: Operations, schema: str) -> None:
+    op.drop_table("task_values", schema=schema)
     op.drop_table("messages", schema=schema)
     _comment(op, schema, CHILD, f"{CHILD}, or the message that was received")
 
