@@ -42,6 +42,7 @@ from .options import SpawnOptions, WorkerOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
     QueueStatistics,
+    Race,
     ScheduleFilter,
     ScheduleInfo,
     SpawnResult,
@@ -74,6 +75,7 @@ __all__ = [
     "QueueNotFound",
     "QueuePolicy",
     "QueueStatistics",
+    "Race",
     "ReplayMismatch",
     "RetryStrategy",
     "ScheduleFilter",

@@ -50,6 +50,16 @@ class TaskHandle(Generic[T_co]):
     task_id: UUID
 
 
+@dataclass(frozen=True)
+class Race(Generic[T_co]):
+    """The outcome of a race."""
+
+    winner: str
+    """The keyword of the wait that was over first."""
+    value: T_co
+    """The message, the payload or the result of the child; None for a sleep."""
+
+
 AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
 """What names a task in calls about existing ones."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
+from ..concurrency.branches import RACE
 from ..errors import TaskTimeout
 from ..execution.messages import Outgoing, outgoing, refusal
 from ..execution.waits import Stored
@@ -16,6 +17,15 @@ from ..validation import Duration, seconds
 from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")
+
+
+class Available(NamedTuple):
+    """The result of a call in a race that could receive a message."""
+
+    call: Call
+    codec: Codec[Any]
+    again: Callable[[], Coroutine[Any, Any, Any]]
+    """Make the call once more, as another one has received the message."""
 
 
 class Messages(ContextBase):
@@ -80,6 +90,11 @@ class Messages(ContextBase):
     async def _receive(self, call: Call, timeout: float | None, codec: Codec[T]) -> T:
         run = self._run
         stored = await self._recorded(call)
+        if stored is None and _is_in_race(run.branch().path):
+            # Which wait wins is not decided yet, and the message of one that loses is not received.
+            stored = await self._await_message(call, timeout)
+            if stored.status == "available":
+                return cast(T, Available(call, codec, lambda: self._receive(call, timeout, codec)))
         if stored is None:
             await run.enter()
             self._refuse_inside_step(call)
@@ -93,8 +108,23 @@ class Messages(ContextBase):
             raise run.timed_out(call.key, TaskTimeout(f"a message of topic {call.name!r}", timeout or 0.0))
         return codec.decode(stored.value or NULL, f"the message of topic {call.name!r}")
 
+    async def _await_message(self, call: Call, timeout: float | None) -> Stored:
+        """Wait in a race until there is a message, without receiving it."""
+        run = self._run
+        await run.enter()
+        with run.branches.busy():
+            available = await run.host.reader.with_message((run.claimed.task_id, call.name))
+        if available:
+            return Stored("available", None)
+        with self._observed("receive", topic=call.name):
+            return await self._park(call, timeout=timeout, kind="race message")
+
     async def _receipt(self, call: Call) -> Stored | None:
         """Receive a message that has been sent before, if there is one."""
         with self._run.branches.busy():
             stored = await self._run.write(Kind.RECEIPT, call.key, ReceiptValues(call.name))
         return None if stored is not None and stored.status == "none" else stored
+
+
+def _is_in_race(path: tuple[int | str, ...]) -> bool:
+    return len(path) > 1 and str(path[-2]).startswith(RACE)

@@ -47,6 +47,8 @@ class Reader:
         self._checkpoints: Batch[tuple[uuid.UUID, uuid.UUID], Stored | None] = Batch(always(self._read_checkpoints))
         self.receiver: Batch[uuid.UUID, tuple[str, str | None] | None] = Batch(always(self._receivers))
         """The state and the outcome of a task to which a message could not be sent; None if there is no such task."""
+        self.with_message: Batch[tuple[uuid.UUID, str], bool] = Batch(always(self._with_message))
+        """True if there is a message to a task of a topic."""
         self._resolve: Batch[uuid.UUID, None] = Batch(always(self._resolve_waits))
         self._deliver: Batch[uuid.UUID, None] = Batch(always(self._deliver_messages))
 
@@ -108,6 +110,11 @@ class Reader:
         rows = await self.execute(messages.RECEIVER_STATES, {"task_ids": task_ids})
         found = {row.task_id: (row.state, row.outcome) for row in rows}
         return [found.get(task_id) for task_id in task_ids]
+
+    async def _with_message(self, items: list[tuple[uuid.UUID, str]]) -> list[bool]:
+        parameters = {"task_ids": [task_id for task_id, _ in items], "topics": [topic for _, topic in items]}
+        found = {(row.task_id, row.topic) for row in await self.execute(messages.WITH_MESSAGE, parameters)}
+        return [item in found for item in items]
 
     async def _deliver_messages(self, task_ids: list[uuid.UUID]) -> list[None]:
         await self.execute(messages.DELIVER, {"task_ids": sorted(set(task_ids))})

@@ -9,7 +9,7 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -215,6 +215,14 @@ class Run:
         self._timeouts.append((key, error, asyncio.current_task()))
         return error
 
+    def keep_timeouts(self, keys: Collection[uuid.UUID]) -> None:
+        """Keep the records of waits that have timed out, whatever fails the run: a race is decided once."""
+        self._timeouts = [timeout for timeout in self._timeouts if timeout[0] not in keys]
+
+    def is_parked(self, key: uuid.UUID) -> bool:
+        """Return whether code of the run is blocked on the wait of this key."""
+        return any(wait.key == key for wait in self.pending.values())
+
     def _failing_timeouts(self, error: BaseException) -> list[uuid.UUID]:
         """Return the keys of the waits that have failed the run, which the next attempt is to wait for anew.
 
@@ -406,6 +414,11 @@ class Run:
             stored = await self.host.reader.resolved(self.claimed.task_id, list(others), messages=messages)
             for key, entry in stored.items():
                 _resolve(others[key], entry)
+            for wait in others.values():
+                if wait.kind != "race message" or wait.future.done():
+                    continue
+                if await self.host.reader.with_message((self.claimed.task_id, wait.name)):
+                    _resolve(wait, Stored("available", None))
         if self._going_on() and self.pending:
             if self._poll_timer is not None:
                 self._poll_timer.cancel()

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
+MESSAGE_WAITS = frozenset({"message", "race message"})
+"""Kinds of waits for a message: one that receives it, and one in a race, which only wakes the task."""
+
 
 class Stored(NamedTuple):
     """The checkpoint that the database holds under a key, which may be that of an earlier run."""

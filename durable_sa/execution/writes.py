@@ -28,6 +28,7 @@ class Kind(Enum):
     EVENT = "event"
     MESSAGE = "message"
     RECEIPT = "receipt"
+    RACE = "race"
     PUBLICATION = "publication"
     WAITS = "waits"
     SUSPENSION = "suspension"
@@ -39,7 +40,7 @@ class Kind(Enum):
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""
 
-KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT})
+KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT, Kind.RACE})
 """Kinds that are stored under a key, once."""
 
 REFUSABLE = frozenset({Kind.CHILD, Kind.MESSAGE})
@@ -92,6 +93,16 @@ class ReceiptValues(NamedTuple):
     """The topic of which the next message is received, if there is one."""
 
 
+class RaceValues(NamedTuple):
+    """The checkpoint of a race, which names the winner, and the keys of the calls that take part."""
+
+    checkpoint: CheckpointValues
+    winner_key: uuid.UUID
+    topic: str | None
+    """The topic of which the winner receives the next message; None for another wait."""
+    loser_keys: Sequence[uuid.UUID]
+
+
 class PublicationValues(NamedTuple):
     published: Mapping[str, str]
     """JSON texts by the names of values."""
@@ -127,6 +138,7 @@ Values: TypeAlias = (
     | EventValues
     | MessageValues
     | ReceiptValues
+    | RaceValues
     | PublicationValues
     | SuspensionValues
     | FailureValues
@@ -239,6 +251,15 @@ def _receipts(writes: list[Write[ReceiptValues]]) -> tuple[Executable, dict[str,
     return messages.RECEIVE, arrays(messages.RECEIVE_COLUMNS, rows)
 
 
+def _races(writes: list[Write[RaceValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [
+        (write.task_id, write.fence, write.key, *write.values.checkpoint, write.values.winner_key, write.values.topic)
+        for write in writes
+    ]
+    losers = [(write.task_id, write.key, key) for write in writes for key in write.values.loser_keys]
+    return messages.RECORD_RACE, arrays(messages.RACE_COLUMNS, rows) | arrays(messages.LOSER_COLUMNS, losers)
+
+
 def _publications(writes: list[Write[PublicationValues]]) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, *item) for write in writes for item in write.values.published.items()]
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
@@ -290,6 +311,7 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.EVENT: _events,
     Kind.MESSAGE: _messages,
     Kind.RECEIPT: _receipts,
+    Kind.RACE: _races,
     Kind.PUBLICATION: _publications,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
@@ -338,6 +360,8 @@ def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
             return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
         case Kind.MESSAGE:
             return {(row.task_id, row.key): None for row in rows}
+        case Kind.RACE:
+            return {(row.task_id, row.key): Stored("won" if row.found else "none", row.value) for row in rows}
         case Kind.RECEIPT:
             return {(row.task_id, row.key): Stored("completed" if row.found else "none", row.value) for row in rows}
         case Kind.WAITS:

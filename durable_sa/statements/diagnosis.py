@@ -32,6 +32,7 @@ from sqlalchemy.orm import aliased
 
 from ..models import Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait, WorkerRow
 from .expressions import clamped_time, clock, constant, interval, long_steps
+from .waits import for_messages
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
@@ -64,7 +65,7 @@ UNCLAIMED = (
 )
 """Due tasks that no worker has claimed, and whether any worker serves their queue."""
 
-_has_message = (Wait.kind == constant("message")) & exists().where(
+_has_message = for_messages(Wait.kind) & exists().where(
     Message.task_id == Wait.task_id,
     Message.topic == Wait.name,
     Message.received_at.is_(None),

@@ -28,6 +28,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -36,10 +37,21 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Message, TaskRow, Wait
 from .checkpoints import CHECKPOINT_COLUMNS
-from .expressions import array, as_json, as_text, clock, constant, interval, lock_timeout, numbered_rows, rows
+from .expressions import (
+    array,
+    as_json,
+    as_text,
+    clock,
+    constant,
+    interval,
+    lock_timeout,
+    next_fence,
+    numbered_rows,
+    rows,
+)
 from .fencing import is_in, locked_rows, materialized
 from .spawning import optional_lock_timeout
-from .waits import resolving, waiters
+from .waits import for_messages, resolving, waiters
 
 MESSAGE_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "message_ids": Uuid(),
@@ -57,6 +69,16 @@ RECEIVE_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "topics": Text(),
 }
 """The arrays of calls that receive."""
+
+RACE_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    **CHECKPOINT_COLUMNS,
+    "winner_keys": Uuid(),
+    "topics": Text(),
+}
+"""The arrays of decided races: the checkpoint of each, the call that won, and the topic, if that call is to receive."""
+
+LOSER_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {"loser_task_ids": Uuid(), "race_keys": Uuid(), "loser_keys": Uuid()}
+"""The arrays of calls that have lost a race."""
 
 _COLUMNS = ["message_id", "task_id", "topic", "payload", "idempotency_key", "sent_at"]
 _task_ids = array("task_ids", Uuid())
@@ -240,6 +262,102 @@ RECEIVE = (
 A call is missing from the rows if its run has lost the task, or if it has a record already.
 """
 
+_entry = numbered_rows("entry", "position", **RACE_COLUMNS)
+_locked = locked_rows(select(_entry.c.task_ids, _entry.c.fences).distinct().subquery("fenced"))
+_racing = materialized(
+    "racing",
+    select(
+        _entry.c.task_ids.label("task_id"),
+        _entry.c["keys"].label("key"),
+        *(_entry.c[name] for name in ("kinds", "names", "statuses", "values", "winner_keys")),
+        _entry.c.topics.label("topic"),
+        func.row_number()
+        .over(partition_by=(_entry.c.task_ids, _entry.c.topics), order_by=_entry.c.position)
+        .label("rank"),
+    ).where(
+        is_in(_entry.c.task_ids, _locked),
+        ~exists().where(Checkpoint.task_id == _entry.c.task_ids, Checkpoint.key == _entry.c["keys"]),
+    ),
+)
+_next = _next_message(_racing)
+_decided = materialized(
+    "decided",
+    select(_racing, _next.c.message_id, _next.c.payload)
+    .outerjoin(_next, true())
+    .where(or_(_racing.c.topic.is_(None), _next.c.message_id.is_not(None))),
+)
+_recorded = (
+    insert(Checkpoint)
+    .from_select(
+        ["task_id", "key", "kind", "name", "status", "value", "created_at"],
+        select(
+            _decided.c.task_id,
+            _decided.c.key,
+            _decided.c.kinds,
+            _decided.c.names,
+            _decided.c.statuses,
+            as_json(_decided.c["values"]),
+            clock(),
+        ),
+    )
+    .on_conflict_do_nothing()
+    .returning(Checkpoint.task_id, Checkpoint.key)
+    .cte("recorded")
+)
+_won = (_recorded.c.task_id == _decided.c.task_id) & (_recorded.c.key == _decided.c.key)
+_received = (
+    insert(Checkpoint)
+    .from_select(
+        ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+        select(
+            _decided.c.task_id,
+            _decided.c.winner_keys,
+            constant("message"),
+            _decided.c.topic,
+            constant("completed"),
+            as_json(_decided.c.payload),
+            _decided.c.message_id,
+            clock(),
+        )
+        .join(_recorded, _won)
+        .where(_decided.c.message_id.is_not(None)),
+    )
+    .on_conflict_do_nothing()
+    .returning(Checkpoint.task_id, Checkpoint.child_task_id)
+    .cte("received")
+)
+_losers = rows("loser", **LOSER_COLUMNS)
+_lost = (_recorded.c.task_id == _losers.c.loser_task_ids) & (_recorded.c.key == _losers.c.race_keys)
+_over = materialized(
+    "over",
+    union_all(
+        select(_losers.c.loser_task_ids.label("task_id"), _losers.c.loser_keys.label("key")).join(_recorded, _lost),
+        select(_decided.c.task_id, _decided.c.winner_keys).join(_recorded, _won),
+    ),
+)
+RECORD_RACE = (
+    select(
+        _racing.c.task_id,
+        _racing.c.key,
+        _decided.c.payload.label("value"),
+        _decided.c.key.is_not(None).label("found"),
+    )
+    .outerjoin(_decided, (_decided.c.task_id == _racing.c.task_id) & (_decided.c.key == _racing.c.key))
+    .outerjoin(_recorded, (_recorded.c.task_id == _racing.c.task_id) & (_recorded.c.key == _racing.c.key))
+    .where(or_(_decided.c.key.is_(None), _recorded.c.key.is_not(None)))
+    .add_cte(
+        *_consume(_received),
+        delete(Wait).where(Wait.task_id == _over.c.task_id, Wait.key == _over.c.key).cte("withdrawn"),
+        delete(Checkpoint)
+        .where(Checkpoint.task_id == _losers.c.loser_task_ids, Checkpoint.key == _losers.c.loser_keys, _lost)
+        .cte("dropped"),
+    )
+)
+"""Record the winners of races, receive the message that has won, if one has, and delete what is stored of the losers.
+
+`found` is false if the message that was to win does not exist any more; nothing is recorded then.
+"""
+
 _waits = materialized(
     "mail_waits",
     select(Wait.task_id, Wait.key, Wait.name.label("topic"), Wait.due_at, Wait.created_at, waiters.c.state)
@@ -277,18 +395,36 @@ A message counts if it was sent before the wait's deadline, even if it is only s
 """
 
 
-def _has_wait(*conditions: ColumnElement[bool]) -> ColumnElement[bool]:
-    return exists().where(
-        Wait.task_id == Message.task_id, Wait.kind == constant("message"), Wait.name == Message.topic, *conditions
-    )
-
+_for_messages = for_messages(Wait.kind)
+_has_wait = exists().where(Wait.task_id == Message.task_id, _for_messages, Wait.name == Message.topic)
 
 WITH_MAIL = (
-    select(Message.task_id)
-    .where(Message.task_id == func.any(_task_ids), Message.received_at.is_(None), _has_wait())
+    select(Wait.task_id, Wait.kind)
+    .where(
+        Wait.task_id == func.any(_task_ids),
+        _for_messages,
+        exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
+    )
     .distinct()
 )
-"""Which of these tasks have a stored wait and a message for it."""
+"""Which of these tasks have a stored wait and a message for it, and the kinds of these waits."""
+
+WAKE_RACING = (
+    update(TaskRow)
+    .where(
+        TaskRow.task_id == waiters.c.task_id,
+        waiters.c.state == constant("sleeping"),
+        or_(TaskRow.available_at.is_(None), TaskRow.available_at > clock()),
+        exists().where(
+            Wait.task_id == TaskRow.task_id,
+            Wait.kind == constant("race message"),
+            exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
+        ),
+    )
+    .values(available_at=clock(), fence=next_fence(TaskRow.fence))
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+)
+"""Make tasks claimable that wait for messages in a race. The message is received by the run that decides the race."""
 
 _page = (
     select(Message.task_id, Message.message_id)
@@ -315,7 +451,7 @@ _free = materialized(
 )
 MARK_MAIL = (
     update(Message)
-    .where(Message.task_id == _free.c.task_id, Message.message_id == _free.c.message_id, ~_has_wait())
+    .where(Message.task_id == _free.c.task_id, Message.message_id == _free.c.message_id, ~_has_wait)
     .values(delivered_at=clock())
     .returning(Message.message_id)
 )
@@ -324,7 +460,7 @@ MARK_MAIL = (
 UNDELIVERED_WAITS = (
     select(Wait.task_id)
     .where(
-        Wait.kind == constant("message"),
+        _for_messages,
         Wait.created_at < clock() - interval(bindparam("age", type_=Float(53))),
         exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
     )
@@ -332,3 +468,9 @@ UNDELIVERED_WAITS = (
     .limit(bindparam("wanted", type_=Integer()))
 )
 """Tasks with waits that should have been resolved: a crash between a wait's commit and the look for messages."""
+
+_peek = rows("peek", task_ids=Uuid(), topics=Text())
+WITH_MESSAGE = select(_peek.c.task_ids.label("task_id"), _peek.c.topics.label("topic")).where(
+    exists().where(Message.task_id == _peek.c.task_ids, Message.topic == _peek.c.topics, Message.received_at.is_(None))
+)
+"""For which of these tasks and topics there is a message."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import (
+    ColumnElement,
     Executable,
     Float,
     Integer,
@@ -29,6 +30,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
@@ -37,6 +39,12 @@ from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock,
 from .fencing import materialized
 
 _task_ids = array("task_ids", Uuid())
+
+
+def for_messages(kind: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    """Test whether a wait is for a message: to receive it, or to wake the task for it to decide a race."""
+    return or_(kind == constant("message"), kind == constant("race message"))
+
 
 waiters = materialized(
     "waiters",
@@ -51,7 +59,7 @@ _event_came = Event.name.is_not(None) & (or_(_in_time, Event.emitted_at <= Wait.
 _child_ended = _child.c.finished_at.is_not(None) & (or_(_in_time, _child.c.finished_at <= Wait.due_at))
 _child_missing = (Wait.kind == constant("join")) & _child.c.task_id.is_(None)
 # A message that came in time is received, whenever that is done: see `statements.messages`.
-_message_came = (Wait.kind == constant("message")) & exists().where(
+_message_came = for_messages(Wait.kind) & exists().where(
     Message.task_id == Wait.task_id,
     Message.topic == Wait.name,
     Message.received_at.is_(None),

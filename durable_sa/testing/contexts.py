@@ -22,6 +22,7 @@ from typing_extensions import Unpack
 from ..client import Durable
 from ..context import TaskContext
 from ..context.base import Call
+from ..context.races import Member
 from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
@@ -29,7 +30,7 @@ from ..execution.run import Run
 from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
-from ..results import TaskHandle
+from ..results import Race, TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import UNTYPED, codec_for
 from ..statements.claiming import ClaimedRun
@@ -200,6 +201,9 @@ class MemoryContext(TaskContext[Any], _Enterable):
             refuse_awaitable(result, f"the result of transaction {call.name!r}")
         return result
 
+    async def _decide(self, call: Call, members: Mapping[str, Member]) -> Race[Any]:
+        return await self._memory.decide(call.name, {key: member.coroutine for key, member in members.items()})
+
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""
         return await self._draw("$rand", codec_for(float), self._random.random)
@@ -228,7 +232,7 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
         """The durable calls that the task has made so far."""
         return self._memory.recorded
 
-    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _perform(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         # In another thread, since the test may have an event loop running in this one, which executes its steps.
         bodies: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         outer, self._bodies = self._bodies, bodies

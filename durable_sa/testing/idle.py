@@ -13,7 +13,7 @@ from ..client import Durable
 from ..models import Event, Message, Queue, Schedule, TaskRow, Wait
 from ..options import WorkerOptions
 from ..statements.expressions import array, clock, constant, interval
-from ..statements.waits import COALESCING_SECONDS
+from ..statements.waits import COALESCING_SECONDS, for_messages
 from ..validation import Duration, seconds
 
 __all__ = ["run_until_idle"]
@@ -53,7 +53,7 @@ BUSY = union_all(
         or_(
             exists().where(Event.queue_name == Wait.queue_name, Event.name == Wait.event_name),
             exists().where(_child.c.task_id == Wait.child_task_id, _child.c.finished_at.is_not(None)),
-            (Wait.kind == constant("message"))
+            for_messages(Wait.kind)
             & exists().where(
                 Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)
             ),

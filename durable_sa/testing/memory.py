@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import uuid
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,7 +19,7 @@ from ..execution.reader import EmittedEvent, JoinTarget
 from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind, MessageValues, ReceiptValues, Values
 from ..options import SpawnOptions
-from ..results import TaskHandle
+from ..results import Race, TaskHandle
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import encode_error
 from ..statements.claiming import ClaimedRun
@@ -72,6 +72,15 @@ class Recorded:
     sent: list[SentMessage] = field(default_factory=list[SentMessage])
     published: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     """The values of the task by name, as plain JSON."""
+
+
+class _WouldWait(BaseException):
+    """Ends a wait of a race that is not over."""
+
+    def __init__(self, wait: PendingWait, due_at: datetime | None) -> None:
+        super().__init__()
+        self.wait = wait
+        self.due_at = due_at
 
 
 class _Branches:
@@ -130,6 +139,8 @@ class MemoryRun:
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self
+        self._racing = False
+        """True while the waits of a race are tried one after the other."""
         self._results = results
         self._execute = execute
         self._now = claimed.now
@@ -183,9 +194,38 @@ class MemoryRun:
         """Note a value of the task."""
         self.recorded.published[name] = UNTYPED.decode(text, f"value {name!r}")
 
+    def keep_timeouts(self, _: object) -> None:
+        """Keep all records, as there are none."""
+
+    async def decide(self, name: str, waits: Mapping[str, Coroutine[Any, Any, Any]]) -> Race[Any]:
+        """Return the first wait that is over; if none is, let the time of the one that ends first pass."""
+        self._racing = True
+        due: dict[str, tuple[PendingWait, datetime | None]] = {}
+        try:
+            for key, coroutine in waits.items():
+                try:
+                    return Race(key, await coroutine)
+                except _WouldWait as waiting:
+                    due[key] = waiting.wait, waiting.due_at
+        finally:
+            self._racing = False
+        timed = {key: due_at for key, (_, due_at) in due.items() if due_at is not None}
+        if not timed:
+            raise InvalidState(
+                f"race {name!r}", "awaited, and would never end", "Pass task_context() what one of its waits is for."
+            )
+        winner = min(timed, key=timed.__getitem__)
+        wait = due[winner][0]
+        stored = await self.park(wait)
+        if stored.status == "timeout":
+            raise TaskTimeout(f"{wait.kind} {wait.name!r}", wait.delay or 0.0)
+        return Race(winner, None)
+
     async def park(self, wait: PendingWait) -> Stored:
         """End a wait at once, by letting its time pass."""
         due_at = wait.due_at or (None if wait.delay is None else self._now + timedelta(seconds=wait.delay))
+        if self._racing:
+            raise _WouldWait(wait, due_at)
         if due_at is None:
             given = {"event": "events", "message": "messages"}.get(wait.kind, "results")
             raise InvalidState(

@@ -9,6 +9,7 @@ from sqlalchemy import Row
 
 from ..database.hint import Hint
 from ..database.notifier import HintSender
+from ..execution.waits import MESSAGE_WAITS
 from ..execution.writes import Kind, Write
 from .agenda import Agenda
 from .registration import Registration
@@ -47,7 +48,7 @@ class Dispatcher:
                 if waiting:
                     agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)
                     receiving = {
-                        write.task_id for write in writes if any(wait.kind == "message" for wait in write.waits)
+                        write.task_id for write in writes if any(wait.kind in MESSAGE_WAITS for wait in write.waits)
                     }
                     if receiving:
                         agenda.deliver_messages(row.task_id for row in rows if row.task_id in receiving)
@@ -58,7 +59,7 @@ class Dispatcher:
                 agenda.deliver_messages(row.receiver_id for row in rows)
             case Kind.CHILD | Kind.RELEASE:
                 self.announce(Hint().add_rows(rows))
-            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.PUBLICATION | Kind.WAITS:
+            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
                 pass
 
     def announce(self, hint: Hint) -> None:

@@ -61,9 +61,14 @@ class WakeUps:
             return
         # They do not wait, or run with a stored wait, or another transaction holds their rows locked.
         self._executor.poll(others)
-        locked = await self._connection.execute(messages.WITH_MAIL, {"task_ids": others})
+        left = await self._connection.execute(messages.WITH_MAIL, {"task_ids": others})
+        racing = sorted({row.task_id for row in left if row.kind != "message"})
+        if racing:
+            rows = await self._connection.execute(messages.WAKE_RACING, {"task_ids": racing})
+            self._dispatcher.announce(Hint().add_rows(rows))
+        locked = {row.task_id for row in left if row.kind == "message"}
         if locked:
-            self._agenda.defer_receivers((row.task_id for row in locked), LOCKED_RETRY_DELAY)
+            self._agenda.defer_receivers(locked, LOCKED_RETRY_DELAY)
 
     async def look_for_messages(self, age: float) -> None:
         """Deliver messages that are older than `age` seconds and that no worker has delivered, page by page."""
