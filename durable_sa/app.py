@@ -20,7 +20,7 @@ from .options import MAX_ATTEMPTS, Replay, TaskOptions, check_replay
 from .policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from .serialization.annotations import plain_function
 from .statements import queues
-from .tasks import Task
+from .tasks import FollowUp, Task, check_follow_up
 from .validation import integer
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class App:
         hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
         replay: Replay,
+        on_failure: FollowUp | None,
+        on_cancel: FollowUp | None,
     ) -> None:
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
@@ -64,6 +66,9 @@ class App:
         )
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""
+        self.on_failure = check_follow_up(on_failure, "on_failure")
+        """The task that is spawned if one fails that has no other follow-up."""
+        self.on_cancel = check_follow_up(on_cancel, "on_cancel")
         self.hooks = hooks
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind

@@ -16,7 +16,7 @@ from .options import Replay, TaskOptions, check_replay
 from .policies import CancellationPolicy, RetryStrategy
 from .schedules.cron import EVERY, next_tick
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
-from .tasks import DeclaredSchedule, Task
+from .tasks import DeclaredSchedule, FollowUp, Task, check_follow_up
 from .validation import Duration, seconds
 
 ParamsT = TypeVar("ParamsT")
@@ -64,6 +64,8 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    on_failure: FollowUp | None = None,
+    on_cancel: FollowUp | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -77,6 +79,8 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    on_failure: FollowUp | None = None,
+    on_cancel: FollowUp | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
@@ -90,13 +94,16 @@ def task(
     the task without params. Workers that have the task create it, under the task's name in the task's queue, and
     change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
 
+    `on_failure` and `on_cancel` are tasks, or names of tasks, that the statement which fails or cancels this one spawns
+    with a :class:`durable_sa.TaskEnded` as params. They are fixed when this task is spawned.
+
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
         InvalidCron: for a `schedule` that cannot be read, or never fires.
     """
     if callable(name):
-        return _make(name, name=None, options=TaskOptions(), no_retry_on=(), replay=None, schedule=None)
+        return _make(name, name=None, options=TaskOptions(), no_retry_on=())
     if name is not None:
         validate_name("task", name)
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
@@ -104,7 +111,14 @@ def task(
         check_replay(replay)
     declared = _declared(schedule, timezone, every)
     return functools.partial(
-        _make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay, schedule=declared
+        _make,
+        name=name,
+        options=options,
+        no_retry_on=_exceptions(no_retry_on),
+        replay=replay,
+        schedule=declared,
+        on_failure=check_follow_up(on_failure, "on_failure"),
+        on_cancel=check_follow_up(on_cancel, "on_cancel"),
     )
 
 
@@ -124,8 +138,7 @@ def _make(
     name: str | None,
     options: TaskOptions,
     no_retry_on: tuple[type[BaseException], ...],
-    replay: Replay | None,
-    schedule: DeclaredSchedule | None,
+    **further: Any,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -142,8 +155,7 @@ def _make(
         options=options,
         no_retry_on=no_retry_on,
         local_types=local_types(function),
-        replay=replay,
-        schedule=schedule,
+        **further,
     )
 
 

@@ -35,6 +35,7 @@ from typing import Any
 
 from .context import TaskContext
 from .execution.hooks import HookChain
+from .results import TaskEnded
 from .spawns import OutgoingSpawn
 
 __all__ = ["Hooks", "OutgoingSpawn"]
@@ -75,6 +76,13 @@ class Hooks:
         the task's thread for the steps of `def` tasks. Exceptions pass through it as through `around_task`.
         """
         return nullcontext()
+
+    def on_failed(self, ended: TaskEnded) -> None:
+        """Take note of the final failure of a task, in the worker that has stored it, on the event loop.
+
+        It is called after the commit, so a crash in between loses the call; `on_failure=` of a task does not. An
+        exception is logged. The failure itself is logged in any case, at ERROR with its traceback.
+        """
 
 
 def chain(hooks: Iterable[Hooks]) -> HookChain:

@@ -147,6 +147,9 @@ class TaskRow(Base):
     finished_at: Mapped[datetime | None]
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
+    follow_ups: Mapped[Any | None] = mapped_column(
+        JSON(), comment="by outcome (failed, cancelled) the task that is spawned then"
+    )
 
     # Only checks whose violation would stop or hide other tasks, because the server prepares each check anew for every
     # statement, in 6 us: fifteen checks took as long as inserting the row.

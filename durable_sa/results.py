@@ -108,6 +108,23 @@ class TaskPollResult(Generic[T_co]):
 
 
 @dataclass(frozen=True, slots=True)
+class TaskEnded:
+    """A task that has failed or was cancelled: the params of a follow-up."""
+
+    task_id: UUID
+    task_name: str
+    queue_name: str
+    params: Any = field(repr=False)
+    """The params of the task as plain JSON."""
+    status: TaskStatus
+    """`failed` or `cancelled`."""
+    error: TaskErrorInfo | None = None
+    """The failure, the time limit that cancelled the task, or the last failure of one that was cancelled otherwise."""
+    truncated: bool = False
+    """True if the params are left out, because they do not fit beside the error."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduleInfo:
     """A stored schedule."""
 

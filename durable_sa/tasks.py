@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 from pydantic import ValidationError
 
 from .errors import InvalidTaskParams, SerializationError
+from .names import validate_name
 from .options import Replay, TaskOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
@@ -66,6 +67,11 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """The rule for a recorded step that is met with other arguments; None leaves it to the client."""
     schedule: DeclaredSchedule | None = field(default=None, repr=False)
     """The schedule that workers keep in step with the code."""
+
+    on_failure: "FollowUp | None" = field(default=None, repr=False)
+    """The task that is spawned if it fails; None leaves it to the client."""
+    on_cancel: "FollowUp | None" = field(default=None, repr=False)
+    """The task that is spawned if it is cancelled; None leaves it to the client."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -160,6 +166,24 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
             return self.params_codec.decode(_NULL if text is None else text, f"the params of task {self.name!r}")
         except SerializationError as error:
             raise InvalidTaskParams(self.name, [error.reason]) from None
+
+
+FollowUp: TypeAlias = Task[Any, Any] | str
+"""A task, or the name of one."""
+
+
+def check_follow_up(value: FollowUp | None, what: str) -> FollowUp | None:
+    """Return a follow-up, which `what` names.
+
+    Raises:
+        TypeError: it is neither a task nor a name.
+        InvalidName: a name that breaks the rules.
+    """
+    if value is None or isinstance(value, Task):
+        return value
+    if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{what} is a task, made by @task, or its name, not {type(value).__name__}")
+    return validate_name("task", value)
 
 
 def _with_remedy(found: list[str], params: object) -> list[str]:

@@ -23,7 +23,7 @@ from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
-from ..tasks import Task
+from ..tasks import FollowUp, Task
 from ..worker.interrupts import signals_handled
 from ..worker.settings import Settings
 from ..worker.worker import Worker
@@ -62,7 +62,9 @@ class Durable(Registry, PublishedValues, Events, Queues, Schedules, Messages, Ge
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
     has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
-    `tasks` are registered; those of another client are `other.tasks`.
+    `on_failure` and `on_cancel` are tasks, or names of tasks, that are spawned with a :class:`durable_sa.TaskEnded` if
+    a task that this client spawned fails or is cancelled, and has no such task of its own. `tasks` are registered;
+    those of another client are `other.tasks`.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -86,6 +88,8 @@ class Durable(Registry, PublishedValues, Events, Queues, Schedules, Messages, Ge
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
+        on_failure: FollowUp | None = None,
+        on_cancel: FollowUp | None = None,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         super().__init__(
@@ -99,6 +103,8 @@ class Durable(Registry, PublishedValues, Events, Queues, Schedules, Messages, Ge
             hooks=chain(hooks),
             telemetry=telemetry,
             replay=replay,
+            on_failure=on_failure,
+            on_cancel=on_cancel,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""

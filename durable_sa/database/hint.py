@@ -74,6 +74,12 @@ class Hint:
             self.add(row.queue_name, row.priority, row.available_at)
         return self
 
+    def add_follow_ups(self, rows: Iterable[Row[Any]]) -> Hint:
+        """Add the follow-ups of tasks that a statement has ended."""
+        for row in rows:
+            self.add(row.follow_up_queue, row.follow_up_priority, row.follow_up_at)
+        return self
+
     def merge(self, other: Hint) -> None:
         """Add all of another hint."""
         tasks = self.tasks + other.tasks

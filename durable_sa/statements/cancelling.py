@@ -26,6 +26,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from ..models import Checkpoint, TaskRow, Wait
 from .expressions import array, clamped_limit, clock, constant, next_fence, rows
 from .fencing import ENDING, materialized
+from .follow_ups import ending
 from .outcomes import delete_unlocked_waits, record_attempts
 
 # Not named `task_id`, because in an UPDATE SQLAlchemy takes a parameter named like a column for a value to set.
@@ -52,7 +53,7 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
         waits = delete_unlocked_waits(locked)
     else:
         waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
-    return (
+    return ending(
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
         .values(
@@ -62,9 +63,10 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
             error=func.coalesce(reason(locked), TaskRow.error),
             cancelled_by=cancelled_by,
             fence=next_fence(TaskRow.fence),
-        )
-        .returning(TaskRow.task_id, TaskRow.parent_task_id, locked.c.state.label("was"))
-        .add_cte(ended, waits)
+        ),
+        (TaskRow.task_id, TaskRow.parent_task_id, locked.c.state.label("was")),
+        ended,
+        waits,
     )
 
 

@@ -30,8 +30,21 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..validation import MAX_DURATION
-from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
+from .expressions import (
+    array,
+    as_json,
+    as_text,
+    clock,
+    constant,
+    count_or_ids,
+    interval,
+    length,
+    next_fence,
+    one_row,
+    rows,
+)
 from .fencing import is_in, locked_rows, materialized
+from .follow_ups import ending
 
 LEASE_LOSS_LIMIT = 20
 """Consecutive workers that may be lost while they run a task, before the task is failed as the likely cause."""
@@ -161,7 +174,7 @@ _jittered = case(
 )
 _delay = func.least(_jittered, _max_backoff)
 
-FAIL = (
+FAIL = ending(
     update(TaskRow)
     .where(TaskRow.task_id == _locked.c.task_id)
     .values(
@@ -175,16 +188,18 @@ FAIL = (
         run_id=case((_again, _locked.c.next_run_ids), else_=TaskRow.run_id),
         claimed_by=null(),
         fence=TaskRow.fence + constant(1),
-    )
-    .returning(
+    ),
+    (
         TaskRow.task_id,
         TaskRow.parent_task_id,
         TaskRow.state,
         TaskRow.queue_name,
         TaskRow.priority,
         TaskRow.available_at,
-    )
-    .add_cte(_ended, _forgotten, _dropped)
+    ),
+    _ended,
+    _forgotten,
+    _dropped,
 )
 """Record failures of user code: schedule the next attempt after the policy's delay, or end the task as failed.
 
@@ -243,7 +258,7 @@ _ended = record_attempts(_locked, constant("failed"), _lost)
 _given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
 _forgotten = delete_unlocked_waits(_locked, _given_up)
 
-TAKE_OVER = (
+TAKE_OVER = ending(
     update(TaskRow)
     .where(TaskRow.task_id == _locked.c.task_id)
     .values(
@@ -256,8 +271,8 @@ TAKE_OVER = (
         lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=TaskRow.lease_losses + constant(1)),
         claimed_by=null(),
         fence=next_fence(TaskRow.fence),
-    )
-    .returning(
+    ),
+    (
         TaskRow.task_id,
         TaskRow.queue_name,
         TaskRow.task_name,
@@ -265,7 +280,9 @@ TAKE_OVER = (
         TaskRow.available_at,
         TaskRow.parent_task_id,
         TaskRow.state,
-    )
-    .add_cte(_ended, _forgotten)
+        case((_given_up, as_text(TaskRow.params))).label("params"),
+    ),
+    _ended,
+    _forgotten,
 )
 """Take runs over from lost workers: a new attempt, not counted as a failure, up to `LEASE_LOSS_LIMIT` in a row."""

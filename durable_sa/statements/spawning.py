@@ -65,6 +65,7 @@ SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "available_at": DateTime(timezone=True),
     "delay_seconds": Float(53),
     "parent_task_id": Uuid(),
+    "follow_ups": Text(),
     "idempotency_key": Text(),
 }
 """The values of a spawn."""
@@ -120,6 +121,7 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
         "available_at": start_at,
         "cancel_at": start_at + interval(t.max_pending_seconds),
         "parent_task_id": t.parent_task_id,
+        "follow_ups": as_json(t.follow_ups),
         "idempotency_key": t.idempotency_key,
     }
     selected = select(*values.values())

@@ -42,7 +42,7 @@ class Dispatcher:
                 if failed:
                     agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
                     agenda.cascade(row.task_id for row in failed)
-                self.announce(Hint().add_rows(row for row in rows if row.state != "failed"))
+                self.announce(Hint().add_rows(row for row in rows if row.state != "failed").add_follow_ups(failed))
             case Kind.SUSPENSION:
                 waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
                 if waiting:

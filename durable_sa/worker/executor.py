@@ -25,12 +25,13 @@ from ..context.sync import SyncTaskContext, run_in_thread
 from ..current import enter
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..execution.hooks import around_task
+from ..execution.hooks import around_task, task_failed
 from ..execution.journal import EMPTY_JOURNAL, Entry, Journal
 from ..execution.reader import Reader
 from ..execution.run import Run
 from ..execution.writer import Writer
 from ..logs import FIELDS
+from ..serialization.failures import encode_error
 from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints, claiming, outcomes, waits
@@ -41,6 +42,11 @@ from .registration import Registration
 from .slots import Slots
 
 logger = logging.getLogger("durable_sa")
+
+
+_LEASE_LOST = (
+    f'{{"name":"LeaseLost","message":"{outcomes.LEASE_LOSS_LIMIT} workers in a row were lost while they ran the task"}}'
+)
 
 
 class Executor:
@@ -203,6 +209,8 @@ class Executor:
         self._slots.unwritten.discard(claimed.key)
         if outcome in ("failed", "retried") and error is not None:
             self._log_failure(claimed, error, final=outcome == "failed")
+            if outcome == "failed" and self.hooks.on_failed:
+                self._call_hooks(claimed, encode_error(error, claimed.run_id))
         elif outcome == "lost":
             if isinstance(error, TaskCancelled):
                 self._log_loss(claimed, "cancelled")
@@ -263,9 +271,14 @@ class Executor:
                     "queue_name": row.queue_name,
                 },
             )
+            if self.hooks.on_failed:
+                self._call_hooks(row, _LEASE_LOST)
         if self.telemetry is not None:
             for row in rows:
                 self.telemetry.ended(row.queue_name, row.task_name, "failed")
+
+    def _call_hooks(self, failed: ClaimedRun | Row[Any], error: str) -> None:
+        task_failed(self.hooks.on_failed, failed.task_id, failed.task_name, failed.queue_name, failed.params, error)
 
     def release(self) -> None:
         """Give all runs back, and those that are started from now on."""

@@ -84,5 +84,5 @@ class Takeover:
         self._executor.failed_by_takeover(failed)
         self._agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
         self._agenda.cascade(row.task_id for row in failed)
-        self._dispatcher.announce(Hint().add_rows(row for row in rows if row.state == "pending"))
+        self._dispatcher.announce(Hint().add_rows(row for row in rows if row.state == "pending").add_follow_ups(failed))
         return len(rows)

@@ -1,4 +1,4 @@
-"""Messages to tasks, and values that tasks publish.
+"""Messages to tasks, values that tasks publish, and tasks that follow a failure or a cancellation.
 
 Workers of durable_0001 and durable_0002 continue on these tables, and can be restarted.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic.operations import Operations
+from sqlalchemy.sql import quoted_name
 
 from durable_sa.migrations import running
 
@@ -85,9 +86,17 @@ def up(op: Operations, schema: str) -> None:
         schema=schema,
     )
     _comment(op, schema, f"{CHILD}, or the message that was received", CHILD)
+    # Last, because it excludes all others from the tasks until the end of the transaction. Alembic splits a schema that
+    # is no `quoted_name` at its dots.
+    op.add_column(
+        "tasks",
+        sa.Column("follow_ups", sa.JSON(), comment="by outcome (failed, cancelled) the task that is spawned then"),
+        schema=quoted_name(schema, quote=None),
+    )
 
 
 def down(op: Operations, schema: str) -> None:
+    op.drop_column("tasks", "follow_ups", schema=quoted_name(schema, quote=None))
     op.drop_table("task_values", schema=schema)
     op.drop_table("messages", schema=schema)
     _comment(op, schema, CHILD, f"{CHILD}, or the message that was received")
@@ -100,5 +109,5 @@ def _comment(op: Operations, schema: str, comment: str, former: str) -> None:
         existing_type=sa.Uuid(),
         comment=comment,
         existing_comment=former,
-        schema=schema,
+        schema=quoted_name(schema, quote=None),
     )

@@ -1,0 +1,170 @@
+"""Follow-ups: tasks that are spawned by the very statements that fail or cancel others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Executable,
+    Float,
+    Integer,
+    Text,
+    Update,
+    Uuid,
+    case,
+    cast,
+    column,
+    false,
+    func,
+    null,
+    select,
+    true,
+)
+from sqlalchemy.sql.selectable import CTE
+from sqlalchemy.types import TypeEngine
+
+from ..models import Queue, TaskRow
+from .expressions import as_text, constant
+from .fencing import materialized
+from .spawning import SPAWN_COLUMNS, insert_tasks
+
+STORED_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    "task_name": Text(),
+    "queue_name": Text(),
+    "priority": Integer(),
+    "max_attempts": Integer(),
+    "retry_kind": Text(),
+    "retry_base_delay": Float(53),
+    "retry_factor": Float(53),
+    "retry_max_backoff": Float(53),
+    "retry_jitter": Float(53),
+    "max_pending_seconds": Float(53),
+    "max_running_seconds": Float(53),
+    "follow_ups": JSON(),
+    "max_payload_bytes": BigInteger(),
+}
+"""What is stored of a follow-up with the task that it follows."""
+
+
+def ending(update: Update, returned: Sequence[ColumnElement[Any] | Any], *ctes: CTE) -> Executable:
+    """Complete a statement that ends tasks, or may end them, with the spawns of their follow-ups.
+
+    It returns these columns of each task, and the columns follow_up_queue, follow_up_priority and follow_up_at of its
+    follow-up, which are null if it has none.
+    """
+    has_any = TaskRow.follow_ups.is_not(None)
+    changed = update.returning(
+        *returned,
+        TaskRow.task_id.label("ended_id"),
+        TaskRow.task_name.label("ended_name"),
+        TaskRow.queue_name.label("ended_queue"),
+        TaskRow.outcome.label("ended_outcome"),
+        TaskRow.fence.label("ended_fence"),
+        case((has_any, TaskRow.params)).label("ended_params"),
+        case((has_any, TaskRow.error)).label("ended_error"),
+        TaskRow.follow_ups.label("stored"),
+    ).cte("changed")
+    following = _following(changed)
+    spawned = (
+        insert_tasks(select(*(following.c[name] for name in SPAWN_COLUMNS)).subquery("follow_up"))
+        .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+        .cte("followed")
+    )
+    names = [getattr(each, "key", None) or each.name for each in returned]
+    return (
+        select(
+            *(changed.c[name] for name in names),
+            spawned.c.queue_name.label("follow_up_queue"),
+            spawned.c.priority.label("follow_up_priority"),
+            spawned.c.available_at.label("follow_up_at"),
+        )
+        .select_from(changed)
+        .outerjoin(following, following.c.ended_id == changed.c.ended_id)
+        .outerjoin(spawned, spawned.c.task_id == following.c.task_id)
+        .add_cte(*ctes)
+    )
+
+
+def _following(changed: CTE) -> CTE:
+    """Select the follow-ups of ended tasks as rows of `SPAWN_COLUMNS`, with the `ended_id`."""
+    c = changed.c
+    stored = c.stored.op("->", return_type=JSON())(c.ended_outcome)
+    f = (
+        func.json_to_record(case((func.json_typeof(stored) == constant("object"), stored)))
+        .table_valued(*(column(name, type_) for name, type_ in STORED_COLUMNS.items()))
+        .render_derived(name="stored", with_types=True)
+    )
+    error = case((func.json_typeof(c.ended_error) == constant("object"), _error(c.ended_error)))
+    size = func.coalesce(func.octet_length(as_text(c.ended_params)), constant(0)) + func.coalesce(
+        func.octet_length(as_text(error)), constant(0)
+    )
+    truncated = size > f.c.max_payload_bytes
+    params = func.json_build_object(
+        *_pairs(
+            task_id=c.ended_id,
+            task_name=c.ended_name,
+            queue_name=c.ended_queue,
+            params=case((truncated, null()), else_=c.ended_params),
+            status=c.ended_outcome,
+            error=error,
+            truncated=func.coalesce(truncated, false()),
+        )
+    )
+    named = select(Queue.queue_name).where(Queue.queue_name == f.c.queue_name).scalar_subquery()
+    values: dict[str, ColumnElement[Any]] = {
+        "task_id": _derived(c, "task"),
+        "run_id": _derived(c, "run"),
+        "queue_name": func.coalesce(named, c.ended_queue),
+        "params": as_text(params),
+        "headers": cast(null(), Text()),
+        "available_at": cast(null(), DateTime(timezone=True)),
+        "delay_seconds": cast(null(), Float(53)),
+        "parent_task_id": cast(null(), Uuid()),
+        "follow_ups": as_text(f.c.follow_ups),
+        "idempotency_key": cast(null(), Text()),
+    }
+    return materialized(
+        "following",
+        select(
+            c.ended_id,
+            *(values.get(name, f.c[name] if name in STORED_COLUMNS else null()).label(name) for name in SPAWN_COLUMNS),
+        )
+        .select_from(changed.join(f, true()))
+        .where(c.stored.is_not(None), f.c.task_name.is_not(None)),
+    )
+
+
+def _error(stored: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Select what a `TaskErrorInfo` has, which excludes the traceback."""
+    return func.json_build_object(
+        *_pairs(**{name: stored.op("->", return_type=JSON())(constant(name)) for name in _ERROR_FIELDS})
+    )
+
+
+_ERROR_FIELDS = ("name", "message", "raw", "step")
+
+
+def _pairs(**fields: Any) -> list[Any]:
+    return [part for name, value in fields.items() for part in (constant(name), value)]
+
+
+def _derived(ended: Any, what: str) -> ColumnElement[Any]:
+    """Derive an id from the ended task and its fence: a UUIDv7 of that task's time."""
+    identity = func.concat(cast(ended.ended_id, Text()), constant(":"), ended.ended_fence, constant(f":{what}"))
+    digest = func.encode(func.sha256(func.convert_to(identity, constant("UTF8"))), constant("hex"))
+    time = func.left(func.replace(cast(ended.ended_id, Text()), constant("-"), constant("")), constant(12))
+    return cast(
+        func.concat(
+            time,
+            constant("7"),
+            func.substr(digest, constant(1), constant(3)),
+            constant("8"),
+            func.substr(digest, constant(4), constant(15)),
+        ),
+        Uuid(),
+    )
