@@ -58,7 +58,7 @@ class ContextBase:
 
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
         """Return a call with its key, which its name, arguments, branch and occurrence in that branch determine."""
-        if kind in ("step", "transaction", "spawn", "sleep") or not name.startswith("$"):
+        if kind in ("step", "transaction", "spawn", "sleep", "race") or not name.startswith("$"):
             validate_name("step", name)
         if self._run.signal is not None:
             # The run has ended, so the call is refused when it is awaited and needs no key.

@@ -99,8 +99,8 @@ class Messages(ContextBase):
             await run.enter()
             self._refuse_inside_step(call)
             with self._observed("receive", topic=call.name):
-                # With a stored wait, there was no message when the run began, and one that comes resolves the wait.
-                if not run.journal.wait(call.key)[0]:
+                # With such a wait, there was no message when the run began, and one that comes resolves the wait.
+                if not run.journal.receives(call.key):
                     stored = await self._receipt(call)
                 if stored is None:
                     stored = await self._park(call, timeout=timeout)

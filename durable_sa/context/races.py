@@ -170,8 +170,11 @@ class Races(ContextBase):
         losers = [member.call.key for key, member in members.items() if key != winner]
         topic = result.call.name if isinstance(result, Available) else None
         values = RaceValues(checkpoint, members[winner].call.key, topic, losers)
+        keys = [member.call.key for member in members.values()]
+        self._run.hold_back(keys, stored=True)
         stored = await self._run.write(Kind.RACE, call.key, values)
         if stored is None or stored.status == "none":
+            self._run.hold_back(keys, stored=False)
             return None
         if stored.status == "won" or topic is None:
             return stored.value or NULL

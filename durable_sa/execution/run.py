@@ -219,6 +219,15 @@ class Run:
         """Keep the records of waits that have timed out, whatever fails the run: a race is decided once."""
         self._timeouts = [timeout for timeout in self._timeouts if timeout[0] not in keys]
 
+    def hold_back(self, keys: Collection[uuid.UUID], *, stored: bool) -> None:
+        """Take the waits of these keys for stored, or for not stored, so that they are not stored, or are.
+
+        While a race is being recorded, whose statement deletes the waits of the losers, no other may store them.
+        """
+        for wait in self.pending.values():
+            if wait.key in keys:
+                wait.registered = stored
+
     def is_parked(self, key: uuid.UUID) -> bool:
         """Return whether code of the run is blocked on the wait of this key."""
         return any(wait.key == key for wait in self.pending.values())

@@ -28,9 +28,9 @@ class Kind(Enum):
     EVENT = "event"
     MESSAGE = "message"
     RECEIPT = "receipt"
-    RACE = "race"
     PUBLICATION = "publication"
     WAITS = "waits"
+    RACE = "race"
     SUSPENSION = "suspension"
     FAILURE = "failure"
     RELEASE = "release"
@@ -343,7 +343,8 @@ def statement_of_many(kind: Kind, writes: list[Write]) -> tuple[Executable, dict
 def identify(write: Write) -> Hashable:
     """Return the key of a write in :func:`results`."""
     if write.kind is Kind.CHILD:
-        return write.values.checkpoint.child_task_id
+        child: Hashable = write.values.checkpoint.child_task_id
+        return child
     return (write.task_id, write.key) if write.kind in KEYED else write.task_id
 
 

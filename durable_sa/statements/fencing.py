@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Select, Uuid, select, true
-from sqlalchemy.sql.selectable import CTE, FromClause
+from sqlalchemy import BigInteger, ColumnElement, Uuid, select, true
+from sqlalchemy.sql.selectable import CTE, FromClause, SelectBase
 
 from ..models import TaskRow
 from .expressions import rows
@@ -18,7 +18,7 @@ ENDING = (TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskR
 """Columns of a locked task from which the row of its run is made when the run ends."""
 
 
-def materialized(name: str, query: Select[*tuple[Any, ...]]) -> CTE:
+def materialized(name: str, query: SelectBase) -> CTE:
     """Name a query whose rows are computed once, and which the planner does not merge into the rest of a statement."""
     return query.cte(name).prefix_with("MATERIALIZED", dialect="postgresql")
 

@@ -32,7 +32,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.sql.selectable import CTE, FromClause, Lateral
+from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Message, TaskRow, Wait
@@ -48,6 +48,7 @@ from .expressions import (
     next_fence,
     numbered_rows,
     rows,
+    statement_time,
 )
 from .fencing import is_in, locked_rows, materialized
 from .spawning import optional_lock_timeout
@@ -174,7 +175,7 @@ RECORD_MESSAGES = (
 """Send messages from tasks, with checkpoints; neither if the receiver has ended or the key is taken."""
 
 
-def _next_message(wanted: CTE, *conditions: ColumnElement[bool]) -> Lateral:
+def _next_message(wanted: CTE, *conditions: ColumnElement[bool]) -> FromClause:
     """Select and lock the message of each row's topic at the row's rank, the oldest being the first.
 
     A message that was received since the statement began is not found, because the lock reads the newest version.
@@ -398,13 +399,20 @@ A message counts if it was sent before the wait's deadline, even if it is only s
 _for_messages = for_messages(Wait.kind)
 _has_wait = exists().where(Wait.task_id == Message.task_id, _for_messages, Wait.name == Message.topic)
 
-WITH_MAIL = (
-    select(Wait.task_id, Wait.kind)
+_receivers = rows("receivers", task_ids=Uuid())
+_kinds = (
+    select(Wait.kind)
     .where(
-        Wait.task_id == func.any(_task_ids),
+        Wait.task_id == _receivers.c.task_ids,
         _for_messages,
         exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
     )
+    .correlate(_receivers)
+    .lateral("kinds")
+)
+WITH_MAIL = (
+    select(_receivers.c.task_ids.label("task_id"), _kinds.c.kind)
+    .select_from(_receivers.join(_kinds, true()))
     .distinct()
 )
 """Which of these tasks have a stored wait and a message for it, and the kinds of these waits."""
@@ -430,7 +438,7 @@ _page = (
     select(Message.task_id, Message.message_id)
     .where(
         Message.delivered_at.is_(None),
-        Message.sent_at < clock() - interval(bindparam("age", type_=Float(53))),
+        Message.sent_at <= statement_time() - interval(bindparam("age", type_=Float(53))),
     )
     .order_by(Message.sent_at)
     .limit(bindparam("wanted", type_=Integer()))

@@ -136,12 +136,15 @@ class Executor:
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
         for row in waiting:
             open_waits[row.task_id].append((row.key, row.due_at))
+        racing = {(row.task_id, row.key) for row in waiting if row.kind == "race message"}
         links = {row.task_id: row.carriers for row in wakers}
         for item in claimed:
             reserved = self._slots.runs.get(item.key)
             if reserved is None or reserved.signal is not None or reserved.over:
                 continue
-            self._start(item, Journal(entries[item.task_id], open_waits[item.task_id]), links.get(item.task_id))
+            racing_keys = {key for task_id, key in racing if task_id == item.task_id} if racing else ()
+            journal = Journal(entries[item.task_id], open_waits[item.task_id], racing_keys)
+            self._start(item, journal, links.get(item.task_id))
 
     def _start(self, item: ClaimedRun, journal: Journal, wakers: str | None = None) -> None:
         task = self._app.tasks[item.task_name]

@@ -56,7 +56,7 @@ async def test_the_last_value_is_written_before_the_task_suspends_or_ends(run: R
     assert (await versions(engine, spawned))["progress"] <= 3
     await run.durable.emit_event("go on")
     await run.wait(spawned)
-    assert await run.durable.get_value(spawned, "progress") == {"done": 500}
+    assert await run.durable.get_value(spawned, "progress") == {"done": 500, "total": 10}
     async with AsyncSession(engine) as session:
         joined = await session.execute(
             select(TaskRow.task_name, TaskValueRow.value)
@@ -148,11 +148,11 @@ async def test_what_cannot_be_published_or_read_is_refused(run: Runner) -> None:
     async def work(ctx: TaskContext) -> int:
         for name in ("", "$name", "a\n", "x" * 201):
             with pytest.raises(InvalidName):
-                ctx.publish(name, 1)
-        with pytest.raises(SerializationError, match="value 'a'"):
-            ctx.publish("a", float("inf"))
+                _ = ctx.publish(name, 1)
+        with pytest.raises(SerializationError, match="Value 'a'"):
+            _ = ctx.publish("a", float("inf"))
         with pytest.raises(PayloadTooLarge):
-            ctx.publish("a", "x" * 2**24)
+            _ = ctx.publish("a", "x" * 2**24)
         await ctx.publish("a", "one")
         return 1
 
@@ -220,4 +220,4 @@ async def test_a_context_without_a_database_publishes() -> None:
     ctx = task_context()
     await ctx.publish("progress", Progress(done=1))
     await ctx.publish("progress", Progress(done=2))
-    assert ctx.recorded.published == {"progress": {"done": 2}}
+    assert ctx.recorded.published == {"progress": {"done": 2, "total": 10}}

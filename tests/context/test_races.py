@@ -37,7 +37,7 @@ async def test_the_first_wait_wins_and_the_others_are_withdrawn(run: Runner, cap
     await Rows(run.durable, spawned).until("sleeping")
     await run.durable.send(spawned, "paid", 12)
     assert (await run.wait(spawned)).output == ["paid", 12]
-    rows = Rows(run.durable, spawned)
+    rows: Rows[Any] = Rows(run.durable, spawned)
     assert await rows.waits() == []
     assert sorted(row.kind for row in await rows.checkpoints()) == ["message", "race"]
     assert warnings(caplog) == []
@@ -64,10 +64,12 @@ async def test_a_message_that_lost_stays_to_be_received(run: Runner) -> None:
         second = await ctx.race("second", c=ctx.await_event("c"), b=ctx.receive("b"))
         return [first.winner, first.value, second.winner, second.value, await ctx.receive("b")]
 
-    spawned = await run.spawn(work, available_at=None, delay=0.05)
+    await run.durable.pause_queue()
+    spawned = await run.spawn(work)
     await run.durable.emit_event("c", "see")
     await run.durable.send(spawned, "b", "bee")
     await run.durable.send(spawned, "a", "ay")
+    await run.durable.resume_queue()
     assert (await run.wait(spawned)).output == ["a", "ay", "c", "see", "bee"]
 
 
@@ -194,11 +196,11 @@ async def test_what_is_no_race_is_refused(run: Runner) -> None:
 
         for waits in ({"a": ctx.step("step", step)}, {"a": step()}, {"a": 5}, {"a": ctx.receive("a"), "b": ctx.rand()}):
             with pytest.raises(TypeError, match="of a race is not a wait of this task"):
-                ctx.race("race", **waits)  # type: ignore[arg-type]
+                _ = ctx.race("race", **waits)
         with pytest.raises(InvalidConfiguration, match="has no waits"):
-            ctx.race("race")
+            _ = ctx.race("race")
         with pytest.raises(InvalidName):
-            ctx.race("$race", a=ctx.receive("a"))
+            _ = ctx.race("$race", a=ctx.receive("a"))
         with pytest.raises(InvalidState, match="inside a step"):
             await ctx.step("inside", inside)
         race = await ctx.race("race", a=lambda: ctx.sleep_for("none", 0))
