@@ -25,7 +25,7 @@ SENDERS = 20
 RECEIVERS = int(os.environ.get("DURABLE_RECEIVERS", "200"))
 EACH = 3
 """Messages of a sender to each of its receivers."""
-CHOSEN = 30
+CHOSEN = max(4, RECEIVERS // 5)
 """Receivers of a sender."""
 LOST_SHARE = 0.03
 
@@ -80,7 +80,7 @@ async def test_each_message_is_received_once_and_in_order(durable: Durable, engi
             for worker in workers:
                 worker.kill()
                 worker.wait()
-        assert proxy.happened > 10
+        assert proxy.happened > 3
     received = dict(result.output or [])
     assert len(received) == RECEIVERS == len(result.output or [])
     for receiver, task in enumerate(spawned):
