@@ -164,7 +164,10 @@ async def _fetch(connection: Connection, text: str, values: Any, *, repeatable: 
 
     Nothing has been executed then; but a transaction that the statement was in has failed.
     """
-    prepared: dict[str, Any] = connection.info.setdefault(_PREPARED, {})
+    prepared: dict[str, Any] | None = connection.info.get(_PREPARED)
+    if prepared is None:
+        prepared = connection.info[_PREPARED] = {}
+        private.declare_array_types(connection.connection.driver_connection)
     try:
         records = await (prepared.get(text) or await _prepare(connection, prepared, text)).fetch(*values)
     except asyncpg.InvalidCachedStatementError:

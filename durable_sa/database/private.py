@@ -6,6 +6,7 @@ another name costs speed and nothing else: every statement is then executed by S
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -49,8 +50,22 @@ ASYNCPG_ATTRIBUTES: Final[dict[str, str]] = {
     "transport": "_transport",
     # Of the same: the event loop that the connection belongs to.
     "loop": "_loop",
+    # Of the same: what knows the types of the connection.
+    "protocol": "_protocol",
 }
-"""The same of asyncpg. Without them its connections are ended and refused less thoroughly."""
+"""The same of asyncpg. Without them connections are ended and refused less thoroughly, and look up types of arrays."""
+
+ARRAY_TYPES: Final = (
+    ("bool", 16, 1000),
+    ("int8", 20, 1016),
+    ("int2", 21, 1005),
+    ("int4", 23, 1007),
+    ("text", 25, 1009),
+    ("float8", 701, 1022),
+    ("timestamptz", 1184, 1185),
+    ("uuid", 2950, 2951),
+)
+"""Types of array elements in the statements: name, OID, OID of the array. OIDs of built-in types never change."""
 
 
 def all_exist(connection: Connection) -> bool:
@@ -112,3 +127,27 @@ def transport_of(driver: Any) -> Any:
 def loop_of(driver: Any) -> Any:
     """Return the event loop of asyncpg's own connection, or None for another driver, whose connections have none."""
     return getattr(driver, ASYNCPG_ATTRIBUTES["loop"], None)
+
+
+def declare_array_types(driver: Any) -> None:
+    """Describe the arrays of built-in types to asyncpg's own connection, which would search the catalog for 10 ms.
+
+    A version of asyncpg that takes no such description searches.
+    """
+    types = [
+        {
+            "oid": array_oid,
+            "ns": "pg_catalog",
+            "name": f"_{name}",
+            "kind": b"b",
+            "basetype": None,
+            "elemtype": oid,
+            "elemdelim": ",",
+            "range_subtype": None,
+            "attrtypoids": None,
+            "elemtype_name": name,
+        }
+        for name, oid, array_oid in ARRAY_TYPES
+    ]
+    with contextlib.suppress(AttributeError, LookupError, TypeError):
+        getattr(driver, ASYNCPG_ATTRIBUTES["protocol"]).get_settings().register_data_types(types)

@@ -512,7 +512,7 @@ async def test_wait_that_is_given_up_does_not_wake_the_task(run: Runner, tally: 
     assert await Rows(run.durable, spawned).checkpoints("abandoned") == []
 
 
-async def test_wait_row_of_something_else_neither_wakes_nor_answers(run: Runner):
+async def test_wait_row_of_something_else_does_not_answer(run: Runner):
     """A row that does not belong there, such as a bug or a person would leave, concerns nobody."""
 
     @task
@@ -528,8 +528,12 @@ async def test_wait_row_of_something_else_neither_wakes_nor_answers(run: Runner)
     async with run.durable.engine.begin() as connection:
         await connection.execute(statement, {"id": spawned.task_id})
     await run.durable.emit_event("stray", "wrong")
-    await asyncio.sleep(0.3)
-    assert (await run.durable.get_task_result(spawned)).status == "sleeping"
+
+    async def only_the_own_one() -> bool:
+        return [wait.event_name for wait in await Rows(run.durable, spawned).waits()] == ["wanted"]
+
+    await eventually(only_the_own_one)
+    await Rows(run.durable, spawned).until("sleeping")
     await run.durable.emit_event("wanted", "right")
     assert (await run.wait(spawned)).output == "right"
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import random
 import threading
+import time
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ async def test_a_task_on_an_idle_worker_costs_a_claim_and_a_completion(durable: 
     async with durable.worker(concurrency=5) as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
         claims = 0
+        began_at = time.monotonic()
         for _ in range(20):
             await asyncio.sleep(0.02)
             statements.clear()
             await durable.wait_for_result(await durable.spawn(quick))
             claims += sum("open_lanes" in statement for statement in statements)
-        # Each second one looks for what no hint has told of.
-        assert claims <= 24
+        # A worker searches once per second for tasks that no hint has announced.
+        assert claims <= 24 + (time.monotonic() - began_at)
 
 
 @pytest.mark.slow
