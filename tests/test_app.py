@@ -175,6 +175,7 @@ async def test_the_servers_default_isolation_does_not_matter(
     assert await count(engine, "durable.runs") == 52
 
 
+@pytest.mark.slow
 async def test_settings_of_the_session_do_not_matter(database_url: URL, engine: AsyncEngine) -> None:
     settings = {
         "search_path": "nowhere",
@@ -200,6 +201,7 @@ async def test_settings_of_the_session_do_not_matter(database_url: URL, engine: 
             assert (await durable.wait_for_result(spawned, timeout=20)).output == 42
 
 
+@pytest.mark.slow
 async def test_a_read_only_database_says_so(database_url: URL, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         name = database_url.database

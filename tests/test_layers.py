@@ -97,6 +97,7 @@ def test_nothing_is_imported_from_above(name: str) -> None:
     assert not above
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other_in_a_circle() -> None:
     graph = {name: set(imports(name)) - {name} for name in MODULES}
     try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 CONNECTION: Final = {
@@ -36,6 +36,12 @@ ADAPTED: Final = {
     "_handle_exception",
 }
 """Attributes of asyncpg's adapted connection."""
+SERIALIZERS: Final = {
+    # Functions of the application for JSON, which a rendered statement may contain.
+    "_json_serializer",
+    "_json_deserializer",
+}
+"""Attributes of the dialect. Without them each engine renders the statements for itself."""
 METADATA: Final = {
     # The third argument of Row. A Result sets it as well, but takes longer than the row.
     "_key_to_index",
@@ -111,6 +117,11 @@ def raise_as_sqlalchemy(connection: Any, error: Exception, statement: str, param
         _adapted(connection)._handle_exception(error)
     except connection.dialect.loaded_dbapi.Error as translated:
         connection._handle_dbapi_exception(translated, statement, parameters, None, None)
+
+
+def has_serializers(dialect: Dialect) -> bool:
+    """Return whether the application may have given its own serializers to an engine."""
+    return any(getattr(dialect, name, dialect) is not None for name in SERIALIZERS)
 
 
 def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:

@@ -58,6 +58,7 @@ async def wait_row(task_id: uuid.UUID, **values: Any) -> Any:
     return insert(Wait).values(task_id=task_id, **base, **values)
 
 
+@pytest.mark.slow
 async def test_all_is_well_with_a_worker_that_works(cli: CommandLine, durable: Durable) -> None:
     @durable.task
     async def child(ctx: TaskContext) -> None:
@@ -84,6 +85,7 @@ async def test_all_is_well_with_a_worker_that_works(cli: CommandLine, durable: D
     assert await findings(cli) == {}
 
 
+@pytest.mark.slow
 async def test_work_that_nobody_claims(cli: CommandLine, durable: Durable) -> None:
     await spawn(durable, available_at=AGO)
     (problem,) = (await findings(cli))["due tasks"]
@@ -197,6 +199,7 @@ async def test_rows_that_belong_to_nothing(cli: CommandLine, durable: Durable) -
     }
 
 
+@pytest.mark.slow
 async def test_who_holds_the_oldest_snapshot(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +247,7 @@ async def test_a_check_that_takes_too_long_is_said_to(
 HOSTILE_TIMES = ("0044-03-15 BC", "infinity")
 
 
+@pytest.mark.slow
 async def test_times_that_no_driver_can_read_are_shown_as_the_nearest(cli: CommandLine, durable: Durable) -> None:
     """Written by hand, in one row each of all tables, they keep nobody from the rows beside them."""
 

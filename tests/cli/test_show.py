@@ -95,6 +95,7 @@ async def test_attempts_tries_and_errors_without_values(cli: CommandLine, durabl
     assert data["task"]["parent_task_id"] == str(parent_id)
 
 
+@pytest.mark.slow
 async def test_what_failed_and_the_last_attempt(cli: CommandLine, durable: Durable) -> None:
     async with durable.worker():
         task_id, parent_id = await failed_child(durable)
@@ -118,6 +119,7 @@ async def test_without_tasks_there_is_no_last_one(cli: CommandLine, durable: Dur
     assert (await cli("tasks", "show", "--failed")).stderr == "error: No task has failed.\n"
 
 
+@pytest.mark.slow
 async def test_a_task_of_200_steps_fits_a_screen(cli: CommandLine, durable: Durable, tmp_path: Path) -> None:
     task = durable.task("many", max_attempts=1)(many_steps)
     async with durable.worker():

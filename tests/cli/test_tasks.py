@@ -47,6 +47,7 @@ async def listed(cli: CommandLine, *options: object) -> list[str]:
     return [row["task_id"] for row in (await cli("tasks", "list", "--json", *options)).json]
 
 
+@pytest.mark.slow
 async def test_the_list_is_filtered_by_all_that_is_given(cli: CommandLine, durable: Durable) -> None:
     await durable.create_queue("other")
     first, second, third = map(str, await spawn_names(durable, "a", "b", "a"))
@@ -103,6 +104,7 @@ async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durab
     assert [(kid["task_name"], kid["state"]) for kid in data["children"]] == [("child", "completed")]
 
 
+@pytest.mark.slow
 async def test_payloads_are_shown_only_when_asked_for(cli: CommandLine, durable: Durable) -> None:
     task_id = await failed_parent(durable)
     for arguments in (["tasks", "list"], ["tasks", "show", task_id]):
@@ -158,6 +160,7 @@ async def test_an_unknown_task_is_not_found(cli: CommandLine) -> None:
         assert result.stderr.startswith("error: There is no task with the id or key 'no-uuid'.")
 
 
+@pytest.mark.slow
 async def test_a_task_is_spawned_by_name_with_options(cli: CommandLine, durable: Durable, tmp_path: Path) -> None:
     @durable.task
     async def double(ctx: TaskContext, number: int) -> int:

@@ -54,6 +54,7 @@ async def state(durable: Durable, task_id: object) -> TaskStatus:
     return result.status  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str, app: Path) -> None:
     with process("worker", "app:durable", url=url, cwd=app) as worker:
         assert await run(durable, "answer") == 42
@@ -63,6 +64,7 @@ async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str
     assert "alembic" not in worker.said
 
 
+@pytest.mark.slow
 async def test_options_reach_the_worker(durable: Durable, url: str, app: Path) -> None:
     await durable.create_queue("mail")
     options = ["-q", "mail", "-q", "default", "--concurrency", "3", "--claim-timeout", "7", "--worker-id", "w7"]

@@ -351,6 +351,7 @@ async def test_a_retried_tasks_row_is_as_new(durable: Durable, engine: AsyncEngi
     assert await durable.count_unclaimed_ready_tasks() == 1
 
 
+@pytest.mark.slow
 async def test_limits_on_time_count_anew_after_a_retry(durable: Durable, engine: AsyncEngine) -> None:
     @durable.task("slow", cancellation=CancellationPolicy(max_running_time=0.6))
     async def slow(ctx: TaskContext) -> None:

@@ -91,6 +91,7 @@ async def test_an_emit_is_two_statements_on_the_tables(durable: Durable, engine:
     assert len([each for each in statements if "durable." in each]) == 2
 
 
+@pytest.mark.slow
 async def test_a_replaced_event_is_what_later_waits_get(durable: Durable, engine: AsyncEngine) -> None:
     @durable.task("wait", max_attempts=5)
     async def wait(ctx: TaskContext) -> int:

@@ -201,6 +201,7 @@ async def test_a_conflict_is_that_of_its_own_spawn_only(durable: Durable, engine
     assert await count(engine) == 21
 
 
+@pytest.mark.slow
 async def test_fifty_connections_with_one_key_make_one_task(database_url: URL, engine: AsyncEngine) -> None:
     app = create_async_engine(database_url, pool_size=50)
     clients = [Durable(app) for _ in range(50)]

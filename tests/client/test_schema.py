@@ -40,6 +40,7 @@ async def write(session: AsyncSession, value: int) -> int:
     return value * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jobs", 'Odd "name"; -- :y', "é" * 31])
 async def test_everything_works_in_another_schema(name: str, database_url: URL, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:

@@ -1149,6 +1149,7 @@ async def test_other_awaits_have_a_time_of_grace_and_are_named(
     assert re.search(OUTSIDE[body], record.getMessage())
 
 
+@pytest.mark.slow
 @on_every_loop
 async def test_the_time_of_grace_starts_anew_when_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def body(run: Run) -> None:

@@ -625,6 +625,7 @@ async def test_child_that_finishes_while_the_parent_begins_to_wait_is_never_miss
         assert all(worker.maintenance.repaired == 0 for worker in durable._workers)
 
 
+@pytest.mark.slow
 async def test_parent_whose_row_is_locked_spawns_once_it_is_free(run: Runner):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> int:

@@ -274,6 +274,7 @@ async def test_ten_caught_timeouts_take_the_sum_of_the_timeouts(run: Runner, tal
     assert len(tally) == 11
 
 
+@pytest.mark.slow
 async def test_time_of_a_wait_goes_on_through_failures_of_other_branches(run: Runner):
     """Its end is fixed the first time, as that of a sleep."""
 
@@ -335,6 +336,7 @@ async def test_timeouts_beyond_the_range_are_refused_and_the_longest_is_not(run:
     assert (await run.wait(spawned)).output == 1
 
 
+@pytest.mark.slow
 async def test_event_that_came_in_time_counts_although_nobody_looked_until_later(durable: Durable):
     """No worker was there when it came, nor when the wait's time was over."""
 

@@ -47,6 +47,7 @@ async def test_lines_before_what_is_recorded_are_not_repeated(run: Runner, caplo
     assert (record.levelname, record.filename, record.funcName) == ("WARNING", "test_logger.py", "sleeper")
 
 
+@pytest.mark.slow
 async def test_branches_are_told_apart(run: Runner, caplog: pytest.LogCaptureFixture) -> None:
     async def nap(ctx: TaskContext, name: str, seconds: float) -> None:
         ctx.logger.info("%s begins", name)

@@ -66,6 +66,7 @@ def noise(seed: int, size: int) -> str:
     return random.Random(seed).randbytes(size * 3 // 8).hex()[: size - 2]
 
 
+@pytest.mark.slow
 async def test_values_that_are_too_many_to_load_at_once_are_fetched(run: Runner, engine: AsyncEngine, tally: Tally):
     statements: list[str] = []
 

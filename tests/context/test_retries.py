@@ -164,6 +164,7 @@ async def skip_pause(durable: Durable, spawned: Any) -> None:
     await durable.emit_event(f"look-{spawned.task_id}-{asyncio.get_running_loop().time()}")
 
 
+@pytest.mark.slow
 async def test_losses_of_the_run_are_no_failures(run: Runner):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> int:

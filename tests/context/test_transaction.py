@@ -679,6 +679,7 @@ async def test_commit_whose_reply_is_lost_happens_once(lossy: Lossy, ledger: Led
     assert entries == [f"call {call}" for call in output]
 
 
+@pytest.mark.slow
 async def test_run_that_was_taken_over_commits_nothing(run: Runner, ledger: Ledger, tally: Tally):
     async def slow(session: AsyncSession) -> str:
         tally.add("called")
@@ -749,6 +750,7 @@ async def test_long_transaction_does_not_hold_up_other_branches(run: Runner):
         assert await run(work) == 10
 
 
+@pytest.mark.slow
 async def test_connections_of_transactions_go_back_to_the_pool(run: Runner, ledger: Ledger):
     async def fail(session: AsyncSession) -> None:
         session.add(Entry(text="x"))

@@ -230,6 +230,7 @@ def test_autogenerate_leaves_durables_tables_alone(application: Application, bra
     assert "No new upgrade operations" in application.alembic("check")
 
 
+@pytest.mark.slow
 @generic
 def test_metadata_is_merged_without_comparing_schemas(application: Application) -> None:
     add_hook(application)
@@ -347,6 +348,7 @@ def hook(context, revision, directives):
 """
 
 
+@pytest.mark.slow
 @generic
 @pytest.mark.parametrize("hook", ["writer.chain(durable.autogenerate)", "hook"])
 def test_a_hook_of_the_application_goes_on(application: Application, hook: str) -> None:

@@ -71,6 +71,7 @@ def application() -> sa.MetaData:
     return metadata
 
 
+@pytest.mark.slow
 @paths
 async def test_no_table_is_dropped(engine_of_app: AsyncEngine) -> None:
     metadata = application()

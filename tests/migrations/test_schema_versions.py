@@ -156,6 +156,7 @@ async def read_one(session: AsyncSession) -> int:
     return int(await session.scalar(text("SELECT 1")) or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_columns_that_are_added_while_workers_run_disturb_nobody(
     database_url: URL, durable: Durable, engine: AsyncEngine, driver: str, caplog: pytest.LogCaptureFixture

@@ -77,6 +77,7 @@ async def _names(durable: Durable, count: int) -> Any:
         yield name
 
 
+@pytest.mark.slow
 async def test_one_that_no_task_declares_any_more_is_removed_and_others_stay(durable: Durable) -> None:
     nightly = declaring(schedule="0 7 * * *")
     await durable.create_schedule("mine", task=declaring("other"), cron_expression="0 9 * * *")

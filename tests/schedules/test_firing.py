@@ -371,6 +371,7 @@ async def test_one_that_cannot_be_fired_keeps_none_of_the_others(
     assert "schedule bad of queue default cannot be fired by this worker" in caplog.text
 
 
+@pytest.mark.slow
 async def test_any_number_that_cannot_be_fired_holds_up_no_tick_of_the_others(
     durable: Durable, sql: Sql, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,6 +73,7 @@ def reordered(value: Any) -> Any:
             return value
 
 
+@pytest.mark.slow
 @given(json_values)
 def test_the_order_of_entries_does_not_matter(value: Any) -> None:
     assert encoded(value, a=value, b=1) == encoded(reordered(value), b=1, a=reordered(value))

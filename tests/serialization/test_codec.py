@@ -118,6 +118,7 @@ orders = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(orders)
 def test_models_come_back_equal_and_of_the_same_types(order: Order) -> None:
     codec = codec_for(Order)

@@ -168,6 +168,7 @@ async def test_timeouts_retries_and_limits_come_with_the_clock(durable: Durable)
     assert results[3].status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 async def test_a_machine_whose_clock_is_a_week_behind_makes_no_difference(durable: Durable) -> None:
     """All times are the database's: what begins there and then ends there and then."""
     async with time_travel(durable) as clock:
@@ -229,6 +230,7 @@ async def has_length(rows: Awaitable[list[datetime]], length: int) -> bool:
     return len(await rows) == length
 
 
+@pytest.mark.slow
 async def test_workers_keep_their_leases(durable: Durable, caplog: pytest.LogCaptureFixture) -> None:
     async with durable.worker(claim_timeout=10) as first, durable.worker(claim_timeout=10) as second:
         ids = {first.worker_id, second.worker_id}
@@ -275,6 +277,7 @@ async def lost(durable: Durable) -> list[str]:
     return await eventually(crashed_is_found)
 
 
+@pytest.mark.slow
 async def test_a_heartbeat_that_is_on_its_way_does_not_end_a_lease(durable: Durable) -> None:
     """It goes by the earlier time, by which the lease would be over long before the later."""
     on_its_way, moved = threading.Event(), threading.Event()

@@ -205,6 +205,7 @@ async def test_a_delay_is_kept_to_fractions_of_a_second(durable: Durable, sql: R
     assert all(0 <= late < (0.15 if listen else 0.4) for (late,) in lateness), lateness
 
 
+@pytest.mark.slow
 async def test_no_more_is_claimed_than_can_start(durable: Durable, sql: Rows) -> None:
     release = asyncio.Event()
     most = 0
@@ -386,6 +387,7 @@ INSERT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("priority", "age"), [(0, 0.0), (0, 3600.0), (-7, 0.0), (-7, 3600.0)])
 async def test_what_appears_below_the_floor_without_a_hint_is_found(
     durable: Durable, sql: Rows, priority: int, age: float
@@ -466,6 +468,7 @@ async def test_a_late_commit_is_found_while_the_worker_never_rests(durable: Dura
         await loading
 
 
+@pytest.mark.slow
 async def test_a_row_that_was_locked_in_passing_is_found(durable: Durable, engine: AsyncEngine) -> None:
     hidden = _Hidden(durable)
     held = await durable.spawn(hidden.task, delay=0.3)
@@ -504,6 +507,7 @@ async def explain(connection: AsyncConnection, statement: Any, parameters: dict[
     return "\n".join(row[0] for row in rows)
 
 
+@pytest.mark.slow
 async def test_a_claim_reads_only_what_it_takes(durable: Durable, claimer: Claimer, sql: Rows) -> None:
     """Finished, sleeping and waiting tasks by the ten thousand make no difference."""
     await sql(

@@ -156,6 +156,7 @@ async def test_a_lost_listen_connection_is_replaced_each_time(
                 await durable.wait_for_result(spawned, timeout=2)
 
 
+@pytest.mark.slow
 async def test_a_listener_tries_again_however_often_it_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage of some hours is more than a thousand tries."""
     tries = 0
@@ -209,6 +210,7 @@ async def test_hints_that_are_lost_cost_a_poll_interval(
     assert max(await latencies(sql)) < 1.5
 
 
+@pytest.mark.slow
 async def test_a_hint_of_more_lanes_than_it_can_name_still_finds_them_all(durable: Durable, quick: Any) -> None:
     priorities = range(-1000, 1000, 3)
     assert len(Hint({("default", priority): _now() for priority in priorities}).encode()) < 8000
@@ -262,6 +264,7 @@ async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
         assert not [service for service in worker._background.services.values() if service.done()]
 
 
+@pytest.mark.slow
 async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durable, quick: Any, sql: Rows) -> None:
     async with durable.worker() as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)

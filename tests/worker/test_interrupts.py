@@ -121,6 +121,7 @@ uvicorn.run(app, port=int(os.environ["PORT"]), log_level="warning")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_uvicorn_stops_with_a_worker_in_its_background(
     durable: Durable, sql: Rows, number: signal.Signals

@@ -164,6 +164,7 @@ async def test_a_stop_shorter_than_the_lease_changes_nothing(
     assert await sql("SELECT attempt, fence FROM durable.tasks") == [(1, 2)]
 
 
+@pytest.mark.slow
 async def test_a_killed_process_is_taken_over_within_its_lease(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -231,6 +232,7 @@ async def test_code_that_kills_its_process_comes_to_an_end(durable: Durable, sta
     assert await sql("SELECT attempt, state FROM durable.runs ORDER BY 1") == [(1, "failed"), (2, "failed")]
 
 
+@pytest.mark.slow
 async def test_twenty_lost_workers_in_a_row_and_not_nineteen_fail_a_task(durable: Durable, sql: Rows) -> None:
     spawned = await durable.spawn_by_name("lethal", unchecked=True, max_attempts=1)
     async with durable.worker() as worker:
@@ -363,6 +365,7 @@ async def test_a_claim_timeout_that_cannot_work_is_refused(durable: Durable, cla
         await durable.start_worker(claim_timeout=claim_timeout)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_cannot_beat_gives_up_its_runs_before_others_may_take_them(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -396,6 +399,7 @@ async def test_a_worker_that_cannot_beat_gives_up_its_runs_before_others_may_tak
     assert workers == [(row.worker_id, True)]
 
 
+@pytest.mark.slow
 async def test_what_was_written_before_the_lease_ended_is_kept(durable: Durable, engine: AsyncEngine) -> None:
     calls: list[int] = []
     gate = asyncio.Event()
@@ -612,6 +616,7 @@ async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_
             await eventually(done)
 
 
+@pytest.mark.slow
 async def test_a_worker_whose_event_loop_ends_leaves_neither_a_thread_nor_a_connection(
     database_url: URL, durable: Durable, sql: Rows
 ) -> None:

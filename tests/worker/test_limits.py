@@ -164,6 +164,7 @@ async def test_a_finally_of_a_cancelled_task_runs_and_may_await(durable: Durable
         await asyncio.wait_for(cleaned.wait(), 5)
 
 
+@pytest.mark.slow
 async def test_cancelling_races_completing_and_one_of_them_wins(durable: Durable, sql: Rows) -> None:
     @durable.task
     async def brief(ctx: TaskContext, seconds: float) -> int:
@@ -296,6 +297,7 @@ async def test_max_running_time_is_kept_while_the_task_runs(durable: Durable, sq
     assert 0 <= await _lateness(sql, "first_started_at", 0.4) < 0.6
 
 
+@pytest.mark.slow
 async def test_max_running_time_counts_sleeping_and_retries(durable: Durable, sql: Rows) -> None:
     limit = CancellationPolicy(max_running_time=0.6)
 

@@ -64,6 +64,7 @@ async def test_a_worker_that_starts_on_a_read_only_database_waits(
     assert caplog.text.count("waits: the database is read-only") == 1
 
 
+@pytest.mark.slow
 async def test_a_worker_on_a_database_that_becomes_read_only_goes_on_afterwards(
     database_url: URL, durable: Durable, admin: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:

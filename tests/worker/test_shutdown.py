@@ -25,6 +25,7 @@ from .processes import WorkerProcess
 from .program import Work
 
 
+@pytest.mark.slow
 async def test_a_terminated_process_lets_its_runs_end_and_claims_no_others(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -209,6 +210,7 @@ async def test_tasks_that_suspend_or_fail_during_the_shutdown_do_so(durable: Dur
     ]
 
 
+@pytest.mark.slow
 async def test_shutdown_during_claims_leaves_nothing_claimed(durable: Durable, sql: Rows) -> None:
     """Again and again, at whatever moment of its claims and writes it comes."""
 

@@ -184,6 +184,7 @@ async def test_fast_tasks_are_not_held_behind_slow_ones(durable: Durable, sql: R
         release.set()
 
 
+@pytest.mark.slow
 async def test_code_that_blocks_the_event_loop_for_a_while_costs_only_time(durable: Durable, sql: Rows) -> None:
     @durable.task
     async def blocking(ctx: TaskContext) -> None:
