@@ -6,10 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, overload
 
-from .context import TaskContext
-from .context.sync import SyncTaskContext
 from .errors import InvalidConfiguration, InvalidCron
 from .names import validate_name
 from .options import Replay, TaskOptions, check_replay
@@ -19,13 +17,17 @@ from .serialization.annotations import is_coroutine_function, local_types, plain
 from .tasks import DeclaredSchedule, Task
 from .validation import Duration, seconds
 
+if TYPE_CHECKING:
+    from .context import TaskContext
+    from .context.sync import SyncTaskContext
+
 ParamsT = TypeVar("ParamsT")
 OutputT = TypeVar("OutputT")
 
-AsyncFunction: TypeAlias = Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, OutputT]]
-AsyncFunctionWithoutParams: TypeAlias = Callable[[TaskContext[Any]], Coroutine[Any, Any, OutputT]]
-SyncFunction: TypeAlias = Callable[[SyncTaskContext[Any], ParamsT], OutputT]
-SyncFunctionWithoutParams: TypeAlias = Callable[[SyncTaskContext[Any]], OutputT]
+AsyncFunction: TypeAlias = "Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, OutputT]]"
+AsyncFunctionWithoutParams: TypeAlias = "Callable[[TaskContext[Any]], Coroutine[Any, Any, OutputT]]"
+SyncFunction: TypeAlias = "Callable[[SyncTaskContext[Any], ParamsT], OutputT]"
+SyncFunctionWithoutParams: TypeAlias = "Callable[[SyncTaskContext[Any]], OutputT]"
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

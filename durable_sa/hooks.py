@@ -31,11 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .context import TaskContext
 from .execution.hooks import HookChain
 from .spawns import OutgoingSpawn
+
+if TYPE_CHECKING:
+    from .context import TaskContext
 
 __all__ = ["Hooks", "OutgoingSpawn"]
 

@@ -12,6 +12,7 @@ from .options import Replay, TaskOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
 from .serialization.codec import Codec, codec_for, problems
+from .serialization.fidelity import is_mapped
 from .serialization.types import UnfaithfulType
 
 # A task that accepts a base type, or None, can be spawned with a subtype.
@@ -163,4 +164,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
 
 
 def _with_remedy(found: list[str], params: object) -> list[str]:
-    return ["none are given, and it needs some", *found] if params is None else found
+    if params is None:
+        return ["none are given, and it needs some", *found]
+    if is_mapped(params):
+        return [f"an object of type {type(params).__name__} belongs to a session, pass its primary key", *found]
+    return found

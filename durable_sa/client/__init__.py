@@ -24,9 +24,6 @@ from ..options import Replay, WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import Task
-from ..worker.interrupts import signals_handled
-from ..worker.settings import Settings
-from ..worker.worker import Worker
 from .events import Events
 from .queues import QueuePolicy, Queues
 from .registry import Registry
@@ -36,6 +33,7 @@ from .tasks import Tasks
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
+    from ..worker.worker import Worker
 
 __all__ = ["Durable", "QueuePolicy"]
 
@@ -170,6 +168,9 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             QueueNotFound: one of its queues does not exist.
             SchemaMismatch: the tables are not those that this version needs.
         """
+        from ..worker.settings import Settings
+        from ..worker.worker import Worker
+
         worker = Worker(
             self,
             Settings.resolve(options, self.queue_name),
@@ -216,6 +217,9 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             DurableError: the same errors as :meth:`start_worker`.
             InvalidConfiguration: signals are to be taken outside of the main thread.
         """
+        from ..worker.interrupts import signals_handled
+        from ..worker.settings import Settings
+
         settings = Settings.resolve(options, self.queue_name)
         async with signals_handled(signals, settings.shutdown_timeout) as interrupts:
             worker = await interrupts.started(self.start_worker(**options))

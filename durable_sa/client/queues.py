@@ -16,7 +16,6 @@ from ..results import QueueStatistics
 from ..schedules import pgcron
 from ..statements import queues, spawning
 from ..validation import Duration, integer, seconds
-from ..worker.retention import delete_tasks
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -148,6 +147,8 @@ class Queues(App):
         Raises:
             InvalidConfiguration: an age below 0 or above 100 years, a `limit` below 1.
         """
+        from ..worker.retention import delete_tasks
+
         queue, age = self._queue(queue_name), seconds(older_than, "older_than")
         _check_limit(limit)
         deleted = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
@@ -12,11 +12,13 @@ from ..names import validate_name
 from ..options import SpawnOptions
 from ..results import ScheduleFilter, ScheduleInfo, SpawnResult
 from ..schedules import firing, store
-from ..schedules.cron import Misfire
-from ..schedules.store import Backend, Overlap
 from ..spawns import SpawnCall
 from ..tasks import Task
 from .spawning import Spawning
+
+if TYPE_CHECKING:
+    from ..schedules.cron import Misfire
+    from ..schedules.store import Backend, Overlap
 
 
 class Schedules(Spawning):

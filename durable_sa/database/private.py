@@ -112,3 +112,11 @@ def transport_of(driver: Any) -> Any:
 def loop_of(driver: Any) -> Any:
     """Return the event loop of asyncpg's own connection, or None for another driver, whose connections have none."""
     return getattr(driver, ASYNCPG_ATTRIBUTES["loop"], None)
+
+
+def is_invalid_statement(error: Exception) -> bool:
+    """Return whether asyncpg says that a migration has changed the columns of a prepared statement."""
+    # Imported here, because a process with another driver is not to load asyncpg.
+    from asyncpg import InvalidCachedStatementError  # pyright: ignore[reportMissingTypeStubs] - it has no types
+
+    return isinstance(error, InvalidCachedStatementError)

@@ -9,7 +9,7 @@ import functools
 import logging
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..database_errors import reason, without_values
 from ..errors import DurableError
@@ -17,11 +17,13 @@ from ..ids import new_id
 from ..serialization.codec import check_size
 from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable
 from ..signals import LeaseLost
-from ..statements.claiming import ClaimedRun
 from ..tasks import Task
 from .host import RunHost
 from .waits import WaitSpec
 from .writes import CompletionValues, FailureValues, Kind, ReleaseValues, SuspensionValues, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
 
 logger = logging.getLogger("durable_sa")
 

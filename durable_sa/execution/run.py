@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..concurrency.branches import Branch, current_branch
 from ..concurrency.task_factory import BranchExit
@@ -21,7 +21,6 @@ from ..errors import InvalidState, ReplayMismatch, TaskTimeout
 from ..options import Replay
 from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
-from ..statements.claiming import ClaimedRun
 from ..tasks import Task
 from . import outcomes
 from .host import RunHost
@@ -29,6 +28,9 @@ from .journal import Entry, Journal
 from .lines import Lines
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
 
 logger = logging.getLogger("durable_sa")
 
