@@ -165,7 +165,19 @@ _PLACES = {
 
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = frozenset(
-    {"cli", "embedded", "errors", "hooks", "logs", "migrations", "models", "signals", "telemetry", "testing"}
+    {
+        "cli",
+        "embedded",
+        "errors",
+        "hooks",
+        "integrations",
+        "logs",
+        "migrations",
+        "models",
+        "signals",
+        "telemetry",
+        "testing",
+    }
 )
 
 if not TYPE_CHECKING:  # a type checker would take every unknown name for an attribute

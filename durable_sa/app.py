@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sqlalchemy import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import scoped_session
 
 from .concurrency.loops import PerLoop
 from .concurrency.threads import in_event_loop
 from .database.connections import Database
+from .database.engines import Bind
 from .database.notifier import HintSender, sender
+from .database.synchronous import (
+    SyncBind,
+    SyncDatabase,
+    check_sync_bind,
+    is_asynchronous_only,
+    refuse_asynchronous,
+    resolve_sync_bind,
+)
 from .errors import QueueNotFound, TaskAlreadyRegistered, TaskNotRegistered
 from .execution.hooks import HookChain
 from .names import validate_name, validate_schema
@@ -37,7 +48,7 @@ class App:
 
     def __init__(
         self,
-        bind: AsyncEngine | async_sessionmaker[Any] | URL | str | None,
+        bind: Bind | None,
         *,
         queue_name: str,
         schema: str,
@@ -48,6 +59,8 @@ class App:
         hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
         replay: Replay,
+        sync_bind: SyncBind | None = None,
+        scopes: Sequence[scoped_session[Any]] = (),
     ) -> None:
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
@@ -67,6 +80,16 @@ class App:
         self.hooks = hooks
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
+        if sync_bind is not None:
+            check_sync_bind(sync_bind)
+        elif scopes and bind is not None and is_asynchronous_only(bind):
+            refuse_asynchronous("bind", "asyncpg")
+        self._sync_bind = sync_bind
+        self._scopes = scopes
+        """Scoped sessions that are the session of a transaction while its function runs."""
+        self._sync_database: tuple[int, SyncDatabase | None] | None = None
+        """The synchronous sessions, once resolved, with the id of the process."""
+        self._sync_lock = threading.Lock()
         self._database: Database | None = None
         """The database on an engine that is the application's, or that was made while no event loop ran."""
         self._databases = PerLoop(self._make_database, Database.abandon)
@@ -90,6 +113,35 @@ class App:
         if not database.owned:
             self._database = database
         return database
+
+    @property
+    def sync_database(self) -> SyncDatabase | None:
+        """The synchronous sessions, resolved from `sync_bind` and `bind` on first use; None with asyncpg alone."""
+        process = os.getpid()
+        if self._sync_database is None or self._sync_database[0] != process:
+            # A process that was forked has no use for connections of the one before.
+            with self._sync_lock:
+                if self._sync_database is None or self._sync_database[0] != process:
+                    found = resolve_sync_bind(self._bind, self._sync_bind, self.schema, self._scopes)
+                    self._sync_database = process, found
+        return self._sync_database[1]
+
+    def check_scopes(self) -> None:
+        """Check that scoped sessions can be the session of a transaction.
+
+        Raises:
+            InvalidConfiguration: the driver is asyncpg, and no `sync_bind` was given.
+        """
+        if self._scopes:
+            self.require_sync_database()
+
+    def require_sync_database(self) -> SyncDatabase:
+        """Return the synchronous sessions.
+
+        Raises:
+            InvalidConfiguration: the driver is asyncpg, and no `sync_bind` was given.
+        """
+        return self.sync_database or refuse_asynchronous("bind", "asyncpg")
 
     @property
     def engine(self) -> AsyncEngine:

@@ -33,6 +33,8 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.orm import scoped_session
+
 from .execution.hooks import HookChain
 from .spawns import OutgoingSpawn
 
@@ -48,6 +50,9 @@ class Hooks:
     A method that is not overridden costs nothing. Of several hooks the first is the outermost. No method is called for
     what is only replayed.
     """
+
+    session_scope: scoped_session[Any] | None = None
+    """A scoped session that inside of `ctx.transaction` is the session of the transaction."""
 
     def on_spawn(self, spawn: OutgoingSpawn) -> None:
         """Change or refuse a spawn: a client's, one of `spawn_many`, a child's or a schedule's.
@@ -77,6 +82,12 @@ class Hooks:
         the task's thread for the steps of `def` tasks. Exceptions pass through it as through `around_task`.
         """
         return nullcontext()
+
+
+def scopes(hooks: Iterable[Hooks]) -> tuple[scoped_session[Any], ...]:
+    """Return the scoped sessions of hooks, the first one first."""
+    found = (getattr(hook, "session_scope", None) for hook in hooks)
+    return tuple(scope for scope in found if scope is not None)
 
 
 def chain(hooks: Iterable[Hooks]) -> HookChain:

@@ -10,15 +10,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 
-from sqlalchemy import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
 from ..database.batches import Batch
+from ..database.engines import Bind
 from ..database.hint import channel_name
 from ..database.notifier import flush
-from ..hooks import Hooks, chain
+from ..database.synchronous import SyncBind
+from ..hooks import Hooks, chain, scopes
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
@@ -27,9 +27,9 @@ from ..tasks import Task
 from .events import Events
 from .queues import QueuePolicy, Queues
 from .registry import Registry
+from .results import Results
 from .schedules import Schedules
 from .spawning import Spawning
-from .tasks import Tasks
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
@@ -43,13 +43,16 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process
-    that only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is used, or if that is not set,
-    the embedded Postgres. An engine that is given is neither configured nor disposed of; one that is made from a URL is
-    disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
+    that only calls the `*_with` methods needs none. A process without workers and awaited calls may give a
+    synchronous one, an `Engine` or a URL of psycopg2. Without it, `DURABLE_DATABASE_URL` is used, or if that is not
+    set, the embedded Postgres. `sync_bind` is a `sessionmaker`, a `scoped_session` or an `Engine`: `def` functions
+    of `ctx.transaction` then run in a thread, with a `Session` of it. With psycopg one is made of `bind`. An engine
+    that is given is neither configured nor disposed of; one that is made from a URL is disposed of by
+    :meth:`close`, or at the end of ``async with Durable(...)``.
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
     `ctx.state`, otherwise `state` is. `queue_name` is the default queue of spawns and workers, and
@@ -69,7 +72,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
 
     def __init__(
         self,
-        bind: AsyncEngine | async_sessionmaker[Any] | URL | str | None = None,
+        bind: Bind | None = None,
         *,
         queue_name: str = DEFAULT_QUEUE,
         state: StateT | None = None,
@@ -84,8 +87,10 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
+        sync_bind: SyncBind | None = None,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
+        hooks = tuple(hooks)
         super().__init__(
             bind,
             queue_name=queue_name,
@@ -97,6 +102,8 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             hooks=chain(hooks),
             telemetry=telemetry,
             replay=replay,
+            sync_bind=sync_bind,
+            scopes=scopes(hooks),
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""
@@ -134,6 +141,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             await database.close()
             if database.owned:
                 self._database = None
+        self.close_sync()
         for error in ended:
             if error is not None:
                 raise error
@@ -171,6 +179,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         from ..worker.settings import Settings
         from ..worker.worker import Worker
 
+        self.check_scopes()
         worker = Worker(
             self,
             Settings.resolve(options, self.queue_name),

@@ -114,11 +114,11 @@ class Steps(Sleeps):
     ) -> Any:
         with around:
             if timeout is None:
-                return await _invoke(self._run.host.threads, body)
+                return await invoke(self._run.host.threads, body)
             deadline = asyncio.timeout(timeout)
             try:
                 async with deadline:
-                    return await _invoke(self._run.host.threads, body)
+                    return await invoke(self._run.host.threads, body)
             except TimeoutError:
                 if not deadline.expired():
                     raise
@@ -164,9 +164,9 @@ class Steps(Sleeps):
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)
 
 
-async def _invoke(executor: Executor, body: Body) -> Any:
+async def invoke(executor: Executor, body: Callable[[], Any]) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
-    if is_coroutine_function(body.func):
+    if isinstance(body, functools.partial) and is_coroutine_function(body.func):
         return await body()
     context = contextvars.copy_context()
 

@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
 
 from sqlalchemy.orm import Session
 from typing_extensions import Unpack
@@ -98,8 +98,8 @@ class SyncTaskContext(TaskData[StateT]):
     def transaction(
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, on the event loop."""
-        return self._call(lambda: cast(Coroutine[Any, Any, T], self.context.transaction(name, fn, *args, **kwargs)))
+        """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, in this thread."""
+        return self._call(lambda: self.context.transaction_by(self._execute, name, fn, args, kwargs))
 
     @overload
     def spawn(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 CONNECTION: Final = {
@@ -102,6 +102,18 @@ def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
     """Return what Row takes besides its values: the metadata, and the indexes of its keys."""
     metadata: Any = SimpleResultMetaData(keys)
     return metadata, metadata._key_to_index
+
+
+def connect_arguments(engine: Engine) -> dict[str, Any] | None:
+    """Return the arguments with which an engine's driver connects; None if the application connects by itself."""
+    pool: Any = engine.pool
+    creator = getattr(pool, "_creator", None)
+    if getattr(creator, "__module__", None) != "sqlalchemy.engine.create":
+        return None
+    arguments = dict(zip(creator.__code__.co_freevars, creator.__closure__ or (), strict=True)).get("cparams")
+    if arguments is None:
+        return None
+    return {name: value for name, value in arguments.cell_contents.items() if name != "context"}
 
 
 def transport_of(driver: Any) -> Any:

@@ -67,7 +67,7 @@ async def test_an_object_of_the_orm_in_a_step() -> None:
 
     async def ship(order: Any) -> None: ...
 
-    with pytest.raises(SerializationError, match="the result of step 'load'.* belongs to a session, pass its primary"):
+    with pytest.raises(SerializationError, match="The result of step 'load'.* belongs to a session, pass its primary"):
         await ctx.step("load", load)
     with pytest.raises(SerializationError, match="Order belongs to a session, pass its primary key"):
         await ctx.step("ship", ship, Order(id=7))
