@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PayloadTooLarge,
         QueueNotFound,
         ReplayMismatch,
+        Retry,
         ScheduleNotFound,
         SchemaMismatch,
         SerializationError,
@@ -76,6 +77,7 @@ __all__ = [
     "QueuePolicy",
     "QueueStatistics",
     "ReplayMismatch",
+    "Retry",
     "RetryStrategy",
     "ScheduleFilter",
     "ScheduleInfo",
@@ -113,10 +115,16 @@ __version__: str
 """The installed version of the package."""
 
 _PLACES = {
-    "client": ("Durable", "QueuePolicy"),
+    "client": (
+        "Durable",
+        "QueuePolicy",
+    ),
     "context": ("TaskContext",),
     "context.sync": ("SyncTaskContext",),
-    "current": ("current_context", "heartbeat"),
+    "current": (
+        "current_context",
+        "heartbeat",
+    ),
     "decorators": ("task",),
     "errors": (
         "ChildCancelled",
@@ -131,6 +139,7 @@ _PLACES = {
         "PayloadTooLarge",
         "QueueNotFound",
         "ReplayMismatch",
+        "Retry",
         "ScheduleNotFound",
         "SchemaMismatch",
         "SerializationError",
@@ -143,8 +152,14 @@ _PLACES = {
     ),
     "hooks": ("Hooks",),
     "models": ("TaskRow",),
-    "options": ("SpawnOptions", "WorkerOptions"),
-    "policies": ("CancellationPolicy", "RetryStrategy"),
+    "options": (
+        "SpawnOptions",
+        "WorkerOptions",
+    ),
+    "policies": (
+        "CancellationPolicy",
+        "RetryStrategy",
+    ),
     "results": (
         "QueueStatistics",
         "ScheduleFilter",
@@ -156,8 +171,14 @@ _PLACES = {
         "TaskStatus",
     ),
     "schedules.pgcron": ("setup_pgcron",),
-    "spawns": ("OutgoingSpawn", "Spawn"),
-    "steps": ("step", "transaction"),
+    "spawns": (
+        "OutgoingSpawn",
+        "Spawn",
+    ),
+    "steps": (
+        "step",
+        "transaction",
+    ),
     "tasks": ("Task",),
     "worker.worker": ("Worker",),
 }

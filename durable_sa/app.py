@@ -59,6 +59,7 @@ class App:
         hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
         replay: Replay,
+        max_lost_workers: int,
         sync_bind: SyncBind | None = None,
         scopes: Sequence[scoped_session[Any]] = (),
     ) -> None:
@@ -74,6 +75,7 @@ class App:
             self.default_retry_strategy,
             default_cancellation,
             self.queue_name,
+            max_lost_workers,
         )
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""

@@ -21,7 +21,7 @@ from ..database.synchronous import SyncBind
 from ..hooks import Hooks, chain, scopes
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
-from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
+from ..policies import DEFAULT_RETRY_STRATEGY, MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import Task
 from .events import Events
@@ -63,6 +63,7 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
     has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
+    Tasks fail with `LeaseLost` once `max_lost_workers` workers in a row were lost while they ran nothing but them.
     `tasks` are registered; those of another client are `other.tasks`.
 
     Raises:
@@ -88,6 +89,7 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
         sync_bind: SyncBind | None = None,
+        max_lost_workers: int = MAX_LOST_WORKERS,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         hooks = tuple(hooks)
@@ -104,6 +106,7 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
             replay=replay,
             sync_bind=sync_bind,
             scopes=scopes(hooks),
+            max_lost_workers=max_lost_workers,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""

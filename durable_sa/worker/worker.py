@@ -37,6 +37,7 @@ from .registration import Registration
 from .sampler import QueueSampler
 from .settings import Settings
 from .slots import RunKey, Slots
+from .suspects import Suspects
 
 logger = logging.getLogger("durable_sa")
 
@@ -121,6 +122,7 @@ class Worker:
             self._writer,
             on_task_ended=on_task_ended,
         )
+        self._suspects = Suspects(app, self._shared_connection, self._registration, self._agenda, self._slots)
         self.maintenance = Maintenance(
             app,
             self._shared_connection,
@@ -129,6 +131,7 @@ class Worker:
             self._agenda,
             self._dispatcher,
             self._executor,
+            self._suspects,
             queue_names=settings.queue_names,
             listening=self._listening,
         )
@@ -143,6 +146,7 @@ class Worker:
             self._slots,
             self._writer,
             self._executor,
+            self._suspects,
             stopping=self._stopping,
             listening=self._listening,
         )
