@@ -115,16 +115,10 @@ __version__: str
 """The installed version of the package."""
 
 _PLACES = {
-    "client": (
-        "Durable",
-        "QueuePolicy",
-    ),
+    "client": ("Durable", "QueuePolicy"),
     "context": ("TaskContext",),
     "context.sync": ("SyncTaskContext",),
-    "current": (
-        "current_context",
-        "heartbeat",
-    ),
+    "current": ("current_context", "heartbeat"),
     "decorators": ("task",),
     "errors": (
         "ChildCancelled",
@@ -152,14 +146,8 @@ _PLACES = {
     ),
     "hooks": ("Hooks",),
     "models": ("TaskRow",),
-    "options": (
-        "SpawnOptions",
-        "WorkerOptions",
-    ),
-    "policies": (
-        "CancellationPolicy",
-        "RetryStrategy",
-    ),
+    "options": ("SpawnOptions", "WorkerOptions"),
+    "policies": ("CancellationPolicy", "RetryStrategy"),
     "results": (
         "QueueStatistics",
         "ScheduleFilter",
@@ -171,14 +159,8 @@ _PLACES = {
         "TaskStatus",
     ),
     "schedules.pgcron": ("setup_pgcron",),
-    "spawns": (
-        "OutgoingSpawn",
-        "Spawn",
-    ),
-    "steps": (
-        "step",
-        "transaction",
-    ),
+    "spawns": ("OutgoingSpawn", "Spawn"),
+    "steps": ("step", "transaction"),
     "tasks": ("Task",),
     "worker.worker": ("Worker",),
 }

@@ -12,15 +12,17 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import TaskTimeout
 from ..ids import step_key
 from ..signals import ControlFlow
-from ..statements.claiming import ClaimedRun
 from .journal import Journal
-from .writer import Writer
 from .writes import CheckpointValues, Kind, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
+    from .writer import Writer
 
 T = TypeVar("T")
 
