@@ -3,6 +3,8 @@
 from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, Slept, SpawnedChild, task_context
 from .database import TestServer, database_server
 from .idle import run_until_idle
+from .inline import run_spawned
+from .spawned import assert_spawned, spawned
 from .time import Clock, time_travel
 
 __all__ = [
@@ -14,8 +16,11 @@ __all__ = [
     "Slept",
     "SpawnedChild",
     "TestServer",
+    "assert_spawned",
     "database_server",
+    "run_spawned",
     "run_until_idle",
+    "spawned",
     "task_context",
     "time_travel",
 ]
