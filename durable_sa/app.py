@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakSet
 
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from .concurrency.loops import PerLoop
 from .concurrency.threads import in_event_loop
@@ -23,6 +25,7 @@ from .database.synchronous import (
     is_asynchronous_only,
     refuse_asynchronous,
     resolve_sync_bind,
+    session_scoped,
 )
 from .errors import QueueNotFound, TaskAlreadyRegistered, TaskNotRegistered
 from .execution.hooks import HookChain
@@ -41,6 +44,10 @@ T = TypeVar("T")
 ParamsT = TypeVar("ParamsT")
 
 _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics": "get_meter_provider"}
+
+
+clients: WeakSet[App] = WeakSet()
+"""The clients of the process."""
 
 
 class App:
@@ -63,6 +70,7 @@ class App:
         sync_bind: SyncBind | None = None,
         scopes: Sequence[scoped_session[Any]] = (),
     ) -> None:
+        clients.add(self)
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self.queue_name = validate_name("queue", queue_name)
@@ -127,6 +135,16 @@ class App:
                     found = resolve_sync_bind(self._bind, self._sync_bind, self.schema, self._scopes)
                     self._sync_database = process, found
         return self._sync_database[1]
+
+    @contextmanager
+    def scoped(self, session: Session) -> Generator[None]:
+        """Make a session that of the scoped sessions of hooks and `sync_bind`, in the scope of the caller."""
+        given = self._sync_bind if self._sync_bind is not None else self._bind
+        scopes = {*self._scopes, *([given] if isinstance(given, scoped_session) else [])}
+        with ExitStack() as stack:
+            for scope in scopes:
+                stack.enter_context(session_scoped(scope, session))
+            yield
 
     def check_scopes(self) -> None:
         """Check that scoped sessions can be the session of a transaction.

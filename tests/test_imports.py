@@ -96,6 +96,8 @@ def test_the_plugin_costs_a_run_without_its_fixtures_nothing() -> None:
 def test_each_public_name_is_found_where_it_is_said_to_be(package: object) -> None:
     names = set(package.__all__)
     assert set(package._MODULES) == names
+    # Once imported, a submodule is an attribute of its package, and would be found in place of the name.
+    assert not names & {path.stem for path in Path(package.__path__[0]).glob("*")}
     assert [name for name in names if not hasattr(package, name)] == []
     assert {name for name in dir(package) if not name.startswith("__")} == names
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

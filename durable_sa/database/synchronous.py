@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, TypeAlias
@@ -104,7 +105,7 @@ class SyncDatabase:
         """Make a session that of the scoped sessions, in the scope of the caller, for the block."""
         with ExitStack() as stack:
             for scope in self._scopes:
-                stack.enter_context(_scoped(scope, session))
+                stack.enter_context(session_scoped(scope, session))
             yield
 
     def close(self) -> None:
@@ -114,7 +115,8 @@ class SyncDatabase:
 
 
 @contextmanager
-def _scoped(scope: scoped_session[Any], session: Session) -> Generator[None]:
+def session_scoped(scope: scoped_session[Any], session: Session) -> Generator[None]:
+    """Make a session that of a scoped session, in the scope of the caller, for the block."""
     registry = scope.registry
     former = registry() if registry.has() else None
     registry.set(session)
@@ -160,12 +162,12 @@ def resolve_sync_bind(
     engine = _make_engine(url, bind if isinstance(bind, AsyncEngine) else None)
     if engine is None:
         return None
-    return SyncDatabase(sessionmaker(engine, class_=factory, **options), schema, scopes, engine)
+    return SyncDatabase(functools.partial(factory, engine, **options), schema, scopes, engine)
 
 
 def _given(bind: SyncBind, schema: str, scopes: Sequence[scoped_session[Any]]) -> SyncDatabase:
     if isinstance(bind, Engine):
-        return SyncDatabase(sessionmaker(bind), schema, scopes, None)
+        return SyncDatabase(functools.partial(Session, bind), schema, scopes, None)
     if isinstance(bind, scoped_session):
         others = (scope for scope in scopes if scope is not bind)
         return SyncDatabase(bind.session_factory, schema, (bind, *others), None)

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, Slept, SpawnedChild, task_context
     from .database import TestServer, database_server
     from .idle import run_until_idle
+    from .inline import run_spawned
+    from .outgoing import assert_spawned, spawned
     from .time import Clock, time_travel
 
 __all__ = [
@@ -18,8 +20,11 @@ __all__ = [
     "Slept",
     "SpawnedChild",
     "TestServer",
+    "assert_spawned",
     "database_server",
+    "run_spawned",
     "run_until_idle",
+    "spawned",
     "task_context",
     "time_travel",
 ]
@@ -33,8 +38,11 @@ _MODULES = {
     "Slept": "contexts",
     "SpawnedChild": "contexts",
     "TestServer": "database",
+    "assert_spawned": "outgoing",
     "database_server": "database",
+    "run_spawned": "inline",
     "run_until_idle": "idle",
+    "spawned": "outgoing",
     "task_context": "contexts",
     "time_travel": "time",
 }
