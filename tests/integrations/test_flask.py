@@ -150,9 +150,9 @@ async def test_asyncpg_alone_is_refused(shop: Shop, database_url: URL, monkeypat
     with pytest.raises(InvalidConfiguration, match="psycopg"):
         await durable.start_worker()
     assert Durable(database_url, hooks=[FlaskTasks(shop.app)]).tasks == {}
-    async with Durable(database_url, hooks=hooks, sync_bind=shop.db.session, tasks=tasks_of(shop)) as durable:
-        async with durable.worker():
-            assert await Runner(durable)(durable.tasks["in sync"], "d") == "shopshop"
+    durable = Durable(database_url, hooks=hooks, sync_bind=shop.db.session, tasks=tasks_of(shop))
+    async with durable, durable.worker():
+        assert await Runner(durable)(durable.tasks["in sync"], "d") == "shopshop"
     assert shop.items() == ["d"]
 
 
