@@ -6,8 +6,8 @@ import asyncio
 import queue
 import random
 import uuid
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -261,13 +261,35 @@ class InlineSyncContext(MemorySyncContext):
 
 
 def scoped_hooks(app: App, session: Session | AsyncSession) -> HookChain:
-    """Return the hooks of a client, and inside of them one that makes the session that of its scoped sessions."""
+    """Return the hooks of a client, and inside of them one that makes the session that of its scoped sessions.
+
+    Outside of them is another session: at the end of an application context Flask removes the session of the scope,
+    which would roll back the transaction of the test.
+    """
+    hooks = app.hooks
     if not isinstance(session, Session):
-        return app.hooks
+        return hooks
 
     @contextmanager
     def around_step(_: object, __: str) -> Generator[None]:
         with app.scoped(session):
             yield
 
-    return app.hooks._replace(around_step=(*app.hooks.around_step, around_step))
+    @asynccontextmanager
+    async def around_task(_: object) -> AsyncGenerator[None]:
+        with app.scoped(session):
+            yield
+
+    @contextmanager
+    def outside_step(_: object, __: str) -> Generator[None]:
+        with app.scoped(Session()):
+            yield
+
+    @asynccontextmanager
+    async def outside_task(_: object) -> AsyncGenerator[None]:
+        with app.scoped(Session()):
+            yield
+
+    if hooks.around_task:
+        hooks = hooks._replace(around_task=(outside_task, *hooks.around_task, around_task))
+    return hooks._replace(around_step=(outside_step, *hooks.around_step, around_step))

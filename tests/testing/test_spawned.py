@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from durable_sa import (
     CancellationPolicy,
     ChildFailed,
     Durable,
+    Hooks,
     InvalidConfiguration,
     RetryStrategy,
     SyncTaskContext,
@@ -328,5 +330,42 @@ async def test_a_scoped_session_in_a_unit_test(engine_of_tests: Engine):
 
         assert await first(task_context(session=sessions)) == 1
         assert second(task_context(sync=True, session=sessions)) == 2
+        sessions.remove()
+        transaction.rollback()
+
+
+def test_hooks_that_remove_a_scoped_session_leave_that_of_the_test(engine_of_tests: Engine):
+    with engine_of_tests.connect() as connection, connection.begin() as transaction:
+        sessions = scoped_session(sessionmaker(engine_of_tests))
+
+        def place(_: Session) -> None:
+            sessions.add(Entry(text="kept"))
+
+        @task
+        def work(ctx: SyncTaskContext) -> None:
+            ctx.transaction("place", place)
+            sessions.flush()
+
+        class Removing(Hooks):
+            """As the application context of Flask does at its end."""
+
+            @contextmanager
+            def around_step(self, ctx: TaskContext, name: str) -> Generator[None]:
+                yield
+                sessions.remove()
+
+            @asynccontextmanager
+            async def around_task(self, ctx: TaskContext) -> AsyncGenerator[None]:
+                yield
+                sessions.remove()
+
+        client = Durable(sync_bind=sessions, hooks=[Removing()], tasks=[work])
+        sessions.configure(bind=connection, join_transaction_mode="create_savepoint")
+        client.spawn_with(sessions, work)
+        before = sessions()
+        (info,) = run_spawned(sessions, client)
+        assert (info.status, info.error) == ("completed", None)
+        assert sessions() is before
+        assert "kept" in sessions.scalars(select(Entry.text)).all()
         sessions.remove()
         transaction.rollback()
