@@ -33,7 +33,7 @@ class _Deferred(ModuleType):
         except BaseException:
             own[_BEGUN] = False
             raise
-        self.__class__ = ModuleType
+        object.__setattr__(self, "__class__", ModuleType)
         del own[_BEGUN], own[_LOCK]
 
     def __dir__(self) -> Iterable[str]:
@@ -51,5 +51,11 @@ def defer(package: str, path: Iterable[str]) -> None:
         assert spec is not None  # noqa: S101 - it was listed by the same finder
         module = sys.modules[found.name] = importlib.util.module_from_spec(spec)
         vars(module).update({_LOCK: threading.RLock(), _BEGUN: False})
-        module.__class__ = _Deferred
+        object.__setattr__(module, "__class__", _Deferred)
         setattr(sys.modules[package], found.name.rpartition(".")[2], module)
+
+
+def load(*modules: ModuleType) -> None:
+    """Execute modules that would be executed on their first use."""
+    for module in modules:
+        dir(module)

@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ..app import App
 from ..concurrency import branches, task_factory
+from ..concurrency.deferred import load
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
 from ..database.hint import Hint
@@ -24,7 +25,7 @@ from ..database.notifier import sender
 from ..database_errors import reason
 from ..errors import InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
-from ..statements import claiming, queues
+from ..statements import cancelling, checkpoints, claiming, outcomes, queues, scheduling, spawning, suspending, waits
 from .agenda import Agenda
 from .background import BackgroundTasks
 from .claims import Claimer
@@ -40,6 +41,9 @@ from .slots import RunKey, Slots
 from .suspects import Suspects
 
 logger = logging.getLogger("durable_sa")
+
+# The statements of runs are built here: the first task is not to wait for that, and `gc.freeze` is to hold them.
+load(cancelling, checkpoints, claiming, outcomes, queues, scheduling, spawning, suspending, waits)
 
 CLOSING_TIMEOUT = 10.0
 """Seconds that the last writes and the removal of the registration may take at shutdown."""
