@@ -142,7 +142,8 @@ def resolve_spawn_options(
         InvalidConfiguration, InvalidName, SerializationError, PayloadTooLarge: for a value that cannot work.
     """
     if unknown := spawn.keys() - SpawnOptions.__annotations__.keys():
-        raise TypeError(f"spawn() got an unexpected keyword argument {min(unknown)!r}")
+        known = ", ".join(sorted(SpawnOptions.__annotations__))
+        raise TypeError(f"spawn() got an unexpected keyword argument {min(unknown)!r}; its options are {known}")
     own = TaskOptions(
         spawn.get("max_attempts"),
         spawn.get("retry_strategy"),
