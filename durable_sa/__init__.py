@@ -1,8 +1,8 @@
 """Durable execution for applications that use SQLAlchemy.
 
 The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
-`telemetry`, `testing`, `testing.plugin`, `migrations`, `embedded` and `cli`. All others belong to the engine and may
-change in any release.
+`telemetry`, `testing`, `testing.plugin`, `integrations`, `migrations`, `embedded` and `cli`. All others belong to the
+engine and may change in any release.
 """
 
 from importlib import metadata
@@ -47,6 +47,7 @@ from .results import (
     SpawnResult,
     TaskErrorInfo,
     TaskHandle,
+    TaskInfo,
     TaskPollResult,
     TaskStatus,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "TaskError",
     "TaskErrorInfo",
     "TaskHandle",
+    "TaskInfo",
     "TaskNotFound",
     "TaskNotRegistered",
     "TaskPollResult",
