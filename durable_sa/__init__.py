@@ -1,8 +1,8 @@
 """Durable execution for applications that use SQLAlchemy.
 
 The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
-`telemetry`, `testing`, `testing.plugin`, `migrations`, `embedded` and `cli`. All others belong to the engine and may
-change in any release.
+`telemetry`, `testing`, `testing.plugin`, `integrations`, `migrations`, `embedded` and `cli`. All others belong to the
+engine and may change in any release.
 """
 
 import importlib
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         SpawnResult,
         TaskErrorInfo,
         TaskHandle,
+        TaskInfo,
         TaskPollResult,
         TaskStatus,
     )
@@ -94,6 +95,7 @@ __all__ = [
     "TaskError",
     "TaskErrorInfo",
     "TaskHandle",
+    "TaskInfo",
     "TaskNotFound",
     "TaskNotRegistered",
     "TaskPollResult",
@@ -155,6 +157,7 @@ _PLACES = {
         "SpawnResult",
         "TaskErrorInfo",
         "TaskHandle",
+        "TaskInfo",
         "TaskPollResult",
         "TaskStatus",
     ),

@@ -78,8 +78,9 @@ class Hooks:
     def around_step(self, ctx: TaskContext[Any], name: str) -> AbstractContextManager[object]:
         """Return a context manager that is entered around each try of a step, and around each transaction.
 
-        It is synchronous because it is entered on the event loop for `async def` tasks and for transactions, but in
-        the task's thread for the steps of `def` tasks. Exceptions pass through it as through `around_task`.
+        It is synchronous because it is entered on the event loop for `async def` tasks, but in the task's thread for
+        `def` tasks: there it is entered for each try of a transaction, unless that runs on the event loop. Exceptions
+        pass through it as through `around_task`.
         """
         return nullcontext()
 

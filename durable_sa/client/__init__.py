@@ -10,14 +10,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 
+from sqlalchemy import URL, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import scoped_session, sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
 from ..database.batches import Batch
-from ..database.engines import Bind
 from ..database.hint import channel_name
 from ..database.notifier import flush
-from ..database.synchronous import SyncBind
 from ..hooks import Hooks, chain, scopes
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
@@ -73,7 +74,14 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
 
     def __init__(
         self,
-        bind: Bind | None = None,
+        bind: AsyncEngine
+        | async_sessionmaker[Any]
+        | Engine
+        | sessionmaker[Any]
+        | scoped_session[Any]
+        | URL
+        | str
+        | None = None,
         *,
         queue_name: str = DEFAULT_QUEUE,
         state: StateT | None = None,
@@ -88,7 +96,7 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
-        sync_bind: SyncBind | None = None,
+        sync_bind: sessionmaker[Any] | scoped_session[Any] | Engine | None = None,
         max_lost_workers: int = MAX_LOST_WORKERS,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
@@ -144,7 +152,7 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
             await database.close()
             if database.owned:
                 self._database = None
-        self.close_sync()
+        self._close_sync()
         for error in ended:
             if error is not None:
                 raise error

@@ -108,7 +108,7 @@ class Results(Tasks):
             raise TaskNotFound(task_id)
         return self._poll_result(rows[0])
 
-    def close_sync(self) -> None:
-        """Dispose of the synchronous engine, if one was made for this client. :meth:`close` does so as well."""
+    def _close_sync(self) -> None:
+        """Dispose of the synchronous engine, if one was made for this client."""
         if self._sync_database is not None and self._sync_database[1] is not None:
             self._sync_database[1].close()

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -134,7 +134,7 @@ async def test_calls_with_a_session_are_refused_like_the_others(durable: Durable
 
 
 @pytest.fixture
-def clients(database_url: URL, sync_engine: Engine) -> Generator[dict[str, Durable]]:
+async def clients(database_url: URL, sync_engine: Engine) -> AsyncGenerator[dict[str, Durable]]:
     """Clients that can wait without a loop, by what they are made of."""
     psycopg = database_url.set(drivername="postgresql+psycopg")
     async_engine = create_async_engine(psycopg)
@@ -149,7 +149,7 @@ def clients(database_url: URL, sync_engine: Engine) -> Generator[dict[str, Durab
     }
     yield made
     for client in made.values():
-        client.close_sync()
+        await client.close()
 
 
 async def test_waiting_for_a_result(durable: Durable, clients: dict[str, Durable], sync_engine: Engine):
@@ -225,4 +225,4 @@ def test_threads_share_one_engine(database_url: URL):
     for thread in threads:
         thread.join()
     assert len(set(found)) == 1
-    client.close_sync()
+    asyncio.run(client.close())
