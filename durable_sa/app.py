@@ -91,7 +91,7 @@ class App:
         if sync_bind is not None:
             check_sync_bind(sync_bind)
         elif scopes and bind is not None and is_asynchronous_only(bind):
-            refuse_asynchronous("bind", "asyncpg")
+            refuse_asynchronous("bind", "asyncpg has no synchronous form")
         self._sync_bind = sync_bind
         self._scopes = scopes
         """Scoped sessions that are the session of a transaction while its function runs."""
@@ -157,9 +157,12 @@ class App:
         """Return the synchronous sessions.
 
         Raises:
-            InvalidConfiguration: the driver is asyncpg, and no `sync_bind` was given.
+            InvalidConfiguration: there are none, as with asyncpg, and no `sync_bind` was given.
         """
-        return self.sync_database or refuse_asynchronous("bind", "asyncpg")
+        return self.sync_database or refuse_asynchronous(
+            "bind",
+            "asyncpg has no synchronous form, nor has an engine with listeners or a creator of its own",
+        )
 
     @property
     def engine(self) -> AsyncEngine:

@@ -29,7 +29,6 @@ from ..execution.waits import PendingWait
 from ..models import SCHEMA, TaskRow
 from ..results import TaskInfo
 from ..serialization.failures import encode_error, is_retryable, with_members
-from ..signals import ControlFlow
 from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
@@ -117,9 +116,10 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
         case async_scoped_session() | scoped_session():
             inner: Session | AsyncSession = session()
         case AsyncConnection():
-            inner = AsyncSession(session, join_transaction_mode="create_savepoint", expire_on_commit=False)
+            # It is not closed, which would do nothing.
+            inner = AsyncSession(session, join_transaction_mode="rollback_only", expire_on_commit=False)
         case Connection():
-            inner = Session(session, join_transaction_mode="create_savepoint")
+            inner = Session(session, join_transaction_mode="rollback_only")
         case _:
             inner = session
     runner = _Runner(inner, durable)
@@ -223,15 +223,18 @@ class _Runner:
             if run.mismatch is not None:
                 raise run.mismatch
             encoded = task.output_codec.encode(output, f"the output of task {task.name!r}")
-        except ControlFlow:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+                raise
+            if run.signal is None:
+                await self._fail(row, task, run, progress, error)
+        else:
+            if run.signal is None:
+                await self._transaction.execute(COMPLETE, {"target_id": row.task_id, "encoded": encoded})
+        if run.signal is not None:
+            # Code that catches the signal changes nothing.
             progress.waiting = run.waiting
             await self._transaction.execute(SUSPEND, {"target_id": row.task_id})
-        except BaseException as error:
-            if not isinstance(error, Exception) and not isinstance(error, SystemExit | BaseExceptionGroup):
-                raise
-            await self._fail(row, task, run, progress, error)
-        else:
-            await self._transaction.execute(COMPLETE, {"target_id": row.task_id, "encoded": encoded})
         self._now = max(self._now, run.now())
 
     async def _execute(self, context: InlineContext, task: Task[Any, Any], params: str | None) -> Any:
