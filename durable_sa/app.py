@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, scoped_session
@@ -46,8 +47,9 @@ ParamsT = TypeVar("ParamsT")
 _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics": "get_meter_provider"}
 
 
-clients: WeakSet[App] = WeakSet()
-"""The clients of the process."""
+_numbers = itertools.count()
+clients: WeakValueDictionary[int, App] = WeakValueDictionary()
+"""The clients of the process, in the order in which they were made."""
 
 
 class App:
@@ -69,7 +71,7 @@ class App:
         sync_bind: SyncBind | None = None,
         scopes: Sequence[scoped_session[Any]] = (),
     ) -> None:
-        clients.add(self)
+        clients[next(_numbers)] = self
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self.queue_name = validate_name("queue", queue_name)

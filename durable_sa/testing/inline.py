@@ -106,7 +106,7 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
     rollback undoes all of it, and no further connection is opened.
 
     The tasks run one after the other, `async def` tasks in an event loop of their own if the session is synchronous.
-    `ctx.state` is the client's `state`. Without a client, it is the one of the process that knows the tasks.
+    `ctx.state` is the client's `state`. Without a client, it is the first one of the process that knows the task.
 
     Raises:
         TaskNotRegistered: no client knows one of the tasks.
@@ -279,18 +279,18 @@ class _Runner:
     def _app_of(self, name: str) -> tuple[App, Task[Any, Any]]:
         if self._durable is not None:
             return self._durable, self._durable.registered(name)
-        knowing = [app for app in clients if name in app.tasks]
+        everyone = [app for _, app in sorted(clients.items())]
+        knowing = [app for app in everyone if name in app.tasks]
         if not knowing:
-            raise TaskNotRegistered(name, sorted({known for app in clients for known in app.tasks}))
+            raise TaskNotRegistered(name, sorted({known for app in everyone for known in app.tasks}))
         if len({id(app.tasks[name]) for app in knowing}) > 1:
             raise InvalidConfiguration(
                 "durable",
                 f"several clients have a task {name!r} of their own",
                 "Pass one: run_spawned(session, durable).",
             )
-        # The one with the most tasks is more likely the application's than one made for the test.
-        app = max(knowing, key=lambda app: len(app.tasks))
-        return app, app.tasks[name]
+        # The first one is more likely the application's than one that a test has made.
+        return knowing[0], knowing[0].tasks[name]
 
 
 def _cancel_descendants(task_id: uuid.UUID) -> Script[None]:

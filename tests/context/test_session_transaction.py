@@ -505,7 +505,7 @@ async def test_an_engine_that_cannot_be_copied_is_used_itself(database_url: URL,
     if how == "creator":
         own = create_async_engine(url, async_creator=connect)
     if how == "listener":
-        event.listen(own.sync_engine, "connect", lambda connection, _: connection.cursor().execute("SET role postgres"))
+        event.listen(own.sync_engine, "connect", lambda *_: None)
     bind = async_sessionmaker(binds={Entry: own}, bind=own) if how == "binds" else own
 
     def work(session: Session) -> bool:

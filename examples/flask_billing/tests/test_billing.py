@@ -74,6 +74,7 @@ async def test_a_failed_task_is_put_back(office: Office, monkeypatch: pytest.Mon
         raise UserError("the bank has closed our account")
 
     subscription_id = office.subscribe()
+    await run_until_idle(office.durable)
     with monkeypatch.context() as patch:
         patch.setattr(bank, "charge", down)
         async with time_travel(office.durable) as clock:
