@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, scoped_session
@@ -46,8 +47,9 @@ ParamsT = TypeVar("ParamsT")
 _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics": "get_meter_provider"}
 
 
-clients: WeakSet[App] = WeakSet()
-"""The clients of the process."""
+_numbers = itertools.count()
+clients: WeakValueDictionary[int, App] = WeakValueDictionary()
+"""The clients of the process, in the order in which they were made."""
 
 
 class App:
@@ -70,7 +72,7 @@ class App:
         sync_bind: SyncBind | None = None,
         scopes: Sequence[scoped_session[Any]] = (),
     ) -> None:
-        clients.add(self)
+        clients[next(_numbers)] = self
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self.queue_name = validate_name("queue", queue_name)
@@ -93,7 +95,7 @@ class App:
         if sync_bind is not None:
             check_sync_bind(sync_bind)
         elif scopes and bind is not None and is_asynchronous_only(bind):
-            refuse_asynchronous("bind", "asyncpg")
+            refuse_asynchronous("bind", "asyncpg has no synchronous form")
         self._sync_bind = sync_bind
         self._scopes = scopes
         """Scoped sessions that are the session of a transaction while its function runs."""
@@ -159,9 +161,12 @@ class App:
         """Return the synchronous sessions.
 
         Raises:
-            InvalidConfiguration: the driver is asyncpg, and no `sync_bind` was given.
+            InvalidConfiguration: there are none, as with asyncpg, and no `sync_bind` was given.
         """
-        return self.sync_database or refuse_asynchronous("bind", "asyncpg")
+        return self.sync_database or refuse_asynchronous(
+            "bind",
+            "asyncpg has no synchronous form, nor has an engine with listeners or a creator of its own",
+        )
 
     @property
     def engine(self) -> AsyncEngine:

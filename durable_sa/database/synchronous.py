@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
 from sqlalchemy import Executable, Row, create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine
@@ -25,6 +25,8 @@ from .urls import default_bind, dial, synchronous_url
 
 SyncBind: TypeAlias = sessionmaker[Any] | scoped_session[Any] | Engine
 
+_LISTENERS: Final = ("connect", "first_connect", "checkout")
+"""Events of a pool at which applications set up connections."""
 _LOCATED = "durable_located"
 """Key in a connection's `info`: present if it is known which server it leads to."""
 
@@ -69,7 +71,7 @@ class SyncDatabase:
         arguments = {"mapper": TaskRow}
         engine = session.get_bind(**arguments)
         if engine.dialect.is_async:
-            refuse_asynchronous("sync_bind", engine.dialect.driver)
+            refuse_asynchronous("sync_bind", f"{engine.dialect.driver} has no synchronous form")
         if self._translations is not None:
             known = engine.get_execution_options().get("schema_translate_map")
             options["schema_translate_map"] = {**(known or {}), **self._translations}
@@ -197,18 +199,18 @@ def check_sync_bind(bind: object) -> None:
     if engine.dialect.name != "postgresql":
         raise InvalidConfiguration("sync_bind", f"durable_sa needs PostgreSQL, not {engine.dialect.name}")
     if engine.dialect.is_async:
-        refuse_asynchronous("sync_bind", engine.dialect.driver)
+        refuse_asynchronous("sync_bind", f"{engine.dialect.driver} has no synchronous form")
 
 
-def refuse_asynchronous(what: str, driver: str) -> NoReturn:
-    """Refuse a driver that has no synchronous form.
+def refuse_asynchronous(what: str, why: str) -> NoReturn:
+    """Refuse what has no synchronous form.
 
     Raises:
-        InvalidConfiguration: names one that has.
+        InvalidConfiguration: with what has one.
     """
     raise InvalidConfiguration(
         what,
-        f"{driver} has no synchronous form, which this needs",
+        f"{why}, which this needs",
         "Use postgresql+psycopg:// in the URL of Durable, or give it sync_bind=, a sessionmaker, scoped_session or "
         "Engine of psycopg or psycopg2.",
     )
@@ -242,4 +244,12 @@ def _make_engine(url: URL, source: AsyncEngine | None) -> Engine | None:
     else:
         for listener in source.sync_engine.dialect.dispatch.do_connect:
             event.listen(engine, "do_connect", listener)
+        if any(_number(source.sync_engine, name) > _number(engine, name) for name in _LISTENERS):
+            # They set up a connection in a way that its transactions rely on, and take the driver's asynchronous one.
+            return None
     return engine
+
+
+def _number(engine: Engine, name: str) -> int:
+    """Return how many listeners an engine's pool has, with those of its dialect."""
+    return len(list(getattr(engine.pool.dispatch, name)))

@@ -29,7 +29,6 @@ from ..execution.waits import PendingWait
 from ..models import SCHEMA, TaskRow
 from ..results import TaskInfo
 from ..serialization.failures import encode_error, is_retryable, with_members
-from ..signals import ControlFlow
 from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
@@ -107,7 +106,7 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
     rollback undoes all of it, and no further connection is opened.
 
     The tasks run one after the other, `async def` tasks in an event loop of their own if the session is synchronous.
-    `ctx.state` is the client's `state`. Without a client, it is the one of the process that knows the tasks.
+    `ctx.state` is the client's `state`. Without a client, it is the first one of the process that knows the task.
 
     Raises:
         TaskNotRegistered: no client knows one of the tasks.
@@ -117,9 +116,10 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
         case async_scoped_session() | scoped_session():
             inner: Session | AsyncSession = session()
         case AsyncConnection():
-            inner = AsyncSession(session, join_transaction_mode="create_savepoint", expire_on_commit=False)
+            # It is not closed, which would do nothing.
+            inner = AsyncSession(session, join_transaction_mode="rollback_only", expire_on_commit=False)
         case Connection():
-            inner = Session(session, join_transaction_mode="create_savepoint")
+            inner = Session(session, join_transaction_mode="rollback_only")
         case _:
             inner = session
     runner = _Runner(inner, durable)
@@ -223,15 +223,18 @@ class _Runner:
             if run.mismatch is not None:
                 raise run.mismatch
             encoded = task.output_codec.encode(output, f"the output of task {task.name!r}")
-        except ControlFlow:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+                raise
+            if run.signal is None:
+                await self._fail(row, task, run, progress, error)
+        else:
+            if run.signal is None:
+                await self._transaction.execute(COMPLETE, {"target_id": row.task_id, "encoded": encoded})
+        if run.signal is not None:
+            # Code that catches the signal changes nothing.
             progress.waiting = run.waiting
             await self._transaction.execute(SUSPEND, {"target_id": row.task_id})
-        except BaseException as error:
-            if not isinstance(error, Exception) and not isinstance(error, SystemExit | BaseExceptionGroup):
-                raise
-            await self._fail(row, task, run, progress, error)
-        else:
-            await self._transaction.execute(COMPLETE, {"target_id": row.task_id, "encoded": encoded})
         self._now = max(self._now, run.now())
 
     async def _execute(self, context: InlineContext, task: Task[Any, Any], params: str | None) -> Any:
@@ -276,18 +279,18 @@ class _Runner:
     def _app_of(self, name: str) -> tuple[App, Task[Any, Any]]:
         if self._durable is not None:
             return self._durable, self._durable.registered(name)
-        knowing = [app for app in clients if name in app.tasks]
+        everyone = [app for _, app in sorted(clients.items())]
+        knowing = [app for app in everyone if name in app.tasks]
         if not knowing:
-            raise TaskNotRegistered(name, sorted({known for app in clients for known in app.tasks}))
+            raise TaskNotRegistered(name, sorted({known for app in everyone for known in app.tasks}))
         if len({id(app.tasks[name]) for app in knowing}) > 1:
             raise InvalidConfiguration(
                 "durable",
                 f"several clients have a task {name!r} of their own",
                 "Pass one: run_spawned(session, durable).",
             )
-        # The one with the most tasks is more likely the application's than one made for the test.
-        app = max(knowing, key=lambda app: len(app.tasks))
-        return app, app.tasks[name]
+        # The first one is more likely the application's than one that a test has made.
+        return knowing[0], knowing[0].tasks[name]
 
 
 def _cancel_descendants(task_id: uuid.UUID) -> Script[None]:

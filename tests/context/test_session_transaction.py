@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import URL, Engine, create_engine, func, select, text
+from sqlalchemy import URL, Engine, create_engine, event, func, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
@@ -490,3 +491,34 @@ async def test_a_thread_waits_and_no_other_task(run: Runner, engine: AsyncEngine
     spawned = [await run.spawn(blocking) for _ in range(3)]
     for one in spawned:
         assert (await run.wait(one)).status == "completed"
+
+
+@pytest.mark.parametrize("how", ["listener", "creator", "binds"])
+async def test_an_engine_that_cannot_be_copied_is_used_itself(database_url: URL, engine: AsyncEngine, how: str):
+    """Its transactions run on the event loop: a synchronous engine of the same URL would be another one."""
+    url = database_url.set(drivername="postgresql+psycopg")
+    own = engine
+
+    async def connect() -> Any:
+        return await psycopg.AsyncConnection.connect(url.set(drivername="postgresql").render_as_string(False))
+
+    if how == "creator":
+        own = create_async_engine(url, async_creator=connect)
+    if how == "listener":
+        event.listen(own.sync_engine, "connect", lambda *_: None)
+    bind = async_sessionmaker(binds={Entry: own}, bind=own) if how == "binds" else own
+
+    def work(session: Session) -> bool:
+        note(session, "x")
+        return threading.get_ident() == loop_thread
+
+    loop_thread = threading.get_ident()
+
+    @task
+    async def looped(ctx: TaskContext) -> bool:
+        return await ctx.transaction("work", work)
+
+    async with Durable(bind, tasks=[looped]) as durable, durable.worker():
+        assert await Runner(durable)(looped) is True
+    assert await entries(engine) == ["x"]
+    await own.dispose()

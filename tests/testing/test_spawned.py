@@ -250,6 +250,7 @@ def test_nothing_is_left_after_the_rollback(own: Durable, engine_of_tests: Engin
     with engine_of_tests.connect() as connection:
         own.spawn_with(connection, sync_order, "lamp")
         assert [info.status for info in run_spawned(connection, own)] == ["completed"]
+        assert connection.execute(select(Entry.text)).scalars().all() == ["lamp"]
         connection.rollback()
         for table in ("ledger", "durable.tasks", "durable.events"):
             assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar() == 0
@@ -302,6 +303,23 @@ def test_the_client_is_found(session: Session):
     with pytest.raises(TaskNotRegistered, match="nobody's"):
         run_spawned(session)
     assert second.tasks
+
+
+def test_code_that_catches_the_suspension(own: Durable, session: Session):
+    @task
+    async def stubborn(ctx: TaskContext) -> str:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ctx.await_event("paid"))
+        except BaseException:  # noqa: BLE001
+            return "caught"
+        return "paid"
+
+    own.register(stubborn)
+    own.spawn_with(session, stubborn)
+    assert [info.status for info in run_spawned(session, own)] == ["sleeping"]
+    own.spawn_with(session, payer)
+    assert [info.output for info in run_spawned(session, own)] == ["paid", None]
 
 
 def test_a_task_that_cannot_be_retried(own: Durable, session: Session):

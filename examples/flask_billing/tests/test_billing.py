@@ -74,12 +74,13 @@ async def test_a_failed_task_is_put_back(office: Office, monkeypatch: pytest.Mon
         raise UserError("the bank has closed our account")
 
     subscription_id = office.subscribe()
-    with monkeypatch.context() as patch:
-        patch.setattr(bank, "charge", down)
-        async with time_travel(office.durable) as clock:
-            await pass_days(office, clock, 14)
-    assert office.show(subscription_id)["error"] == "the bank has closed our account"
-    assert office.http.post(f"/subscriptions/{subscription_id}/retry").status_code == 200
     await run_until_idle(office.durable)
+    async with time_travel(office.durable) as clock:
+        with monkeypatch.context() as patch:
+            patch.setattr(bank, "charge", down)
+            await pass_days(office, clock, 14)
+        assert office.show(subscription_id)["error"] == "the bank has closed our account"
+        assert office.http.post(f"/subscriptions/{subscription_id}/retry").status_code == 200
+        await run_until_idle(office.durable)
     assert office.show(subscription_id)["receipts"] == ["receipt for 900 cents, invoice 1"]
     assert office.http.post(f"/subscriptions/{subscription_id}/retry").status_code == 409
