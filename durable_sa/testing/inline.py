@@ -33,6 +33,7 @@ from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
 from ..tasks import Task
+from .assertions import SPAWNED, task_info
 from .contexts import MemorySyncContext
 from .inline_run import (
     InlineContext,
@@ -43,7 +44,6 @@ from .inline_run import (
     join_target,
     scoped_hooks,
 )
-from .spawned import SPAWNED, task_info
 
 __all__ = ["run_spawned"]
 

@@ -41,9 +41,9 @@ from ..statements.expressions import as_text
 from ..statements.spawning import SPAWN_COLUMNS
 from ..steps import result_codec
 from ..tasks import Task
+from .assertions import connection_of
 from .contexts import MemoryContext, MemorySyncContext
 from .memory import MemoryRun
-from .spawned import connection_of
 
 T = TypeVar("T")
 
