@@ -170,7 +170,7 @@ class Steps(Sleeps):
 
 async def invoke(executor: Executor, body: Callable[[], Any]) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
-    if isinstance(body, functools.partial) and is_coroutine_function(body.func):
+    if is_coroutine_function(getattr(body, "func", None)):
         return await body()
     context = contextvars.copy_context()
 

@@ -99,7 +99,8 @@ class SyncTaskContext(TaskData[StateT]):
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, in this thread."""
-        return self._call(lambda: self.context.transaction_by(self._execute, name, fn, args, kwargs))
+        result: T = self._call(lambda: self.context.transaction_by(self._execute, name, fn, args, kwargs))
+        return result
 
     @overload
     def spawn(

@@ -107,10 +107,10 @@ def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
 def connect_arguments(engine: Engine) -> dict[str, Any] | None:
     """Return the arguments with which an engine's driver connects; None if the application connects by itself."""
     pool: Any = engine.pool
-    creator = getattr(pool, "_creator", None)
+    creator: Any = getattr(pool, "_creator", None)
     if getattr(creator, "__module__", None) != "sqlalchemy.engine.create":
         return None
-    arguments = dict(zip(creator.__code__.co_freevars, creator.__closure__ or (), strict=True)).get("cparams")
+    arguments: Any = dict(zip(creator.__code__.co_freevars, creator.__closure__ or (), strict=True)).get("cparams")
     if arguments is None:
         return None
     return {name: value for name, value in arguments.cell_contents.items() if name != "context"}

@@ -68,14 +68,13 @@ class SyncDatabase:
     def _connect(self, session: Session, **options: Any) -> Connection:
         if not session.in_transaction():
             session.begin()
-        arguments = {"mapper": TaskRow}
-        engine = session.get_bind(**arguments)
+        engine = session.get_bind(mapper=TaskRow)
         if engine.dialect.is_async:
             refuse_asynchronous("sync_bind", f"{engine.dialect.driver} has no synchronous form")
         if self._translations is not None:
             known = engine.get_execution_options().get("schema_translate_map")
             options["schema_translate_map"] = {**(known or {}), **self._translations}
-        return session.connection(bind_arguments=arguments, execution_options=options)
+        return session.connection(bind_arguments={"mapper": TaskRow}, execution_options=options)
 
     def execute(
         self, connection: Connection, statement: Executable, parameters: Mapping[str, Any]
@@ -188,8 +187,9 @@ def check_sync_bind(bind: object) -> None:
             f"it cannot be of type {type(bind).__name__}",
             "Give a sessionmaker, a scoped_session or an Engine of a synchronous driver, such as psycopg.",
         )
-    factory: Any = bind.session_factory if isinstance(bind, scoped_session) else bind
-    engine = bind if isinstance(bind, Engine) else getattr(factory, "kw", {}).get("bind")
+    given: Any = bind
+    factory: Any = given.session_factory if isinstance(given, scoped_session) else given
+    engine: Any = given if isinstance(given, Engine) else getattr(factory, "kw", {}).get("bind")
     if isinstance(engine, Connection):
         raise InvalidConfiguration(
             "sync_bind", "its sessions share one connection", "Give sessions that are bound to an Engine."

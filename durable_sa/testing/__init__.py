@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .assertions import assert_spawned, spawned
     from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, Slept, SpawnedChild, task_context
     from .database import TestServer, database_server
     from .idle import run_until_idle
     from .inline import run_spawned
-    from .outgoing import assert_spawned, spawned
     from .time import Clock, time_travel
 
 __all__ = [
@@ -38,11 +38,11 @@ _MODULES = {
     "Slept": "contexts",
     "SpawnedChild": "contexts",
     "TestServer": "database",
-    "assert_spawned": "outgoing",
+    "assert_spawned": "assertions",
     "database_server": "database",
     "run_spawned": "inline",
     "run_until_idle": "idle",
-    "spawned": "outgoing",
+    "spawned": "assertions",
     "task_context": "contexts",
     "time_travel": "time",
 }

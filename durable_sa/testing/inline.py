@@ -33,6 +33,7 @@ from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
 from ..tasks import Task
+from .assertions import SPAWNED, task_info
 from .contexts import MemorySyncContext
 from .inline_run import (
     InlineContext,
@@ -43,7 +44,10 @@ from .inline_run import (
     join_target,
     scoped_hooks,
 )
-from .outgoing import SPAWNED, task_info
+<<<<<<< HEAD
+from .assertions import SPAWNED, task_info
+=======
+>>>>>>> syncapp
 
 __all__ = ["run_spawned"]
 
@@ -199,21 +203,21 @@ class _Runner:
             progress.attempt = row.attempt + 1
         progress.waiting = None
         await self._transaction.execute(BEGIN, {"target_id": row.task_id, "attempts": progress.attempt})
-        now = (await self._transaction.execute(scheduling.DATABASE_TIME, {}))[0].now
-        self._now = now if self._now is None else max(now, self._now)
+        now: datetime = (await self._transaction.execute(scheduling.DATABASE_TIME, {}))[0].now
+        now = self._now = now if self._now is None else max(now, self._now)
         claimed = ClaimedRun(
             task_id=row.task_id,
             run_id=row.run_id,
             queue_name=row.queue_name,
             priority=row.priority,
-            available_at=row.available_at or self._now,
+            available_at=row.available_at or now,
             task_name=row.task_name,
             params=row.params,
             headers=row.headers,
             attempt=progress.attempt,
             fence=1,
             cancel_at=None,
-            now=self._now,
+            now=now,
         )
         hooks = scoped_hooks(app, self._session)
         run = InlineRun(claimed, task, app, self._transaction, hooks, progress.records, progress.timed_out)
@@ -235,7 +239,7 @@ class _Runner:
             # Code that catches the signal changes nothing.
             progress.waiting = run.waiting
             await self._transaction.execute(SUSPEND, {"target_id": row.task_id})
-        self._now = max(self._now, run.now())
+        self._now = max(now, run.now())
 
     async def _execute(self, context: InlineContext, task: Task[Any, Any], params: str | None) -> Any:
         arguments = (task.decode_params(params),) if task.takes_params else ()
@@ -245,9 +249,8 @@ class _Runner:
                 with context:
                     return await task.function(context, *arguments)
             if isinstance(self._session, AsyncSession):
-                blocking = InlineSyncContext(context, asyncio.get_running_loop())
-                with blocking:
-                    return await asyncio.to_thread(task.function, blocking, *arguments)
+                with InlineSyncContext(context, asyncio.get_running_loop()) as beside:
+                    return await asyncio.to_thread(task.function, beside, *arguments)
             with MemorySyncContext(context) as blocking:
                 return task.function(blocking, *arguments)
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Executable, Row, bindparam, select
+from sqlalchemy import Executable, Row, Text, Uuid, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -41,15 +41,18 @@ from ..statements.expressions import as_text
 from ..statements.spawning import SPAWN_COLUMNS
 from ..steps import result_codec
 from ..tasks import Task
+from .assertions import connection_of
 from .contexts import MemoryContext, MemorySyncContext
 from .memory import MemoryRun
-from .outgoing import connection_of
+<<<<<<< HEAD
+from .assertions import connection_of
+=======
+>>>>>>> syncapp
 
 T = TypeVar("T")
 
-_event_name, _event_queue = bindparam("event_name"), bindparam("event_queue")
 _EVENT = select(as_text(Event.payload).label("payload")).where(
-    Event.queue_name == _event_queue, Event.name == _event_name
+    Event.queue_name == bindparam("event_queue", type_=Text()), Event.name == bindparam("event_name", type_=Text())
 )
 _TARGET = select(
     TaskRow.parent_task_id,
@@ -57,7 +60,7 @@ _TARGET = select(
     TaskRow.outcome,
     as_text(TaskRow.output).label("output"),
     as_text(TaskRow.error).label("error"),
-).where(TaskRow.task_id == bindparam("target_id"))
+).where(TaskRow.task_id == bindparam("target_id", type_=Uuid()))
 
 
 class OpenTransaction:
@@ -199,7 +202,7 @@ async def event_payload(transaction: OpenTransaction, queue_name: str, name: str
 async def join_target(transaction: OpenTransaction, task_id: uuid.UUID) -> JoinTarget | None:
     """Return a task that the transaction sees."""
     rows = await transaction.execute(_TARGET, {"target_id": task_id})
-    return JoinTarget(*rows[0]) if rows else None
+    return JoinTarget._make(rows[0]) if rows else None
 
 
 class InlineContext(MemoryContext):

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from alembic import command
@@ -45,10 +45,11 @@ def shared_app(durable_shared_database_url: URL) -> Generator[Flask]:
 def app(shared_app: Flask) -> Generator[Flask]:
     """The application in an application context, and in a transaction that is rolled back at the end."""
     with shared_app.app_context(), db.engine.connect() as connection, connection.begin() as transaction:
-        engine, db.engines[None] = db.engine, connection  # type: ignore[assignment]
+        engines = cast("dict[str | None, Any]", db.engines)
+        engine, engines[None] = engines[None], connection
         yield shared_app
         db.session.remove()
-        db.engines[None] = engine
+        engines[None] = engine
         transaction.rollback()
 
 

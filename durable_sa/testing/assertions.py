@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Final, TypeVar, overload
+from typing import Any, Final, TypeVar, cast, overload
 
-from sqlalchemy import Row, case, false, func, literal_column, null, select
+from sqlalchemy import ColumnElement, Row, case, false, func, literal_column, null, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
@@ -34,7 +34,7 @@ _DELAY_TOLERANCE: Final = timedelta(seconds=1)
 _task = TaskRow.__table__.alias("spawned_task")
 # Of the rows that a transaction sees, those of a transaction in progress are its own. One that it has only changed was
 # created before it began.
-_writer = literal_column(
+_writer: ColumnElement[Any] = literal_column(
     "(((pg_current_xact_id()::text::bigint >> 32) << 32) + spawned_task.xmin::text::bigint)::text::xid8"
 )
 _status = func.pg_xact_status(_writer)
@@ -178,10 +178,11 @@ def _has_option(row: Row[Any], name: str, value: Any) -> bool:
             )
             return bool(stored == value)
         case "cancellation":
-            limits = value or CancellationPolicy()
+            limits = cast("CancellationPolicy", value or CancellationPolicy())
+            # Checked policies hold seconds.
             pairs = (
-                (row.max_pending_time, limits.max_pending_time),
-                (row.max_running_time, limits.max_running_time),
+                (row.max_pending_time, cast("float | None", limits.max_pending_time)),
+                (row.max_running_time, cast("float | None", limits.max_running_time)),
             )
             return all(limit == (None if part is None else timedelta(seconds=part)) for limit, part in pairs)
         case _:
