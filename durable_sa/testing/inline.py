@@ -44,10 +44,6 @@ from .inline_run import (
     join_target,
     scoped_hooks,
 )
-<<<<<<< HEAD
-from .assertions import SPAWNED, task_info
-=======
->>>>>>> syncapp
 
 __all__ = ["run_spawned"]
 

@@ -44,10 +44,6 @@ from ..tasks import Task
 from .assertions import connection_of
 from .contexts import MemoryContext, MemorySyncContext
 from .memory import MemoryRun
-<<<<<<< HEAD
-from .assertions import connection_of
-=======
->>>>>>> syncapp
 
 T = TypeVar("T")
 
