@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
-import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has no types
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -170,7 +169,9 @@ async def _fetch(connection: Connection, text: str, values: Any, *, repeatable: 
         private.declare_array_types(connection.connection.driver_connection)
     try:
         records = await (prepared.get(text) or await _prepare(connection, prepared, text)).fetch(*values)
-    except asyncpg.InvalidCachedStatementError:
+    except Exception as error:
+        if not private.is_invalid_statement(error):
+            raise
         prepared.pop(text, None)
         if not repeatable:
             raise

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
 
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 CONNECTION: Final = {
@@ -130,6 +130,18 @@ def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
     return metadata, metadata._key_to_index
 
 
+def connect_arguments(engine: Engine) -> dict[str, Any] | None:
+    """Return the arguments with which an engine's driver connects; None if the application connects by itself."""
+    pool: Any = engine.pool
+    creator: Any = getattr(pool, "_creator", None)
+    if getattr(creator, "__module__", None) != "sqlalchemy.engine.create":
+        return None
+    arguments: Any = dict(zip(creator.__code__.co_freevars, creator.__closure__ or (), strict=True)).get("cparams")
+    if arguments is None:
+        return None
+    return {name: value for name, value in arguments.cell_contents.items() if name != "context"}
+
+
 def transport_of(driver: Any) -> Any:
     """Return the transport of asyncpg's own connection, or None for another driver or version."""
     return getattr(driver, ASYNCPG_ATTRIBUTES["transport"], None)
@@ -162,3 +174,11 @@ def declare_array_types(driver: Any) -> None:
     ]
     with contextlib.suppress(AttributeError, LookupError, TypeError):
         getattr(driver, ASYNCPG_ATTRIBUTES["protocol"]).get_settings().register_data_types(types)
+
+
+def is_invalid_statement(error: Exception) -> bool:
+    """Return whether asyncpg says that a migration has changed the columns of a prepared statement."""
+    # Imported here, because a process with another driver is not to load asyncpg.
+    from asyncpg import InvalidCachedStatementError  # pyright: ignore[reportMissingTypeStubs] - it has no types
+
+    return isinstance(error, InvalidCachedStatementError)

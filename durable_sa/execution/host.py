@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..concurrency.blocking import AnyTask
 from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
-from ..statements.claiming import ClaimedRun
 from .hooks import HookChain
-from .reader import Reader
-from .writer import Writer
 
 if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
     from ..telemetry import Telemetry
+    from .reader import Reader
+    from .writer import Writer
 
 
 class RunHost(Protocol):
