@@ -64,6 +64,7 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    hard_timeout: Duration | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -77,6 +78,7 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    hard_timeout: Duration | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
@@ -90,13 +92,19 @@ def task(
     the task without params. Workers that have the task create it, under the task's name in the task's queue, and
     change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
 
+    An attempt that is in memory for longer than `hard_timeout`, seconds or a `timedelta`, fails with `TaskTimeout`, as
+    any failure does. Its process is ended, after the other runs there have been given back, so it ends also code that
+    nothing else ends. That takes `durable worker --processes`; other workers cancel the code instead, and warn once.
+
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
         InvalidCron: for a `schedule` that cannot be read, or never fires.
     """
     if callable(name):
-        return _make(name, name=None, options=TaskOptions(), no_retry_on=(), replay=None, schedule=None)
+        return _make(
+            name, name=None, options=TaskOptions(), no_retry_on=(), replay=None, schedule=None, hard_timeout=None
+        )
     if name is not None:
         validate_name("task", name)
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
@@ -104,7 +112,13 @@ def task(
         check_replay(replay)
     declared = _declared(schedule, timezone, every)
     return functools.partial(
-        _make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay, schedule=declared
+        _make,
+        name=name,
+        options=options,
+        no_retry_on=_exceptions(no_retry_on),
+        replay=replay,
+        schedule=declared,
+        hard_timeout=None if hard_timeout is None else seconds(hard_timeout, "hard_timeout", minimum=0.001),
     )
 
 
@@ -126,6 +140,7 @@ def _make(
     no_retry_on: tuple[type[BaseException], ...],
     replay: Replay | None,
     schedule: DeclaredSchedule | None,
+    hard_timeout: float | None,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -144,6 +159,7 @@ def _make(
         local_types=local_types(function),
         replay=replay,
         schedule=schedule,
+        hard_timeout=hard_timeout,
     )
 
 

@@ -66,6 +66,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """The rule for a recorded step that is met with other arguments; None leaves it to the client."""
     schedule: DeclaredSchedule | None = field(default=None, repr=False)
     """The schedule that workers keep in step with the code."""
+    hard_timeout: float | None = field(default=None, repr=False)
+    """Seconds after which the process that runs an attempt is ended, and the attempt has failed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -52,6 +52,8 @@ class TaskThread:
         self._escaped: BaseException | None = None
         """The exception that code in the thread has raised: an answer, even if it looks like the end of the run."""
         self._deadline: float | None = None
+        self._thread: threading.Thread | None = None
+        self._abandoned = False
         self.ident: int | None = None
 
     def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -124,7 +126,8 @@ class TaskThread:
             self.ident = threading.get_ident()
             context.run(run)
 
-        threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True).start()
+        self._thread = threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True)
+        self._thread.start()
 
     async def _serve(self) -> None:
         while (request := await self._requests.get()) is not None:
@@ -155,6 +158,11 @@ class TaskThread:
         while not outcome.done() and (remaining := self._deadline - self._loop.time()) > 0:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([outcome], timeout=remaining)
+        if not outcome.done() and not self._abandoned and self._thread is not None:
+            # The body of a step and the task itself are in the same thread, which counts once.
+            self._abandoned = True
+            run = self._context._run  # pyright: ignore[reportPrivateUsage]
+            run.host.thread_abandoned(run.claimed, self._thread)
 
 
 async def _perform(branch: Branch, make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +46,9 @@ class RunHost(Protocol):
 
     def left_behind(self, claimed: ClaimedRun, tasks: Sequence[AnyTask], *, lost: bool) -> None:
         """Take note of code of a run that ignores its cancellation; if `lost`, another worker may run the task."""
+
+    def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
+        """Take note of the thread of a `def` run that executes code after the end of the run."""
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start an asyncio task of the engine, outside of every run."""

@@ -103,6 +103,12 @@ class Run:
             self.signal = Suspended()
             self.host.start_task(self._unwind("released"), "durable:release")
 
+    def time_out(self, error: TaskTimeout) -> None:
+        """Cancel user code, and fail the attempt with `error`."""
+        if self._going_on():
+            self.signal = Suspended()
+            self.host.start_task(self._unwind("timed out", error=error), "durable:time-out")
+
     def _suspend(self) -> None:
         if self._going_on():
             self.signal = Suspended()
@@ -120,7 +126,9 @@ class Run:
         else:
             self._end(root)
 
-    async def _unwind(self, reason: str, root: asyncio.Task[Any] | None = None) -> None:
+    async def _unwind(
+        self, reason: str, root: asyncio.Task[Any] | None = None, *, error: BaseException | None = None
+    ) -> None:
         self._stop_timers()
         waits = [wait.spec() for wait in self.pending.values()] if reason == "suspended" else []
         abandoned = await self.branches.unwind()
@@ -132,7 +140,9 @@ class Run:
             return
         self._mark_over()
         self._drop_unawaited()  # they may have been meant for later
-        if reason == "suspended" and self.mismatch is not None:
+        if error is not None:
+            self._fail(error)
+        elif reason == "suspended" and self.mismatch is not None:
             self._fail(self.mismatch)
         elif reason == "suspended":
             outcomes.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)

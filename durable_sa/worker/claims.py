@@ -17,6 +17,7 @@ from ..statements import claiming
 from ..statements.claiming import ClaimedRun
 from .agenda import FULL_SCAN_DELAY, Agenda
 from .executor import Executor
+from .lifetime import Lifetime
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
@@ -49,6 +50,7 @@ class Claimer:
         slots: Slots,
         writer: Writer,
         executor: Executor,
+        lifetime: Lifetime,
         *,
         stopping: asyncio.Event,
         listening: Callable[[], bool],
@@ -64,6 +66,7 @@ class Claimer:
         self._slots = slots
         self._writer = writer
         self._executor = executor
+        self._lifetime = lifetime
         self._stopping = stopping
         self._listening = listening
         self._loop = asyncio.get_running_loop()
@@ -80,7 +83,7 @@ class Claimer:
         wanted = self._slots.free
         if self._settings.concurrency >= HALF_CLAIMS_CONCURRENCY:
             wanted = min(wanted, self._settings.concurrency // 2)
-        return wanted
+        return self._lifetime.most(wanted)
 
     async def run(self) -> None:
         """Claim until the worker is being shut down."""
@@ -170,6 +173,7 @@ class Claimer:
             # They start in the next turn of the event loop, so that the next claim may be in flight meanwhile.
             self._slots.reserve(claimed)
             self._loop.call_soon(self._start)
+            self._lifetime.claimed(len(claimed))
         return len(rows)
 
     def _start(self) -> None:

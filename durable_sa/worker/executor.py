@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -35,8 +36,12 @@ from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints, claiming, outcomes, waits
 from ..statements.claiming import ClaimedRun
+from ..tasks import Task
+from .abandoned import AbandonedThreads
 from .agenda import Agenda
 from .background import BackgroundTasks
+from .deadlines import HardTimeouts
+from .lifetime import Lifetime
 from .registration import Registration
 from .slots import Slots
 
@@ -56,6 +61,9 @@ class Executor:
         agenda: Agenda,
         slots: Slots,
         writer: Writer,
+        lifetime: Lifetime,
+        hard_timeouts: HardTimeouts,
+        abandoned: AbandonedThreads,
         *,
         on_task_ended: Callable[[uuid.UUID], None],
     ) -> None:
@@ -74,6 +82,9 @@ class Executor:
         self._background = background
         self._agenda = agenda
         self._slots = slots
+        self._lifetime = lifetime
+        self._hard_timeouts = hard_timeouts
+        self._abandoned = abandoned
         self._on_task_ended = on_task_ended
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
@@ -162,6 +173,12 @@ class Executor:
             start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
             inner,
         )
+        if task.hard_timeout is not None:
+            self._hard_timeouts.began(run, task.hard_timeout)
+
+    def task(self, name: str) -> Task[Any, Any]:
+        """Return the task that is registered under a name."""
+        return self._app.tasks[name]
 
     @property
     def leased(self) -> bool:
@@ -178,6 +195,10 @@ class Executor:
         if lost:
             self._registration.left_running()
 
+    def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
+        """Count the thread of a `def` run that executes code after the end of the run."""
+        self._abandoned.add(claimed, thread)
+
     def unended(self) -> list[ClaimedRun]:
         """Return the runs whose code ignores its cancellation. Safe to call from any thread."""
         return list({run.key: run for task, run in list(self._left_behind.items()) if not task.done()}.values())
@@ -189,6 +210,8 @@ class Executor:
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose code has ended; its outcome is still to be written."""
         self._slots.free_slot(claimed)
+        self._hard_timeouts.ended(claimed)
+        self._lifetime.run_ended()
         if not self._freeing:
             # In the next turn of the event loop, so that the outcome is sent first.
             self._freeing = True

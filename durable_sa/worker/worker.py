@@ -22,21 +22,27 @@ from ..database.hint import Hint
 from ..database.listener import Listener
 from ..database.notifier import sender
 from ..database_errors import reason
-from ..errors import InvalidConfiguration, QueueNotFound
+from ..errors import DurableError, InvalidConfiguration, InvalidState, QueueNotFound
+from ..execution.run import Run
 from ..execution.writer import Writer
 from ..statements import claiming, queues
+from .abandoned import AbandonedThreads
 from .agenda import Agenda
 from .background import BackgroundTasks
 from .claims import Claimer
+from .deadlines import HardTimeouts
 from .dispatcher import Dispatcher
 from .executor import Executor
 from .health import HealthServer
+from .lifetime import Lifetime
 from .long_steps import LongSteps
 from .maintenance import Maintenance
 from .registration import Registration
 from .sampler import QueueSampler
 from .settings import Settings
 from .slots import RunKey, Slots
+from .succession import Succession
+from .supervision import Supervision
 
 logger = logging.getLogger("durable_sa")
 
@@ -61,22 +67,27 @@ class Worker:
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None,
         on_task_ended: Callable[[uuid.UUID], None],
         on_ended: Callable[[Worker], None],
+        supervision: Supervision | None = None,
     ) -> None:
         """Make the parts of a worker, each from those above it.
 
         `ctx.state` is what the context manager returned by `lifespan` yields, or `state` without one. `on_task_ended`
-        is called when a run of the worker has ended its task, `on_ended` when the worker has ended.
+        is called when a run of the worker has ended its task, `on_ended` when the worker has ended. `supervision` is
+        the link to the watcher of the process, if it has one.
         """
         database = app.database
         self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.health_port: int | None = None
         """The port that answers probes."""
+        self.error: DurableError | None = None
+        """The reason for which the worker has ended by itself."""
         self._app = app
         self._telemetry = app.telemetry
         self._state = state
         self._lifespan = lifespan
         self._on_ended = on_ended
+        self._supervision = supervision
         self._exit = contextlib.AsyncExitStack()
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -110,6 +121,12 @@ class Worker:
             on_commit=self._dispatcher.committed,
             outage=self._registration.outage,
         )
+        lifetime = Lifetime(
+            None if supervision is None else supervision.max_runs,
+            None if supervision is None else supervision.max_memory,
+            self._end_when_idle,
+        )
+        self._abandoned = AbandonedThreads(settings.concurrency, self._end_with_threads)
         self._executor = Executor(
             app,
             self._shared_connection,
@@ -119,6 +136,9 @@ class Worker:
             self._agenda,
             self._slots,
             self._writer,
+            lifetime,
+            HardTimeouts(supervision, self._end_with_overdue),
+            self._abandoned,
             on_task_ended=on_task_ended,
         )
         self.maintenance = Maintenance(
@@ -143,9 +163,12 @@ class Worker:
             self._slots,
             self._writer,
             self._executor,
+            lifetime,
             stopping=self._stopping,
             listening=self._listening,
         )
+
+        self._succession = Succession(settings, self._shared_connection, self._agenda, self._executor, self._stopping)
 
     def __repr__(self) -> str:
         return f"<Worker {self.settings.name} on {', '.join(self.queue_names)}>"
@@ -168,6 +191,11 @@ class Worker:
     def running_in(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return self._slots.queue_names()
+
+    @property
+    def abandoned_threads(self) -> int:
+        """The number of threads that execute code of `def` runs that have ended."""
+        return len(self._abandoned.alive())
 
     @property
     def left_behind(self) -> bool:
@@ -208,7 +236,10 @@ class Worker:
                 self._state = await self._exit.enter_async_context(self._lifespan())
             self._executor.state = self._state
             if self.settings.health_port is not None:
-                self._health = HealthServer(database, self.settings.health_port, self._registration.vital_signs)
+                # A watcher answers the probes of others, and asks its processes.
+                host = None if self._supervision is None else "127.0.0.1"
+                port = self.settings.health_port
+                self._health = HealthServer(database, port, self._registration.vital_signs, host)
                 self.health_port = await self._health.start()
             await reconnecting(self._writer.warm_up)
             await reconnecting(self._registration.start)
@@ -237,6 +268,24 @@ class Worker:
             ", ".join(self.queue_names),
             len(self._app.tasks),
         )
+        if self._supervision is not None:
+            self._supervision.on_lost = self._settle
+            self._report_start()
+
+    def _report_start(self) -> None:
+        if self._supervision is not None:
+            self._supervision.report("started", worker_id=str(self.worker_id), port=self.health_port)
+
+    def _settle(self, lost: dict[str, Any]) -> None:
+        """Settle the runs of another process, which has ended. Called in another thread."""
+
+        async def settle() -> None:
+            await self._succession.settle(lost)
+            if self._supervision is not None:
+                self._supervision.report("settled", worker_id=lost["worker_id"])
+
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self.loop.call_soon_threadsafe(lambda: self.start_task(settle(), "durable:settle"))
 
     @property
     def _connections(self) -> tuple[DedicatedConnection, ...]:
@@ -266,6 +315,8 @@ class Worker:
     def _registered_anew(self) -> None:
         self._writer.resume()
         self._agenda.scan_all()
+        if not self._stopping.is_set():
+            self._report_start()
 
     def _listening(self) -> bool:
         return self._listener is not None and self._listener.working
@@ -288,6 +339,59 @@ class Worker:
         """Give all runs back at once, instead of after `shutdown_timeout`."""
         self._stop_claiming()
         self._executor.release()
+
+    def _end_when_idle(self, reason: str) -> None:
+        """Shut down when all runs in progress have ended, because the process is to be replaced."""
+        if self._stopping.is_set():
+            return
+        self._stop_claiming()
+        self._report_end()
+        logger.info("worker %s %s: it ends, and is replaced, when its runs have ended", self.settings.name, reason)
+
+        async def end() -> None:
+            await self._background.ended(CLAIMS)
+            await self._slots.idle.wait()
+            await self.shutdown()
+
+        self.start_task(end(), "durable:end")
+
+    def _end_with_threads(self) -> None:
+        """Give all runs back and shut down, because ended runs occupy more threads than the worker has slots."""
+        if self.error is not None:
+            return
+        count = self.abandoned_threads
+        self.error = InvalidState(
+            f"Worker {self.settings.name}",
+            f"ended: {count} threads execute code of `def` runs that have ended, more than its "
+            f"{self.settings.concurrency} slots",
+            "The log has the tasks and where their code is. Give what they call a timeout, or the task a "
+            "`hard_timeout`, and run `durable worker --processes`.",
+        )
+        logger.critical("%s", self.error)
+        self._end_now()
+
+    def _end_with_overdue(self, run: Run) -> None:
+        """Give all other runs back and shut down, because the code of a run may not end within its `hard_timeout`."""
+        claimed = run.claimed
+        if self._supervision is not None:
+            timeout = run.task.hard_timeout
+            self._supervision.report("overdue", task_id=str(claimed.task_id), fence=claimed.fence, timeout=timeout)
+        logger.error(
+            "task %s (%s) has exceeded its hard_timeout: its process ends",
+            claimed.task_id,
+            claimed.task_name,
+            extra=claimed.log_fields,
+        )
+        self._end_now()
+
+    def _end_now(self) -> None:
+        self._report_end()
+        self.release_now()
+        self.start_task(self.shutdown(), "durable:end")
+
+    def _report_end(self) -> None:
+        if self._supervision is not None:
+            self._supervision.report("ending")
 
     def _stop_claiming(self) -> None:
         self._stopping.set()
