@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, text
 
-from durable_sa import Durable, SpawnResult, TaskStatus
+from durable_sa import Durable, RetryStrategy, SpawnResult, TaskStatus
 from tests.cli.support import Process, process
 from tests.support import eventually
 from tests.worker.test_health import ask, free_port
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 
 APP = """
 import asyncio, ctypes, os, signal, sys, time
-from durable_sa import Durable, RetryStrategy, SyncTaskContext, TaskContext
+from durable_sa import Durable, SyncTaskContext, TaskContext
 
-durable = Durable(default_retry_strategy=RetryStrategy.none())
+durable = Durable()
 
 @durable.task
 async def pid(ctx: TaskContext) -> int:
@@ -67,7 +67,7 @@ def ignores_everything(ctx: SyncTaskContext) -> None:
         except BaseException:
             pass
 
-@durable.task(hard_timeout=1, max_attempts=2, retry_strategy=RetryStrategy.fixed(0))
+@durable.task(hard_timeout=1)
 async def hangs_once(ctx: TaskContext) -> int:
     if ctx.attempt == 1:
         time.sleep(600)
@@ -97,8 +97,10 @@ async def start(database_url: URL, app: Path) -> AsyncGenerator[Start]:
         yield start
 
 
-async def spawn(durable: Durable, name: str, params: Any = None) -> SpawnResult:
-    return await durable.spawn_by_name(name, params, unchecked=True)
+async def spawn(durable: Durable, name: str, params: Any = None, *, max_attempts: int = 1) -> SpawnResult:
+    return await durable.spawn_by_name(
+        name, params, unchecked=True, max_attempts=max_attempts, retry_strategy=RetryStrategy.fixed(0)
+    )
 
 
 async def output(durable: Durable, spawned: SpawnResult) -> Any:
@@ -202,7 +204,8 @@ async def test_sigquit_gives_all_runs_back_at_once(durable: Durable, start: Star
     await eventually(runs)
     watcher.signal(signal.SIGQUIT)
     assert await asyncio.to_thread(watcher.wait, 15) == 0, watcher.said
-    assert await attempts(durable, long) == [("failed", "Released")]
+    # Perhaps by both: one may claim it just before it is told.
+    assert set(await attempts(durable, long)) == {("failed", "Released")}
 
 
 async def test_a_process_ends_after_its_number_of_runs(durable: Durable, start: Start) -> None:
@@ -248,7 +251,7 @@ async def test_a_hard_timeout_ends_the_process_and_gives_the_others_back(
 
 async def test_a_hard_timeout_is_retried_as_failures_are(durable: Durable, start: Start) -> None:
     start(2)
-    spawned = await spawn(durable, "hangs_once")
+    spawned = await spawn(durable, "hangs_once", max_attempts=2)
     assert await output(durable, spawned) == 2
     assert await attempts(durable, spawned) == [("failed", "TaskTimeout"), ("completed", None)]
 
