@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from ..worker.supervision import VARIABLE
 
@@ -20,6 +20,10 @@ DRAINED_READS = 2
 """Reads of 64 KiB that empty a pipe, whose capacity that is, unless others go on writing."""
 
 logger = logging.getLogger("durable_sa")
+
+
+RunKey: TypeAlias = tuple[str, int]
+"""The id of a task, and the fence of its run."""
 
 
 class Overdue(NamedTuple):
@@ -84,11 +88,10 @@ class Child:
         """The port that answers its probes."""
         self.ending = False
         """True once its end is planned."""
-        self.deadlines: dict[tuple[str, int], asyncio.TimerHandle] = {}
-        """The runs with a `hard_timeout`, and when the process is killed for them."""
         self.overdue: Overdue | None = None
         """The run for which the process ends, or is killed."""
         self._on_report = on_report
+        self._deadlines: dict[RunKey, asyncio.TimerHandle] = {}
         commands, self._commands = os.pipe()
         reports, its_reports = os.pipe()
         out, its_out = os.pipe()
@@ -132,14 +135,23 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
 
+    def watch(self, key: RunKey, timer: asyncio.TimerHandle) -> None:
+        """Set the time at which the process is killed for a run."""
+        self.forget(key)
+        self._deadlines[key] = timer
+
+    def forget(self, key: RunKey) -> None:
+        """Do not kill the process for a run."""
+        if key in self._deadlines:
+            self._deadlines.pop(key).cancel()
+
     def close(self) -> None:
         """Release all that belongs to the process, which has ended."""
         for pipe in self._pipes:
             pipe.drain()
         os.close(self._commands)
-        for timer in self.deadlines.values():
-            timer.cancel()
-        self.deadlines.clear()
+        for key in list(self._deadlines):
+            self.forget(key)
 
     def _report(self, line: bytes) -> None:
         with contextlib.suppress(ValueError):  # cut off by the end of the process

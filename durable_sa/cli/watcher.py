@@ -50,6 +50,8 @@ class Watcher:
         self._children: dict[int, Child] = {}
         self._ends: dict[int, int] = dict.fromkeys(range(1, count + 1), 0)
         """How many unplanned ends in a row each process has had."""
+        self._planned: set[int] = set()
+        """Processes whose replacement is planned, until that has started."""
         self._restarts: dict[int, asyncio.TimerHandle] = {}
         self._lost: dict[str, tuple[Overdue | None, Child | None]] = {}
         """Workers whose runs are to be settled, and the process that does it."""
@@ -139,28 +141,28 @@ class Watcher:
         match report["what"]:
             case "started":
                 child.worker_id, child.port = report["worker_id"], report["port"]
+                self._planned.discard(child.number)
                 self._settle()
             case "ending":
                 child.ending = True
+                self._planned.add(child.number)
             case "began":
-                run = Overdue(report["task_id"], report["fence"], report["timeout"])
-                timer = self._loop.call_later(run.timeout + ACTING_GRACE, self._kill, child, run)
-                child.deadlines[run.task_id, run.fence] = timer
+                run = _overdue(report)
+                self._kill_in(run.timeout + ACTING_GRACE, child, run)
             case "ended":
-                if (timer := child.deadlines.pop((report["task_id"], report["fence"]), None)) is not None:
-                    timer.cancel()
+                if child.overdue is None:
+                    child.forget((report["task_id"], report["fence"]))
             case "overdue":
                 # It knows by itself, and gives its other runs back first.
-                key = report["task_id"], report["fence"]
-                if (timer := child.deadlines.pop(key, None)) is not None:
-                    timer.cancel()
-                run = Overdue(*key, report["timeout"])
-                child.overdue = run
-                child.deadlines[key] = self._loop.call_later(GIVING_BACK_GRACE, self._kill, child, run)
+                child.overdue = _overdue(report)
+                self._kill_in(GIVING_BACK_GRACE, child, child.overdue)
             case "settled":
                 self._lost.pop(report["worker_id"], None)
             case _:
                 pass
+
+    def _kill_in(self, seconds: float, child: Child, run: Overdue) -> None:
+        child.watch((run.task_id, run.fence), self._loop.call_later(seconds, self._kill, child, run))
 
     def _kill(self, child: Child, overdue: Overdue) -> None:
         """Kill a process because of a run. Another process then stores the failure, and gives the others back."""
@@ -168,6 +170,7 @@ class Watcher:
             "%s is killed: task %s has exceeded its hard_timeout of %g s", child, overdue.task_id, overdue.timeout
         )
         child.ending = True
+        self._planned.add(child.number)
         child.overdue = overdue
         child.kill()
 
@@ -211,7 +214,6 @@ class Watcher:
 
     async def _ready(self) -> Answer:
         """All processes are ready, except those whose replacement is planned while others are."""
-        planned = {number for number, child in self._children.items() if child.ending}
         answers = await self._ask("/ready")
         ready = any(answer is not None and answer[0] for answer in answers.values())
         starting: Answer = False, {"problem": "the process is not running yet"}
@@ -219,7 +221,7 @@ class Watcher:
             {
                 number: answer or starting
                 for number, answer in answers.items()
-                if not (ready and number in planned and not self._stopping)
+                if not (ready and number in self._planned and not self._stopping)
             }
         )
 
@@ -228,6 +230,10 @@ class Watcher:
         children = {number: self._children.get(number) for number in self._ends}
         answers = await asyncio.gather(*(_probe(child, path) for child in children.values()))
         return dict(zip(children, answers, strict=True))
+
+
+def _overdue(report: dict[str, Any]) -> Overdue:
+    return Overdue(report["task_id"], report["fence"], report["timeout"])
 
 
 async def _probe(child: Child | None, path: str) -> Answer | None:

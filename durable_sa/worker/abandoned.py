@@ -52,5 +52,5 @@ class AbandonedThreads:
 
 def stack(thread: threading.Thread) -> str:
     """Return the frames of a thread as text, without values."""
-    frame = None if thread.ident is None else sys._current_frames().get(thread.ident)
+    frame = None if thread.ident is None else sys._current_frames().get(thread.ident)  # pyright: ignore[reportPrivateUsage]
     return "  it has ended" if frame is None else "".join(traceback.format_stack(frame)).rstrip()

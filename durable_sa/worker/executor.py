@@ -176,9 +176,9 @@ class Executor:
         if task.hard_timeout is not None:
             self._hard_timeouts.began(run, task.hard_timeout)
 
-    def task(self, name: str) -> Task[Any, Any]:
-        """Return the task that is registered under a name."""
-        return self._app.tasks[name]
+    def task(self, name: str) -> Task[Any, Any] | None:
+        """Return the task that is registered under a name, if there is one."""
+        return self._app.tasks.get(name)
 
     @property
     def leased(self) -> bool:

@@ -76,6 +76,9 @@ class Succession:
                     continue
                 submitted.add(run.key)
                 task = self._executor.task(run.task_name)
+                if task is None:
+                    # The code has changed meanwhile. The run is taken over by a worker that knows the task.
+                    return
                 if run.key == overdue:
                     error = hard_timeout_error(run.task_name, timeout)
                     outcomes.fail(self._executor, run, task, error, waited=True)
@@ -91,4 +94,4 @@ class Succession:
             "fences": [],
         }
         rows = await self._connection.execute(claiming.UNREPORTED_CLAIMS, parameters)
-        return [ClaimedRun._make(row) for row in rows]
+        return [ClaimedRun._make(row[: len(ClaimedRun._fields)]) for row in rows]

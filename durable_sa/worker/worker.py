@@ -357,7 +357,7 @@ class Worker:
 
     def _end_with_threads(self) -> None:
         """Give all runs back and shut down, because ended runs occupy more threads than the worker has slots."""
-        if self.error is not None:
+        if self._stopping.is_set():
             return
         count = self.abandoned_threads
         self.error = InvalidState(

@@ -47,6 +47,10 @@ def grow(ctx: SyncTaskContext, megabytes: int) -> int:
 
 kept: list[bytearray] = []
 
+@durable.task
+def stuck(ctx: SyncTaskContext) -> None:
+    time.sleep(600)
+
 @durable.task(hard_timeout=1)
 async def hangs(ctx: TaskContext) -> None:
     await asyncio.sleep(600)
@@ -302,3 +306,20 @@ async def test_probes_cover_all_processes(durable: Durable, start: Start) -> Non
     finally:
         os.kill(stopped, signal.SIGCONT)
     await eventually(ready)
+
+
+async def test_a_process_with_abandoned_threads_is_replaced(durable: Durable, start: Start) -> None:
+    watcher = start(1, "--concurrency", 1)
+    for _ in range(2):
+        stuck = await spawn(durable, "stuck")
+
+        async def runs(stuck: SpawnResult = stuck) -> bool:
+            return (await durable.get_task_result(stuck)).status is TaskStatus.RUNNING  # type: ignore[union-attr]
+
+        await eventually(runs)
+        await durable.cancel_task(stuck)
+    await asyncio.to_thread(watcher.until_said, "as planned, and is replaced")
+    assert {await output(durable, await spawn(durable, "pid"))} == pids(watcher)
+    assert watcher.said.count("its code goes on in thread") == 2
+    assert "2 threads execute code of `def` runs that have ended, more than its 1 slots" in watcher.said
+    assert "is restarted in" not in watcher.said
