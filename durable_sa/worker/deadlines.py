@@ -59,6 +59,10 @@ class HardTimeouts:
                 self._supervision.report("ended", task_id=str(claimed.task_id), fence=claimed.fence)
 
     def _overdue(self, run: Run, seconds: float) -> None:
+        claimed = run.claimed
+        if self._supervision is not None:
+            task_id = str(claimed.task_id)
+            self._supervision.report("overdue", task_id=task_id, fence=claimed.fence, timeout=seconds)
         run.time_out(hard_timeout_error(run.claimed.task_name, seconds))
         if self._supervision is not None:
             self._on_overdue(run)

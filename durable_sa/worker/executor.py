@@ -37,11 +37,9 @@ from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints, claiming, outcomes, waits
 from ..statements.claiming import ClaimedRun
 from ..tasks import Task
-from .abandoned import AbandonedThreads
 from .agenda import Agenda
 from .background import BackgroundTasks
-from .deadlines import HardTimeouts
-from .lifetime import Lifetime
+from .endings import Endings
 from .registration import Registration
 from .slots import Slots
 
@@ -61,9 +59,7 @@ class Executor:
         agenda: Agenda,
         slots: Slots,
         writer: Writer,
-        lifetime: Lifetime,
-        hard_timeouts: HardTimeouts,
-        abandoned: AbandonedThreads,
+        endings: Endings,
         *,
         on_task_ended: Callable[[uuid.UUID], None],
     ) -> None:
@@ -82,9 +78,7 @@ class Executor:
         self._background = background
         self._agenda = agenda
         self._slots = slots
-        self._lifetime = lifetime
-        self._hard_timeouts = hard_timeouts
-        self._abandoned = abandoned
+        self._endings = endings
         self._on_task_ended = on_task_ended
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
@@ -173,8 +167,7 @@ class Executor:
             start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
             inner,
         )
-        if task.hard_timeout is not None:
-            self._hard_timeouts.began(run, task.hard_timeout)
+        self._endings.run_begins(run)
 
     def task(self, name: str) -> Task[Any, Any] | None:
         """Return the task that is registered under a name, if there is one."""
@@ -197,7 +190,7 @@ class Executor:
 
     def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
         """Count the thread of a `def` run that executes code after the end of the run."""
-        self._abandoned.add(claimed, thread)
+        self._endings.thread_abandoned(claimed, thread)
 
     def unended(self) -> list[ClaimedRun]:
         """Return the runs whose code ignores its cancellation. Safe to call from any thread."""
@@ -210,8 +203,7 @@ class Executor:
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose code has ended; its outcome is still to be written."""
         self._slots.free_slot(claimed)
-        self._hard_timeouts.ended(claimed)
-        self._lifetime.run_ended()
+        self._endings.run_ended(claimed)
         if not self._freeing:
             # In the next turn of the event loop, so that the outcome is sent first.
             self._freeing = True

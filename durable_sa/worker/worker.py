@@ -22,19 +22,16 @@ from ..database.hint import Hint
 from ..database.listener import Listener
 from ..database.notifier import sender
 from ..database_errors import reason
-from ..errors import DurableError, InvalidConfiguration, InvalidState, QueueNotFound
-from ..execution.run import Run
+from ..errors import DurableError, InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
 from ..statements import claiming, queues
-from .abandoned import AbandonedThreads
 from .agenda import Agenda
 from .background import BackgroundTasks
 from .claims import Claimer
-from .deadlines import HardTimeouts
 from .dispatcher import Dispatcher
+from .endings import Endings
 from .executor import Executor
 from .health import HealthServer
-from .lifetime import Lifetime
 from .long_steps import LongSteps
 from .maintenance import Maintenance
 from .registration import Registration
@@ -80,8 +77,6 @@ class Worker:
         self.loop = asyncio.get_running_loop()
         self.health_port: int | None = None
         """The port that answers probes."""
-        self.error: DurableError | None = None
-        """The reason for which the worker has ended by itself."""
         self._app = app
         self._telemetry = app.telemetry
         self._state = state
@@ -121,12 +116,16 @@ class Worker:
             on_commit=self._dispatcher.committed,
             outage=self._registration.outage,
         )
-        lifetime = Lifetime(
-            None if supervision is None else supervision.max_runs,
-            None if supervision is None else supervision.max_memory,
-            self._end_when_idle,
+        self._endings = Endings(
+            settings,
+            supervision,
+            self._background,
+            stopping=self._stopping.is_set,
+            stop_claiming=self._stop_claiming,
+            drained=self._drained,
+            give_back=self.release_now,
+            shutdown=self.shutdown,
         )
-        self._abandoned = AbandonedThreads(settings.concurrency, self._end_with_threads)
         self._executor = Executor(
             app,
             self._shared_connection,
@@ -136,9 +135,7 @@ class Worker:
             self._agenda,
             self._slots,
             self._writer,
-            lifetime,
-            HardTimeouts(supervision, self._end_with_overdue),
-            self._abandoned,
+            self._endings,
             on_task_ended=on_task_ended,
         )
         self.maintenance = Maintenance(
@@ -163,7 +160,7 @@ class Worker:
             self._slots,
             self._writer,
             self._executor,
-            lifetime,
+            self._endings.lifetime,
             stopping=self._stopping,
             listening=self._listening,
         )
@@ -195,7 +192,12 @@ class Worker:
     @property
     def abandoned_threads(self) -> int:
         """The number of threads that execute code of `def` runs that have ended."""
-        return len(self._abandoned.alive())
+        return len(self._endings.threads.alive())
+
+    @property
+    def error(self) -> DurableError | None:
+        """The reason for which the worker has ended by itself, if it has."""
+        return self._endings.error
 
     @property
     def left_behind(self) -> bool:
@@ -340,58 +342,10 @@ class Worker:
         self._stop_claiming()
         self._executor.release()
 
-    def _end_when_idle(self, reason: str) -> None:
-        """Shut down when all runs in progress have ended, because the process is to be replaced."""
-        if self._stopping.is_set():
-            return
-        self._stop_claiming()
-        self._report_end()
-        logger.info("worker %s %s: it ends, and is replaced, when its runs have ended", self.settings.name, reason)
-
-        async def end() -> None:
-            await self._background.ended(CLAIMS)
-            await self._slots.idle.wait()
-            await self.shutdown()
-
-        self.start_task(end(), "durable:end")
-
-    def _end_with_threads(self) -> None:
-        """Give all runs back and shut down, because ended runs occupy more threads than the worker has slots."""
-        if self._stopping.is_set():
-            return
-        count = self.abandoned_threads
-        self.error = InvalidState(
-            f"Worker {self.settings.name}",
-            f"ended: {count} threads execute code of `def` runs that have ended, more than its "
-            f"{self.settings.concurrency} slots",
-            "The log has the tasks and where their code is. Give what they call a timeout, or the task a "
-            "`hard_timeout`, and run `durable worker --processes`.",
-        )
-        logger.critical("%s", self.error)
-        self._end_now()
-
-    def _end_with_overdue(self, run: Run) -> None:
-        """Give all other runs back and shut down, because the code of a run may not end within its `hard_timeout`."""
-        claimed = run.claimed
-        if self._supervision is not None:
-            timeout = run.task.hard_timeout
-            self._supervision.report("overdue", task_id=str(claimed.task_id), fence=claimed.fence, timeout=timeout)
-        logger.error(
-            "task %s (%s) has exceeded its hard_timeout: its process ends",
-            claimed.task_id,
-            claimed.task_name,
-            extra=claimed.log_fields,
-        )
-        self._end_now()
-
-    def _end_now(self) -> None:
-        self._report_end()
-        self.release_now()
-        self.start_task(self.shutdown(), "durable:end")
-
-    def _report_end(self) -> None:
-        if self._supervision is not None:
-            self._supervision.report("ending")
+    async def _drained(self) -> None:
+        """Wait until no run is in progress, once nothing is claimed any more."""
+        await self._background.ended(CLAIMS)
+        await self._slots.idle.wait()
 
     def _stop_claiming(self) -> None:
         self._stopping.set()
@@ -419,8 +373,7 @@ class Worker:
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 # A claim may be in flight, and the tasks that it claims are run, too.
-                await self._background.ended(CLAIMS)
-                await self._slots.idle.wait()
+                await self._drained()
         except TimeoutError:
             self.release_now()
         handing_over = self.loop.create_task(self._hand_over(), name="durable:hand-over")
@@ -444,8 +397,7 @@ class Worker:
 
     async def _hand_over(self) -> None:
         """Write what is left to write, pass on what is due, and unregister."""
-        await self._background.ended(CLAIMS)
-        await self._slots.idle.wait()
+        await self._drained()
         await self._writer.idle.wait()
         await reconnecting(self.maintenance.work)
         parameters = {"worker_id": self.worker_id}
