@@ -48,6 +48,7 @@ class App:
         hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
         replay: Replay,
+        max_lost_workers: int,
     ) -> None:
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
@@ -61,6 +62,7 @@ class App:
             self.default_retry_strategy,
             default_cancellation,
             self.queue_name,
+            max_lost_workers,
         )
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""

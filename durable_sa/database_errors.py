@@ -237,7 +237,7 @@ class FailureLog:
             self._outage.end()
 
 
-class Retry:
+class RetryPauses:
     """The pauses of a loop that retries until it succeeds, and what it logs; `what` is the subject of its log lines.
 
     A pause ends early when `stop` is set. A failure that comes from the state of the database is logged once it lasts.

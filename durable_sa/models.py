@@ -37,7 +37,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0002"
+REVISION = "durable_0003"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -118,9 +118,12 @@ class TaskRow(Base):
     run_id: Mapped[uuid.UUID] = mapped_column(comment="of the attempt that runs, or comes next")
     failures: Mapped[int] = mapped_column(Integer(), server_default="0", comment="failures of the task's own code")
     lease_losses: Mapped[int] = mapped_column(
-        Integer(), server_default="0", comment="workers lost in a row while running it"
+        Integer(), server_default="0", comment="workers lost in a row while running it; from 2 on it runs alone"
     )
     max_attempts: Mapped[int] = mapped_column(Integer(), comment="failures at which it is given up")
+    max_lost_workers: Mapped[int | None] = mapped_column(
+        Integer(), comment="workers lost in a row, while it ran alone, at which it is given up; null: 5"
+    )
     retry_kind: Mapped[str] = mapped_column(comment="none, fixed or exponential")
     retry_base_delay: Mapped[float] = mapped_column(comment="seconds")
     retry_factor: Mapped[float]

@@ -66,8 +66,12 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """The rule for a recorded step that is met with other arguments; None leaves it to the client."""
     schedule: DeclaredSchedule | None = field(default=None, repr=False)
     """The schedule that workers keep in step with the code."""
+    retry_on: tuple[type[BaseException], ...] | None = field(default=None, repr=False)
+    """The only exceptions after which it is retried; None if all but those of `no_retry_on` are."""
+    timeout: float | None = field(default=None, repr=False)
+    """Seconds in memory after which an attempt fails with `TaskTimeout`."""
     hard_timeout: float | None = field(default=None, repr=False)
-    """Seconds after which the process that runs an attempt is ended, and the attempt has failed."""
+    """Seconds after which the process that has a run in memory is ended, and the attempt has failed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -95,6 +99,11 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     def cancellation(self) -> CancellationPolicy | None:
         """The times after which it is cancelled; None leaves them to the client."""
         return self.options.cancellation
+
+    @property
+    def max_lost_workers(self) -> int | None:
+        """The number of workers in a row that may be lost while they run it alone; None leaves it to the client."""
+        return self.options.max_lost_workers
 
     @property
     def queue_name(self) -> str | None:

@@ -21,7 +21,7 @@ from ..database.notifier import flush
 from ..hooks import Hooks, chain
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
-from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
+from ..policies import DEFAULT_RETRY_STRATEGY, MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import Task
 from ..worker.interrupts import signals_handled
@@ -63,6 +63,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
     has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
+    Tasks fail with `LeaseLost` once `max_lost_workers` workers in a row were lost while they ran nothing but them.
     `tasks` are registered; those of another client are `other.tasks`.
 
     Raises:
@@ -87,6 +88,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
+        max_lost_workers: int = MAX_LOST_WORKERS,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         super().__init__(
@@ -100,6 +102,7 @@ class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[Stat
             hooks=chain(hooks),
             telemetry=telemetry,
             replay=replay,
+            max_lost_workers=max_lost_workers,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""

@@ -10,6 +10,7 @@ from ..concurrency.blocking import AnyTask
 from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
 from ..statements.claiming import ClaimedRun
+from ..tasks import Task
 from .hooks import HookChain
 from .reader import Reader
 from .writer import Writer
@@ -34,6 +35,9 @@ class RunHost(Protocol):
     def leased(self) -> bool:
         """True while the worker's lease holds by the local clock."""
         ...
+
+    def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
+        """Return the seconds in memory after which an attempt of a task fails, if there is a limit."""
 
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose user code has ended."""

@@ -27,6 +27,7 @@ from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
 from .lines import Lines
+from .timeouts import AttemptLimit
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
 
@@ -76,10 +77,19 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
+        self.limit: AttemptLimit | None = None
+        """The time that is left to the attempt, if the task has a timeout."""
 
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code, whose outcome is written when it ends."""
+        limit: AttemptLimit | None = None
+        if (timeout := self.host.attempt_timeout(self.task)) is not None:
+            writer = self.host.writer
+            self.limit = limit = AttemptLimit(timeout, self.claimed, self.journal, writer, lambda: self.signal)
+            body = limit.within(body)
         root = self.branches.start(body, context=context, name=f"durable:{self.claimed.task_name}")
+        if limit is not None:
+            limit.start(root)
         root.add_done_callback(self._root_done)
 
     def refuse(self, error: BaseException) -> None:
@@ -145,6 +155,8 @@ class Run:
         elif reason == "suspended" and self.mismatch is not None:
             self._fail(self.mismatch)
         elif reason == "suspended":
+            if self.limit is not None:
+                self.limit.record()
             outcomes.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)
         elif reason == "released":
             outcomes.release(self.host, self.claimed, self.task, waited=self._waited)
@@ -353,6 +365,8 @@ class Run:
             if timer is not None:
                 timer.cancel()
         self._register_timer = self._poll_timer = None
+        if self.limit is not None:
+            self.limit.stop()
 
     def _start_registering(self) -> None:
         self._register_timer = None

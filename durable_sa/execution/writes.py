@@ -80,6 +80,8 @@ class FailureValues(NamedTuple):
     retryable: bool
     next_run_id: uuid.UUID
     waited: bool
+    delay: float | None = None
+    """Seconds until the retry; None leaves them to the task's strategy."""
     timeouts: Sequence[uuid.UUID] = ()
     """Keys of recorded timeouts that are deleted, because they are the failure."""
 
@@ -224,8 +226,8 @@ def _outcomes(
 
 
 def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
-    rows = [(write.task_id, write.fence, *write.values[:4]) for write in writes]
-    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited"), rows)
+    rows = [(write.task_id, write.fence, *write.values[:5]) for write in writes]
+    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited", "delays"), rows)
     timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
     return outcomes.FAIL, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 

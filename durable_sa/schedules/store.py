@@ -14,7 +14,7 @@ from ..app import App
 from ..database.connections import Database
 from ..errors import InvalidConfiguration, InvalidCron, InvalidState, QueueNotFound, ScheduleNotFound
 from ..options import SpawnOptions, refuse_nul
-from ..policies import CancellationPolicy, RetryStrategy
+from ..policies import MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
 from ..spawns import Prepared, prepare
@@ -48,6 +48,7 @@ def encode_options(options: SpawnOptions) -> str:
 def decode_options(text: str | None) -> SpawnOptions:
     """Decode the spawn options of a schedule."""
     plain: dict[str, Any] = UNTYPED.decode(text or "{}", "the options of a schedule")
+    plain.setdefault("max_lost_workers", MAX_LOST_WORKERS)
     if (strategy := plain.get("retry_strategy")) is not None:
         plain["retry_strategy"] = RetryStrategy(**strategy)
     if (policy := plain.get("cancellation")) is not None:
@@ -182,6 +183,9 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
         ),
         "cancellation": CancellationPolicy(kind.max_pending_seconds, kind.max_running_seconds),
     }
+    if kind.max_lost_workers is not None:
+        # The default is left out, because workers of before durable_0003 fire no schedule that has this option.
+        complete["max_lost_workers"] = kind.max_lost_workers
     return complete
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from ..errors import DurableError, InvalidState
 from ..execution.run import Run
 from ..statements.claiming import ClaimedRun
+from ..tasks import Task
 from .abandoned import AbandonedThreads
 from .background import BackgroundTasks
 from .deadlines import HardTimeouts
@@ -51,16 +53,32 @@ class Endings:
         max_memory = None if supervision is None else supervision.max_memory
         self.lifetime = Lifetime(max_runs, max_memory, self._end_when_idle)
         self.threads = AbandonedThreads(settings.concurrency, self._end_with_threads)
-        self._hard_timeouts = HardTimeouts(supervision, self._end_with_overdue)
+        self._hard_timeouts = None if supervision is None else HardTimeouts(supervision, self._end_with_overdue)
+        self._warned = False
+
+    def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
+        """Return the `timeout` of a task, or a `hard_timeout` that is shorter and that no watcher enforces."""
+        hard, timeout = task.hard_timeout, task.timeout
+        if hard is None or self._hard_timeouts is not None:
+            return timeout
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "task %s has a hard_timeout, which is taken as its timeout here: only `durable worker --processes` "
+                "ends code that ignores a timeout",
+                task.name,
+            )
+        return hard if timeout is None else min(hard, timeout)
 
     def run_begins(self, run: Run) -> None:
         """Watch a run, if its task has a `hard_timeout`."""
-        if run.task.hard_timeout is not None:
+        if run.task.hard_timeout is not None and self._hard_timeouts is not None:
             self._hard_timeouts.began(run, run.task.hard_timeout)
 
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Take note of the end of a run."""
-        self._hard_timeouts.ended(claimed)
+        if self._hard_timeouts is not None:
+            self._hard_timeouts.ended(claimed)
         self.lifetime.run_ended()
 
     def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:

@@ -32,9 +32,10 @@ from ..execution.reader import Reader
 from ..execution.run import Run
 from ..execution.writer import Writer
 from ..logs import FIELDS
+from ..policies import SUSPECT_AFTER
 from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
-from ..statements import checkpoints, claiming, outcomes, waits
+from ..statements import checkpoints, claiming, waits
 from ..statements.claiming import ClaimedRun
 from ..tasks import Task
 from .agenda import Agenda
@@ -110,6 +111,13 @@ class Executor:
             self.start_task(self._resume(resumed), "durable:resume")
         if self._releasing:
             self.release()
+
+    def give_back(self, claimed: list[ClaimedRun]) -> None:
+        """Release runs that have not been started."""
+        for item in claimed:
+            run = Run(item, self._app.tasks[item.task_name], self, EMPTY_JOURNAL)
+            self._slots.take(run)
+            run.release()
 
     async def _resume(self, claimed: list[ClaimedRun]) -> None:
         """Load the journals, after resolving the waits that are over, and start."""
@@ -188,6 +196,10 @@ class Executor:
         if lost:
             self._registration.left_running()
 
+    def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
+        """Return the seconds in memory after which an attempt of a task fails, if there is a limit."""
+        return self._endings.attempt_timeout(task)
+
     def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
         """Count the thread of a `def` run that executes code after the end of the run."""
         self._endings.thread_abandoned(claimed, thread)
@@ -215,7 +227,8 @@ class Executor:
 
     def outcome_stored(self, claimed: ClaimedRun, outcome: str, error: BaseException | None) -> None:
         """Log and count the outcome of a run, which is committed or, if the run was lost, never will be."""
-        self._slots.unwritten.discard(claimed.key)
+        if self._slots.written(claimed):
+            self._agenda.claim.set()
         if outcome in ("failed", "retried") and error is not None:
             self._log_failure(claimed, error, final=outcome == "failed")
         elif outcome == "lost":
@@ -267,10 +280,11 @@ class Executor:
         """Log and count tasks that a takeover has failed, because too many workers were lost with them."""
         for row in rows:
             logger.error(
-                "task %s (%s) failed: LeaseLost: %d workers in a row were lost while they ran it",
+                "task %s (%s) failed: LeaseLost: %d workers in a row were lost while they ran it, the last %d alone",
                 row.task_id,
                 row.task_name,
-                outcomes.LEASE_LOSS_LIMIT,
+                row.lease_losses,
+                row.lease_losses - SUSPECT_AFTER,
                 extra={
                     **dict.fromkeys(FIELDS),
                     "task_id": str(row.task_id),

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database.connections import Database
-from ..database_errors import Outage, Retry, is_read_only, reason
+from ..database_errors import Outage, RetryPauses, is_read_only, reason
 from ..ids import new_id
 from ..statements import claiming
 from .background import BackgroundTasks
@@ -142,7 +142,7 @@ class Registration:
 
     async def _register_anew(self) -> None:
         await self.stop_heartbeat()
-        retry = Retry("registration of the worker", self._stopping, self.outage)
+        retry = RetryPauses("registration of the worker", self._stopping, self.outage)
         former_id, waiting = self.worker_id, False
         while not self._stopping.is_set():
             try:

@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 from ..database.channel import DedicatedConnection
-from ..database_errors import Retry
+from ..database_errors import RetryPauses
 from ..execution import outcomes
 from ..statements import claiming
 from ..statements.claiming import ClaimedRun
@@ -50,7 +50,7 @@ class Succession:
         Without an overdue one, its lease is ended, and they are taken over as from any lost worker.
         """
         worker_id = uuid.UUID(lost["worker_id"])
-        retry = Retry("settling the runs of an ended process", self._stopping)
+        retry = RetryPauses("settling the runs of an ended process", self._stopping)
         while True:
             try:
                 if lost["overdue"] is not None:

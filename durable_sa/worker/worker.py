@@ -40,6 +40,7 @@ from .settings import Settings
 from .slots import RunKey, Slots
 from .succession import Succession
 from .supervision import Supervision
+from .suspects import Suspects
 
 logger = logging.getLogger("durable_sa")
 
@@ -138,6 +139,7 @@ class Worker:
             self._endings,
             on_task_ended=on_task_ended,
         )
+        self._suspects = Suspects(app, self._shared_connection, self._registration, self._agenda, self._slots)
         self.maintenance = Maintenance(
             app,
             self._shared_connection,
@@ -146,6 +148,7 @@ class Worker:
             self._agenda,
             self._dispatcher,
             self._executor,
+            self._suspects,
             queue_names=settings.queue_names,
             listening=self._listening,
         )
@@ -160,6 +163,7 @@ class Worker:
             self._slots,
             self._writer,
             self._executor,
+            self._suspects,
             self._endings.lifetime,
             stopping=self._stopping,
             listening=self._listening,

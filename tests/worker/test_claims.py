@@ -52,8 +52,9 @@ class Claimer:
             **self._lanes.parameters(full_scan=True),
         }
 
-    async def claim(self, wanted: int, *task_names: str) -> list[uuid.UUID]:
-        rows = await self._database.execute(claiming.CLAIM, self.parameters(wanted, *task_names))
+    async def claim(self, wanted: int, *task_names: str, suspect: bool = False) -> list[uuid.UUID]:
+        statement = claiming.CLAIM_SUSPECT if suspect else claiming.CLAIM
+        rows = await self._database.execute(statement, self.parameters(wanted, *task_names))
         return [row.task_id for row in rows]
 
 
