@@ -18,7 +18,7 @@ from tests.cli.support import Process, process
 from tests.support import eventually
 
 GOOD, POISON = 1000, 100
-MAX_LOST_WORKERS = 2
+MAX_LOST_WORKERS = 1
 KILLS = 20
 
 APP = """
