@@ -123,12 +123,13 @@ class Watcher:
             self._replace(child, code)
 
     def _replace(self, child: Child, code: int) -> None:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"has ended with exit code {code}"
         if child.ending:
             logger.info("%s %s as planned, and is replaced", child, how)
             self._ends[child.number] = 0
             self._restart(child.number, 0.0)
             return
+        self._planned.discard(child.number)
         if time.monotonic() - child.began_at > STEADY_AFTER:
             self._ends[child.number] = 0
         longest = LONGEST_PAUSE_BEFORE_START if child.worker_id is None else LONGEST_PAUSE
@@ -208,12 +209,12 @@ class Watcher:
             child.kill()
 
     async def _live(self) -> Answer:
-        """All processes that answer probes turn their event loops; those that start anew are no reason to restart."""
+        """Say if the event loops of all workers turn. A process that starts anew is no reason to restart the others."""
         answers = await self._ask("/live")
         return _together({number: answer for number, answer in answers.items() if answer is not None})
 
     async def _ready(self) -> Answer:
-        """All processes are ready, except those whose replacement is planned while others are."""
+        """Say if all processes are ready, apart from those whose replacement is planned while others are ready."""
         answers = await self._ask("/ready")
         ready = any(answer is not None and answer[0] for answer in answers.values())
         starting: Answer = False, {"problem": "the process is not running yet"}
@@ -230,6 +231,13 @@ class Watcher:
         children = {number: self._children.get(number) for number in self._ends}
         answers = await asyncio.gather(*(_probe(child, path) for child in children.values()))
         return dict(zip(children, answers, strict=True))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _overdue(report: dict[str, Any]) -> Overdue:
