@@ -121,9 +121,6 @@ class TaskRow(Base):
         Integer(), server_default="0", comment="workers lost in a row while running it; from 2 on it runs alone"
     )
     max_attempts: Mapped[int] = mapped_column(Integer(), comment="failures at which it is given up")
-    max_lost_workers: Mapped[int | None] = mapped_column(
-        Integer(), comment="workers lost in a row, while it ran alone, at which it is given up; null: 5"
-    )
     retry_kind: Mapped[str] = mapped_column(comment="none, fixed or exponential")
     retry_base_delay: Mapped[float] = mapped_column(comment="seconds")
     retry_factor: Mapped[float]
@@ -149,6 +146,9 @@ class TaskRow(Base):
     finished_at: Mapped[datetime | None]
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
+    max_lost_workers: Mapped[int | None] = mapped_column(
+        Integer(), comment="workers lost in a row, while it ran alone, at which it is given up; null: 5"
+    )
 
     # Only checks whose violation would stop or hide other tasks, because the server prepares each check anew for every
     # statement, in 6 us: fifteen checks took as long as inserting the row.

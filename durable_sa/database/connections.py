@@ -442,7 +442,11 @@ class HeldConnection:
 
 def _is_worth_another(error: BaseException) -> bool:
     """Return whether a statement that failed on one connection may succeed on another."""
-    return isinstance(error, ConnectionError) or is_conflict(error) or sqlstate(error) in CACHED_PLAN_STATES
+    return (
+        isinstance(error, ConnectionError)
+        or is_conflict(error)
+        or sqlstate(error) in CACHED_PLAN_STATES | POOLER_STATES
+    )
 
 
 @contextmanager

@@ -146,7 +146,7 @@ async def _attempt(
                 checkpoints.RECORD_IN_TRANSACTION,
                 {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
             )
-        except SQLAlchemyError as error:
+        except Exception as error:
             if is_transient(error):
                 raise _Interrupted from error
             if sqlstate(error) == UNTRANSLATABLE and not text.isascii():

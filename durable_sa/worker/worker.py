@@ -11,11 +11,11 @@ from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ..app import App
 from ..concurrency import branches, task_factory
+from ..concurrency.blocking import AnyTask
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
 from ..database.hint import Hint
@@ -25,8 +25,10 @@ from ..database_errors import reason
 from ..errors import DurableError, InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
 from ..statements import claiming, queues
+from ..statements.claiming import ClaimedRun
 from .agenda import Agenda
 from .background import BackgroundTasks
+from .blocked import BlockedLoop
 from .claims import Claimer
 from .dispatcher import Dispatcher
 from .endings import Endings
@@ -109,6 +111,7 @@ class Worker:
             stopped=self._stopped,
             on_lost=self._lease_lost,
             on_returned=self._registered_anew,
+            watch=BlockedLoop(self._run_of).watch,
         )
         self._dispatcher = Dispatcher(settings, self._agenda, self._slots, self._registration, self._hints)
         self._writer = Writer(
@@ -192,6 +195,10 @@ class Worker:
     def running_in(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return self._slots.queue_names()
+
+    def _run_of(self, task: AnyTask) -> ClaimedRun | None:
+        """Return the run that an asyncio task is of, if it is one of this worker. Safe to call from any thread."""
+        return next((run.claimed for run in list(self._slots.runs.values()) if task in run.branches.tasks), None)
 
     @property
     def abandoned_threads(self) -> int:
@@ -391,7 +398,7 @@ class Worker:
             if not done:
                 raise TimeoutError
             handing_over.result()
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - a driver may raise errors of any class; the worker ends all the same
             logger.warning(
                 "worker %s has ended with work left (%s); other workers take it over when its lease has ended",
                 self.settings.name,

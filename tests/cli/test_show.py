@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from durable_sa import Durable, RetryStrategy, TaskContext, TaskRow, step
 from tests.cli.support import CommandLine
@@ -111,6 +111,15 @@ async def test_what_failed_and_the_last_attempt(cli: CommandLine, durable: Durab
     assert f"task\t{parent_id}" in (await cli("tasks", "show", "--failed")).stdout
     assert (await cli("tasks", "show")).code == 2
     assert "key\torder-17\n" in (await cli("tasks", "show", "order-17")).stdout
+
+
+async def test_workers_that_were_lost_with_a_task(cli: CommandLine, durable: Durable) -> None:
+    spawned = await durable.spawn_by_name("lethal", unchecked=True)
+    assert "lost workers" not in (await cli("tasks", "show", spawned.task_id)).stdout
+    for losses, text in ((1, "1 in a row"), (3, "3 in a row, so it runs alone")):
+        async with durable.engine.begin() as connection:
+            await connection.execute(update(TaskRow).values(lease_losses=losses))
+        assert f"lost workers\t{text}\n" in (await cli("tasks", "show", spawned.task_id)).stdout
 
 
 async def test_without_tasks_there_is_no_last_one(cli: CommandLine, durable: Durable) -> None:

@@ -184,19 +184,19 @@ class SimulatedWorker:
         )
 
     def claim(self, wanted: int = 1) -> Steps[list[tuple[uuid.UUID, int]]]:
-        """The claimed tasks with their fences, in the order of their ids."""
-        rows = yield (
-            claiming.CLAIM,
-            {
-                "worker_id": self.worker_id,
-                "wanted": wanted,
-                "task_names": list(self.durable.tasks),
-                "queue_names": [queue for queue, _ in LANES],
-                "priorities": [priority for _, priority in LANES],
-                "cursor_times": [LANE_START[0]] * len(LANES),
-                "cursor_ids": [LANE_START[1]] * len(LANES),
-            },
-        )
+        """The claimed tasks with their fences, in the order of their ids; a suspect if there are no others."""
+        parameters = {
+            "worker_id": self.worker_id,
+            "wanted": wanted,
+            "task_names": list(self.durable.tasks),
+            "queue_names": [queue for queue, _ in LANES],
+            "priorities": [priority for _, priority in LANES],
+            "cursor_times": [LANE_START[0]] * len(LANES),
+            "cursor_ids": [LANE_START[1]] * len(LANES),
+        }
+        rows = yield claiming.CLAIM, parameters
+        if not rows:
+            rows = yield claiming.CLAIM_SUSPECT, parameters
         return sorted((row.task_id, row.fence) for row in rows)
 
     def claim_at_last(self) -> Steps[list[tuple[uuid.UUID, int]]]:

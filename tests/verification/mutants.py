@@ -157,8 +157,8 @@ MUTANTS = (
         "statements/claiming.py",
         (
             (
-                ".with_for_update(skip_locked=True, key_share=True)\n    .correlate(_open_lanes)",
-                ".with_for_update(key_share=True)\n    .correlate(_open_lanes)",
+                '.with_for_update(skip_locked=True, key_share=True)\n        .lateral("next_in_lane")',
+                '.with_for_update(key_share=True)\n        .lateral("next_in_lane")',
             ),
         ),
         ("tests/worker/test_claims.py::test_claims_pass_over_locked_rows_without_waiting",),
@@ -168,11 +168,29 @@ MUTANTS = (
         "statements/claiming.py",
         (
             (
-                "        TaskRow.claimed_by.is_(None),\n        TaskRow.task_name == func.any",
-                "        TaskRow.task_name == func.any",
+                "            TaskRow.claimed_by.is_(None),\n            TaskRow.task_name == func.any",
+                "            TaskRow.task_name == func.any",
             ),
         ),
         (f"{RACES}test_claim_and_claim", MACHINE),
+    ),
+    Mutant(
+        "suspects that are claimed like others",
+        "statements/claiming.py",
+        (("CLAIM = _claim(~_is_suspect, _wanted)", "CLAIM = _claim(true(), _wanted)"),),
+        ("tests/worker/test_suspects.py", MACHINE),
+    ),
+    Mutant(
+        "claims beside a suspect",
+        "worker/slots.py",
+        (("if (self.alone and self.taken) or (", "if ("),),
+        ("tests/worker/test_suspects.py",),
+    ),
+    Mutant(
+        "an attempt whose time begins anew with each run",
+        "execution/timeouts.py",
+        (("self._used = float(entry.value or 0)", "self._used = 0.0"),),
+        ("tests/worker/test_attempt_timeout.py",),
     ),
     Mutant(
         "hints before the commit",
