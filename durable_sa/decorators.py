@@ -69,6 +69,7 @@ def task(
     max_lost_workers: int | None = None,
     retry_on: Iterable[type[BaseException]] | None = None,
     timeout: Duration | None = None,
+    hard_timeout: Duration | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -85,6 +86,7 @@ def task(
     max_lost_workers: int | None = None,
     retry_on: Iterable[type[BaseException]] | None = None,
     timeout: Duration | None = None,
+    hard_timeout: Duration | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
@@ -99,6 +101,11 @@ def task(
     `schedule`, a cron expression in `timezone`, or `every`, seconds or a `timedelta`, declares a schedule that spawns
     the task without params. Workers that have the task create it, under the task's name in the task's queue, and
     change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
+
+    `hard_timeout`, seconds or a `timedelta`, ends the process that has the task in memory for so long without a
+    suspension, after its other runs have been given back, so it ends also code that nothing else ends. The attempt
+    fails with `TaskTimeout`. That takes `durable worker --processes`; other workers take it as the `timeout`, and warn
+    once.
 
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
@@ -122,6 +129,7 @@ def task(
         schedule=declared,
         retry_on=None if retry_on is None else _exceptions("retry_on", retry_on),
         timeout=None if timeout is None else seconds(timeout, "timeout", minimum=0.001),
+        hard_timeout=None if hard_timeout is None else seconds(hard_timeout, "hard_timeout", minimum=0.001),
     )
 
 
@@ -145,6 +153,7 @@ def _make(
     schedule: DeclaredSchedule | None,
     retry_on: tuple[type[BaseException], ...] | None = None,
     timeout: float | None = None,
+    hard_timeout: float | None = None,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -165,6 +174,7 @@ def _make(
         schedule=schedule,
         retry_on=retry_on,
         timeout=timeout,
+        hard_timeout=hard_timeout,
     )
 
 

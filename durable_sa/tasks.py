@@ -71,6 +71,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """The only exceptions after which it is retried; None if all but those of `no_retry_on` are."""
     timeout: float | None = field(default=None, repr=False)
     """Seconds in memory after which an attempt fails with `TaskTimeout`."""
+    hard_timeout: float | None = field(default=None, repr=False)
+    """Seconds after which the process that has a run in memory is ended, and the attempt has failed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

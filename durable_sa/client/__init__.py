@@ -34,6 +34,8 @@ from .spawning import Spawning
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
+    from ..worker.settings import Settings
+    from ..worker.supervision import Supervision
     from ..worker.worker import Worker
 
 __all__ = ["Durable", "QueuePolicy"]
@@ -188,16 +190,21 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
             SchemaMismatch: the tables are not those that this version needs.
         """
         from ..worker.settings import Settings
+
+        return await self._start_worker(Settings.resolve(options, self.queue_name))
+
+    async def _start_worker(self, settings: Settings, supervision: Supervision | None = None) -> Worker:
         from ..worker.worker import Worker
 
         self.check_scopes()
         worker = Worker(
             self,
-            Settings.resolve(options, self.queue_name),
+            settings,
             state=self.state,
             lifespan=None if self.lifespan is None else self._make_lifespan,
             on_task_ended=self.task_changed,
             on_ended=self._workers.discard,
+            supervision=supervision,
         )
         await worker.start()
         self._workers.add(worker)
@@ -221,7 +228,7 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
             await worker.shutdown()
 
     async def run_worker(self, *, signals: bool | None = None, **options: Unpack[WorkerOptions]) -> None:
-        """Run a worker until SIGTERM or SIGINT. A second signal releases its runs without waiting for them.
+        """Run a worker until SIGTERM, SIGINT or SIGHUP. A second signal, or SIGQUIT, gives its runs back at once.
 
         A signal during its start aborts the start. Signals are taken on the main thread, if no other code, such as a
         web server, has a handler for them; with `signals=True` in any case, and that handler is called as well; with
@@ -236,13 +243,20 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
         Raises:
             DurableError: the same errors as :meth:`start_worker`.
             InvalidConfiguration: signals are to be taken outside of the main thread.
+            InvalidState: the worker has given its runs back and ended, because `def` runs that have ended, by a
+                cancellation for example, have left more threads behind than it has slots.
         """
-        from ..worker.interrupts import signals_handled
         from ..worker.settings import Settings
 
-        settings = Settings.resolve(options, self.queue_name)
-        async with signals_handled(signals, settings.shutdown_timeout) as interrupts:
-            worker = await interrupts.started(self.start_worker(**options))
+        await self._run_worker(Settings.resolve(options, self.queue_name), signals)
+
+    async def _run_worker(
+        self, settings: Settings, signals: bool | None, supervision: Supervision | None = None
+    ) -> None:
+        from ..worker.interrupts import signals_handled
+
+        async with signals_handled(signals, settings.shutdown_timeout, supervision) as interrupts:
+            worker = await interrupts.started(self._start_worker(settings, supervision))
             if worker is None:
                 return
             try:
@@ -251,6 +265,8 @@ class Durable(Registry, Results, Events, Queues, Schedules, Spawning, Generic[St
                 await worker.wait()
             finally:
                 await worker.shutdown()
+            if worker.error is not None:
+                raise worker.error
 
 
 async def _shut_down(worker: Worker) -> None:

@@ -57,6 +57,8 @@ class TaskThread:
         """True while the root waits for a request: code in the thread is running."""
         self._timeout: TaskTimeout | None = None
         """The timeout that the next call raises."""
+        self._thread: threading.Thread | None = None
+        self._abandoned = False
         self.ident: int | None = None
 
     def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -132,7 +134,8 @@ class TaskThread:
             self.ident = threading.get_ident()
             context.run(run)
 
-        threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True).start()
+        self._thread = threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True)
+        self._thread.start()
 
     async def _serve(self) -> None:
         while (request := await self._next_request()) is not None:
@@ -177,6 +180,11 @@ class TaskThread:
         while not outcome.done() and (remaining := self._deadline - self._loop.time()) > 0:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([outcome], timeout=remaining)
+        if not outcome.done() and not self._abandoned and self._thread is not None:
+            # The body of a step and the task itself are in the same thread, which counts once.
+            self._abandoned = True
+            run = self._context._run  # pyright: ignore[reportPrivateUsage]
+            run.host.thread_abandoned(run.claimed, self._thread)
 
 
 async def _perform(branch: Branch, make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -85,7 +85,7 @@ class Run:
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code, whose outcome is written when it ends."""
         limit: AttemptLimit | None = None
-        if (timeout := self.task.timeout) is not None:
+        if (timeout := self.host.attempt_timeout(self.task)) is not None:
             writer = self.host.writer
             self.limit = limit = AttemptLimit(timeout, self.claimed, self.journal, writer, lambda: self.signal)
             body = limit.within(body)
@@ -115,6 +115,12 @@ class Run:
             self.signal = Suspended()
             self.host.start_task(self._unwind("released"), "durable:release")
 
+    def time_out(self, error: TaskTimeout) -> None:
+        """Cancel user code, and fail the attempt with `error`."""
+        if self._going_on():
+            self.signal = Suspended()
+            self.host.start_task(self._unwind("timed out", error=error), "durable:time-out")
+
     def _suspend(self) -> None:
         if self._going_on():
             self.signal = Suspended()
@@ -132,7 +138,9 @@ class Run:
         else:
             self._end(root)
 
-    async def _unwind(self, reason: str, root: asyncio.Task[Any] | None = None) -> None:
+    async def _unwind(
+        self, reason: str, root: asyncio.Task[Any] | None = None, *, error: BaseException | None = None
+    ) -> None:
         self._stop_timers()
         waits = [wait.spec() for wait in self.pending.values()] if reason == "suspended" else []
         abandoned = await self.branches.unwind()
@@ -144,7 +152,9 @@ class Run:
             return
         self._mark_over()
         self._drop_unawaited()  # they may have been meant for later
-        if reason == "suspended" and self.mismatch is not None:
+        if error is not None:
+            self._fail(error)
+        elif reason == "suspended" and self.mismatch is not None:
             self._fail(self.mismatch)
         elif reason == "suspended":
             if self.limit is not None:

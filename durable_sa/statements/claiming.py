@@ -310,6 +310,11 @@ LEASE_STATUS = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating
 """Returns a row unless the worker was declared lost. For workers that must not extend their lease: the event loop is
 stuck, or the lease is over."""
 
+END_LEASE = (
+    update(WorkerRow).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None)).values(expires_at=clock())
+)
+"""End the lease of a worker whose process has ended, so that its runs are taken over now."""
+
 SHOW_LONG_STEPS = (
     update(WorkerRow)
     .where(WorkerRow.worker_id == _beating_id)

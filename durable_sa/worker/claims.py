@@ -20,6 +20,7 @@ from ..statements import claiming
 from ..statements.claiming import ClaimedRun
 from .agenda import FULL_SCAN_DELAY, Agenda
 from .executor import Executor
+from .lifetime import Lifetime
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
@@ -54,6 +55,7 @@ class Claimer:
         writer: Writer,
         executor: Executor,
         suspects: Suspects,
+        lifetime: Lifetime,
         *,
         stopping: asyncio.Event,
         listening: Callable[[], bool],
@@ -70,6 +72,7 @@ class Claimer:
         self._writer = writer
         self._executor = executor
         self._suspects = suspects
+        self._lifetime = lifetime
         self._stopping = stopping
         self._listening = listening
         self._loop = asyncio.get_running_loop()
@@ -86,7 +89,7 @@ class Claimer:
         wanted = self._slots.free
         if self._settings.concurrency >= HALF_CLAIMS_CONCURRENCY:
             wanted = min(wanted, self._settings.concurrency // 2)
-        return wanted
+        return self._lifetime.most(wanted)
 
     async def run(self) -> None:
         """Claim until the worker is being shut down."""
@@ -186,6 +189,7 @@ class Claimer:
             self._slots.reserve(claimed)
             self._slots.alone = alone
             self._loop.call_soon(self._start)
+            self._lifetime.claimed(len(claimed))
         return len(rows)
 
     def _start(self) -> None:

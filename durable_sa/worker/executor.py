@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -36,8 +37,10 @@ from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints, claiming, waits
 from ..statements.claiming import ClaimedRun
+from ..tasks import Task
 from .agenda import Agenda
 from .background import BackgroundTasks
+from .endings import Endings
 from .registration import Registration
 from .slots import Slots
 
@@ -57,6 +60,7 @@ class Executor:
         agenda: Agenda,
         slots: Slots,
         writer: Writer,
+        endings: Endings,
         *,
         on_task_ended: Callable[[uuid.UUID], None],
     ) -> None:
@@ -75,6 +79,7 @@ class Executor:
         self._background = background
         self._agenda = agenda
         self._slots = slots
+        self._endings = endings
         self._on_task_ended = on_task_ended
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
@@ -170,6 +175,11 @@ class Executor:
             start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
             inner,
         )
+        self._endings.run_begins(run)
+
+    def task(self, name: str) -> Task[Any, Any] | None:
+        """Return the task that is registered under a name, if there is one."""
+        return self._app.tasks.get(name)
 
     @property
     def leased(self) -> bool:
@@ -186,6 +196,14 @@ class Executor:
         if lost:
             self._registration.left_running()
 
+    def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
+        """Return the seconds in memory after which an attempt of a task fails, if there is a limit."""
+        return self._endings.attempt_timeout(task)
+
+    def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
+        """Count the thread of a `def` run that executes code after the end of the run."""
+        self._endings.thread_abandoned(claimed, thread)
+
     def unended(self) -> list[ClaimedRun]:
         """Return the runs whose code ignores its cancellation. Safe to call from any thread."""
         return list({run.key: run for task, run in list(self._left_behind.items()) if not task.done()}.values())
@@ -197,6 +215,7 @@ class Executor:
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose code has ended; its outcome is still to be written."""
         self._slots.free_slot(claimed)
+        self._endings.run_ended(claimed)
         if not self._freeing:
             # In the next turn of the event loop, so that the outcome is sent first.
             self._freeing = True

@@ -211,6 +211,37 @@ async def test_it_starts_anew_when_a_file_changes(durable: Durable, url: str, ap
 
 
 @pytest.mark.slow
+async def test_a_reload_gives_def_runs_back_first(durable: Durable, url: str, app: Path) -> None:
+    blocking = """
+import time
+from durable_sa import Durable, SyncTaskContext
+
+durable = Durable()
+
+@durable.task
+def blocked(ctx: SyncTaskContext) -> int:
+    if ctx.attempt == 1:
+        time.sleep(600)
+    return ctx.attempt
+"""
+    (app / "app.py").write_text(blocking)
+    with process("worker", "app:durable", "--reload", url=url, cwd=app) as worker:
+        spawned = await durable.spawn_by_name("blocked", unchecked=True)
+
+        async def running() -> bool:
+            return await state(durable, spawned.task_id) is TaskStatus.RUNNING
+
+        await eventually(running)
+        (app / "app.py").write_text(f"{blocking}\n# changed")
+        # Otherwise it goes on when the lease of 120 seconds is over.
+        assert (await durable.wait_for_result(spawned, timeout=30)).output == 2
+        assert "app.py changed" in worker.said
+    async with durable.engine.connect() as connection:
+        errors = await connection.execute(text("SELECT error->>'name' FROM durable.runs ORDER BY attempt"))
+        assert list(errors.scalars()) == ["Released", None]
+
+
+@pytest.mark.slow
 async def test_a_link_that_leads_nowhere_hides_no_change(durable: Durable, url: str, app: Path) -> None:
     for name in "abcdefgh":
         (app / f"{name}.py").symlink_to("nowhere.py")
