@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..concurrency.blocking import AnyTask
 from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
+from ..tasks import Task
 from .hooks import HookChain
 
 if TYPE_CHECKING:
     from ..statements.claiming import ClaimedRun
-    from ..tasks import Task
     from ..telemetry import Telemetry
     from .reader import Reader
     from .writer import Writer
