@@ -63,12 +63,13 @@ def is_transient(error: BaseException) -> bool:
     """Return whether the same statement may succeed later: after lost connections, restarts, deadlocks, timeouts."""
     if isinstance(error, PoolTimeout | PendingRollbackError | OSError | asyncio.TimeoutError):
         return True
-    if not isinstance(error, DBAPIError):
-        return _is_of_driver(error)
-    if error.connection_invalidated:
-        return True
     code = sqlstate(error)
-    if code is None:
+    if not isinstance(error, DBAPIError):
+        if code is None:
+            return _is_of_driver(error)
+    elif error.connection_invalidated:
+        return True
+    elif code is None:
         # The server sent no code, so the error is about the connection, unless the driver refused a value.
         return not isinstance(error.orig, _REFUSED_VALUES)
     states = _TRANSIENT_STATES | CACHED_PLAN_STATES | POOLER_STATES
