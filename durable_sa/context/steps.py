@@ -170,7 +170,8 @@ class Steps(Sleeps):
 
 async def invoke(executor: Executor, body: Callable[[], Any]) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
-    if is_coroutine_function(getattr(body, "func", None)):
+    function: Callable[..., Any] = getattr(body, "func", body)
+    if is_coroutine_function(function):
         return await body()
     context = contextvars.copy_context()
 

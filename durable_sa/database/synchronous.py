@@ -187,9 +187,8 @@ def check_sync_bind(bind: object) -> None:
             f"it cannot be of type {type(bind).__name__}",
             "Give a sessionmaker, a scoped_session or an Engine of a synchronous driver, such as psycopg.",
         )
-    given: Any = bind
-    factory: Any = given.session_factory if isinstance(given, scoped_session) else given
-    engine: Any = given if isinstance(given, Engine) else getattr(factory, "kw", {}).get("bind")
+    factory: Any = getattr(bind, "session_factory", bind)
+    engine: Any = bind if isinstance(bind, Engine) else getattr(factory, "kw", {}).get("bind")
     if isinstance(engine, Connection):
         raise InvalidConfiguration(
             "sync_bind", "its sessions share one connection", "Give sessions that are bound to an Engine."

@@ -333,6 +333,14 @@ async def test_a_caller_that_was_cancelled_gets_it_rolled_back(run: Runner, engi
         go_on.wait(10)
         tally.add("done")
 
+    async def ended() -> bool:
+        async with engine.connect() as connection:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
+            return bool(tally) and (await connection.execute(text(query))).scalar() == 0
+
+    async def wait_for_its_end() -> None:
+        await eventually(ended)
+
     @task
     async def impatient(ctx: TaskContext) -> str:
         try:
@@ -340,17 +348,12 @@ async def test_a_caller_that_was_cancelled_gets_it_rolled_back(run: Runner, engi
                 await ctx.transaction("work", work)
         except TimeoutError:
             go_on.set()
+            # The run goes on, and so would hold the fence.
+            await ctx.step("wait", wait_for_its_end)
             return "gave up"
         return ""
 
     assert await run(impatient) == "gave up"
-
-    async def ended() -> bool:
-        async with engine.connect() as connection:
-            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
-            return bool(tally) and (await connection.execute(text(query))).scalar() == 0
-
-    await eventually(ended)
     assert await entries(engine) == []
 
 
