@@ -187,8 +187,9 @@ def check_sync_bind(bind: object) -> None:
             f"it cannot be of type {type(bind).__name__}",
             "Give a sessionmaker, a scoped_session or an Engine of a synchronous driver, such as psycopg.",
         )
-    factory: Any = getattr(bind, "session_factory", bind)
-    engine: Any = bind if isinstance(bind, Engine) else getattr(factory, "kw", {}).get("bind")
+    given = cast("Any", bind)
+    factory: Any = getattr(given, "session_factory", given)
+    engine: Any = given if isinstance(bind, Engine) else getattr(factory, "kw", {}).get("bind")
     if isinstance(engine, Connection):
         raise InvalidConfiguration(
             "sync_bind", "its sessions share one connection", "Give sessions that are bound to an Engine."
