@@ -47,7 +47,7 @@ _SUSPENDABLE: Final[dict[type[Any], tuple[str, str]]] = {
     AsyncGeneratorType: ("ag_frame", "ag_await"),
 }
 
-_COROUTINES: Final = (*_SUSPENDABLE, Coroutine)
+_COROUTINES: Final[tuple[type[Any], ...]] = (*_SUSPENDABLE, Coroutine)
 """Also the classes that wrap a coroutine."""
 
 _WAIT: Final = _codes(getattr(asyncio.tasks, "_wait", None))
