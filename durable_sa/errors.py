@@ -291,7 +291,7 @@ class Retry(TaskError):
 
     def __init__(self, after: float | timedelta) -> None:
         given: object = after.total_seconds() if isinstance(after, timedelta) else after
-        if isinstance(given, bool) or not isinstance(given, int | float):
+        if isinstance(given, bool) or not isinstance(given, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidConfiguration(
                 "after", f"a duration is a number of seconds or a timedelta, not {type(given).__name__}"
             )

@@ -167,6 +167,6 @@ class SyncTaskContext(TaskData[StateT]):
 async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Execute a `def` task in a thread of its own. The root of the task's run awaits this coroutine."""
     context.thread = thread = TaskThread(context.context)
-    if (limit := context.context._run.limit) is not None:
+    if (limit := context.context._run.limit) is not None:  # pyright: ignore[reportPrivateUsage]
         limit.hand_over = thread.time_out
     return await thread.execute(functools.partial(function, context, *arguments))

@@ -39,7 +39,6 @@ from sqlalchemy import (
     Executable,
     Float,
     Integer,
-    Select,
     SmallInteger,
     Text,
     Uuid,
@@ -136,7 +135,7 @@ _open_lanes = materialized(
 _is_suspect = TaskRow.lease_losses >= constant(SUSPECT_AFTER)
 
 
-def _in_lane(*columns: Any) -> Select[Any]:
+def _in_lane(*columns: Any) -> Any:
     """Select the claimable tasks of a lane, suspects included, in the order of claims."""
     return (
         select(*columns)
