@@ -122,7 +122,7 @@ class ResolvedSpawn:
     delay: float | None
     """Seconds."""
     priority: int
-    max_lost_workers: int | None
+    max_lost_workers: int | None = None
     """None is the default, 5."""
 
 

@@ -103,7 +103,8 @@ def is_retryable(
         members = _members(inner)
         return all(retried(member, listed=listed) for member in members) if members else listed
 
-    return retried(error, listed=False)
+    leaves = [inner for inner in with_members(error) if not _members(inner)]
+    return all(issubclass(type(leaf), Retry) for leaf in leaves) or retried(error, listed=False)
 
 
 def retry_delay(error: BaseException) -> float | None:

@@ -131,21 +131,21 @@ async def test_a_plain_task_gets_it_in_its_next_call(durable: Durable) -> None:
             seen.append("raised")
             raise
 
-    @durable.task(timeout=0.1, max_attempts=1)
+    @durable.task(timeout=0.4, max_attempts=1)
     def stepping(ctx: SyncTaskContext) -> None:
         ctx.step("nap", nap)
         seen.append("recorded")
         ctx.step("never", nap)
 
     def nap() -> None:
-        time.sleep(0.2)
+        time.sleep(0.6)
 
     @durable.task(timeout=0.1, max_attempts=1)
     def calling(ctx: SyncTaskContext) -> None:
         ctx.step("hang", asyncio.sleep, 3600)
 
     assert await failure(durable, slow) == ("TaskTimeout", "Task 'slow' took longer than 0.1 s", None)
-    assert await failure(durable, stepping) == ("TaskTimeout", "Task 'stepping' took longer than 0.1 s", None)
+    assert await failure(durable, stepping) == ("TaskTimeout", "Task 'stepping' took longer than 0.4 s", None)
     assert await failure(durable, calling) == ("TaskTimeout", "Task 'calling' took longer than 0.1 s", "hang")
     assert seen == ["raised", "recorded"]
     await eventually(lambda: not any(t.name.startswith("durable:") for t in threading.enumerate()))

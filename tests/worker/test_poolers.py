@@ -41,7 +41,7 @@ ERRORS = {
 def closed() -> Exception:
     """Make an error as the driver raises it by accident, once its connection has no protocol any more."""
     try:
-        asyncpg.Connection.is_closed(None)  # type: ignore[arg-type]
+        asyncpg.Connection.is_closed(None)
     except AttributeError as error:
         return error
     raise AssertionError

@@ -155,9 +155,11 @@ async def test_a_worker_whose_runs_do_not_end_goes_on_claiming(
 
 @pytest.mark.parametrize("place", ["client", "task", "spawn", "none"])
 async def test_the_limit_is_an_option_of_spawn_task_or_client(durable: Durable, sql: Rows, place: str) -> None:
-    client = Durable(durable.engine, **({"max_lost_workers": 3} if place == "client" else {}))
+    of_client: dict[str, Any] = {"max_lost_workers": 3} if place == "client" else {}
+    of_spawn: dict[str, Any] = {"max_lost_workers": 1} if place == "spawn" else {}
+    client = Durable(durable.engine, **of_client)
     lethal = client.register(task("lethal", max_lost_workers=2 if place in ("task", "spawn") else None)(_nothing))
-    spawned = await client.spawn(lethal, **({"max_lost_workers": 1} if place == "spawn" else {}))  # type: ignore[arg-type]
+    spawned = await client.spawn(lethal, **of_spawn)
     limit = {"client": 3, "task": 2, "spawn": 1, "none": 5}[place]
     stored = None if limit == 5 else limit
     assert await sql("SELECT max_lost_workers FROM durable.tasks") == [(stored,)]
