@@ -269,7 +269,7 @@ class _Runner:
                 # The next attempt waits anew.
                 progress.records.pop(key, None)
                 progress.timed_out.discard(key)
-        final = not is_retryable(error, task.no_retry_on) or row.failures + 1 >= row.max_attempts
+        final = not is_retryable(error, task.no_retry_on, task.retry_on) or row.failures + 1 >= row.max_attempts
         encoded = encode_error(error, row.run_id)
         await self._transaction.execute(FAIL, {"target_id": row.task_id, "final": final, "encoded": encoded})
         if final:

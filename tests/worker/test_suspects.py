@@ -264,6 +264,8 @@ async def test_a_suspect_whose_claim_was_not_answered_is_given_back_if_others_ru
 
         await durable.spawn(other)
         await eventually(lambda: "other" in busy.running)
+        # Nothing is claimed meanwhile: a release begins the row of lost workers anew.
+        await durable.pause_queue()
         await sql(
             "UPDATE durable.tasks SET state = 'running', claimed_by = :worker, fence = 1, attempt = 1,"
             " available_at = now(), started_at = now(), lease_losses = 2 WHERE task_id = :task_id",
@@ -278,6 +280,8 @@ async def test_a_suspect_whose_claim_was_not_answered_is_given_back_if_others_ru
 
         await eventually(given_back)
         release.set()
+        await eventually(lambda: not busy.running)
+        await durable.resume_queue()
         await durable.wait_for_result(suspect, timeout=10)
     assert not busy.beside
 
