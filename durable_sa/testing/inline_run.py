@@ -7,7 +7,7 @@ import queue
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -280,13 +280,21 @@ def scoped_hooks(app: App, session: Session | AsyncSession) -> HookChain:
             yield
 
     @contextmanager
+    def outside() -> Generator[None]:
+        with ExitStack() as stack:
+            # The sessions of Flask-SQLAlchemy have no scope outside of an application context.
+            with suppress(RuntimeError):
+                stack.enter_context(app.scoped(Session()))
+            yield
+
+    @contextmanager
     def outside_step(_: object, __: str) -> Generator[None]:
-        with app.scoped(Session()):
+        with outside():
             yield
 
     @asynccontextmanager
     async def outside_task(_: object) -> AsyncGenerator[None]:
-        with app.scoped(Session()):
+        with outside():
             yield
 
     if hooks.around_task:

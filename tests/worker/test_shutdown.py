@@ -148,14 +148,14 @@ async def test_cancelling_run_worker_during_the_start_is_no_signal(engine: Async
 async def test_a_worker_that_has_just_started_when_run_worker_is_cancelled_is_shut_down(
     engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = Durable.start_worker
+    start = Durable._start_worker
 
-    async def start_and_cancel(durable: Durable, **options: Any) -> Worker:
-        worker = await start(durable, **options)
+    async def start_and_cancel(durable: Durable, *settings: Any) -> Worker:
+        worker = await start(durable, *settings)
         asyncio.get_running_loop().call_soon(running.cancel)
         return worker
 
-    monkeypatch.setattr(Durable, "start_worker", start_and_cancel)
+    monkeypatch.setattr(Durable, "_start_worker", start_and_cancel)
     async with Durable(engine) as durable:
         running = asyncio.create_task(durable.run_worker())
         with pytest.raises(asyncio.CancelledError):
