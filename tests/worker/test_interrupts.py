@@ -75,9 +75,17 @@ async def test_other_threads_take_no_signals(durable: Durable) -> None:
         await asyncio.to_thread(asyncio.run, durable.run_worker(signals=True))
 
 
+@pytest.fixture
+def default(number: signal.Signals) -> Generator[None]:
+    """Leave the signal to its default, as a shell that starts the tests in the background may have it ignored."""
+    previous = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, previous)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
 async def test_sighup_waits_for_runs_and_sigquit_gives_them_back_at_once(
-    durable: Durable, number: signal.Signals
+    durable: Durable, default: None, number: signal.Signals
 ) -> None:
     release = asyncio.Event()
 
