@@ -74,7 +74,7 @@ class Watcher:
                 problem = f"{self._health_port} cannot be had: {error.strerror}"
                 raise InvalidConfiguration("health_port", problem) from error
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if not is_for_nohup(number):
                 self._loop.add_signal_handler(number, self._signalled, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._look)
         for number in self._ends:

@@ -183,9 +183,17 @@ async def signals_handled(
             watchdog.stop()
 
 
+def is_for_nohup(number: int) -> bool:
+    """Return whether it is SIGHUP, in a process that was started by nohup, so that it stays ignored.
+
+    Other signals are handled even if they were ignored: a shell without job control ignores SIGINT and SIGQUIT in what
+    it starts in the background.
+    """
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
+
+
 def _takes(number: int, wanted: bool | None) -> bool:
-    if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN:
-        # Started by nohup.
+    if is_for_nohup(number):
         return False
     return bool(wanted) or not _handler_of_others(number)
 
