@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import InvalidConfiguration
 from ..worker.health import Answer, start_probes
-from ..worker.interrupts import ENDING_TIMEOUT, RELEASING, SIGNALS
+from ..worker.interrupts import ENDING_TIMEOUT, RELEASING, SIGNALS, is_for_nohup
 from .children import Child, Overdue
 from .invocation import FAILED, OK, USAGE
 
