@@ -28,6 +28,7 @@ from durable_sa.database.connections import Database
 from durable_sa.database.hint import Hint
 from durable_sa.database.listener import Listener
 from durable_sa.database.notifier import HintSender
+from durable_sa.worker import claims
 
 from ..support import eventually
 from .conftest import Rows
@@ -277,14 +278,15 @@ async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durab
 
 @pytest.mark.slow
 async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in_time(
-    durable: Durable, engine: AsyncEngine, sql: Rows
+    durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Short enough for the other worker to know the task before it wakes, too long to find it by polling in time.
+    monkeypatch.setattr(claims, "LISTENING_POLL_INTERVAL", 1.5)
     release = asyncio.Event()
     idle = Durable(engine)
 
     @durable.task
     async def nap(ctx: TaskContext) -> None:
-        # Long enough for the other worker to know the task by then.
         await ctx.sleep_for("nap", 3.0)
 
     @durable.task
