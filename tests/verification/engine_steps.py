@@ -44,6 +44,7 @@ from durable_sa.worker.maintenance import Maintenance
 from durable_sa.worker.retention import delete_tasks
 from durable_sa.worker.settings import Settings
 from durable_sa.worker.slots import Slots
+from durable_sa.worker.suspects import Suspects
 from durable_sa.worker.wakeups import LOCKED_RETRY_DELAY
 
 T = TypeVar("T")
@@ -157,7 +158,8 @@ class SimulatedWorker:
         clock = LocalClock()
         self.agenda = Agenda(settings.queue_names, clock)
         self._channel = cast("Any", SteppedChannel())
-        dispatcher = Dispatcher(settings, self.agenda, Slots(settings), registration, cast("Any", _HintSender()))
+        slots = Slots(settings)
+        dispatcher = Dispatcher(settings, self.agenda, slots, registration, cast("Any", _HintSender()))
         self._writer = _SteppedWriter(self._channel, on_commit=dispatcher.committed)
         self._maintenance = Maintenance(
             durable,
@@ -167,6 +169,7 @@ class SimulatedWorker:
             self.agenda,
             dispatcher,
             cast("Any", _Executor()),
+            Suspects(durable, self._channel, registration, self.agenda, slots),
             listening=lambda: True,
             queue_names=settings.queue_names,
         )

@@ -384,13 +384,13 @@ MUTANTS = (
                 "            written = await _apart(\n                database,",
             ),
             (
-                "class _Interrupted(Exception)",
+                "class Interrupted(Exception)",
                 (
                     "async def _apart(database: Database, parameters: dict[str, Any]) -> Any:\n"
                     "    async with database.transaction() as connection:\n"
                     "        written = await connection.execute(checkpoints.RECORD_IN_TRANSACTION, parameters)\n"
                     "        return written.all()\n\n\n"
-                    "class _Interrupted(Exception)"
+                    "class Interrupted(Exception)"
                 ),
             ),
         ),
