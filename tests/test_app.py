@@ -159,6 +159,7 @@ async def test_an_engine_that_was_given_stays_as_it_was(database_url: URL, wrapp
     await app.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
 async def test_the_servers_default_isolation_does_not_matter(
     level: str, database_url: URL, engine: AsyncEngine

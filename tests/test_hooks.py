@@ -80,6 +80,7 @@ class Tenants(Hooks):
         spawn.headers["tenant"] = tenant.get()
 
 
+@pytest.mark.slow
 async def test_every_way_to_spawn_is_seen(engine: AsyncEngine) -> None:
     journal = Journal()
     async with client(engine, journal) as durable, AsyncSession(engine) as session:

@@ -72,6 +72,7 @@ SPAWNING = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_only_spawns_loads_neither_a_worker_nor_another_driver(database_url: URL) -> None:
     url = database_url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     modules = loaded(SPAWNING, APPLICATION_URL=url)
@@ -104,6 +105,7 @@ def test_each_public_name_is_found_where_it_is_said_to_be(package: object) -> No
         _ = package.nothing
 
 
+@pytest.mark.slow
 def test_public_modules_are_attributes_of_the_package() -> None:
     modules = loaded("import durable_sa; durable_sa.errors.TaskTimeout; durable_sa.models.TaskRow")
     assert {"durable_sa.errors", "durable_sa.models"} <= modules

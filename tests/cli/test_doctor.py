@@ -158,11 +158,13 @@ async def test_runs_of_workers_that_are_gone(cli: CommandLine, durable: Durable)
     ]
 
 
+@pytest.mark.slow
 async def test_columns_that_contradict_each_other(cli: CommandLine, durable: Durable) -> None:
     running = await spawn(durable, state="running")
     assert await findings(cli) == {"states": [f"task {running} (a) is running, which contradicts its lease"]}
 
 
+@pytest.mark.slow
 async def test_a_schedule_that_is_overdue(cli: CommandLine, durable: Durable) -> None:
     values = {"queue_name": "default", "task_name": "a", "cron_expression": "* * * * *", "next_tick_at": AGO}
     await execute(
@@ -173,6 +175,7 @@ async def test_a_schedule_that_is_overdue(cli: CommandLine, durable: Durable) ->
     assert await findings(cli) == {"schedules": ["schedule 'due' of queue 'default' has been due for 1 h"]}
 
 
+@pytest.mark.slow
 async def test_rows_that_belong_to_nothing(cli: CommandLine, durable: Durable) -> None:
     await durable.create_queue("gone")
     in_no_queue = await spawn(durable, queue_name="gone")
@@ -218,6 +221,7 @@ async def test_who_holds_the_oldest_snapshot(
     await engine.dispose()
 
 
+@pytest.mark.slow
 async def test_many_problems_are_cut_short(cli: CommandLine, durable: Durable) -> None:
     for _ in range(25):
         await spawn(durable, state="sleeping", available_at=None)
@@ -235,6 +239,7 @@ async def test_a_database_without_tables(durable_server: TestServer) -> None:
         durable_server.drop_database(url)
 
 
+@pytest.mark.slow
 async def test_a_check_that_takes_too_long_is_said_to(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ async def failed_child(durable: Durable) -> tuple[uuid.UUID, uuid.UUID]:
     return task_id, spawned.task_id
 
 
+@pytest.mark.slow
 async def test_attempts_tries_and_errors_without_values(cli: CommandLine, durable: Durable) -> None:
     async with durable.worker(worker_id="worker-7"):
         task_id, parent_id = await failed_child(durable)

@@ -47,6 +47,7 @@ def commands(task_id: uuid.UUID) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 async def test_a_terminal_shows_everything_within_its_width(cli: CommandLine, filled: uuid.UUID, width: int) -> None:
     for command, wanted in commands(filled).items():

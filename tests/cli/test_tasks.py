@@ -75,6 +75,7 @@ async def test_the_list_for_people_has_whole_ids(cli: CommandLine, durable: Dura
     assert "No matching tasks." in (await cli("tasks", "list", "--state", "failed")).stdout
 
 
+@pytest.mark.slow
 async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durable) -> None:
     task_id = await failed_parent(durable)
     result = await cli("tasks", "show", task_id)
@@ -120,6 +121,7 @@ async def test_payloads_are_shown_only_when_asked_for(cli: CommandLine, durable:
     assert data["checkpoints"][0]["value"] == SECRET
 
 
+@pytest.mark.slow
 async def test_what_a_sleeping_task_waits_for_is_shown(cli: CommandLine, durable: Durable) -> None:
     @durable.task
     async def waiter(ctx: TaskContext) -> None:
@@ -149,6 +151,7 @@ async def test_text_cannot_drive_the_terminal(cli: CommandLine, durable: Durable
     assert "\x1b" not in result.stdout
 
 
+@pytest.mark.slow
 async def test_an_unknown_task_is_not_found(cli: CommandLine) -> None:
     unknown = uuid.uuid4()
     for command in ("show", "cancel", "retry"):
@@ -240,6 +243,7 @@ async def test_one_that_is_refused_keeps_none_of_the_others(cli: CommandLine, du
     assert [line.split()[0] for line in result.stderr.splitlines()] == ["error:", "error:"]
 
 
+@pytest.mark.slow
 async def test_bulk_retry_takes_failed_tasks_that_match(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ async def test_what_a_task_waits_for_stays(durable: Durable, engine: AsyncEngine
     assert await durable.cleanup_tasks(0) == 2
 
 
+@pytest.mark.slow
 async def test_what_an_application_refers_to_stays_and_the_others_go(durable: Durable, engine: AsyncEngine) -> None:
     class Base(DeclarativeBase):
         pass

@@ -85,6 +85,7 @@ def test_threads_with_loops_of_their_own_share_an_engine_without_a_pool(url: URL
     assert asyncio.run(count(url)) == 40
 
 
+@pytest.mark.slow
 def test_threads_with_loops_of_their_own_share_a_client_of_a_url(url: URL) -> None:
     spawn_in_threads(Durable(url, tasks=[noop]))
     assert asyncio.run(count(url)) == 40

@@ -51,6 +51,7 @@ async def test_an_event_belongs_to_a_queue(durable: Durable, engine: AsyncEngine
     assert (await payload(engine, "paid"), await payload(engine, "paid", "mails")) == ("1", "2")
 
 
+@pytest.mark.slow
 async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_once_for_each_name(
     durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -123,6 +123,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 def test_a_conflict_is_what_differs_as_json(database_url: URL) -> None:
     async def spawn(one: Any, other: Any) -> None:
         key = str(uuid.uuid4())
@@ -304,6 +305,7 @@ _WAITING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_lost_reply_makes_no_second_task(gate: Gate, engine: AsyncEngine, driver: str) -> None:
     """The database has committed and nobody hears of it: the client does it again."""

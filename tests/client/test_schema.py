@@ -206,6 +206,7 @@ async def test_a_worker_says_when_the_tables_are_not_there(engine: AsyncEngine, 
             await durable.start_worker()
 
 
+@pytest.mark.slow
 async def test_every_call_says_when_the_tables_are_not_there(
     engine: AsyncEngine, database_url: URL, sync_engine: Engine
 ) -> None:

@@ -57,6 +57,7 @@ async def test_event_that_comes_later_is_delivered(run: Runner, tally: Tally):
     assert await Rows(run.durable, spawned).waits() == []
 
 
+@pytest.mark.slow
 async def test_first_emit_of_a_name_wins(run: Runner):
     @task
     async def work(ctx: TaskContext) -> list[Any]:
@@ -173,6 +174,7 @@ async def test_thousand_waiters_of_one_event_wake_once_each(engine: Any, tally: 
     assert sorted(tally) == sorted([*range(1200)] * 2)
 
 
+@pytest.mark.slow
 async def test_queues_have_events_of_their_own(run: Runner):
     await run.durable.create_queue("other")
 
@@ -353,6 +355,7 @@ async def test_event_that_came_in_time_counts_although_nobody_looked_until_later
         assert (await durable.wait_for_result(spawned, timeout=10)).output == "in time"
 
 
+@pytest.mark.slow
 async def test_event_that_came_after_the_time_was_over_does_not_count(durable: Durable):
     @durable.task
     async def work(ctx: TaskContext) -> Any:
@@ -483,6 +486,7 @@ async def test_waits_of_a_task_that_ends_unhappily_are_forgotten(run: Runner, en
     assert await Rows(run.durable, spawned).waits() == []
 
 
+@pytest.mark.slow
 async def test_wait_that_is_given_up_does_not_wake_the_task(run: Runner, tally: Tally):
     async def until_registered() -> None:
         await registered.wait()
@@ -714,6 +718,7 @@ async def test_races_between_emit_and_timeout_end_in_one_of_the_two_for_good(eng
         assert found in ([number, number], ["timeout", number])
 
 
+@pytest.mark.slow
 async def test_of_many_that_emit_a_name_at_the_same_time_one_is_the_first(engine: Any):
     everybody = asyncio.Barrier(20)
 

@@ -113,6 +113,7 @@ async def test_a_context_in_memory_logs_everything(caplog: pytest.LogCaptureFixt
     assert (record.getMessage(), record.__dict__["task_name"]) == ("a line", "named")
 
 
+@pytest.mark.slow
 async def test_a_run_that_another_worker_goes_on_with_logs_what_is_behind_its_records(
     run: Runner, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -299,6 +299,7 @@ async def test_a_lost_reply_to_the_commit_is_looked_up(
     assert tally == ["call", "lost", "call"]
 
 
+@pytest.mark.slow
 async def test_a_run_that_has_lost_its_task_commits_nothing(run: Runner, engine: AsyncEngine, tally: Tally):
     reached, go_on = threading.Event(), threading.Event()
 

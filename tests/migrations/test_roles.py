@@ -152,6 +152,7 @@ async def produce(durable: Durable) -> None:
     assert await durable.count_unclaimed_ready_tasks() >= 1
 
 
+@pytest.mark.slow
 async def test_a_producer_spawns_emits_cancels_and_asks_for_results(roles: Database) -> None:
     async with roles.client("producer") as producer, roles.client("worker") as worker:
         await produce(producer)

@@ -33,6 +33,7 @@ async def until(durable: Durable, wanted: dict[str, tuple[str, str, str]]) -> No
     await eventually(reached)
 
 
+@pytest.mark.slow
 async def test_a_worker_creates_and_changes_them_and_they_fire(durable: Durable, engine: AsyncEngine) -> None:
     await durable.create_queue("mail")
     first = Durable(

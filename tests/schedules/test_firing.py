@@ -118,6 +118,7 @@ async def test_each_tick_has_one_task_however_many_workers_there_are(
     assert [row.n for row in await sql("SELECT count(*) AS n FROM durable.tasks")] == [5]
 
 
+@pytest.mark.slow
 async def test_of_many_that_fire_the_same_tick_one_spawns(durable: Durable, database_url: URL, sql: Sql) -> None:
     await create(durable)
     engines = [create_async_engine(database_url) for _ in range(4)]

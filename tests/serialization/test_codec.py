@@ -94,6 +94,7 @@ class Tree(BaseModel):
     children: list["Tree"] = []
 
 
+@pytest.mark.slow
 @given(json_values)
 def test_plain_json_comes_back_exactly(value: Any) -> None:
     encoded, decoded = plain.round_trip(value, "It")

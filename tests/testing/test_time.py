@@ -127,6 +127,7 @@ async def test_a_sleep_in_a_branch_ends_while_the_run_goes_on(durable: Durable) 
         assert (await durable.wait_for_result(spawned, timeout=10)).output == "woken"
 
 
+@pytest.mark.slow
 async def test_a_sleep_that_the_database_does_not_know_of_yet_has_begun_all_the_same(
     durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ async def test_a_machine_whose_clock_is_a_week_behind_makes_no_difference(durabl
     assert [result.status for result in results] == statuses
 
 
+@pytest.mark.slow
 async def test_schedules_fire_and_queues_forget_by_the_clock(durable: Durable) -> None:
     await durable.create_queue(retention=timedelta(days=2))
     await durable.create_schedule("daily", task=quick, cron_expression="0 12 * * *", misfire="run_all")

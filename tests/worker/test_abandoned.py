@@ -31,6 +31,7 @@ def _has_abandoned(durable: Durable, count: int) -> bool:
     return all(worker.abandoned_threads == count for worker in durable.workers)
 
 
+@pytest.mark.slow
 async def test_a_worker_with_more_of_them_than_slots_gives_its_runs_back_and_ends(
     durable: Durable, enough: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:

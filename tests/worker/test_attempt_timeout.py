@@ -98,6 +98,7 @@ async def test_a_step_is_interrupted_and_not_tried_once_more(durable: Durable, s
     assert await sql("SELECT name FROM durable.checkpoints") == []
 
 
+@pytest.mark.slow
 async def test_suspension_does_not_count_and_memory_adds_up(durable: Durable, sql: Rows) -> None:
     """An attempt of many short runs comes to its end, and the next one begins with all its time."""
 
@@ -119,6 +120,7 @@ async def test_suspension_does_not_count_and_memory_adds_up(durable: Durable, sq
     assert "$time" not in [row.name for row in await sql(CHECKPOINTS, task_id=spawned.task_id, with_payloads=True)]
 
 
+@pytest.mark.slow
 async def test_a_plain_task_gets_it_in_its_next_call(durable: Durable) -> None:
     seen: list[str] = []
 

@@ -23,6 +23,7 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     return lambda: [record for record in caplog.records if "held the event loop" in record.getMessage()]
 
 
+@pytest.mark.slow
 async def test_a_task_that_blocks_is_logged_with_its_line_once(durable: Durable, lines: Any) -> None:
     @durable.task
     async def blocking(ctx: TaskContext) -> None:
@@ -62,6 +63,7 @@ async def test_a_line_of_a_library_is_named_beside_the_applications(durable: Dur
     assert "subprocess.py:" in record.getMessage()
 
 
+@pytest.mark.slow
 async def test_code_beside_tasks_is_named_as_such(durable: Durable, lines: Any) -> None:
     async with durable.worker(), durable.worker():
         await asyncio.sleep(0.1)

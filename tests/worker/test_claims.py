@@ -294,6 +294,7 @@ POISONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 async def test_a_poisoned_row_stops_nobody(durable: Durable, sql: Rows, poison: str) -> None:
     @durable.task(max_attempts=1)
@@ -331,6 +332,7 @@ async def test_a_row_whose_numbers_overflow_stops_nobody_for_long(durable: Durab
         assert [result.output for result in results] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 async def test_a_recorded_step_that_no_longer_decodes_fails_its_task_alone(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=1)
     async def resumed(ctx: TaskContext) -> int:
@@ -483,6 +485,7 @@ async def test_a_row_that_was_locked_in_passing_is_found(durable: Durable, engin
             await durable.wait_for_result(held, timeout=10)
 
 
+@pytest.mark.slow
 async def test_a_paused_queue_yields_nothing_until_it_is_resumed(durable: Durable, sql: Rows) -> None:
     hidden = _Hidden(durable)
     async with durable.worker(listen=False, poll_interval=0.05):

@@ -229,6 +229,7 @@ def _now() -> Any:
     return datetime.now(UTC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "payload",
     [
@@ -508,6 +509,7 @@ async def test_a_url_that_leads_around_the_pooler_is_used_to_listen(
     assert _warnings(caplog) == []
 
 
+@pytest.mark.slow
 async def test_a_url_that_leads_elsewhere_is_noticed(
     database_url: URL,
     durable: Durable,

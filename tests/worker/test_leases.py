@@ -260,6 +260,7 @@ async def test_seven_lost_workers_in_a_row_and_not_six_fail_a_task(durable: Dura
     assert await sql("SELECT state, lease_losses FROM durable.tasks") == [("pending", 0)]
 
 
+@pytest.mark.slow
 async def test_a_task_given_up_for_its_lost_workers_tells_its_parent_and_takes_its_children_along(
     durable: Durable, sql: Rows
 ) -> None:
@@ -600,6 +601,7 @@ async def test_mass_death_is_taken_over_in_batches(
     assert await sql("SELECT DISTINCT attempt, failures, lease_losses FROM durable.tasks") == [(2, 0, 1)]
 
 
+@pytest.mark.slow
 async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_taken_over(
     durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ async def test_a_takeover_names_the_tasks(durable: Durable, caplog: pytest.LogCa
     assert all(str(each.task_id) in line.getMessage() for each in spawned)
 
 
+@pytest.mark.slow
 async def test_a_shutdown_says_what_it_waits_for(durable: Durable, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "durable_sa")
     durable.register(waits)

@@ -50,6 +50,7 @@ def closed() -> Exception:
 ERRORS["a driver's connection that has just been closed"] = closed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ERRORS.values(), ids=ERRORS)
 async def test_an_error_of_the_driver_under_any_statement_fails_no_task(
     engine: AsyncEngine, durable: Durable, sql: Rows, make: Any, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,7 @@ async def set_read_only(admin: Rows, url: URL, value: str) -> None:
     )
 
 
+@pytest.mark.slow
 async def test_a_worker_that_starts_on_a_read_only_database_waits(
     database_url: URL, durable: Durable, admin: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -229,6 +229,7 @@ async def test_a_claim_whose_reply_was_lost_is_run(database_url: URL, durable: D
     assert await sql("SELECT DISTINCT attempt, failures, lease_losses, fence FROM durable.tasks") == [(1, 0, 0, 2)]
 
 
+@pytest.mark.slow
 async def test_a_transaction_whose_commit_got_no_reply_is_not_repeated(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

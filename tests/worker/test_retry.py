@@ -43,6 +43,7 @@ async def test_retry_has_its_own_delay_whatever_the_lists_and_the_strategy(
     assert await sql("SELECT failures, attempt FROM durable.tasks") == [(2, 3)]
 
 
+@pytest.mark.slow
 async def test_retry_counts_as_a_failure_and_waits_as_long_as_it_says(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=2)
     async def asking(ctx: TaskContext) -> None:

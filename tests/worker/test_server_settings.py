@@ -193,6 +193,7 @@ async def test_a_pool_without_three_connections_is_refused(database_url: URL, si
         await engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "overflow"), [(3, 0), (1, 2)])
 async def test_a_pool_of_three_connections_does(
     database_url: URL, durable: Durable, sql: Rows, size: int, overflow: int
@@ -222,6 +223,7 @@ async def _one() -> int:
     return 1
 
 
+@pytest.mark.slow
 async def test_an_engine_without_a_pool_does(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:

@@ -164,6 +164,7 @@ async def test_a_worker_that_has_just_started_when_run_worker_is_cancelled_is_sh
     assert engine.pool.checkedout() == 0
 
 
+@pytest.mark.slow
 async def test_a_suspended_task_is_no_concern_of_a_shutdown(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=1)
     async def nap(ctx: TaskContext) -> int:
@@ -228,6 +229,7 @@ async def test_shutdown_during_claims_leaves_nothing_claimed(durable: Durable, s
     assert await sql("SELECT DISTINCT failures, lease_losses FROM durable.tasks") == [(0, 0)]
 
 
+@pytest.mark.slow
 async def test_a_result_waits_for_a_locked_row_also_at_shutdown(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -269,6 +271,7 @@ async def test_closing_the_client_shuts_its_workers_down(durable: Durable, engin
     assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
 
 
+@pytest.mark.slow
 async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_shutdown(
     database_url: URL, engine: AsyncEngine, sql: Rows
 ) -> None:

@@ -50,6 +50,7 @@ def named(durable: Durable, busy: Busy) -> Any:
     return named
 
 
+@pytest.mark.slow
 async def test_a_suspect_runs_alone_after_what_is_ready(durable: Durable, sql: Rows, busy: Busy, named: Any) -> None:
     names = ["first", "second", "suspect", "third", "accused"]
     spawned = {name: await durable.spawn(named, name) for name in names}
@@ -84,6 +85,7 @@ async def test_nothing_is_claimed_beside_a_suspect(durable: Durable, sql: Rows, 
     assert await sql("SELECT DISTINCT lease_losses FROM durable.tasks") == [(0,)]
 
 
+@pytest.mark.slow
 async def test_a_worker_that_is_always_busy_makes_room(
     durable: Durable, sql: Rows, busy: Busy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
