@@ -63,17 +63,19 @@ def is_transient(error: BaseException) -> bool:
     """Return whether the same statement may succeed later: after lost connections, restarts, deadlocks, timeouts."""
     if isinstance(error, PoolTimeout | PendingRollbackError | OSError | asyncio.TimeoutError):
         return True
-    code = sqlstate(error)
-    if not isinstance(error, DBAPIError):
-        if code is None:
-            return _is_of_driver(error)
-    elif error.connection_invalidated:
+    if is_about_connection(error):
         return True
-    elif code is None:
-        # The server sent no code, so the error is about the connection, unless the driver refused a value.
-        return not isinstance(error.orig, _REFUSED_VALUES)
+    code = sqlstate(error)
     states = _TRANSIENT_STATES | CACHED_PLAN_STATES | POOLER_STATES
-    return code[:2] in _TRANSIENT_CLASSES or code in states
+    return code is not None and (code[:2] in _TRANSIENT_CLASSES or code in states)
+
+
+def is_about_connection(error: BaseException) -> bool:
+    """Return whether the driver or the connection failed, and not the statement: the server sent no code."""
+    if isinstance(error, DBAPIError):
+        refused = isinstance(error.orig, _REFUSED_VALUES)
+        return error.connection_invalidated or (sqlstate(error) is None and not refused)
+    return sqlstate(error) is None and _is_of_driver(error)
 
 
 def _is_of_driver(error: BaseException) -> bool:
