@@ -1,8 +1,8 @@
 """Room for suspects: tasks that have lost two workers in a row, and are claimed by a worker that runs nothing else.
 
 A worker without runs takes a suspect when it finds no other task. Where all workers are always busy, none of them would
-come to it. So a busy worker looks for suspects at the heads of its lanes, and makes room for one that nobody has taken
-for `PATIENCE` seconds: it claims nothing until its runs have ended, and then the suspect. One worker of the queue makes
+take it. So a busy worker looks for suspects at the heads of its lanes, and makes room for one that has waited for
+`PATIENCE` seconds: it claims nothing until its runs have ended, and then the suspect. One worker of the queue makes
 room first, chosen by the ids of task and workers, so that they need not agree on it; one more joins it each time that
 the wait has doubled, in case those before do not get free. A worker that does not get free within `FIRST_DRAIN` seconds
 goes on claiming for three times as long, and waits twice as long the next time: so runs that never end cost it a
