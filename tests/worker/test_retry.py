@@ -54,7 +54,8 @@ async def test_retry_counts_as_a_failure_and_waits_as_long_as_it_says(durable: D
 
         async def delays() -> list[Any]:
             return await sql(
-                "SELECT extract(epoch FROM available_at - now())::float FROM durable.tasks WHERE failures = 1"
+                "SELECT extract(epoch FROM available_at - clock_timestamp())::float FROM durable.tasks"
+                " WHERE failures = 1"
             )
 
         ((delay,),) = await eventually(delays)
