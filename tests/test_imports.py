@@ -1,4 +1,4 @@
-"""What a process does not load that needs only a part of the package, and how the rest is loaded on its first use."""
+"""A process loads only the modules that it uses; the others are loaded on their first use."""
 
 import importlib
 import os

@@ -44,7 +44,8 @@ _Texts: TypeAlias = weakref.WeakKeyDictionary[Executable, dict[frozenset[Any], R
 
 _texts_of_dialects: weakref.WeakKeyDictionary[Dialect, _Texts] = weakref.WeakKeyDictionary()
 _texts_of_settings: dict[frozenset[Any], _Texts] = {}
-"""What is shared by dialects of the same settings, because it takes 50 ms, and tests often have an engine each."""
+"""Texts that dialects of the same settings share: rendering those of a worker takes 50 ms, and each test of a suite may
+have an engine of its own."""
 
 
 def render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered:

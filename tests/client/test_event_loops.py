@@ -55,7 +55,7 @@ def url(database_url: URL) -> URL:
 
 
 def in_thread(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """What `main` returns in an event loop of its own."""
+    """Return the result of `main` in an event loop of its own."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(asyncio.wait_for(main(), LIMIT))).result(LIMIT + 5)
 

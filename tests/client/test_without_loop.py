@@ -75,7 +75,7 @@ KINDS = ["AsyncSession", "async_scoped_session", "AsyncConnection", "Session", "
 
 
 async def result_of(call: Any, kind: str) -> Any:
-    """What a call returns, which is a coroutine for the asynchronous executors only."""
+    """Return the result of a call, awaited if the executor is asynchronous."""
     assert inspect.isawaitable(call) == kind.startswith(("Async", "async"))
     return await call if inspect.isawaitable(call) else call
 

@@ -85,7 +85,7 @@ async def test_one_that_no_task_declares_any_more_is_removed_and_others_stay(dur
     async with Durable(durable.engine, tasks=[nightly]) as before, before.worker():
         await until(before, {"mine": ("default", "0 9 * * *", "UTC"), "nightly": ("default", "0 7 * * *", "UTC")})
     async with Durable(durable.engine, tasks=[declaring("unrelated")]) as after, time_travel(after) as clock:
-        await clock.advance(timedelta(days=1))  # nobody was there to confirm it
+        await clock.advance(timedelta(days=1))  # no worker has confirmed it meanwhile
         async with after.worker():
             await clock.advance(timedelta(minutes=9))
             assert "nightly" in await schedules(after)

@@ -1,4 +1,4 @@
-"""What an open transaction has spawned: listed, asserted, and run inside it."""
+"""Tasks that an open transaction has spawned are listed, asserted, and run inside it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator

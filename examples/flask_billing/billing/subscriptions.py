@@ -1,4 +1,4 @@
-"""What can be done to a subscription. Requests and tasks call it, and it knows neither: it works on `db.session`."""
+"""Changes of a subscription, on `db.session`. Requests and tasks call these functions, which depend on neither."""
 
 from pydantic import BaseModel
 from sqlalchemy import func, select
