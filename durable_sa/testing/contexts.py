@@ -210,7 +210,8 @@ class MemoryContext(TaskContext[Any], _Enterable):
         return result
 
     async def _decide(self, call: Call, members: Mapping[str, Member]) -> Race[Any]:
-        return await self._memory.decide(call.name, {key: member.coroutine for key, member in members.items()})
+        waits = {keyword: member.coroutine for keyword, member in members.items()}
+        return await self._memory.decide(call.name, call.key, waits)
 
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""
