@@ -400,7 +400,8 @@ async def test_a_statement_that_is_repeated_receives_nothing_more(durable: Durab
     [row] = await durable.database.execute(messages.RECEIVE, parameters)
     assert (row.found, row.value) == (True, "0")
     assert await durable.database.execute(messages.RECEIVE, parameters) == []
-    assert await durable.database.execute(messages.RECEIVE, {**parameters, "fences": [1]}) == []
+    lost = {**parameters, "keys": [uuid.uuid4()], "fences": [1]}
+    assert await durable.database.execute(messages.RECEIVE, lost) == []
     assert len(await stored(durable.engine)) == 1
 
 
