@@ -41,12 +41,17 @@ from .models import TaskRow
 from .options import SpawnOptions, WorkerOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .results import (
+    BulkResult,
+    HistoryEntry,
+    Page,
     QueueStatistics,
     ScheduleFilter,
     ScheduleInfo,
     SpawnResult,
     TaskErrorInfo,
+    TaskFilter,
     TaskHandle,
+    TaskInfo,
     TaskPollResult,
     TaskStatus,
 )
@@ -57,11 +62,13 @@ from .tasks import Task
 from .worker.worker import Worker
 
 __all__ = [
+    "BulkResult",
     "CancellationPolicy",
     "ChildCancelled",
     "ChildFailed",
     "Durable",
     "DurableError",
+    "HistoryEntry",
     "Hooks",
     "IdempotencyConflict",
     "InvalidConfiguration",
@@ -70,6 +77,7 @@ __all__ = [
     "InvalidState",
     "InvalidTaskParams",
     "OutgoingSpawn",
+    "Page",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
@@ -90,7 +98,9 @@ __all__ = [
     "TaskContext",
     "TaskError",
     "TaskErrorInfo",
+    "TaskFilter",
     "TaskHandle",
+    "TaskInfo",
     "TaskNotFound",
     "TaskNotRegistered",
     "TaskPollResult",

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ARRAY,
     DDL,
     JSON,
+    REAL,
     BigInteger,
     CheckConstraint,
     DateTime,
@@ -37,7 +38,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0002"
+REVISION = "durable_0006"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -216,6 +217,7 @@ class Checkpoint(Base):
     value: Mapped[Any | None] = mapped_column(JSON())
     child_task_id: Mapped[uuid.UUID | None] = mapped_column(comment="the child that was spawned or joined")
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
+    duration: Mapped[float | None] = mapped_column(REAL(), comment="seconds that a step, a try or a wait took")
 
 
 class Event(Base):
@@ -314,6 +316,16 @@ class WorkerRow(Base):
     long_steps: Mapped[list[dict[str, Any]] | None] = mapped_column(
         JSON(), comment="steps that have run for more than a second: task_id, step, started_at"
     )
+
+
+class EndedWorker(Base):
+    """A worker that has ended or was lost: its label, for the history of the tasks that it ran."""
+
+    __tablename__ = "ended_workers"
+
+    worker_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    ended_at: Mapped[datetime] = mapped_column(server_default=_now)
 
 
 FILLFACTOR = {"tasks": 40}

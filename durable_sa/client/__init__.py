@@ -27,8 +27,10 @@ from ..tasks import Task
 from ..worker.interrupts import signals_handled
 from ..worker.settings import Settings
 from ..worker.worker import Worker
+from .bulk import Bulk
 from .events import Events
 from .queues import QueuePolicy, Queues
+from .reading import Reading
 from .registry import Registry
 from .schedules import Schedules
 from .spawning import Spawning
@@ -45,7 +47,7 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Tasks, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawning, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process

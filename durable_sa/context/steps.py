@@ -86,7 +86,8 @@ class Steps(Sleeps):
                 await self._pause(call, tries, self._strategy(options).delay(failures))
             while True:
                 await run.enter()
-                run.steps[call.key] = call.name, time.monotonic()
+                began = time.monotonic()
+                run.steps[call.key] = call.name, began
                 try:
                     try:
                         with run.branches.busy(), run.branches.scope(str(call.key)):
@@ -95,10 +96,10 @@ class Steps(Sleeps):
                         run.steps.pop(call.key, None)
                 except Exception as error:
                     tries += 1
-                    if not await self._retry(call, tries, options, error):
+                    if not await self._retry(call, tries, options, error, time.monotonic() - began):
                         raise
                 else:
-                    value = await self._end_step(call, codec, result)
+                    value = await self._end_step(call, codec, result, time.monotonic() - began)
                     if not warned:
                         self._check_moved(call)
                     return value
@@ -131,7 +132,7 @@ class Steps(Sleeps):
             tries += 1
         return tries
 
-    async def _retry(self, call: Call, tries: int, options: StepOptions, error: Exception) -> bool:
+    async def _retry(self, call: Call, tries: int, options: StepOptions, error: Exception, duration: float) -> bool:
         """Record the failure of a try, and wait if another follows; a long wait suspends the run.
 
         The failure of the last try is recorded too: the next attempt of the task then begins with the full number of
@@ -144,7 +145,7 @@ class Steps(Sleeps):
         if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
             await self._note_failure(call)
             return False
-        await self._record_try(self._try(call, tries - 1), encode_try(call.name, error))
+        await self._record_try(self._try(call, tries - 1), encode_try(call.name, error), duration)
         failures = tries % options.max_attempts
         if failures == 0:
             return False

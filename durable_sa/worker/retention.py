@@ -100,12 +100,13 @@ async def _delete_page(
         return 0, None
     left = {row.task_id for row in page}
     # A parent can be deleted once its children have been.
-    while left and (deleted := await _delete(database, sorted(left), until)):
+    while left and (deleted := await delete_ended(database, sorted(left), until)):
         left.difference_update(deleted)
     return len(page) - len(left), (page[-1].finished_at, page[-1].task_id)
 
 
-async def _delete(database: Executing, task_ids: list[uuid.UUID], until: float) -> list[uuid.UUID]:
+async def delete_ended(database: Executing, task_ids: list[uuid.UUID], until: float = math.inf) -> list[uuid.UUID]:
+    """Delete those of the tasks that have ended and that nothing needs; return their ids, which must be sorted."""
     try:
         return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
     except DBAPIError as error:
@@ -115,4 +116,5 @@ async def _delete(database: Executing, task_ids: list[uuid.UUID], until: float) 
         if len(task_ids) == 1 or time.monotonic() >= until:
             return []
         middle = len(task_ids) // 2
-        return await _delete(database, task_ids[:middle], until) + await _delete(database, task_ids[middle:], until)
+        first = await delete_ended(database, task_ids[:middle], until)
+        return first + await delete_ended(database, task_ids[middle:], until)
