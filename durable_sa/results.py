@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from types import MappingProxyType
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 from uuid import UUID
 
 from .errors import InvalidConfiguration
@@ -161,7 +160,7 @@ class TaskFilter:
 
 def _status(state: object) -> TaskStatus:
     try:
-        return TaskStatus(state)
+        return TaskStatus(cast(str, state))
     except ValueError:
         shown = repr(state[:80]) if isinstance(state, str) else f"an object of type {type(state).__name__}"
         raise InvalidConfiguration("state", f"{shown} is none of {', '.join(TaskStatus)}") from None
@@ -225,7 +224,7 @@ class HistoryEntry:
     """None for calls that take no time, and for those that an earlier version has recorded."""
     ended_at: datetime | None
     """None for what has not ended."""
-    detail: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More about it, as far as it is known: `error` (a `TaskErrorInfo`), `traceback` and `worker` of an attempt;
     `task_id` and `task_name` of a subtask; `until` of a wait; `value` if payloads were asked for."""
 

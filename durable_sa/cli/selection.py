@@ -131,7 +131,7 @@ class Filters(NamedTuple):
         words: list[str] = [word for state in self.states for word in ("--state", state)]
         for field, value in self._replace(states=())._asdict().items():
             if value:
-                text = f"{value.total_seconds():g}s" if isinstance(value, timedelta) else value
+                text = f"{value // timedelta(seconds=1)}s" if isinstance(value, timedelta) else value
                 text = text.isoformat() if isinstance(text, datetime) else text
                 words += [f"--{field.removesuffix('_name').replace('_', '-')}", text]
         return shlex.join(words)

@@ -170,7 +170,7 @@ async def show(
 async def _latest(durable: Durable[Any], *, failed: bool) -> uuid.UUID:
     """Return the task that was spawned last, or that failed last."""
     if failed:
-        found = [row.task_id for row in await durable.database.execute(inspection.LATEST_FAILED_TASK)]
+        found: list[uuid.UUID] = [row.task_id for row in await durable.database.execute(inspection.LATEST_FAILED_TASK)]
     else:
         found = [task.task_id for task in (await durable.list_tasks(limit=1)).items]
     if not found:

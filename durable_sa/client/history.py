@@ -111,7 +111,7 @@ def _child(name: str, child: Row[Any]) -> HistoryEntry:
 
 def _call(checkpoint: Row[Any], now: datetime, *, payloads: bool) -> HistoryEntry:
     kind, name, ended_at = checkpoint.kind, checkpoint.name, checkpoint.created_at
-    began_at = None if checkpoint.duration is None else ended_at - timedelta(seconds=checkpoint.duration)
+    began_at = _before(ended_at, checkpoint.duration)
     if kind == "sleep":
         until = _time(checkpoint.value)
         over = until is None or until <= now
@@ -129,6 +129,14 @@ def _call(checkpoint: Row[Any], now: datetime, *, payloads: bool) -> HistoryEntr
     # Names that the engine chooses add nothing to the kind.
     name = "" if name.startswith("$") else name
     return HistoryEntry("child" if kind == "spawn" else kind, name, checkpoint.status, 0, began_at, ended_at, detail)
+
+
+def _before(moment: datetime, duration: float | None) -> datetime | None:
+    try:
+        return None if duration is None else moment - timedelta(seconds=duration)
+    except (ValueError, OverflowError):
+        # A duration that was written by hand.
+        return None
 
 
 def _waiting(records: Records) -> Iterator[HistoryEntry]:

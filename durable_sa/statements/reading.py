@@ -43,7 +43,7 @@ from .expressions import as_text, clamped_time, clock, constant, interval, state
 Order = Literal["newest", "oldest", "running"]
 Position = tuple[datetime | None, uuid.UUID]
 """The place of a task in an order: its id, and in the order `running` the start of its attempt."""
-TaskIds = Select[tuple[uuid.UUID]]
+TaskIds = Select[uuid.UUID]
 Where = TaskFilter | Select[Any] | CompoundSelect[Any]
 """A filter, or a select of task ids."""
 
@@ -113,7 +113,7 @@ def _any_queue(where: TaskFilter) -> list[ColumnElement[bool]]:
     return [] if where.queue_name is not None else [TaskRow.queue_name.in_(select(Queue.queue_name))]
 
 
-def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[tuple[uuid.UUID]] | None:
+def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
     """Select the ids of all matching tasks, in no order, by an index; None if no index knows the filter."""
     conditions = matching(where)
     found: TaskIds = select(TaskRow.task_id)
@@ -178,7 +178,9 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
 
 
 def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:
-    conditions = matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
+    conditions: list[ColumnElement[bool]] = (
+        matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
+    )
     place = (TaskRow.started_at, TaskRow.task_id)
     if after is not None:
         conditions.append(
@@ -231,7 +233,7 @@ LAST_TASK = select(TaskRow.task_id).order_by(TaskRow.task_id.desc()).limit(const
 """The greatest id."""
 
 
-def window(where: Where, begin: uuid.UUID, end: uuid.UUID) -> Select[tuple[uuid.UUID]]:
+def window(where: Where, begin: uuid.UUID, end: uuid.UUID) -> Select[uuid.UUID]:
     """Select the ids of the matching tasks behind `begin`, up to `end`, in their order."""
     if isinstance(where, TaskFilter):
         # OFFSET keeps the planner from reading all that matches, by another index, for each window.
