@@ -211,6 +211,7 @@ def info(row: Row[Any]) -> TaskInfo:
         priority=row.priority,
         failures=row.failures,
         max_attempts=row.max_attempts,
+        lost_workers=row.lease_losses,
         params=decoded(fields.get("params")),
         headers=decoded(fields.get("headers")),
         output=decoded(fields.get("output")),
