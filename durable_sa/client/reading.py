@@ -22,7 +22,6 @@ from ..results import (
     HistoryEntry,
     Page,
     SpawnResult,
-    TaskErrorInfo,
     TaskFilter,
     TaskHandle,
     TaskInfo,
@@ -177,7 +176,7 @@ def fetch(
     connection: Connection, schema: str, statement: Executable, parameters: Mapping[str, Any] | None = None
 ) -> Sequence[Row[Any]]:
     """Execute a statement by SQLAlchemy, because it may contain a select of the application."""
-    options = {}
+    options: dict[str, Any] = {}
     if schema != SCHEMA:
         given: dict[str, Any] = connection.get_execution_options().get("schema_translate_map") or {}
         options["schema_translate_map"] = {**given, SCHEMA: schema}
@@ -204,7 +203,7 @@ def info(row: Row[Any]) -> TaskInfo:
         available_at=row.available_at,
         first_started_at=row.first_started_at,
         finished_at=row.finished_at,
-        error=cast("TaskErrorInfo | None", error and error.info),
+        error=None if error is None else error.info,
         waits_for=waits_for(row),
         started_at=row.started_at,
         worker=row.worker,
@@ -233,12 +232,12 @@ def check_where(where: object) -> Where:
     raise TypeError(f"tasks are chosen by a TaskFilter or a select(TaskRow.task_id), not {type(where).__name__}")
 
 
-def _checked(where: object, order: object, limit: int, after: object) -> tuple[Where, Order, int, Position | None]:
+def _checked(where: object, order: Order, limit: int, after: str | None) -> tuple[Where, Order, int, Position | None]:
     if order not in _ORDERS:
         raise InvalidConfiguration("order", f"{order!r} is none of {', '.join(_ORDERS)}")
     integer(limit, "limit", minimum=1, maximum=MAX_LIMIT)
     chosen = TaskFilter() if where is None else check_where(where)
-    return chosen, cast("Order", order), limit, None if after is None else _position(str(after), cast("Order", order))
+    return chosen, order, limit, None if after is None else _position(str(after), order)
 
 
 def _place(task: TaskInfo, order: Order) -> str:
