@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection
@@ -29,9 +29,11 @@ from ..results import (
     id_of,
 )
 from ..statements import history, reading
-from ..statements.reading import Order, Position, Where
 from ..validation import integer
 from .history import Records, decoded, entries, stored_error, waits_for
+
+if TYPE_CHECKING:
+    from ..statements.reading import Order, Position, Where
 
 AnyTask = uuid.UUID | SpawnResult[Any] | TaskHandle[Any]
 
