@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from .options import SpawnOptions, WorkerOptions
     from .policies import CancellationPolicy, RetryStrategy
     from .results import (
+        BulkResult,
+        HistoryEntry,
+        Page,
         QueueStatistics,
         Race,
         ScheduleFilter,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
         SpawnResult,
         TaskEnded,
         TaskErrorInfo,
+        TaskFilter,
         TaskHandle,
         TaskInfo,
         TaskPollResult,
@@ -62,11 +66,13 @@ if TYPE_CHECKING:
     from .worker.worker import Worker
 
 __all__ = [
+    "BulkResult",
     "CancellationPolicy",
     "ChildCancelled",
     "ChildFailed",
     "Durable",
     "DurableError",
+    "HistoryEntry",
     "Hooks",
     "IdempotencyConflict",
     "InvalidConfiguration",
@@ -75,6 +81,7 @@ __all__ = [
     "InvalidState",
     "InvalidTaskParams",
     "OutgoingSpawn",
+    "Page",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
@@ -98,6 +105,7 @@ __all__ = [
     "TaskEnded",
     "TaskError",
     "TaskErrorInfo",
+    "TaskFilter",
     "TaskHandle",
     "TaskInfo",
     "TaskNotFound",
@@ -156,6 +164,9 @@ _PLACES = {
     "options": ("SpawnOptions", "WorkerOptions"),
     "policies": ("CancellationPolicy", "RetryStrategy"),
     "results": (
+        "BulkResult",
+        "HistoryEntry",
+        "Page",
         "QueueStatistics",
         "Race",
         "ScheduleFilter",
@@ -163,6 +174,7 @@ _PLACES = {
         "SpawnResult",
         "TaskEnded",
         "TaskErrorInfo",
+        "TaskFilter",
         "TaskHandle",
         "TaskInfo",
         "TaskPollResult",
