@@ -25,6 +25,7 @@ from .errors import (
     InvalidTaskParams,
     PayloadTooLarge,
     QueueNotFound,
+    RateLimited,
     ReplayMismatch,
     ScheduleNotFound,
     SchemaMismatch,
@@ -39,8 +40,9 @@ from .errors import (
 from .hooks import Hooks
 from .models import TaskRow
 from .options import SpawnOptions, WorkerOptions
-from .policies import CancellationPolicy, RetryStrategy
+from .policies import CancellationPolicy, Limit, Rate, RetryStrategy
 from .results import (
+    LimitKeyInfo,
     QueueStatistics,
     ScheduleFilter,
     ScheduleInfo,
@@ -69,11 +71,15 @@ __all__ = [
     "InvalidName",
     "InvalidState",
     "InvalidTaskParams",
+    "Limit",
+    "LimitKeyInfo",
     "OutgoingSpawn",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
     "QueueStatistics",
+    "Rate",
+    "RateLimited",
     "ReplayMismatch",
     "RetryStrategy",
     "ScheduleFilter",

@@ -12,11 +12,11 @@ from .context import TaskContext
 from .context.sync import SyncTaskContext
 from .errors import InvalidConfiguration, InvalidCron
 from .names import validate_name
-from .options import Replay, TaskOptions, check_replay
+from .options import Replay, TaskOptions, check_limit_key, check_replay
 from .policies import CancellationPolicy, RetryStrategy
 from .schedules.cron import EVERY, next_tick
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
-from .tasks import DeclaredSchedule, Task
+from .tasks import DeclaredSchedule, LimitKey, Task
 from .validation import Duration, seconds
 
 ParamsT = TypeVar("ParamsT")
@@ -64,6 +64,7 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    limit_key: LimitKey | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -77,6 +78,7 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    limit_key: LimitKey | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
@@ -90,6 +92,9 @@ def task(
     the task without params. Workers that have the task create it, under the task's name in the task's queue, and
     change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
 
+    `limit_key`, a function from the params to a text or None, or a text, makes the limit key of each spawn that gives
+    none.
+
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
@@ -102,9 +107,17 @@ def task(
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
     if replay is not None:
         check_replay(replay)
+    if limit_key is not None and not callable(limit_key):
+        check_limit_key(limit_key)
     declared = _declared(schedule, timezone, every)
     return functools.partial(
-        _make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay, schedule=declared
+        _make,
+        name=name,
+        options=options,
+        no_retry_on=_exceptions(no_retry_on),
+        replay=replay,
+        schedule=declared,
+        limit_key=limit_key,
     )
 
 
@@ -126,6 +139,7 @@ def _make(
     no_retry_on: tuple[type[BaseException], ...],
     replay: Replay | None,
     schedule: DeclaredSchedule | None,
+    limit_key: LimitKey | None = None,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -144,6 +158,7 @@ def _make(
         local_types=local_types(function),
         replay=replay,
         schedule=schedule,
+        limit_key=limit_key,
     )
 
 

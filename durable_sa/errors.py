@@ -14,6 +14,7 @@ DurableError
 └── TaskError                         raised in task code
     ├── UserError
     ├── TaskTimeout (TimeoutError)
+    ├── RateLimited
     ├── ReplayMismatch
     ├── ChildFailed
     ├── ChildCancelled
@@ -27,6 +28,7 @@ Suspension, cancellation and a lost lease are not errors: see `durable_sa.signal
 # ruff: noqa: N818 - names such as QueueNotFound need no suffix; names that are vague without `Error` have it
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -35,6 +37,7 @@ from pydantic_core import from_json, to_json
 _SHOWN_CHARACTERS: Final = 80
 _SHOWN_NAMES: Final = 10
 _MESSAGE_CHARACTERS: Final = 1000
+_LONGEST_SECONDS: Final = 36_525 * 86_400
 
 
 def _shown(value: object) -> str:
@@ -205,15 +208,25 @@ class InvalidState(DurableError, RuntimeError):
 
 
 class IdempotencyConflict(DurableError, ValueError):
-    """Raised when an idempotency key was already used in the queue, for another task name or other params."""
+    """Raised when an idempotency key was already used in the queue, for another task name or other params.
 
-    def __init__(self, key: str, queue_name: str, task_id: UUID) -> None:
+    Also when an unfinished task of another name has a unique key.
+    """
+
+    def __init__(self, key: str, queue_name: str, task_id: UUID, *, unique: bool = False) -> None:
         self.key = key
         self.queue_name = queue_name
         self.task_id = task_id
+        self.unique = unique
+        """True if it is a unique key."""
         super().__init__(key, queue_name, task_id)
 
     def __str__(self) -> str:
+        if self.unique:
+            return (
+                f"The unique key {_shown(self.key)} belongs to the unfinished task {self.task_id} in queue "
+                f"{_shown(self.queue_name)}, whose name differs. Use another key for different work."
+            )
         return (
             f"The idempotency key {_shown(self.key)} belongs to task {self.task_id} in queue "
             f"{_shown(self.queue_name)}, whose name or params differ. "
@@ -286,6 +299,28 @@ class TaskTimeout(TaskError, TimeoutError):
 
     def __str__(self) -> str:
         return _sentence(f"{self.what} took longer than {self.timeout:g} s")
+
+
+class RateLimited(TaskError):
+    """Raise it in a task or step whose call was refused for a time, as an API does that answers 429.
+
+    The task's limit key is closed for `retry_after` seconds, and then the task is attempted anew. No failure is
+    counted. Without a limit key this task alone is put off.
+    """
+
+    def __init__(self, retry_after: float | timedelta) -> None:
+        if isinstance(retry_after, timedelta):
+            retry_after = retry_after.total_seconds()
+        if isinstance(retry_after, bool) or not isinstance(retry_after, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidConfiguration("retry_after", f"it must be a number, not {type(retry_after).__name__}")
+        if not 0 < retry_after <= _LONGEST_SECONDS:
+            raise InvalidConfiguration("retry_after", f"{retry_after!r:.40} is not above 0 and at most 100 years")
+        self.retry_after = float(retry_after)
+        """Seconds."""
+        super().__init__(self.retry_after)
+
+    def __str__(self) -> str:
+        return f"Closed for {self.retry_after:g} seconds"
 
 
 class ReplayMismatch(TaskError):

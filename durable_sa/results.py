@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from uuid import UUID
 
 T_co = TypeVar("T_co", covariant=True)
@@ -125,3 +125,23 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
+
+
+LimitKeyState: TypeAlias = Literal["open", "full", "throttled", "closed"]
+"""The state of a limit key; of several that are true of it, the first of closed, full, throttled."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitKeyInfo:
+    """The state of a limit key."""
+
+    key: str | None
+    """None for the tasks of the queue that have no key."""
+    state: LimitKeyState
+    """`full`: its tasks hold all slots; `throttled`: its rate allows no start yet; `closed`: until `opens_at`."""
+    running: int
+    """Slots that its tasks hold."""
+    waiting: int
+    """Its tasks that are due and not claimed, counted up to 1,000."""
+    opens_at: datetime | None
+    """When a closed key opens, or a throttled one has its next start. None otherwise."""

@@ -8,15 +8,17 @@ from typing import Any, TypedDict
 from sqlalchemy.exc import IntegrityError
 from typing_extensions import Unpack
 
-from ..app import App
 from ..database.hint import Hint
 from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
+from ..policies import Limit
 from ..results import QueueStatistics
 from ..schedules import pgcron
-from ..statements import queues, spawning
-from ..validation import Duration, integer, seconds
+from ..statements import limiting, queues, spawning
+from ..validation import Duration, instance, integer, seconds
+from ..worker import limit_setup
 from ..worker.retention import delete_tasks
+from .limits import Limits
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -26,9 +28,13 @@ class QueuePolicy(TypedDict, total=False):
     """Age, since their end, at which finished tasks are deleted: seconds or a `timedelta`."""
     event_retention: Duration | None
     """Age at which emitted events are deleted."""
+    limit: Limit | None
+    """The limit of the queue as a whole. None removes it."""
+    limit_per_key: Limit | None
+    """The limit of each key of the queue. None removes it."""
 
 
-class Queues(App):
+class Queues(Limits):
     """The part of a client that deals with queues."""
 
     async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
@@ -37,9 +43,12 @@ class Queues(App):
         `retention` is the age at which finished tasks are deleted, `event_retention` the age of events, in seconds or
         as a `timedelta`: 30 days for a new queue unless given. None keeps them. Workers delete in the background.
 
+        `limit` is that of the queue as a whole, `limit_per_key` that of each of its keys; see :meth:`set_limit`.
+
         Raises:
             InvalidName: a name that breaks the rules.
             InvalidConfiguration: an age below 0 or above 100 years.
+            InvalidState: it is to have limits while workers of a version that knows none are alive.
         """
         if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
             raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
@@ -48,7 +57,25 @@ class Queues(App):
             value = policy.get(key)
             parameters[f"set_{key}"] = key in policy
             parameters[key] = None if value is None else seconds(value, key)
-        await self.database.execute(queues.CREATE_QUEUE, parameters)
+        limits = {key: policy[key] for key in ("limit", "limit_per_key") if key in policy}
+        for key, limit in limits.items():
+            if limit is not None:
+                instance(limit, Limit, key)
+        if any(limit is not None for limit in limits.values()):
+            await limit_setup.refuse_old_workers(self.database)
+            await self._create_limited(parameters)
+        else:
+            await self.database.execute(queues.CREATE_QUEUE, parameters)
+        for key, limit in limits.items():
+            await self.set_limit(parameters["queue_name"], limit, per_key=key == "limit_per_key")
+
+    async def _create_limited(self, parameters: dict[str, Any]) -> None:
+        """Create a queue that has limits from the beginning; an existing one stays as it is."""
+        async with self.database.transaction() as connection:
+            created = (await connection.execute(queues.CREATE_QUEUE, parameters)).one().created
+            if created:
+                marking = {"queue_name": parameters["queue_name"], "is_new": True}
+                await connection.execute(limiting.MARK_LIMITED, marking)
 
     async def drop_queue(self, name: str | None = None) -> None:
         """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
@@ -65,6 +92,8 @@ class Queues(App):
             for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
                 await pgcron.remove_job(connection, row.pgcron_job_name)
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
+            for statement in limiting.DROP_LIMITS:
+                await connection.execute(statement, {"queue_name": queue})
         try:
             while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
                 pass

@@ -16,7 +16,7 @@ from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints, outcomes, suspending
 from ..statements.expressions import arrays
-from ..statements.spawning import SPAWN_COLUMNS
+from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
 
 
@@ -39,6 +39,9 @@ CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
 KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT})
 """Kinds that are stored under a key, once."""
 
+ENDING = frozenset({Kind.SUSPENSION, Kind.FAILURE, Kind.RELEASE, Kind.COMPLETION})
+"""Kinds that end a run, and give back its slot."""
+
 COUNTED = frozenset({Kind.CHECKPOINT, Kind.COMPLETION})
 """The commonest kinds. Their statements return one row: the number of writes, and the ids only if some are missing."""
 
@@ -58,7 +61,7 @@ class ChildValues(NamedTuple):
 
     checkpoint: CheckpointValues
     spawn: tuple[Any, ...]
-    """In the order of `SPAWN_COLUMNS`."""
+    """In the order of `LIMITED_SPAWN_COLUMNS`."""
 
 
 class EventValues(NamedTuple):
@@ -82,6 +85,8 @@ class FailureValues(NamedTuple):
     waited: bool
     timeouts: Sequence[uuid.UUID] = ()
     """Keys of recorded timeouts that are deleted, because they are the failure."""
+    put_off: float | None = None
+    """Seconds until the next attempt, if no failure is to be counted."""
 
 
 class ReleaseValues(NamedTuple):
@@ -106,7 +111,7 @@ Values: TypeAlias = (
 )
 ValuesT_co = TypeVar("ValuesT_co", bound=Values, covariant=True, default=Any)
 
-_PARAMS: Final = list(SPAWN_COLUMNS).index("params")
+_PARAMS: Final = list(LIMITED_SPAWN_COLUMNS).index("params")
 
 OnWritten: TypeAlias = Callable[[Any, BaseException | None], None]
 
@@ -129,6 +134,8 @@ class Write(Generic[ValuesT_co]):
     refusals: int = 0
     """How often the write was passed over although no other transaction held its task."""
     over: bool = False
+    limited: bool = False
+    """True if the write ends a run of a task with a limit key."""
 
     def settle(self, value: Any, error: BaseException | None = None) -> None:
         """Report the outcome, unless one was reported before."""
@@ -186,7 +193,7 @@ def _checkpoints(writes: list[Write[CheckpointValues]]) -> tuple[Executable, dic
 def _children(writes: list[Write[ChildValues]]) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, write.key, *write.values.checkpoint) for write in writes]
     parameters = arrays(checkpoints.CHECKPOINT_COLUMNS, rows)
-    parameters |= arrays(SPAWN_COLUMNS, [write.values.spawn for write in writes])
+    parameters |= arrays(LIMITED_SPAWN_COLUMNS, [write.values.spawn for write in writes])
     return checkpoints.RECORD_CHILDREN, parameters
 
 
@@ -213,21 +220,27 @@ def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dic
         for write in writes
     ]
     names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
-    return suspending.SUSPEND, arrays(names, rows) | _wait_columns(writes)
+    statement = suspending.SUSPEND_LIMITED if writes and writes[0].limited else suspending.SUSPEND
+    return statement, arrays(names, rows) | _wait_columns(writes)
 
 
 def _outcomes(
-    statement: Executable, names: tuple[str, ...], writes: list[Write[ReleaseValues | CompletionValues]]
+    statement: Executable,
+    limited: Executable,
+    names: tuple[str, ...],
+    writes: list[Write[ReleaseValues | CompletionValues]],
 ) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, *write.values) for write in writes]
-    return statement, arrays(("task_ids", "fences", *names), rows)
+    return limited if writes and writes[0].limited else statement, arrays(("task_ids", "fences", *names), rows)
 
 
 def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
-    rows = [(write.task_id, write.fence, *write.values[:4]) for write in writes]
-    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited"), rows)
+    rows = [(write.task_id, write.fence, *write.values[:4], write.values.put_off) for write in writes]
+    names = ("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited", "put_off_seconds")
+    parameters = arrays(names, rows)
     timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
-    return outcomes.FAIL, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
+    statement = outcomes.FAIL_LIMITED if writes and writes[0].limited else outcomes.FAIL
+    return statement, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 
 
 def _wait_columns(writes: Sequence[Write]) -> dict[str, list[Any]]:
@@ -242,8 +255,8 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
-    Kind.RELEASE: partial(_outcomes, outcomes.RELEASE, ("errors", "next_run_ids")),
-    Kind.COMPLETION: partial(_outcomes, outcomes.COMPLETE, ("outputs", "waited")),
+    Kind.RELEASE: partial(_outcomes, outcomes.RELEASE, outcomes.RELEASE_LIMITED, ("errors", "next_run_ids")),
+    Kind.COMPLETION: partial(_outcomes, outcomes.COMPLETE, outcomes.COMPLETE_LIMITED, ("outputs", "waited")),
 }
 
 SINGLE_STATEMENTS: dict[Kind, Executable] = {
@@ -256,7 +269,7 @@ SINGLE_STATEMENTS: dict[Kind, Executable] = {
 def statement_of(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     """Return one statement for all writes, and its parameters."""
     statement, parameters = statement_of_many(kind, writes)
-    if len(writes) == 1 and (single := SINGLE_STATEMENTS.get(kind)) is not None:
+    if len(writes) == 1 and not writes[0].limited and (single := SINGLE_STATEMENTS.get(kind)) is not None:
         return single, {name: value for name, (value,) in parameters.items()}
     return statement, parameters
 

@@ -20,11 +20,12 @@ PRODUCER: Final = {
     "checkpoints": "INSERT",
     "waits": "SELECT, DELETE",
     "events": "SELECT, INSERT",
+    "limit_arrivals": "INSERT",
 }
 """Privileges of an application that spawns, emits, cancels and reads results."""
 
 WORKER: Final = {
-    "queues": "SELECT",
+    "queues": "SELECT, UPDATE",  # UPDATE has a queue claimed by limit keys, when the first task has one
     "tasks": "SELECT, INSERT, UPDATE, DELETE",
     "runs": "SELECT, INSERT, DELETE",
     "checkpoints": "SELECT, INSERT, DELETE",
@@ -32,6 +33,10 @@ WORKER: Final = {
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
+    "limits": "SELECT",
+    "limit_keys": "SELECT, INSERT, UPDATE, DELETE",
+    "limit_totals": "SELECT, UPDATE",
+    "limit_arrivals": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is needed to skip locked rows
 }
 """Privileges of workers, which also spawn subtasks, fire schedules and delete what is past its retention."""
 
@@ -40,7 +45,9 @@ OPERATOR: Final = {
     "queues": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, INSERT, UPDATE, DELETE",
     "waits": "SELECT, INSERT, DELETE",
-    "workers": "SELECT",
+    "workers": "SELECT, UPDATE",  # UPDATE is needed to wait for claims in flight, when a queue gets limits
+    "limits": "SELECT, INSERT, UPDATE, DELETE",
+    "limit_totals": "SELECT, INSERT, UPDATE, DELETE",
 }
 """Privileges of the command line, and of applications that define queues and schedules."""
 

@@ -110,6 +110,8 @@ async def create(
     ):
         if value not in known:
             raise InvalidConfiguration(what, f"{str(value)[:40]!r} is none of {', '.join(known)}")
+    if (rule := options.get("on_conflict")) in ("replace", "cancel"):
+        raise InvalidConfiguration("on_conflict", f"the ticks of a schedule cannot {rule} tasks", "Leave it out.")
     for key in ("idempotency_key", "available_at"):
         if options.get(key) is not None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
@@ -182,6 +184,10 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
         ),
         "cancellation": CancellationPolicy(kind.max_pending_seconds, kind.max_running_seconds),
     }
+    if prepared.limits is not None:
+        complete["limit_key"] = prepared.limits.limit_key
+        complete["weight"] = prepared.limits.weight
+        complete["unique"] = prepared.limits.unique_key
     return complete
 
 

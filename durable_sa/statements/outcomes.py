@@ -20,7 +20,9 @@ from sqlalchemy import (
     delete,
     func,
     null,
+    or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -31,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
-from .fencing import is_in, locked_rows, materialized
+from .fencing import LIMIT_COLUMNS, give_back, is_in, locked_rows, materialized
 
 LEASE_LOSS_LIMIT = 20
 """Consecutive workers that may be lost while they run a task, before the task is failed as the likely cause."""
@@ -63,8 +65,8 @@ def delete_unlocked_waits(locked: FromClause, *conditions: ColumnElement[bool]) 
     return delete(Wait).where(Wait.task_id == free.c.task_id, Wait.key == free.c.key).cte("waits_gone")
 
 
-def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
-    locked = locked_rows(done)
+def _complete(done: FromClause, wanted: ColumnElement[int], *, limited: bool = False) -> Executable:
+    locked = locked_rows(done, limited=limited)
     ended = record_attempts(locked, constant("completed"), null())
     forgotten = delete(Wait).where(Wait.task_id == locked.c.task_id, locked.c.waited).cte("forgotten")
     completed = (
@@ -77,13 +79,21 @@ def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
             error=null(),
             finished_at=clock(),
             fence=TaskRow.fence + constant(1),
+            **({"slot": null()} if limited else {}),
         )
-        .returning(TaskRow.task_id, TaskRow.parent_task_id)
+        .returning(TaskRow.task_id, TaskRow.parent_task_id, *_limit_columns(locked, limited=limited))
         .cte("completed")
     )
     children = func.array_agg(completed.c.task_id).filter(completed.c.parent_task_id.is_not(None))
     reply = count_or_ids(completed, wanted, columns=("task_id",)).add_columns(children.label("child_task_ids"))
+    if limited:
+        return reply.add_cte(ended, forgotten, give_back(completed, returned=completed.c.slot.is_not(None)))
     return reply.add_cte(ended, forgotten)
+
+
+def _limit_columns(locked: CTE, *, limited: bool) -> tuple[ColumnElement[Any], ...]:
+    """Return the columns from which slots are given back, as they were under the lock."""
+    return (TaskRow.queue_name, locked.c.limit_key, locked.c.slot) if limited else ()
 
 
 COMPLETION_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -99,38 +109,11 @@ COMPLETE = _complete(rows("done", **COMPLETION_COLUMNS), length("task_ids", Uuid
 COMPLETE_ONE = _complete(one_row("done", **COMPLETION_COLUMNS), constant(1))
 """`COMPLETE` for a single result."""
 
-_failed = rows(
-    "fail",
-    task_ids=Uuid(),
-    fences=BigInteger(),
-    errors=Text(),
-    retryable=Boolean(),
-    next_run_ids=Uuid(),
-    waited=Boolean(),
-)
-_locked = locked_rows(_failed)
-_ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+COMPLETE_LIMITED = _complete(rows("done", **COMPLETION_COLUMNS), length("task_ids", Uuid()), limited=True)
+"""`COMPLETE` for tasks with limit keys, whose slots it gives back."""
+
 # Clamped, because a value set by hand could overflow and fail the whole batch.
 _failures = func.least(func.greatest(TaskRow.failures, constant(0)), constant(2**31 - 2))
-_again = (
-    _locked.c.retryable & (TaskRow.retry_kind != constant("none")) & (_failures + constant(1) < TaskRow.max_attempts)
-)
-_forgotten = (
-    delete(Wait)
-    .where(Wait.task_id == _locked.c.task_id, TaskRow.task_id == Wait.task_id, _locked.c.waited, ~_again)
-    .cte("forgotten")
-)
-_timed_out = rows("timed_out", timed_out_ids=Uuid(), timed_out_keys=Uuid())
-_dropped = (
-    delete(Checkpoint)
-    .where(
-        Checkpoint.task_id == _timed_out.c.timed_out_ids,
-        Checkpoint.key == _timed_out.c.timed_out_keys,
-        Checkpoint.status == constant("timeout"),
-        is_in(_timed_out.c.timed_out_ids, _locked),
-    )
-    .cte("dropped")
-)
 
 
 def _within(number: InstrumentedAttribute[float], least: float, most: float) -> ColumnElement[Any]:
@@ -161,54 +144,140 @@ _jittered = case(
 )
 _delay = func.least(_jittered, _max_backoff)
 
-FAIL = (
-    update(TaskRow)
-    .where(TaskRow.task_id == _locked.c.task_id)
-    .values(
-        state=case((_again, constant("pending")), else_=constant("failed")),
-        outcome=case((_again, null()), else_=constant("failed")),
-        error=as_json(_locked.c.errors),
-        failures=_failures + constant(1),
-        lease_losses=constant(0),
-        available_at=case((_again, clock() + interval(_delay)), else_=TaskRow.available_at),
-        finished_at=case((_again, null()), else_=clock()),
-        run_id=case((_again, _locked.c.next_run_ids), else_=TaskRow.run_id),
-        claimed_by=null(),
-        fence=TaskRow.fence + constant(1),
+
+def _fail(*, limited: bool) -> Executable:
+    failed = rows(
+        "fail",
+        task_ids=Uuid(),
+        fences=BigInteger(),
+        errors=Text(),
+        retryable=Boolean(),
+        next_run_ids=Uuid(),
+        waited=Boolean(),
+        put_off_seconds=Float(53),
     )
-    .returning(
-        TaskRow.task_id,
-        TaskRow.parent_task_id,
-        TaskRow.state,
-        TaskRow.queue_name,
-        TaskRow.priority,
-        TaskRow.available_at,
+    locked = locked_rows(failed, limited=limited)
+    ended = record_attempts(locked, constant("failed"), as_json(locked.c.errors))
+    put_off = locked.c.put_off_seconds.is_not(None)
+    again = or_(
+        put_off,
+        locked.c.retryable
+        & (TaskRow.retry_kind != constant("none"))
+        & (_failures + constant(1) < TaskRow.max_attempts),
     )
-    .add_cte(_ended, _forgotten, _dropped)
-)
+    forgotten = (
+        delete(Wait)
+        .where(Wait.task_id == locked.c.task_id, TaskRow.task_id == Wait.task_id, locked.c.waited, ~again)
+        .cte("forgotten")
+    )
+    timed_out = rows("timed_out", timed_out_ids=Uuid(), timed_out_keys=Uuid())
+    dropped = (
+        delete(Checkpoint)
+        .where(
+            Checkpoint.task_id == timed_out.c.timed_out_ids,
+            Checkpoint.key == timed_out.c.timed_out_keys,
+            Checkpoint.status == constant("timeout"),
+            is_in(timed_out.c.timed_out_ids, locked),
+        )
+        .cte("dropped")
+    )
+    next_time = clock() + interval(case((put_off, locked.c.put_off_seconds), else_=_delay))
+    changed = (
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
+        .values(
+            state=case((again, constant("pending")), else_=constant("failed")),
+            outcome=case((again, null()), else_=constant("failed")),
+            error=as_json(locked.c.errors),
+            failures=case((put_off, TaskRow.failures), else_=_failures + constant(1)),
+            lease_losses=constant(0),
+            available_at=case((again, next_time), else_=TaskRow.available_at),
+            finished_at=case((again, null()), else_=clock()),
+            run_id=case((again, locked.c.next_run_ids), else_=TaskRow.run_id),
+            claimed_by=null(),
+            fence=TaskRow.fence + constant(1),
+            **(_kept_slot(locked, again, next_time) if limited else {}),
+        )
+        .returning(
+            TaskRow.task_id,
+            TaskRow.parent_task_id,
+            TaskRow.state,
+            TaskRow.queue_name,
+            TaskRow.priority,
+            TaskRow.available_at,
+            *((*_limit_columns(locked, limited=True)[1:], put_off.label("put_off")) if limited else ()),
+        )
+    )
+    if not limited:
+        return changed.add_cte(ended, forgotten, dropped)
+    row = changed.cte("changed")
+    unfinished = row.c.state != constant("failed")
+    returned = row.c.slot.is_not(None) & ~(unfinished & (row.c.slot == constant("task")))
+    closes = row.c.put_off & (row.c.limit_key != constant(""))
+    given_back = give_back(
+        row,
+        returned=returned,
+        available_at=case((unfinished, row.c.available_at)),
+        closed_until=case((closes, row.c.available_at)),
+    )
+    return select(row).add_cte(ended, forgotten, dropped, given_back)
+
+
+def _kept_slot(locked: CTE, again: ColumnElement[bool], next_time: ColumnElement[Any]) -> dict[str, Any]:
+    """Return the values of a task that is attempted again: with a slot of its own, it comes before those without."""
+    kept = again & (locked.c.slot == constant("task"))
+    return {"slot": case((kept, locked.c.slot)), "resumes_at": case((kept, next_time))}
+
+
+FAIL = _fail(limited=False)
 """Record failures of user code: schedule the next attempt after the policy's delay, or end the task as failed.
 
-Recorded timeouts that are the failure are deleted, so that the next attempt waits anew.
+Recorded timeouts that are the failure are deleted, so that the next attempt waits anew. A task that is put off by
+`put_off_seconds` is attempted again in any case, and no failure is counted.
 """
 
-_released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
-_locked = locked_rows(_released)
-_ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+FAIL_LIMITED = _fail(limited=True)
+"""`FAIL` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task.
 
-RELEASE = (
-    update(TaskRow)
-    .where(TaskRow.task_id == _locked.c.task_id)
-    .values(
-        state=constant("pending"),
-        run_id=_locked.c.next_run_ids,
-        available_at=clock(),
-        claimed_by=null(),
-        fence=TaskRow.fence + constant(1),
+One that is put off closes its key for as long.
+"""
+
+
+def _release(*, limited: bool) -> Executable:
+    released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
+    locked = locked_rows(released, limited=limited)
+    ended = record_attempts(locked, constant("failed"), as_json(locked.c.errors))
+    changed = (
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
+        .values(
+            state=constant("pending"),
+            run_id=locked.c.next_run_ids,
+            available_at=clock(),
+            claimed_by=null(),
+            fence=TaskRow.fence + constant(1),
+            **(_kept_slot(locked, true(), clock()) if limited else {}),
+        )
+        .returning(
+            TaskRow.task_id,
+            TaskRow.queue_name,
+            TaskRow.priority,
+            TaskRow.available_at,
+            *(_limit_columns(locked, limited=limited)[1:]),
+        )
     )
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
-    .add_cte(_ended)
-)
+    if not limited:
+        return changed.add_cte(ended)
+    row = changed.cte("changed")
+    given_back = give_back(row, returned=row.c.slot == constant("run"), available_at=row.c.available_at)
+    return select(row).add_cte(ended, given_back)
+
+
+RELEASE = _release(limited=False)
 """Release runs at shutdown: claimable at once, and not counted as failures."""
+
+RELEASE_LIMITED = _release(limited=True)
+"""`RELEASE` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task."""
 
 _taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
 _locked = materialized(
@@ -220,6 +289,7 @@ _locked = materialized(
         TaskRow.claimed_by,
         TaskRow.started_at,
         TaskRow.lease_losses,
+        *LIMIT_COLUMNS,
         _taken.c.next_run_ids,
         array("worker_ids", Uuid()).label("worker_ids"),
     )
@@ -243,7 +313,8 @@ _ended = record_attempts(_locked, constant("failed"), _lost)
 _given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
 _forgotten = delete_unlocked_waits(_locked, _given_up)
 
-TAKE_OVER = (
+_kept = ~_given_up & (_locked.c.slot == constant("task"))
+_taken_over = (
     update(TaskRow)
     .where(TaskRow.task_id == _locked.c.task_id)
     .values(
@@ -256,6 +327,8 @@ TAKE_OVER = (
         lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=TaskRow.lease_losses + constant(1)),
         claimed_by=null(),
         fence=next_fence(TaskRow.fence),
+        slot=case((_kept, _locked.c.slot)),
+        resumes_at=case((_kept, clock())),
     )
     .returning(
         TaskRow.task_id,
@@ -265,7 +338,18 @@ TAKE_OVER = (
         TaskRow.available_at,
         TaskRow.parent_task_id,
         TaskRow.state,
+        _locked.c.limit_key,
+        (_locked.c.slot.is_not(None) & ~_kept).label("gives_back"),
     )
-    .add_cte(_ended, _forgotten)
+    .cte("taken_over")
+)
+TAKE_OVER = select(_taken_over).add_cte(
+    _ended,
+    _forgotten,
+    give_back(
+        _taken_over,
+        returned=_taken_over.c.gives_back,
+        available_at=case((_taken_over.c.state == constant("pending"), _taken_over.c.available_at)),
+    ),
 )
 """Take runs over from lost workers: a new attempt, not counted as a failure, up to `LEASE_LOSS_LIMIT` in a row."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import operator
 import time
+import uuid
 from collections.abc import Callable
 
 from ..app import App
@@ -17,6 +18,7 @@ from ..statements import claiming
 from ..statements.claiming import ClaimedRun
 from .agenda import FULL_SCAN_DELAY, Agenda
 from .executor import Executor
+from .limited import LimitedClaims
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
@@ -52,6 +54,8 @@ class Claimer:
         *,
         stopping: asyncio.Event,
         listening: Callable[[], bool],
+        on_more: Callable[[str], None],
+        enable_limits: Callable[[str], None],
     ) -> None:
         self._app = app
         self._telemetry = app.telemetry
@@ -61,6 +65,10 @@ class Claimer:
         self._clock = clock
         self._agenda = agenda
         self._cursors = agenda.cursors
+        self._limited = agenda.limited
+        self._limited_claims = LimitedClaims(connection, agenda.limited, on_preparing=enable_limits)
+        self._on_more = on_more
+        self._enable_limits = enable_limits
         self._slots = slots
         self._writer = writer
         self._executor = executor
@@ -112,8 +120,9 @@ class Claimer:
         if self._cursors.full_scan_due:
             return FULL_SCAN_DELAY
         pause = LISTENING_POLL_INTERVAL if self._listening() else self._settings.poll_interval
-        if self._cursors.next_due is not None:
-            pause = min(pause, max(0.001, self._cursors.next_due - time.monotonic()))
+        for moment in (self._cursors.next_due, self._limited.next_at):
+            if moment is not None:
+                pause = min(pause, max(0.001, moment - time.monotonic()))
         return pause
 
     async def _wait(self, most: float) -> None:
@@ -134,10 +143,61 @@ class Claimer:
             queue_names = list(self._settings.queue_names)
             lanes = await self._connection.execute(claiming.SURVEY_LANES, {"queue_names": queue_names})
             self._cursors.surveyed(lanes)
+            self._limited.add(lane.queue_name for lane in lanes if lane.limited)
             if not lanes:
                 # Every task of these queues has ended.
                 self._cursors.full_scan_made(time.monotonic() - now)
                 return 0
+        if not self._limited.queues and not self._settings.queue_concurrency:
+            claimed = await self._claim_lanes(wanted, None, full_scan=full_scan)
+        else:
+            if full_scan and self._limited.queues and self._limited.idle:
+                await self._limited_claims.look()
+            claimed = 0
+            for queue_names in self._portions():
+                claimed += await self._claim_portion(queue_names, wanted - claimed, full_scan=full_scan)
+                if claimed >= wanted:
+                    break
+        if full_scan:
+            self._cursors.full_scan_made(time.monotonic() - now)
+        return claimed
+
+    def _portions(self) -> list[list[str]]:
+        """Divide the queues, in order, by the claims that they take: those without limits of any kind share one."""
+        portions: list[list[str]] = []
+        shared = False
+        for name in self._settings.queue_names:
+            alone = name in self._limited or name in self._settings.queue_concurrency
+            if shared and not alone:
+                portions[-1].append(name)
+            else:
+                portions.append([name])
+            shared = not alone
+        return portions
+
+    async def _claim_portion(self, queue_names: list[str], wanted: int, *, full_scan: bool) -> int:
+        name = queue_names[0]
+        if (most := self._settings.queue_concurrency.get(name)) is not None:
+            wanted = min(wanted, most - self._slots.running_in(name))
+            if wanted <= 0:
+                self._agenda.claim_when_freed = True
+                return 0
+        if name not in self._limited:
+            return await self._claim_lanes(wanted, queue_names, full_scan=full_scan)
+        if not self._limited.due(name):
+            return 0
+        now = time.monotonic()
+        worker_id = self._registration.worker_id
+        priorities = self._cursors.priorities(name)
+        runs = await self._limited_claims.claim(name, wanted, worker_id, list(self._app.tasks), priorities)
+        if len(runs) >= wanted:
+            # Workers that were not faster than this one with the arrivals may have looked in vain.
+            self._on_more(name)
+        self._agenda.offered = 0
+        return self._take_up(runs, worker_id, now)
+
+    async def _claim_lanes(self, wanted: int, queue_names: list[str] | None, *, full_scan: bool) -> int:
+        now = time.monotonic()
         worker_id = self._registration.worker_id
         offered = self._agenda.offered
         rows = await self._connection.execute(
@@ -146,19 +206,24 @@ class Claimer:
                 "worker_id": worker_id,
                 "wanted": wanted,
                 "task_names": list(self._app.tasks),
-                **self._cursors.parameters(full_scan=full_scan),
+                **self._cursors.parameters(queue_names, full_scan=full_scan),
             },
         )
         self._agenda.offered -= offered
-        if rows:
-            self._clock.set(rows[0].now)
-        if full_scan:
-            self._cursors.full_scan_made(time.monotonic() - now)
         claimed = [ClaimedRun._make(row) for row in rows]
-        if self._telemetry is not None:
-            self._telemetry.claimed(self._settings.queue_names, claimed, time.monotonic() - now)
         claimed.sort(key=_LANE_ORDER)
         self._cursors.claimed(claimed, full_scan=full_scan, full=len(rows) >= wanted)
+        if any(run.limit_key is not None for run in claimed):
+            for name in {run.queue_name for run in claimed if run.limit_key is not None}:
+                self._enable_limits(name)
+        return self._take_up(claimed, worker_id, now)
+
+    def _take_up(self, claimed: list[ClaimedRun], worker_id: uuid.UUID, began: float) -> int:
+        """Take slots for claimed runs, and return how many there are."""
+        if claimed:
+            self._clock.set(claimed[0].now)
+        if self._telemetry is not None:
+            self._telemetry.claimed(self._settings.queue_names, claimed, time.monotonic() - began)
         if worker_id != self._registration.worker_id or not self._registration.lease.valid:
             # The lease ended while the claim was in flight: the workers that take over find these runs, too.
             self.suspect_unknown_commit()
@@ -170,7 +235,7 @@ class Claimer:
             # They start in the next turn of the event loop, so that the next claim may be in flight meanwhile.
             self._slots.reserve(claimed)
             self._loop.call_soon(self._start)
-        return len(rows)
+        return len(claimed)
 
     def _start(self) -> None:
         try:

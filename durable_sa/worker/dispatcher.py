@@ -32,6 +32,8 @@ class Dispatcher:
         """Follow up on writes of one kind, with the rows that their statement returned."""
         agenda = self._agenda
         agenda.results_written()
+        if writes[0].limited:
+            agenda.keys_changed()
         match kind:
             case Kind.COMPLETION:
                 if children := rows[0].child_task_ids:

@@ -22,9 +22,10 @@ from ..database.hint import Hint
 from ..database.listener import Listener
 from ..database.notifier import sender
 from ..database_errors import reason
-from ..errors import InvalidConfiguration, QueueNotFound
+from ..errors import DurableError, InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
 from ..statements import claiming, queues
+from . import limit_setup
 from .agenda import Agenda
 from .background import BackgroundTasks
 from .claims import Claimer
@@ -47,6 +48,10 @@ HINTS_TIMEOUT = 2.0
 SHOWN_RUNS = 10
 """Runs that the line about a shutdown names."""
 CLAIMS = "durable:claims"
+MORE_INTERVAL = 0.05
+"""Least seconds between hints that keys may be ready for which this worker has no slots."""
+ENABLE_RETRY_DELAY = 30.0
+"""Seconds until the next try to have a queue's tasks claimed by their limit keys."""
 
 
 class Worker:
@@ -145,7 +150,36 @@ class Worker:
             self._executor,
             stopping=self._stopping,
             listening=self._listening,
+            on_more=self._more_ready,
+            enable_limits=self._enable_limits,
         )
+        self._next_more = 0.0
+        self._enabling: set[str] = set()
+
+    def _more_ready(self, queue_name: str) -> None:
+        """Notify other workers, now and then, that keys of a queue may be ready for which this one has no slots."""
+        if self.loop.time() >= self._next_more:
+            self._next_more = self.loop.time() + MORE_INTERVAL
+            hint = Hint()
+            hint.add(queue_name, 0, self._clock.now())
+            self._hints.send(hint)
+
+    def _enable_limits(self, queue_name: str) -> None:
+        """Have a queue's tasks claimed key by key: one has a key, or the client that set its limits did not finish."""
+        if queue_name not in self._enabling:
+            self._enabling.add(queue_name)
+            self._background.start_task(self._enable(queue_name), "durable:enable-limits")
+
+    async def _enable(self, queue_name: str) -> None:
+        pause = 0.0
+        try:
+            await limit_setup.enable(self._app.database, queue_name)
+            self._agenda.limited.add([queue_name])
+            self._agenda.scan_all()
+        except (DurableError, SQLAlchemyError, OSError) as error:
+            pause = ENABLE_RETRY_DELAY
+            logger.warning("tasks of queue %s are not claimed by their limit keys yet: %s", queue_name, reason(error))
+        self.loop.call_later(pause, self._enabling.discard, queue_name)
 
     def __repr__(self) -> str:
         return f"<Worker {self.settings.name} on {', '.join(self.queue_names)}>"
@@ -201,6 +235,7 @@ class Worker:
         for name in self.queue_names:
             if name not in {row.queue_name for row in known}:
                 raise QueueNotFound(name)
+        self._agenda.limited.add(row.queue_name for row in known if row.limited)
         task_factory.install(self.loop)
         try:
             await self._connect()

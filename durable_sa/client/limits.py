@@ -1,0 +1,160 @@
+"""Limits of queues and of their keys."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, get_args
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..app import App
+from ..database.hint import Hint
+from ..database.notifier import sender
+from ..errors import InvalidConfiguration, QueueNotFound
+from ..names import validate_name
+from ..options import check_limit_key
+from ..policies import Limit
+from ..results import LimitKeyInfo, LimitKeyState
+from ..statements import limiting
+from ..validation import instance, integer, timestamp
+from ..worker import limit_setup
+
+MAX_WEIGHT: Final = 1000
+"""The largest weight of a key."""
+
+
+class Limits(App):
+    """The part of a client that deals with limits."""
+
+    async def set_limit(
+        self,
+        queue_name: str,
+        limit: Limit | None,
+        *,
+        key: str | None = None,
+        per_key: bool = False,
+        weight: int | None = None,
+    ) -> None:
+        """Set the limit of a queue, with `per_key` of each of its keys, or with `key` of that one. None removes it.
+
+        It holds from the next claim on, on the whole fleet. A lowered limit stops new starts and cancels nothing. With
+        `key`, a `weight` of 1 to 1000 is the share of turns that the key gets beside others, 1 unless set; with None
+        as the limit, the key then has its weight, and the limit of each key.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+            InvalidConfiguration: arguments that do not go together.
+            InvalidState: workers of a version that knows no limits are alive.
+        """
+        queue = validate_name("queue", queue_name)
+        if limit is not None:
+            instance(limit, Limit, "limit")
+        if key is not None and per_key:
+            raise InvalidConfiguration("key and per_key", "both are given", "Give one of them.")
+        if weight is not None:
+            if key is None:
+                raise InvalidConfiguration("weight", "it is given without key", "Queues have no weight, keys do.")
+            weight = integer(weight, "weight", minimum=1, maximum=MAX_WEIGHT)
+        scope = "key" if key is not None else "per_key" if per_key else "queue"
+        name = "" if key is None else check_limit_key(key)
+        if limit is None and weight is None and not await self._has_limits(queue):
+            return
+        await limit_setup.enable(self.database, queue)
+
+        async def change(connection: AsyncConnection) -> None:
+            await put_limit(connection, queue, scope, limit, name, weight)
+
+        await limit_setup.under_lock(self.database, change)
+        self.limited_queues.add(queue)
+        self._wake(queue)
+
+    async def close_limit_key(self, queue_name: str, key: str, until: datetime | None) -> None:
+        """Let no task of a key start, or go on after a sleep, until a time with a time zone. None opens the key.
+
+        Running tasks go on. In a queue without limits, too; its keys then take turns.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+            InvalidConfiguration: a time without a time zone.
+            InvalidState: workers of a version that knows no limits are alive.
+        """
+        queue, name = validate_name("queue", queue_name), check_limit_key(key)
+        moment = None if until is None else timestamp(until, "until")
+        await limit_setup.enable(self.database, queue)
+        parameters = {"queue_name": queue, "limit_key": name, "until": moment}
+        await self.database.execute(limiting.CLOSE_KEY, parameters)
+        self.limited_queues.add(queue)
+        self._wake(queue)
+
+    async def list_limit_keys(
+        self, queue_name: str, *, state: LimitKeyState | None = None, limit: int = 50
+    ) -> list[LimitKeyInfo]:
+        """Return the keys of a queue, by name: those in `state`, or all. At most `limit` of them.
+
+        Keys that nothing has used for a minute are left out, unless they have a limit or a weight of their own.
+
+        Raises:
+            QueueNotFound: there is no such queue.
+            InvalidConfiguration: there is no such state.
+        """
+        queue = validate_name("queue", queue_name)
+        if state is not None and state not in get_args(LimitKeyState):
+            raise InvalidConfiguration("state", f"{state!r:.40} is none of {', '.join(get_args(LimitKeyState))}")
+        most = integer(limit, "limit", minimum=1, maximum=100_000)
+        await self.require_queue(queue)
+        rows = await self.database.execute(limiting.LIST_KEYS, {"queue_name": queue, "state": state, "most": most})
+        return [LimitKeyInfo(row.limit_key or None, row.state, row.running, row.waiting, row.opens_at) for row in rows]
+
+    async def _has_limits(self, queue_name: str) -> bool:
+        rows = await self.database.execute(limiting.LIMITED_STATE, {"queue_name": queue_name})
+        if not rows:
+            raise QueueNotFound(queue_name)
+        return rows[0].limited_at is not None
+
+    def _wake(self, queue_name: str) -> None:
+        hint = Hint()
+        hint.add(queue_name, 0, datetime(1970, 1, 1, tzinfo=UTC))
+        sender(self.database).send(hint)
+
+
+async def put_limit(
+    connection: AsyncConnection,
+    queue_name: str,
+    scope: str,
+    limit: Limit | None,
+    key: str = "",
+    weight: int | None = None,
+) -> None:
+    """Set or remove a limit in a transaction, and have claims look at the keys that it concerns."""
+    identity = {"queue_name": queue_name, "scope": scope, "limit_key": key}
+    if scope == "queue":
+        await connection.execute(limiting.LOCK_KEYS)
+    before = (await connection.execute(limiting.LOCK_LIMIT, identity)).one_or_none()
+    if weight is None and before is not None:
+        weight = before.weight
+    if limit is None and weight is None:
+        await connection.execute(limiting.DELETE_LIMIT, identity)
+    else:
+        await connection.execute(limiting.PUT_LIMIT, {**identity, **_columns(limit), "weight": weight})
+    if scope == "queue":
+        only_queue = {"queue_name": queue_name}
+        await connection.execute(limiting.DELETE_TOTAL if limit is None else limiting.COUNT_TOTAL, only_queue)
+    if before is not None and before.hold == "task" and (limit is None or limit.hold == "run"):
+        await connection.execute(limiting.RELEASE_KEPT, {"queue_name": queue_name})
+    parameters = {"queue_name": queue_name, "limit_key": key if scope == "key" else None}
+    await connection.execute(limiting.WAKE_KEYS, parameters)
+
+
+def _columns(limit: Limit | None) -> dict[str, Any]:
+    rate = None if limit is None else limit.rate
+    return {
+        "limited": limit is not None,
+        "concurrency": None if limit is None else limit.concurrency,
+        "rate_count": None if rate is None else rate.count,
+        "rate_seconds": None if rate is None else rate.per,
+        # Rounded up to what the database stores, so that it is never faster than asked for.
+        "rate_interval": None if rate is None else timedelta(microseconds=math.ceil(rate.interval * 1e6 - 1e-6)),
+        "burst": None if rate is None else rate.burst,
+        "hold": None if limit is None else limit.hold,
+    }
