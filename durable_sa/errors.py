@@ -319,6 +319,12 @@ class RateLimited(TaskError):
         """Seconds."""
         super().__init__(self.retry_after)
 
+    @staticmethod
+    def delay_of(error: BaseException) -> float:
+        """Return the seconds of an error of this class, 1 if a subclass has lost them."""
+        delay = getattr(error, "retry_after", None)
+        return float(delay) if type(delay) is float and 0 < delay <= _LONGEST_SECONDS else 1.0
+
     def __str__(self) -> str:
         return f"Closed for {self.retry_after:g} seconds"
 

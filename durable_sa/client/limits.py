@@ -16,10 +16,12 @@ from ..names import validate_name
 from ..options import check_limit_key
 from ..policies import Limit
 from ..results import LimitKeyInfo, LimitKeyState
-from ..statements import limiting
-from ..validation import instance, integer, timestamp
+from ..statements import limit_diagnosis, limiting
+from ..validation import instance, integer, seconds, timestamp
 from ..worker import limit_setup
 
+RECOUNTED: Final = 1000
+"""Keys that one repair counts anew at most."""
 MAX_WEIGHT: Final = 1000
 """The largest weight of a key."""
 
@@ -105,6 +107,32 @@ class Limits(App):
         await self.require_queue(queue)
         rows = await self.database.execute(limiting.LIST_KEYS, {"queue_name": queue, "state": state, "most": most})
         return [LimitKeyInfo(row.limit_key or None, row.state, row.running, row.waiting, row.opens_at) for row in rows]
+
+    async def recount_limit_keys(self, grace: float = 60.0) -> int:
+        """Count the slots of keys anew whose count is wrong, because rows were changed by hand; return their number.
+
+        Keys that have room, and tasks that have been due for `grace` seconds, are looked at by the next claim.
+        """
+        recounted = 0
+        parameters = {"wanted": RECOUNTED, "grace": seconds(grace, "grace")}
+        for statement in (limit_diagnosis.MISCOUNTED, limit_diagnosis.PARKED):
+            for row in await self.database.execute(statement, parameters):
+                key = {"queue_name": row.queue_name, "limit_key": row.limit_key}
+                async with self.database.transaction() as connection:
+                    await connection.execute(limit_diagnosis.LOCK_KEY, key)
+                    await connection.execute(limit_diagnosis.RECOUNT_KEY, key)
+                self._wake(row.queue_name)
+                recounted += 1
+        for row in await self.database.execute(limit_diagnosis.MISCOUNTED_TOTALS, parameters):
+
+            async def recount(connection: AsyncConnection, queue_name: str = row.queue_name) -> None:
+                await connection.execute(limiting.LOCK_KEYS)
+                await connection.execute(limit_diagnosis.RECOUNT_TOTAL, {"queue_name": queue_name})
+
+            await limit_setup.under_lock(self.database, recount)
+            self._wake(row.queue_name)
+            recounted += 1
+        return recounted
 
     async def _has_limits(self, queue_name: str) -> bool:
         rows = await self.database.execute(limiting.LIMITED_STATE, {"queue_name": queue_name})

@@ -17,7 +17,7 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.failures import encode_try, is_retryable, mark_step
+from ..serialization.failures import encode_try, is_retryable, mark_step, put_off
 from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
@@ -141,7 +141,8 @@ class Steps(Sleeps):
             True if the step is to be tried once more.
         """
         strategy = self._strategy(options)
-        if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
+        refused = put_off(error) is not None
+        if options.max_attempts == 1 or strategy.kind == "none" or refused or not is_retryable(error):
             await self._note_failure(call)
             return False
         await self._record_try(self._try(call, tries - 1), encode_try(call.name, error))

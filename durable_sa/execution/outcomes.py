@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..database_errors import reason, without_values
-from ..errors import DurableError, RateLimited
+from ..errors import DurableError
 from ..ids import new_id
 from ..serialization.codec import check_size
-from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable
+from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable, put_off
 from ..signals import LeaseLost
 from ..statements.claiming import ClaimedRun
 from ..tasks import Task
@@ -71,8 +71,8 @@ def fail(
         retryable = is_retryable(error, task.no_retry_on)
     except Exception:  # noqa: BLE001 - methods of the exception's class are user code
         retryable = True
-    put_off = error.retry_after if isinstance(error, RateLimited) else None
-    values = FailureValues(encode_error(error, claimed.run_id), retryable, new_id(), waited, timeouts, put_off)
+    encoded = encode_error(error, claimed.run_id)
+    values = FailureValues(encoded, retryable, new_id(), waited, timeouts, put_off(error))
     _submit_failure(host, claimed, error, values)
 
 

@@ -20,6 +20,7 @@ from ..errors import (
     InvalidTaskParams,
     PayloadTooLarge,
     QueueNotFound,
+    RateLimited,
     ReplayMismatch,
     SerializationError,
     TaskNotFound,
@@ -88,6 +89,14 @@ def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], .
     """
     refused = _NEVER_RETRIED + no_retry_on
     return not any(issubclass(type(inner), refused) or _recurs(inner) for inner in with_members(error))
+
+
+def put_off(error: BaseException) -> float | None:
+    """Return the seconds by which `RateLimited`, or a group of nothing else, puts a task off; None for other errors."""
+    leaves = [inner for inner in with_members(error) if not issubclass(type(inner), BaseExceptionGroup)]
+    if not leaves or not all(issubclass(type(leaf), RateLimited) for leaf in leaves):
+        return None
+    return max(RateLimited.delay_of(leaf) for leaf in leaves)
 
 
 def mark_step(error: BaseException, run_id: uuid.UUID, step: str, *, inner: bool) -> None:

@@ -223,7 +223,9 @@ class Load:
     async def _allow(self) -> None:
         async with self.engine.begin() as connection:
             await connection.execute(text(ALLOW))
-            await connection.execute(text("DELETE FROM durable_allowed WHERE since < clock_timestamp() - interval '5 s'"))
+            await connection.execute(
+                text("DELETE FROM durable_allowed WHERE since < clock_timestamp() - interval '5 s'")
+            )
         await asyncio.sleep(0.2)
 
     async def _lose(self) -> None:

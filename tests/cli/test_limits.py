@@ -1,0 +1,53 @@
+"""`durable limits`, and what `durable doctor` says of keys."""
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from durable_sa import Durable, Limit, TaskContext, task
+from tests.cli.support import CommandLine
+
+
+@task("work")
+async def work(ctx: TaskContext) -> None: ...
+
+
+async def test_limits_are_set_and_keys_listed_closed_and_opened(cli: CommandLine, durable: Durable) -> None:
+    durable.register(work)
+    result = await cli("limits", "set", "default", "--per-key", "--concurrency", "2", "--rate", "60/1m", "--burst", "9")
+    assert (result.code, "each key of queue 'default' set" in result.stdout) == (0, True)
+    await durable.spawn(work, limit_key="acme")
+    assert "acme\topen\t0\t1" in (await cli("limits", "list", "default")).stdout
+    assert (await cli("limits", "close", "default", "acme", "--for", "1h")).code == 0
+    (row,) = (await cli("limits", "list", "default", "--state", "closed", "--json")).json
+    assert (row["key"], row["state"], row["waiting"]) == ("acme", "closed", 1)
+    assert (await cli("limits", "open", "default", "acme")).code == 0
+    assert "No keys." in (await cli("limits", "list", "default", "--state", "closed")).stdout
+    assert (await cli("limits", "set", "default", "--key", "acme", "--weight", "3")).code == 0
+    assert (await cli("limits", "set", "default", "--per-key", "--none")).code == 0
+
+
+async def test_limits_that_make_no_sense_are_refused(cli: CommandLine, durable: Durable) -> None:
+    for arguments in (
+        ("set", "default"),
+        ("set", "default", "--none", "--concurrency", "2"),
+        ("set", "default", "--concurrency", "2", "--burst", "3"),
+        ("set", "default", "--rate", "often"),
+        ("close", "default", "acme"),
+    ):
+        assert (await cli("limits", *arguments)).code == 2, arguments
+    assert (await cli("limits", "set", "nowhere", "--concurrency", "1")).code == 1
+
+
+async def test_the_doctor_finds_and_repairs_wrong_counts(
+    cli: CommandLine, durable: Durable, engine: AsyncEngine
+) -> None:
+    await durable.create_queue("default", limit_per_key=Limit(concurrency=1))
+    async with engine.begin() as connection:
+        await connection.execute(
+            text("INSERT INTO durable.limit_keys (queue_name, limit_key, running) VALUES ('default', 'a', 1)")
+        )
+    result = await cli("doctor")
+    assert result.code == 1
+    assert "key 'a' of queue 'default' counts 1 slots, and its tasks hold 0" in result.stdout
+    result = await cli("doctor", "--repair")
+    assert (result.code, "Limit keys counted anew: 1." in result.stdout) == (0, True)
