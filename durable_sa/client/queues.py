@@ -74,6 +74,8 @@ class Queues(Limits):
         async with self.database.transaction() as connection:
             created = (await connection.execute(queues.CREATE_QUEUE, parameters)).one().created
             if created:
+                for statement in limiting.DROP_LIMITS:
+                    await connection.execute(statement, {"queue_name": parameters["queue_name"]})
                 marking = {"queue_name": parameters["queue_name"], "is_new": True}
                 await connection.execute(limiting.MARK_LIMITED, marking)
 
@@ -103,6 +105,9 @@ class Queues(Limits):
                 "dropped except for tasks that rows of the application refer to",
                 "Delete those rows, or give their foreign keys ondelete='SET NULL', and drop it once more.",
             ) from error
+        for statement in limiting.DROP_LIMITS:
+            # Runs that ended meanwhile gave slots back.
+            await self.database.execute(statement, {"queue_name": queue})
         self._sender().send(Hint(cancelled=True))
 
     async def list_queues(self) -> list[str]:

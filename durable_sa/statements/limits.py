@@ -254,13 +254,21 @@ WITH opened AS MATERIALIZED (
         AND x.resumes_at IS NOT NULL AND x.claimed_by IS NULL
         AND (s.hold = 'task' OR NOT s.is_full) AND NOT s.closed
         AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))) AS next_resume,
-    CASE WHEN s.is_drained THEN (
-      SELECT min(n.next_at) FROM unnest(:priorities) AS p (priority) CROSS JOIN LATERAL (
+    CASE WHEN s.is_drained THEN least(
+      (SELECT min(n.next_at) FROM unnest(:priorities) AS p (priority) CROSS JOIN LATERAL (
+        -- Without the floor, which may hide one that was locked.
         SELECT min(x.available_at) AS next_at FROM {tasks} x
         WHERE x.queue_name = :queue_name AND x.limit_key = s.limit_key AND x.finished_at IS NULL
-          AND x.priority = p.priority AND x.available_at >= coalesce(s.floor_at, '0001-01-01 UTC')
-          AND x.resumes_at IS NULL AND x.claimed_by IS NULL
-          AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))) n) END AS next_head
+          AND x.priority = p.priority AND x.resumes_at IS NULL AND x.claimed_by IS NULL
+          AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))) n),
+      -- Priorities that this worker does not know of yet.
+      (SELECT min(n.next_at) FROM unnest(
+          ARRAY[-32769] || :priorities::integer[], :priorities::integer[] || 32768) AS p (above, below)
+        CROSS JOIN LATERAL (
+          SELECT {now} AS next_at FROM {tasks} x
+          WHERE x.queue_name = :queue_name AND x.limit_key = s.limit_key AND x.finished_at IS NULL
+            AND x.priority > p.above AND x.priority < p.below AND x.available_at IS NOT NULL
+            AND x.resumes_at IS NULL AND x.claimed_by IS NULL LIMIT 1) n)) END AS next_head
   FROM states s
 ), due AS MATERIALIZED (
   SELECT n.*, least(n.next_resume, CASE

@@ -75,6 +75,8 @@ class Claimer:
         self._stopping = stopping
         self._listening = listening
         self._loop = asyncio.get_running_loop()
+        self._capped = False
+        """The last claim was bounded by `queue_concurrency`, so more tasks may be ready."""
         self._commit_unknown_until = 0.0
         self._next_adoption = 0.0
 
@@ -107,7 +109,7 @@ class Claimer:
                     continue
                 more = await self._claim(wanted) >= wanted
                 retry.reset()
-                agenda.claim_when_freed = more or not self._listening()
+                agenda.claim_when_freed = more or self._capped or not self._listening()
                 if not more and not agenda.claim.is_set():
                     await self._wait(self._pause)
             except Exception as error:  # noqa: BLE001 - the retry logs it
@@ -137,6 +139,7 @@ class Claimer:
     async def _claim(self, wanted: int) -> int:
         """Claim up to so many tasks, and return how many there were."""
         now = time.monotonic()
+        self._capped = False
         hinted, self._agenda.hinted = self._agenda.hinted, False
         full_scan = self._cursors.full_scan_overdue if hinted else self._cursors.full_scan_due
         if full_scan or self._cursors.due:
@@ -151,7 +154,7 @@ class Claimer:
         if not self._limited.queues and not self._settings.queue_concurrency:
             claimed = await self._claim_lanes(wanted, None, full_scan=full_scan)
         else:
-            if full_scan and self._limited.queues and self._limited.idle:
+            if self._limited.queues and self._limited.idle and (full_scan or not self._listening()):
                 await self._limited_claims.look()
             claimed = 0
             for queue_names in self._portions():
@@ -179,8 +182,8 @@ class Claimer:
         name = queue_names[0]
         if (most := self._settings.queue_concurrency.get(name)) is not None:
             wanted = min(wanted, most - self._slots.running_in(name))
+            self._capped |= most - self._slots.running_in(name) <= wanted
             if wanted <= 0:
-                self._agenda.claim_when_freed = True
                 return 0
         if name not in self._limited:
             return await self._claim_lanes(wanted, queue_names, full_scan=full_scan)

@@ -132,7 +132,7 @@ class LimitedClaims:
             if len(rows) >= wanted and not full_look:
                 queue.dirty = True
             else:
-                await self.look([queue_name], full_look=full_look)
+                await self.look([queue_name], full_look=full_look, pause=0.0 if rows else BUSY_PAUSE)
         except BaseException:
             queue.dirty = True
             raise
@@ -150,8 +150,10 @@ class LimitedClaims:
             if drained:
                 queue.drained_up_to(rows[0].last, time.monotonic())
 
-    async def look(self, queue_names: Sequence[str] | None = None, *, full_look: bool = True) -> None:
-        """Look when keys of these queues, or of all, are due next."""
+    async def look(
+        self, queue_names: Sequence[str] | None = None, *, full_look: bool = True, pause: float = 0.0
+    ) -> None:
+        """Look when keys of these queues, or of all, are due next, but not within so many seconds."""
         names = list(self._queues if queue_names is None else queue_names)
         floors = [EARLIEST if full_look else self._queues[name].ready_floor for name in names]
         for row in await self._connection.execute(limits.LOOK, {"queue_names": names, "ready_floors": floors}):
@@ -162,10 +164,10 @@ class LimitedClaims:
                 queue.ready_floor = earliest - FLOOR_MARGIN
             queue.next_at = None
             if row.next_at is not None:
-                queue.next_at = now + max(BUSY_PAUSE, (row.next_at - row.now) / timedelta(seconds=1))
+                queue.next_at = now + max(pause, (row.next_at - row.now) / timedelta(seconds=1))
             if row.arrivals:
                 # Another worker has locked them, or they have come just now.
-                queue.next_at = now + BUSY_PAUSE
+                queue.next_at = now + pause
             if row.preparing:
                 self._on_preparing(row.queue_name)
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import (
@@ -28,6 +28,7 @@ from durable_sa import (
 from durable_sa.ids import new_id
 from durable_sa.models import LimitArrivalRow, LimitKeyRow, LimitTotalRow, RunRow
 from durable_sa.statements import limits
+from durable_sa.statements.sql import Sql
 
 from ..support import eventually
 
@@ -435,59 +436,117 @@ async def test_an_idle_key_costs_no_more_statements_than_an_idle_queue(client: D
         assert claims <= 2
 
 
-async def test_a_task_that_appears_while_a_claim_looks_is_not_stranded(
-    client: Durable, engine: AsyncEngine, sql: Rows
-) -> None:
-    """A claim finds nothing in its older snapshot, and must not park a key for which a drain has come in between."""
-    await client.create_queue("q", limit_per_key=Limit(concurrency=2))
-    worker_id = new_id()
-    await sql(
-        "INSERT INTO durable.workers (worker_id, name, queue_names, claim_timeout, expires_at)"
-        " VALUES (:id, 'by hand', '{q}', '1 h', now() + interval '1 h')",
-        id=worker_id,
-    )
-    await sql("INSERT INTO durable.limit_keys (queue_name, limit_key, ready_at) VALUES ('q', 'a', now())")
-    parameters = {
-        "queue_name": "q",
-        "worker_id": worker_id,
-        "wanted": 5,
-        "task_names": ["quick"],
-        "priorities": [0],
-        "ready_floor": datetime(1, 1, 2, tzinfo=UTC),
-        "floors": False,
-        "floor_of": 0,
-    }
-    database = client.database
-    async with engine.connect() as gate, engine.connect() as slow:
-        await sql("CREATE TABLE gate ()")
-        # The claim has its snapshot, and waits for the gate before it locks a key.
-        await sql(
+PARAMETERS: dict[str, Any] = {
+    "queue_name": "q",
+    "wanted": 5,
+    "task_names": ["quick"],
+    "priorities": [0],
+    "ready_floor": datetime(1, 1, 2, tzinfo=UTC),
+    "floors": False,
+    "floor_of": 0,
+}
+
+
+class HeldClaim:
+    """A claim that has its snapshot, and waits for a gate before it locks a key."""
+
+    def __init__(self, client: Durable, engine: AsyncEngine, sql: Rows) -> None:
+        self.client = client
+        self.engine = engine
+        self.sql = sql
+        self.parameters = {**PARAMETERS, "worker_id": new_id()}
+
+    async def claim(self) -> list[Any]:
+        return list(await self.client.database.execute(limits.CLAIM_LIMITED, self.parameters))
+
+    async def drain(self) -> None:
+        await self.client.database.execute(limits.DRAIN_ARRIVALS, {"queue_name": "q", "floor": 0})
+
+    async def around(self, meanwhile: Callable[[], Awaitable[Any]]) -> list[Any]:
+        """Have something done between the snapshot of a claim and its locks, and return what the claim returns."""
+        await self.sql(
+            "INSERT INTO durable.workers (worker_id, name, queue_names, claim_timeout, expires_at)"
+            " VALUES (:id, 'by hand', '{q}', '1 h', now() + interval '1 h')",
+            id=self.parameters["worker_id"],
+        )
+        await self.sql(
             "CREATE FUNCTION durable.wait_at_gate() RETURNS boolean LANGUAGE plpgsql VOLATILE AS"
             " $$ BEGIN PERFORM pg_advisory_xact_lock(99); RETURN true; END $$"
         )
-        await gate.exec_driver_sql("SELECT pg_advisory_lock(99)")
-        await gate.commit()
-        held_up = limits.Sql(
+        held_up = Sql(
             limits.CLAIM_LIMITED.text.replace(
                 "AND k.ready_at >= :ready_floor", "AND k.ready_at >= :ready_floor AND durable.wait_at_gate()", 1
             ),
             **{name: bind.type for name, bind in limits.CLAIM_LIMITED.binds.items()},
         )
-        claiming = asyncio.create_task(slow.execute(held_up, parameters))
+        async with self.engine.connect() as gate, self.engine.connect() as slow:
+            await gate.exec_driver_sql("SELECT pg_advisory_lock(99)")
+            claiming = asyncio.create_task(slow.execute(held_up, self.parameters))
 
-        async def waits_at_gate() -> None:
-            rows = await sql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory'")
-            assert rows
+            async def waits_at_gate() -> None:
+                assert await self.sql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory'")
 
-        await eventually(waits_at_gate)
+            await eventually(waits_at_gate)
+            await meanwhile()
+            await gate.exec_driver_sql("SELECT pg_advisory_unlock(99)")
+            rows = list(await claiming)
+            await slow.commit()
+            return rows
+
+
+async def test_a_task_that_appears_while_a_claim_looks_is_not_stranded(
+    client: Durable, engine: AsyncEngine, sql: Rows
+) -> None:
+    """A claim finds nothing in its older snapshot, and must not park a key for which a drain has come in between."""
+    await client.create_queue("q", limit_per_key=Limit(concurrency=2))
+    await sql("INSERT INTO durable.limit_keys (queue_name, limit_key, ready_at) VALUES ('q', 'a', now())")
+    held_claim = HeldClaim(client, engine, sql)
+
+    async def appear() -> None:
         await client.spawn(quick, "a")
-        await database.execute(limits.DRAIN_ARRIVALS, {"queue_name": "q", "floor": 0})
-        await gate.exec_driver_sql("SELECT pg_advisory_unlock(99)")
-        await gate.commit()
-        assert (await claiming).all() == []
-        await slow.commit()
-    rows = await database.execute(limits.CLAIM_LIMITED, parameters)
-    assert len(rows) == 1
+        await held_claim.drain()
+
+    assert await held_claim.around(appear) == []
+    assert len(await held_claim.claim()) == 1
+
+
+async def test_a_claim_counts_what_was_claimed_after_its_snapshot(
+    client: Durable, engine: AsyncEngine, sql: Rows
+) -> None:
+    await client.create_queue("q", limit_per_key=Limit(concurrency=2))
+    await client.set_limit("q", None, key="a", weight=1000)
+    held_claim = HeldClaim(client, engine, sql)
+    await client.spawn_many([(quick, "a")] * 5)
+    await held_claim.drain()
+    claimed: list[Any] = []
+
+    async def claim() -> None:
+        # The key stays in front after this claim, which leaves it room for one more.
+        held_claim.parameters["wanted"] = 1
+        claimed.extend(await held_claim.claim())
+        await sql("UPDATE durable.limit_keys SET ready_at = now() - interval '1 min'")
+
+    claimed += await held_claim.around(claim)
+    assert len(claimed) == 2
+    assert await held(sql) == {"a": 2}
+
+
+async def test_drains_at_the_same_time_do_not_deadlock(client: Durable, engine: AsyncEngine, sql: Rows) -> None:
+    await client.create_queue("q", limit_per_key=Limit(concurrency=2))
+    arrivals = text(
+        "INSERT INTO durable.limit_arrivals (queue_name, limit_key, available_at)"
+        " SELECT 'q', 'k' || (random() * 300)::int, now() FROM generate_series(1, 300)"
+    )
+
+    async def drain() -> None:
+        for _ in range(25):
+            async with engine.begin() as connection:
+                await connection.execute(arrivals)
+            async with engine.begin() as connection:
+                await connection.execute(limits.DRAIN_ARRIVALS, {"queue_name": "q", "floor": 0})
+
+    await asyncio.gather(*(drain() for _ in range(6)))
+    assert await sql(select(LimitArrivalRow)) == []
 
 
 async def test_arrivals_are_appended_and_drained(client: Durable, sql: Rows) -> None:
