@@ -218,12 +218,14 @@ WAKE_KEYS = Sql(
 INSERT INTO {limit_arrivals} (queue_name, limit_key, available_at)
 SELECT k.queue_name, k.limit_key, {now} FROM {limit_keys} k
 WHERE k.queue_name = :queue_name AND (:limit_key::text IS NULL OR k.limit_key = :limit_key)
-  AND (k.ready_at IS NULL OR k.ready_at > {now})
 """,
     queue_name=Text(),
     limit_key=Text(),
 )
-"""Have claims look at the keys of a queue, or at one, because their limits have changed."""
+"""Have claims look at the keys of a queue, or at one, because their limits have changed.
+
+At all of them: a claim in flight, which does not see the change, may be about to park a key that is ready now.
+"""
 
 CLOSE_KEY = Sql(
     """

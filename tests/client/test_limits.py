@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -272,10 +272,8 @@ async def test_a_keyed_task_in_a_queue_without_limits_makes_its_keys_take_turns(
         for each in [*spawned, plain]:
             await client.wait_for_result(each, timeout=10)
 
-        async def enabled() -> None:
-            assert await rows(engine, text("SELECT 1 FROM durable.queues WHERE limits_ready_at IS NOT NULL"))
-
-        await eventually(enabled)
+        ready = text("SELECT 1 FROM durable.queues WHERE limits_ready_at IS NOT NULL")
+        await eventually(lambda: rows(engine, ready))
         more = [await client.spawn(answer, Question(tenant="t1")), await client.spawn(note, "more")]
         for each in more:
             await client.wait_for_result(each, timeout=10)
@@ -326,17 +324,24 @@ async def test_a_unique_key_waits_for_the_transaction_that_has_it(client: Durabl
 
 async def test_an_unstarted_task_is_replaced(client: Durable, engine: AsyncEngine) -> None:
     await client.create_queue("q", limit_per_key=Limit(concurrency=1))
-    options: dict[str, Any] = {"unique": "k", "on_conflict": "replace", "max_delay": 0.4, "limit_key": "a"}
-    first = await client.spawn(note, "one", delay=0.2, **options)
+
+    async def replace(text: str, **options: Any) -> None:
+        again = await client.spawn(note, text, unique="k", on_conflict="replace", limit_key="a", **options)
+        assert (again.task_id, again.created) == (first.task_id, False)
+
+    async def delay() -> float:
+        (row,) = await rows(engine, select(TaskRow.created_at, TaskRow.available_at))
+        return float((row.available_at - row.created_at) / timedelta(seconds=1))
+
+    first = await client.spawn(note, "one", unique="k", on_conflict="replace", limit_key="a", delay=60)
+    await replace("two", delay=600)
+    assert 600 <= await delay() < 660
+    await replace("three", delay=600, max_delay=90)
+    assert await delay() == 90
     async with client.worker(concurrency=2):
-        for number in range(8):
-            again = await client.spawn(note, f"later {number}", delay=0.2, **options)
-            assert (again.task_id, again.created) == (first.task_id, False)
-            await asyncio.sleep(0.03)
-        result = await client.wait_for_result(first, timeout=5)
-    assert CALLS == [result.output] == ["later 7"]
-    (row,) = await rows(engine, select(TaskRow.created_at, TaskRow.started_at))
-    assert timedelta(seconds=0.35) < row.started_at - row.created_at < timedelta(seconds=2)
+        await replace("four")
+        assert (await client.wait_for_result(first, timeout=20)).output == "four"
+    assert CALLS == ["four"]
 
 
 async def test_a_started_task_is_not_replaced(client: Durable, engine: AsyncEngine) -> None:
@@ -377,6 +382,3 @@ async def test_a_wrong_count_is_repaired(client: Durable, engine: AsyncEngine) -
         assert CALLS == []
         assert await client.recount_limit_keys(0.0) == 2
         await client.wait_for_result(spawned, timeout=5)
-
-
-Call = Callable[[], Awaitable[None]]

@@ -413,8 +413,7 @@ MUTANTS = (
         (
             (
                 "give_back(completed, returned=completed.c.slot.is_not(None))",
-                "give_back(select(TaskRow.queue_name, TaskRow.limit_key)"
-                '.join(done, TaskRow.task_id == done.c.task_ids).subquery("unfenced"), returned=true())',
+                'give_back(select(TaskRow.queue_name, TaskRow.limit_key).join(done, TaskRow.task_id == done.c.task_ids).subquery("unfenced"), returned=true())',
             ),
         ),
         (f"{LIMITS}test_every_way_out_gives_the_slot_back",),
@@ -425,8 +424,7 @@ MUTANTS = (
         (
             (
                 "SELECT k.limit_key, k.version, k.running, k.tat,",
-                "SELECT k.limit_key, k.version, (SELECT s.running FROM {limit_keys} s WHERE"
-                " s.queue_name = k.queue_name AND s.limit_key = k.limit_key) AS running, k.tat,",
+                "SELECT k.limit_key, k.version, (SELECT s.running FROM {limit_keys} s WHERE s.queue_name = k.queue_name AND s.limit_key = k.limit_key) AS running, k.tat,",
             ),
         ),
         (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
