@@ -272,8 +272,11 @@ WITH keys AS MATERIALIZED (
 )
 SELECT n.limit_key, n.state, greatest(n.held, 0)::integer AS running,
   (SELECT count(*) FROM (
-    SELECT FROM {tasks} x WHERE x.queue_name = :queue_name AND x.limit_key = n.limit_key AND x.finished_at IS NULL
-      AND x.available_at <= {now} AND x.claimed_by IS NULL LIMIT 1000) w)::integer AS waiting,
+    SELECT FROM {tasks} x
+    WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
+      AND (x.limit_key, x.priority) >= (n.limit_key, -32768) AND (x.limit_key, x.priority) <= (n.limit_key, 32767)
+      AND x.available_at <= {now} AND x.claimed_by IS NULL
+    ORDER BY x.limit_key, x.priority, x.available_at LIMIT 1000) w)::integer AS waiting,
   CASE n.state WHEN 'closed' THEN n.closed_until WHEN 'throttled' THEN n.token_at END AS opens_at
 FROM named n WHERE :state::text IS NULL OR n.state = :state
 ORDER BY n.limit_key LIMIT :most

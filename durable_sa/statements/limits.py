@@ -22,6 +22,10 @@ A task that has begun, and goes on after a sleep or an attempt, while it holds i
 claimed before those that have not begun: `resumes_at` has an index of its own. In a full key with `hold="task"` they
 would wait for each other otherwise, and in one with a rate it would wait behind all starts.
 
+Tasks of a key are found by comparisons of rows in the order of an index. With equal signs the planner would also take
+the index of tasks without keys, if it knows little of the keys, and walk the tasks of all of them. The constant limits
+let it expect few rows: with a tenth of the table, which it expects otherwise, the server would compile the plan.
+
 The rate is the generic cell rate algorithm: `tat` is when the bucket will be full. A start takes `rate_interval` times
 its weight, and is admitted while the bucket has as much; one that is heavier than the bucket needs it full.
 """
@@ -140,7 +144,7 @@ WITH opened AS MATERIALIZED (
   SELECT p.*, coalesce(p.closed_until > {now}, false) AS closed,
     p.concurrency - p.running AS slots, t.tokens,
     CASE WHEN p.whole_full OR coalesce(p.closed_until > {now}, false) THEN 0
-      ELSE greatest(0, least(p.concurrency - p.running, greatest(t.tokens, 1),
+      ELSE greatest(0, least(100, p.concurrency - p.running, greatest(t.tokens, 1),
         ceil(p.wanted::numeric * p.weight / p.weights)))::integer END AS turn
   FROM policy p CROSS JOIN LATERAL (
     SELECT CASE WHEN p.every IS NULL THEN NULL ELSE floor(
@@ -152,15 +156,17 @@ WITH opened AS MATERIALIZED (
     CASE WHEN n.slot IS NULL THEN 1 ELSE 0 END AS slots,
     CASE WHEN n.state = 'pending' THEN n.weight ELSE 0 END AS starts
   FROM turns t CROSS JOIN LATERAL (
-    SELECT l.*, row_number() OVER (ORDER BY l.resumes_at, l.task_id) AS place FROM (
+    SELECT l.*, row_number() OVER (ORDER BY l.resumes_at, l.task_id) AS place FROM (SELECT i.* FROM (
       SELECT x.task_id, x.available_at, x.slot, x.state, coalesce(x.weight, 1)::integer AS weight, x.resumes_at
       FROM {tasks} x
-      WHERE x.queue_name = :queue_name AND x.limit_key = t.limit_key AND x.finished_at IS NULL
-        AND x.resumes_at <= {now} AND x.available_at <= {now} AND x.claimed_by IS NULL
+      WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.resumes_at IS NOT NULL
+        AND (x.limit_key, x.resumes_at) >= (t.limit_key, '0001-01-01 UTC')
+        AND (x.limit_key, x.resumes_at) <= (t.limit_key, {now})
+        AND x.available_at <= {now} AND x.claimed_by IS NULL
         AND x.task_name = ANY (:task_names) AND (x.cancel_at IS NULL OR x.cancel_at > {now})
         AND x.attempt < 2147483647 AND x.fence < 4611686018427387904
-      ORDER BY x.resumes_at, x.task_id LIMIT t.wanted
-      FOR NO KEY UPDATE SKIP LOCKED) l) n
+      ORDER BY x.limit_key, x.resumes_at, x.task_id LIMIT 100
+      FOR NO KEY UPDATE SKIP LOCKED) i LIMIT t.wanted) l) n
   WHERE NOT t.closed
 ), heads AS MATERIALIZED (
   SELECT t.limit_key, n.task_id, n.available_at, n.place,
@@ -171,13 +177,14 @@ WITH opened AS MATERIALIZED (
       SELECT h.* FROM unnest(:priorities) WITH ORDINALITY AS p (priority, position) CROSS JOIN LATERAL (
         SELECT x.task_id, x.available_at, x.slot, x.state, coalesce(x.weight, 1)::integer AS weight, x.priority
         FROM {tasks} x
-        WHERE x.queue_name = :queue_name AND x.limit_key = t.limit_key AND x.finished_at IS NULL
-          AND x.priority = p.priority AND x.available_at <= {now}
-          AND x.available_at >= coalesce(t.floor_at, '0001-01-01 UTC')
+        WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
+          AND (x.limit_key, x.priority, x.available_at)
+            >= (t.limit_key, p.priority, coalesce(t.floor_at, '0001-01-01 UTC'))
+          AND (x.limit_key, x.priority, x.available_at) <= (t.limit_key, p.priority, {now})
           AND x.resumes_at IS NULL AND x.claimed_by IS NULL
           AND x.task_name = ANY (:task_names) AND (x.cancel_at IS NULL OR x.cancel_at > {now})
           AND x.attempt < 2147483647 AND x.fence < 4611686018427387904
-        ORDER BY x.available_at, x.task_id LIMIT t.turn
+        ORDER BY x.limit_key, x.priority, x.available_at, x.task_id LIMIT 100
         FOR NO KEY UPDATE SKIP LOCKED) h
       LIMIT t.turn) l) n
   WHERE t.turn > 0
@@ -249,26 +256,33 @@ WITH opened AS MATERIALIZED (
   FROM changes c
 ), nexts AS MATERIALIZED (
   SELECT s.*,
-    (SELECT min(x.resumes_at) FROM {tasks} x
-      WHERE x.queue_name = :queue_name AND x.limit_key = s.limit_key AND x.finished_at IS NULL
-        AND x.resumes_at IS NOT NULL AND x.claimed_by IS NULL
-        AND (s.hold = 'task' OR NOT s.is_full) AND NOT s.closed
-        AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))) AS next_resume,
+    (SELECT x.resumes_at FROM {tasks} x
+      WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.resumes_at IS NOT NULL
+        AND (x.limit_key, x.resumes_at) >= (s.limit_key, '0001-01-01 UTC')
+        AND (x.limit_key, x.resumes_at) <= (s.limit_key, 'infinity')
+        AND x.claimed_by IS NULL AND (s.hold = 'task' OR NOT s.is_full) AND NOT s.closed
+        AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))
+      ORDER BY x.limit_key, x.resumes_at LIMIT 1) AS next_resume,
     CASE WHEN s.is_drained THEN least(
       (SELECT min(n.next_at) FROM unnest(:priorities) AS p (priority) CROSS JOIN LATERAL (
         -- Without the floor, which may hide one that was locked.
-        SELECT min(x.available_at) AS next_at FROM {tasks} x
-        WHERE x.queue_name = :queue_name AND x.limit_key = s.limit_key AND x.finished_at IS NULL
-          AND x.priority = p.priority AND x.resumes_at IS NULL AND x.claimed_by IS NULL
-          AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))) n),
+        SELECT x.available_at AS next_at FROM {tasks} x
+        WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
+          AND (x.limit_key, x.priority, x.available_at) >= (s.limit_key, p.priority, '0001-01-01 UTC')
+          AND (x.limit_key, x.priority, x.available_at) <= (s.limit_key, p.priority, 'infinity')
+          AND x.resumes_at IS NULL AND x.claimed_by IS NULL
+          AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))
+        ORDER BY x.limit_key, x.priority, x.available_at LIMIT 1) n),
       -- Priorities that this worker does not know of yet.
       (SELECT min(n.next_at) FROM unnest(
           ARRAY[-32769] || :priorities::integer[], :priorities::integer[] || 32768) AS p (above, below)
         CROSS JOIN LATERAL (
           SELECT {now} AS next_at FROM {tasks} x
-          WHERE x.queue_name = :queue_name AND x.limit_key = s.limit_key AND x.finished_at IS NULL
-            AND x.priority > p.above AND x.priority < p.below AND x.available_at IS NOT NULL
-            AND x.resumes_at IS NULL AND x.claimed_by IS NULL LIMIT 1) n)) END AS next_head
+          WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
+            AND (x.limit_key, x.priority) > (s.limit_key, p.above)
+            AND (x.limit_key, x.priority) < (s.limit_key, p.below)
+            AND x.available_at IS NOT NULL AND x.resumes_at IS NULL AND x.claimed_by IS NULL
+          ORDER BY x.limit_key, x.priority, x.available_at LIMIT 1) n)) END AS next_head
   FROM states s
 ), due AS MATERIALIZED (
   SELECT n.*, least(n.next_resume, CASE
