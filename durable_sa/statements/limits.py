@@ -322,6 +322,10 @@ WITH opened AS MATERIALIZED (
 )
 SELECT * FROM claimed
 """,
+    "queue_name",
+    "wanted",
+    "priorities",
+    "ready_floor",
     queue_name=Text(),
     worker_id=Uuid(),
     wanted=Integer(),

@@ -24,12 +24,17 @@ _PART = re.compile(r"\{(\w+)\}|(?<!:):(\w+)")
 
 
 class Sql(Executable, ClauseElement):
-    """A statement of SQL text, with the types of its bind parameters."""
+    """A statement of SQL text, with the types of its bind parameters.
+
+    The values of those that are `opaque` are hidden from the planner, as :func:`.expressions.opaque` does: a statement
+    of this size takes longer to be planned for its values than to be executed.
+    """
 
     inherit_cache: ClassVar[bool | None] = False
 
-    def __init__(self, text: str, **types: TypeEngine[Any]) -> None:
+    def __init__(self, text: str, *opaque: str, **types: TypeEngine[Any]) -> None:
         self.text = text
+        self.opaque = opaque
         self.binds = {name: bindparam(name, type_=type_) for name, type_ in types.items()}
 
 
@@ -38,7 +43,8 @@ def _compile(element: Sql, compiler: Any, **options: Any) -> str:
     def replace(match: re.Match[str]) -> str:
         name, bind = match.groups()
         if bind is not None:
-            return str(compiler.process(element.binds[bind], **options))
+            value = str(compiler.process(element.binds[bind], **options))
+            return f"(SELECT {value})" if bind in element.opaque else value
         if name in _TIMES:
             return str(compiler.process(_TIMES[name](), **options))
         return str(compiler.preparer.format_table(_TABLES[name]))

@@ -471,6 +471,7 @@ class HeldClaim:
             limits.CLAIM_LIMITED.text.replace(
                 "AND k.ready_at >= :ready_floor", "AND k.ready_at >= :ready_floor AND durable.wait_at_gate()", 1
             ),
+            *limits.CLAIM_LIMITED.opaque,
             **{name: bind.type for name, bind in limits.CLAIM_LIMITED.binds.items()},
         )
         async with self.engine.connect() as gate, self.engine.connect() as slow:
