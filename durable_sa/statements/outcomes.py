@@ -91,7 +91,7 @@ def _complete(done: FromClause, wanted: ColumnElement[int], *, limited: bool = F
     return reply.add_cte(ended, forgotten)
 
 
-def _limit_columns(locked: CTE, *, limited: bool) -> tuple[ColumnElement[Any], ...]:
+def _limit_columns(locked: CTE, *, limited: bool) -> tuple[Any, ...]:
     """Return the columns from which slots are given back, as they were under the lock."""
     return (TaskRow.queue_name, locked.c.limit_key, locked.c.slot) if limited else ()
 

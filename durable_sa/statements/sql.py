@@ -7,7 +7,7 @@ times of :mod:`durable_sa.statements.expressions`, and `:name` is a bind paramet
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy import bindparam
 from sqlalchemy.ext.compiler import compiles
@@ -30,7 +30,7 @@ class Sql(Executable, ClauseElement):
     of this size takes longer to be planned for its values than to be executed.
     """
 
-    inherit_cache: ClassVar[bool | None] = False
+    inherit_cache = False
 
     def __init__(self, text: str, *opaque: str, **types: TypeEngine[Any]) -> None:
         self.text = text

@@ -57,7 +57,7 @@ async def note(ctx: TaskContext, text: str) -> str:
 async def raising(ctx: TaskContext, params: dict[str, str]) -> None: ...
 
 
-@task("numbered", limit_key=lambda params: 7)  # type: ignore[arg-type,return-value]
+@task("numbered", limit_key=lambda params: 7)  # type: ignore[arg-type]
 async def numbered(ctx: TaskContext, params: dict[str, str]) -> None: ...
 
 
@@ -167,11 +167,11 @@ async def test_arguments_of_limits_that_do_not_go_together_are_refused(client: D
         {"key": "a", "weight": 10**6},
     ):
         with pytest.raises(InvalidConfiguration):
-            await client.set_limit("q", Limit(concurrency=1), **arguments)  # type: ignore[arg-type]
+            await client.set_limit("q", Limit(concurrency=1), **arguments)
     with pytest.raises(InvalidConfiguration):
         await client.set_limit("q", 5)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfiguration):
-        await client.create_queue("q2", limit=5)  # type: ignore[typeddict-item]
+        await client.create_queue("q2", limit=5)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfiguration, match="time zone"):
         await client.close_limit_key("q", "a", datetime(2030, 1, 1))
     with pytest.raises(InvalidConfiguration, match="open, full, throttled, closed"):
@@ -212,7 +212,13 @@ async def test_limits_of_a_queue_are_set_once_more_or_left(client: Durable, engi
     await client.create_queue("q", limit=Limit(concurrency=200), limit_per_key=each)
     await client.create_queue("q")
     await client.set_limit("q", Limit(concurrency=20), key="acme", weight=3)
-    columns = (LimitRow.scope, LimitRow.limit_key, LimitRow.concurrency, LimitRow.rate_count, LimitRow.weight)
+    columns: tuple[Any, ...] = (
+        LimitRow.scope,
+        LimitRow.limit_key,
+        LimitRow.concurrency,
+        LimitRow.rate_count,
+        LimitRow.weight,
+    )
     found = {tuple(row) for row in await rows(engine, select(*columns))}
     assert found == {
         ("queue", "", 200, None, None),

@@ -138,7 +138,8 @@ class Load:
             await self.durable.create_queue(name, limit=whole, limit_per_key=each)
         async with self.engine.begin() as connection:
             raw = await connection.get_raw_connection()
-            await raw.driver_connection.execute(TRIGGER)
+            driver: Any = raw.driver_connection
+            await driver.execute(TRIGGER)
             await connection.execute(text(ALLOW))
 
     async def run(self, seconds: float) -> Report:

@@ -425,7 +425,7 @@ async def test_an_idle_key_costs_no_more_statements_than_an_idle_queue(client: D
             claims += 1
             return await execute(*arguments)
 
-        worker._claims_connection.execute = counting
+        worker._claims_connection.execute = counting  # type: ignore[method-assign,assignment]
         await asyncio.sleep(1.0)
         assert claims <= 2
 

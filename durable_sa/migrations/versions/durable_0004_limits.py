@@ -7,6 +7,8 @@ hold spawns and claims up while it reads the table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic.operations import Operations
 from sqlalchemy.sql import quoted_name
@@ -106,16 +108,17 @@ def up(op: Operations, schema: str) -> None:
 
     # Alembic splits a schema that is no `quoted_name` at its dots.
     named = quoted_name(schema, quote=None)
-    for column in (
+    queue_columns: list[sa.Column[Any]] = [
         sa.Column("limited_at", TIMESTAMP, comment="set: its tasks are claimed key by key, under limits and in turn"),
         sa.Column(
             "limits_ready_at",
             TIMESTAMP,
             comment="when the tasks that ran at limited_at had been counted; until then none is claimed",
         ),
-    ):
+    ]
+    for column in queue_columns:
         op.add_column("queues", column, schema=named)
-    for column in (
+    task_columns: list[sa.Column[Any]] = [
         sa.Column("limit_key", sa.Text(), comment="empty: none, in a queue with limits"),
         sa.Column("weight", sa.SmallInteger(), comment="its share of a rate; null: 1"),
         sa.Column("slot", sa.Text(), comment="run or task: it holds a slot until its run ends, or it ends"),
@@ -125,7 +128,8 @@ def up(op: Operations, schema: str) -> None:
             comment="available_at of a begun task in a queue with limits: it is claimed before new ones",
         ),
         sa.Column("unique_key", sa.Text(), comment="of one unfinished task of the queue at most"),
-    ):
+    ]
+    for column in task_columns:
         op.add_column("tasks", column, schema=named)
     op.add_column(
         "workers",
@@ -139,8 +143,8 @@ def up(op: Operations, schema: str) -> None:
 def down(op: Operations, schema: str) -> None:
     concurrent.drop_indexes(op, schema)
     named = quoted_name(schema, quote=None)
-    for column in ("limit_key", "weight", "slot", "resumes_at", "unique_key"):
-        op.drop_column("tasks", column, schema=named)
+    for name in ("limit_key", "weight", "slot", "resumes_at", "unique_key"):
+        op.drop_column("tasks", name, schema=named)
     op.drop_column("workers", "knows_limits", schema=named)
     op.drop_column("queues", "limited_at", schema=named)
     op.drop_column("queues", "limits_ready_at", schema=named)
