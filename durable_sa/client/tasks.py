@@ -203,7 +203,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
             if not rows:
                 # They ended between the two statements, or a snapshot hides their end.
                 break
-        hint.cancelled = any(row.was == "running" for row in cancelled)
+        hint.cancelled |= any(row.was == "running" or row.slot is not None for row in cancelled)
         if begun := [row.task_id for row in cancelled if row.was != "pending"]:
             yield waits.DELETE_WAITS, {"task_ids": begun}
         ended = [row.task_id for row in cancelled if row.parent_task_id is not None]

@@ -56,19 +56,22 @@ SELF_JOINS = Sql(
 SELECT p.task_id, p.task_name, p.queue_name, p.limit_key, c.task_id AS child_id FROM {waits} w
 JOIN {tasks} p ON p.task_id = w.task_id AND p.finished_at IS NULL AND p.slot = 'task'
 JOIN {tasks} c ON c.task_id = w.child_task_id AND c.finished_at IS NULL AND c.slot IS NULL
-  AND c.queue_name = p.queue_name AND c.limit_key = p.limit_key
+  AND c.queue_name = p.queue_name
+LEFT JOIN {limits} ql ON ql.queue_name = p.queue_name AND ql.scope = 'queue' AND ql.limit_key = ''
+LEFT JOIN {limit_totals} t ON t.queue_name = p.queue_name
 LEFT JOIN {limits} own ON own.queue_name = p.queue_name AND own.scope = 'key' AND own.limited
   AND own.limit_key = p.limit_key
 LEFT JOIN {limits} pk ON pk.queue_name = p.queue_name AND pk.scope = 'per_key' AND pk.limit_key = ''
-JOIN {limit_keys} k ON k.queue_name = p.queue_name AND k.limit_key = p.limit_key
+LEFT JOIN {limit_keys} k ON k.queue_name = p.queue_name AND k.limit_key = p.limit_key AND c.limit_key = p.limit_key
 WHERE w.child_task_id IS NOT NULL AND c.available_at < {now} - make_interval(secs => :grace)
-  AND k.running >= CASE WHEN own.limited THEN own.concurrency ELSE pk.concurrency END
+  AND (t.running >= ql.concurrency
+    OR k.running >= CASE WHEN own.limited THEN own.concurrency ELSE pk.concurrency END)
 ORDER BY p.task_id LIMIT :wanted
 """,
     grace=Float(53),
     wanted=Integer(),
 )
-"""Tasks that keep a slot while they wait for a child that waits for one of the same full key."""
+"""Tasks that keep a slot while they wait for a child that waits for one of the same full key, or queue."""
 
 UNLIMITED_WORKERS = Sql(
     """

@@ -144,7 +144,8 @@ WITH opened AS MATERIALIZED (
   SELECT p.*, coalesce(p.closed_until > {now}, false) AS closed,
     p.concurrency - p.running AS slots, t.tokens,
     CASE WHEN p.whole_full OR coalesce(p.closed_until > {now}, false) THEN 0
-      ELSE greatest(0, least(100, p.concurrency - p.running, greatest(t.tokens, 1),
+      -- Without tokens one head is looked at, for its weight.
+      ELSE greatest(0, least(100, p.concurrency - p.running, CASE WHEN t.tokens < 1 THEN 1 ELSE t.tokens END,
         ceil(p.wanted::numeric * p.weight / p.weights)))::integer END AS turn
   FROM policy p CROSS JOIN LATERAL (
     SELECT CASE WHEN p.every IS NULL THEN NULL ELSE floor(

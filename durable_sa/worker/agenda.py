@@ -70,6 +70,8 @@ class Agenda:
         if hint.cancelled:
             self.check_runs = True
             self.maintain.set()
+            if self.limited.queues:
+                self.keys_changed()
         if hint.limits:
             self.look_within(0.0)
 

@@ -16,7 +16,9 @@ from .cursors import FULL_SCAN_INTERVAL, FULL_SCAN_PAUSE_RATIO
 
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
 BUSY_PAUSE = 0.002
-"""Seconds until the next look at a queue whose keys, or arrivals, another worker has locked."""
+"""Seconds until the next look at a queue that seems ready, and where a claim has found nothing: another worker may have
+locked its keys or arrivals. It doubles with each such claim."""
+LONGEST_BUSY_PAUSE = 0.05
 FLOOR_MARGIN = timedelta(seconds=1)
 """Age of a key's next look from which on claims leave it to the full looks: the longest that a statement may take."""
 
@@ -36,6 +38,8 @@ class LimitedQueue:
     drained: int = 0
     """The highest number that was drained."""
     drained_before: tuple[float, int] = (0.0, 0)
+    in_vain: int = 0
+    """Claims in a row that have found nothing."""
     next_full_look: float = 0.0
     """When the next claim disregards the floors, on the local monotonic clock."""
 
@@ -132,7 +136,9 @@ class LimitedClaims:
             if len(rows) >= wanted and not full_look:
                 queue.dirty = True
             else:
-                await self.look([queue_name], full_look=full_look, pause=0.0 if rows else BUSY_PAUSE)
+                queue.in_vain = 0 if rows else min(queue.in_vain + 1, 10)
+                pause = min(LONGEST_BUSY_PAUSE, BUSY_PAUSE * 2**queue.in_vain) if queue.in_vain else 0.0
+                await self.look([queue_name], full_look=full_look, pause=pause)
         except BaseException:
             queue.dirty = True
             raise

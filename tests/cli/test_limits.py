@@ -5,10 +5,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import Durable, Limit, TaskContext, task
 from tests.cli.support import CommandLine
+from tests.support import eventually
 
 
 @task("work")
 async def work(ctx: TaskContext) -> None: ...
+
+
+@task("parent")
+async def parent(ctx: TaskContext) -> None:
+    await ctx.join(await ctx.spawn("part", work))
 
 
 async def test_limits_are_set_and_keys_listed_closed_and_opened(cli: CommandLine, durable: Durable) -> None:
@@ -51,3 +57,23 @@ async def test_the_doctor_finds_and_repairs_wrong_counts(
     assert "key 'a' of queue 'default' counts 1 slots, and its tasks hold 0" in result.stdout
     result = await cli("doctor", "--repair")
     assert (result.code, "Limit keys counted anew: 1." in result.stdout) == (0, True)
+
+
+async def test_the_doctor_names_a_task_that_waits_for_its_own_slot(
+    cli: CommandLine, durable: Durable, engine: AsyncEngine
+) -> None:
+    durable.register(work)
+    durable.register(parent)
+    await durable.create_queue("default", limit=Limit(concurrency=1, hold="task"))
+    spawned = await durable.spawn(parent)
+    async with durable.worker(concurrency=5):
+        waits = text("SELECT 1 FROM durable.tasks WHERE state = 'sleeping'")
+
+        async def sleeping() -> bool:
+            async with engine.connect() as connection:
+                return bool((await connection.execute(waits)).all())
+
+        await eventually(sleeping)
+        result = await cli("doctor", "--grace", "0s")
+    assert result.code == 1
+    assert f"task {spawned.task_id} (parent) keeps a slot of the part without keys" in result.stdout

@@ -380,6 +380,36 @@ async def test_tasks_from_before_the_limit_obey_it(client: Durable, sql: Rows) -
     assert await held(sql) == {}
 
 
+async def test_tasks_of_clients_that_know_no_limits_are_adopted(client: Durable, sql: Rows) -> None:
+    await client.create_queue("q", limit=Limit(concurrency=1))
+    await client.create_queue("other")
+    spawned = await client.spawn(quick, None, queue_name="other")
+    await sql("UPDATE durable.tasks SET queue_name = 'q'")
+    async with client.worker(concurrency=5) as worker:
+        await asyncio.sleep(0.05)
+        assert started == []
+        worker.maintenance.look_at_everything()
+        await client.wait_for_result(spawned, timeout=10)
+    assert await held(sql) == {}
+
+
+async def test_keys_that_nothing_uses_are_deleted(client: Durable, sql: Rows) -> None:
+    await client.create_queue("q", limit_per_key=Limit(concurrency=1))
+    await client.spawn_many([(quick, "a"), (hold, "b")])
+    async with client.worker(concurrency=5) as worker:
+        await eventually(lambda: _states(sql, completed=1, running=1))
+        await client.spawn(quick, "c")
+        await eventually(lambda: _states(sql, completed=2, running=1))
+        await sql("UPDATE durable.limit_keys SET used_at = used_at - interval '2 min' WHERE limit_key <> 'c'")
+        worker.maintenance.look_at_everything()
+
+        async def keys() -> bool:
+            return {row.limit_key for row in await sql(select(LimitKeyRow.limit_key))} == {"b", "c"}
+
+        await eventually(keys)
+        release.set()
+
+
 async def test_limits_change_live(client: Durable) -> None:
     await client.create_queue("q", limit_per_key=Limit(concurrency=1))
     await client.spawn_many([(hold, "a")] * 6)
@@ -521,6 +551,21 @@ async def test_a_claim_counts_what_was_claimed_after_its_snapshot(
     claimed += await held_claim.around(claim)
     assert len(claimed) == 2
     assert await held(sql) == {"a": 2}
+
+
+async def test_a_claim_takes_as_many_of_a_key_as_there_is_room_for(
+    client: Durable, engine: AsyncEngine, sql: Rows
+) -> None:
+    await client.create_queue("q", limit_per_key=Limit(concurrency=3))
+    held_claim = HeldClaim(client, engine, sql)
+    await client.spawn_many([(quick, "a"), (quick, "b"), (quick, None)] * 5)
+    await held_claim.drain()
+
+    async def nothing() -> None: ...
+
+    held_claim.parameters["wanted"] = 15
+    claimed = await held_claim.around(nothing)
+    assert Counter(row.limit_key for row in claimed) == {"a": 3, "b": 3, "": 5}
 
 
 async def test_drains_at_the_same_time_do_not_deadlock(client: Durable, engine: AsyncEngine, sql: Rows) -> None:
