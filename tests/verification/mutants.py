@@ -20,7 +20,7 @@ from durable_sa.testing.database import database_server
 
 ROOT = Path(__file__).parents[2]
 RACES = "tests/verification/test_interleavings.py::"
-LIMITS = "tests/worker/test_limits.py::"
+LIMITS = "tests/worker/test_queue_limits.py::"
 MACHINE = "tests/verification/test_state_machine.py"
 
 
