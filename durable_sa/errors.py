@@ -13,6 +13,7 @@ DurableError
 ├── SchemaMismatch (RuntimeError)
 └── TaskError                         raised in task code
     ├── UserError
+    ├── Retry
     ├── TaskTimeout (TimeoutError)
     ├── RateLimited
     ├── ReplayMismatch
@@ -37,7 +38,7 @@ from pydantic_core import from_json, to_json
 _SHOWN_CHARACTERS: Final = 80
 _SHOWN_NAMES: Final = 10
 _MESSAGE_CHARACTERS: Final = 1000
-_LONGEST_SECONDS: Final = 36_525 * 86_400
+_LONGEST_DELAY: Final = 36525 * 86400.0
 
 
 def _shown(value: object) -> str:
@@ -288,8 +289,35 @@ class UserError(TaskError):
         return self.message
 
 
+class Retry(TaskError):
+    """Raise this in a task or step to have the task retried `after` so many seconds, or a `timedelta`.
+
+    It is a failure like any other, and counts towards `max_attempts`. The delay takes the place of the retry
+    strategy's. The task is retried whatever its `retry_on` and `no_retry_on`, with `RetryStrategy.none()` as well. A
+    step that raises it is not tried once more by itself.
+
+    Raises:
+        InvalidConfiguration: `after` is not between 0 and 100 years.
+    """
+
+    def __init__(self, after: float | timedelta) -> None:
+        given: object = after.total_seconds() if isinstance(after, timedelta) else after
+        if isinstance(given, bool) or not isinstance(given, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidConfiguration(
+                "after", f"a duration is a number of seconds or a timedelta, not {type(given).__name__}"
+            )
+        if not 0 <= given <= _LONGEST_DELAY:
+            raise InvalidConfiguration("after (seconds)", f"{given} is not between 0 and {_LONGEST_DELAY:g}")
+        self.after = float(given)
+        """Seconds."""
+        super().__init__(self.after)
+
+    def __str__(self) -> str:
+        return f"The task asked to be retried after {self.after:g} s"
+
+
 class TaskTimeout(TaskError, TimeoutError):
-    """Raised when an event, a child or a step took longer than its `timeout`, in seconds."""
+    """Raised when an event, a child, a step or an attempt of a task took longer than its `timeout`, in seconds."""
 
     def __init__(self, what: str, timeout: float) -> None:
         self.what = what
@@ -313,7 +341,7 @@ class RateLimited(TaskError):
             retry_after = retry_after.total_seconds()
         if isinstance(retry_after, bool) or not isinstance(retry_after, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidConfiguration("retry_after", f"it must be a number, not {type(retry_after).__name__}")
-        if not 0 < retry_after <= _LONGEST_SECONDS:
+        if not 0 < retry_after <= _LONGEST_DELAY:
             raise InvalidConfiguration("retry_after", f"{retry_after!r:.40} is not above 0 and at most 100 years")
         self.retry_after = float(retry_after)
         """Seconds."""
@@ -323,7 +351,7 @@ class RateLimited(TaskError):
     def delay_of(error: BaseException) -> float:
         """Return the seconds of an error of this class, 1 if a subclass has lost them."""
         delay = getattr(error, "retry_after", None)
-        return float(delay) if type(delay) is float and 0 < delay <= _LONGEST_SECONDS else 1.0
+        return float(delay) if type(delay) is float and 0 < delay <= _LONGEST_DELAY else 1.0
 
     def __str__(self) -> str:
         return f"Closed for {self.retry_after:g} seconds"

@@ -31,11 +31,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .context import TaskContext
+from sqlalchemy.orm import scoped_session
+
 from .execution.hooks import HookChain
 from .spawns import OutgoingSpawn
+
+if TYPE_CHECKING:
+    from .context import TaskContext
 
 __all__ = ["Hooks", "OutgoingSpawn"]
 
@@ -46,6 +50,9 @@ class Hooks:
     A method that is not overridden costs nothing. Of several hooks the first is the outermost. No method is called for
     what is only replayed.
     """
+
+    session_scope: scoped_session[Any] | None = None
+    """A scoped session that inside of `ctx.transaction` is the session of the transaction."""
 
     def on_spawn(self, spawn: OutgoingSpawn) -> None:
         """Change or refuse a spawn: a client's, one of `spawn_many`, a child's or a schedule's.
@@ -71,10 +78,17 @@ class Hooks:
     def around_step(self, ctx: TaskContext[Any], name: str) -> AbstractContextManager[object]:
         """Return a context manager that is entered around each try of a step, and around each transaction.
 
-        It is synchronous because it is entered on the event loop for `async def` tasks and for transactions, but in
-        the task's thread for the steps of `def` tasks. Exceptions pass through it as through `around_task`.
+        It is synchronous because it is entered on the event loop for `async def` tasks, but in the task's thread for
+        `def` tasks: there it is entered for each try of a transaction, unless that runs on the event loop. Exceptions
+        pass through it as through `around_task`.
         """
         return nullcontext()
+
+
+def scopes(hooks: Iterable[Hooks]) -> tuple[scoped_session[Any], ...]:
+    """Return the scoped sessions of hooks, the first one first."""
+    found = (getattr(hook, "session_scope", None) for hook in hooks)
+    return tuple(scope for scope in found if scope is not None)
 
 
 def chain(hooks: Iterable[Hooks]) -> HookChain:

@@ -38,7 +38,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0004"
+REVISION = "durable_0005"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -125,7 +125,7 @@ class TaskRow(Base):
     run_id: Mapped[uuid.UUID] = mapped_column(comment="of the attempt that runs, or comes next")
     failures: Mapped[int] = mapped_column(Integer(), server_default="0", comment="failures of the task's own code")
     lease_losses: Mapped[int] = mapped_column(
-        Integer(), server_default="0", comment="workers lost in a row while running it"
+        Integer(), server_default="0", comment="workers lost in a row while running it; from 2 on it runs alone"
     )
     max_attempts: Mapped[int] = mapped_column(Integer(), comment="failures at which it is given up")
     retry_kind: Mapped[str] = mapped_column(comment="none, fixed or exponential")
@@ -153,6 +153,9 @@ class TaskRow(Base):
     finished_at: Mapped[datetime | None]
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
+    max_lost_workers: Mapped[int | None] = mapped_column(
+        Integer(), comment="workers lost in a row, while it ran alone, at which it is given up; null: 5"
+    )
     limit_key: Mapped[str | None] = mapped_column(comment="empty: none, in a queue with limits")
     weight: Mapped[int | None] = mapped_column(SmallInteger(), comment="its share of a rate; null: 1")
     slot: Mapped[str | None] = mapped_column(comment="run or task: it holds a slot until its run ends, or it ends")
@@ -197,7 +200,7 @@ class TaskRow(Base):
             unique=True,
             postgresql_where=text("idempotency_key IS NOT NULL"),
         ),
-        # Tasks of limited queues alone are in these three; what is claimed by the others changes none of their columns.
+        # Tasks of limited queues alone are in these; claims and ends of other tasks change none of their columns.
         Index(
             "tasks_limit_idx",
             "queue_name",
@@ -214,6 +217,12 @@ class TaskRow(Base):
             "resumes_at",
             "task_id",
             postgresql_where=text("finished_at IS NULL AND resumes_at IS NOT NULL"),
+        ),
+        Index(
+            "tasks_suspects_idx",
+            "queue_name",
+            "limit_key",
+            postgresql_where=text("finished_at IS NULL AND limit_key IS NOT NULL AND lease_losses >= 2"),
         ),
         Index(
             "tasks_unique_idx",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, get_args
 
@@ -11,12 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..app import App
 from ..database.hint import Hint
 from ..database.notifier import sender
-from ..errors import InvalidConfiguration, QueueNotFound
+from ..database.scripts import Script, drive_async
+from ..errors import InvalidConfiguration, InvalidState, QueueNotFound
 from ..names import validate_name
 from ..options import check_limit_key
 from ..policies import Limit
 from ..results import LimitKeyInfo, LimitKeyState
-from ..statements import limit_diagnosis, limiting
+from ..statements import limit_diagnosis, limiting, queues
 from ..validation import instance, integer, seconds, timestamp
 from ..worker import limit_setup
 
@@ -65,7 +68,8 @@ class Limits(App):
         await limit_setup.enable(self.database, queue)
 
         async def change(connection: AsyncConnection) -> None:
-            await put_limit(connection, queue, scope, limit, name, weight)
+            script = put_limit(queue, scope, limit, name, weight)
+            await drive_async(functools.partial(self.database.execute_on, connection), script)
 
         await limit_setup.under_lock(self.database, change)
         self.limited_queues.add(queue)
@@ -146,32 +150,63 @@ class Limits(App):
         sender(self.database).send(hint)
 
 
-async def put_limit(
-    connection: AsyncConnection,
-    queue_name: str,
-    scope: str,
-    limit: Limit | None,
-    key: str = "",
-    weight: int | None = None,
-) -> None:
-    """Set or remove a limit in a transaction, and have claims look at the keys that it concerns."""
+def creation(parameters: dict[str, Any], limits: Mapping[str, Limit | None]) -> Callable[[Hint], Script[bool]]:
+    """Return the script that creates a queue, with limits by their scope. It returns False for one that exists.
+
+    The script raises `InvalidState` if workers are alive that would not obey the limits.
+    """
+    name = {"queue_name": parameters["queue_name"]}
+    given = {scope: limit for scope, limit in limits.items() if limit is not None}
+
+    def script(_: Hint) -> Script[bool]:
+        if given:
+            limit_setup.check_old_workers((yield limiting.OLD_WORKERS, {}))
+        created = bool((yield queues.CREATE_QUEUE, parameters)[0].created)
+        if created and given:
+            for statement in limiting.DROP_LIMITS:
+                yield statement, name
+            yield limiting.MARK_LIMITED, {**name, "is_new": True}
+            for scope, limit in given.items():
+                yield limiting.PUT_LIMIT, {**name, "scope": scope, "limit_key": "", **_columns(limit), "weight": None}
+                if scope == "queue":
+                    yield limiting.COUNT_TOTAL, name
+        return created
+
+    return script
+
+
+def require_limits(queue_name: str, limits: Mapping[str, Limit | None]) -> Script[None]:
+    """Return the script that raises `InvalidState` unless a queue has these limits."""
+    for scope, limit in limits.items():
+        rows = yield limiting.READ_LIMIT, {"queue_name": queue_name, "scope": scope}
+        found = dict(rows[0]._mapping) if rows else None
+        if found != (None if limit is None else _columns(limit)):
+            raise InvalidState(
+                f"Queue {queue_name!r}",
+                "one that exists and has other limits",
+                "Change them with set_limit(), which commits by itself.",
+            )
+
+
+def put_limit(
+    queue_name: str, scope: str, limit: Limit | None, key: str = "", weight: int | None = None
+) -> Script[None]:
+    """Return the script that sets or removes a limit, and has claims look at the keys that it concerns."""
     identity = {"queue_name": queue_name, "scope": scope, "limit_key": key}
     if scope == "queue":
-        await connection.execute(limiting.LOCK_KEYS)
-    before = (await connection.execute(limiting.LOCK_LIMIT, identity)).one_or_none()
-    if weight is None and before is not None:
-        weight = before.weight
+        yield limiting.LOCK_KEYS, {}
+    rows = yield limiting.LOCK_LIMIT, identity
+    if weight is None and rows:
+        weight = rows[0].weight
     if limit is None and weight is None:
-        await connection.execute(limiting.DELETE_LIMIT, identity)
+        yield limiting.DELETE_LIMIT, identity
     else:
-        await connection.execute(limiting.PUT_LIMIT, {**identity, **_columns(limit), "weight": weight})
+        yield limiting.PUT_LIMIT, {**identity, **_columns(limit), "weight": weight}
     if scope == "queue":
-        only_queue = {"queue_name": queue_name}
-        await connection.execute(limiting.DELETE_TOTAL if limit is None else limiting.COUNT_TOTAL, only_queue)
-    if before is not None and before.hold == "task" and (limit is None or limit.hold == "run"):
-        await connection.execute(limiting.RELEASE_KEPT, {"queue_name": queue_name})
-    parameters = {"queue_name": queue_name, "limit_key": key if scope == "key" else None}
-    await connection.execute(limiting.WAKE_KEYS, parameters)
+        yield limiting.DELETE_TOTAL if limit is None else limiting.COUNT_TOTAL, {"queue_name": queue_name}
+    if rows and rows[0].hold == "task" and (limit is None or limit.hold == "run"):
+        yield limiting.RELEASE_KEPT, {"queue_name": queue_name}
+    yield limiting.WAKE_KEYS, {"queue_name": queue_name, "limit_key": key if scope == "key" else None}
 
 
 def _columns(limit: Limit | None) -> dict[str, Any]:

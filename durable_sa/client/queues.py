@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..database.hint import Hint
+from ..database.scripts import Script, SessionOrConnection, drive_async, perform, perform_within
 from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
 from ..policies import Limit
@@ -16,9 +22,7 @@ from ..results import QueueStatistics
 from ..schedules import pgcron
 from ..statements import limiting, queues, spawning
 from ..validation import Duration, instance, integer, seconds
-from ..worker import limit_setup
-from ..worker.retention import delete_tasks
-from .limits import Limits
+from .limits import Limits, creation, require_limits
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -50,6 +54,48 @@ class Queues(Limits):
             InvalidConfiguration: an age below 0 or above 100 years.
             InvalidState: it is to have limits while workers of a version that knows none are alive.
         """
+        parameters, limits = self._queue_params(name, policy)
+        if not limits:
+            await self.database.execute(queues.CREATE_QUEUE, parameters)
+        elif not await perform(self.database, creation(parameters, limits)):
+            for scope, limit in limits.items():
+                await self.set_limit(parameters["queue_name"], limit, per_key=scope == "per_key")
+
+    @overload
+    def create_queue_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str | None = None,
+        **policy: Unpack[QueuePolicy],
+    ) -> Coroutine[Any, Any, None]: ...
+    @overload
+    def create_queue_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        name: str | None = None,
+        **policy: Unpack[QueuePolicy],
+    ) -> None: ...
+    def create_queue_with(
+        self, session: SessionOrConnection, name: str | None = None, **policy: Unpack[QueuePolicy]
+    ) -> Any:
+        """Create a queue as :meth:`create_queue` does, in the caller's transaction.
+
+        The limits of a queue that exists are changed by :meth:`set_limit` alone, which commits by itself: until the
+        transaction ends, claims of all queues would wait for it.
+
+        Raises:
+            InvalidState: the queue exists, and its limits are others.
+        """
+        parameters, limits = self._queue_params(name, policy)
+
+        def script(hint: Hint) -> Script[None]:
+            if not (yield from creation(parameters, limits)(hint)) and limits:
+                yield from require_limits(parameters["queue_name"], limits)
+
+        return perform_within(session, self.schema, script)
+
+    def _queue_params(self, name: str | None, policy: QueuePolicy) -> tuple[dict[str, Any], dict[str, Limit | None]]:
+        """Return the parameters of the statement, and the limits that are given, by their scope."""
         if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
             raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
         parameters: dict[str, Any] = {"queue_name": self._queue(name)}
@@ -57,27 +103,14 @@ class Queues(Limits):
             value = policy.get(key)
             parameters[f"set_{key}"] = key in policy
             parameters[key] = None if value is None else seconds(value, key)
-        limits = {key: policy[key] for key in ("limit", "limit_per_key") if key in policy}
-        for key, limit in limits.items():
+        limits: dict[str, Limit | None] = {}
+        for scope, limit in (("queue", policy.get("limit")), ("per_key", policy.get("limit_per_key"))):
+            key = "limit" if scope == "queue" else "limit_per_key"
             if limit is not None:
                 instance(limit, Limit, key)
-        if any(limit is not None for limit in limits.values()):
-            await limit_setup.refuse_old_workers(self.database)
-            await self._create_limited(parameters)
-        else:
-            await self.database.execute(queues.CREATE_QUEUE, parameters)
-        for key, limit in limits.items():
-            await self.set_limit(parameters["queue_name"], limit, per_key=key == "limit_per_key")
-
-    async def _create_limited(self, parameters: dict[str, Any]) -> None:
-        """Create a queue that has limits from the beginning; an existing one stays as it is."""
-        async with self.database.transaction() as connection:
-            created = (await connection.execute(queues.CREATE_QUEUE, parameters)).one().created
-            if created:
-                for statement in limiting.DROP_LIMITS:
-                    await connection.execute(statement, {"queue_name": parameters["queue_name"]})
-                marking = {"queue_name": parameters["queue_name"], "is_new": True}
-                await connection.execute(limiting.MARK_LIMITED, marking)
+            if key in policy:
+                limits[scope] = limit
+        return parameters, limits
 
     async def drop_queue(self, name: str | None = None) -> None:
         """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
@@ -92,7 +125,8 @@ class Queues(Limits):
             # The queue comes first: a transaction that creates a schedule in it holds its row until it has committed.
             await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
             for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
-                await pgcron.remove_job(connection, row.pgcron_job_name)
+                remove = pgcron.remove_job(row.pgcron_job_name)
+                await drive_async(functools.partial(self.database.execute_on, connection), remove)
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
             for statement in limiting.DROP_LIMITS:
                 await connection.execute(statement, {"queue_name": queue})
@@ -182,6 +216,8 @@ class Queues(Limits):
         Raises:
             InvalidConfiguration: an age below 0 or above 100 years, a `limit` below 1.
         """
+        from ..worker.retention import delete_tasks
+
         queue, age = self._queue(queue_name), seconds(older_than, "older_than")
         _check_limit(limit)
         deleted = 0

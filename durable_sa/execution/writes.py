@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Row
@@ -83,10 +83,12 @@ class FailureValues(NamedTuple):
     retryable: bool
     next_run_id: uuid.UUID
     waited: bool
+    delay: float | None = None
+    """Seconds until the retry; None leaves them to the task's strategy."""
+    puts_off: bool = False
+    """True if the task is attempted after the delay in any case, and no failure is counted."""
     timeouts: Sequence[uuid.UUID] = ()
     """Keys of recorded timeouts that are deleted, because they are the failure."""
-    put_off: float | None = None
-    """Seconds until the next attempt, if no failure is to be counted."""
 
 
 class ReleaseValues(NamedTuple):
@@ -220,26 +222,28 @@ def _suspensions(writes: list[Write[SuspensionValues]]) -> tuple[Executable, dic
         for write in writes
     ]
     names = ("task_ids", "fences", "waited", "earliest_times", "earliest_delays")
-    statement = suspending.SUSPEND_LIMITED if writes and writes[0].limited else suspending.SUSPEND
+    statement = suspending.SUSPEND_LIMITED if _limited(writes) else suspending.SUSPEND
     return statement, arrays(names, rows) | _wait_columns(writes)
 
 
+def _limited(writes: Sequence[Write]) -> bool:
+    """Return whether these writes, which are alike in that, end runs of tasks with limit keys."""
+    return bool(writes) and writes[0].limited
+
+
 def _outcomes(
-    statement: Executable,
-    limited: Executable,
-    names: tuple[str, ...],
-    writes: list[Write[ReleaseValues | CompletionValues]],
+    statement: Executable, names: tuple[str, ...], writes: list[Write[ReleaseValues | CompletionValues]]
 ) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, *write.values) for write in writes]
-    return limited if writes and writes[0].limited else statement, arrays(("task_ids", "fences", *names), rows)
+    return statement, arrays(("task_ids", "fences", *names), rows)
 
 
 def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
-    rows = [(write.task_id, write.fence, *write.values[:4], write.values.put_off) for write in writes]
-    names = ("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited", "put_off_seconds")
+    rows = [(write.task_id, write.fence, *write.values[:6]) for write in writes]
+    names = ("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited", "delays", "puts_off")
     parameters = arrays(names, rows)
     timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
-    statement = outcomes.FAIL_LIMITED if writes and writes[0].limited else outcomes.FAIL
+    statement = outcomes.FAIL_LIMITED if _limited(writes) else outcomes.FAIL
     return statement, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 
 
@@ -255,21 +259,25 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
-    Kind.RELEASE: partial(_outcomes, outcomes.RELEASE, outcomes.RELEASE_LIMITED, ("errors", "next_run_ids")),
-    Kind.COMPLETION: partial(_outcomes, outcomes.COMPLETE, outcomes.COMPLETE_LIMITED, ("outputs", "waited")),
+    Kind.RELEASE: lambda writes: _outcomes(
+        outcomes.RELEASE_LIMITED if _limited(writes) else outcomes.RELEASE, ("errors", "next_run_ids"), writes
+    ),
+    Kind.COMPLETION: lambda writes: _outcomes(
+        outcomes.COMPLETE_LIMITED if _limited(writes) else outcomes.COMPLETE, ("outputs", "waited"), writes
+    ),
 }
 
-SINGLE_STATEMENTS: dict[Kind, Executable] = {
-    Kind.CHECKPOINT: checkpoints.RECORD_ONE,
-    Kind.COMPLETION: outcomes.COMPLETE_ONE,
-}
-"""Statements for one write alone, which is what an idle worker has to send."""
+
+@functools.cache
+def single_statements() -> Mapping[Kind, Executable]:
+    """Return the statements for one write alone, which is what an idle worker has to send."""
+    return {Kind.CHECKPOINT: checkpoints.RECORD_ONE, Kind.COMPLETION: outcomes.COMPLETE_ONE}
 
 
 def statement_of(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     """Return one statement for all writes, and its parameters."""
     statement, parameters = statement_of_many(kind, writes)
-    if len(writes) == 1 and not writes[0].limited and (single := SINGLE_STATEMENTS.get(kind)) is not None:
+    if len(writes) == 1 and not writes[0].limited and (single := single_statements().get(kind)) is not None:
         return single, {name: value for name, (value,) in parameters.items()}
     return statement, parameters
 

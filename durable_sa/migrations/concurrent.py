@@ -29,6 +29,10 @@ INDEXES: Final[dict[str, tuple[bool, str]]] = {
         False,
         "(queue_name, limit_key, resumes_at, task_id) WHERE finished_at IS NULL AND resumes_at IS NOT NULL",
     ),
+    "tasks_suspects_idx": (
+        False,
+        "(queue_name, limit_key) WHERE finished_at IS NULL AND limit_key IS NOT NULL AND lease_losses >= 2",
+    ),
     "tasks_unique_idx": (
         True,
         "(queue_name, unique_key) WHERE unique_key IS NOT NULL AND finished_at IS NULL",

@@ -158,6 +158,14 @@ ON CONFLICT (queue_name, scope, limit_key) DO UPDATE SET limited = excluded.limi
 )
 """Set a limit, or the weight of a key."""
 
+READ_LIMIT = Sql(
+    "SELECT l.limited, l.concurrency, l.rate_count, l.rate_seconds, l.rate_interval, l.burst, l.hold FROM {limits} l"
+    " WHERE l.queue_name = :queue_name AND l.scope = :scope AND l.limit_key = ''",
+    queue_name=Text(),
+    scope=Text(),
+)
+"""Read a limit of a queue, or of each of its keys."""
+
 LOCK_LIMIT = Sql(
     "SELECT l.weight, l.hold FROM {limits} l"
     " WHERE l.queue_name = :queue_name AND l.scope = :scope AND l.limit_key = :limit_key FOR UPDATE",

@@ -32,6 +32,8 @@ its weight, and is admitted while the bucket has as much; one that is heavier th
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import ARRAY, BigInteger, Boolean, DateTime, Integer, SmallInteger, Text, Uuid
 
 from .sql import Sql
@@ -80,8 +82,7 @@ SELECT count(*) AS drained, max(arrival_id) AS last FROM taken
 )
 """Add the arrivals of a queue to their keys. Those that another drain has locked are that one's to add."""
 
-CLAIM_LIMITED = Sql(
-    """
+_CLAIM: Final = """
 WITH opened AS MATERIALIZED (
   SELECT ql.queue_name IS NOT NULL AS bounded, ql.concurrency AS whole_slots, ql.rate_interval AS whole_interval,
     ql.burst AS whole_burst, coalesce(ql.hold, 'run') AS whole_hold,
@@ -91,6 +92,13 @@ WITH opened AS MATERIALIZED (
   LEFT JOIN {limits} pk ON pk.queue_name = q.queue_name AND pk.scope = 'per_key' AND pk.limit_key = ''
   WHERE q.queue_name = :queue_name AND q.paused_at IS NULL AND q.limits_ready_at IS NOT NULL
     AND EXISTS (SELECT FROM {workers} w WHERE w.worker_id = :worker_id AND w.lost_at IS NULL)
+), suspects AS MATERIALIZED (
+  -- In any order, so that none waits for all others.
+  SELECT x.task_id, x.limit_key, x.slot, coalesce(x.weight, 1)::integer AS weight FROM {tasks} x
+  WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL AND x.lease_losses >= 2
+    AND x.claimed_by IS NULL AND x.available_at <= {now}
+    AND x.task_name = ANY (:task_names) AND (x.cancel_at IS NULL OR x.cancel_at > {now}) AND [admitted]
+  ORDER BY random() LIMIT 100
 ), whole AS MATERIALIZED (
   SELECT t.running, t.tat FROM {limit_totals} t
   WHERE t.queue_name = :queue_name AND (SELECT bounded FROM opened)
@@ -101,29 +109,34 @@ WITH opened AS MATERIALIZED (
       WHEN NOT o.bounded THEN :wanted
       -- Another claim has it.
       WHEN w.running IS NULL THEN 0
-      WHEN o.whole_slots <= w.running AND NOT EXISTS (
+      WHEN o.whole_slots <= w.running + r.slots AND NOT EXISTS (
         SELECT FROM {limits} l WHERE l.queue_name = :queue_name AND l.hold = 'task') THEN 0
       ELSE :wanted
     END AS wanted,
-    o.whole_slots - w.running AS free_slots,
-    coalesce(o.whole_slots <= w.running, false) AS whole_full,
+    o.whole_slots - w.running - r.slots AS free_slots,
+    coalesce(o.whole_slots <= w.running + r.slots, false) AS whole_full,
     CASE WHEN o.whole_interval IS NULL THEN NULL ELSE floor(
       extract(epoch FROM {now} + o.whole_interval * o.whole_burst - greatest(w.tat, {now}))
-      / extract(epoch FROM o.whole_interval))::bigint END AS tokens,
+      / extract(epoch FROM o.whole_interval))::bigint - r.starts END AS tokens,
     w.tat AS whole_tat
   FROM opened o LEFT JOIN whole w ON true
+  -- What is kept for a suspect, which waits for a worker without runs.
+  CROSS JOIN (
+    SELECT least(count(*) FILTER (WHERE [keeps] AND s.slot IS NULL), 1)::integer AS slots,
+      coalesce(max(s.weight) FILTER (WHERE [keeps]), 0) AS starts FROM suspects s
+  ) r
 ), room AS MATERIALIZED (
   SELECT k.limit_key, k.version, k.running, k.tat, k.closed_until, k.ready_at, k.served,
     CASE WHEN k.floor_of = :floor_of AND :floors THEN k.floor_at END AS floor_at
   FROM {limit_keys} k
-  WHERE k.queue_name = :queue_name AND k.ready_at <= {now} AND k.ready_at >= :ready_floor
+  WHERE k.queue_name = :queue_name AND [of_keys]
     -- In a full queue those go on that hold a slot, and nothing else.
     AND (NOT (SELECT whole_full FROM budget) OR k.limit_key = ANY (ARRAY(
       SELECT x.limit_key FROM {tasks} x
       WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.resumes_at <= {now} AND x.slot IS NOT NULL
         AND x.claimed_by IS NULL AND (SELECT whole_full FROM budget))))
   ORDER BY k.ready_at, k.limit_key
-  LIMIT coalesce((SELECT wanted FROM budget), 0)
+  LIMIT [most_keys]
   FOR NO KEY UPDATE SKIP LOCKED
 ), policy AS MATERIALIZED (
   SELECT r.*, own.weight,
@@ -132,7 +145,7 @@ WITH opened AS MATERIALIZED (
     CASE WHEN r.limit_key = '' THEN NULL WHEN own.limited THEN own.burst ELSE b.burst END AS burst,
     CASE WHEN b.whole_hold = 'task' THEN 'task' WHEN r.limit_key = '' THEN 'run'
       WHEN own.limited THEN own.hold ELSE b.hold END AS hold,
-    sum(own.weight) OVER () AS weights, b.wanted, b.whole_full
+    sum(own.weight) OVER () AS weights, b.wanted, b.whole_full, kept.slots AS kept_slots, kept.starts AS kept_starts
   FROM room r CROSS JOIN budget b
   -- The limit keeps the planner from joining, for which it would read the whole table.
   CROSS JOIN LATERAL (
@@ -140,17 +153,22 @@ WITH opened AS MATERIALIZED (
       max(l.rate_interval) AS rate_interval, max(l.burst) AS burst, max(l.hold) AS hold
     FROM {limits} l WHERE l.queue_name = :queue_name AND l.scope = 'key' AND l.limit_key = r.limit_key
   ) own
+  CROSS JOIN LATERAL (
+    SELECT least(count(*) FILTER (WHERE [keeps] AND s.slot IS NULL), 1)::integer AS slots,
+      coalesce(max(s.weight) FILTER (WHERE [keeps]), 0) AS starts
+    FROM suspects s WHERE s.limit_key = r.limit_key
+  ) kept
 ), turns AS MATERIALIZED (
   SELECT p.*, coalesce(p.closed_until > {now}, false) AS closed,
-    p.concurrency - p.running AS slots, t.tokens,
+    p.concurrency - p.running - p.kept_slots AS slots, t.tokens,
     CASE WHEN p.whole_full OR coalesce(p.closed_until > {now}, false) THEN 0
       -- Without tokens one head is looked at, for its weight.
-      ELSE greatest(0, least(100, p.concurrency - p.running, CASE WHEN t.tokens < 1 THEN 1 ELSE t.tokens END,
-        ceil(p.wanted::numeric * p.weight / p.weights)))::integer END AS turn
+      ELSE greatest(0, least(100, p.concurrency - p.running - p.kept_slots,
+        CASE WHEN t.tokens < 1 THEN 1 ELSE t.tokens END, ceil(p.wanted::numeric * p.weight / p.weights)))::integer END AS turn
   FROM policy p CROSS JOIN LATERAL (
     SELECT CASE WHEN p.every IS NULL THEN NULL ELSE floor(
       extract(epoch FROM {now} + p.every * p.burst - greatest(p.tat, {now})) / extract(epoch FROM p.every))::bigint
-    END AS tokens
+      - p.kept_starts END AS tokens
   ) t
 ), resumed AS MATERIALIZED (
   SELECT t.limit_key, n.task_id, n.available_at, n.place,
@@ -163,7 +181,7 @@ WITH opened AS MATERIALIZED (
       WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.resumes_at IS NOT NULL
         AND (x.limit_key, x.resumes_at) >= (t.limit_key, '0001-01-01 UTC')
         AND (x.limit_key, x.resumes_at) <= (t.limit_key, {now})
-        AND x.available_at <= {now} AND x.claimed_by IS NULL
+        AND x.available_at <= {now} AND x.claimed_by IS NULL AND [of_tasks]
         AND x.task_name = ANY (:task_names) AND (x.cancel_at IS NULL OR x.cancel_at > {now})
         AND x.attempt < 2147483647 AND x.fence < 4611686018427387904
       ORDER BY x.limit_key, x.resumes_at, x.task_id LIMIT 100
@@ -182,7 +200,7 @@ WITH opened AS MATERIALIZED (
           AND (x.limit_key, x.priority, x.available_at)
             >= (t.limit_key, p.priority, coalesce(t.floor_at, '0001-01-01 UTC'))
           AND (x.limit_key, x.priority, x.available_at) <= (t.limit_key, p.priority, {now})
-          AND x.resumes_at IS NULL AND x.claimed_by IS NULL
+          AND x.resumes_at IS NULL AND x.claimed_by IS NULL AND [of_tasks]
           AND x.task_name = ANY (:task_names) AND (x.cancel_at IS NULL OR x.cancel_at > {now})
           AND x.attempt < 2147483647 AND x.fence < 4611686018427387904
         ORDER BY x.limit_key, x.priority, x.available_at, x.task_id LIMIT 100
@@ -261,7 +279,8 @@ WITH opened AS MATERIALIZED (
       WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.resumes_at IS NOT NULL
         AND (x.limit_key, x.resumes_at) >= (s.limit_key, '0001-01-01 UTC')
         AND (x.limit_key, x.resumes_at) <= (s.limit_key, 'infinity')
-        AND x.claimed_by IS NULL AND (s.hold = 'task' OR NOT s.is_full) AND NOT s.closed
+        AND x.claimed_by IS NULL AND x.lease_losses < 2
+        AND (s.hold = 'task' OR NOT s.is_full) AND NOT s.closed
         AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))
       ORDER BY x.limit_key, x.resumes_at LIMIT 1) AS next_resume,
     CASE WHEN s.is_drained THEN least(
@@ -271,7 +290,7 @@ WITH opened AS MATERIALIZED (
         WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
           AND (x.limit_key, x.priority, x.available_at) >= (s.limit_key, p.priority, '0001-01-01 UTC')
           AND (x.limit_key, x.priority, x.available_at) <= (s.limit_key, p.priority, 'infinity')
-          AND x.resumes_at IS NULL AND x.claimed_by IS NULL
+          AND x.resumes_at IS NULL AND x.claimed_by IS NULL AND x.lease_losses < 2
           AND x.task_id <> ALL (ARRAY(SELECT task_id FROM picked))
         ORDER BY x.limit_key, x.priority, x.available_at LIMIT 1) n),
       -- Priorities that this worker does not know of yet.
@@ -282,7 +301,7 @@ WITH opened AS MATERIALIZED (
           WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
             AND (x.limit_key, x.priority) > (s.limit_key, p.above)
             AND (x.limit_key, x.priority) < (s.limit_key, p.below)
-            AND x.available_at IS NOT NULL AND x.resumes_at IS NULL AND x.claimed_by IS NULL
+            AND x.available_at IS NOT NULL AND x.resumes_at IS NULL AND x.claimed_by IS NULL AND x.lease_losses < 2
           ORDER BY x.limit_key, x.priority, x.available_at LIMIT 1) n)) END AS next_head
   FROM states s
 ), due AS MATERIALIZED (
@@ -294,7 +313,7 @@ WITH opened AS MATERIALIZED (
 ), charged AS (
   UPDATE {limit_keys} k SET (running, tat, version, ready_at, served, floor_at, floor_of, used_at) = (
     SELECT s.new_running, s.new_tat, s.version + 1,
-      CASE
+      CASE [next_look]
         WHEN s.closed THEN s.closed_until
         WHEN NOT s.fresh AND (s.is_drained OR s.is_full) THEN {now}
         -- It has its turn, but the queue has no room: it keeps its place.
@@ -322,21 +341,86 @@ WITH opened AS MATERIALIZED (
   WHERE t.queue_name = :queue_name AND b.bounded AND EXISTS (SELECT FROM counted)
 )
 SELECT * FROM claimed
-""",
-    "queue_name",
-    "wanted",
-    "priorities",
-    "ready_floor",
-    queue_name=Text(),
-    worker_id=Uuid(),
-    wanted=Integer(),
-    task_names=ARRAY(Text()),
-    priorities=ARRAY(SmallInteger()),
-    ready_floor=_TIME,
-    floors=Boolean(),
-    floor_of=BigInteger(),
+"""
+
+_ADMITTED: Final = """coalesce((
+      SELECT coalesce(k.closed_until <= {now}, true)
+        AND coalesce(k.tat + p.rate_interval * (1 - p.burst) <= {now}, true)
+        AND (x.slot IS NOT NULL OR coalesce(k.running < p.concurrency, true))
+      FROM {limit_keys} k LEFT JOIN LATERAL (
+        SELECT l.concurrency, l.rate_interval, l.burst FROM {limits} l
+        WHERE l.queue_name = k.queue_name AND k.limit_key <> ''
+          AND (l.scope = 'per_key' OR l.scope = 'key' AND l.limited AND l.limit_key = k.limit_key)
+        ORDER BY l.scope LIMIT 1) p ON true
+      WHERE k.queue_name = x.queue_name AND k.limit_key = x.limit_key), true)"""
+"""The key of task `x` has room for it. A subquery, because the planner would read all keys for a join."""
+
+
+def _claim(parts: dict[str, str]) -> Sql:
+    text = _CLAIM
+    for name, part in parts.items():
+        text = text.replace(f"[{name}]", part)
+    return Sql(
+        text,
+        "queue_name",
+        "wanted",
+        "priorities",
+        "ready_floor",
+        queue_name=Text(),
+        worker_id=Uuid(),
+        wanted=Integer(),
+        task_names=ARRAY(Text()),
+        priorities=ARRAY(SmallInteger()),
+        ready_floor=_TIME,
+        floors=Boolean(),
+        floor_of=BigInteger(),
+    )
+
+
+CLAIM_LIMITED = _claim(
+    {
+        "admitted": _ADMITTED,
+        "of_keys": "k.ready_at <= {now} AND k.ready_at >= :ready_floor",
+        "most_keys": "coalesce((SELECT wanted FROM budget), 0)",
+        "keeps": "true",
+        "of_tasks": "x.lease_losses < 2",
+        "next_look": "",
+    }
 )
-"""Claim up to `wanted` tasks of a queue with limits, from the keys that were served longest ago."""
+"""Claim up to `wanted` tasks of a queue with limits, from the keys that were served longest ago.
+
+Suspects are left out. A slot and the tokens of one whose key has room are kept for it, in the key and in the queue, or
+it would never find them free.
+"""
+
+CLAIM_LIMITED_SUSPECT = _claim(
+    {
+        "admitted": _ADMITTED,
+        "of_keys": "k.limit_key = ANY (ARRAY(SELECT limit_key FROM suspects))",
+        "most_keys": "CASE WHEN (SELECT wanted FROM budget) > 0 THEN 100 ELSE 0 END",
+        "keeps": "false",
+        "of_tasks": "x.task_id = ANY (ARRAY(SELECT task_id FROM suspects))",
+        "next_look": "WHEN true THEN s.ready_at",
+    }
+)
+"""Claim one suspect of a queue with limits, for a worker that runs nothing else."""
+
+WAITING_LIMITED_SUSPECTS = Sql(
+    """
+SELECT x.task_id, (
+    SELECT array_agg(w.worker_id) FROM {workers} w WHERE w.lost_at IS NULL AND x.queue_name = ANY (w.queue_names)
+  ) AS worker_ids
+FROM {tasks} x JOIN {queues} q ON q.queue_name = x.queue_name
+WHERE x.queue_name = ANY (:queue_names) AND x.finished_at IS NULL AND x.limit_key IS NOT NULL AND x.lease_losses >= 2
+  AND x.claimed_by IS NULL AND x.available_at <= {now}
+  AND x.task_name = ANY (:task_names) AND (x.cancel_at IS NULL OR x.cancel_at > {now})
+  AND q.paused_at IS NULL AND q.limits_ready_at IS NOT NULL AND [admitted]
+LIMIT 100
+""".replace("[admitted]", _ADMITTED),
+    queue_names=ARRAY(Text()),
+    task_names=ARRAY(Text()),
+)
+"""Ready suspects of queues with limits whose keys have room for them, and the workers of their queue."""
 
 LOOK = Sql(
     """
@@ -351,6 +435,10 @@ SELECT a.queue_name, a.floor_at,
     ELSE greatest(k.ready_at, t.tat + l.rate_interval * (1 - l.burst)) END AS next_at,
   k.ready_at AS earliest,
   q.limits_ready_at IS NULL AS preparing,
+  EXISTS (
+    SELECT FROM {tasks} x
+    WHERE x.queue_name = a.queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL AND x.lease_losses >= 2
+      AND x.claimed_by IS NULL AND x.available_at <= {now}) AS suspects,
   {clock} AS now
 FROM unnest(:queue_names, :ready_floors) AS a (queue_name, floor_at)
 JOIN {queues} q ON q.queue_name = a.queue_name

@@ -31,12 +31,10 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, RunRow, TaskRow, Wait
+from ..policies import MAX_LOST_WORKERS, SUSPECT_AFTER
 from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
 from .fencing import LIMIT_COLUMNS, give_back, is_in, locked_rows, materialized
-
-LEASE_LOSS_LIMIT = 20
-"""Consecutive workers that may be lost while they run a task, before the task is failed as the likely cause."""
 
 
 def record_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
@@ -154,15 +152,15 @@ def _fail(*, limited: bool) -> Executable:
         retryable=Boolean(),
         next_run_ids=Uuid(),
         waited=Boolean(),
-        put_off_seconds=Float(53),
+        delays=Float(53),
+        puts_off=Boolean(),
     )
     locked = locked_rows(failed, limited=limited)
     ended = record_attempts(locked, constant("failed"), as_json(locked.c.errors))
-    put_off = locked.c.put_off_seconds.is_not(None)
     again = or_(
-        put_off,
+        locked.c.puts_off,
         locked.c.retryable
-        & (TaskRow.retry_kind != constant("none"))
+        & ((TaskRow.retry_kind != constant("none")) | locked.c.delays.is_not(None))
         & (_failures + constant(1) < TaskRow.max_attempts),
     )
     forgotten = (
@@ -181,7 +179,7 @@ def _fail(*, limited: bool) -> Executable:
         )
         .cte("dropped")
     )
-    next_time = clock() + interval(case((put_off, locked.c.put_off_seconds), else_=_delay))
+    next_time = clock() + interval(func.coalesce(locked.c.delays, _delay))
     changed = (
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
@@ -189,7 +187,7 @@ def _fail(*, limited: bool) -> Executable:
             state=case((again, constant("pending")), else_=constant("failed")),
             outcome=case((again, null()), else_=constant("failed")),
             error=as_json(locked.c.errors),
-            failures=case((put_off, TaskRow.failures), else_=_failures + constant(1)),
+            failures=case((locked.c.puts_off, TaskRow.failures), else_=_failures + constant(1)),
             lease_losses=constant(0),
             available_at=case((again, next_time), else_=TaskRow.available_at),
             finished_at=case((again, null()), else_=clock()),
@@ -205,7 +203,7 @@ def _fail(*, limited: bool) -> Executable:
             TaskRow.queue_name,
             TaskRow.priority,
             TaskRow.available_at,
-            *((*_limit_columns(locked, limited=True)[1:], put_off.label("put_off")) if limited else ()),
+            *((*_limit_columns(locked, limited=True)[1:], locked.c.puts_off) if limited else ()),
         )
     )
     if not limited:
@@ -213,7 +211,7 @@ def _fail(*, limited: bool) -> Executable:
     row = changed.cte("changed")
     unfinished = row.c.state != constant("failed")
     returned = row.c.slot.is_not(None) & ~(unfinished & (row.c.slot == constant("task")))
-    closes = row.c.put_off & (row.c.limit_key != constant(""))
+    closes = row.c.puts_off & (row.c.limit_key != constant(""))
     given_back = give_back(
         row,
         returned=returned,
@@ -230,16 +228,18 @@ def _kept_slot(locked: CTE, again: ColumnElement[bool], next_time: ColumnElement
 
 
 FAIL = _fail(limited=False)
-"""Record failures of user code: schedule the next attempt after the policy's delay, or end the task as failed.
+"""Record failures of user code: schedule the next attempt, or end the task as failed.
 
-Recorded timeouts that are the failure are deleted, so that the next attempt waits anew. A task that is put off by
-`put_off_seconds` is attempted again in any case, and no failure is counted.
+The next attempt begins after the delay that the failure names, or else the policy's.
+
+Recorded timeouts that are the failure are deleted, so that the next attempt waits anew. A failure that
+`puts_off` is none of the task's: it is attempted after the delay in any case, and nothing is counted.
 """
 
 FAIL_LIMITED = _fail(limited=True)
 """`FAIL` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task.
 
-One that is put off closes its key for as long.
+A failure that puts a task off closes its key for as long.
 """
 
 
@@ -253,6 +253,7 @@ def _release(*, limited: bool) -> Executable:
         .values(
             state=constant("pending"),
             run_id=locked.c.next_run_ids,
+            lease_losses=constant(0),
             available_at=clock(),
             claimed_by=null(),
             fence=TaskRow.fence + constant(1),
@@ -289,6 +290,7 @@ _locked = materialized(
         TaskRow.claimed_by,
         TaskRow.started_at,
         TaskRow.lease_losses,
+        func.coalesce(TaskRow.max_lost_workers, constant(MAX_LOST_WORKERS)).label("max_lost_workers"),
         *LIMIT_COLUMNS,
         _taken.c.next_run_ids,
         array("worker_ids", Uuid()).label("worker_ids"),
@@ -298,6 +300,11 @@ _locked = materialized(
     .order_by(TaskRow.task_id)
     .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
 )
+# A number beyond counting, set by hand, would overflow and fail the whole batch.
+_losses = func.least(_locked.c.lease_losses, constant(2**31 - 2)) + constant(1)
+# A suspect is only claimed alone, so those after the first two were lost while they ran nothing else.
+_lost_alone = _losses - constant(SUSPECT_AFTER)
+_given_up = _lost_alone >= _locked.c.max_lost_workers
 _lost = func.json_build_object(
     constant("name"),
     constant("LeaseLost"),
@@ -307,10 +314,21 @@ _lost = func.json_build_object(
         cast(_locked.c.claimed_by, Text()),
         constant(" fell silent while it ran attempt "),
         _locked.c.attempt,
+        case(
+            (
+                _lost_alone > constant(0),
+                func.concat(
+                    constant(" alone (loss "),
+                    _lost_alone,
+                    constant(" of "),
+                    _locked.c.max_lost_workers,
+                    constant(" in a row)"),
+                ),
+            )
+        ),
     ),
 )
 _ended = record_attempts(_locked, constant("failed"), _lost)
-_given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
 _forgotten = delete_unlocked_waits(_locked, _given_up)
 
 _kept = ~_given_up & (_locked.c.slot == constant("task"))
@@ -324,7 +342,7 @@ _taken_over = (
         error=case((_given_up, _lost), else_=TaskRow.error),
         available_at=case((_given_up, TaskRow.available_at), else_=clock()),
         run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),
-        lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=TaskRow.lease_losses + constant(1)),
+        lease_losses=_losses,
         claimed_by=null(),
         fence=next_fence(TaskRow.fence),
         slot=case((_kept, _locked.c.slot)),
@@ -338,6 +356,7 @@ _taken_over = (
         TaskRow.available_at,
         TaskRow.parent_task_id,
         TaskRow.state,
+        TaskRow.lease_losses,
         _locked.c.limit_key,
         (_locked.c.slot.is_not(None) & ~_kept).label("gives_back"),
     )
@@ -352,4 +371,7 @@ TAKE_OVER = select(_taken_over).add_cte(
         available_at=case((_taken_over.c.state == constant("pending"), _taken_over.c.available_at)),
     ),
 )
-"""Take runs over from lost workers: a new attempt, not counted as a failure, up to `LEASE_LOSS_LIMIT` in a row."""
+"""Take runs over from lost workers: a new attempt, not counted as a failure.
+
+A suspect fails at its `max_lost_workers`-th loss in a row.
+"""

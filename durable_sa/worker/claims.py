@@ -12,16 +12,18 @@ from collections.abc import Callable
 from ..app import App
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..database_errors import Retry
+from ..database_errors import RetryPauses
 from ..execution.writer import Writer
 from ..statements import claiming
 from ..statements.claiming import ClaimedRun
 from .agenda import FULL_SCAN_DELAY, Agenda
 from .executor import Executor
+from .lifetime import Lifetime
 from .limited import LimitedClaims
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
+from .suspects import Suspects
 
 logger = logging.getLogger("durable_sa")
 
@@ -51,6 +53,8 @@ class Claimer:
         slots: Slots,
         writer: Writer,
         executor: Executor,
+        suspects: Suspects,
+        lifetime: Lifetime,
         *,
         stopping: asyncio.Event,
         listening: Callable[[], bool],
@@ -72,6 +76,8 @@ class Claimer:
         self._slots = slots
         self._writer = writer
         self._executor = executor
+        self._suspects = suspects
+        self._lifetime = lifetime
         self._stopping = stopping
         self._listening = listening
         self._loop = asyncio.get_running_loop()
@@ -90,12 +96,12 @@ class Claimer:
         wanted = self._slots.free
         if self._settings.concurrency >= HALF_CLAIMS_CONCURRENCY:
             wanted = min(wanted, self._settings.concurrency // 2)
-        return wanted
+        return self._lifetime.most(wanted)
 
     async def run(self) -> None:
         """Claim until the worker is being shut down."""
         agenda = self._agenda
-        retry = Retry("claim", self._stopping, self._registration.outage)
+        retry = RetryPauses("claim", self._stopping, self._registration.outage)
         while not self._stopping.is_set():
             try:
                 if self._wanted <= 0 or not self._registration.lease.valid:
@@ -151,18 +157,41 @@ class Claimer:
                 # Every task of these queues has ended.
                 self._cursors.full_scan_made(time.monotonic() - now)
                 return 0
-        if not self._limited.queues and not self._settings.queue_concurrency:
-            claimed = await self._claim_lanes(wanted, None, full_scan=full_scan)
-        else:
-            if self._limited.queues and self._limited.idle and (full_scan or not self._listening()):
+        worker_id = self._registration.worker_id
+        offered = self._agenda.offered
+        makes_room = self._slots.makes_room
+        claimed: list[ClaimedRun] = []
+        if not makes_room:
+            claimed += await self._claim_ready(wanted, full_scan=full_scan)
+        self._agenda.offered -= offered
+        if worker_id != self._registration.worker_id or not self._registration.lease.valid:
+            return 0
+        alone = makes_room or (not claimed and self._slots.empty)
+        # Beside its own runs' unwritten outcomes, a worker asks for none yet; after a suspect, it asks for another.
+        self._slots.claim_when_empty = not claimed and not self._slots.taken
+        if alone:
+            # Nothing else runs here, nor is ready: the worker is free for a suspect.
+            if makes_room and self._limited.queues:
                 await self._limited_claims.look()
-            claimed = 0
-            for queue_names in self._portions():
-                claimed += await self._claim_portion(queue_names, wanted - claimed, full_scan=full_scan)
-                if claimed >= wanted:
-                    break
+            claimed += await self._claim_suspect(full_scan=full_scan or makes_room)
+            self._suspects.asked(found=bool(claimed))
         if full_scan:
             self._cursors.full_scan_made(time.monotonic() - now)
+        if self._telemetry is not None:
+            self._telemetry.claimed(self._settings.queue_names, claimed, time.monotonic() - now)
+        return len(claimed)
+
+    async def _claim_ready(self, wanted: int, *, full_scan: bool) -> list[ClaimedRun]:
+        """Claim up to so many tasks that are no suspects."""
+        if not self._limited.queues and not self._settings.queue_concurrency:
+            return await self._claim_lanes(wanted, None, full_scan=full_scan)
+        if self._limited.queues and self._limited.idle and (full_scan or not self._listening()):
+            await self._limited_claims.look()
+        claimed: list[ClaimedRun] = []
+        for queue_names in self._portions():
+            most = min(wanted - len(claimed), self._room(queue_names[0]))
+            if most > 0:
+                claimed += await self._claim_portion(queue_names, most, full_scan=full_scan)
         return claimed
 
     def _portions(self) -> list[list[str]]:
@@ -178,33 +207,54 @@ class Claimer:
             shared = not alone
         return portions
 
-    async def _claim_portion(self, queue_names: list[str], wanted: int, *, full_scan: bool) -> int:
+    def _room(self, queue_name: str) -> int:
+        """Return how many runs of a queue may begin in this worker, beside those that it has."""
+        most = self._settings.queue_concurrency.get(queue_name)
+        if most is None:
+            return self._settings.concurrency
+        room = most - self._slots.running_in(queue_name)
+        self._capped |= room < self._slots.free
+        return room
+
+    async def _claim_portion(self, queue_names: list[str], wanted: int, *, full_scan: bool) -> list[ClaimedRun]:
         name = queue_names[0]
-        if (most := self._settings.queue_concurrency.get(name)) is not None:
-            wanted = min(wanted, most - self._slots.running_in(name))
-            self._capped |= most - self._slots.running_in(name) <= wanted
-            if wanted <= 0:
-                return 0
         if name not in self._limited:
             return await self._claim_lanes(wanted, queue_names, full_scan=full_scan)
         if not self._limited.due(name):
-            return 0
-        now = time.monotonic()
-        worker_id = self._registration.worker_id
-        priorities = self._cursors.priorities(name)
-        runs = await self._limited_claims.claim(name, wanted, worker_id, list(self._app.tasks), priorities)
-        if len(runs) >= wanted:
+            return []
+        claimed = await self._claim_keys(name, wanted)
+        if len(claimed) >= wanted:
             # Workers that were not faster than this one with the arrivals may have looked in vain.
             self._on_more(name)
-        self._agenda.offered = 0
-        return self._take_up(runs, worker_id, now)
+        return claimed
 
-    async def _claim_lanes(self, wanted: int, queue_names: list[str] | None, *, full_scan: bool) -> int:
-        now = time.monotonic()
+    async def _claim_suspect(self, *, full_scan: bool) -> list[ClaimedRun]:
+        """Claim a suspect, of a queue with limits only where the last look has found one."""
+        for queue_names in self._portions():
+            name = queue_names[0]
+            if name not in self._limited:
+                claimed = await self._claim_lanes(1, queue_names, full_scan=full_scan, suspect=True)
+            elif self._limited.queues[name].suspects:
+                claimed = await self._claim_keys(name, 1, suspect=True)
+            else:
+                continue
+            if claimed:
+                return claimed
+        return []
+
+    async def _claim_keys(self, queue_name: str, wanted: int, *, suspect: bool = False) -> list[ClaimedRun]:
         worker_id = self._registration.worker_id
-        offered = self._agenda.offered
+        priorities = self._cursors.priorities(queue_name)
+        task_names = list(self._app.tasks)
+        claim = self._limited_claims.claim_suspect if suspect else self._limited_claims.claim
+        return self._take_up(await claim(queue_name, wanted, worker_id, task_names, priorities), worker_id, suspect)
+
+    async def _claim_lanes(
+        self, wanted: int, queue_names: list[str] | None, *, full_scan: bool, suspect: bool = False
+    ) -> list[ClaimedRun]:
+        worker_id = self._registration.worker_id
         rows = await self._connection.execute(
-            claiming.CLAIM,
+            claiming.CLAIM_SUSPECT if suspect else claiming.CLAIM,
             {
                 "worker_id": worker_id,
                 "wanted": wanted,
@@ -212,33 +262,32 @@ class Claimer:
                 **self._cursors.parameters(queue_names, full_scan=full_scan),
             },
         )
-        self._agenda.offered -= offered
         claimed = [ClaimedRun._make(row) for row in rows]
         claimed.sort(key=_LANE_ORDER)
-        self._cursors.claimed(claimed, full_scan=full_scan, full=len(rows) >= wanted)
-        if any(run.limit_key is not None for run in claimed):
-            for name in {run.queue_name for run in claimed if run.limit_key is not None}:
-                self._enable_limits(name)
-        return self._take_up(claimed, worker_id, now)
+        if not suspect:
+            self._cursors.claimed(claimed, full_scan=full_scan, full=len(rows) >= wanted)
+        for name in {run.queue_name for run in claimed if run.limit_key is not None}:
+            self._enable_limits(name)
+        return self._take_up(claimed, worker_id, suspect)
 
-    def _take_up(self, claimed: list[ClaimedRun], worker_id: uuid.UUID, began: float) -> int:
-        """Take slots for claimed runs, and return how many there are."""
+    def _take_up(self, claimed: list[ClaimedRun], worker_id: uuid.UUID, alone: bool) -> list[ClaimedRun]:
+        """Take slots for claimed runs, and return those that start."""
         if claimed:
             self._clock.set(claimed[0].now)
-        if self._telemetry is not None:
-            self._telemetry.claimed(self._settings.queue_names, claimed, time.monotonic() - began)
         if worker_id != self._registration.worker_id or not self._registration.lease.valid:
             # The lease ended while the claim was in flight: the workers that take over find these runs, too.
             self.suspect_unknown_commit()
-            return 0
+            return []
         for item in claimed:
             if item.cancel_at is not None:
                 self._agenda.look_within((item.cancel_at - item.now).total_seconds() + 0.005)
         if claimed:
             # They start in the next turn of the event loop, so that the next claim may be in flight meanwhile.
             self._slots.reserve(claimed)
+            self._slots.alone = alone
             self._loop.call_soon(self._start)
-        return len(claimed)
+            self._lifetime.claimed(len(claimed))
+        return claimed
 
     def _start(self) -> None:
         try:
@@ -270,5 +319,14 @@ class Claimer:
                 "fences": [fence for _, fence in held],
             },
         )
-        if worker_id == self._registration.worker_id and self._registration.lease.valid:
-            self._executor.start([ClaimedRun._make(row) for row in rows])
+        if worker_id != self._registration.worker_id or not self._registration.lease.valid:
+            return
+        suspects = [ClaimedRun._make(row[:-1]) for row in rows if row.suspect]
+        others = [ClaimedRun._make(row[:-1]) for row in rows if not row.suspect]
+        if suspects and (others or suspects[1:] or not self._slots.empty):
+            # Other tasks have been claimed since that claim, and nothing runs beside a suspect.
+            self._executor.give_back(suspects)
+        elif suspects:
+            self._slots.alone = True
+            self._executor.start(suspects)
+        self._executor.start(others)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
+from sqlalchemy import Row
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -52,7 +54,16 @@ async def refuse_old_workers(database: Executing) -> None:
     Raises:
         InvalidState: workers of a version that knows no limits are alive.
     """
-    if rows := await database.execute(limiting.OLD_WORKERS):
+    check_old_workers(await database.execute(limiting.OLD_WORKERS))
+
+
+def check_old_workers(rows: Sequence[Row[Any]]) -> None:
+    """Refuse limits if `OLD_WORKERS` has returned rows.
+
+    Raises:
+        InvalidState: workers of a version that knows no limits are alive.
+    """
+    if rows:
         raise InvalidState(
             f"Worker {rows[0].name!r}",
             "of a version of durable_sa that knows no limits, and alive",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
+from typing import Any
 from uuid import UUID
 
 from ..database.channel import DedicatedConnection
@@ -40,6 +41,8 @@ class LimitedQueue:
     drained_before: tuple[float, int] = (0.0, 0)
     in_vain: int = 0
     """Claims in a row that have found nothing."""
+    suspects: bool = False
+    """The last look has found a suspect, which a worker without runs may claim."""
     next_full_look: float = 0.0
     """When the next claim disregards the floors, on the local monotonic clock."""
 
@@ -123,14 +126,9 @@ class LimitedClaims:
             rows = await self._connection.execute(
                 limits.CLAIM_LIMITED,
                 {
-                    "queue_name": queue_name,
-                    "worker_id": worker_id,
-                    "wanted": wanted,
-                    "task_names": task_names,
-                    "priorities": priorities,
+                    **_parameters(queue_name, wanted, worker_id, task_names, priorities),
                     "ready_floor": EARLIEST if full_look else queue.ready_floor,
                     "floors": not full_look,
-                    "floor_of": _hash(task_names),
                 },
             )
             if len(rows) >= wanted and not full_look:
@@ -145,6 +143,15 @@ class LimitedClaims:
         if full_look:
             took = time.monotonic() - began
             queue.next_full_look = time.monotonic() + max(FULL_SCAN_INTERVAL, FULL_SCAN_PAUSE_RATIO * took)
+        return [ClaimedRun._make(row) for row in rows]
+
+    async def claim_suspect(
+        self, queue_name: str, wanted: int, worker_id: UUID, task_names: list[str], priorities: list[int]
+    ) -> list[ClaimedRun]:
+        """Claim a suspect of a queue."""
+        parameters = _parameters(queue_name, wanted, worker_id, task_names, priorities)
+        rows = await self._connection.execute(limits.CLAIM_LIMITED_SUSPECT, parameters)
+        self._queues[queue_name].dirty = True
         return [ClaimedRun._make(row) for row in rows]
 
     async def _drain(self, queue_name: str, queue: LimitedQueue, *, full_look: bool) -> None:
@@ -174,8 +181,25 @@ class LimitedClaims:
             if row.arrivals:
                 # Another worker has locked them, or they have come just now.
                 queue.next_at = now + pause
+            queue.suspects = row.suspects
             if row.preparing:
                 self._on_preparing(row.queue_name)
+
+
+def _parameters(
+    queue_name: str, wanted: int, worker_id: UUID, task_names: list[str], priorities: list[int]
+) -> dict[str, Any]:
+    """Return the parameters of a claim without floors."""
+    return {
+        "queue_name": queue_name,
+        "worker_id": worker_id,
+        "wanted": wanted,
+        "task_names": task_names,
+        "priorities": priorities,
+        "ready_floor": EARLIEST,
+        "floors": False,
+        "floor_of": _hash(task_names),
+    }
 
 
 def _hash(task_names: Sequence[str]) -> int:

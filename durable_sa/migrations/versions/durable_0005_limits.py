@@ -16,8 +16,8 @@ from sqlalchemy.sql import quoted_name
 from durable_sa.migrations import concurrent, running
 from durable_sa.migrations.sql import quoted, verbatim
 
-revision = "durable_0004"
-down_revision = "durable_0002"
+revision = "durable_0005"
+down_revision = "durable_0003"
 branch_labels = None
 depends_on = None
 oldest = "durable_0001"
