@@ -164,7 +164,8 @@ WITH opened AS MATERIALIZED (
     CASE WHEN p.whole_full OR coalesce(p.closed_until > {now}, false) THEN 0
       -- Without tokens one head is looked at, for its weight.
       ELSE greatest(0, least(100, p.concurrency - p.running - p.kept_slots,
-        CASE WHEN t.tokens < 1 THEN 1 ELSE t.tokens END, ceil(p.wanted::numeric * p.weight / p.weights)))::integer END AS turn
+        CASE WHEN t.tokens < 1 THEN 1 ELSE t.tokens END,
+        ceil(p.wanted::numeric * p.weight / p.weights)))::integer END AS turn
   FROM policy p CROSS JOIN LATERAL (
     SELECT CASE WHEN p.every IS NULL THEN NULL ELSE floor(
       extract(epoch FROM {now} + p.every * p.burst - greatest(p.tat, {now})) / extract(epoch FROM p.every))::bigint
