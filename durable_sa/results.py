@@ -110,6 +110,10 @@ class ScheduleFilter:
     """None: the schedules of all queues."""
 
 
+LimitKeyState: TypeAlias = Literal["open", "full", "throttled", "closed"]
+"""The state of a limit key; of several that are true of it, the first of closed, full, throttled."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """The numbers of a queue's tasks, all counted at the same moment."""
@@ -125,10 +129,8 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
-
-
-LimitKeyState: TypeAlias = Literal["open", "full", "throttled", "closed"]
-"""The state of a limit key; of several that are true of it, the first of closed, full, throttled."""
+    limit_keys: Mapping[LimitKeyState, int] = field(default_factory=dict)
+    """How many of its limit keys are open, full, throttled or closed. Empty for a queue without limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class TaskInfo:
     attempt: int
     """The number of attempts that have begun."""
     key: str | None
-    """The idempotency key."""
+    """The idempotency key, or the unique key."""
     limit_key: str | None
     parent_task_id: UUID | None
     created_at: datetime

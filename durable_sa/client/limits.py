@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, get_args
 
@@ -111,6 +111,15 @@ class Limits(App):
         await self.require_queue(queue)
         rows = await self.database.execute(limiting.LIST_KEYS, {"queue_name": queue, "state": state, "most": most})
         return [LimitKeyInfo(row.limit_key or None, row.state, row.running, row.waiting, row.opens_at) for row in rows]
+
+    async def count_limit_keys(self, queue_names: Collection[str]) -> dict[str, dict[LimitKeyState, int]]:
+        """Return how many keys of each of these queues are in each state; a queue without keys is left out."""
+        found: dict[str, dict[LimitKeyState, int]] = {}
+        if queue_names:
+            parameters = {"queue_names": list(queue_names)}
+            for row in await self.database.execute(limiting.COUNT_KEYS, parameters):
+                found.setdefault(row.queue_name, {})[row.state] = row.keys
+        return found
 
     async def recount_limit_keys(self, grace: float = 60.0) -> int:
         """Count the slots of keys anew whose count is wrong, because rows were changed by hand; return their number.

@@ -160,6 +160,7 @@ class Queues(Limits):
         rows = await self.database.execute(queues.QUEUE_STATISTICS, {"queue_names": names})
         if name is not None and not rows:
             raise QueueNotFound(name)
+        keys = await self.count_limit_keys([row.queue_name for row in rows if row.limited])
         return [
             QueueStatistics(
                 row.queue_name,
@@ -169,6 +170,7 @@ class Queues(Limits):
                 row.running,
                 row.failed,
                 None if row.oldest_ready_seconds is None else timedelta(seconds=float(row.oldest_ready_seconds)),
+                keys.get(row.queue_name, {}),
             )
             for row in rows
         ]

@@ -295,6 +295,27 @@ ORDER BY n.limit_key LIMIT :most
 )
 """The keys of a queue with their states."""
 
+COUNT_KEYS = Sql(
+    """
+SELECT s.queue_name, s.state, count(*)::integer AS keys FROM (
+  SELECT k.queue_name, CASE WHEN k.closed_until > {now} THEN 'closed' WHEN k.running >= p.concurrency THEN 'full'
+    WHEN k.tat + p.every * (1 - p.burst) > {now} THEN 'throttled' ELSE 'open' END AS state
+  FROM {limit_keys} k
+  LEFT JOIN {limits} own ON own.queue_name = k.queue_name AND own.scope = 'key' AND own.limited
+    AND own.limit_key = k.limit_key
+  LEFT JOIN {limits} pk ON pk.queue_name = k.queue_name AND pk.scope = 'per_key' AND k.limit_key <> ''
+  CROSS JOIN LATERAL (
+    SELECT CASE WHEN own.limited THEN own.concurrency ELSE pk.concurrency END AS concurrency,
+      CASE WHEN own.limited THEN own.rate_interval ELSE pk.rate_interval END AS every,
+      CASE WHEN own.limited THEN own.burst ELSE pk.burst END AS burst
+  ) p
+  WHERE k.queue_name = ANY (:queue_names)
+) s GROUP BY s.queue_name, s.state
+""",
+    queue_names=ARRAY(Text()),
+)
+"""Count the keys of queues by their states, of those that were used within a minute."""
+
 DELETE_IDLE_KEYS = Sql(
     """
 DELETE FROM {limit_keys} WHERE (queue_name, limit_key) IN (

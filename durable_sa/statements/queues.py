@@ -276,6 +276,7 @@ QUEUE_STATISTICS = (
             TaskRow.outcome == constant("failed"),
         ).label("failed"),
         func.extract("epoch", statement_time() - _now.c.oldest_at).label("oldest_ready_seconds"),
+        Queue.limited_at.is_not(None).label("limited"),
     )
     .select_from(Queue)
     .join(_now, true())

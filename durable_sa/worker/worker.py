@@ -226,6 +226,11 @@ class Worker:
         """The number of ready tasks in each queue when last counted, and the age of the oldest in seconds."""
         return self._sampler.latest
 
+    @property
+    def limit_keys(self) -> dict[tuple[str, str], int]:
+        """The number of limit keys of each queue and state when last counted."""
+        return self._sampler.limit_keys
+
     def running_in(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return self._slots.queue_names()

@@ -1,5 +1,7 @@
 """`durable limits`, and what `durable doctor` says of keys."""
 
+from datetime import UTC, datetime, timedelta
+
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -32,6 +34,13 @@ async def test_limits_are_set_and_keys_listed_closed_and_opened(cli: CommandLine
     assert (await cli("limits", "set", "default", "--per-key", "--none")).code == 0
 
 
+async def test_queues_are_listed_with_the_states_of_their_keys(cli: CommandLine, durable: Durable) -> None:
+    await durable.create_queue("llm", limit_per_key=Limit(concurrency=1))
+    await durable.close_limit_key("llm", "acme", datetime.now(UTC) + timedelta(hours=1))
+    assert [row["limit_keys"] for row in (await cli("queues", "--json")).json] == [{}, {"closed": 1}]
+    assert "1 closed" in (await cli("queues")).stdout
+
+
 async def test_limits_that_make_no_sense_are_refused(cli: CommandLine, durable: Durable) -> None:
     for arguments in (
         ("set", "default"),
@@ -42,6 +51,12 @@ async def test_limits_that_make_no_sense_are_refused(cli: CommandLine, durable: 
     ):
         assert (await cli("limits", *arguments)).code == 2, arguments
     assert (await cli("limits", "set", "nowhere", "--concurrency", "1")).code == 1
+
+
+async def test_numbers_of_queues_that_make_no_sense_are_refused(cli: CommandLine) -> None:
+    for value in ("llm", "llm=", "=3", "llm=many"):
+        result = await cli("worker", "app:durable", "--queue-concurrency", value)
+        assert (result.code, "for example, llm=10" in result.stderr) == (2, True), value
 
 
 async def test_the_doctor_finds_and_repairs_wrong_counts(
