@@ -21,7 +21,6 @@ from ..policies import Limit
 from ..results import LimitKeyInfo, LimitKeyState
 from ..statements import limit_diagnosis, limiting, queues
 from ..validation import instance, integer, seconds, timestamp
-from ..worker import limit_setup
 
 RECOUNTED: Final = 1000
 """Keys that one repair counts anew at most."""
@@ -52,6 +51,8 @@ class Limits(App):
             InvalidConfiguration: arguments that do not go together.
             InvalidState: workers of a version that knows no limits are alive.
         """
+        from ..worker import limit_setup
+
         queue = validate_name("queue", queue_name)
         if limit is not None:
             instance(limit, Limit, "limit")
@@ -85,6 +86,8 @@ class Limits(App):
             InvalidConfiguration: a time without a time zone.
             InvalidState: workers of a version that knows no limits are alive.
         """
+        from ..worker import limit_setup
+
         queue, name = validate_name("queue", queue_name), check_limit_key(key)
         moment = None if until is None else timestamp(until, "until")
         await limit_setup.enable(self.database, queue)
@@ -126,6 +129,8 @@ class Limits(App):
 
         Keys that have room, and tasks that have been due for `grace` seconds, are looked at by the next claim.
         """
+        from ..worker import limit_setup
+
         recounted = 0
         parameters = {"wanted": RECOUNTED, "grace": seconds(grace, "grace")}
         for statement in (limit_diagnosis.MISCOUNTED, limit_diagnosis.PARKED):
@@ -169,6 +174,8 @@ def creation(parameters: dict[str, Any], limits: Mapping[str, Limit | None]) -> 
 
     def script(_: Hint) -> Script[bool]:
         if given:
+            from ..worker import limit_setup
+
             limit_setup.check_old_workers((yield limiting.OLD_WORKERS, {}))
         created = bool((yield queues.CREATE_QUEUE, parameters)[0].created)
         if created and given:
