@@ -76,9 +76,10 @@ class System(ABC):
 
     Every driver registers these tasks, as far as its system can run them:
 
-    `noop` does nothing; `keyed` does nothing, and has one of 100 limit keys; `stamp` notes when it started; `steps` takes `steps` steps that return `size` characters each;
-    `wait` takes `steps` steps and then waits for the event ``go``; `parent` spawns `children` tasks `child` and waits
-    for them all; `hold` runs until `release`; `nap` sleeps for an hour.
+    `noop` does nothing; `keyed` does nothing, and has one of 100 limit keys; `stamp` notes when it started; `steps`
+    takes `steps` steps that return `size` characters each; `wait` takes `steps` steps and then waits for the event
+    ``go``; `parent` spawns `children` tasks `child` and waits for them all; `hold` runs until `release`; `nap` sleeps
+    for an hour.
     """
 
     distribution: ClassVar[str]
