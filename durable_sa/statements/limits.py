@@ -327,10 +327,11 @@ WITH opened AS MATERIALIZED (
         WHEN s.served + s.n < s.weight THEN s.ready_at
         ELSE {now} END,
       CASE WHEN s.served + s.n < s.weight AND NOT s.is_drained THEN s.served + s.n ELSE 0 END,
-      CASE WHEN s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found
+      CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found
         THEN CASE WHEN k.floor_of = :floor_of THEN greatest(k.floor_at, s.last_at) ELSE s.last_at END
         ELSE k.floor_at END,
-      CASE WHEN s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found THEN :floor_of ELSE k.floor_of END,
+      CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found THEN :floor_of
+        ELSE k.floor_of END,
       {clock}
     FROM due s WHERE s.limit_key = k.limit_key)
   WHERE k.queue_name = :queue_name AND k.limit_key = ANY (ARRAY(SELECT limit_key FROM due))

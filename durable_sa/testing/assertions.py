@@ -188,9 +188,9 @@ def _has_option(row: Row[Any], name: str, value: Any) -> bool:
         case "unique":
             return bool(row.unique_key == value)
         case "limit_key":
-            return (row.limit_key or None) == value
+            return bool((row.limit_key or None) == value)
         case "weight":
-            return (1 if row.weight is None else row.weight) == value
+            return bool((1 if row.weight is None else row.weight) == value)
         case _:
             return bool(getattr(row, name) == value)
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 RACES = "tests/verification/test_interleavings.py::"
 PROCESSES = "tests/cli/test_processes.py::"
 LIMITS = "tests/worker/test_queue_limits.py::"
+SUSPECTS = "tests/worker/test_limited_suspects.py::"
 MACHINE = "tests/verification/test_state_machine.py"
 
 
@@ -488,6 +489,12 @@ MUTANTS = (
             ),
         ),
         (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
+    ),
+    Mutant(
+        "suspects for which no slot is kept",
+        "statements/limits.py",
+        (('"keeps": "true"', '"keeps": "false"'),),
+        (f"{SUSPECTS}test_a_slot_is_kept_for_a_suspect_whose_limit_is_always_used_up[of_the_key]",),
     ),
     Mutant(
         "keys that are locked in any order",
