@@ -79,7 +79,11 @@ def _complete(done: FromClause, wanted: ColumnElement[int], *, limited: bool = F
             fence=TaskRow.fence + constant(1),
             **({"slot": null()} if limited else {}),
         )
-        .returning(TaskRow.task_id, TaskRow.parent_task_id, *_limit_columns(locked, limited=limited))
+        .returning(
+            TaskRow.task_id,
+            TaskRow.parent_task_id,
+            *((TaskRow.queue_name, locked.c.limit_key, locked.c.slot) if limited else ()),
+        )
         .cte("completed")
     )
     children = func.array_agg(completed.c.task_id).filter(completed.c.parent_task_id.is_not(None))
@@ -87,11 +91,6 @@ def _complete(done: FromClause, wanted: ColumnElement[int], *, limited: bool = F
     if limited:
         return reply.add_cte(ended, forgotten, give_back(completed, returned=completed.c.slot.is_not(None)))
     return reply.add_cte(ended, forgotten)
-
-
-def _limit_columns(locked: CTE, *, limited: bool) -> tuple[Any, ...]:
-    """Return the columns from which slots are given back, as they were under the lock."""
-    return (TaskRow.queue_name, locked.c.limit_key, locked.c.slot) if limited else ()
 
 
 COMPLETION_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -203,7 +202,7 @@ def _fail(*, limited: bool) -> Executable:
             TaskRow.queue_name,
             TaskRow.priority,
             TaskRow.available_at,
-            *((*_limit_columns(locked, limited=True)[1:], locked.c.puts_off) if limited else ()),
+            *((locked.c.limit_key, locked.c.slot, locked.c.puts_off) if limited else ()),
         )
     )
     if not limited:
@@ -264,7 +263,7 @@ def _release(*, limited: bool) -> Executable:
             TaskRow.queue_name,
             TaskRow.priority,
             TaskRow.available_at,
-            *(_limit_columns(locked, limited=limited)[1:]),
+            *((locked.c.limit_key, locked.c.slot) if limited else ()),
         )
     )
     if not limited:
