@@ -129,7 +129,7 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
-    limit_keys: Mapping[LimitKeyState, int] = field(default_factory=dict)
+    limit_keys: Mapping[LimitKeyState, int] = field(default_factory=dict[LimitKeyState, int])
     """How many of its limit keys are open, full, throttled or closed. Empty for a queue without limits."""
 
 

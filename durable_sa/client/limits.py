@@ -195,7 +195,7 @@ def require_limits(queue_name: str, limits: Mapping[str, Limit | None]) -> Scrip
     """Return the script that raises `InvalidState` unless a queue has these limits."""
     for scope, limit in limits.items():
         rows = yield limiting.READ_LIMIT, {"queue_name": queue_name, "scope": scope}
-        found = dict(rows[0]._mapping) if rows else None
+        found = {name: getattr(rows[0], name) for name in _columns(None)} if rows else None
         if found != (None if limit is None else _columns(limit)):
             raise InvalidState(
                 f"Queue {queue_name!r}",
