@@ -44,12 +44,16 @@ if TYPE_CHECKING:
     from .options import SpawnOptions, WorkerOptions
     from .policies import CancellationPolicy, Limit, Rate, RetryStrategy
     from .results import (
+        BulkResult,
+        HistoryEntry,
         LimitKeyInfo,
+        Page,
         QueueStatistics,
         ScheduleFilter,
         ScheduleInfo,
         SpawnResult,
         TaskErrorInfo,
+        TaskFilter,
         TaskHandle,
         TaskInfo,
         TaskPollResult,
@@ -62,11 +66,13 @@ if TYPE_CHECKING:
     from .worker.worker import Worker
 
 __all__ = [
+    "BulkResult",
     "CancellationPolicy",
     "ChildCancelled",
     "ChildFailed",
     "Durable",
     "DurableError",
+    "HistoryEntry",
     "Hooks",
     "IdempotencyConflict",
     "InvalidConfiguration",
@@ -77,6 +83,7 @@ __all__ = [
     "Limit",
     "LimitKeyInfo",
     "OutgoingSpawn",
+    "Page",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
@@ -100,6 +107,7 @@ __all__ = [
     "TaskContext",
     "TaskError",
     "TaskErrorInfo",
+    "TaskFilter",
     "TaskHandle",
     "TaskInfo",
     "TaskNotFound",
@@ -158,12 +166,16 @@ _PLACES = {
     "options": ("SpawnOptions", "WorkerOptions"),
     "policies": ("CancellationPolicy", "Limit", "Rate", "RetryStrategy"),
     "results": (
+        "BulkResult",
+        "HistoryEntry",
+        "Page",
         "LimitKeyInfo",
         "QueueStatistics",
         "ScheduleFilter",
         "ScheduleInfo",
         "SpawnResult",
         "TaskErrorInfo",
+        "TaskFilter",
         "TaskHandle",
         "TaskInfo",
         "TaskPollResult",

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ARRAY,
     DDL,
     JSON,
+    REAL,
     BigInteger,
     CheckConstraint,
     DateTime,
@@ -224,6 +225,8 @@ class TaskRow(Base):
             "limit_key",
             postgresql_where=text("finished_at IS NULL AND limit_key IS NOT NULL AND lease_losses >= 2"),
         ),
+        # Ended tasks are found by their unique keys, too.
+        Index("tasks_unique_keys_idx", "queue_name", "unique_key", postgresql_where=text("unique_key IS NOT NULL")),
         Index(
             "tasks_unique_idx",
             "queue_name",
@@ -264,6 +267,7 @@ class Checkpoint(Base):
     value: Mapped[Any | None] = mapped_column(JSON())
     child_task_id: Mapped[uuid.UUID | None] = mapped_column(comment="the child that was spawned or joined")
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
+    duration: Mapped[float | None] = mapped_column(REAL(), comment="seconds that a step, a try or a wait took")
 
 
 class Event(Base):
@@ -442,6 +446,16 @@ class LimitArrivalRow(Base):
     available_at: Mapped[datetime | None] = mapped_column(comment="when the task may be claimed")
     slots: Mapped[int] = mapped_column(Integer(), server_default="0", comment="taken; negative: given back")
     closed_until: Mapped[datetime | None] = mapped_column(comment="when a key opens that a task has closed")
+
+
+class EndedWorker(Base):
+    """A worker that has ended or was lost: its label, for the history of the tasks that it ran."""
+
+    __tablename__ = "ended_workers"
+
+    worker_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    ended_at: Mapped[datetime] = mapped_column(server_default=_now)
 
 
 FILLFACTOR = {"tasks": 40, "limit_keys": 50, "limit_totals": 10}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
@@ -26,6 +26,7 @@ from ..errors import InvalidState, TaskNotFound
 from ..ids import new_id
 from ..options import MAX_ATTEMPTS
 from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
+from ..results import id_of as _id_of
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import stored_failure
 from ..statements import cancelling, waits
@@ -233,18 +234,23 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
             if not rows:
                 # They ended between the two statements, or a snapshot hides their end.
                 break
-        hint.cancelled |= any(row.was == "running" or row.slot is not None for row in cancelled)
-        if begun := [row.task_id for row in cancelled if row.was != "pending"]:
-            yield waits.DELETE_WAITS, {"task_ids": begun}
-        ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
-        if ended:
-            waiting = yield waits.WAITING_FOR, {"task_ids": ended}
-            if waiting:
-                rows = yield waits.RESOLVE, {"task_ids": sorted({row.task_id for row in waiting})}
-                hint.add_rows(rows)
+        yield from after_cancel(hint, cancelled)
         return TaskStatus.CANCELLED
 
     return script
+
+
+def after_cancel(hint: Hint, cancelled: Sequence[Row[Any]]) -> Script[None]:
+    """Delete the waits of cancelled tasks, and wake up those that wait for their end."""
+    hint.cancelled |= any(row.was == "running" or row.slot is not None for row in cancelled)
+    if begun := [row.task_id for row in cancelled if row.was != "pending"]:
+        yield waits.DELETE_WAITS, {"task_ids": begun}
+    ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
+    if ended:
+        waiting = yield waits.WAITING_FOR, {"task_ids": ended}
+        if waiting:
+            rows = yield waits.RESOLVE, {"task_ids": sorted({row.task_id for row in waiting})}
+            hint.add_rows(rows)
 
 
 def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Script[TaskStatus]]:
@@ -316,15 +322,3 @@ def _standing(row: Row[Any] | None) -> str:
     if row.state != TaskStatus.PENDING:
         return f": it is {row.state}"
     return f": it is pending. Does a worker run that serves its queue and knows a task named {row.task_name!r}?"
-
-
-def _id_of(task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
-    if isinstance(task, SpawnResult | TaskHandle):
-        return task.task_id
-    if isinstance(task, uuid.UUID):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return task
-    try:
-        return uuid.UUID(str(task))
-    except ValueError:
-        what = repr(task[:80]) if isinstance(task, str) else type(task).__name__
-        raise TypeError(f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {what}") from None

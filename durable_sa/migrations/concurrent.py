@@ -33,6 +33,7 @@ INDEXES: Final[dict[str, tuple[bool, str]]] = {
         False,
         "(queue_name, limit_key) WHERE finished_at IS NULL AND limit_key IS NOT NULL AND lease_losses >= 2",
     ),
+    "tasks_unique_keys_idx": (False, "(queue_name, unique_key) WHERE unique_key IS NOT NULL"),
     "tasks_unique_idx": (
         True,
         "(queue_name, unique_key) WHERE unique_key IS NOT NULL AND finished_at IS NULL",

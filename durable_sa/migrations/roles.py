@@ -33,6 +33,7 @@ WORKER: Final = {
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
+    "ended_workers": "SELECT, INSERT, DELETE",
     "limits": "SELECT",
     "limit_keys": "SELECT, INSERT, UPDATE, DELETE",
     "limit_totals": "SELECT, UPDATE",
@@ -48,6 +49,7 @@ OPERATOR: Final = {
     "workers": "SELECT, UPDATE",  # UPDATE is needed to wait for claims in flight, when a queue gets limits
     "limits": "SELECT, INSERT, UPDATE, DELETE",
     "limit_totals": "SELECT, INSERT, UPDATE, DELETE",
+    "ended_workers": "SELECT",
 }
 """Privileges of the command line, and of applications that define queues and schedules."""
 

@@ -95,6 +95,7 @@ def _resolve(settled: CTE) -> Executable:
             Wait.kind,
             Wait.name,
             Wait.child_task_id,
+            Wait.created_at,
             settled.c.status,
             settled.c.value,
             settled.c.state,
@@ -104,7 +105,7 @@ def _resolve(settled: CTE) -> Executable:
     recorded = (
         insert(Checkpoint)
         .from_select(
-            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at", "duration"],
             select(
                 removed.c.task_id,
                 removed.c.key,
@@ -114,6 +115,7 @@ def _resolve(settled: CTE) -> Executable:
                 as_json(removed.c.value),
                 removed.c.child_task_id,
                 clock(),
+                func.extract("epoch", clock() - clamped_time(removed.c.created_at)),
             ),
         )
         .on_conflict_do_nothing()

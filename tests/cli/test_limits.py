@@ -41,6 +41,18 @@ async def test_queues_are_listed_with_the_states_of_their_keys(cli: CommandLine,
     assert "1 closed" in (await cli("queues")).stdout
 
 
+async def test_a_unique_key_names_the_unfinished_task_or_the_newest(cli: CommandLine, durable: Durable) -> None:
+    durable.register(work)
+    old = await durable.spawn(work, unique="report")
+    await durable.cancel_task(old)
+    assert (await cli("tasks", "show", "report", "--json")).json["task_id"] == str(old.task_id)
+    new = await durable.spawn(work, unique="report")
+    assert (await cli("tasks", "show", "report", "--json")).json["task_id"] == str(new.task_id)
+    refused = await cli("tasks", "retry", str(old.task_id))
+    assert (refused.code, "without its unique key" in refused.stderr) == (1, True)
+    assert (await cli("tasks", "retry", "--all", "--state", "cancelled", "--json")).json["passed_over"] == 1
+
+
 async def test_limits_that_make_no_sense_are_refused(cli: CommandLine, durable: Durable) -> None:
     for arguments in (
         ("set", "default"),

@@ -17,7 +17,7 @@ from durable_sa.migrations import current, downgrade, head, migrate
 from durable_sa.models import metadata
 from durable_sa.testing import run_until_idle
 
-LATER_TABLES = {"limits", "limit_keys", "limit_totals", "limit_arrivals"}
+LATER_TABLES = {"ended_workers", "limits", "limit_keys", "limit_totals", "limit_arrivals"}
 DUMP = Path(__file__).with_name("durable_0001.sql")
 
 
@@ -158,3 +158,22 @@ async def test_versions_of_before_fire_pause_and_delete_schedules_of_upgraded_ta
                     " VALUES ('nightly', 'west', 'report', '* * * * *') ON CONFLICT (name) DO NOTHING"
                 )
             )
+
+
+async def test_workers_of_before_write_history_without_what_is_new(old: AsyncEngine) -> None:
+    """Their checkpoints have no duration, and their labels are forgotten with their rows."""
+    async with old.begin() as connection:
+        await connection.run_sync(migrate)
+        task_id = await connection.scalar(sa.text("SELECT task_id FROM durable.tasks WHERE state = 'sleeping'"))
+        await connection.execute(
+            sa.text(
+                "INSERT INTO durable.checkpoints (task_id, key, kind, name, status, value, created_at)"
+                " VALUES (:task_id, gen_random_uuid(), 'step', 'by an old worker', 'completed', '1', now())"
+            ),
+            {"task_id": task_id},
+        )
+        await connection.execute(sa.text("DELETE FROM durable.workers"))
+    async with Durable(old) as durable:
+        history = await durable.get_history(task_id)
+        (step,) = [entry for entry in history if entry.name == "by an old worker"]
+        assert (step.status, step.began_at, step.duration) == ("completed", None, None)

@@ -17,7 +17,7 @@ from durable_sa.migrations import concurrent, running
 from durable_sa.migrations.sql import quoted, verbatim
 
 revision = "durable_0005"
-down_revision = "durable_0003"
+down_revision = "durable_0004"
 branch_labels = None
 depends_on = None
 oldest = "durable_0001"
