@@ -156,7 +156,7 @@ def _has_been_due() -> ColumnElement[bool]:
     A range of two subqueries, because the planner takes it for a small part of the index. For a bound that it knows it
     counts the finished tasks too, nearly all of which are past it, and reads the whole table instead.
     """
-    beginning = select(literal_column("timestamptz '-infinity'")).scalar_subquery()
+    beginning = select(literal_column("timestamptz '-infinity'", DateTime(timezone=True))).scalar_subquery()
     return TaskRow.available_at.between(beginning, select(statement_time()).scalar_subquery())
 
 
