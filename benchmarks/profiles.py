@@ -30,6 +30,10 @@ class Profile:
     """Bytes of a checkpoint to number of workflows and number of steps of each."""
     children: int
     waiters: int
+    receivers: tuple[int, int]
+    """Tasks that receive, and messages to each of them."""
+    exchanges: int
+    """Pairs of tasks that exchange a message."""
     idle_workers: tuple[int, ...]
     idle_seconds: float
     held: int
@@ -38,6 +42,12 @@ class Profile:
     """Pairs of the number of finished tasks and the number of sleeping tasks beside those that are drained."""
     drained_beside: int
     drained_under_snapshot: int
+    limited: int
+    """Tasks of a drain with limits."""
+    limited_tasks: tuple[int, ...]
+    """The numbers of tasks, on up to 100,000 keys, from which claims are timed."""
+    limited_claims: int
+    limited_under_snapshot: int
     soak_seconds: float
     soak_sample: float
 
@@ -59,12 +69,18 @@ SMALL: Final = Profile(
     checkpoints={KIB: (20, 10), 100 * KIB: (10, 5), 1024 * KIB: (4, 3)},
     children=200,
     waiters=500,
+    receivers=(20, 50),
+    exchanges=20,
     idle_workers=(1, 4),
     idle_seconds=4,
     held=300,
     levels=((0, 0), (100_000, 10_000), (1_000_000, 100_000)),
     drained_beside=5_000,
     drained_under_snapshot=20_000,
+    limited=5_000,
+    limited_tasks=(10_000, 200_000),
+    limited_claims=100,
+    limited_under_snapshot=20_000,
     soak_seconds=15,
     soak_sample=1,
 )
@@ -84,12 +100,18 @@ FULL: Final = Profile(
     checkpoints={KIB: (100, 20), 100 * KIB: (50, 10), 1024 * KIB: (10, 5)},
     children=1_000,
     waiters=10_000,
+    receivers=(100, 100),
+    exchanges=100,
     idle_workers=(1, 10),
     idle_seconds=10,
     held=1_000,
     levels=((0, 0), (1_000_000, 1_000_000), (10_000_000, 1_000_000)),
     drained_beside=30_000,
     drained_under_snapshot=500_000,
+    limited=30_000,
+    limited_tasks=(10_000, 1_000_000),
+    limited_claims=1_000,
+    limited_under_snapshot=100_000,
     soak_seconds=1_800,
     soak_sample=10,
 )

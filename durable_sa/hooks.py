@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm import scoped_session
 
 from .execution.hooks import HookChain
+from .results import TaskEnded
 from .spawns import OutgoingSpawn
 
 if TYPE_CHECKING:
@@ -83,6 +84,13 @@ class Hooks:
         pass through it as through `around_task`.
         """
         return nullcontext()
+
+    def on_failed(self, ended: TaskEnded) -> None:
+        """Take note of the final failure of a task, in the worker that has stored it, on the event loop.
+
+        It is called after the commit, so a crash in between loses the call; `on_failure=` of a task does not. An
+        exception is logged. The failure itself is logged in any case, at ERROR with its traceback.
+        """
 
 
 def scopes(hooks: Iterable[Hooks]) -> tuple[scoped_session[Any], ...]:

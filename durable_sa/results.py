@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from .errors import InvalidConfiguration
@@ -51,6 +51,20 @@ class TaskHandle(Generic[T_co]):
     """A reference to a task whose output is a `T`. It can be a param, a result or the argument of a step."""
 
     task_id: UUID
+
+
+@dataclass(frozen=True)
+class Race(Generic[T_co]):
+    """The outcome of a race."""
+
+    winner: str
+    """The keyword of the wait that was over first."""
+    value: T_co
+    """The message, the payload or the result of the child; None for a sleep."""
+
+
+AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
+"""What names a task in calls about existing ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +124,7 @@ class TaskFilter:
     state: TaskStatus | str | Collection[TaskStatus | str] | None = None
     """A status, or several of them."""
     key: str | None = None
-    """The idempotency key."""
+    """The idempotency key, or the unique key."""
     limit_key: str | None = None
     error_name: str | None = None
     """The class name of the last failure, also of one after which the task is retried."""
@@ -178,7 +192,7 @@ class TaskInfo:
     attempt: int
     """The number of attempts that have begun."""
     key: str | None
-    """The idempotency key."""
+    """The idempotency key, or the unique key."""
     limit_key: str | None
     parent_task_id: UUID | None
     created_at: datetime
@@ -190,7 +204,7 @@ class TaskInfo:
     """The last failure, also one after which the task is retried. Its message is without values unless they were
     asked for."""
     waits_for: str | None
-    """The events, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
+    """The events, messages, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
     started_at: datetime | None = None
     """The start of the current or last attempt."""
     worker: str | None = None
@@ -213,8 +227,8 @@ class HistoryEntry:
     """One part of a task's history: an attempt, or a call of the task's code with its record."""
 
     kind: str
-    """`attempt`, `step`, `transaction`, `try` (a failed try of a step), `child`, `event`, `join`, `sleep`, `emit` or
-    `value`."""
+    """`attempt`, `step`, `transaction`, `try` (a failed try of a step), `child`, `event`, `join`, `sleep`, `emit`,
+    `message` (one that was received), `send`, `race` or `value`."""
     name: str
     """The name of the call; empty for an attempt, and for calls that have none."""
     status: str
@@ -228,7 +242,8 @@ class HistoryEntry:
     """None for what has not ended."""
     detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More about it, as far as it is known: `error` (a `TaskErrorInfo`), `traceback` and `worker` of an attempt;
-    `task_id` and `task_name` of a subtask; `until` of a wait; `value` if payloads were asked for."""
+    `task_id` and `task_name` of a subtask; `message_id` of a message; `winner` of a race; `until` of a wait; `value`
+    if payloads were asked for."""
 
     @property
     def duration(self) -> timedelta | None:
@@ -254,6 +269,23 @@ class BulkResult:
     done: int
     skipped: int
     """Tasks that were left as they are: the operation does not apply to them, or it was a dry run."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnded:
+    """A task that has failed or was cancelled: the params of a follow-up."""
+
+    task_id: UUID
+    task_name: str
+    queue_name: str
+    params: Any = field(repr=False)
+    """The params of the task as plain JSON."""
+    status: TaskStatus
+    """`failed` or `cancelled`."""
+    error: TaskErrorInfo | None = None
+    """The failure, the time limit that cancelled the task, or the last failure of one that was cancelled otherwise."""
+    truncated: bool = False
+    """True if the params are left out, because they do not fit beside the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +322,10 @@ class ScheduleFilter:
     """None: the schedules of all queues."""
 
 
+LimitKeyState: TypeAlias = Literal["open", "full", "throttled", "closed"]
+"""The state of a limit key; of several that are true of it, the first of closed, full, throttled."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """The numbers of a queue's tasks, all counted at the same moment."""
@@ -305,3 +341,21 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
+    limit_keys: Mapping[LimitKeyState, int] = field(default_factory=dict[LimitKeyState, int])
+    """How many of its limit keys are open, full, throttled or closed. Empty for a queue without limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitKeyInfo:
+    """The state of a limit key."""
+
+    key: str | None
+    """None for the tasks of the queue that have no key."""
+    state: LimitKeyState
+    """`full`: its tasks hold all slots; `throttled`: its rate allows no start yet; `closed`: until `opens_at`."""
+    running: int
+    """Slots that its tasks hold."""
+    waiting: int
+    """Its tasks that are due and not claimed, counted up to 1,000."""
+    opens_at: datetime | None
+    """When a closed key opens, or a throttled one has its next start. None otherwise."""

@@ -10,17 +10,18 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast, overload
 
+from pydantic import ValidationError
 from sqlalchemy import Row
 from typing_extensions import Unpack
 
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
 from .ids import new_id, plain
 from .names import validate_name
-from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
+from .options import LimitOptions, ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
-from .tasks import OfTask, Task
+from .tasks import FollowUp, OfTask, Task
 
 if TYPE_CHECKING:
     from .app import App
@@ -78,6 +79,9 @@ class OutgoingSpawn:
     """Those whose keys begin with `durable::`."""
 
 
+NO_LIMITS = LimitOptions()
+
+
 class Kind(NamedTuple):
     """The values that many tasks may have in common, in the order of `KIND_COLUMNS`."""
 
@@ -97,6 +101,7 @@ class Kind(NamedTuple):
     available_at: datetime | None
     delay_seconds: float | None
     parent_task_id: uuid.UUID | None
+    follow_ups: str | None = None
 
 
 class Prepared(NamedTuple):
@@ -110,6 +115,8 @@ class Prepared(NamedTuple):
     """The other values, in the same object or an equal one for tasks that have them in common."""
     codec: Codec[Any]
     """The codec of the params."""
+    limits: LimitOptions | None = None
+    """The options of limits, None if it has none."""
 
     @property
     def task_name(self) -> str:
@@ -124,6 +131,11 @@ class Prepared(NamedTuple):
         """The values to insert, in the order of `SPAWN_COLUMNS`."""
         kind = self.kind
         return (self.task_id, self.run_id, *kind[:2], self.params, *kind[2:], self.idempotency_key)
+
+    @property
+    def all_values(self) -> tuple[Any, ...]:
+        """The values to insert, in the order of `LIMITED_SPAWN_COLUMNS`."""
+        return (*self.values, *(self.limits or NO_LIMITS)[:3])
 
 
 class SpawnCall:
@@ -235,7 +247,30 @@ def prepare(
         headers = encode_headers(outgoing.headers, outgoing.internal_headers)
     if headers is not resolved.headers or parent_task_id is not None:
         kind = kind._replace(headers=None if headers == "{}" else headers, parent_task_id=parent_task_id)
-    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec)
+    declaring = client.tasks.get(name) if known is None else known
+    on_failure = client.on_failure if declaring is None else declaring.on_failure or client.on_failure
+    on_cancel = client.on_cancel if declaring is None else declaring.on_cancel or client.on_cancel
+    if on_failure is not None or on_cancel is not None:
+        kind = kind._replace(follow_ups=_follow_ups(client, on_failure, on_cancel))
+    limits = resolved.limits
+    if limits is None and resolved.queue_name in client.limited_queues:
+        limits = NO_LIMITS
+    if known is not None and known.limit_key is not None and (limits is None or limits.limit_key is None):
+        limits = _with_key(known, params, limits, unchecked=unchecked)
+    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec, limits)
+
+
+def _with_key(
+    task: Task[Any, Any], params: Any, limits: LimitOptions | None, *, unchecked: bool = False
+) -> LimitOptions | None:
+    """Return the options with the key that the task makes of its params; params that do not fit have none."""
+    try:
+        key = task.limit_key_of(params)
+    except ValidationError:
+        if not unchecked:
+            raise
+        return limits
+    return limits if key is None else (limits or NO_LIMITS)._replace(limit_key=key)
 
 
 def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepared) -> Prepared:
@@ -243,13 +278,49 @@ def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepar
     text = task.encode_params(params)
     if text is not None:
         check_size(text, client.max_payload_bytes, f"the params of task {task.name!r}")
-    return Prepared(new_id(), new_id(), text, *like[3:])
+    limits = like.limits
+    if task.limit_key is not None:
+        limits = _with_key(task, params, None if limits is None else limits._replace(limit_key=None))
+    return Prepared(new_id(), new_id(), text, like.idempotency_key, like.kind, like.codec, limits)
 
 
 @functools.lru_cache(maxsize=1024)
 def _without_options(name: str, task: TaskOptions, defaults: TaskOptions) -> tuple[ResolvedSpawn, Kind]:
     resolved = resolve_spawn_options({}, task, defaults)
     return resolved, _kind(name, resolved)
+
+
+def _follow_ups(
+    client: App, on_failure: FollowUp | None, on_cancel: FollowUp | None, seen: frozenset[str] = frozenset()
+) -> str | None:
+    """Encode follow-ups as they are stored with a task; `seen` are the names of those that this one follows."""
+    stored: list[str] = []
+    for outcome, declared in (("failed", on_failure), ("cancelled", on_cancel)):
+        follow_up = client.tasks.get(declared, declared) if isinstance(declared, str) else declared
+        name = follow_up if follow_up is None or isinstance(follow_up, str) else follow_up.name
+        # A follow-up has those of its own task, but not once more one that it follows itself, which would not end.
+        if follow_up is None or name is None or name in seen:
+            continue
+        further = None
+        if isinstance(follow_up, Task) and (follow_up.on_failure or follow_up.on_cancel):
+            further = _follow_ups(client, follow_up.on_failure, follow_up.on_cancel, seen | {name})
+        text = _stored_follow_up(follow_up, client.defaults, client.max_payload_bytes)
+        stored.append(f'"{outcome}":{text[:-1]},"follow_ups":{further or "null"}}}')
+    return f"{{{','.join(stored)}}}" if stored else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored_follow_up(follow_up: FollowUp, defaults: TaskOptions, max_payload_bytes: int) -> str:
+    name, options = (follow_up, TaskOptions()) if isinstance(follow_up, str) else (follow_up.name, follow_up.options)
+    kind = _kind(name, resolve_spawn_options({}, options, defaults))
+    stored: dict[str, Any] = {
+        field: getattr(kind, field)
+        for field in Kind._fields
+        if field not in ("headers", "available_at", "delay_seconds", "parent_task_id", "follow_ups")
+    }
+    # Without a queue of its own, it goes to that of the task it follows.
+    stored |= {"queue_name": options.queue_name, "max_payload_bytes": max_payload_bytes}
+    return UNTYPED.encode(stored, "a follow-up")
 
 
 def _kind(name: str, resolved: ResolvedSpawn) -> Kind:
@@ -304,6 +375,7 @@ def lookup_params(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
         "task_ids": [item.task_id for item in items],
         "queue_names": [item.queue_name for item in items],
         "idempotency_keys": [item.idempotency_key for item in items],
+        "unique_keys": [(item.limits or NO_LIMITS).unique_key for item in items],
     }
 
 
@@ -321,9 +393,14 @@ def resolve_missing(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any
     found = [row for row in rows if row.wanted_id == item.task_id]
     if found and not found[0].queue_exists:
         return QueueNotFound(item.queue_name)
+    unique = None if item.limits is None else item.limits.unique_key
     for row in found:
         if row.task_id == item.task_id:
             return spawn_result(item)
+        if row.task_id is not None and unique is not None:
+            if row.task_name != item.task_name:
+                return IdempotencyConflict(unique, item.queue_name, row.task_id, unique=True)
+            return SpawnResult(plain(row.task_id), plain(row.run_id), max(row.attempt, 1), False)
         if row.task_id is not None:
             if row.task_name != item.task_name or not _same_params(item, row.params):
                 return IdempotencyConflict(str(item.idempotency_key), item.queue_name, row.task_id)

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSConfig, EnqueueOptions
 
-from .base import QUEUE, Params, Settings, System, noop_step
+from .base import AT_A_TIME, KEYS, NEVER, QUEUE, Params, Settings, System, noop_step
 
 VERSION = "bench"
 PATIENCE = 3600.0
@@ -27,11 +27,17 @@ class DbosSystem(System):
 
     def __init__(self) -> None:
         super().__init__()
+        self._kind: str | None = None
         self._register()
 
     def _register(self) -> None:
         @DBOS.workflow(name="noop")
         async def noop(params: Params) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        @DBOS.workflow(name="keyed")
+        async def keyed(params: Params) -> None:
             self.probe.begin()
             self.probe.end()
 
@@ -83,6 +89,27 @@ class DbosSystem(System):
             self.probe.wait()
             await DBOS.sleep_async(PATIENCE)
 
+        @DBOS.workflow(name="collect")
+        async def collect(params: Params) -> None:
+            self.probe.begin()
+            self.probe.wait()
+            for _ in range(params["count"]):
+                await DBOS.recv_async("note", timeout_seconds=PATIENCE)
+            self.probe.end()
+
+        @DBOS.workflow(name="answer")
+        async def answer(params: Params) -> None:
+            asker = await DBOS.recv_async("question", timeout_seconds=PATIENCE)
+            await DBOS.send_async(asker, message=True, topic="answer")
+
+        @DBOS.workflow(name="ask")
+        async def ask(params: Params) -> None:
+            await DBOS.recv_async("go", timeout_seconds=PATIENCE)
+            self.probe.asks(params["i"])
+            await DBOS.send_async(params["other"], DBOS.workflow_id, "question")
+            await DBOS.recv_async("answer", timeout_seconds=PATIENCE)
+            self.probe.answered(params["i"])
+
     async def install(self, url: str) -> None:
         await asyncio.to_thread(DBOS.migrate, url)
 
@@ -113,6 +140,8 @@ class DbosSystem(System):
             for key, name in (("concurrency", "worker_concurrency"), ("poll_interval", "polling_interval_sec"))
             if key in settings
         }
+        if self._kind is not None:
+            queue |= {"partition_concurrency": AT_A_TIME} if self._kind == "keys" else {"global_concurrency": NEVER}
 
         def launch() -> None:
             DBOS(config=config)
@@ -124,11 +153,17 @@ class DbosSystem(System):
     async def rest(self) -> None:
         await asyncio.to_thread(DBOS.destroy)
 
+    async def limit(self, url: str | None, kind: str | None) -> None:
+        self._kind = kind
+
     def _options(self, task: str) -> EnqueueOptions:
         return {"workflow_name": task, "queue_name": QUEUE, "app_version": VERSION}
 
     async def spawn_one(self, slot: int, task: str, params: Params) -> Any:
-        return await self._client.enqueue_async(self._options(task), params)
+        options = self._options(task)
+        if self._kind == "keys":
+            options["queue_partition_key"] = f"key-{params['i'] % KEYS}"
+        return await self._client.enqueue_async(options, params)
 
     async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
         def enqueue() -> None:
@@ -143,6 +178,12 @@ class DbosSystem(System):
 
     async def emit(self, name: str) -> None:
         await self._client.enqueue_async({**self._options("emit"), "workflow_id": "emitter"}, name)
+
+    async def send(self, handle: Any, topic: str, payload: Any) -> None:
+        await self._client.send_async(handle.workflow_id, payload, topic)
+
+    def identify(self, handle: Any) -> str:
+        return str(handle.workflow_id)
 
 
 SYSTEM = DbosSystem

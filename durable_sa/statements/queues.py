@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    literal_column,
     or_,
     select,
     true,
@@ -28,7 +29,7 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
-from ..models import RETENTION, Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait
+from ..models import RETENTION, Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait
 from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
 from .fencing import materialized
 
@@ -50,14 +51,16 @@ CREATE_QUEUE = _creation.on_conflict_do_update(
             (_set_event_retention, _creation.excluded.event_retention), else_=Queue.event_retention
         ),
     },
-)
+).returning((literal_column("xmax") == literal_column("'0'::xid")).label("created"))
 """Create a queue, or change the given policies of an existing one."""
 
 LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
 """The names of all queues."""
 
-KNOWN_QUEUES = select(Queue.queue_name).where(Queue.queue_name == func.any(array("queue_names", Text())))
-"""Which of these queues exist."""
+KNOWN_QUEUES = select(Queue.queue_name, Queue.limited_at.is_not(None).label("limited")).where(
+    Queue.queue_name == func.any(array("queue_names", Text()))
+)
+"""Which of these queues exist, and whether they have limits."""
 
 LOCK_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
 """Lock a queue against being dropped until the transaction ends. Returns no row if it does not exist."""
@@ -147,9 +150,11 @@ DELETE_TASKS = (
     .add_cte(
         delete(Checkpoint).where(Checkpoint.task_id == _gone.c.task_id).cte("gone_checkpoints"),
         delete(RunRow).where(RunRow.task_id == _gone.c.task_id).cte("gone_runs"),
+        delete(Message).where(Message.task_id == _gone.c.task_id).cte("gone_messages"),
+        delete(TaskValueRow).where(TaskValueRow.task_id == _gone.c.task_id).cte("gone_values"),
     )
 )
-"""Delete ended tasks with their checkpoints and runs; those with an unfinished ancestor, a child or a waiter stay.
+"""Delete ended tasks with all that belongs to them; those with an unfinished ancestor, a child or a waiter stay.
 
 Fails with 55P03 at once if another transaction has locked a row that belongs to one of them, such as a row of the
 application that refers to it.
@@ -197,6 +202,8 @@ DELETE_QUEUE_TASKS = (
         delete(Checkpoint).where(Checkpoint.task_id == _some.c.task_id).cte("gone_checkpoints"),
         delete(RunRow).where(RunRow.task_id == _some.c.task_id).cte("gone_runs"),
         delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
+        delete(Message).where(Message.task_id == _some.c.task_id).cte("gone_messages"),
+        delete(TaskValueRow).where(TaskValueRow.task_id == _some.c.task_id).cte("gone_values"),
     )
 )
 """Delete a batch of a dropped queue's tasks, with all that belongs to them."""
@@ -273,6 +280,7 @@ QUEUE_STATISTICS = (
             TaskRow.outcome == constant("failed"),
         ).label("failed"),
         func.extract("epoch", statement_time() - _now.c.oldest_at).label("oldest_ready_seconds"),
+        Queue.limited_at.is_not(None).label("limited"),
     )
     .select_from(Queue)
     .join(_now, true())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Row
 
 from ..database.hint import Hint
 from ..database.notifier import HintSender
+from ..execution.waits import MESSAGE_WAITS
 from ..execution.writes import Kind, Write
 from .agenda import Agenda
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
+
+_NOT_TO_RESOLVE = MESSAGE_WAITS | {"sleep"}
+"""Kinds of waits that are over by their time, or by a message, and by nothing else that may have happened before."""
 
 
 class Dispatcher:
@@ -32,6 +37,11 @@ class Dispatcher:
         """Follow up on writes of one kind, with the rows that their statement returned."""
         agenda = self._agenda
         agenda.results_written()
+        if writes[0].limited:
+            agenda.keys_changed()
+            if self._slots.free <= 0:
+                # Another worker has to take what the slots of these keys are free for.
+                self._hints.send(_lanes(agenda.limited.queues))
         match kind:
             case Kind.COMPLETION:
                 if children := rows[0].child_task_ids:
@@ -41,17 +51,21 @@ class Dispatcher:
                 if failed:
                     agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
                     agenda.cascade(row.task_id for row in failed)
-                self.announce(Hint().add_rows(row for row in rows if row.state != "failed"))
+                self.announce(Hint().add_rows(row for row in rows if row.state != "failed").add_follow_ups(failed))
             case Kind.SUSPENSION:
-                waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
-                if waiting:
-                    agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)
+                kinds = {write.task_id: {wait.kind for wait in write.waits} for write in writes}
+                if waiting := {row.task_id for row in rows if kinds[row.task_id] - _NOT_TO_RESOLVE}:
+                    agenda.resolve_waits(waiting)
+                if receiving := {row.task_id for row in rows if kinds[row.task_id] & MESSAGE_WAITS}:
+                    agenda.deliver_messages(receiving)
                 self.announce(Hint().add_rows(rows))
             case Kind.EVENT:
                 agenda.deliver_events()
+            case Kind.MESSAGE:
+                agenda.deliver_messages(row.receiver_id for row in rows)
             case Kind.CHILD | Kind.RELEASE:
                 self.announce(Hint().add_rows(rows))
-            case Kind.CHECKPOINT | Kind.WAITS:
+            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
                 pass
 
     def announce(self, hint: Hint, *, everywhere: bool = False) -> None:
@@ -67,6 +81,9 @@ class Dispatcher:
         self._agenda.note(hint)
         self._agenda.offered += hint.tasks
         free = self._slots.free
+        if not hint.lanes and (hint.receivers or hint.messages) and not hint.cancelled:
+            # Any worker delivers messages to tasks of any queue.
+            return self._registration.active
         return (
             not hint.cancelled
             and self._registration.active
@@ -75,3 +92,10 @@ class Dispatcher:
             and free >= self._agenda.offered
             and free * 2 > self._slots.concurrency
         )
+
+
+def _lanes(queue_names: Iterable[str]) -> Hint:
+    hint = Hint()
+    for name in queue_names:
+        hint.add(name, 0, datetime(1970, 1, 1, tzinfo=UTC))
+    return hint

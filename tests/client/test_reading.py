@@ -139,6 +139,42 @@ async def wait_for_ever(ctx: TaskContext) -> None:
 async def nothing() -> None: ...
 
 
+async def test_messages_and_races(durable: Durable) -> None:
+    @durable.task
+    async def talk(ctx: TaskContext) -> None:
+        await ctx.send(ctx.task_id, "note", SECRET)
+        await ctx.receive("note")
+        await ctx.race("first", paid=ctx.receive("paid"), late=ctx.sleep_for("grace", 3600))
+        await ctx.receive("second", timeout=3600)
+
+    async with durable.worker():
+        spawned = await durable.spawn(talk)
+
+        async def waits_for(topic: str) -> bool:
+            return f"message '{topic}'" in ((await durable.get_task(spawned)).waits_for or "")
+
+        await eventually(lambda: waits_for("paid"))
+        [waiting] = [
+            entry for entry in await durable.get_history(spawned) if entry.kind == "message" and entry.name == "paid"
+        ]
+        assert waiting.status == "waiting"
+        await durable.send(spawned, "paid", SECRET)
+        await eventually(lambda: waits_for("second"))
+    history = await durable.get_history(spawned)
+    assert sorted((entry.kind, entry.name, entry.status) for entry in history if entry.kind != "attempt") == [
+        ("message", "note", "completed"),
+        ("message", "paid", "completed"),
+        ("message", "second", "waiting"),
+        ("race", "first", "completed"),
+        ("send", "note", "completed"),
+    ]
+    details = {(entry.kind, entry.name): dict(entry.detail) for entry in history}
+    assert details["race", "first"] == {"winner": "paid"}
+    assert set(details["message", "note"]) == {"message_id"}
+    assert SECRET not in str(history)
+    assert SECRET in str(await durable.get_history(spawned, payloads=True))
+
+
 async def test_the_history_of_a_task_that_has_failed_twice(durable: Durable) -> None:
     @step(max_attempts=2, retry_strategy=RetryStrategy.fixed(0.01))
     async def charge(secret: str) -> None:
@@ -288,8 +324,9 @@ async def test_each_field_of_a_filter(durable: Durable) -> None:
         await durable.wait_for_result(origin, timeout=20)
     (first,) = await spawn_names(durable, "plain", idempotency_key="order-17")
     (second,) = await spawn_names(durable, "plain", queue_name="mail", idempotency_key="order-17")
-    (third,) = await spawn_names(durable, "other")
+    (third,) = await spawn_names(durable, "other", limit_key="acme", unique="report")
     await durable.cancel_task(third)
+    assert ((info := await durable.get_task(third)).key, info.limit_key) == ("report", "acme")
     (child,) = await ids(durable, TaskFilter(parent=origin))
     everything = {failed.task_id, origin.task_id, first, second, third, child}
     ended = {failed.task_id, origin.task_id, third}
@@ -318,7 +355,9 @@ async def test_each_field_of_a_filter(durable: Durable) -> None:
         (TaskFilter(running_longer_than=0), set()),
         (TaskFilter(parent=origin.task_id, task_name="plain"), {child}),
         (TaskFilter(parent=first), set()),
-        (TaskFilter(limit_key="acme"), set()),
+        (TaskFilter(limit_key="acme"), {third}),
+        (TaskFilter(limit_key="acme", queue_name="mail"), set()),
+        (TaskFilter(key="report"), {third}),
         (TaskFilter(version=2), set()),
     ):
         assert set(await ids(durable, where)) == expected, where

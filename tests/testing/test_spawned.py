@@ -1,6 +1,7 @@
 """Tasks that an open transaction has spawned are listed, asserted, and run inside it."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,9 +18,14 @@ from durable_sa import (
     Durable,
     Hooks,
     InvalidConfiguration,
+    Limit,
+    Rate,
+    RateLimited,
     RetryStrategy,
     SyncTaskContext,
     TaskContext,
+    TaskEnded,
+    TaskNotFound,
     TaskNotRegistered,
     TaskRow,
     TaskStatus,
@@ -107,12 +113,20 @@ async def waiter(ctx: TaskContext, limit: float | None) -> str:
         return "too late"
 
 
+@task("refused", max_attempts=1)
+async def refused(ctx: TaskContext, times: int) -> int:
+    await ctx.join(await ctx.spawn("child", square, 2, limit_key="acme"))
+    if ctx.attempt <= times:
+        raise RateLimited(retry_after=60)
+    return ctx.attempt
+
+
 @task("payer")
 def payer(ctx: SyncTaskContext) -> None:
     ctx.emit_event("paid", "five")
 
 
-TASKS = [square, order, sync_order, parent, waiter, payer]
+TASKS = [square, order, sync_order, parent, waiter, payer, refused]
 
 
 @pytest.fixture
@@ -204,6 +218,27 @@ async def test_asserting(own: Durable, session: Session):
         assert_spawned(session, order)
     with pytest.raises(TypeError, match="unexpected keyword argument 'prority'"):
         assert_spawned(session, parent, prority=3)
+
+
+async def test_limits_are_options_and_hold_nothing_up(own: Durable, durable: Durable, session: Session):
+    await durable.create_queue("llm", limit_per_key=Limit(rate=Rate(1, per=3600)))
+    options: dict[str, Any] = {"queue_name": "llm", "limit_key": "acme", "weight": 3, "unique": "k"}
+    own.spawn_with(session, refused, 2, **options)
+    own.spawn_with(session, square, 3, queue_name="llm")
+    info = assert_spawned(session, refused, 2, **options)
+    assert (info.key, info.limit_key) == ("k", "acme")
+    assert assert_spawned(session, square, limit_key=None, unique=None, weight=1).limit_key is None
+    for wrong in ({"limit_key": "other"}, {"weight": 1}, {"unique": None}):
+        with pytest.raises(AssertionError, match="key='k', limit_key='acme'"):
+            assert_spawned(session, refused, **wrong)
+    found = {info.task_name: info for info in run_spawned(session, own)}
+    assert (found["refused"].output, found["refused"].failures, found["square"].status) == (3, 0, "completed")
+
+
+def test_a_task_that_is_always_refused_does_not_hang_the_test(own: Durable, session: Session):
+    own.spawn_with(session, refused, 1000)
+    with pytest.raises(AssertionError, match="'refused' was put off 100 times"):
+        run_spawned(session, own)
 
 
 async def test_asynchronous_executors_get_coroutines(own: Durable, async_session: AsyncSession):
@@ -387,3 +422,67 @@ def test_hooks_that_remove_a_scoped_session_leave_that_of_the_test(engine_of_tes
         assert "kept" in sessions.scalars(select(Entry.text)).all()
         sessions.remove()
         transaction.rollback()
+
+
+@task("asker")
+async def asker(ctx: TaskContext) -> list[Any]:
+    await ctx.publish("state", "asking")
+    helper = await ctx.spawn("helper", "helper", str(ctx.task_id))
+    await ctx.send(helper, "question", 6)
+    first = await ctx.race("answer", late=ctx.sleep_for("a day", 86400), given=ctx.receive("answer"))
+    second = await ctx.race("none", missing=ctx.receive("answer"), late=ctx.sleep_for("a day", 86400))
+    with pytest.raises(TaskTimeout):
+        await ctx.race("timeout", missing=ctx.receive("answer", timeout=60), event=ctx.await_event("never"))
+    await ctx.publish("state", "done")
+    return [first.winner, first.value, second.winner]
+
+
+@task("helper")
+def helper(ctx: SyncTaskContext, asker: str) -> None:
+    race = ctx.race("question", asked=lambda: ctx.receive("question", type=int), paid=lambda: ctx.await_event("paid"))
+    ctx.send(uuid.UUID(asker), "answer", race.value * 7)
+    if ctx.attempt == 1:
+        raise LookupError("once")
+
+
+@task("ends badly", on_failure="alert")
+async def ends_badly(ctx: TaskContext, number: int) -> None:
+    try:
+        await ctx.send(uuid.uuid4(), "question")
+    except TaskNotFound:
+        raise UserError("nobody") from None
+
+
+@task("alert")
+async def alert(ctx: TaskContext, ended: TaskEnded) -> list[Any]:
+    assert ended.error is not None
+    return [ended.task_name, ended.params, ended.error.message]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_messages_values_races_and_follow_ups(
+    own: Durable, session: Session, async_session: AsyncSession, asynchronous: bool
+):
+    failed: list[TaskEnded] = []
+
+    class Watch(Hooks):
+        def on_failed(self, ended: TaskEnded) -> None:
+            failed.append(ended)
+
+    talking = Durable(tasks=[asker, helper, ends_badly, alert], hooks=[Watch()])
+    if asynchronous:
+        spawned = await talking.spawn_with(async_session, asker)
+        await talking.spawn_with(async_session, ends_badly, 3)
+        found = await run_spawned(async_session, talking)
+        assert await talking.get_value_with(async_session, spawned, "state") == "done"
+    else:
+        spawned = talking.spawn_with(session, asker)
+        talking.spawn_with(session, ends_badly, 3)
+        found = run_spawned(session, talking)
+        assert talking.get_value_with(session, spawned, "state") == "done"
+    ended = {info.task_name: info for info in found}
+    assert len(found) == len(ended) == 4
+    assert ended["asker"].output == ["given", 42, "late"]
+    assert (ended["helper"].status, ended["helper"].attempt) == ("completed", 2)
+    assert ended["alert"].output == ["ends badly", 3, "nobody"]
+    assert [each.task_id for each in failed] == [ended["ends badly"].task_id]
