@@ -1,8 +1,8 @@
 """Durable execution for applications that use SQLAlchemy.
 
 The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
-`telemetry`, `testing`, `testing.plugin`, `migrations`, `embedded` and `cli`. All others belong to the engine and may
-change in any release.
+`telemetry`, `testing`, `testing.plugin`, `integrations`, `migrations`, `embedded` and `cli`. All others belong to the
+engine and may change in any release.
 """
 
 from importlib import metadata
@@ -46,6 +46,8 @@ from .results import (
     ScheduleFilter,
     ScheduleInfo,
     SpawnResult,
+    StreamItem,
+    StreamRestart,
     TaskEnded,
     TaskErrorInfo,
     TaskHandle,
@@ -87,6 +89,8 @@ __all__ = [
     "Spawn",
     "SpawnOptions",
     "SpawnResult",
+    "StreamItem",
+    "StreamRestart",
     "SyncTaskContext",
     "Task",
     "TaskAlreadyRegistered",

@@ -7,7 +7,7 @@ from typing import Final, Literal
 from .errors import InvalidConfiguration, InvalidName
 
 NameKind = Literal[
-    "queue", "task", "step", "event", "topic", "value", "schedule", "worker", "header", "idempotency key"
+    "queue", "task", "step", "event", "topic", "value", "stream", "schedule", "worker", "header", "idempotency key"
 ]
 
 MAX_NAME_BYTES: Final = 200
@@ -20,6 +20,7 @@ _RESERVED_PREFIX: Final[dict[str, str]] = {
     "event": "$",
     "topic": "$",
     "value": "$",
+    "stream": "$",
     "header": "durable::",
 }
 _CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -30,9 +31,9 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
     """Return `value` as a plain `str` if it may name a `kind`.
 
     A name has 1 to 200 bytes of UTF-8 (an idempotency key up to 255), no control characters, and something else than
-    blanks. Schedule names are
-    made of ASCII letters, digits, `_` and `-`. `$` at the start of names of steps, events, topics and values, and
-    `durable::` at the start of header keys are reserved; `internal` lets them pass for the engine's own.
+    blanks. Schedule names are made of ASCII letters, digits, `_` and `-`. `$` at the start of names of steps, events,
+    topics, values and streams, and `durable::` at the start of header keys are reserved; `internal` lets them pass
+    for the engine's own.
 
     Raises:
         InvalidName: with the kind, the value and the rule it breaks.

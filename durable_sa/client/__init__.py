@@ -32,7 +32,7 @@ from .messages import Messages
 from .queues import QueuePolicy, Queues
 from .registry import Registry
 from .schedules import Schedules
-from .values import PublishedValues
+from .streams import StreamReading
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
@@ -45,7 +45,7 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, PublishedValues, Events, Queues, Schedules, Messages, Generic[StateT]):
+class Durable(Registry, StreamReading, Events, Queues, Schedules, Messages, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process

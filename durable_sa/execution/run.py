@@ -28,6 +28,7 @@ from .host import RunHost
 from .journal import Entry, Journal
 from .lines import Lines
 from .publishing import Publications
+from .streaming import Block, Source
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
 
@@ -64,6 +65,8 @@ class Run:
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
         self.lines = Lines()
         self._publications: Publications | None = None
+        self.open_streams: set[str] = set()
+        """Names of the streams that blocks of this run have open."""
         self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
@@ -343,6 +346,10 @@ class Run:
                 warn=self.warn,
             )
         self._publications.publish(name, text)
+
+    def stream_block(self, name: str, source: Source) -> Block:
+        """Return a block of a stream, which is not open yet."""
+        return Block(self.claimed, self.host.writer, name, source, on_lost=lambda: self.take_away(LeaseLost()))
 
     async def fetch(self, entry: Entry, key: uuid.UUID) -> Entry:
         """Return a checkpoint with its value, which was too large to load with the others."""

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
-from ..statements import checkpoints, messages, outcomes, suspending, values
+from ..statements import checkpoints, messages, outcomes, streams, suspending, values
 from ..statements.expressions import arrays
 from ..statements.spawning import SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -29,6 +29,7 @@ class Kind(Enum):
     MESSAGE = "message"
     RECEIPT = "receipt"
     PUBLICATION = "publication"
+    ITEMS = "items"
     WAITS = "waits"
     RACE = "race"
     SUSPENSION = "suspension"
@@ -40,7 +41,7 @@ class Kind(Enum):
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""
 
-KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT, Kind.RACE})
+KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT, Kind.RACE, Kind.ITEMS})
 """Kinds that are stored under a key, once."""
 
 REFUSABLE = frozenset({Kind.CHILD, Kind.MESSAGE})
@@ -108,6 +109,21 @@ class PublicationValues(NamedTuple):
     """JSON texts by the names of values."""
 
 
+class ItemsValues(NamedTuple):
+    """A row of items of a stream."""
+
+    name: str
+    block_id: uuid.UUID
+    position: int
+    """Of the last item."""
+    step_key: uuid.UUID
+    try_id: uuid.UUID
+    items: str
+    """A JSON array."""
+    reservation: int | None
+    """The position up to which further ones are reserved."""
+
+
 class SuspensionValues(NamedTuple):
     waited: bool
     """True if waits of the task may be stored, which the statement deletes."""
@@ -140,6 +156,7 @@ Values: TypeAlias = (
     | ReceiptValues
     | RaceValues
     | PublicationValues
+    | ItemsValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -194,6 +211,8 @@ def escape(write: Write) -> bool:
             escaped = present._replace(payload=in_ascii(text))
         case PublicationValues(published):
             escaped = PublicationValues({name: in_ascii(text) for name, text in published.items()})
+        case ItemsValues(items=text):
+            escaped = present._replace(items=in_ascii(text))
         case CompletionValues(output=text):
             escaped = present._replace(output=in_ascii(text))
         case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
@@ -266,6 +285,11 @@ def _publications(writes: list[Write[PublicationValues]]) -> tuple[Executable, d
     return values.PUBLISH, fenced | arrays(values.VALUE_COLUMNS, rows)
 
 
+def _items(writes: list[Write[ItemsValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, write.key, *write.values) for write in writes]
+    return streams.WRITE_ITEMS, arrays(streams.ITEM_COLUMNS, rows)
+
+
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
     return suspending.REGISTER_WAITS, fenced | _wait_columns(writes)
@@ -313,6 +337,7 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.RECEIPT: _receipts,
     Kind.RACE: _races,
     Kind.PUBLICATION: _publications,
+    Kind.ITEMS: _items,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
@@ -359,6 +384,8 @@ def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
             return dict.fromkeys(row.child_task_id for row in rows)
         case Kind.EVENT:
             return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
+        case Kind.ITEMS:
+            return {(row.task_id, row.key): Stored("completed" if row.valid else "refused", None) for row in rows}
         case Kind.MESSAGE:
             return {(row.task_id, row.key): None for row in rows}
         case Kind.RACE:

@@ -23,10 +23,12 @@ from ..client import Durable
 from ..context import TaskContext
 from ..context.base import Call
 from ..context.races import Member
+from ..context.streams import TaskStream
 from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
 from ..execution.run import Run
+from ..execution.streaming import ended
 from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
@@ -204,6 +206,10 @@ class MemoryContext(TaskContext[Any], _Enterable):
     async def _decide(self, call: Call, members: Mapping[str, Member]) -> Race[Any]:
         return await self._memory.decide(call.name, {key: member.coroutine for key, member in members.items()})
 
+    def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> TaskStream[Any]:  # noqa: A002
+        """Return a block whose items are found in `recorded.streams`."""
+        return MemoryStream(self, super().stream(name, type, keep_open=keep_open))
+
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""
         return await self._draw("$rand", codec_for(float), self._random.random)
@@ -216,6 +222,37 @@ class MemoryContext(TaskContext[Any], _Enterable):
         milliseconds = int(self._memory.now().timestamp() * 1000)
         bits = milliseconds << 80 | 0x7 << 76 | self._random.getrandbits(12) << 64
         return uuid.UUID(int=bits | 0b10 << 62 | self._random.getrandbits(62))
+
+
+class MemoryStream(TaskStream[Any]):
+    """A block of a stream in a unit test."""
+
+    def __init__(self, context: MemoryContext, stream: TaskStream[Any]) -> None:
+        super().__init__(context, stream.name, stream.codec, keep_open=stream.keep_open)
+        self._memory = context._memory
+        self._items: list[Any] | None = None
+
+    async def __aenter__(self) -> Self:
+        memory = self._memory
+        if self.name in memory.ended_streams:
+            raise ended(self.name)
+        if self.name in memory.open_streams:
+            raise InvalidState(f"Stream {self.name!r}", "open in another block of this task", "Leave that first.")
+        memory.open_streams.add(self.name)
+        self._items = memory.recorded.streams.setdefault(self.name, [])
+        return self
+
+    async def write(self, item: Any) -> None:
+        """Record an item."""
+        if self._items is None or self.name not in self._memory.open_streams:
+            raise ended(self.name)
+        what = f"an item of stream {self.name!r}"
+        self._items.append(UNTYPED.decode(self.codec.encode(item, what), what))
+
+    async def __aexit__(self, *_: object) -> None:
+        self._memory.open_streams.discard(self.name)
+        if not self.keep_open:
+            self._memory.ended_streams.add(self.name)
 
 
 class MemorySyncContext(SyncTaskContext[Any], _Enterable):

@@ -90,3 +90,20 @@ async def test_doctor_finds_messages_and_values_of_no_task_and_missed_ones(cli: 
     async with durable.worker() as worker:
         worker.maintenance.look_at_everything()
         assert (await durable.wait_for_result(spawned, timeout=10)).output is None
+
+
+async def test_a_stream_is_printed_and_followed(cli: CommandLine, durable: Durable) -> None:
+    @durable.task
+    async def work(ctx: TaskContext) -> None:
+        async with ctx.stream("answer") as stream:
+            for word in ("a", "b"):
+                await stream.write(word)
+
+    async with durable.worker():
+        spawned = await durable.spawn(work)
+        followed = await cli("tasks", "stream", spawned.task_id, "answer", "--follow", "--payloads")
+    assert followed.stdout == '1\t"a"\n2\t"b"\n'
+    assert (await cli("tasks", "stream", spawned.task_id, "answer")).stdout == "1\n2\n"
+    printed = await cli("tasks", "stream", spawned.task_id, "answer", "--after", 1, "--payloads", "--json")
+    assert printed.json == {"position": 2, "value": "b"}
+    assert (await cli("tasks", "stream", spawned.task_id, "other")).stdout == ""
