@@ -321,15 +321,20 @@ class Stream(Base):
         comment="of the step of the last block, or of the block in the task's body"
     )
     try_id: Mapped[uuid.UUID] = mapped_column(comment="the try of that step")
-    began_after: Mapped[int] = mapped_column(BigInteger(), comment="the last position when that try began to write")
+    began_after: Mapped[int] = mapped_column(
+        BigInteger(), server_default="0", comment="the last position when that step began to write"
+    )
     last_position: Mapped[int] = mapped_column(
         BigInteger(), server_default="0", comment="of the last item, while no block is open"
     )
     reserved: Mapped[int] = mapped_column(
         BigInteger(), server_default="0", comment="positions up to this may have been seen by readers"
     )
-    restarts: Mapped[Any | None] = mapped_column(
-        JSON(), comment="pairs: the last position that counts, and the last one that does not"
+    restarts_after: Mapped[list[int] | None] = mapped_column(
+        ARRAY(BigInteger()), comment="of each restart, the last position that still counts"
+    )
+    restarts_through: Mapped[list[int] | None] = mapped_column(
+        ARRAY(BigInteger()), comment="of each restart, the last position that is superseded"
     )
     closed_at: Mapped[datetime | None] = mapped_column(comment="set: readers come to the end")
     opened_at: Mapped[datetime] = mapped_column(server_default=_now)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import uuid
 from collections.abc import AsyncGenerator
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,7 +20,7 @@ from ..names import validate_name
 from ..results import AnyTaskId, StreamItem, StreamRestart, task_id_of
 from ..serialization.codec import UNTYPED, Codec, codec_for
 from ..statements import streams
-from ..statements.streams import PAGE
+from ..statements.streams import PAGE, PAGE_BYTES
 from ..validation import integer
 from .values import PublishedValues
 
@@ -35,8 +36,10 @@ IDLE_LOOKS = 100
 
 class _Page(NamedTuple):
     over: bool
-    restarts: list[list[int]]
+    restart: int | None
     rows: list[tuple[int, str]]
+    full: bool
+    """True if there may be more rows."""
 
 
 class StreamReading(PublishedValues):
@@ -87,9 +90,8 @@ class StreamReading(PublishedValues):
                 continue
             if page is None:
                 raise TaskNotFound(task_id)
-            restart = next((pair for pair in page.restarts if pair[0] < position <= pair[1]), None)
-            if restart is not None:
-                position = restart[0]
+            if page.restart is not None:
+                position, idle = page.restart, 0
                 yield StreamRestart(position)
                 continue
             for last, text in page.rows:
@@ -98,11 +100,12 @@ class StreamReading(PublishedValues):
                     if number > position:
                         position = number
                         yield StreamItem(number, item)
-            if (page.over or not follow) and len(page.rows) < PAGE:
+            if page.full:
+                continue
+            if page.over or not follow:
                 return
             idle = 0 if page.rows else idle + 1
-            if len(page.rows) < PAGE:
-                await self._next_look(POLL_INTERVAL if idle < IDLE_LOOKS else IDLE_INTERVAL)
+            await self._next_look(POLL_INTERVAL if idle < IDLE_LOOKS else IDLE_INTERVAL)
 
     async def _next_look(self, interval: float) -> None:
         """Wait for the next of the times at which all readers of an event loop look, to look together."""
@@ -122,12 +125,12 @@ async def _read(held: HeldConnection, items: list[tuple[uuid.UUID, str, int]]) -
         "afters": [after for _, _, after in distinct],
     }
     pages: dict[tuple[uuid.UUID, str, int], _Page] = {}
-    for row in await held.execute(streams.READ_STREAMS, parameters):
-        page = pages.get((row.task_id, row.name, row.after))
-        if page is None:
-            restarts = [] if row.restarts is None else json.loads(row.restarts) or []
-            page = _Page(bool(row.closed) or row.outcome is not None, restarts, [])
-            pages[row.task_id, row.name, row.after] = page
-        if row.position is not None:
-            page.rows.append((row.position, row.texts))
+    for key, found in groupby(
+        await held.execute(streams.READ_STREAMS, parameters), attrgetter("task_id", "name", "after")
+    ):
+        group = list(found)
+        lines = [(row.position, row.texts) for row in group if row.position is not None]
+        last = group[-1]
+        full = len(lines) >= PAGE or (last.through or 0) >= PAGE_BYTES
+        pages[key] = _Page(last.over, last.restart, lines, full)
     return [pages.get(item) for item in items]

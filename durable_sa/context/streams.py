@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import uuid
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast, overload
 
-from ..database.scripts import perform
 from ..errors import InvalidState
-from ..execution.streaming import Block, Source, ended
+from ..execution.run import Run
+from ..execution.streaming import Block, ended
+from ..execution.writes import BlockValues, Kind
 from ..ids import new_id
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, Codec, check_size, codec_for
-from ..signals import ControlFlow
-from .base import Call, ContextBase, enclosing_step
+from ..signals import LeaseLost
+from .base import ContextBase, enclosing_step
 
 T = TypeVar("T")
 
@@ -27,38 +28,38 @@ class TaskStream(Generic[T]):
         self.name = name
         self.codec = codec
         self.keep_open = keep_open
+        self._entered = self._left = False
         self._block: Block | None = None
+        """None before the block is entered, and in the replay of one that was left."""
         self._key: uuid.UUID | None = None
         """The key of the checkpoint of a block in the task's body; None in a step."""
-        self._skipping = False
-        """True in the replay of a block that was left."""
-        self._over = False
 
     async def __aenter__(self) -> Self:
-        context = self._context
-        run = context._run
+        context, run = self._context, self._context._run
+        if self._entered:
+            raise InvalidState(f"The block of stream {self.name!r}", "entered before", "Make one with `ctx.stream`.")
         call = context._call("stream", self.name)
         step = enclosing_step(run.branch().path)
-        if step is None and await context._recall(call) is not None:
-            self._skipping = True
+        recorded = step is None and await context._recall(call) is not None
+        self._entered = True
+        if recorded:
             return self
         await run.enter()
-        if self.name in run.open_streams:
-            raise InvalidState(f"Stream {self.name!r}", "open in another block of this task", "Leave that first.")
-        run.open_streams.add(self.name)
+        self._open_in(run.open_streams)
         try:
-            self._block = block = run.stream_block(self.name, _source(run, call, step))
-            self._key = call.key if step is None else None
+            values = BlockValues(self.name, *_source(run, call.key, step))
             with run.branches.busy():
-                await perform(context._app.database, block.opening)
-        except ControlFlow as signal:
-            run.open_streams.discard(self.name)
-            run.take_away(signal)
-            raise
+                self._block = run.open_streams[self.name] = await _open(run, values)
         except BaseException:
-            run.open_streams.discard(self.name)
+            del run.open_streams[self.name]
             raise
+        self._key = call.key if step is None else None
         return self
+
+    def _open_in(self, streams: dict[str, Any]) -> None:
+        if self.name in streams:
+            raise InvalidState(f"Stream {self.name!r}", "open in another block of this task", "Leave that first.")
+        streams[self.name] = None
 
     async def write(self, item: T) -> None:
         """Write an item, which readers get within about a tenth of a second. Waits only if many are not written yet.
@@ -67,49 +68,78 @@ class TaskStream(Generic[T]):
             InvalidState: the block is not entered, or was left.
             SerializationError, PayloadTooLarge: an item that cannot be stored.
         """
-        if self._skipping and not self._over:
+        self._check_open()
+        block, run = self._block, self._context._run
+        if block is None:
             return
-        if self._block is None or self._over:
-            raise (
-                ended(self.name)
-                if self._over
-                else InvalidState(
-                    f"Stream {self.name!r}", "not open", "Enter it: `async with ctx.stream(...) as stream:`."
-                )
-            )
-        run = self._context._run
+        await run.enter()
         what = f"an item of stream {self.name!r}"
         text = self.codec.encode(item, what)
         check_size(text, run.host.max_payload_bytes, what)
-        await run.enter()
-        with run.branches.busy():
-            await self._block.write(text)
+        if block.full:
+            with run.branches.busy():
+                while block.full:
+                    await block.next_written()
+        block.add(text)
+
+    def _check_open(self) -> None:
+        if self._left:
+            raise ended(self.name)
+        if not self._entered:
+            raise InvalidState(
+                f"Stream {self.name!r}", "not open", "Enter it: `async with ctx.stream(...) as stream:`."
+            )
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over = True
-        block = self._block
+        self._left = True
+        block, run = self._block, self._context._run
         if block is None:
             return
-        run = self._context._run
-        run.open_streams.discard(self.name)
-        if run.signal is not None or (error is not None and not isinstance(error, Exception)):
-            # It was cut off; the next try supersedes what it has written.
+        try:
+            if run.signal is not None or (error is not None and not isinstance(error, Exception)):
+                # It was cut off; the next try supersedes what it has written.
+                block.abandon()
+                return
+            with run.branches.busy():
+                await block.flush()
+                if error is None:
+                    values = block.closing(ends=not self.keep_open, key=self._key)
+                    await run.write(Kind.CLOSING, self._key or new_id(), values)
+        except LeaseLost:
             block.abandon()
-            return
-        with run.branches.busy():
-            await block.flush()
-            if error is None:
-                closing = block.closing(ends=not self.keep_open, key=self._key)
-                await perform(self._context._app.database, closing)
+            run.take_away(LeaseLost())
+            raise
+        finally:
+            del run.open_streams[self.name]
 
 
-def _source(run: Any, call: Call, step: uuid.UUID | None) -> Source:
+async def _open(run: Run, values: BlockValues) -> Block:
+    """Open a block, and supersede what earlier tries of its step have written.
+
+    Raises:
+        InvalidState: the stream has ended.
+    """
+    block_id = new_id()
+    opened = cast(Any, await run.write(Kind.OPENING, block_id, values))
+    if opened.last_position is None:
+        raise ended(values.name)
+    block = run.stream_block(block_id, values, opened.last_position)
+    if (values.name, values.try_id) not in run.streamed:
+        # Nothing can have been written before if no positions were given.
+        if opened.last_position > 0:
+            await run.write(Kind.SUPERSESSION, block_id, values)
+        run.streamed.add((values.name, values.try_id))
+    return block
+
+
+def _source(run: Run, block_key: uuid.UUID, step: uuid.UUID | None) -> tuple[uuid.UUID, uuid.UUID]:
+    """Return the key of the step that writes, and an id of its try. A block in the task's body is a step of its own."""
     if step is None or step not in run.steps:
-        return Source(call.key if step is None else step, new_id())
+        return step or block_key, new_id()
     identity = f"{run.claimed.fence}:{run.steps[step][1]!r}".encode()
-    return Source(step, uuid.UUID(bytes=hashlib.blake2b(identity, digest_size=16).digest()))
+    return step, uuid.UUID(bytes=hashlib.blake2b(identity, digest_size=16).digest())
 
 
 class Streams(ContextBase):
@@ -117,6 +147,10 @@ class Streams(ContextBase):
 
     __slots__ = ()
 
+    @overload
+    def stream(self, name: str, type: type[T], *, keep_open: bool = False) -> TaskStream[T]: ...
+    @overload
+    def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> TaskStream[Any]: ...
     def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> TaskStream[Any]:  # noqa: A002
         """Return a block in which the task writes items for readers outside, such as the tokens of an answer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -20,6 +21,7 @@ from ..errors import InvalidState
 from ..options import SpawnOptions
 from ..results import AnyTaskId, Race, TaskHandle
 from ..serialization.annotations import is_coroutine_function
+from ..signals import ControlFlow
 from ..steps import plain_step
 from ..tasks import OfTask, Task
 from ..validation import Duration
@@ -232,8 +234,8 @@ class SyncTaskStream(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return
+        if isinstance(error, ControlFlow | asyncio.CancelledError):
+            return  # the run has ended, and its blocks with it
         self._context._call(lambda: self._stream.__aexit__(kind, error, traceback))
 
 

@@ -3,196 +3,150 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..database.hint import Hint
-from ..database.scripts import Script
 from ..errors import InvalidState
 from ..ids import new_id
 from ..signals import LeaseLost
-from ..statements import checkpoints, streams
 from ..statements.claiming import ClaimedRun
+from ..statements.streams import FIRST_RESERVATION
 from .writer import Writer
-from .writes import ItemsValues, Kind, Write
+from .writes import BlockValues, ClosingValues, ItemsValues, Kind, Write
 
 GATHERING_SECONDS = 0.05
 ROW_BYTES = 32 * 1024
 """Characters of JSON from which on a row is written without waiting for more."""
-ROWS_IN_FLIGHT = 4
-"""Rows that may be on their way to the database before a writer has to wait."""
-FIRST_RESERVATION = 1_000
+BUFFER_BYTES = 2 * ROW_BYTES
+"""Characters of JSON from which on a writer waits, while a row is in flight."""
 LARGEST_RESERVATION = 100_000
 """Positions that are reserved at once: each time twice as many, because each time waits for the disk."""
 
 
-class Source(NamedTuple):
-    """What writes a stream."""
-
-    step_key: uuid.UUID
-    """The key of the step, or of a block in the task's body."""
-    try_id: uuid.UUID
-    """The try of the step."""
-
-
 class Block:
-    """An open block of a stream."""
+    """An open block of a stream.
+
+    One row is in flight at a time, so that readers, who go by positions, pass over none. What is gathered meanwhile
+    forms the next one.
+    """
 
     def __init__(
-        self, claimed: ClaimedRun, writer: Writer, name: str, source: Source, *, on_lost: Callable[[], None]
+        self,
+        claimed: ClaimedRun,
+        writer: Writer,
+        block_id: uuid.UUID,
+        values: BlockValues,
+        position: int,
+        *,
+        on_lost: Callable[[], None],
     ) -> None:
-        self.block_id = new_id()
-        self.name = name
-        self.source = source
-        self.position = 0
+        self.block_id = block_id
+        self.position = position
         """The position of the last item that was written or gathered."""
+        self._values = values
         self._claimed = claimed
         self._writer = writer
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._reserved = 0
+        self._reserved = position + FIRST_RESERVATION
         self._reservation = FIRST_RESERVATION
         self._gathered: list[str] = []
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._in_flight = 0
-        self._settled = asyncio.Event()
-        self._settled.set()
+        self._next_turn = 0.0
+        """When the next row may be written that is not full."""
+        self._in_flight = False
+        self._written = asyncio.Event()
         self._error: BaseException | None = None
+        self._abandoned = False
 
-    def opening(self, hint: Hint) -> Script[None]:
-        """Return the script that opens the block, and supersedes what earlier tries of its step have written."""
-        it = {"stream_task_id": self._claimed.task_id, "stream_name": self.name}
-        yield from self._fenced()
-        rows = yield streams.LOCK_STREAM, it
-        last, restarts, began_after = 0, "null", 0
-        if rows:
-            found = rows[0]
-            repeated = found.block_id == self.block_id
-            mine = found.step_key == self.source.step_key
-            same_try = mine and found.try_id == self.source.try_id
-            if found.closed and (same_try or not mine):
-                raise ended(self.name)
-            last = found.last_position if found.block_id is None else found.reserved
-            began_after = found.began_after if same_try else last
-            restarts = found.restarts or "null"
-            if repeated:
-                # The script is repeated, because its commit was not answered.
-                last = found.last_position
-            else:
-                deleted = yield (
-                    streams.SUPERSEDE,
-                    {**it, "of_step": self.source.step_key, "of_try": self.source.try_id},
-                )
-                before = [row.before for row in deleted]
-                if mine and not same_try:
-                    before.append(found.began_after)
-                if before and min(before) < last:
-                    began_after = min(before)
-                    restarts = _with_restart(restarts, began_after, last)
-        yield (
-            streams.OPEN_STREAM,
-            {
-                **it,
-                "new_block": self.block_id,
-                "new_step": self.source.step_key,
-                "new_try": self.source.try_id,
-                "new_began_after": began_after,
-                "new_last": last,
-                "new_reserved": last + FIRST_RESERVATION,
-                "new_restarts": None if restarts == "null" else restarts,
-            },
-        )
-        self.position, self._reserved = last, last + FIRST_RESERVATION
+    @property
+    def full(self) -> bool:
+        """True if a writer has to wait."""
+        return self._size >= BUFFER_BYTES and self._error is None
 
-    def closing(self, *, ends: bool, key: uuid.UUID | None) -> Callable[[Hint], Script[bool]]:
-        """Return the script that leaves the block, and records that under `key`, if that is given."""
-        it = {"stream_task_id": self._claimed.task_id, "stream_name": self.name}
-
-        def script(hint: Hint) -> Script[bool]:
-            yield from self._fenced()
-            rows = yield (
-                streams.CLOSE_STREAM,
-                {**it, "open_block": self.block_id, "new_last": self.position, "ends": ends},
-            )
-            if key is not None:
-                yield streams.RECORD_BLOCK, {**it, "block_key": key}
-            return bool(rows)
-
-        return script
-
-    def _fenced(self) -> Script[None]:
-        fenced = {"task_id": self._claimed.task_id, "fence": self._claimed.fence}
-        if not (yield checkpoints.LOCK_UNDER_FENCE, fenced):
-            raise LeaseLost
-
-    async def write(self, text: str) -> None:
-        """Add an item; waits while many rows are on their way.
+    def add(self, text: str) -> None:
+        """Add an item.
 
         Raises:
             InvalidState: the stream is not this block's any more.
             LeaseLost: the run has lost its task.
         """
-        while self._in_flight >= ROWS_IN_FLIGHT and self._error is None:
-            self._settled.clear()
-            await self._settled.wait()
         if self._error is not None:
             raise self._error
         self._gathered.append(text)
         self._size += len(text) + 1
         self.position += 1
-        if self._size >= ROW_BYTES:
-            self._send()
-        elif self._timer is None:
-            self._timer = self._loop.call_later(GATHERING_SECONDS, self._send)
+        self._arrange()
+
+    async def next_written(self) -> None:
+        """Wait until the row in flight is written."""
+        self._written.clear()
+        await self._written.wait()
 
     async def flush(self) -> None:
         """Write what was gathered, and wait for that."""
-        self._send()
-        while self._in_flight and self._error is None:
-            self._settled.clear()
-            await self._settled.wait()
+        while self._error is None and (self._gathered or self._in_flight):
+            if not self._in_flight:
+                self._send()
+            await self.next_written()
         if self._error is not None:
             raise self._error
 
     def abandon(self) -> None:
-        """Write nothing more: the run has ended."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Write nothing more: the block was cut off."""
+        self._abandoned = True
+        self._cancel_timer()
         self._gathered.clear()
 
-    def _send(self) -> None:
+    def closing(self, *, ends: bool, key: uuid.UUID | None) -> ClosingValues:
+        """Return what leaves the block, once all of it is written."""
+        return ClosingValues(self._values.name, self.block_id, self.position, ends, key)
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._gathered:
+
+    def _arrange(self) -> None:
+        """Have what is gathered written: at once if that is much, or if nothing was written for a while."""
+        if self._in_flight or not self._gathered:
             return
+        if self._size >= ROW_BYTES:
+            self._send()
+        elif self._timer is None:
+            # Not in this turn of the loop, in which more items may come.
+            self._timer = self._loop.call_at(max(self._next_turn, self._loop.time()), self._send)
+
+    def _send(self) -> None:
+        self._cancel_timer()
         items, self._gathered, self._size = f"[{','.join(self._gathered)}]", [], 0
         reservation = None
         if self.position + self._reservation // 2 > self._reserved:
-            # Ahead of time, because positions may be used once their reservation is on the disk.
+            # Ahead of time, so that few of the rows wait for the disk.
             self._reservation = min(self._reservation * 2, LARGEST_RESERVATION)
             reservation = self._reserved = self.position + self._reservation
-        values = ItemsValues(self.name, self.block_id, self.position, *self.source, items, reservation)
-        self._in_flight += 1
+        name, *source = self._values
+        values = ItemsValues(name, self.block_id, self.position, *source, items, reservation)
+        self._in_flight = True
+        self._next_turn = self._loop.time() + GATHERING_SECONDS
         claimed = self._claimed
-        self._writer.submit(
-            Write(Kind.ITEMS, claimed.task_id, claimed.fence, self._written, values, new_id(), size=len(items))
-        )
+        write = Write(Kind.ITEMS, claimed.task_id, claimed.fence, self._settled, values, new_id(), size=len(items))
+        self._writer.submit(write)
 
-    def _written(self, stored: Any, error: BaseException | None) -> None:
-        self._in_flight -= 1
-        if error is not None:
-            self._error = error
-            if isinstance(error, LeaseLost):
-                self._on_lost()
-        elif stored is not None and stored.status == "refused":
-            self._error = LeaseLost()
+    def _settled(self, row: Any, error: BaseException | None) -> None:
+        self._in_flight = False
+        if error is None and not row.valid:
+            error = InvalidState(
+                f"Stream {self._values.name!r}", "written by another block", "Has its row been changed by hand?"
+            )
+        self._error = error
+        self._written.set()
+        if isinstance(error, LeaseLost) and not self._abandoned:
             self._on_lost()
-        self._settled.set()
+        elif error is None:
+            self._arrange()
 
 
 def ended(name: str) -> InvalidState:
@@ -200,9 +154,3 @@ def ended(name: str) -> InvalidState:
     return InvalidState(
         f"Stream {name!r}", "ended", "A block that others are to go on with is opened with `keep_open=True`."
     )
-
-
-def _with_restart(restarts: str, last_valid: int, last_superseded: int) -> str:
-    """Add a restart to the stored ones, of which it replaces those that it includes."""
-    known: list[list[int]] = json.loads(restarts) or []
-    return json.dumps([*(pair for pair in known if pair[0] < last_valid), [last_valid, last_superseded]])

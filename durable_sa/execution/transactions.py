@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -103,6 +104,7 @@ async def run_transaction(
             await _close(connection)
         # The next call of `fn` makes the same durable calls as this one, so their occurrences are counted from 0.
         run.branch().begin_anew()
+        run.steps[key] = name, time.monotonic()
         await asyncio.sleep(backoff(conflicts + lost + interruptions))
 
 

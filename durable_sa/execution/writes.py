@@ -29,7 +29,10 @@ class Kind(Enum):
     MESSAGE = "message"
     RECEIPT = "receipt"
     PUBLICATION = "publication"
+    OPENING = "opening"
+    SUPERSESSION = "supersession"
     ITEMS = "items"
+    CLOSING = "closing"
     WAITS = "waits"
     RACE = "race"
     SUSPENSION = "suspension"
@@ -41,7 +44,20 @@ class Kind(Enum):
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""
 
-KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT, Kind.RACE, Kind.ITEMS})
+KEYED = frozenset(
+    {
+        Kind.CHECKPOINT,
+        Kind.CHILD,
+        Kind.EVENT,
+        Kind.MESSAGE,
+        Kind.RECEIPT,
+        Kind.RACE,
+        Kind.OPENING,
+        Kind.SUPERSESSION,
+        Kind.ITEMS,
+        Kind.CLOSING,
+    }
+)
 """Kinds that are stored under a key, once."""
 
 REFUSABLE = frozenset({Kind.CHILD, Kind.MESSAGE})
@@ -109,6 +125,14 @@ class PublicationValues(NamedTuple):
     """JSON texts by the names of values."""
 
 
+class BlockValues(NamedTuple):
+    """A block of a stream, whose id is the key of the write."""
+
+    name: str
+    step_key: uuid.UUID
+    try_id: uuid.UUID
+
+
 class ItemsValues(NamedTuple):
     """A row of items of a stream."""
 
@@ -122,6 +146,19 @@ class ItemsValues(NamedTuple):
     """A JSON array."""
     reservation: int | None
     """The position up to which further ones are reserved."""
+
+
+class ClosingValues(NamedTuple):
+    """A block of a stream that was left."""
+
+    name: str
+    block_id: uuid.UUID
+    position: int
+    """Of the last item."""
+    ends: bool
+    """True if readers come to the end of the stream."""
+    checkpoint_key: uuid.UUID | None
+    """The key of the checkpoint to write."""
 
 
 class SuspensionValues(NamedTuple):
@@ -156,7 +193,9 @@ Values: TypeAlias = (
     | ReceiptValues
     | RaceValues
     | PublicationValues
+    | BlockValues
     | ItemsValues
+    | ClosingValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -285,9 +324,11 @@ def _publications(writes: list[Write[PublicationValues]]) -> tuple[Executable, d
     return values.PUBLISH, fenced | arrays(values.VALUE_COLUMNS, rows)
 
 
-def _items(writes: list[Write[ItemsValues]]) -> tuple[Executable, dict[str, Any]]:
+def _streams(
+    statement: Executable, columns: dict[str, Any], writes: list[Write[BlockValues | ItemsValues | ClosingValues]]
+) -> tuple[Executable, dict[str, Any]]:
     rows = [(write.task_id, write.fence, write.key, *write.values) for write in writes]
-    return streams.WRITE_ITEMS, arrays(streams.ITEM_COLUMNS, rows)
+    return statement, arrays(columns, rows)
 
 
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
@@ -337,7 +378,10 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.RECEIPT: _receipts,
     Kind.RACE: _races,
     Kind.PUBLICATION: _publications,
-    Kind.ITEMS: _items,
+    Kind.OPENING: partial(_streams, streams.OPEN_STREAMS, streams.OPENING_COLUMNS),
+    Kind.SUPERSESSION: partial(_streams, streams.SUPERSEDE, streams.SUPERSESSION_COLUMNS),
+    Kind.ITEMS: partial(_streams, streams.WRITE_ITEMS, streams.ITEM_COLUMNS),
+    Kind.CLOSING: partial(_streams, streams.CLOSE_STREAMS, streams.CLOSING_COLUMNS),
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
@@ -384,9 +428,9 @@ def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
             return dict.fromkeys(row.child_task_id for row in rows)
         case Kind.EVENT:
             return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
-        case Kind.ITEMS:
-            return {(row.task_id, row.key): Stored("completed" if row.valid else "refused", None) for row in rows}
-        case Kind.MESSAGE:
+        case Kind.OPENING | Kind.ITEMS:
+            return {(row.task_id, row.key): row for row in rows}
+        case Kind.MESSAGE | Kind.SUPERSESSION | Kind.CLOSING:
             return {(row.task_id, row.key): None for row in rows}
         case Kind.RACE:
             return {(row.task_id, row.key): Stored("won" if row.found else "none", row.value) for row in rows}

@@ -230,27 +230,24 @@ class MemoryStream(TaskStream[Any]):
     def __init__(self, context: MemoryContext, stream: TaskStream[Any]) -> None:
         super().__init__(context, stream.name, stream.codec, keep_open=stream.keep_open)
         self._memory = context._memory
-        self._items: list[Any] | None = None
 
     async def __aenter__(self) -> Self:
-        memory = self._memory
-        if self.name in memory.ended_streams:
+        if self.name in self._memory.ended_streams:
             raise ended(self.name)
-        if self.name in memory.open_streams:
-            raise InvalidState(f"Stream {self.name!r}", "open in another block of this task", "Leave that first.")
-        memory.open_streams.add(self.name)
-        self._items = memory.recorded.streams.setdefault(self.name, [])
+        self._open_in(self._memory.open_streams)
+        self._entered = True
+        self._memory.recorded.streams.setdefault(self.name, [])
         return self
 
     async def write(self, item: Any) -> None:
         """Record an item."""
-        if self._items is None or self.name not in self._memory.open_streams:
-            raise ended(self.name)
+        self._check_open()
         what = f"an item of stream {self.name!r}"
-        self._items.append(UNTYPED.decode(self.codec.encode(item, what), what))
+        self._memory.recorded.streams[self.name].append(UNTYPED.decode(self.codec.encode(item, what), what))
 
     async def __aexit__(self, *_: object) -> None:
-        self._memory.open_streams.discard(self.name)
+        self._left = True
+        del self._memory.open_streams[self.name]
         if not self.keep_open:
             self._memory.ended_streams.add(self.name)
 

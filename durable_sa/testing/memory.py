@@ -141,7 +141,7 @@ class MemoryRun:
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self
-        self.open_streams: set[str] = set()
+        self.open_streams: dict[str, Any] = {}
         self.ended_streams: set[str] = set()
         self._racing = False
         """True while the waits of a race are tried one after the other."""

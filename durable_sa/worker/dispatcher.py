@@ -59,7 +59,9 @@ class Dispatcher:
                 agenda.deliver_messages(row.receiver_id for row in rows)
             case Kind.CHILD | Kind.RELEASE:
                 self.announce(Hint().add_rows(rows))
-            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.ITEMS | Kind.WAITS:
+            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
+                pass
+            case Kind.OPENING | Kind.SUPERSESSION | Kind.ITEMS | Kind.CLOSING:
                 pass
 
     def announce(self, hint: Hint) -> None:

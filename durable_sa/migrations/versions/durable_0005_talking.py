@@ -98,7 +98,11 @@ def up(op: Operations, schema: str) -> None:
         ),
         sa.Column("try_id", sa.Uuid(), nullable=False, comment="the try of that step"),
         sa.Column(
-            "began_after", sa.BigInteger(), nullable=False, comment="the last position when that try began to write"
+            "began_after",
+            sa.BigInteger(),
+            server_default="0",
+            nullable=False,
+            comment="the last position when that step began to write",
         ),
         sa.Column(
             "last_position",
@@ -115,7 +119,12 @@ def up(op: Operations, schema: str) -> None:
             comment="positions up to this may have been seen by readers",
         ),
         sa.Column(
-            "restarts", sa.JSON(), comment="pairs: the last position that counts, and the last one that does not"
+            "restarts_after", sa.ARRAY(sa.BigInteger()), comment="of each restart, the last position that still counts"
+        ),
+        sa.Column(
+            "restarts_through",
+            sa.ARRAY(sa.BigInteger()),
+            comment="of each restart, the last position that is superseded",
         ),
         sa.Column("closed_at", TIMESTAMP, comment="set: readers come to the end"),
         sa.Column("opened_at", TIMESTAMP, server_default=NOW, nullable=False),
