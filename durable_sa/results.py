@@ -189,3 +189,43 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """A task as it was when it was read."""
+
+    task_id: UUID
+    task_name: str
+    version: int | None
+    queue_name: str
+    status: TaskStatus
+    attempt: int
+    """The number of attempts that have begun."""
+    key: str | None
+    """The idempotency key."""
+    limit_key: str | None
+    parent_task_id: UUID | None
+    created_at: datetime
+    available_at: datetime | None
+    """The time from which on it may be claimed. None while it waits for something that has no time."""
+    first_started_at: datetime | None
+    finished_at: datetime | None
+    error: TaskErrorInfo | None
+    """The last failure, also one after which the task is retried. Its message is without values unless they were
+    asked for."""
+    waits_for: str | None
+    """The events, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
+    started_at: datetime | None = None
+    """The start of the current or last attempt."""
+    worker: str | None = None
+    """The label of the worker that runs it."""
+    priority: int = 0
+    failures: int = 0
+    """The failures of its own code since it was spawned or retried by hand."""
+    max_attempts: int = 1
+    """The number of failures at which it has failed."""
+    params: Any = field(default=None, repr=False)
+    """Plain JSON. This and the following are None unless payloads were asked for."""
+    headers: Mapping[str, Any] | None = field(default=None, repr=False)
+    output: Any = field(default=None, repr=False)

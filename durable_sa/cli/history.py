@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from sqlalchemy import Executable
 
 from ..database.connections import Database
+from ..policies import SUSPECT_AFTER
 from ..statements import inspection
 from .output import Output, as_dicts, clean, shown, span
 from .redaction import message_of, traceback_of, without_values
@@ -160,6 +161,13 @@ def _print_tracebacks(history: History, output: Output, *, each: bool) -> None:
             output.say(failure["error_traceback"].rstrip())
 
 
+def _losses(count: int) -> str | None:
+    """Describe how many workers in a row were lost while they ran a task, and what that means for it."""
+    if count <= 0:
+        return None
+    return f"{count} in a row" + (", so it runs alone" if count >= SUSPECT_AFTER else "")
+
+
 def _facts(task: Fields) -> list[dict[str, str]]:
     unfinished = task["finished_at"] is None
     parent = task["parent_task_id"] and f"{task['parent_task_id']} ({task['parent_name']}, {task['parent_state']})"
@@ -170,6 +178,7 @@ def _facts(task: Fields) -> list[dict[str, str]]:
         "state": task["state"],
         "queue": task["queue_name"],
         "attempt": f"{task['attempt']} ({task['failures']} of {task['max_attempts']} failures)",
+        "lost workers": _losses(task["lease_losses"]) if unfinished else None,
         "priority": task["priority"] or None,
         "key": task["idempotency_key"],
         "parent": parent,

@@ -38,7 +38,7 @@ class Messages(Spawning):
 
         Messages of one topic are received in the order in which a client sends them, one call after the other. They are
         kept until they are received or the task is deleted. A second message to a task with the same idempotency key
-        is none, also after the first was received.
+        is none, also after the first was received and after the end of the task.
 
         Raises:
             InvalidName, SerializationError, PayloadTooLarge: a topic, key or payload that cannot be stored.
@@ -134,6 +134,10 @@ class Messages(Spawning):
         if missing:
             rows = await held.execute(messages.RECEIVER_STATES, {"task_ids": [item.receiver_id for item in missing]})
             errors = {item.message_id: _refusal(item.receiver_id, rows) for item in missing}
+            if keyed := [item for item in missing if item.idempotency_key is not None and errors[item.message_id]]:
+                # The receiver has ended since the first message with the key.
+                rows = await held.execute(messages.SENT, _asked(keyed))
+                errors |= dict.fromkeys((row.message_id for row in rows), None)
         hint = Hint().add_receivers(item.receiver_id for item in items if errors.get(item.message_id) is None)
         if hint:
             hints = self._sender()
@@ -151,7 +155,9 @@ def _send(item: Outgoing) -> Callable[[Hint], Script[None]]:
         if not rows:
             rows = yield messages.RECEIVER_STATES, {"task_ids": [item.receiver_id]}
             if (error := _refusal(item.receiver_id, rows)) is not None:
-                raise error
+                known = item.idempotency_key is not None and (yield messages.SENT, _asked([item]))
+                if not known:
+                    raise error
         hint.add_receivers([item.receiver_id])
 
     return script

@@ -52,6 +52,10 @@ class Registry(App):
         schedule: str | None = None,
         timezone: str = "UTC",
         every: Duration | None = None,
+        max_lost_workers: int | None = None,
+        retry_on: Iterable[type[BaseException]] | None = None,
+        timeout: Duration | None = None,
+        hard_timeout: Duration | None = None,
         on_failure: FollowUp | None = None,
         on_cancel: FollowUp | None = None,
     ) -> TaskDecorator: ...

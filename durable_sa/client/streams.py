@@ -15,12 +15,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database_errors import is_transient
-from ..errors import TaskNotFound
+from ..errors import SerializationError, TaskNotFound
 from ..names import validate_name
 from ..results import AnyTaskId, StreamItem, StreamRestart, task_id_of
 from ..serialization.codec import UNTYPED, Codec, codec_for
 from ..statements import streams
-from ..statements.streams import PAGE, PAGE_BYTES
 from ..validation import integer
 from .values import PublishedValues
 
@@ -78,6 +77,7 @@ class StreamReading(PublishedValues):
         validate_name("stream", name, internal=True)
         position = integer(after, "after", minimum=0, maximum=2**63 - 1)
         codec: Codec[list[Any]] = UNTYPED if type is None else codec_for(list[type])
+        what = f"items of stream {name!r} of task {task_id}"
         idle, read = 0, False
         while True:
             try:
@@ -95,7 +95,9 @@ class StreamReading(PublishedValues):
                 yield StreamRestart(position)
                 continue
             for last, text in page.rows:
-                items = codec.decode(text, f"items of stream {name!r} of task {task_id}")
+                items = codec.decode(text, what)
+                if not isinstance(items, list):  # pyright: ignore[reportUnnecessaryIsInstance] - changed by hand
+                    raise SerializationError(what, "are no JSON array")
                 for number, item in enumerate(items, last - len(items) + 1):
                     if number > position:
                         position = number
@@ -131,6 +133,6 @@ async def _read(held: HeldConnection, items: list[tuple[uuid.UUID, str, int]]) -
         group = list(found)
         lines = [(row.position, row.texts) for row in group if row.position is not None]
         last = group[-1]
-        full = len(lines) >= PAGE or (last.through or 0) >= PAGE_BYTES
+        full = len(lines) >= streams.PAGE or (last.through or 0) >= streams.PAGE_BYTES
         pages[key] = _Page(last.over, last.restart, lines, full)
     return [pages.get(item) for item in items]

@@ -57,7 +57,14 @@ class Messages(ContextBase):
             values = MessageValues(checkpoint, *message)
             stored = await run.write(Kind.MESSAGE, call.key, values, size=len(message.payload))
             if stored is not None and stored.status == "refused":
-                state = await run.host.reader.receiver(message.receiver_id)
+                reader = run.host.reader
+                if message.idempotency_key is not None and await reader.was_sent(
+                    message.receiver_id, message.message_id
+                ):
+                    # The receiver has ended since the first message with the key.
+                    await run.write(Kind.CHECKPOINT, call.key, checkpoint)
+                    return
+                state = await reader.receiver(message.receiver_id)
                 error = refusal(message.receiver_id, None if state is None else state[1] or state[0])
                 if state is None:
                     error.final = True  # type: ignore[attr-defined]

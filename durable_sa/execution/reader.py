@@ -111,6 +111,11 @@ class Reader:
         found = {row.task_id: (row.state, row.outcome) for row in rows}
         return [found.get(task_id) for task_id in task_ids]
 
+    async def was_sent(self, receiver_id: uuid.UUID, message_id: uuid.UUID) -> bool:
+        """Return whether a message was sent before."""
+        parameters = {"receiver_ids": [receiver_id], "message_ids": [message_id]}
+        return bool(await self.execute(messages.SENT, parameters))
+
     async def _with_message(self, items: list[tuple[uuid.UUID, str]]) -> list[bool]:
         parameters = {"task_ids": [task_id for task_id, _ in items], "topics": [topic for _, topic in items]}
         found = {(row.task_id, row.topic) for row in await self.execute(messages.WITH_MESSAGE, parameters)}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidState
 from ..ids import new_id
 from ..signals import LeaseLost
-from ..statements.claiming import ClaimedRun
-from ..statements.streams import FIRST_RESERVATION
+from ..statements import streams
 from .writer import Writer
 from .writes import BlockValues, ClosingValues, ItemsValues, Kind, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
 
 GATHERING_SECONDS = 0.05
 ROW_BYTES = 32 * 1024
@@ -49,8 +51,8 @@ class Block:
         self._writer = writer
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        self._reserved = position + FIRST_RESERVATION
-        self._reservation = FIRST_RESERVATION
+        self._reserved = position + streams.FIRST_RESERVATION
+        self._reservation = streams.FIRST_RESERVATION
         self._gathered: list[str] = []
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None

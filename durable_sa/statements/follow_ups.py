@@ -12,7 +12,6 @@ from sqlalchemy import (
     DateTime,
     Executable,
     Float,
-    Integer,
     Text,
     Update,
     Uuid,
@@ -33,18 +32,20 @@ from .expressions import as_text, constant
 from .fencing import materialized
 from .spawning import SPAWN_COLUMNS, insert_tasks
 
+DERIVED = (
+    "task_id",
+    "run_id",
+    "params",
+    "headers",
+    "available_at",
+    "delay_seconds",
+    "parent_task_id",
+    "idempotency_key",
+)
+"""The columns of a follow-up that are made when the task ends."""
+
 STORED_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
-    "task_name": Text(),
-    "queue_name": Text(),
-    "priority": Integer(),
-    "max_attempts": Integer(),
-    "retry_kind": Text(),
-    "retry_base_delay": Float(53),
-    "retry_factor": Float(53),
-    "retry_max_backoff": Float(53),
-    "retry_jitter": Float(53),
-    "max_pending_seconds": Float(53),
-    "max_running_seconds": Float(53),
+    **{name: type_ for name, type_ in SPAWN_COLUMNS.items() if name not in DERIVED},
     "follow_ups": JSON(),
     "max_payload_bytes": BigInteger(),
 }
@@ -132,7 +133,7 @@ def _following(changed: CTE) -> CTE:
         "following",
         select(
             c.ended_id,
-            *(values.get(name, f.c[name] if name in STORED_COLUMNS else null()).label(name) for name in SPAWN_COLUMNS),
+            *((values[name] if name in values else f.c[name]).label(name) for name in SPAWN_COLUMNS),
         )
         .select_from(changed.join(f, true()))
         .where(c.stored.is_not(None), f.c.task_name.is_not(None)),

@@ -245,7 +245,7 @@ CHECKPOINTS = (
         case((_with_payloads & ~_is_try, as_text(Checkpoint.value))).label("value"),
         case((_is_try, as_text(Checkpoint.value))).label("failed_try"),
     )
-    .where(Checkpoint.task_id == _task_id)
+    .where(Checkpoint.task_id == _task_id, Checkpoint.name != constant("$time"))
     .order_by(Checkpoint.created_at)
 )
 """The checkpoints of a task, in the order in which they were recorded."""

@@ -159,7 +159,7 @@ async def test_what_cannot_be_published_or_read_is_refused(run: Runner) -> None:
     spawned = await run.spawn(work)
     assert (await run.wait(spawned)).output == 1
     durable, unknown = run.durable, uuid.uuid4()
-    with pytest.raises(SerializationError, match="value 'a' of task"):
+    with pytest.raises(SerializationError, match="Value 'a' of task"):
         await durable.get_value(spawned, "a", type=int)
     with pytest.raises(TaskNotFound):
         await durable.get_value(unknown, "a")

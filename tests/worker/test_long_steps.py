@@ -53,6 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_steps, "LONG_AFTER", 0.1)
 
 
+@pytest.mark.slow
 async def test_steps_of_every_kind_are_shown_until_they_end(durable: Durable, shown: Shown, writes: list[Any]) -> None:
     release, in_thread = asyncio.Event(), threading.Event()
 
@@ -108,6 +109,7 @@ async def test_steps_of_every_kind_are_shown_until_they_end(durable: Durable, sh
         await eventually(none_there, within=5)
 
 
+@pytest.mark.slow
 async def test_short_steps_write_nothing(durable: Durable, writes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_steps, "LONG_AFTER", 1.0)
 
@@ -168,6 +170,7 @@ async def test_a_retried_step_is_shown_with_the_start_of_its_try(durable: Durabl
         release.set()
 
 
+@pytest.mark.slow
 async def test_an_operator_sees_what_hangs(durable: Durable, database_url: sa.URL, shown: Shown) -> None:
     cli, release = CommandLine(database_url), asyncio.Event()
 

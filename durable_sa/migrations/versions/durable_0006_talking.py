@@ -1,6 +1,6 @@
 """Messages to tasks, their values and streams, and tasks that follow failed or cancelled ones.
 
-Workers of durable_0001 and durable_0002 continue on these tables, and can be restarted.
+Workers of durable_0001 and later continue on these tables, and can be restarted.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from sqlalchemy.sql import quoted_name
 
 from durable_sa.migrations import running
 
-revision = "durable_0005"
-down_revision = "durable_0002"
+revision = "durable_0006"
+down_revision = "durable_0003"
 branch_labels = None
 depends_on = None
 oldest = "durable_0001"
