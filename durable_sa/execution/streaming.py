@@ -11,11 +11,11 @@ from ..errors import InvalidState
 from ..ids import new_id
 from ..signals import LeaseLost
 from ..statements import streams
-from .writer import Writer
 from .writes import BlockValues, ClosingValues, ItemsValues, Kind, Write
 
 if TYPE_CHECKING:
     from ..statements.claiming import ClaimedRun
+    from .writer import Writer
 
 GATHERING_SECONDS = 0.05
 ROW_BYTES = 32 * 1024
@@ -129,8 +129,8 @@ class Block:
             # Ahead of time, so that few of the rows wait for the disk.
             self._reservation = min(self._reservation * 2, LARGEST_RESERVATION)
             reservation = self._reserved = self.position + self._reservation
-        name, *source = self._values
-        values = ItemsValues(name, self.block_id, self.position, *source, items, reservation)
+        name, step_key, try_id = self._values
+        values = ItemsValues(name, self.block_id, self.position, step_key, try_id, items, reservation)
         self._in_flight = True
         self._next_turn = self._loop.time() + GATHERING_SECONDS
         claimed = self._claimed

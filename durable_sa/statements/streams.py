@@ -139,7 +139,7 @@ _superseded = (
         StreamItems.name == _block.c.names,
         StreamItems.step_key == _block.c.step_keys,
         StreamItems.try_id != _block.c.try_ids,
-        is_in(StreamItems.task_id, _locked),
+        is_in(_block.c.task_ids, _locked),
     )
     .returning(
         StreamItems.task_id,
@@ -156,7 +156,7 @@ _lows = (
         (Stream.task_id == _block.c.task_ids) & (Stream.name == _block.c.names) & (Stream.block_id == _block.c["keys"]),
     )
     .outerjoin(_superseded, (_superseded.c.task_id == Stream.task_id) & (_superseded.c.name == Stream.name))
-    .where(is_in(Stream.task_id, _locked))
+    .where(is_in(_block.c.task_ids, _locked))
     .group_by(Stream.task_id, Stream.name, Stream.began_after, Stream.last_position)
     .having(_low < Stream.last_position)
     .subquery("lows")
@@ -294,7 +294,7 @@ _closed = (
         Stream.task_id == _left.c.task_ids,
         Stream.name == _left.c.names,
         Stream.block_id == _left.c.block_ids,
-        is_in(Stream.task_id, _locked),
+        is_in(_left.c.task_ids, _locked),
     )
     .values(
         block_id=literal_column("NULL"),
