@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..database_errors import without_values
 from ..signals import LeaseLost
-from ..statements.claiming import ClaimedRun
-from .writer import Writer
 from .writes import Kind, PublicationValues, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
+    from .writer import Writer
 
 INTERVAL = 0.25
 """Seconds between two writes of a run."""

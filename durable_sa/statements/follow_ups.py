@@ -12,9 +12,13 @@ from sqlalchemy import (
     DateTime,
     Executable,
     Float,
+    Integer,
+    Numeric,
+    SmallInteger,
     Text,
     Update,
     Uuid,
+    and_,
     case,
     cast,
     column,
@@ -28,6 +32,7 @@ from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, TaskRow
+from ..validation import MAX_DURATION
 from .expressions import as_text, constant
 from .fencing import materialized
 from .spawning import SPAWN_COLUMNS, insert_tasks
@@ -50,6 +55,13 @@ STORED_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "max_payload_bytes": BigInteger(),
 }
 """What is stored of a follow-up with the task that it follows."""
+
+_LIMITS = {
+    name: int(MAX_DURATION) if isinstance(type_, Float) else 2**15 - 1 if isinstance(type_, SmallInteger) else 2**31 - 1
+    for name, type_ in STORED_COLUMNS.items()
+    if isinstance(type_, Integer | Float)
+}
+"""The numbers, with the largest that is taken of each. The `max_payload_bytes` are 1 GiB at most."""
 
 
 def ending(update: Update, returned: Sequence[ColumnElement[Any] | Any], *ctes: CTE) -> Executable:
@@ -96,8 +108,10 @@ def _following(changed: CTE) -> CTE:
     c = changed.c
     stored = c.stored.op("->", return_type=JSON())(c.ended_outcome)
     f = (
-        func.json_to_record(case((func.json_typeof(stored) == constant("object"), stored)))
-        .table_valued(*(column(name, type_) for name, type_ in STORED_COLUMNS.items()))
+        func.json_to_record(case((_is_readable(stored), stored)))
+        .table_valued(
+            *(column(name, Numeric() if name in _LIMITS else type_) for name, type_ in STORED_COLUMNS.items())
+        )
         .render_derived(name="stored", with_types=True)
     )
     error = case((func.json_typeof(c.ended_error) == constant("object"), _error(c.ended_error)))
@@ -133,11 +147,28 @@ def _following(changed: CTE) -> CTE:
         "following",
         select(
             c.ended_id,
-            *((values[name] if name in values else f.c[name]).label(name) for name in SPAWN_COLUMNS),
+            *((values[name] if name in values else _clamped(name, f.c[name])).label(name) for name in SPAWN_COLUMNS),
         )
         .select_from(changed.join(f, true()))
         .where(c.stored.is_not(None), f.c.task_name.is_not(None)),
     )
+
+
+def _is_readable(stored: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Test that what is stored of a follow-up has the types that it was written with.
+
+    A statement that fails by what someone has changed by hand would fail for all tasks that it ends.
+    """
+    kinds = [func.json_typeof(stored.op("->", return_type=JSON())(constant(name))) for name in _LIMITS]
+    numbers = [func.coalesce(kind, constant("null")).in_((constant("number"), constant("null"))) for kind in kinds]
+    return case((func.json_typeof(stored) == constant("object"), and_(*numbers)), else_=false())
+
+
+def _clamped(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
+    if (limit := _LIMITS.get(name)) is None:
+        return value
+    clamped = cast(func.least(func.greatest(value, constant(-limit)), constant(limit)), STORED_COLUMNS[name])
+    return case((value.is_not(None), clamped))  # least and greatest pass over nulls
 
 
 def _error(stored: ColumnElement[Any]) -> ColumnElement[Any]:

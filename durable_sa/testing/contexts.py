@@ -212,7 +212,8 @@ class MemoryContext(TaskContext[Any], _Enterable):
         return result
 
     async def _decide(self, call: Call, members: Mapping[str, Member]) -> Race[Any]:
-        return await self._memory.decide(call.name, {key: member.coroutine for key, member in members.items()})
+        waits = {keyword: member.coroutine for keyword, member in members.items()}
+        return await self._memory.decide(call.name, call.key, waits)
 
     def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> TaskStream[Any]:  # noqa: A002
         """Return a block whose items are found in `recorded.streams`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -79,10 +79,9 @@ class Recorded:
 class _WouldWait(BaseException):
     """Ends a wait of a race that is not over."""
 
-    def __init__(self, wait: PendingWait, due_at: datetime | None) -> None:
+    def __init__(self, wait: PendingWait) -> None:
         super().__init__()
         self.wait = wait
-        self.due_at = due_at
 
 
 class _Branches:
@@ -198,38 +197,56 @@ class MemoryRun:
         """Note a value of the task."""
         self.recorded.published[name] = UNTYPED.decode(text, f"value {name!r}")
 
-    def keep_timeouts(self, _: object) -> None:
+    def keep_timeouts(self, keys: Collection[uuid.UUID]) -> None:
         """Keep all records, as there are none."""
 
-    async def decide(self, name: str, waits: Mapping[str, Coroutine[Any, Any, Any]]) -> Race[Any]:
-        """Return the first wait that is over; if none is, let the time of the one that ends first pass."""
-        self._racing = True
-        due: dict[str, tuple[PendingWait, datetime | None]] = {}
-        try:
-            for key, coroutine in waits.items():
-                try:
-                    return Race(key, await coroutine)
-                except _WouldWait as waiting:
-                    due[key] = waiting.wait, waiting.due_at
-        finally:
-            self._racing = False
-        timed = {key: due_at for key, (_, due_at) in due.items() if due_at is not None}
-        if not timed:
+    async def decide(self, name: str, key: uuid.UUID, waits: Mapping[str, Coroutine[Any, Any, Any]]) -> Race[Any]:
+        """Return the first wait of a race that is over; if none is, let something happen that ends one."""
+        pending: dict[str, PendingWait] = {}
+        for keyword, coroutine in waits.items():
+            self._racing = True
+            try:
+                result = await coroutine
+            except _WouldWait as waiting:
+                pending[keyword] = waiting.wait
+                continue
+            except Exception:
+                await self.decided(name, key, keyword)
+                raise
+            finally:
+                self._racing = False
+            await self.decided(name, key, keyword)
+            return Race(keyword, result)
+        return await self.undecided(name, pending)
+
+    async def decided(self, name: str, key: uuid.UUID, winner: str) -> None:
+        """Record nothing, because no replay follows."""
+
+    async def undecided(self, name: str, pending: Mapping[str, PendingWait]) -> Race[Any]:
+        """Let the time of the wait pass that ends first."""
+        due = {keyword: wait.due_at for keyword, wait in pending.items() if wait.due_at is not None}
+        if not due:
             raise InvalidState(
                 f"race {name!r}", "awaited, and would never end", "Pass task_context() what one of its waits is for."
             )
-        winner = min(timed, key=timed.__getitem__)
-        wait = due[winner][0]
+        winner = min(due, key=due.__getitem__)
+        wait = pending[winner]
         stored = await self.park(wait)
         if stored.status == "timeout":
             raise TaskTimeout(f"{wait.kind} {wait.name!r}", wait.delay or 0.0)
         return Race(winner, None)
 
+    def due(self, wait: PendingWait) -> datetime | None:
+        """Return the time at which a wait ends in any case, which is fixed when this is first asked."""
+        if wait.due_at is None and wait.delay is not None:
+            wait.due_at = self._now + timedelta(seconds=wait.delay)
+        return wait.due_at
+
     async def park(self, wait: PendingWait) -> Stored:
         """End a wait at once, by letting its time pass."""
-        due_at = wait.due_at or (None if wait.delay is None else self._now + timedelta(seconds=wait.delay))
+        due_at = self.due(wait)
         if self._racing:
-            raise _WouldWait(wait, due_at)
+            raise _WouldWait(wait)
         if due_at is None:
             given = {"event": "events", "message": "messages"}.get(wait.kind, "results")
             raise InvalidState(

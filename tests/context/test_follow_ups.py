@@ -298,7 +298,8 @@ async def test_a_follow_up_goes_to_the_queue_of_its_task_if_its_own_does_not_exi
 
 async def test_what_is_stored_by_hand_is_passed_over(client: Durable) -> None:
     spawned = []
-    for stored in ("[]", "5", '{"cancelled": 5}', '{"cancelled": {}}', "null"):
+    named = '"task_name": "failed_task", "max_attempts"'
+    for stored in ("[]", "5", '{"cancelled": 5}', '{"cancelled": {}}', "null", f'{{"cancelled": {{{named}: "many"}}}}'):
         spawned.append(await client.spawn(work, 1))
         async with client.engine.begin() as connection:
             await connection.execute(

@@ -38,7 +38,7 @@ READY = range(250_201, 251_201)
 
 WORKER = uuid.UUID(int=7)
 BATCH = 100
-LARGE = {"tasks", "runs", "checkpoints", "waits", "messages"}
+LARGE = {"tasks", "runs", "checkpoints", "waits", "events", "messages"}
 
 FILL = """
 CREATE FUNCTION pg_temp.id(number bigint) RETURNS uuid IMMUTABLE LANGUAGE sql AS
@@ -77,6 +77,8 @@ INSERT INTO durable.waits (task_id, key, kind, name, queue_name, event_name)
     SELECT task_id, pg_temp.id(2), 'event', 'event', 'default', 'event-' || task_id
     FROM durable.tasks WHERE available_at IS NULL;
 INSERT INTO durable.events (queue_name, name, payload) SELECT queue_name, event_name, '1' FROM durable.waits;
+INSERT INTO durable.events (queue_name, name, payload)
+    SELECT 'default', 'of-nobody-' || number, '1' FROM generate_series(1, 100000) AS number;
 INSERT INTO durable.waits (task_id, key, kind, name, queue_name)
     SELECT task_id, pg_temp.id(3), 'message', 'in', 'default'
     FROM durable.tasks WHERE state = 'sleeping' AND available_at IS NOT NULL ORDER BY task_id LIMIT {batch};

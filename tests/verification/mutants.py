@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 RACES = "tests/verification/test_interleavings.py::"
 PROCESSES = "tests/cli/test_processes.py::"
 MACHINE = "tests/verification/test_state_machine.py"
+MESSAGES = "tests/verification/test_messages.py"
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,61 @@ MUTANTS = (
         ("tests/worker/test_attempt_timeout.py",),
     ),
     Mutant(
+        "messages that stay when they are received",
+        "statements/messages.py",
+        (
+            ("delete(Message).where(same, Message.idempotency_key.is_(None))", "delete(Message).where(same, false())"),
+            ("    exists,\n    func,", "    exists,\n    false,\n    func,"),
+        ),
+        ("tests/context/test_messages.py", MESSAGES),
+    ),
+    Mutant(
+        "messages received without a fence",
+        "statements/messages.py",
+        (
+            (
+                "        is_in(_calls.c.task_ids, _locked),\n        ~exists()",
+                "        or_(is_in(_calls.c.task_ids, _locked), true()),\n        ~exists()",
+            ),
+        ),
+        ("tests/context/test_messages.py::test_a_statement_that_is_repeated_receives_nothing_more",),
+    ),
+    Mutant(
+        "messages that the sender sends anew without a reply",
+        "client/messages.py",
+        (("            if repeated:\n", "            if False:\n"),),
+        ("tests/context/test_messages.py::test_a_send_without_a_reply_is_not_sent_twice", MESSAGES),
+    ),
+    Mutant(
+        "messages that nobody looks for",
+        "worker/wakeups.py",
+        (('rows = await self._connection.execute(messages.DELIVER, {"task_ids": task_ids})', "rows = list[object]()"),),
+        ("tests/context/test_messages.py", MESSAGES),
+    ),
+    Mutant(
+        "races whose losers go on waiting",
+        "statements/messages.py",
+        (
+            (
+                "delete(Wait).where(Wait.task_id == _over.c.task_id, Wait.key == _over.c.key)",
+                "delete(Wait).where(false())",
+            ),
+            ("    exists,\n    func,", "    exists,\n    false,\n    func,"),
+        ),
+        ("tests/context/test_races.py",),
+    ),
+    Mutant(
+        "tasks given up with their workers that nothing follows",
+        "statements/outcomes.py",
+        (
+            (
+                '        state=case((_given_up, constant("failed")), else_=constant("pending")),\n        outcome=case((_given_up, constant("failed")), else_=null()),\n        finished_at',
+                '        state=case((_given_up, constant("failed")), else_=constant("pending")),\n        outcome=case((_given_up, constant("failed")), else_=null()),\n        follow_ups=null(),\n        finished_at',
+            ),
+        ),
+        ("tests/context/test_follow_ups.py",),
+    ),
+    Mutant(
         "hints before the commit",
         "database/notifier.py",
         (("    if transaction is None or is_autocommit(connection):\n", "    if True:\n"),),
@@ -288,10 +344,10 @@ MUTANTS = (
         "statements/waits.py",
         (
             (
-                '                clock(),\n            ),\n        )\n        .on_conflict_do_nothing()\n        .cte("recorded")',
+                "                clock(),\n            ),\n        )\n        .on_conflict_do_nothing()\n    )",
                 (
                     '                clock(),\n            ).where(removed.c.status != constant("timeout")),\n        )\n'
-                    '        .on_conflict_do_nothing()\n        .cte("recorded")'
+                    "        .on_conflict_do_nothing()\n    )"
                 ),
             ),
         ),
