@@ -298,7 +298,7 @@ async def stream(
                 text = f"-- restart after {entry.position}"
             else:
                 data = {"position": entry.position} | ({"value": entry.value} if payloads else {})
-                text = f"{entry.position}" + (f"\t{to_json(entry.value).decode()}" if payloads else "")
+                text = f"{entry.position}" + (f"  {to_json(entry.value).decode()}" if payloads else "")
             invocation.output.say(text, **data)
 
 

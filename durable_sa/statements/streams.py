@@ -28,6 +28,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -148,17 +149,20 @@ _superseded = (
     )
     .cte("superseded")
 )
-_low = func.least(func.min(_superseded.c.before), Stream.began_after)
-_lows = (
-    select(Stream.task_id, Stream.name, _low.label("low"))
-    .join(
+# A join would take time quadratic in the batch, because the planner cannot estimate the number of deleted rows.
+_candidates = union_all(
+    select(_superseded.c.task_id, _superseded.c.name, _superseded.c.before),
+    select(Stream.task_id, Stream.name, Stream.began_after).join(
         _block,
-        (Stream.task_id == _block.c.task_ids) & (Stream.name == _block.c.names) & (Stream.block_id == _block.c["keys"]),
-    )
-    .outerjoin(_superseded, (_superseded.c.task_id == Stream.task_id) & (_superseded.c.name == Stream.name))
-    .where(is_in(_block.c.task_ids, _locked))
-    .group_by(Stream.task_id, Stream.name, Stream.began_after, Stream.last_position)
-    .having(_low < Stream.last_position)
+        (Stream.task_id == _block.c.task_ids)
+        & (Stream.name == _block.c.names)
+        & (Stream.block_id == _block.c["keys"])
+        & is_in(_block.c.task_ids, _locked),
+    ),
+).subquery("candidates")
+_lows = (
+    select(_candidates.c.task_id, _candidates.c.name, func.min(_candidates.c.before).label("low"))
+    .group_by(_candidates.c.task_id, _candidates.c.name)
     .subquery("lows")
 )
 _restarts = (
@@ -176,7 +180,7 @@ def _kept(name: str) -> ColumnElement[Any]:
 
 _told = (
     update(Stream)
-    .where(Stream.task_id == _lows.c.task_id, Stream.name == _lows.c.name)
+    .where(Stream.task_id == _lows.c.task_id, Stream.name == _lows.c.name, _lows.c.low < Stream.last_position)
     .values(
         began_after=_lows.c.low,
         restarts_after=func.array_append(_kept("after"), _lows.c.low),
@@ -243,6 +247,7 @@ _reserved = (
     .values(reserved=_valid.c.reservations)
     .cte("reserved")
 )
+_is_valid = _row.c["keys"].in_(select(_valid.c["keys"])).is_(true())
 _reserves = select(func.bool_or(_row.c.reservations.is_not(None))).scalar_subquery()
 _setting = materialized(
     "setting",
@@ -258,14 +263,13 @@ WRITE_ITEMS = (
     select(
         _row.c.task_ids.label("task_id"),
         _row.c["keys"].label("key"),
-        _valid.c["keys"].is_not(None).label("valid"),
+        _is_valid.label("valid"),
     )
     .select_from(_row)
     .join(_setting, true())
     .join(TaskRow, _has_fence)
     .outerjoin(Stream, _is_open)
-    .outerjoin(_valid, _valid.c["keys"] == _row.c["keys"])
-    .where(or_(_valid.c["keys"].is_not(None), Stream.task_id.is_(None)))
+    .where(or_(_is_valid, Stream.task_id.is_(None)))
     .add_cte(_written, _reserved)
 )
 """Write rows of items whose block is still the open one of its stream; `valid` says which those are.

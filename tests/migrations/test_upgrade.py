@@ -74,7 +74,7 @@ async def test_the_dump_has_rows_in_every_table(old: AsyncEngine) -> None:
     async with old.connect() as connection:
         assert await connection.run_sync(current) == "durable_0001"
         for table in metadata.sorted_tables:
-            if table.name in ("messages", "task_values"):  # of later revisions
+            if table.name in ("messages", "task_values", "streams", "stream_items"):  # of later revisions
                 continue
             assert await connection.scalar(sa.text(f"SELECT count(*) FROM durable.{table.name}")), table.name
 
