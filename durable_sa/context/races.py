@@ -86,8 +86,10 @@ class Races(ContextBase):
         unawaited = self._run.unawaited
         for key in [key for key, entry in unawaited.items() if cast("tuple[Any, object]", entry)[1] is coroutine]:
             del unawaited[key]
-        if isinstance(coroutine, Coroutine) and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
-            coroutine.close()
+        if isinstance(coroutine, Coroutine):
+            made = cast("Coroutine[Any, Any, Any]", coroutine)
+            if inspect.getcoroutinestate(made) == inspect.CORO_CREATED:
+                made.close()
 
     async def _race(self, call: Call, members: Mapping[str, Member]) -> Race[Any]:
         run = self._run

@@ -32,6 +32,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
@@ -83,6 +84,7 @@ LOSER_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {"loser_task_ids": Uuid(), "r
 
 _COLUMNS = ["message_id", "task_id", "topic", "payload", "idempotency_key", "sent_at"]
 _task_ids = array("task_ids", Uuid())
+_waiting = aliased(Message, name="waiting")
 
 
 def _values(source: FromClause) -> tuple[ColumnElement[Any], ...]:
@@ -178,20 +180,28 @@ RECORD_MESSAGES = (
 def _next_message(wanted: CTE, *conditions: ColumnElement[bool]) -> FromClause:
     """Select and lock the message of each row's topic at the row's rank, the oldest being the first.
 
-    A message that was received since the statement began is not found, because the lock reads the newest version.
+    None is found if another transaction has locked it, as marking does for a moment: a later one would come out of its
+    sender's order. A message that was received since the statement began is not found either, because the lock reads
+    the newest version.
     """
-    return (
-        select(Message.message_id, as_text(Message.payload).label("payload"))
+    first = (
+        select(_waiting.message_id)
         .where(
-            Message.task_id == wanted.c.task_id,
-            Message.topic == wanted.c.topic,
-            Message.received_at.is_(None),
+            _waiting.task_id == wanted.c.task_id,
+            _waiting.topic == wanted.c.topic,
+            _waiting.received_at.is_(None),
             *conditions,
         )
-        .order_by(Message.seq)
+        .order_by(_waiting.seq)
         .offset(wanted.c.rank - constant(1))
         .limit(literal_column("1"))
-        .with_for_update(skip_locked=True)
+        .correlate(wanted)
+        .scalar_subquery()
+    )
+    return (
+        select(Message.message_id, as_text(Message.payload).label("payload"))
+        .where(Message.task_id == wanted.c.task_id, Message.message_id == first, Message.received_at.is_(None))
+        .with_for_update(skip_locked=True, of=Message)
         .correlate(wanted)
         .lateral("next_message")
     )
@@ -376,7 +386,7 @@ _ranked = materialized(
     ),
 )
 _next = _next_message(
-    _ranked, or_(_ranked.c.due_at.is_(None), _ranked.c.due_at > clock(), Message.sent_at <= _ranked.c.due_at)
+    _ranked, or_(_ranked.c.due_at.is_(None), _ranked.c.due_at > clock(), _waiting.sent_at <= _ranked.c.due_at)
 )
 _settled = materialized(
     "settled",

@@ -400,8 +400,23 @@ async def test_a_statement_that_is_repeated_receives_nothing_more(durable: Durab
     [row] = await durable.database.execute(messages.RECEIVE, parameters)
     assert (row.found, row.value) == (True, "0")
     assert await durable.database.execute(messages.RECEIVE, parameters) == []
-    assert await durable.database.execute(messages.RECEIVE, {**parameters, "fences": [1]}) == []
+    lost = {**parameters, "keys": [uuid.uuid4()], "fences": [1]}
+    assert await durable.database.execute(messages.RECEIVE, lost) == []
     assert len(await stored(durable.engine)) == 1
+
+
+async def test_a_locked_message_is_not_passed_over(durable: Durable) -> None:
+    durable.register(collect)
+    spawned = await durable.spawn(collect, 1)
+    for number in range(2):
+        await durable.send(spawned, "in", number)
+    parameters = {"task_ids": [spawned.task_id], "fences": [0], "keys": [uuid.uuid4()], "topics": ["in"]}
+    async with durable.engine.begin() as connection:
+        await connection.execute(text("UPDATE durable.messages SET delivered_at = now() WHERE payload::text = '0'"))
+        [row] = await durable.database.execute(messages.RECEIVE, parameters)
+        assert not row.found
+    [row] = await durable.database.execute(messages.RECEIVE, parameters)
+    assert (row.found, row.value) == (True, "0")
 
 
 async def test_a_retried_task_receives_what_was_not_received(run: Runner) -> None:

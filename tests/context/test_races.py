@@ -43,6 +43,32 @@ async def test_the_first_wait_wins_and_the_others_are_withdrawn(run: Runner, cap
     assert warnings(caplog) == []
 
 
+async def test_the_losing_waits_are_gone_before_the_task_goes_on(run: Runner) -> None:
+    reached, go = asyncio.Event(), asyncio.Event()
+
+    @task
+    async def work(ctx: TaskContext) -> int:
+        race = await ctx.race(
+            "payment", paid=ctx.receive("paid"), late=ctx.sleep_for("grace", 3600), never=ctx.await_event("never")
+        )
+        await ctx.step("ship", ship)
+        return race.value
+
+    async def ship() -> None:
+        reached.set()
+        await go.wait()
+
+    spawned = await run.spawn(work)
+    rows: Rows[Any] = Rows(run.durable, spawned)
+    await rows.until("sleeping")
+    assert len(await rows.waits()) == 2  # a sleep is the time of the task
+    await run.durable.send(spawned, "paid", 12)
+    await asyncio.wait_for(reached.wait(), 10)
+    assert await rows.waits() == []
+    go.set()
+    assert (await run.wait(spawned)).output == 12
+
+
 async def test_a_sleep_wins_when_it_is_over(durable: Durable) -> None:
     durable.register(pay)
     async with time_travel(durable) as clock:

@@ -214,6 +214,17 @@ MUTANTS = (
         ("tests/context/test_messages.py::test_a_statement_that_is_repeated_receives_nothing_more",),
     ),
     Mutant(
+        "messages received past one that is locked",
+        "statements/messages.py",
+        (
+            (
+                '        .limit(literal_column("1"))\n        .correlate(wanted)',
+                '        .limit(literal_column("1"))\n        .with_for_update(skip_locked=True)\n        .correlate(wanted)',
+            ),
+        ),
+        ("tests/context/test_messages.py::test_a_locked_message_is_not_passed_over", MESSAGES),
+    ),
+    Mutant(
         "messages that the sender sends anew without a reply",
         "client/messages.py",
         (("            if repeated:\n", "            if False:\n"),),

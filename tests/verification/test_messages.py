@@ -22,12 +22,13 @@ from .mailbox import inbox, sink
 from .proxy import Proxy
 
 SENDERS = 20
-RECEIVERS = int(os.environ.get("DURABLE_RECEIVERS", "200"))
+RECEIVERS = 200
 EACH = 3
 """Messages of a sender to each of its receivers."""
-CHOSEN = max(4, RECEIVERS // 5)
+CHOSEN = 30
 """Receivers of a sender."""
 LOST_SHARE = 0.03
+KILLS = 6
 
 
 def start(url: URL) -> subprocess.Popen[bytes]:
@@ -42,14 +43,13 @@ def start(url: URL) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_each_message_is_received_once_and_in_order(durable: Durable, engine: AsyncEngine) -> None:
     chance = random.Random(17)
     for each in (inbox, sink):
         durable.register(each)
     pairs = {
-        (sender, receiver): EACH
-        for sender in range(SENDERS)
-        for receiver in chance.sample(range(RECEIVERS), min(CHOSEN, RECEIVERS))
+        (sender, receiver): EACH for sender in range(SENDERS) for receiver in chance.sample(range(RECEIVERS), CHOSEN)
     }
     counts = Counter[int]()
     for (_, receiver), number in pairs.items():
@@ -58,9 +58,9 @@ async def test_each_message_is_received_once_and_in_order(durable: Durable, engi
     spawned = [await durable.spawn(inbox, (counts[receiver], collector.task_id)) for receiver in range(RECEIVERS)]
 
     url = engine.url
-    host, port = url.query.get("host", url.host), url.port or 5432
-    async with Proxy(str(host), int(port)) as proxy:
-        through = url.set(host="127.0.0.1", port=proxy.port).difference_update_query(["host"])
+    host, port = url.host or str(url.query["host"]), url.port or int(str(url.query.get("port", 5432)))
+    async with Proxy(host, port) as proxy:
+        through = url.set(host="127.0.0.1", port=proxy.port, query={})
 
         def lose(statement: str) -> str | None:
             if "durable." not in statement or chance.random() > LOST_SHARE:
@@ -70,16 +70,19 @@ async def test_each_message_is_received_once_and_in_order(durable: Durable, engi
         proxy.lose(lose)
         workers = [start(through) for _ in range(2)]
         sending = [asyncio.ensure_future(send_all(through, sender, pairs, spawned)) for sender in range(SENDERS)]
-        killing = asyncio.ensure_future(kill(workers, through, chance))
+        killing = asyncio.ensure_future(kill(workers, through, engine, counts.total(), chance))
         try:
             await asyncio.gather(*sending)
             result = await durable.wait_for_result(collector, timeout=300)
+            killed = await asyncio.wait_for(killing, 10)
         finally:
-            killing.cancel()
+            for each in (killing, *sending):
+                each.cancel()
             await asyncio.wait([killing, *sending])
             for worker in workers:
                 worker.kill()
                 worker.wait()
+        assert killed == KILLS
         assert proxy.happened > 3
     received = dict(result.output or [])
     assert len(received) == RECEIVERS == len(result.output or [])
@@ -137,10 +140,21 @@ async def until_sent(durable: Durable, task: SpawnResult[list[object]], payload:
             return
 
 
-async def kill(workers: list[subprocess.Popen[bytes]], url: URL, chance: random.Random) -> None:
-    while True:
-        await asyncio.sleep(chance.uniform(1, 4))
+async def kill(
+    workers: list[subprocess.Popen[bytes]], url: URL, engine: AsyncEngine, total: int, chance: random.Random
+) -> int:
+    """Kill a worker, at a random moment, whenever a further part of the messages is received. Return how often."""
+    for number in range(KILLS):
+        while await received(engine) < (number + 0.5) / KILLS * total:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(chance.uniform(0, 0.2))
         index = chance.randrange(len(workers))
         workers[index].kill()
         await asyncio.to_thread(workers[index].wait)
         workers[index] = start(url)
+    return KILLS
+
+
+async def received(engine: AsyncEngine) -> int:
+    async with engine.connect() as connection:
+        return await connection.scalar(text("SELECT count(*) FROM durable.checkpoints WHERE kind = 'message'")) or 0
