@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from .options import SpawnOptions, WorkerOptions
     from .policies import CancellationPolicy, RetryStrategy
     from .results import (
+        BulkResult,
+        HistoryEntry,
+        Page,
         QueueStatistics,
         Race,
         ScheduleFilter,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         StreamRestart,
         TaskEnded,
         TaskErrorInfo,
+        TaskFilter,
         TaskHandle,
         TaskInfo,
         TaskPollResult,
@@ -64,11 +68,13 @@ if TYPE_CHECKING:
     from .worker.worker import Worker
 
 __all__ = [
+    "BulkResult",
     "CancellationPolicy",
     "ChildCancelled",
     "ChildFailed",
     "Durable",
     "DurableError",
+    "HistoryEntry",
     "Hooks",
     "IdempotencyConflict",
     "InvalidConfiguration",
@@ -77,6 +83,7 @@ __all__ = [
     "InvalidState",
     "InvalidTaskParams",
     "OutgoingSpawn",
+    "Page",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
@@ -102,6 +109,7 @@ __all__ = [
     "TaskEnded",
     "TaskError",
     "TaskErrorInfo",
+    "TaskFilter",
     "TaskHandle",
     "TaskInfo",
     "TaskNotFound",
@@ -160,6 +168,9 @@ _PLACES = {
     "options": ("SpawnOptions", "WorkerOptions"),
     "policies": ("CancellationPolicy", "RetryStrategy"),
     "results": (
+        "BulkResult",
+        "HistoryEntry",
+        "Page",
         "QueueStatistics",
         "Race",
         "ScheduleFilter",
@@ -169,6 +180,7 @@ _PLACES = {
         "StreamRestart",
         "TaskEnded",
         "TaskErrorInfo",
+        "TaskFilter",
         "TaskHandle",
         "TaskInfo",
         "TaskPollResult",

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ARRAY,
     DDL,
     JSON,
+    REAL,
     BigInteger,
     CheckConstraint,
     DateTime,
@@ -225,6 +226,7 @@ class Checkpoint(Base):
         comment="the child that was spawned or joined, or the message that was received"
     )
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
+    duration: Mapped[float | None] = mapped_column(REAL(), comment="seconds that a step, a try or a wait took")
 
 
 class Event(Base):
@@ -415,6 +417,16 @@ class WorkerRow(Base):
     long_steps: Mapped[list[dict[str, Any]] | None] = mapped_column(
         JSON(), comment="steps that have run for more than a second: task_id, step, started_at"
     )
+
+
+class EndedWorker(Base):
+    """A worker that has ended or was lost: its label, for the history of the tasks that it ran."""
+
+    __tablename__ = "ended_workers"
+
+    worker_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    ended_at: Mapped[datetime] = mapped_column(server_default=_now)
 
 
 FILLFACTOR = {"tasks": 40}

@@ -1,11 +1,14 @@
 """The values that a client returns: ids of spawned tasks, results of tasks, schedules, statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 from uuid import UUID
+
+from .errors import InvalidConfiguration
+from .validation import Duration, instance, integer, seconds, timestamp
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -80,23 +83,6 @@ AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
 """What names a task in calls about existing ones."""
 
 
-def task_id_of(task: AnyTaskId) -> UUID:
-    """Return the id of a task that a caller names.
-
-    Raises:
-        TypeError: it is none of the kinds.
-    """
-    if isinstance(task, SpawnResult | TaskHandle):
-        return task.task_id
-    if isinstance(task, UUID):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return task
-    try:
-        return UUID(str(task))
-    except ValueError:
-        what = repr(task[:80]) if isinstance(task, str) else type(task).__name__
-        raise TypeError(f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {what}") from None
-
-
 @dataclass(frozen=True, slots=True)
 class TaskErrorInfo:
     """Why a task failed."""
@@ -121,6 +107,184 @@ class TaskPollResult(Generic[T_co]):
     error: TaskErrorInfo | None = None
     """The failure of a failed task, the time limit that cancelled a task, or the last failure of a task that was
     cancelled otherwise. None if there is none, and until the task has ended."""
+
+
+def id_of(task: UUID | SpawnResult[Any] | TaskHandle[Any]) -> UUID:
+    """Return the id of a task.
+
+    Raises:
+        TypeError: the object names no task.
+    """
+    if isinstance(task, SpawnResult | TaskHandle):
+        return task.task_id
+    if isinstance(task, UUID):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return task
+    try:
+        return UUID(str(task))
+    except ValueError:
+        what = repr(task[:80]) if isinstance(task, str) else type(task).__name__
+        raise TypeError(f"a task is named by its UUID, a SpawnResult or a TaskHandle, not {what}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """A filter of tasks. A task matches if it matches all fields that are set; an empty filter matches every task.
+
+    Raises:
+        InvalidConfiguration: a time without a zone, a state that does not exist, or another value that matches nothing.
+    """
+
+    task_name: str | None = None
+    queue_name: str | None = None
+    """None: the tasks of all queues."""
+    state: TaskStatus | str | Collection[TaskStatus | str] | None = None
+    """A status, or several of them."""
+    key: str | None = None
+    """The idempotency key."""
+    limit_key: str | None = None
+    error_name: str | None = None
+    """The class name of the last failure, also of one after which the task is retried."""
+    spawned_after: datetime | None = None
+    """Spawned at this time or later."""
+    spawned_before: datetime | None = None
+    ended_after: datetime | None = None
+    """Ended, however it did, at this time or later."""
+    ended_before: datetime | None = None
+    running_longer_than: Duration | None = None
+    """The time for which the current attempt has run, in seconds or as a `timedelta`."""
+    parent: UUID | SpawnResult[Any] | TaskHandle[Any] | None = None
+    """The task that has spawned it as a subtask."""
+    version: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("task_name", "queue_name", "key", "limit_key", "error_name"):
+            if (text := getattr(self, name)) is not None:
+                instance(text, str, name)
+        for name in ("spawned_after", "spawned_before", "ended_after", "ended_before"):
+            if (moment := getattr(self, name)) is not None:
+                object.__setattr__(self, name, timestamp(moment, name))
+        if self.running_longer_than is not None:
+            seconds(self.running_longer_than, "running_longer_than")
+        if self.parent is not None:
+            object.__setattr__(self, "parent", id_of(self.parent))
+        if self.version is not None:
+            integer(self.version, "version", minimum=1, maximum=2**31 - 1)
+        if self.state is not None:
+            several = not isinstance(self.state, str)
+            states = tuple(_status(state) for state in (self.state if several else [self.state]))
+            if not states:
+                raise InvalidConfiguration("state", "it names no state", "Leave it out for tasks in any state.")
+            object.__setattr__(self, "state", states if several else states[0])
+
+    @property
+    def states(self) -> tuple[TaskStatus, ...]:
+        """The statuses of `state`; none if it is not set."""
+        match self.state:
+            case None:
+                return ()
+            case TaskStatus():
+                return (self.state,)
+            case _:
+                return tuple(TaskStatus(state) for state in self.state)
+
+
+def _status(state: object) -> TaskStatus:
+    try:
+        return TaskStatus(cast(str, state))
+    except ValueError:
+        shown = repr(state[:80]) if isinstance(state, str) else f"an object of type {type(state).__name__}"
+        raise InvalidConfiguration("state", f"{shown} is none of {', '.join(TaskStatus)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """A task as it was when it was read."""
+
+    task_id: UUID
+    task_name: str
+    version: int | None
+    queue_name: str
+    status: TaskStatus
+    attempt: int
+    """The number of attempts that have begun."""
+    key: str | None
+    """The idempotency key."""
+    limit_key: str | None
+    parent_task_id: UUID | None
+    created_at: datetime
+    available_at: datetime | None
+    """The time from which on it may be claimed. None while it waits for something that has no time."""
+    first_started_at: datetime | None
+    finished_at: datetime | None
+    error: TaskErrorInfo | None
+    """The last failure, also one after which the task is retried. Its message is without values unless they were
+    asked for."""
+    waits_for: str | None
+    """The events, messages, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
+    started_at: datetime | None = None
+    """The start of the current or last attempt."""
+    worker: str | None = None
+    """The label of the worker that runs it."""
+    priority: int = 0
+    failures: int = 0
+    """The failures of its own code since it was spawned or retried by hand."""
+    max_attempts: int = 1
+    """The number of failures at which it has failed."""
+    lost_workers: int = 0
+    """The workers that were lost in a row while they ran it; from two on it runs alone."""
+    params: Any = field(default=None, repr=False)
+    """Plain JSON. This and the following are None unless payloads were asked for."""
+    headers: Mapping[str, Any] | None = field(default=None, repr=False)
+    output: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """One part of a task's history: an attempt, or a call of the task's code with its record."""
+
+    kind: str
+    """`attempt`, `step`, `transaction`, `try` (a failed try of a step), `child`, `event`, `join`, `sleep`, `emit`,
+    `message` (one that was received), `send`, `race` or `value`."""
+    name: str
+    """The name of the call; empty for an attempt, and for calls that have none."""
+    status: str
+    """`completed`, `failed`, `cancelled` or `timeout`; `running` or `waiting` for what has not ended; and that of the
+    subtask for a `child`."""
+    attempt: int
+    """The number of the attempt in which it ended, or goes on; 0 if it happened before the first."""
+    began_at: datetime | None
+    """None for calls that take no time, and for those that an earlier version has recorded."""
+    ended_at: datetime | None
+    """None for what has not ended."""
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """More about it, as far as it is known: `error` (a `TaskErrorInfo`), `traceback` and `worker` of an attempt;
+    `task_id` and `task_name` of a subtask; `message_id` of a message; `winner` of a race; `until` of a wait; `value`
+    if payloads were asked for."""
+
+    @property
+    def duration(self) -> timedelta | None:
+        """The time that it took; None if it has not ended, or if its beginning is not known."""
+        return None if self.began_at is None or self.ended_at is None else self.ended_at - self.began_at
+
+
+@dataclass(frozen=True)
+class Page(Generic[T_co]):
+    """A page of a list."""
+
+    items: list[T_co]
+    next: str | None = None
+    """To be given as `after` for the next page. None: this is the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """The numbers of tasks in a bulk operation."""
+
+    matched: int
+    """The tasks that the filter matched: all that were done or skipped."""
+    done: int
+    skipped: int
+    """Tasks that were left as they are: the operation does not apply to them, or it was a dry run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,43 +353,3 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskInfo:
-    """A task as it was when it was read."""
-
-    task_id: UUID
-    task_name: str
-    version: int | None
-    queue_name: str
-    status: TaskStatus
-    attempt: int
-    """The number of attempts that have begun."""
-    key: str | None
-    """The idempotency key."""
-    limit_key: str | None
-    parent_task_id: UUID | None
-    created_at: datetime
-    available_at: datetime | None
-    """The time from which on it may be claimed. None while it waits for something that has no time."""
-    first_started_at: datetime | None
-    finished_at: datetime | None
-    error: TaskErrorInfo | None
-    """The last failure, also one after which the task is retried. Its message is without values unless they were
-    asked for."""
-    waits_for: str | None
-    """The events, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
-    started_at: datetime | None = None
-    """The start of the current or last attempt."""
-    worker: str | None = None
-    """The label of the worker that runs it."""
-    priority: int = 0
-    failures: int = 0
-    """The failures of its own code since it was spawned or retried by hand."""
-    max_attempts: int = 1
-    """The number of failures at which it has failed."""
-    params: Any = field(default=None, repr=False)
-    """Plain JSON. This and the following are None unless payloads were asked for."""
-    headers: Mapping[str, Any] | None = field(default=None, repr=False)
-    output: Any = field(default=None, repr=False)

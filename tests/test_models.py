@@ -149,7 +149,7 @@ def test_names_and_metadata_are_apart_from_the_applications() -> None:
     }
     assert str(Task.__table__) == "tasks"
     tables = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow"}
-    names = {*tables, "Message", "TaskValueRow", "Stream", "StreamItems"}
+    names = {*tables, "EndedWorker", "Message", "TaskValueRow", "Stream", "StreamItems"}
     assert {mapper.class_.__name__ for mapper in models.Base.registry.mappers} == names
 
 

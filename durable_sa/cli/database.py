@@ -49,9 +49,9 @@ async def cleanup(
     await invocation.durable.require_queue(queue_name)
     delete = invocation.durable.cleanup_events if events else invocation.durable.cleanup_tasks
     deleted = 0
-    with invocation.output.progress("Deleting", None) as advance:
+    with invocation.output.progress("Deleting") as progress:
         while batch := await delete(older_than, limit=_BATCH, queue_name=queue_name):
             deleted += batch
-            advance(batch)
+            progress(deleted, None)
     kind = "Events" if events else "Tasks"
     invocation.output.say(f"{kind} deleted: {deleted}.", deleted=deleted)

@@ -21,7 +21,7 @@ from sqlalchemy import URL
 from typer import Exit
 
 from .. import Durable, SpawnResult, TaskPollResult, TaskStatus
-from ..errors import InvalidState, TaskNotFound
+from ..errors import InvalidState
 from ..statements import inspection
 from . import history
 from .connection import place
@@ -165,21 +165,16 @@ class Stage:
                 )
             await asyncio.sleep(0.05)
 
-    async def _history(self, task_id: uuid.UUID) -> history.History:
-        loaded = await history.load(self.durable.database, task_id)
-        if loaded is None:
-            raise TaskNotFound(task_id)
-        return loaded
-
     async def _finished_steps(self, task_id: uuid.UUID) -> list[str]:
         """Return the steps whose results are in the database; called after the worker was killed."""
-        checkpoints = (await self._history(task_id)).checkpoints
-        stored = sum(checkpoint["kind"] == "step" for checkpoint in checkpoints)
+        recorded = await self.durable.get_history(task_id)
+        stored = sum((entry.kind, entry.status) == ("step", "completed") for entry in recorded)
         return [entry.step for entry in self._entries() if entry.event == "ends"][:stored]
 
     async def _show_timeline(self, task_id: uuid.UUID) -> None:
         self._tell("\nThe history in the database:", "bold")
-        (await self._history(task_id)).print_timeline(self.output)
+        task, recorded = await self.durable.get_task(task_id), await self.durable.get_history(task_id)
+        history.print_timeline(history.timeline(task, recorded), self.output, everything=True)
 
     def _show_executions(self, entries: Sequence[Entry]) -> None:
         counts = Counter((entry.step, self._workers[entry.pid]) for entry in entries if entry.event == "begins")

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from pydantic_core import to_json
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sqlalchemy import Row
 
 from . import tables
@@ -108,13 +108,13 @@ class Output:
         subprocess.run(pager, input=text, text=True, check=False, env={"LESS": "FRX", **os.environ})
 
     @contextmanager
-    def progress(self, label: str, total: int | None) -> Generator[Callable[[int], None]]:
-        """Show a progress bar on stderr; yields a function that adds to the count."""
+    def progress(self, label: str) -> Generator[Callable[[int, int | None], None]]:
+        """Show a progress bar on stderr; yields a function of the number done and, if it is known, of that of all."""
         console = make_console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda count: bar.advance(task, count)
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def as_dicts(rows: Iterable[Row[Any]]) -> list[dict[str, Any]]:

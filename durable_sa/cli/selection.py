@@ -5,21 +5,21 @@ from __future__ import annotations
 import difflib
 import shlex
 import uuid
-from collections.abc import AsyncIterator, Iterable
-from datetime import datetime, timedelta
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from sqlalchemy import Select
+from sqlalchemy import func, select
 
-from .. import TaskStatus
+from .. import TaskFilter, TaskRow, TaskStatus
 from ..errors import TaskNotFound
 from ..statements import inspection
+from ..statements.reading import Where, matching
 from .arguments import duration, moment
 from .completion import complete_queues, complete_tasks
 from .invocation import FAILED, Invocation, fail
 
-_PAGE = 500
 _SHOWN = 10
 
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)]
@@ -39,19 +39,26 @@ ErrorName = Annotated[
     str | None,
     typer.Option("--error", "-e", metavar="CLASS", help="Only tasks whose last failure is of this exception class."),
 ]
-Key = Annotated[str | None, typer.Option(help="Only tasks with this idempotency key.")]
+Key = Annotated[str | None, typer.Option(help="Only tasks with this key.")]
+Parent = Annotated[str | None, typer.Option(metavar="TASK", help="Only subtasks of this task.")]
+
+
+def _time(help_text: str) -> Any:
+    return typer.Option(parser=moment, metavar="WHEN", help=help_text)
+
+
 Since = Annotated[
     Any,
-    typer.Option(
-        parser=moment,
-        metavar="WHEN",
-        help="Only tasks that have ended, or of unfinished ones were spawned, since: 12h for 12 hours ago, or "
-        "2026-01-31T08:00Z.",
+    _time(
+        "Only tasks that have ended, or of unfinished ones were spawned, since: 12h for 12 hours ago, or "
+        "2026-01-31T08:00Z."
     ),
 ]
-Until = Annotated[
-    Any, typer.Option(parser=moment, metavar="WHEN", help="Only tasks that have ended, or were spawned, before.")
-]
+Until = Annotated[Any, _time("Only tasks that have ended, or were spawned, before.")]
+SpawnedAfter = Annotated[Any, _time("Only tasks that were spawned since.")]
+SpawnedBefore = Annotated[Any, _time("Only tasks that were spawned before.")]
+EndedAfter = Annotated[Any, _time("Only tasks that have ended since.")]
+EndedBefore = Annotated[Any, _time("Only tasks that have ended before.")]
 RunningLongerThan = Annotated[
     timedelta | None,
     typer.Option(
@@ -71,8 +78,13 @@ class Filters(NamedTuple):
     name: str | None = None
     error: str | None = None
     key: str | None = None
+    parent: str | None = None
     since: datetime | timedelta | None = None
     until: datetime | timedelta | None = None
+    spawned_after: datetime | timedelta | None = None
+    spawned_before: datetime | timedelta | None = None
+    ended_after: datetime | timedelta | None = None
+    ended_before: datetime | timedelta | None = None
     running_longer_than: timedelta | None = None
 
     @property
@@ -84,47 +96,45 @@ class Filters(NamedTuple):
         """Restrict the filters to these states, unless they name states themselves."""
         return self._replace(states=self.states or tuple(states))
 
-    def query(
-        self, *, order: inspection.Order = "newest", after: uuid.UUID | None = None, limit: int
-    ) -> Select[*tuple[Any, ...]]:
-        """Select a page of the matching tasks."""
-        return inspection.tasks(
-            queue_name=self.queue_name,
-            states=self.states,
-            task_name=self.name,
-            error_name=self.error,
-            key=self.key,
-            since=self.since,
-            until=self.until,
-            running_longer_than=self.running_longer_than,
-            order=order,
-            after=after,
-            limit=limit,
-        )
-
-    def options(self) -> str:
-        """Return the filters as they are typed in a shell."""
-        words: list[str] = []
-        for option, value in (("--queue", self.queue_name), ("--name", self.name), ("--error", self.error)):
-            words += [option, value] if value is not None else []
-        for state in self.states:
-            words += ["--state", state]
-        if self.key is not None:
-            words += ["--key", self.key]
-        times = {"--since": self.since, "--until": self.until, "--running-longer-than": self.running_longer_than}
-        for option, when in times.items():
-            if when is not None:
-                words += [option, f"{when.total_seconds():g}s" if isinstance(when, timedelta) else when.isoformat()]
-        return shlex.join(words)
-
-    async def check(self, invocation: Invocation) -> None:
-        """Refuse the name of a queue that does not exist.
+    async def where(self, invocation: Invocation) -> Where:
+        """Return the tasks that match all conditions.
 
         Raises:
-            QueueNotFound: there is no such queue.
+            QueueNotFound: there is no queue of the name that is given.
+            typer.Exit: there is no task that is the parent.
         """
         if self.queue_name is not None:
             await invocation.durable.require_queue(self.queue_name)
+        chosen = TaskFilter(
+            task_name=self.name,
+            queue_name=self.queue_name,
+            state=self.states or None,
+            key=self.key,
+            error_name=self.error,
+            spawned_after=_moment(self.spawned_after),
+            spawned_before=_moment(self.spawned_before),
+            ended_after=_moment(self.ended_after),
+            ended_before=_moment(self.ended_before),
+            running_longer_than=self.running_longer_than,
+            parent=None if self.parent is None else await resolve_one(invocation, self.parent),
+        )
+        if self.since is None and self.until is None:
+            return chosen
+        # The end of a task that has ended, else its spawn.
+        at = func.coalesce(TaskRow.finished_at, TaskRow.created_at)
+        bounds = [] if self.since is None else [at >= _moment(self.since)]
+        bounds += [] if self.until is None else [at < _moment(self.until)]
+        return select(TaskRow.task_id).where(*matching(chosen), *bounds)
+
+    def options(self) -> str:
+        """Return the filters as they are typed in a shell."""
+        words: list[str] = [word for state in self.states for word in ("--state", state)]
+        for field, value in self._replace(states=())._asdict().items():
+            if value:
+                text = f"{value // timedelta(seconds=1)}s" if isinstance(value, timedelta) else value
+                text = text.isoformat() if isinstance(text, datetime) else text
+                words += [f"--{field.removesuffix('_name').replace('_', '-')}", text]
+        return shlex.join(words)
 
     async def check_name(self, invocation: Invocation) -> None:
         """Refuse the name of a task that no task has; called if nothing matches, because it may read all tasks.
@@ -134,25 +144,16 @@ class Filters(NamedTuple):
         """
         if self.name is None or self.name in invocation.durable.tasks:
             return
-        database = invocation.durable.database
-        if await database.execute(inspection.KNOWN_NAME, {"name": self.name}):
+        if (await invocation.durable.list_tasks(TaskFilter(task_name=self.name), limit=1)).items:
             return
-        recent = sorted(row[0] for row in await database.execute(inspection.RECENT_TASK_NAMES))
+        recent = sorted(row[0] for row in await invocation.durable.database.execute(inspection.RECENT_TASK_NAMES))
         similar = difflib.get_close_matches(self.name, recent, _SHOWN) or recent
         names = f" There are {', '.join(similar[:_SHOWN])}." if similar else ""
         fail(f"There is no task named {self.name!r}.{names}", FAILED)
 
 
-async def matching(invocation: Invocation, filters: Filters) -> AsyncIterator[uuid.UUID]:
-    """Yield matching tasks page by page, each once, also if it matches again in the meantime."""
-    after: uuid.UUID | None = None
-    while True:
-        rows = await invocation.durable.database.execute(filters.query(after=after, limit=_PAGE))
-        for row in rows:
-            yield row.task_id
-        if len(rows) < _PAGE:
-            return
-        after = rows[-1].task_id
+def _moment(when: datetime | timedelta | None) -> datetime | None:
+    return datetime.now(UTC) - when if isinstance(when, timedelta) else when
 
 
 async def resolve(invocation: Invocation, name: str, queue_name: str | None = None) -> uuid.UUID:
@@ -162,22 +163,21 @@ async def resolve(invocation: Invocation, name: str, queue_name: str | None = No
         TaskNotFound: there is no task of that id.
         LookupError: no task, or several tasks in different queues, have that key.
     """
+    missing: TaskNotFound | None = None
     try:
-        task_id = uuid.UUID(name)
+        return (await invocation.durable.get_task(uuid.UUID(name))).task_id
+    except TaskNotFound as error:
+        missing = error
     except ValueError:
-        task_id = None
-    database = invocation.durable.database
-    if task_id is not None and await database.execute(inspection.KNOWN_TASK, {"task_id": task_id}):
-        return task_id
-    rows = await database.execute(Filters(queue_name=queue_name, key=name).query(limit=_SHOWN))
-    if len(rows) == 1:
-        found: uuid.UUID = rows[0].task_id
-        return found
-    if rows:
-        tasks = ", ".join(f"{row.task_id} in queue {row.queue_name!r}" for row in rows)
+        pass
+    found = (await invocation.durable.list_tasks(TaskFilter(key=name, queue_name=queue_name), limit=_SHOWN)).items
+    if len(found) == 1:
+        return found[0].task_id
+    if found:
+        tasks = ", ".join(f"{task.task_id} in queue {task.queue_name!r}" for task in found)
         raise LookupError(f"Several tasks have the key {name!r}: {tasks}. Give the id of one, or --queue.")
-    if task_id is not None:
-        raise TaskNotFound(task_id)
+    if missing is not None:
+        raise missing
     where = "" if queue_name is None else f" in queue {queue_name!r}"
     raise LookupError(f"There is no task with the id or key {name!r}{where}. List tasks: durable tasks list")
 

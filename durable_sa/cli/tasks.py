@@ -1,32 +1,39 @@
-"""`durable tasks`: list, show, spawn, cancel and retry tasks."""
+"""`durable tasks`: list, show, spawn, cancel, retry and delete tasks."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from contextlib import aclosing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 from pydantic_core import from_json, to_json
 
-from .. import SpawnOptions, StreamRestart
+from .. import Durable, SpawnOptions, StreamRestart, TaskInfo
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
 from ..statements import inspection, values
+from ..statements.reading import Order
 from . import history, repairs
 from .arguments import duration, headers, json_value
 from .completion import complete_queues, complete_tasks
 from .invocation import FAILED, USAGE, Invocation, connected, examples, fail, listing
 from .output import as_dicts, span
 from .selection import (
+    EndedAfter,
+    EndedBefore,
     ErrorName,
     Filters,
     Key,
     Name,
+    Parent,
     Queue,
     RunningLongerThan,
     Since,
+    SpawnedAfter,
+    SpawnedBefore,
     States,
     Until,
     resolve_one,
@@ -46,7 +53,9 @@ _COLUMNS = {
 }
 
 
-Sort = Annotated[inspection.Order, typer.Option(help="By the spawn, or by how long the current attempt has run.")]
+Sort = Annotated[
+    Order, typer.Option(help="By the spawn; or only running tasks, by how long the current attempt has run.")
+]
 
 
 @tasks.command(
@@ -61,39 +70,44 @@ async def list_(
     name: Name = None,
     error: ErrorName = None,
     key: Key = None,
+    parent: Parent = None,
     since: Since = None,
     until: Until = None,
+    spawned_after: SpawnedAfter = None,
+    spawned_before: SpawnedBefore = None,
+    ended_after: EndedAfter = None,
+    ended_before: EndedBefore = None,
     running_longer_than: RunningLongerThan = None,
     sort: Sort = "newest",
     limit: Annotated[int, typer.Option("--limit", "-l", help="Maximum number of tasks.", min=1, max=10_000)] = 20,
     after: Annotated[
-        uuid.UUID | None,
-        typer.Option(metavar="TASK_ID", help="The last task of the page before, which prints this option."),
+        str | None,
+        typer.Option(metavar="TASK_ID", help="The end of the page before, which prints this option."),
     ] = None,
 ) -> None:
     """List tasks, the newest first. If there are more than the limit, the command for the next page is on stderr."""
-    if after is not None and sort == "running":
-        fail("With --sort running there is no next page, because the order changes: raise --limit.", USAGE)
-    filters = Filters(queue_name, tuple(states or ()), name, error, key, since, until, running_longer_than)
-    await filters.check(invocation)
-    query = filters.query(order=sort, after=after, limit=limit + 1)
-    rows = as_dicts(await invocation.durable.database.execute(query))
-    if not rows and after is None:
+    times = (since, until, spawned_after, spawned_before, ended_after, ended_before, running_longer_than)
+    filters = Filters(queue_name, tuple(states or ()), name, error, key, parent, *times)
+    where = await filters.where(invocation)
+    page = await invocation.durable.list_tasks(where, order=sort, limit=limit, after=after)
+    if not page.items and after is None:
         await filters.check_name(invocation)
-    page = rows[:limit]
     columns = dict(_COLUMNS)
+    rows = [history.row(task) for task in page.items]
     if running_longer_than is not None or sort == "running":
         columns["running"] = "running for"
-        if not invocation.output.as_json:
-            for row in page:
-                row["running"] = "" if row["running_seconds"] is None else span(row["running_seconds"])
-    invocation.output.table(page, columns, empty="No matching tasks.")
-    if len(rows) > limit and sort == "running":
-        invocation.output.note("There are more: raise --limit.")
-    elif len(rows) > limit:
+        for row, task in zip(rows, page.items, strict=True):
+            row["running"] = _running(task)
+    invocation.output.table(rows, columns, empty="No matching tasks.")
+    if page.next is not None:
         given = (filters.options(), "" if sort == "newest" else f"--sort {sort}", f"--limit {limit}")
         options = " ".join(part for part in given if part)
-        invocation.output.note(f"There are more. Next page: durable tasks list {options} --after {page[-1]['task_id']}")
+        invocation.output.note(f"There are more. Next page: durable tasks list {options} --after {page.next}")
+
+
+def _running(task: TaskInfo) -> str:
+    since = task.started_at if task.status == "running" else None
+    return "" if since is None else span((datetime.now(UTC) - since).total_seconds())
 
 
 @tasks.command(
@@ -134,31 +148,36 @@ async def show(
     A long timeline is grouped, so that it fits a screen. Without --payloads no value appears: messages of errors are
     without SQL parameters and input values, and that of a UserError is left out.
     """
+    durable, output = invocation.durable, invocation.output
     if task is not None:
         task_id = await resolve_one(invocation, task, queue_name)
     elif last != failed:
-        task_id = await _latest(invocation, failed=failed)
+        task_id = await _latest(durable, failed=failed)
         last = failed = False
     else:
         fail("Name a task by its id or key, or give either --last or --failed.", USAGE)
-    found = await history.load(invocation.durable.database, task_id, payloads=payloads)
-    if found is None:
-        raise TaskNotFound(task_id)
-    if invocation.output.as_json:
-        invocation.output.json(found.as_data())
+    found = await durable.get_task(task_id, payloads=payloads)
+    entries = await durable.get_history(task_id, payloads=payloads)
+    if output.as_json:
+        output.json({"task": history.row(found, payloads=payloads), "history": history.data(entries)})
         return
-    with invocation.output.paged(enabled=pager):
-        history.print_history(found, invocation.output, last=last, failed=failed, everything=everything)
+    parent = None
+    if found.parent_task_id is not None:
+        with contextlib.suppress(TaskNotFound):
+            parent = await durable.get_task(found.parent_task_id)
+    with output.paged(enabled=pager):
+        history.print_history(found, parent, entries, output, last=last, failed=failed, everything=everything)
 
 
-async def _latest(invocation: Invocation, *, failed: bool) -> uuid.UUID:
+async def _latest(durable: Durable[Any], *, failed: bool) -> uuid.UUID:
     """Return the task that was spawned last, or that failed last."""
-    statement = inspection.LATEST_FAILED_TASK if failed else inspection.LATEST_TASK
-    rows = await invocation.durable.database.execute(statement)
-    if not rows:
+    if failed:
+        found: list[uuid.UUID] = [row.task_id for row in await durable.database.execute(inspection.LATEST_FAILED_TASK)]
+    else:
+        found = [task.task_id for task in (await durable.list_tasks(limit=1)).items]
+    if not found:
         fail("No task has failed." if failed else "There are no tasks.", FAILED)
-    found: uuid.UUID = rows[0].task_id
-    return found
+    return found[0]
 
 
 @tasks.command(
@@ -304,3 +323,4 @@ async def stream(
 
 tasks.command("cancel", epilog=repairs.CANCEL_EXAMPLES)(repairs.cancel)
 tasks.command("retry", epilog=repairs.RETRY_EXAMPLES)(repairs.retry)
+tasks.command("delete", epilog=repairs.DELETE_EXAMPLES)(repairs.delete)

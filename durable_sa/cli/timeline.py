@@ -29,7 +29,7 @@ class Moment(NamedTuple):
     what: str
     detail: str = ""
     took: float | None = None
-    """For what was recorded: seconds since the entry before, which for calls one after another is their duration."""
+    """Seconds, if they are known."""
     attempt: int = 0
     failed: bool = False
 
@@ -51,22 +51,6 @@ class Entry(NamedTuple):
             "what": self.what if self.times == 1 else f"{self.what}, {self.times} times",
             "detail": self.detail,
         }
-
-
-def with_durations(moments: Sequence[Moment]) -> list[Moment]:
-    """Return the sorted moments with the numbers of their attempts, and with the time that each recorded one took."""
-    attempt = 0
-    result: list[Moment] = []
-    before: Moment | None = None
-    for moment in moments:
-        if moment.what.startswith("attempt ") and moment.what.endswith(" starts"):
-            attempt += 1
-        took = None
-        if before is not None and moment.took is not None:
-            took = max((moment.at - before.at).total_seconds(), 0.0)
-        result.append(moment._replace(took=took, attempt=attempt))
-        before = moment
-    return result
 
 
 def entries(moments: Sequence[Moment], *, everything: bool = False) -> list[Entry]:

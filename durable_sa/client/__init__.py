@@ -25,9 +25,11 @@ from ..options import Replay, WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import FollowUp, Task
+from .bulk import Bulk
 from .events import Events
 from .messages import Messages
 from .queues import QueuePolicy, Queues
+from .reading import Reading
 from .registry import Registry
 from .results import Results
 from .schedules import Schedules
@@ -47,7 +49,7 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Results, StreamReading, Events, Queues, Schedules, Messages, Generic[StateT]):
+class Durable(Registry, Results, StreamReading, Reading, Bulk, Events, Queues, Schedules, Messages, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
@@ -25,7 +25,8 @@ from ..database_errors import is_transient
 from ..errors import InvalidState, TaskNotFound
 from ..ids import new_id
 from ..options import MAX_ATTEMPTS
-from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus, task_id_of
+from ..results import SpawnResult, TaskErrorInfo, TaskHandle, TaskPollResult, TaskStatus
+from ..results import id_of as _id_of
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import stored_failure
 from ..statements import cancelling, waits
@@ -53,7 +54,7 @@ class Tasks(App):
         Raises:
             TaskNotFound: there is no such task.
         """
-        return await perform(self.database, cancel(task_id_of(task_id)))
+        return await perform(self.database, cancel(_id_of(task_id)))
 
     @overload
     def cancel_task_with(
@@ -71,7 +72,7 @@ class Tasks(App):
         self, session: SessionOrConnection, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]
     ) -> Any:
         """Cancel a task as :meth:`cancel_task` does, in the caller's transaction."""
-        return perform_within(session, self.schema, cancel(task_id_of(task_id)))
+        return perform_within(session, self.schema, cancel(_id_of(task_id)))
 
     async def retry_task(
         self, task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any], *, max_attempts: int | None = None
@@ -85,7 +86,7 @@ class Tasks(App):
             TaskNotFound: there is no such task.
             InvalidState: it has not ended, or it has completed.
         """
-        return await perform(self.database, retry(task_id_of(task_id), max_attempts))
+        return await perform(self.database, retry(_id_of(task_id), max_attempts))
 
     @overload
     def retry_task_with(
@@ -111,7 +112,7 @@ class Tasks(App):
         max_attempts: int | None = None,
     ) -> Any:
         """Put a task back as :meth:`retry_task` does, in the caller's transaction."""
-        return perform_within(session, self.schema, retry(task_id_of(task_id), max_attempts))
+        return perform_within(session, self.schema, retry(_id_of(task_id), max_attempts))
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
@@ -119,7 +120,7 @@ class Tasks(App):
     async def get_task_result(self, task: uuid.UUID) -> TaskPollResult[Any] | None: ...
     async def get_task_result(self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> Any:
         """Return a task's status, with its output or error once it has ended; None if there is no such task."""
-        row = await self._polls(task_id_of(task))
+        row = await self._polls(_id_of(task))
         return None if row is None else self._poll_result(row)
 
     @overload
@@ -140,7 +141,7 @@ class Tasks(App):
             TimeoutError: it has not ended after `timeout` seconds; says how it stands.
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
-        task_id = task_id_of(task)
+        task_id = _id_of(task)
         changed, changes = asyncio.Event(), self._changes.get()
         changes.setdefault(task_id, set()).add(changed)
         began = asyncio.get_running_loop().time()
@@ -175,7 +176,7 @@ class Tasks(App):
         return self._poll_result(row)
 
     def _task_id(self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
-        return task_id_of(task)
+        return _id_of(task)
 
     def task_changed(self, task_id: uuid.UUID) -> None:
         """Let calls of this client that wait for a task poll now: a worker of this client has seen its end."""
@@ -233,19 +234,24 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
             if not rows:
                 # They ended between the two statements, or a snapshot hides their end.
                 break
-        hint.add_follow_ups(cancelled)
-        hint.cancelled = any(row.was == "running" for row in cancelled)
-        if begun := [row.task_id for row in cancelled if row.was != "pending"]:
-            yield waits.DELETE_WAITS, {"task_ids": begun}
-        ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
-        if ended:
-            waiting = yield waits.WAITING_FOR, {"task_ids": ended}
-            if waiting:
-                rows = yield waits.RESOLVE, {"task_ids": sorted({row.task_id for row in waiting})}
-                hint.add_rows(rows)
+        yield from after_cancel(hint, cancelled)
         return TaskStatus.CANCELLED
 
     return script
+
+
+def after_cancel(hint: Hint, cancelled: Sequence[Row[Any]]) -> Script[None]:
+    """Delete the waits of cancelled tasks, and wake up those that wait for their end."""
+    hint.add_follow_ups(cancelled)
+    hint.cancelled |= any(row.was == "running" for row in cancelled)
+    if begun := [row.task_id for row in cancelled if row.was != "pending"]:
+        yield waits.DELETE_WAITS, {"task_ids": begun}
+    ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
+    if ended:
+        waiting = yield waits.WAITING_FOR, {"task_ids": ended}
+        if waiting:
+            rows = yield waits.RESOLVE, {"task_ids": sorted({row.task_id for row in waiting})}
+            hint.add_rows(rows)
 
 
 def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Script[TaskStatus]]:

@@ -22,7 +22,7 @@ from ..database.scripts import Script, SessionOrConnection, perform_within
 from ..database_errors import is_transient
 from ..errors import TaskNotFound
 from ..names import validate_name
-from ..results import AnyTaskId, task_id_of
+from ..results import AnyTaskId, id_of
 from ..serialization.codec import UNTYPED, Codec, codec_for
 from ..statements import values
 from .tasks import Tasks
@@ -49,7 +49,7 @@ class PublishedValues(Tasks):
             TaskNotFound: there is no such task.
             SerializationError: the value is not of that type.
         """
-        task_id, codec = task_id_of(task), _codec(type)
+        task_id, codec = id_of(task), _codec(type)
         row = await self._values((task_id, validate_name("value", name)))
         return _decode(task_id, name, row, codec)
 
@@ -88,7 +88,7 @@ class PublishedValues(Tasks):
         type: Any = None,  # noqa: A002
     ) -> Any:
         """Return a value as :meth:`get_value` does, read in the caller's transaction."""
-        task_id, codec = task_id_of(task), _codec(type)
+        task_id, codec = id_of(task), _codec(type)
         validate_name("value", name)
 
         def script(_: Hint) -> Script[Any]:
@@ -117,7 +117,7 @@ class PublishedValues(Tasks):
             TaskNotFound: there is no such task, or it was deleted.
             SerializationError: a value is not of that type.
         """
-        task_id, codec = task_id_of(task), _codec(type)
+        task_id, codec = id_of(task), _codec(type)
         validate_name("value", name)
         ended, changes = asyncio.Event(), self._changes.get()
         changes.setdefault(task_id, set()).add(ended)

@@ -138,13 +138,13 @@ class ContextBase:
         wait = PendingWait(call.key, kind or call.kind, call.name, event_name, child_task_id, due_at, delay)
         return await self._run.park(wait)
 
-    async def _end_step(self, call: Call, codec: Codec[T], result: T) -> T:
-        """Record a result, and return the result that is stored."""
+    async def _end_step(self, call: Call, codec: Codec[T], result: T, duration: float | None = None) -> T:
+        """Record a result, with the seconds that it took, and return the result that is stored."""
         what = f"the result of {call.kind} {call.name!r}"
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         with self._run.branches.busy():
-            values = CheckpointValues(call.kind, call.name, "completed", text)
+            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration)
             stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if is_part(call.key):
             self._keep_part(call, text if stored is None else stored.value or NULL)
@@ -188,9 +188,9 @@ class ContextBase:
         if self._strict and not is_part(call.key) and self._run.signal is None:
             await self._record_try(self._try(call, 0))
 
-    async def _record_try(self, tried: Call, text: str = NULL) -> None:
+    async def _record_try(self, tried: Call, text: str = NULL, duration: float | None = None) -> None:
         with self._run.branches.busy():
-            values = CheckpointValues(tried.kind, tried.name, "completed", text)
+            values = CheckpointValues(tried.kind, tried.name, "completed", text, None, duration)
             await self._run.write(Kind.CHECKPOINT, tried.key, values)
 
     def _try(self, call: Call, number: int) -> Call:

@@ -86,7 +86,8 @@ class Steps(Sleeps):
                 await self._pause(call, tries, self._strategy(options).delay(failures))
             while True:
                 await run.enter()
-                run.steps[call.key] = call.name, time.monotonic()
+                began = time.monotonic()
+                run.steps[call.key] = call.name, began
                 try:
                     try:
                         with run.branches.busy(), run.branches.scope(str(call.key)):
@@ -97,10 +98,10 @@ class Steps(Sleeps):
                     if issubclass(type(error), asyncio.CancelledError):
                         raise  # the timeout of the attempt, which is an error as well
                     tries += 1
-                    if not await self._retry(call, tries, options, error):
+                    if not await self._retry(call, tries, options, error, time.monotonic() - began):
                         raise
                 else:
-                    value = await self._end_step(call, codec, result)
+                    value = await self._end_step(call, codec, result, time.monotonic() - began)
                     if not warned:
                         self._check_moved(call)
                     return value
@@ -134,7 +135,7 @@ class Steps(Sleeps):
             tries += 1
         return tries
 
-    async def _retry(self, call: Call, tries: int, options: StepOptions, error: Exception) -> bool:
+    async def _retry(self, call: Call, tries: int, options: StepOptions, error: Exception, duration: float) -> bool:
         """Record the failure of a try, and wait if another follows; a long wait suspends the run.
 
         The failure of the last try is recorded too: the next attempt of the task then begins with the full number of
@@ -148,7 +149,7 @@ class Steps(Sleeps):
         if options.max_attempts == 1 or strategy.kind == "none" or asks or not is_retryable(error):
             await self._note_failure(call)
             return False
-        await self._record_try(self._try(call, tries - 1), encode_try(call.name, error))
+        await self._record_try(self._try(call, tries - 1), encode_try(call.name, error), duration)
         failures = tries % options.max_attempts
         if failures == 0:
             return False

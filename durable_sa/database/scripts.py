@@ -92,11 +92,22 @@ def perform_within(
     Raises:
         TypeError: the executor is none of the six.
     """
+    return call_within(executor, schema, lambda connection: _perform_within(connection, schema, script, in_autocommit))
+
+
+def call_within(
+    executor: SessionOrConnection, schema: str, function: Callable[[Connection], T]
+) -> T | Coroutine[Any, Any, T]:
+    """Call a function with the caller's connection; return a coroutine for the asynchronous executors.
+
+    Raises:
+        TypeError: the executor is none of the six.
+        SchemaMismatch: the tables do not exist, or are older.
+    """
     if isinstance(executor, AsyncSession | async_scoped_session | AsyncConnection):
-        return _perform_within_async(executor, schema, script, in_autocommit)
+        return _call_within_async(executor, schema, function)
     if isinstance(executor, Session | scoped_session | Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
-        connection = executor if isinstance(executor, Connection) else _connection(executor)
-        return _perform_within(connection, schema, script, in_autocommit)
+        return _call_within(executor if isinstance(executor, Connection) else _connection(executor), schema, function)
     raise TypeError(
         f"expected a Session, scoped_session, Connection, AsyncSession, async_scoped_session or AsyncConnection, "
         f"not {type(executor).__name__}"
@@ -108,16 +119,23 @@ def _connection(session: Session | scoped_session[Any]) -> Connection:
     return session.connection(bind_arguments={"mapper": TaskRow})
 
 
-async def _perform_within_async(
-    executor: AsyncSessionOrConnection,
-    schema: str,
-    script: Callable[[Hint], Script[T]],
-    in_autocommit: Callable[[Hint], Script[T]] | None,
-) -> T:
+async def _call_within_async(executor: AsyncSessionOrConnection, schema: str, function: Callable[[Connection], T]) -> T:
     if isinstance(executor, AsyncConnection):
-        return await executor.run_sync(_perform_within, schema, script, in_autocommit)
+        return await executor.run_sync(_call_within, schema, function)
     session: AsyncSession = executor() if isinstance(executor, async_scoped_session) else executor
-    return await session.run_sync(lambda inner: _perform_within(_connection(inner), schema, script, in_autocommit))
+    return await session.run_sync(lambda inner: _call_within(_connection(inner), schema, function))
+
+
+def _call_within(connection: Connection, schema: str, function: Callable[[Connection], T]) -> T:
+    try:
+        return function(connection)
+    except DBAPIError as error:
+        if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
+            from ..migrations.version import mismatch
+
+            # The transaction has failed, so the connection cannot be asked for the schema's version.
+            raise mismatch(None, schema) from error
+        raise
 
 
 def _perform_within(
@@ -134,15 +152,7 @@ def _perform_within(
         return direct.execute_within(connection, statement, parameters, translations)
 
     hint = Hint()
-    try:
-        result = drive(execute, script(hint))
-    except DBAPIError as error:
-        if sqlstate(error) == UNDEFINED_TABLE and f"{schema}." in str(error.orig):
-            from ..migrations.version import mismatch
-
-            # The transaction has failed, so the connection cannot be asked for the schema's version.
-            raise mismatch(None, schema) from error
-        raise
+    result = drive(execute, script(hint))
     if hint:
         send_after_commit(connection, channel_name(schema), hint)
     return result
@@ -186,6 +196,21 @@ async def perform(database: Database, script: Callable[[Hint], Script[T]]) -> T:
     result, hint = done
     sender(database).send(hint)
     return result
+
+
+@_shielded
+async def read(database: Database, function: Callable[[Connection], T]) -> T:
+    """Call a function that only reads on a connection of the pool, and once more if that was lost."""
+
+    async def call() -> T:
+        async with database.transaction(explained=False) as connection:
+            return await connection.run_sync(function)
+
+    try:
+        return await retrying(call, tries=_TRIES, when=_is_worth_another)
+    except DBAPIError as error:
+        await database.explain(error)
+        raise
 
 
 def _is_worth_another(error: BaseException) -> bool:

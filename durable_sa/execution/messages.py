@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import DurableError, InvalidState, TaskNotFound
 from ..ids import keyed_id, new_id
 from ..names import validate_name
-from ..results import AnyTaskId, task_id_of
+from ..results import AnyTaskId, id_of
 from ..serialization.codec import UNTYPED, check_size
 
 
@@ -30,7 +30,7 @@ def outgoing(
     Raises:
         InvalidName, SerializationError, PayloadTooLarge: a topic, key or payload that cannot be stored.
     """
-    receiver_id = task_id_of(task)
+    receiver_id = id_of(task)
     validate_name("topic", topic)
     key = None if idempotency_key is None else validate_name("idempotency key", idempotency_key)
     what = f"the message of topic {topic!r}"

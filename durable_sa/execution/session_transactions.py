@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
@@ -98,6 +99,7 @@ class _Transaction(Generic[T]):
         self._codec = codec
         self._fn = fn
         self._ascii_only = ascii_only
+        self._began = run.steps[key][1]
 
     def execute(self) -> T | _Ended:
         """Begin the transaction, call the function, and commit; all in the calling thread."""
@@ -143,7 +145,13 @@ class _Transaction(Generic[T]):
             if not self._database.execute(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
-                {"task_id": claimed.task_id, "key": self._key, "name": self._name, "value": text},
+                {
+                    "task_id": claimed.task_id,
+                    "key": self._key,
+                    "name": self._name,
+                    "value": text,
+                    "duration": time.monotonic() - self._began,
+                },
             ):
                 return _Ended.RECORDED
         except SQLAlchemyError as error:

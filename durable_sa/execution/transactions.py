@@ -138,7 +138,13 @@ async def _attempt(
             written = await database.execute_on(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
-                {"task_id": run.claimed.task_id, "key": key, "name": name, "value": text},
+                {
+                    "task_id": run.claimed.task_id,
+                    "key": key,
+                    "name": name,
+                    "value": text,
+                    "duration": time.monotonic() - run.steps[key][1],
+                },
             )
         except Exception as error:
             if is_transient(error):

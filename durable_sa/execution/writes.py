@@ -75,6 +75,8 @@ class CheckpointValues(NamedTuple):
     status: str
     value: str | None
     child_task_id: uuid.UUID | None = None
+    duration: float | None = None
+    """Seconds that the call took."""
 
 
 class ChildValues(NamedTuple):

@@ -41,6 +41,7 @@ WORKER: Final = {
     "stream_items": "SELECT, INSERT, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
+    "ended_workers": "SELECT, INSERT, DELETE",
 }
 """Privileges of workers, which also spawn subtasks, fire schedules and delete what is past its retention."""
 
@@ -50,6 +51,7 @@ OPERATOR: Final = {
     "schedules": "SELECT, INSERT, UPDATE, DELETE",
     "waits": "SELECT, INSERT, DELETE",
     "workers": "SELECT",
+    "ended_workers": "SELECT",
 }
 """Privileges of the command line, and of applications that define queues and schedules."""
 

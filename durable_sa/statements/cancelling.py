@@ -83,6 +83,15 @@ def _unfinished(*conditions: Any, skip_locked: bool) -> CTE:
 CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
 """Cancel one task, waiting for the lock on its row. Returns no row if the task has ended."""
 
+_childs_parent = aliased(TaskRow, name="any_child").parent_task_id
+_childless = ~exists().where(_childs_parent == TaskRow.task_id)
+CANCEL_MANY = _cancel(
+    _unfinished(TaskRow.task_id == func.any(array("task_ids", Uuid())), _childless, skip_locked=True),
+    null(),
+    skip_locked=True,
+)
+"""Cancel those of many tasks that have no children; rows locked by other transactions are passed over."""
+
 _parent = aliased(TaskRow, name="parent")
 _descendant = (
     select(TaskRow.task_id, TaskRow.finished_at, TaskRow.fence)
@@ -225,6 +234,32 @@ RETRY = (
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
 """Make a failed or cancelled task pending, with counters and time limits reset; its checkpoints stay."""
+
+_many = rows("many", task_ids=Uuid(), next_run_ids=Uuid())
+_free = materialized(
+    "free",
+    select(TaskRow.task_id, _many.c.next_run_ids)
+    .join(_many, TaskRow.task_id == _many.c.task_ids)
+    .where(TaskRow.outcome.in_(_UNSUCCESSFUL), _childless)
+    .order_by(TaskRow.task_id)
+    .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
+)
+RETRY_MANY = (
+    update(TaskRow)
+    .where(TaskRow.task_id == _free.c.task_id)
+    .values(
+        **_reset,
+        run_id=_free.c.next_run_ids,
+        max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), TaskRow.max_attempts),
+    )
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+)
+"""`RETRY` for those of many tasks that have no children; rows locked by other transactions are passed over."""
+
+TASK_STATES = select(
+    TaskRow.task_id, TaskRow.state, exists().where(_childs_parent == TaskRow.task_id).label("has_children")
+).where(TaskRow.task_id == func.any(array("task_ids", Uuid())))
+"""The states of tasks, and whether they have children."""
 
 _descendants_below = (
     select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by)

@@ -8,6 +8,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Executable,
+    Float,
     Text,
     Uuid,
     bindparam,
@@ -49,6 +50,7 @@ CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "statuses": Text(),
     "values": Text(),
     "child_ids": Uuid(),
+    "durations": Float(53),
 }
 """The arrays of a checkpoint write: one element per checkpoint."""
 
@@ -58,9 +60,17 @@ def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
     return (
         insert(Checkpoint)
         .from_select(
-            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at", "duration"],
             select(
-                c.task_ids, c["keys"], c.kinds, c.names, c.statuses, as_json(c["values"]), c.child_ids, clock()
+                c.task_ids,
+                c["keys"],
+                c.kinds,
+                c.names,
+                c.statuses,
+                as_json(c["values"]),
+                c.child_ids,
+                clock(),
+                c.durations,
             ).where(is_in(c.task_ids, locked)),
         )
         .on_conflict_do_nothing()
@@ -186,6 +196,7 @@ RECORD_IN_TRANSACTION = (
         name=bindparam("name", type_=Text()),
         value=as_json(bindparam("value", type_=Text())),
         created_at=clock(),
+        duration=bindparam("duration", type_=Float(53)),
     )
     .on_conflict_do_nothing()
     .returning(Checkpoint.key)

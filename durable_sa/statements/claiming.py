@@ -55,7 +55,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert
 
-from ..models import Queue, TaskRow, WorkerRow
+from ..models import EndedWorker, Queue, TaskRow, WorkerRow
 from ..policies import SUSPECT_AFTER
 from .expressions import (
     array,
@@ -321,7 +321,24 @@ SHOW_LONG_STEPS = (
 )
 """Replace the list of a worker's steps that have run for more than a second."""
 
-REMOVE_WORKER = delete(WorkerRow).where(WorkerRow.worker_id == _worker_id)
+
+def _remove(*conditions: ColumnElement[bool]) -> Executable:
+    """Delete workers, and keep their labels for as long as the queue with the longest retention keeps its tasks."""
+    removed = delete(WorkerRow).where(*conditions).returning(WorkerRow.worker_id, WorkerRow.name).cte("removed")
+    outdated = delete(EndedWorker).where(
+        EndedWorker.ended_at < statement_time() - select(func.max(Queue.retention)).scalar_subquery(),
+        ~exists().where(Queue.retention.is_(None)),
+    )
+    labels = select(removed.c.worker_id, removed.c.name, clock())
+    return (
+        insert(EndedWorker)
+        .from_select(["worker_id", "name", "ended_at"], labels)
+        .on_conflict_do_nothing()
+        .add_cte(outdated.cte("outdated"))
+    )
+
+
+REMOVE_WORKER = _remove(WorkerRow.worker_id == _worker_id)
 """Remove a stopping worker, after it has released its runs."""
 
 _silent = materialized(
@@ -378,7 +395,7 @@ _forgotten = materialized(
     .where(WorkerRow.lost_at < clock() - interval(bindparam("age", type_=Float(53))))
     .with_for_update(skip_locked=True),
 )
-DELETE_LOST_WORKERS = delete(WorkerRow).where(WorkerRow.worker_id == _forgotten.c.worker_id)
+DELETE_LOST_WORKERS = _remove(WorkerRow.worker_id == _forgotten.c.worker_id)
 """Delete lost workers after `age` seconds, when no run can refer to them any more."""
 
 LOST_RUNS = (

@@ -116,6 +116,7 @@ def resolving(settled: CTE, follow_up: Callable[[CTE], tuple[CTE, ...]] | None =
             Wait.kind,
             Wait.name,
             child.label("child_task_id"),
+            Wait.created_at,
             settled.c.status,
             settled.c.value,
             settled.c.state,
@@ -125,7 +126,7 @@ def resolving(settled: CTE, follow_up: Callable[[CTE], tuple[CTE, ...]] | None =
     recorded = (
         insert(Checkpoint)
         .from_select(
-            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at"],
+            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at", "duration"],
             select(
                 removed.c.task_id,
                 removed.c.key,
@@ -135,6 +136,7 @@ def resolving(settled: CTE, follow_up: Callable[[CTE], tuple[CTE, ...]] | None =
                 as_json(removed.c.value),
                 removed.c.child_task_id,
                 clock(),
+                func.extract("epoch", clock() - clamped_time(removed.c.created_at)),
             ),
         )
         .on_conflict_do_nothing()

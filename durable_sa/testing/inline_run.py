@@ -178,7 +178,7 @@ class InlineRun(MemoryRun):
         return None
 
     def _record(self, key: uuid.UUID, values: CheckpointValues) -> None:
-        self._records[key] = Entry(*values)
+        self._records[key] = Entry(values.kind, values.name, values.status, values.value, values.child_task_id)
 
     async def park(self, wait: PendingWait) -> Stored:
         """End a sleep at once, by letting its time pass; suspend for anything else, until its time has to pass."""

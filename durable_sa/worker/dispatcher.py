@@ -16,6 +16,9 @@ from .registration import Registration
 from .settings import Settings
 from .slots import Slots
 
+_NOT_TO_RESOLVE = MESSAGE_WAITS | {"sleep"}
+"""Kinds of waits that are over by their time, or by a message, and by nothing else that may have happened before."""
+
 
 class Dispatcher:
     """Writes to the agenda, and sends hints about tasks for which this worker has no slots."""
@@ -44,14 +47,11 @@ class Dispatcher:
                     agenda.cascade(row.task_id for row in failed)
                 self.announce(Hint().add_rows(row for row in rows if row.state != "failed").add_follow_ups(failed))
             case Kind.SUSPENSION:
-                waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
-                if waiting:
-                    agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)
-                    receiving = {
-                        write.task_id for write in writes if any(wait.kind in MESSAGE_WAITS for wait in write.waits)
-                    }
-                    if receiving:
-                        agenda.deliver_messages(row.task_id for row in rows if row.task_id in receiving)
+                kinds = {write.task_id: {wait.kind for wait in write.waits} for write in writes}
+                if waiting := {row.task_id for row in rows if kinds[row.task_id] - _NOT_TO_RESOLVE}:
+                    agenda.resolve_waits(waiting)
+                if receiving := {row.task_id for row in rows if kinds[row.task_id] & MESSAGE_WAITS}:
+                    agenda.deliver_messages(receiving)
                 self.announce(Hint().add_rows(rows))
             case Kind.EVENT:
                 agenda.deliver_events()

@@ -122,19 +122,19 @@ class Maintenance:
                 agenda.check_runs = False
                 await self._executor.check()
             if agenda.waits:
-                await _do_batch(agenda.waits, self._wakeups.resolve)
+                await do_batch(agenda.waits, self._wakeups.resolve)
             elif agenda.ended:
-                await _do_batch(agenda.ended, self._wakeups.wake_parents)
+                await do_batch(agenda.ended, self._wakeups.wake_parents)
             elif agenda.deliver:
                 agenda.deliver = False
                 await self._wakeups.deliver_events()
             elif agenda.receivers:
-                await _do_batch(agenda.receivers, self._wakeups.deliver_messages)
+                await do_batch(agenda.receivers, self._wakeups.deliver_messages)
             elif agenda.look_for_messages:
                 agenda.look_for_messages = False
                 await self._wakeups.look_for_messages(0.0)
             elif agenda.cascades:
-                await _do_batch(agenda.cascades, self._cancellations.cascade)
+                await do_batch(agenda.cascades, self._cancellations.cascade)
             else:
                 return
 
@@ -201,11 +201,16 @@ class Maintenance:
         self._agenda.cascade(row.task_id for row in left_behind)
 
 
-async def _do_batch(listed: set[uuid.UUID], work: Callable[[list[uuid.UUID]], Awaitable[None]]) -> None:
+async def do_batch(listed: set[uuid.UUID], work: Callable[[list[uuid.UUID]], Awaitable[None]]) -> None:
     """Do a batch of what is listed. If the work fails, the batch stays listed."""
     batch = sorted(listed)[:BATCH]
-    await work(batch)
+    # Before the work, because what is listed meanwhile is to be done once more.
     listed.difference_update(batch)
+    try:
+        await work(batch)
+    except BaseException:
+        listed.update(batch)
+        raise
 
 
 def _passed(moment: datetime | None, now: datetime) -> bool:

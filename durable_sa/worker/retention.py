@@ -7,10 +7,8 @@ import time
 import uuid
 from datetime import UTC, datetime
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
-
 from ..database.channel import Executing
-from ..database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from ..database.deletion import delete_ended
 from ..statements import queues
 
 PAGE = 1000
@@ -100,19 +98,6 @@ async def _delete_page(
         return 0, None
     left = {row.task_id for row in page}
     # A parent can be deleted once its children have been.
-    while left and (deleted := await _delete(database, sorted(left), until)):
+    while left and (deleted := await delete_ended(database, sorted(left), until)):
         left.difference_update(deleted)
     return len(page) - len(left), (page[-1].finished_at, page[-1].task_id)
-
-
-async def _delete(database: Executing, task_ids: list[uuid.UUID], until: float) -> list[uuid.UUID]:
-    try:
-        return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
-    except DBAPIError as error:
-        # A foreign key or an open transaction of the application holds one of the tasks; the others can be deleted.
-        if not isinstance(error, IntegrityError) and sqlstate(error) != LOCK_NOT_AVAILABLE:
-            raise
-        if len(task_ids) == 1 or time.monotonic() >= until:
-            return []
-        middle = len(task_ids) // 2
-        return await _delete(database, task_ids[:middle], until) + await _delete(database, task_ids[middle:], until)

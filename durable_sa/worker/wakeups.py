@@ -67,7 +67,7 @@ class WakeUps:
         if racing:
             rows = await self._connection.execute(messages.WAKE_RACING, {"task_ids": racing})
             self._dispatcher.announce(Hint().add_rows(rows))
-        locked = {row.task_id for row in left if row.kind == "message"}
+        locked = {row.task_id for row in left if row.kind == "message"} - self._agenda.receivers
         if locked:
             self._agenda.defer_receivers(locked, LOCKED_RETRY_DELAY)
 

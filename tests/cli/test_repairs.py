@@ -80,7 +80,7 @@ async def test_filters_and_a_trial_that_changes_nothing(
 async def test_the_list_takes_the_same_filters(cli: CommandLine, failed: dict[str, uuid.UUID]) -> None:
     for options, keys in ((["--error", "ConnectionError"], {"two"}), (["--key", "three"], {"three"})):
         rows = (await cli("tasks", "list", *options, "--json")).json
-        assert {row["idempotency_key"] for row in rows} == keys
+        assert {row["key"] for row in rows} == keys
     # All were spawned two days ago.
     assert len((await cli("tasks", "list", "--state", "failed", "--since", "12h", "--json")).json) == 2
     assert len((await cli("tasks", "list", "--since", "12h", "--json")).json) == 2
@@ -151,9 +151,46 @@ async def test_the_list_pages_and_says_when_there_is_more(cli: CommandLine, dura
     assert len((await cli("tasks", "list", "--limit", 2, "--json")).json) == 2
 
 
-async def test_the_list_by_running_time_has_one_page(cli: CommandLine, durable: Durable) -> None:
-    spawned = [(await durable.spawn_by_name("any", unchecked=True)).task_id for _ in range(3)]
-    listed = await cli("tasks", "list", "--sort", "running", "--limit", 2)
-    assert listed.stderr == "There are more: raise --limit.\n"
-    refused = await cli("tasks", "list", "--sort", "running", "--after", spawned[0])
-    assert (refused.code, refused.stdout) == (2, "")
+async def test_the_list_by_running_time(cli: CommandLine, durable: Durable) -> None:
+    spawned = [str((await durable.spawn_by_name("any", unchecked=True)).task_id) for _ in range(4)]
+    async with durable.engine.begin() as connection:
+        await connection.execute(
+            text(
+                "UPDATE durable.tasks SET state = 'running', started_at = clock_timestamp() - interval '10 min' "
+                "WHERE task_id <> CAST(:pending AS uuid)"
+            ),
+            {"pending": spawned[3]},
+        )
+    first = await cli("tasks", "list", "--sort", "running", "--limit", 2)
+    assert first.stdout.splitlines()[1].endswith("\t10 min")
+    second = await cli.typed(first.stderr.partition("Next page: ")[2].strip())
+    lines = [*first.stdout.splitlines()[1:], *second.stdout.splitlines()[1:]]
+    assert sorted(line.split("\t")[0] for line in lines) == sorted(spawned[:3])
+
+
+async def test_ended_tasks_are_deleted(cli: CommandLine, durable: Durable, failed: dict[str, uuid.UUID]) -> None:
+    assert (await cli("tasks", "delete", "--all")).code == 2
+    assert (await cli("tasks", "delete", "--all", "--state", "pending")).code == 2
+    trial = await cli("tasks", "delete", "--all", "--name", "send", "--dry-run", "--json")
+    assert trial.json["matched"] == 2
+    await durable.retry_task(failed["one"])
+    refused = await cli("tasks", "delete", "one", "two")
+    assert (refused.code, refused.stdout) == (1, f"task\tstate\n{failed['two']}\tdeleted\n")
+    assert refused.stderr == f"error: Task {failed['one']} is pending. It was not deleted.\n"
+    done = await cli("tasks", "delete", "--all", "--ended-after", "30d")
+    assert done.stdout == f"{failed['three']}\nTasks deleted: 1.\n"
+    assert [row["key"] for row in (await cli("tasks", "list", "--json")).json] == ["one"]
+
+
+async def test_filters_by_the_fields_of_a_filter(
+    cli: CommandLine, durable: Durable, failed: dict[str, uuid.UUID]
+) -> None:
+    for options, keys in (
+        (["--ended-after", "12h"], {"one", "three"}),
+        (["--ended-before", "12h"], {"two"}),
+        (["--spawned-before", "1d"], {"one", "two", "three"}),
+        (["--spawned-after", "1d"], set()),
+        (["--parent", "one"], set()),
+    ):
+        rows = (await cli("tasks", "list", "--json", *options)).json
+        assert {row["key"] for row in rows} == keys

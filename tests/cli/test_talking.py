@@ -67,7 +67,7 @@ async def test_doctor_finds_messages_and_values_of_no_task_and_missed_ones(cli: 
             return result is not None and result.status == "sleeping"
 
         await eventually(asleep)
-    assert "race message" in (await cli("tasks", "show", spawned.task_id)).stdout
+    assert "\nmessage\ta\t" in (await cli("tasks", "show", spawned.task_id)).stdout
     missing = uuid.uuid4()
     async with durable.engine.begin() as connection:
         for task_id in (spawned.task_id, missing):

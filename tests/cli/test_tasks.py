@@ -86,23 +86,23 @@ async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durab
         "spawned",
         "attempt 1 starts",
         "step 'work'",
-        "spawn 'helper'",
+        "child 'helper'",
         "join",
         "attempt 1 failed",
     ):
         assert part in result.stdout
     data = (await cli("tasks", "show", task_id, "--json")).json
-    assert [moment["what"] for moment in data["timeline"]] == [
-        "spawned",
-        "attempt 1 starts",
-        "step 'work'",
-        "spawn 'helper'",
-        "join",
-        "attempt 1 failed",
+    assert [(entry["kind"], entry["name"], entry["status"]) for entry in data["history"]] == [
+        ("attempt", "", "failed"),
+        ("step", "work", "completed"),
+        ("child", "helper", "completed"),
+        ("join", "", "completed"),
     ]
     assert data["task"]["state"] == "failed"
-    assert (data["runs"][0]["error_name"], data["runs"][0]["error_message"]) == ("UserError", None)
-    assert [(kid["task_name"], kid["state"]) for kid in data["children"]] == [("child", "completed")]
+    error = {"name": "UserError", "message": "(its message is data)", "raw": None, "step": None}
+    assert data["task"]["error"] == data["history"][0]["detail"]["error"] == error
+    assert data["history"][2]["detail"]["task_name"] == "child"
+    assert data["history"][1]["duration"] >= 0
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ async def test_payloads_are_shown_only_when_asked_for(cli: CommandLine, durable:
     assert data["task"]["params"] == {"password": SECRET}
     assert data["task"]["headers"] == {"tenant": SECRET}
     assert data["task"]["error"]["raw"] == {"message": "not today", "code": SECRET}
-    assert data["checkpoints"][0]["value"] == SECRET
+    assert data["history"][1]["detail"]["value"] == SECRET
 
 
 @pytest.mark.slow
@@ -129,11 +129,13 @@ async def test_what_a_sleeping_task_waits_for_is_shown(cli: CommandLine, durable
 
     async with durable.worker():
         task_id = (await durable.spawn(waiter)).task_id
-        data: dict[str, list[dict[str, str]]] = {"waits": []}
-        while not data["waits"]:
+        waits: list[dict[str, str]] = []
+        while not waits:
             data = (await cli("tasks", "show", task_id, "--json")).json
+            waits = [entry for entry in data["history"] if entry["kind"] == "event"]
         text = (await cli("tasks", "show", task_id)).stdout
-    assert [(wait["kind"], wait["event_name"]) for wait in data["waits"]] == [("event", "the-event")]
+    assert [(wait["name"], wait["status"]) for wait in waits] == [("the-event", "waiting")]
+    assert data["task"]["waits_for"] == "event 'the-event'"
     assert "waits for" in text
     assert "the-event" in text
 
@@ -257,7 +259,8 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
         raise ValueError
 
     # Several pages.
-    monkeypatch.setattr("durable_sa.cli.selection._PAGE", 3)
+    monkeypatch.setattr("durable_sa.client.bulk.PAGE", 3)
+    monkeypatch.setattr("durable_sa.client.bulk.BATCH", 2)
     bad = [await durable.spawn(a, False) for _ in range(7)]
     good, other = await durable.spawn(a, True), await durable.spawn(b)
     async with durable.worker(concurrency=10):
@@ -267,7 +270,7 @@ async def test_bulk_retry_takes_failed_tasks_that_match(
     await durable.cancel_task(cancelled)
     result = (await cli("tasks", "retry", "--all", "--name", "a", "--json")).json
     counts = {"retried": 7, "passed_over": 0, "matched": 7, "dry_run": False}
-    assert result == {**counts, "task_ids": [str(spawned.task_id) for spawned in reversed(bad)]}
+    assert result == {**counts, "task_ids": [str(spawned.task_id) for spawned in bad]}
     states = {row["task_id"]: row["state"] for row in (await cli("tasks", "list", "--json")).json}
     assert [states[str(spawned.task_id)] for spawned in bad] == ["pending"] * 7
     assert (states[str(good.task_id)], states[str(other.task_id)], states[str(cancelled)]) == (

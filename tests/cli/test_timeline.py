@@ -2,18 +2,16 @@
 
 from datetime import UTC, datetime, timedelta
 
-from durable_sa.cli.timeline import GROUPED_FROM, MOST_ENTRIES, Moment, entries, with_durations
+from durable_sa.cli.timeline import GROUPED_FROM, MOST_ENTRIES, Moment, entries
 
 BEGIN = datetime(2026, 1, 31, 8, tzinfo=UTC)
 
 
 def moments(*names: str, failed: tuple[int, ...] = ()) -> list[Moment]:
-    return with_durations(
-        [
-            Moment(BEGIN + timedelta(seconds=number), name, "", 0.0, failed=number in failed)
-            for number, name in enumerate(names)
-        ]
-    )
+    return [
+        Moment(BEGIN + timedelta(seconds=number), name, "", 1.0 if number else None, failed=number in failed)
+        for number, name in enumerate(names)
+    ]
 
 
 def shown(found: list[Moment], *, everything: bool = False) -> list[tuple[str, float | None]]:

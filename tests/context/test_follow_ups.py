@@ -22,6 +22,7 @@ from durable_sa import (
     TaskContext,
     TaskEnded,
     TaskErrorInfo,
+    TaskFilter,
     TaskRow,
     TaskStatus,
     UserError,
@@ -135,6 +136,14 @@ async def test_a_cancelled_task_has_one_follow_up(client: Durable, sync_engine: 
         (sleeping.task_id, TaskStatus.CANCELLED, 2, None),
     }
     assert {row.task_name for row in await follow_ups(client)} == {"compensate"}
+
+
+async def test_tasks_that_are_cancelled_together_have_a_follow_up_each(client: Durable) -> None:
+    spawned = [await client.spawn(work, number) for number in range(3)]
+    assert (await client.cancel_tasks(TaskFilter(task_name="work"))).done == 3
+    await run_until_idle(client)
+    assert {failure.task_id for failure in ended} == {each.task_id for each in spawned}
+    assert len(ended) == 3
 
 
 async def test_a_time_limit_and_a_cascade_have_follow_ups(client: Durable) -> None:

@@ -73,8 +73,16 @@ def revise(connection: Connection, function: Callable[..., None], revision: str,
 async def test_the_dump_has_rows_in_every_table(old: AsyncEngine) -> None:
     async with old.connect() as connection:
         assert await connection.run_sync(current) == "durable_0001"
+        known = await connection.run_sync(lambda inner: sa.inspect(inner).get_table_names("durable"))
+        assert {table.name for table in metadata.sorted_tables} - set(known) == {
+            "ended_workers",
+            "messages",
+            "streams",
+            "stream_items",
+            "task_values",
+        }
         for table in metadata.sorted_tables:
-            if table.name in ("messages", "task_values", "streams", "stream_items"):  # of later revisions
+            if table.name not in known:
                 continue
             assert await connection.scalar(sa.text(f"SELECT count(*) FROM durable.{table.name}")), table.name
 
@@ -155,3 +163,22 @@ async def test_versions_of_before_fire_pause_and_delete_schedules_of_upgraded_ta
                     " VALUES ('nightly', 'west', 'report', '* * * * *') ON CONFLICT (name) DO NOTHING"
                 )
             )
+
+
+async def test_workers_of_before_write_history_without_what_is_new(old: AsyncEngine) -> None:
+    """Their checkpoints have no duration, and their labels are forgotten with their rows."""
+    async with old.begin() as connection:
+        await connection.run_sync(migrate)
+        task_id = await connection.scalar(sa.text("SELECT task_id FROM durable.tasks WHERE state = 'sleeping'"))
+        await connection.execute(
+            sa.text(
+                "INSERT INTO durable.checkpoints (task_id, key, kind, name, status, value, created_at)"
+                " VALUES (:task_id, gen_random_uuid(), 'step', 'by an old worker', 'completed', '1', now())"
+            ),
+            {"task_id": task_id},
+        )
+        await connection.execute(sa.text("DELETE FROM durable.workers"))
+    async with Durable(old) as durable:
+        history = await durable.get_history(task_id)
+        (step,) = [entry for entry in history if entry.name == "by an old worker"]
+        assert (step.status, step.began_at, step.duration) == ("completed", None, None)

@@ -10,9 +10,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import ChildFailed, UserError
-from durable_sa.cli.redaction import message_of, traceback_of, without_values
 from durable_sa.ids import new_id
 from durable_sa.serialization.failures import describe
+from durable_sa.serialization.stored_redaction import message_of, traceback_of, without_values
 
 SECRET = "hunter2"
 

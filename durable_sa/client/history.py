@@ -1,0 +1,198 @@
+"""What is stored of a task, as its history: entries in the order of their beginnings, with times and details."""
+
+from __future__ import annotations
+
+import uuid
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from typing import Any, NamedTuple, cast
+
+from pydantic_core import from_json
+from sqlalchemy import Row
+
+from ..results import HistoryEntry, TaskErrorInfo
+from ..serialization.stored_redaction import message_of, traceback_of
+
+WITHOUT_MESSAGE = "(its message is data)"
+"""In place of a message that consists of values."""
+
+_Rows = Sequence[Row[Any]]
+
+
+class Records(NamedTuple):
+    """The rows of one task."""
+
+    task: Row[Any]
+    runs: _Rows
+    checkpoints: _Rows
+    waits: _Rows
+    children: _Rows
+    steps: _Rows
+
+
+class StoredError(NamedTuple):
+    """A stored failure, without values unless they were asked for."""
+
+    info: TaskErrorInfo
+    traceback: str | None
+
+
+def stored_error(text: str | None, *, payloads: bool) -> StoredError | None:
+    """Return a stored failure; of one that was written by hand, what can be read of it."""
+    if text is None:
+        return None
+    fields = _object(text)
+    name, message, raw = str(fields.get("name", "?")), str(fields.get("message", "")), fields.get("raw")
+    step, traceback = fields.get("step"), fields.get("traceback")
+    traceback = traceback if isinstance(traceback, str) and traceback else None
+    if not payloads:
+        shown = message_of(name, message, has_data=raw is not None)
+        error = f"{name} {WITHOUT_MESSAGE}" if shown is None else f"{name}: {shown}" if shown else name
+        message, traceback, raw = WITHOUT_MESSAGE if shown is None else shown, traceback_of(traceback, error), None
+    return StoredError(TaskErrorInfo(name, message, raw, step if isinstance(step, str) else None), traceback)
+
+
+def entries(records: Records, *, payloads: bool) -> list[HistoryEntry]:
+    """Return the history of a task, in the order in which its parts began, or ended if that alone is known."""
+    attempts = list(_attempts(records, payloads=payloads))
+    begun = sorted((entry.began_at, entry.attempt) for entry in attempts if entry.began_at is not None)
+    starts = [began_at for began_at, _ in begun]
+
+    def placed(entry: HistoryEntry) -> HistoryEntry:
+        moment = entry.ended_at or entry.began_at
+        number = 0 if moment is None else bisect_right(starts, moment)
+        return replace(entry, attempt=begun[number - 1][1] if number else 0)
+
+    calls = chain(_recorded(records, payloads=payloads), _waiting(records), _in_progress(records))
+    return sorted(chain(attempts, map(placed, calls)), key=_moment)
+
+
+def _moment(entry: HistoryEntry) -> tuple[datetime, bool]:
+    """Return the place of an entry; an attempt comes before what began at the same time."""
+    moment = entry.began_at or entry.ended_at
+    return moment or datetime.max.replace(tzinfo=UTC), entry.kind != "attempt"
+
+
+def _attempts(records: Records, *, payloads: bool) -> Iterator[HistoryEntry]:
+    for run in records.runs:
+        error = stored_error(run.error, payloads=payloads)
+        detail = _known(
+            worker=run.worker or run.worker_id,
+            error=error and error.info,
+            traceback=error and error.traceback,
+        )
+        yield HistoryEntry("attempt", "", run.state, run.attempt, run.started_at, run.finished_at, detail)
+    task = records.task
+    if task.finished_at is None and task.started_at is not None and task.attempt > len(records.runs):
+        status = "waiting" if task.state == "sleeping" else task.state
+        yield HistoryEntry("attempt", "", status, task.attempt, task.started_at, None, _known(worker=task.worker))
+
+
+def _recorded(records: Records, *, payloads: bool) -> Iterator[HistoryEntry]:
+    children = {child.task_id: child for child in records.children}
+    for checkpoint in records.checkpoints:
+        child = children.pop(checkpoint.child_task_id, None) if checkpoint.kind == "spawn" else None
+        yield (
+            _child(checkpoint.name, child)
+            if child is not None
+            else _call(checkpoint, records.task.now, payloads=payloads)
+        )
+    for child in children.values():
+        yield _child("", child)
+
+
+def _child(name: str, child: Row[Any]) -> HistoryEntry:
+    detail = {"task_id": child.task_id, "task_name": child.task_name}
+    return HistoryEntry("child", name, child.state, 0, child.created_at, child.finished_at, detail)
+
+
+def _call(checkpoint: Row[Any], now: datetime, *, payloads: bool) -> HistoryEntry:
+    kind, name, ended_at = checkpoint.kind, checkpoint.name, checkpoint.created_at
+    began_at = _before(ended_at, checkpoint.duration)
+    if kind == "sleep":
+        until = _time(checkpoint.value)
+        over = until is None or until <= now
+        status = "completed" if over else "waiting"
+        return HistoryEntry(kind, name, status, 0, ended_at, until if over else None, _known(until=until))
+    if (kind, name) == ("value", "$try"):
+        fields = _object(checkpoint.value)
+        error = stored_error(checkpoint.value, payloads=payloads) if fields else None
+        return HistoryEntry(
+            "try", str(fields.get("step") or ""), "failed", 0, began_at, ended_at, _known(error=error and error.info)
+        )
+    detail = _known(**{"message_id" if kind == "message" else "task_id": checkpoint.child_task_id})
+    if kind == "race":
+        detail["winner"] = decoded(checkpoint.value)
+    elif payloads and checkpoint.value is not None:
+        detail["value"] = decoded(checkpoint.value)
+    # Names that the engine chooses add nothing to the kind.
+    name = "" if name.startswith("$") else name
+    return HistoryEntry("child" if kind == "spawn" else kind, name, checkpoint.status, 0, began_at, ended_at, detail)
+
+
+def _before(moment: datetime, duration: float | None) -> datetime | None:
+    try:
+        return None if duration is None else moment - timedelta(seconds=duration)
+    except (ValueError, OverflowError):
+        # A duration that was written by hand.
+        return None
+
+
+def _waiting(records: Records) -> Iterator[HistoryEntry]:
+    for wait in records.waits:
+        name = wait.event_name or ("" if wait.name.startswith("$") else wait.name)
+        detail = _known(task_id=wait.child_task_id, until=wait.due_at)
+        yield HistoryEntry(_KINDS.get(wait.kind, wait.kind), name, "waiting", 0, wait.created_at, None, detail)
+
+
+def _in_progress(records: Records) -> Iterator[HistoryEntry]:
+    for step in records.steps:
+        yield HistoryEntry("step", step.name, "running", 0, step.began_at, None)
+
+
+def _known(**details: Any) -> dict[str, Any]:
+    return {name: value for name, value in details.items() if value is not None}
+
+
+def decoded(text: str | None) -> Any:
+    """Decode stored JSON; what was written by hand and cannot be decoded stays as it is."""
+    try:
+        return None if text is None else from_json(text)
+    except ValueError:
+        return text
+
+
+def _object(text: str | None) -> Mapping[str, Any]:
+    stored: object = decoded(text)
+    return cast(dict[str, Any], stored) if isinstance(stored, dict) else {}
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(decoded(text))
+    except (TypeError, ValueError):
+        return None
+    return moment if moment.tzinfo is not None else None
+
+
+def waits_for(task: Row[Any]) -> str | None:
+    """Describe what a task waits for."""
+    words = _KINDS | {"join": "task"}
+    reasons = [f"{words.get(kind, kind)} {_shown(name)}" for kind, name in from_json(task.waits or "[]")]
+    if task.sleep is not None:
+        reasons.append(f"sleep {task.sleep!r} until {task.available_at:%Y-%m-%d %H:%M:%S}Z")
+    return ", ".join(reasons) or None
+
+
+_KINDS = {"race message": "message"}
+"""The kinds of stored waits that are known by another name outside."""
+
+
+def _shown(name: str) -> str:
+    try:
+        return str(uuid.UUID(name))
+    except ValueError:
+        return repr(name)

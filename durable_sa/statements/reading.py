@@ -1,0 +1,322 @@
+"""Queries of lists of tasks: filters, keyset pages, and the ids that a bulk operation goes through.
+
+A list is short and the tables may be long, so a page is looked for in two ways. First among the newest tasks, of which
+a bounded number is read whatever the filter; most lists end there. What is rare among those is then looked for by the
+index that its filter allows. For a filter that no index knows, the second way reads all tasks.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Integer,
+    Select,
+    Text,
+    Uuid,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    tuple_,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.orm import aliased
+from sqlalchemy.sql.selectable import CompoundSelect
+
+from ..models import Checkpoint, Queue, TaskRow, Wait, WorkerRow
+from ..results import TaskFilter, TaskStatus
+from ..validation import seconds
+from .expressions import as_text, clamped_time, clock, constant, interval, statement_time
+
+Order = Literal["newest", "oldest", "running"]
+Position = tuple[datetime | None, uuid.UUID]
+"""The place of a task in an order: its id, and in the order `running` the start of its attempt."""
+TaskIds = Select[uuid.UUID]
+Where = TaskFilter | Select[Any] | CompoundSelect[Any]
+"""A filter, or a select of task ids."""
+
+RECENT: Final = 20_000
+"""Number of tasks that are looked through, the newest first, before an index is used: 15 ms."""
+
+_UNSUCCESSFUL: Final = ("failed", "cancelled")
+_ENDED: Final = ("completed", *_UNSUCCESSFUL)
+
+# Limits and versions of tasks do not exist yet, so that no task matches a filter by them.
+_limit_key: Any = cast(null(), Text())
+_version: Any = cast(null(), Integer())
+
+
+def matching(where: TaskFilter, task: Any = TaskRow) -> list[ColumnElement[bool]]:
+    """Return the conditions of a filter on `TaskRow`, or on an alias of it.
+
+    They match the predicates of the partial indexes.
+    """
+    found: list[ColumnElement[bool]] = []
+    ended = [state for state in where.states if state.finished]
+    if where.states and len(ended) == len(where.states):
+        found += [task.finished_at.is_not(None), _among(task.outcome, ended)]
+    elif where.states and not ended:
+        found += [task.finished_at.is_(None), _among(task.state, where.states)]
+    elif where.states:
+        found.append(_among(task.state, where.states))
+    for column, value in (
+        (task.queue_name, where.queue_name),
+        (task.task_name, where.task_name),
+        (_limit_key, where.limit_key),
+        (_version, where.version),
+        (task.parent_task_id, where.parent),
+    ):
+        if value is not None:
+            found.append(column == value)
+    if where.key is not None:
+        found += [task.idempotency_key == where.key, task.idempotency_key.is_not(None)]
+    if where.error_name is not None:
+        found.append(task.error["name"].as_string() == where.error_name)
+    if where.spawned_after is not None:
+        found.append(task.created_at >= where.spawned_after)
+    if where.spawned_before is not None:
+        found.append(task.created_at < where.spawned_before)
+    if where.ended_after is not None or where.ended_before is not None:
+        found.append(task.finished_at.is_not(None))
+    if where.ended_after is not None:
+        found.append(task.finished_at >= where.ended_after)
+    if where.ended_before is not None:
+        found.append(task.finished_at < where.ended_before)
+    if where.running_longer_than is not None:
+        age = interval(literal(seconds(where.running_longer_than, "running_longer_than")))
+        found += [
+            task.finished_at.is_(None),
+            task.state == constant("running"),
+            task.started_at < statement_time() - age,
+        ]
+    return found
+
+
+def _among(column: Any, states: Sequence[TaskStatus]) -> ColumnElement[bool]:
+    return or_(*(column == constant(state) for state in states))
+
+
+def _any_queue(where: TaskFilter) -> list[ColumnElement[bool]]:
+    """Name the queue where the filter does not, so that an index that begins with it can be used."""
+    return [] if where.queue_name is not None else [TaskRow.queue_name.in_(select(Queue.queue_name))]
+
+
+def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
+    """Select the ids of all matching tasks, in no order, by an index; None if no index knows the filter."""
+    conditions = matching(where)
+    found: TaskIds = select(TaskRow.task_id)
+    if where.parent is not None:
+        return found.where(*conditions)
+    found = found.where(*_any_queue(where))
+    if where.key is not None:
+        return found.where(*conditions)
+    states = where.states or tuple(TaskStatus)
+    unfinished = [] if _is_about_ends(where) else [state for state in states if not state.finished]
+    ended = [] if where.running_longer_than is not None else [state for state in states if state.finished]
+    if where.error_name is not None:
+        ended = [state for state in ended if state is not TaskStatus.COMPLETED]
+    known = where.queue_name is not None or where.running_longer_than is not None or _is_about_ends(where)
+    if TaskStatus.COMPLETED in ended and not known:
+        return None
+    parts: list[TaskIds] = []
+    if unfinished:
+        part = found.where(TaskRow.finished_at.is_(None), *conditions)
+        if where.running_longer_than is not None or unfinished == [TaskStatus.RUNNING]:
+            # True of all claimed tasks.
+            part = part.where(TaskRow.available_at <= statement_time())
+        parts.append(part)
+    # One range of the index each.
+    parts += [
+        found.where(TaskRow.finished_at.is_not(None), TaskRow.outcome == constant(state), *conditions)
+        for state in ended
+    ]
+    return union_all(*parts) if len(parts) > 1 else parts[0] if parts else found.where(null().is_not(None))
+
+
+def _is_about_ends(where: TaskFilter) -> bool:
+    return where.ended_after is not None or where.ended_before is not None
+
+
+def recent_page(where: TaskFilter, order: Order, after: Position | None, limit: int) -> TaskIds:
+    """Select the ids of a page, as far as it is among the first `RECENT` tasks behind the position."""
+    read = select(TaskRow).where(*_behind(TaskRow.task_id, order, after))
+    read = read.order_by(_by_id(TaskRow.task_id, order)).limit(_constant(RECENT))
+    window = aliased(TaskRow, read.subquery("recent"))
+    page = select(window.task_id).where(*matching(where, window)).order_by(_by_id(window.task_id, order))
+    return page.limit(limit)
+
+
+def page(where: Where, order: Order, after: Position | None, limit: int) -> TaskIds:
+    """Select the ids of a page, wherever its tasks are."""
+    if order == "running":
+        return _running_page(where, after, limit)
+    if isinstance(where, TaskFilter):
+        found = by_index(where)
+        if found is None:
+            behind = _behind(TaskRow.task_id, order, after)
+            plain = select(TaskRow.task_id).where(*matching(where), *behind)
+            return plain.order_by(_by_id(TaskRow.task_id, order)).limit(limit)
+        # OFFSET keeps the planner from walking through all tasks in the order of their ids instead.
+        every = select(found.subquery("match").c.task_id).offset(_constant(0)).subquery("every")
+        ids = every.c.task_id
+        return select(ids).where(*_behind(ids, order, after)).order_by(_by_id(ids, order)).limit(limit)
+    behind = _behind(TaskRow.task_id, order, after)
+    chosen = select(TaskRow.task_id).where(TaskRow.task_id.in_(where), *behind)
+    return chosen.order_by(_by_id(TaskRow.task_id, order)).limit(limit)
+
+
+def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:
+    conditions: list[ColumnElement[bool]] = (
+        matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
+    )
+    place = (TaskRow.started_at, TaskRow.task_id)
+    if after is not None:
+        conditions.append(
+            tuple_(*place) > tuple_(literal(after[0], DateTime(timezone=True)), literal(after[1], Uuid()))
+        )
+    running = select(TaskRow.task_id).where(
+        TaskRow.queue_name.in_(select(Queue.queue_name)),
+        TaskRow.finished_at.is_(None),
+        TaskRow.available_at <= statement_time(),
+        TaskRow.state == constant("running"),
+        *conditions,
+    )
+    return running.order_by(*place).limit(limit)
+
+
+def _behind(task_id: Any, order: Order, after: Position | None) -> list[ColumnElement[bool]]:
+    if after is None:
+        return []
+    return [task_id > after[1] if order == "oldest" else task_id < after[1]]
+
+
+def _by_id(task_id: Any, order: Order) -> ColumnElement[Any]:
+    ordered: ColumnElement[Any] = task_id.asc() if order == "oldest" else task_id.desc()
+    return ordered
+
+
+def _constant(number: int) -> Any:
+    return constant(number)
+
+
+def some(where: Where, limit: int) -> TaskIds | None:
+    """Select up to `limit` ids of matching tasks, in no order; None for a filter that no index knows."""
+    if not isinstance(where, TaskFilter):
+        ids = where.subquery("chosen")
+        return select(ids.c[0].label("task_id")).limit(limit)
+    found = by_index(where)
+    return None if found is None else select(found.subquery("match").c.task_id).limit(limit)
+
+
+WINDOW_END = (
+    select(TaskRow.task_id)
+    .where(TaskRow.task_id > bindparam("begin", type_=Uuid()))
+    .order_by(TaskRow.task_id)
+    .offset(bindparam("size", type_=Integer()))
+    .limit(constant(1))
+)
+"""The last id of a window: the tasks behind `begin` in the order of their ids."""
+
+LAST_TASK = select(TaskRow.task_id).order_by(TaskRow.task_id.desc()).limit(constant(1))
+"""The greatest id."""
+
+
+def window(where: Where, begin: uuid.UUID, end: uuid.UUID) -> Select[uuid.UUID]:
+    """Select the ids of the matching tasks behind `begin`, up to `end`, in their order."""
+    if isinstance(where, TaskFilter):
+        # OFFSET keeps the planner from reading all that matches, by another index, for each window.
+        read = select(TaskRow).where(*_within(TaskRow.task_id, begin, end)).offset(_constant(0))
+        task = aliased(TaskRow, read.subquery("part"))
+        return select(task.task_id).where(*matching(where, task)).order_by(task.task_id)
+    task_id = where.subquery("chosen").c[0]
+    return select(task_id.label("task_id")).where(*_within(task_id, begin, end)).distinct().order_by(task_id)
+
+
+def _within(task_id: Any, begin: uuid.UUID, end: uuid.UUID) -> tuple[ColumnElement[bool], ...]:
+    return task_id > literal(begin, Uuid()), task_id <= literal(end, Uuid())
+
+
+_waits = (
+    select(
+        func.json_agg(
+            aggregate_order_by(
+                func.json_build_array(
+                    Wait.kind, func.coalesce(Wait.event_name, cast(Wait.child_task_id, Text()), Wait.name)
+                ),
+                Wait.created_at,
+            )
+        )
+    )
+    .where(Wait.task_id == TaskRow.task_id)
+    .correlate(TaskRow)
+    .scalar_subquery()
+)
+_sleep = (
+    select(Checkpoint.name)
+    .where(
+        Checkpoint.task_id == TaskRow.task_id,
+        Checkpoint.kind == constant("sleep"),
+        as_text(Checkpoint.value) == cast(func.to_json(TaskRow.available_at), Text()),
+    )
+    .limit(constant(1))
+    .correlate(TaskRow)
+    .scalar_subquery()
+)
+
+_error = TaskRow.error
+_info: tuple[Any, ...] = (
+    TaskRow.task_id,
+    TaskRow.task_name,
+    TaskRow.queue_name,
+    TaskRow.state,
+    TaskRow.attempt,
+    TaskRow.idempotency_key.label("key"),
+    _limit_key.label("limit_key"),
+    _version.label("version"),
+    TaskRow.parent_task_id,
+    clamped_time(TaskRow.created_at),
+    TaskRow.available_at,
+    clamped_time(TaskRow.first_started_at),
+    clamped_time(TaskRow.started_at),
+    clamped_time(TaskRow.finished_at),
+    TaskRow.priority,
+    TaskRow.failures,
+    TaskRow.max_attempts,
+    TaskRow.lease_losses,
+    as_text(_error).label("error"),
+    cast(_waits, Text()).label("waits"),
+    case((and_(TaskRow.state == constant("sleeping"), TaskRow.available_at.is_not(None)), _sleep)).label("sleep"),
+    WorkerRow.name.label("worker"),
+    clock().label("now"),
+)
+
+
+def infos(ids: TaskIds | None, order: Order = "newest", *, payloads: bool = False) -> Select[Any]:
+    """Select the tasks with these ids, in this order; with None for `ids` the task `task_id`."""
+    columns = _info
+    if payloads:
+        columns = (*columns, *(as_text(column).label(column.key) for column in _PAYLOADS))
+    query = select(*columns).outerjoin(
+        WorkerRow, and_(WorkerRow.worker_id == TaskRow.claimed_by, TaskRow.state == constant("running"))
+    )
+    if ids is None:
+        return query.where(TaskRow.task_id == bindparam("task_id", type_=Uuid()))
+    query = query.where(TaskRow.task_id.in_(ids))
+    if order == "running":
+        return query.order_by(TaskRow.started_at, TaskRow.task_id)
+    return query.order_by(_by_id(TaskRow.task_id, order))
+
+
+_PAYLOADS: Final = (TaskRow.params, TaskRow.headers, TaskRow.output)
