@@ -1,4 +1,4 @@
-"""Messages to tasks, their values and streams, and tasks that follow failed or cancelled ones.
+"""Messages to tasks, values that tasks publish, and tasks that follow a failure or a cancellation.
 
 Workers of durable_0001 and later continue on these tables, and can be restarted.
 """
@@ -85,65 +85,6 @@ def up(op: Operations, schema: str) -> None:
         sa.PrimaryKeyConstraint("task_id", "name", name=op.f("task_values_pkey")),
         schema=schema,
     )
-    op.create_table(
-        "streams",
-        sa.Column("task_id", sa.Uuid(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("block_id", sa.Uuid(), comment="the block that is open; null: none is"),
-        sa.Column(
-            "step_key",
-            sa.Uuid(),
-            nullable=False,
-            comment="of the step of the last block, or of the block in the task's body",
-        ),
-        sa.Column("try_id", sa.Uuid(), nullable=False, comment="the try of that step"),
-        sa.Column(
-            "began_after",
-            sa.BigInteger(),
-            server_default="0",
-            nullable=False,
-            comment="the last position when that step began to write",
-        ),
-        sa.Column(
-            "last_position",
-            sa.BigInteger(),
-            server_default="0",
-            nullable=False,
-            comment="of the last item, while no block is open",
-        ),
-        sa.Column(
-            "reserved",
-            sa.BigInteger(),
-            server_default="0",
-            nullable=False,
-            comment="positions up to this may have been seen by readers",
-        ),
-        sa.Column(
-            "restarts_after", sa.ARRAY(sa.BigInteger()), comment="of each restart, the last position that still counts"
-        ),
-        sa.Column(
-            "restarts_through",
-            sa.ARRAY(sa.BigInteger()),
-            comment="of each restart, the last position that is superseded",
-        ),
-        sa.Column("closed_at", TIMESTAMP, comment="set: readers come to the end"),
-        sa.Column("opened_at", TIMESTAMP, server_default=NOW, nullable=False),
-        sa.CheckConstraint("octet_length(name) BETWEEN 1 AND 200", name=op.f("streams_name_check")),
-        sa.PrimaryKeyConstraint("task_id", "name", name=op.f("streams_pkey")),
-        schema=schema,
-    )
-    op.create_table(
-        "stream_items",
-        sa.Column("task_id", sa.Uuid(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("position", sa.BigInteger(), autoincrement=False, nullable=False, comment="of the last of the items"),
-        sa.Column("step_key", sa.Uuid(), nullable=False),
-        sa.Column("try_id", sa.Uuid(), nullable=False),
-        sa.Column("items", sa.JSON(), nullable=False, comment="an array"),
-        sa.Column("written_at", TIMESTAMP, server_default=NOW, nullable=False),
-        sa.PrimaryKeyConstraint("task_id", "name", "position", name=op.f("stream_items_pkey")),
-        schema=schema,
-    )
     _comment(op, schema, f"{CHILD}, or the message that was received", CHILD)
     # Last, because it excludes all others from the tasks until the end of the transaction. Alembic splits a schema that
     # is no `quoted_name` at its dots.
@@ -156,8 +97,6 @@ def up(op: Operations, schema: str) -> None:
 
 def down(op: Operations, schema: str) -> None:
     op.drop_column("tasks", "follow_ups", schema=quoted_name(schema, quote=None))
-    op.drop_table("stream_items", schema=schema)
-    op.drop_table("streams", schema=schema)
     op.drop_table("task_values", schema=schema)
     op.drop_table("messages", schema=schema)
     _comment(op, schema, CHILD, f"{CHILD}, or the message that was received")
