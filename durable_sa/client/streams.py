@@ -17,7 +17,7 @@ from ..database.connections import HeldConnection
 from ..database_errors import is_transient
 from ..errors import SerializationError, TaskNotFound
 from ..names import validate_name
-from ..results import AnyTaskId, StreamItem, StreamRestart, task_id_of
+from ..results import AnyTaskId, StreamItem, StreamRestart, id_of
 from ..serialization.codec import UNTYPED, Codec, codec_for
 from ..statements import streams
 from ..validation import integer
@@ -73,7 +73,7 @@ class StreamReading(PublishedValues):
             TaskNotFound: there is no such task, or it was deleted.
             SerializationError: an item is not of that type.
         """
-        task_id = task_id_of(task)
+        task_id = id_of(task)
         validate_name("stream", name, internal=True)
         position = integer(after, "after", minimum=0, maximum=2**63 - 1)
         codec: Codec[list[Any]] = UNTYPED if type is None else codec_for(list[type])

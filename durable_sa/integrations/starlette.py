@@ -26,7 +26,7 @@ from starlette.responses import StreamingResponse
 
 from ..client import Durable
 from ..errors import TaskNotFound
-from ..results import AnyTaskId, StreamItem, StreamRestart, task_id_of
+from ..results import AnyTaskId, StreamItem, StreamRestart, id_of
 
 END = "end"
 """The event that is sent last, so that a browser can close the connection instead of asking for more."""
@@ -53,7 +53,7 @@ async def stream_response(
     position = int(given) if given.isascii() and given.isdigit() and len(given) < 19 else after
     events = server_sent_events(durable, task, name, after=position)
     if await durable.get_task_result(task) is None:
-        raise TaskNotFound(task_id_of(task))
+        raise TaskNotFound(id_of(task))
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
