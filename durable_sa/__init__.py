@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         InvalidTaskParams,
         PayloadTooLarge,
         QueueNotFound,
+        RateLimited,
         ReplayMismatch,
         Retry,
         ScheduleNotFound,
@@ -41,10 +42,11 @@ if TYPE_CHECKING:
     from .hooks import Hooks
     from .models import TaskRow, TaskValueRow
     from .options import SpawnOptions, WorkerOptions
-    from .policies import CancellationPolicy, RetryStrategy
+    from .policies import CancellationPolicy, Limit, Rate, RetryStrategy
     from .results import (
         BulkResult,
         HistoryEntry,
+        LimitKeyInfo,
         Page,
         QueueStatistics,
         Race,
@@ -82,6 +84,8 @@ __all__ = [
     "InvalidName",
     "InvalidState",
     "InvalidTaskParams",
+    "Limit",
+    "LimitKeyInfo",
     "OutgoingSpawn",
     "Page",
     "PayloadTooLarge",
@@ -89,6 +93,8 @@ __all__ = [
     "QueuePolicy",
     "QueueStatistics",
     "Race",
+    "Rate",
+    "RateLimited",
     "ReplayMismatch",
     "Retry",
     "RetryStrategy",
@@ -151,6 +157,7 @@ _PLACES = {
         "InvalidTaskParams",
         "PayloadTooLarge",
         "QueueNotFound",
+        "RateLimited",
         "ReplayMismatch",
         "Retry",
         "ScheduleNotFound",
@@ -166,11 +173,12 @@ _PLACES = {
     "hooks": ("Hooks",),
     "models": ("TaskRow", "TaskValueRow"),
     "options": ("SpawnOptions", "WorkerOptions"),
-    "policies": ("CancellationPolicy", "RetryStrategy"),
+    "policies": ("CancellationPolicy", "Limit", "Rate", "RetryStrategy"),
     "results": (
         "BulkResult",
         "HistoryEntry",
         "Page",
+        "LimitKeyInfo",
         "QueueStatistics",
         "Race",
         "ScheduleFilter",

@@ -94,6 +94,8 @@ class App:
         self.on_failure = check_follow_up(on_failure, "on_failure")
         """The task that is spawned if one fails that has no other follow-up."""
         self.on_cancel = check_follow_up(on_cancel, "on_cancel")
+        self.limited_queues: set[str] = set()
+        """Queues that are known to have limits, so that spawns into them need not find out."""
         self.hooks = hooks
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind

@@ -148,8 +148,17 @@ def test_names_and_metadata_are_apart_from_the_applications() -> None:
         table.key for table in models.metadata.sorted_tables
     }
     assert str(Task.__table__) == "tasks"
-    tables = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow"}
-    names = {*tables, "EndedWorker", "Message", "TaskValueRow", "Stream", "StreamItems"}
+    names = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow", "EndedWorker"}
+    names |= {
+        "LimitRow",
+        "LimitKeyRow",
+        "LimitTotalRow",
+        "LimitArrivalRow",
+        "Message",
+        "TaskValueRow",
+        "Stream",
+        "StreamItems",
+    }
     assert {mapper.class_.__name__ for mapper in models.Base.registry.mappers} == names
 
 

@@ -15,8 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 import durable_sa
 from durable_sa import Durable, SpawnResult, TaskContext, Worker, task
 
-from .base import QUEUE, Params, Settings, System, noop_step
+from .base import AT_A_TIME, KEYS, NEVER, QUEUE, Params, Settings, System, noop_step
 
+_KNOWS_LIMITS = hasattr(durable_sa, "Limit")
 _ORDER = text("INSERT INTO orders (note) VALUES ('x')")
 
 
@@ -29,6 +30,10 @@ def engine_for(url: str, connections: int | None = None) -> AsyncEngine:
     """Return an engine, with SQLAlchemy's default pool size unless a number of connections is given."""
     options: dict[str, Any] = {} if connections is None else {"pool_size": connections, "max_overflow": 0}
     return create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **options)
+
+
+def _is_claim(statement: str) -> bool:
+    return "open_lanes" in statement or "WITH opened AS" in statement
 
 
 class DurableSystem(System):
@@ -44,6 +49,14 @@ class DurableSystem(System):
     def _make_tasks(self) -> dict[str, Any]:
         @task
         async def noop(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        # A checkout to compare with may know no limits.
+        options: Any = {"limit_key": lambda params: f"key-{params['i'] % KEYS}"} if _KNOWS_LIMITS else {}
+
+        @task(**options)
+        async def keyed(ctx: TaskContext, params: Params) -> None:
             self.probe.begin()
             self.probe.end()
 
@@ -113,7 +126,7 @@ class DurableSystem(System):
             await ctx.receive("answer")
             self.probe.answered(params["i"])
 
-        tasks = (noop, stamp, steps, wait, child, parent, hold, nap, collect, answer, ask)
+        tasks = (noop, keyed, stamp, steps, wait, child, parent, hold, nap, collect, answer, ask)
         return {each.name: each for each in tasks}
 
     async def source(self) -> str:
@@ -129,6 +142,15 @@ class DurableSystem(System):
             await client.migrate()
             await client.create_queue()
             await client.create_queue("elsewhere")
+        await engine.dispose()
+
+    async def limit(self, url: str | None, kind: str | None) -> None:
+        if url is None:
+            return  # the limits are in the database of the run
+        engine = engine_for(url)
+        async with self._client(engine) as client:
+            limit = durable_sa.Limit(concurrency=AT_A_TIME if kind == "keys" else NEVER)
+            await client.set_limit(QUEUE, limit, per_key=kind == "keys")
         await engine.dispose()
 
     async def open(self, url: str, connections: int, settings: Settings) -> None:
@@ -154,11 +176,11 @@ class DurableSystem(System):
 
     def _time_claims(self, engine: AsyncEngine) -> None:
         def before(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-            if "open_lanes" in statement:
+            if _is_claim(statement):
                 connection.info["claim"] = time.monotonic()
 
         def after(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-            if "open_lanes" in statement:
+            if _is_claim(statement):
                 self._claims.append(time.monotonic() - connection.info["claim"])
 
         event.listen(engine.sync_engine, "before_cursor_execute", before)

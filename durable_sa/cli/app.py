@@ -12,6 +12,7 @@ from .doctor import doctor
 from .embedded import embedded
 from .events import events
 from .invocation import examples, print_version
+from .limits import limits
 from .queues import queues
 from .roles import roles
 from .schedules import schedules
@@ -57,6 +58,7 @@ app.command(
 )(worker)
 app.command(epilog=examples("durable workers", "durable workers --watch"))(workers)
 app.add_typer(queues, name="queues")
+app.add_typer(limits, name="limits")
 app.add_typer(tasks, name="tasks")
 app.add_typer(events, name="events")
 app.add_typer(schedules, name="schedules")

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from .. import migrations
 from ..database_errors import sqlstate
 from ..errors import SchemaMismatch
-from ..statements import diagnosis, inspection
+from ..statements import diagnosis, inspection, limit_diagnosis
 from .arguments import duration
 from .invocation import FAILED, Invocation, connected
 from .output import as_dicts, span
@@ -107,12 +107,57 @@ CHECKS = (
         "Workers of any queue fire schedules. Check that one is running: durable workers",
     ),
     Check(
+        "limit counts",
+        limit_diagnosis.MISCOUNTED,
+        lambda row: (
+            f"{_key(row)} of queue {row['queue_name']!r} counts {row['counted']} slots, "
+            f"and its tasks hold {row['held']}"
+        ),
+        "Unless rows were changed by hand, this is a bug: please report it. To count anew: durable doctor --repair",
+    ),
+    Check(
+        "queue counts",
+        limit_diagnosis.MISCOUNTED_TOTALS,
+        lambda row: f"queue {row['queue_name']!r} counts {row['counted']} slots, and its tasks hold {row['held']}",
+        "Unless rows were changed by hand, this is a bug: please report it. To count anew: durable doctor --repair",
+    ),
+    Check(
+        "limit keys",
+        limit_diagnosis.PARKED,
+        lambda row: (
+            f"{_key(row)} of queue {row['queue_name']!r} has room, and tasks that are due, "
+            f"the oldest for {span(row['oldest_seconds'])}, but no claim looks at it"
+        ),
+        "This is a bug: please report it. To have claims look at the key: durable doctor --repair",
+    ),
+    Check(
+        "kept slots",
+        limit_diagnosis.SELF_JOINS,
+        lambda row: (
+            f"task {row['task_id']} ({row['task_name']}) keeps a slot of {_key(row)} in queue {row['queue_name']!r} "
+            f"while it waits for its child {row['child_id']}, which waits for one"
+        ),
+        'Give children another key or queue, or the limit hold="run". To go on: durable limits set with more slots.',
+    ),
+    Check(
+        "limits",
+        limit_diagnosis.UNLIMITED_WORKERS,
+        lambda row: (
+            f"worker {row['worker_name']} is of a version that knows no limits, and serves queue {row['queue_name']!r}"
+        ),
+        "Deploy this version to all workers.",
+    ),
+    Check(
         "orphans",
         diagnosis.ORPHANS,
         lambda row: f"{row['what']}: {row['id']}",
         "Unless rows were deleted by hand, this is a bug: please report it.",
     ),
 )
+
+
+def _key(row: Fields) -> str:
+    return f"key {row['limit_key']!r}" if row["limit_key"] else "the part without keys"
 
 
 @connected
@@ -126,10 +171,14 @@ async def doctor(
         timedelta | None,
         typer.Option(parser=duration, metavar="DURATION", help="How long a run may be in one step; 1h by default."),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First count the slots of limit keys anew, where they are wrong.")
+    ] = False,
 ) -> None:
-    """Check for problems: stuck waits, orphans, unclaimed work, expired leases, old snapshots.
+    """Check for problems: stuck waits, orphans, unclaimed work, expired leases, wrong counts, old snapshots.
 
-    The exit code is 1 if any is found. Nothing is locked or changed. Each check may take up to 30 seconds.
+    The exit code is 1 if any is found. Nothing is locked or changed without --repair. Each check may take up to 30
+    seconds.
     """
     bounds = {
         "grace": _GRACE_SECONDS if grace is None else grace.total_seconds(),
@@ -142,6 +191,10 @@ async def doctor(
     except SchemaMismatch as error:
         report: dict[str, Any] = {"revision": revision, "findings": [_finding("schema", [str(error)], None)]}
     else:
+        if repair:
+            recounted = await invocation.durable.recount_limit_keys(bounds["grace"])
+            if not invocation.output.as_json:
+                invocation.output.say(f"Limit keys counted anew: {recounted}.")
         report = {"revision": revision, **await _examine(invocation, bounds)}
     report["ok"] = not report["findings"]
     if invocation.output.as_json:

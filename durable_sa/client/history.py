@@ -145,7 +145,8 @@ def _waiting(records: Records) -> Iterator[HistoryEntry]:
     for wait in records.waits:
         name = wait.event_name or ("" if wait.name.startswith("$") else wait.name)
         detail = _known(task_id=wait.child_task_id, until=wait.due_at)
-        yield HistoryEntry(_KINDS.get(wait.kind, wait.kind), name, "waiting", 0, wait.created_at, None, detail)
+        kind = _KINDS.get(wait.kind, str(wait.kind))
+        yield HistoryEntry(kind, name, "waiting", 0, wait.created_at, None, detail)
 
 
 def _in_progress(records: Records) -> Iterator[HistoryEntry]:

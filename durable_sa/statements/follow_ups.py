@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -35,7 +35,7 @@ from ..models import Queue, TaskRow
 from ..validation import MAX_DURATION
 from .expressions import as_text, constant
 from .fencing import materialized
-from .spawning import SPAWN_COLUMNS, insert_tasks
+from .spawning import LIMITED_SPAWN_COLUMNS, SPAWN_COLUMNS, arrivals, insert_tasks, limited_spawnable
 
 DERIVED = (
     "task_id",
@@ -64,8 +64,15 @@ _LIMITS = {
 """The numbers, with the largest that is taken of each. The `max_payload_bytes` are 1 GiB at most."""
 
 
-def ending(update: Update, returned: Sequence[ColumnElement[Any] | Any], *ctes: CTE) -> Executable:
+def ending(
+    update: Update,
+    returned: Sequence[ColumnElement[Any] | Any],
+    *ctes: CTE,
+    after: Callable[[CTE], tuple[CTE, ...]] | None = None,
+) -> Executable:
     """Complete a statement that ends tasks, or may end them, with the spawns of their follow-ups.
+
+    `after` returns further parts of the statement that depend on the changed rows.
 
     It returns these columns of each task, and the columns follow_up_queue, follow_up_priority and follow_up_at of its
     follow-up, which are null if it has none.
@@ -84,8 +91,8 @@ def ending(update: Update, returned: Sequence[ColumnElement[Any] | Any], *ctes: 
     ).cte("changed")
     following = _following(changed)
     spawned = (
-        insert_tasks(select(*(following.c[name] for name in SPAWN_COLUMNS)).subquery("follow_up"))
-        .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+        insert_tasks(limited_spawnable(following).subquery("follow_up"))
+        .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)
         .cte("followed")
     )
     names = [getattr(each, "key", None) or each.name for each in returned]
@@ -99,12 +106,12 @@ def ending(update: Update, returned: Sequence[ColumnElement[Any] | Any], *ctes: 
         .select_from(changed)
         .outerjoin(following, following.c.ended_id == changed.c.ended_id)
         .outerjoin(spawned, spawned.c.task_id == following.c.task_id)
-        .add_cte(*ctes)
+        .add_cte(*ctes, *(() if after is None else after(changed)), arrivals(spawned))
     )
 
 
 def _following(changed: CTE) -> CTE:
-    """Select the follow-ups of ended tasks as rows of `SPAWN_COLUMNS`, with the `ended_id`."""
+    """Select the follow-ups of ended tasks as rows of `LIMITED_SPAWN_COLUMNS`, with the `ended_id`."""
     c = changed.c
     stored = c.stored.op("->", return_type=JSON())(c.ended_outcome)
     f = (
@@ -142,12 +149,16 @@ def _following(changed: CTE) -> CTE:
         "parent_task_id": cast(null(), Uuid()),
         "follow_ups": as_text(f.c.follow_ups),
         "idempotency_key": cast(null(), Text()),
+        "limit_key": cast(null(), Text()),
+        "weight": cast(null(), SmallInteger()),
+        "unique_key": cast(null(), Text()),
     }
+    values |= {name: _clamped(name, f.c[name]) for name in LIMITED_SPAWN_COLUMNS if name not in values}
     return materialized(
         "following",
         select(
             c.ended_id,
-            *((values[name] if name in values else _clamped(name, f.c[name])).label(name) for name in SPAWN_COLUMNS),
+            *(values[name].label(name) for name in LIMITED_SPAWN_COLUMNS),
         )
         .select_from(changed.join(f, true()))
         .where(c.stored.is_not(None), f.c.task_name.is_not(None)),

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     bindparam,
+    case,
     delete,
     exists,
     func,
@@ -52,7 +53,7 @@ from .expressions import (
     statement_time,
 )
 from .fencing import is_in, locked_rows, materialized
-from .spawning import optional_lock_timeout
+from .spawning import arrivals, optional_lock_timeout
 from .waits import for_messages, resolving, waiters
 
 MESSAGE_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -427,7 +428,7 @@ WITH_MAIL = (
 )
 """Which of these tasks have a stored wait and a message for it, and the kinds of these waits."""
 
-WAKE_RACING = (
+_woken = (
     update(TaskRow)
     .where(
         TaskRow.task_id == waiters.c.task_id,
@@ -439,8 +440,16 @@ WAKE_RACING = (
             exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
         ),
     )
-    .values(available_at=clock(), fence=next_fence(TaskRow.fence))
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+    .values(
+        available_at=clock(),
+        fence=next_fence(TaskRow.fence),
+        resumes_at=case((TaskRow.limit_key.is_not(None), clock())),
+    )
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)
+    .cte("woken")
+)
+WAKE_RACING = select(_woken.c.task_id, _woken.c.queue_name, _woken.c.priority, _woken.c.available_at).add_cte(
+    arrivals(_woken)
 )
 """Make tasks claimable that wait for messages in a race. The message is received by the run that decides the race."""
 

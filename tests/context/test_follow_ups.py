@@ -16,6 +16,7 @@ from durable_sa import (
     Durable,
     Hooks,
     InvalidName,
+    Limit,
     RetryStrategy,
     SyncTaskContext,
     Task,
@@ -144,6 +145,34 @@ async def test_tasks_that_are_cancelled_together_have_a_follow_up_each(client: D
     await run_until_idle(client)
     assert {failure.task_id for failure in ended} == {each.task_id for each in spawned}
     assert len(ended) == 3
+
+
+async def test_a_queue_with_limits_runs_its_follow_ups_and_what_waits_for_messages(client: Durable) -> None:
+    @client.task
+    async def talk(ctx: TaskContext) -> str:
+        first = await ctx.receive("note")
+        race = await ctx.race("second", note=ctx.receive("note"), late=ctx.sleep_for("late", 3600))
+        return f"{first} {race.value}"
+
+    await client.set_limit("default", Limit(concurrency=1))
+    spawned = [await client.spawn(work, number) for number in (-1, -1, 5)]
+    talking = await client.spawn(talk)
+    async with client.worker(concurrency=3):
+        rows = Rows[Any](client, talking)
+        await rows.until("sleeping")
+        await client.send(talking, "note", "hello")
+        await eventually(lambda: rows.checkpoints("note"))
+        await rows.until("sleeping")
+        await client.send(talking, "note", "there")
+        assert (await client.wait_for_result(talking, timeout=10)).output == "hello there"
+        await Rows[Any](client, spawned[2]).until("sleeping")
+        await client.cancel_task(spawned[2])
+        # Each slot was given back, or the one that there is would be taken.
+        await eventually(lambda: len(ended) == 3)
+    assert {failure.task_id for failure in ended} == {each.task_id for each in spawned}
+    async with client.engine.connect() as connection:
+        keys = select(TaskRow.limit_key).where(TaskRow.task_name.in_(["alert", "compensate"]))
+        assert (await connection.scalars(keys)).all() == [""] * 3
 
 
 async def test_a_time_limit_and_a_cascade_have_follow_ups(client: Durable) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.sql import quoted_name
 from durable_sa.migrations import running
 
 revision = "durable_0006"
-down_revision = "durable_0004"
+down_revision = "durable_0005"
 branch_labels = None
 depends_on = None
 oldest = "durable_0001"
