@@ -52,7 +52,7 @@ class StreamReading(PublishedValues):
     def read_stream(
         self, task: AnyTaskId, name: str, *, after: int = 0, type: None = None, follow: bool = True
     ) -> AsyncGenerator[StreamItem[Any] | StreamRestart]: ...
-    async def read_stream(
+    def read_stream(
         self,
         task: AnyTaskId,
         name: str,
@@ -77,6 +77,11 @@ class StreamReading(PublishedValues):
         validate_name("stream", name, internal=True)
         position = integer(after, "after", minimum=0, maximum=2**63 - 1)
         codec: Codec[list[Any]] = UNTYPED if type is None else codec_for(list[type])
+        return self._read_stream(task_id, name, position, codec, follow=follow)
+
+    async def _read_stream(
+        self, task_id: uuid.UUID, name: str, position: int, codec: Codec[list[Any]], *, follow: bool
+    ) -> AsyncGenerator[StreamItem[Any] | StreamRestart]:
         what = f"items of stream {name!r} of task {task_id}"
         idle, read = 0, False
         while True:

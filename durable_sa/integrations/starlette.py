@@ -58,11 +58,13 @@ async def stream_response(
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def server_sent_events(
-    durable: Durable[Any], task: AnyTaskId, name: str, *, after: int = 0
-) -> AsyncGenerator[bytes]:
-    """Yield the items of a task's stream behind a position as server-sent events; see :func:`stream_response`."""
-    async with aclosing(durable.read_stream(task, name, after=after)) as entries:
+def server_sent_events(durable: Durable[Any], task: AnyTaskId, name: str, *, after: int = 0) -> AsyncGenerator[bytes]:
+    """Return the items of a task's stream behind a position as server-sent events; see :func:`stream_response`."""
+    return _events(durable.read_stream(task, name, after=after))
+
+
+async def _events(reading: AsyncGenerator[StreamItem[Any] | StreamRestart]) -> AsyncGenerator[bytes]:
+    async with aclosing(reading) as entries:
         following: asyncio.Future[StreamItem[Any] | StreamRestart | None] | None = None
         try:
             while True:

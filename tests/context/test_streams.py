@@ -447,7 +447,9 @@ async def test_what_cannot_be_written_or_read_is_refused(run: Runner) -> None:
     with pytest.raises(TaskNotFound):
         await read(run.durable, uuid.uuid4())
     with pytest.raises(InvalidConfiguration):
-        await read(run.durable, uuid.uuid4(), after=-1)
+        run.durable.read_stream(uuid.uuid4(), "answer", after=-1)
+    with pytest.raises(InvalidName):
+        run.durable.read_stream(uuid.uuid4(), "a\n")
 
 
 async def test_a_hundred_readers_cost_the_database_what_one_does(run: Runner, engine: AsyncEngine) -> None:
