@@ -43,9 +43,9 @@ async def test_readers_see_each_item_of_one_try_of_each_step(durable: Durable, e
     durable.register(tell)
     stories = [await durable.spawn(tell) for _ in range(TASKS)]
     url = engine.url
-    host, port = url.query.get("host", url.host), url.port or 5432
-    async with Proxy(str(host), int(port)) as proxy:
-        through = url.set(host="127.0.0.1", port=proxy.port).difference_update_query(["host"])
+    host, port = url.host or str(url.query["host"]), url.port or int(str(url.query.get("port", 5432)))
+    async with Proxy(host, port) as proxy:
+        through = url.set(host="127.0.0.1", port=proxy.port, query={})
 
         def lose(statement: str) -> str | None:
             if "durable." not in statement or chance.random() > LOST_SHARE:
