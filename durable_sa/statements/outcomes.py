@@ -209,7 +209,7 @@ def _fail(*, limited: bool) -> Executable:
             **(_kept_slot(locked, again, next_time) if limited else {}),
         )
     )
-    columns = (
+    columns: tuple[Any, ...] = (
         TaskRow.task_id,
         TaskRow.parent_task_id,
         TaskRow.state,
