@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast, overload
 
 from ..errors import InvalidState
+from ..execution.journal import Entry
 from ..execution.run import Run
 from ..execution.streaming import Block, ended
 from ..execution.writes import BlockValues, Kind
@@ -15,7 +17,7 @@ from ..ids import new_id
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, Codec, check_size, codec_for
 from ..signals import LeaseLost
-from .base import ContextBase, enclosing_step
+from .base import Call, ContextBase, enclosing_step
 
 T = TypeVar("T")
 
@@ -23,8 +25,20 @@ T = TypeVar("T")
 class TaskStream(Generic[T]):
     """A block in which a task writes a stream, made by `ctx.stream`."""
 
-    def __init__(self, context: ContextBase, name: str, codec: Codec[T], *, keep_open: bool) -> None:
-        self._context = context
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        codec: Codec[T],
+        *,
+        keep_open: bool,
+        begin: Callable[[], Call],
+        recall: Callable[[Call], Awaitable[Entry | None]],
+    ) -> None:
+        self._run = run
+        self._begin = begin
+        """Draws the key of the block."""
+        self._recall = recall
         self.name = name
         self.codec = codec
         self.keep_open = keep_open
@@ -35,12 +49,12 @@ class TaskStream(Generic[T]):
         """The key of the checkpoint of a block in the task's body; None in a step."""
 
     async def __aenter__(self) -> Self:
-        context, run = self._context, self._context._run
+        run = self._run
         if self._entered:
             raise InvalidState(f"The block of stream {self.name!r}", "entered before", "Make one with `ctx.stream`.")
-        call = context._call("stream", self.name)
+        call = self._begin()
         step = enclosing_step(run.branch().path)
-        recorded = step is None and await context._recall(call) is not None
+        recorded = step is None and await self._recall(call) is not None
         self._entered = True
         if recorded:
             return self
@@ -69,7 +83,7 @@ class TaskStream(Generic[T]):
             SerializationError, PayloadTooLarge: an item that cannot be stored.
         """
         self._check_open()
-        block, run = self._block, self._context._run
+        block, run = self._block, self._run
         if block is None:
             return
         await run.enter()
@@ -94,7 +108,7 @@ class TaskStream(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._left = True
-        block, run = self._block, self._context._run
+        block, run = self._block, self._run
         if block is None:
             return
         try:
@@ -169,4 +183,11 @@ class Streams(ContextBase):
             InvalidState: on entering: the stream has ended, or another block of the task has it open.
         """
         validate_name("stream", name)
-        return TaskStream(self, name, UNTYPED if type is None else codec_for(type), keep_open=keep_open)
+        return TaskStream(
+            self._run,
+            name,
+            UNTYPED if type is None else codec_for(type),
+            keep_open=keep_open,
+            begin=lambda: self._call("stream", name),
+            recall=self._recall,
+        )

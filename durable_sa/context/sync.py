@@ -194,7 +194,7 @@ class SyncTaskContext(TaskData[StateT]):
 
     def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> SyncTaskStream[Any]:  # noqa: A002
         """As :meth:`durable_sa.TaskContext.stream`, for a `with` block."""
-        return SyncTaskStream(self, self.context.stream(name, type, keep_open=keep_open))
+        return SyncTaskStream(self._call, self.context.stream(name, type, keep_open=keep_open))
 
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""
@@ -220,24 +220,24 @@ class SyncTaskContext(TaskData[StateT]):
 class SyncTaskStream(Generic[T]):
     """A block in which a `def` task writes a stream, made by `ctx.stream`."""
 
-    def __init__(self, context: SyncTaskContext[Any], stream: TaskStream[T]) -> None:
-        self._context = context
+    def __init__(self, call: Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any], stream: TaskStream[T]) -> None:
+        self._call = call
         self._stream = stream
 
     def __enter__(self) -> Self:
-        self._context._call(self._stream.__aenter__)
+        self._call(self._stream.__aenter__)
         return self
 
     def write(self, item: T) -> None:
         """As `write` of the block of an `async def` task."""
-        self._context._call(lambda: self._stream.write(item))
+        self._call(lambda: self._stream.write(item))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, ControlFlow | asyncio.CancelledError):
             return  # the run has ended, and its blocks with it
-        self._context._call(lambda: self._stream.__aexit__(kind, error, traceback))
+        self._call(lambda: self._stream.__aexit__(kind, error, traceback))
 
 
 async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

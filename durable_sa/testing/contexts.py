@@ -217,7 +217,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
 
     def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> TaskStream[Any]:  # noqa: A002
         """Return a block whose items are found in `recorded.streams`."""
-        return MemoryStream(self, super().stream(name, type, keep_open=keep_open))
+        return MemoryStream(self._memory, super().stream(name, type, keep_open=keep_open))
 
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""
@@ -236,9 +236,9 @@ class MemoryContext(TaskContext[Any], _Enterable):
 class MemoryStream(TaskStream[Any]):
     """A block of a stream in a unit test."""
 
-    def __init__(self, context: MemoryContext, stream: TaskStream[Any]) -> None:
-        super().__init__(context, stream.name, stream.codec, keep_open=stream.keep_open)
-        self._memory = context._memory
+    def __init__(self, memory: MemoryRun, stream: TaskStream[Any]) -> None:
+        vars(self).update(vars(stream))
+        self._memory = memory
 
     async def __aenter__(self) -> Self:
         if self.name in self._memory.ended_streams:
