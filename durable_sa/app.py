@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import URL
@@ -65,6 +65,8 @@ class App:
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""
         self.hooks = hooks
+        self.closers: list[Callable[[], Awaitable[None]]] = []
+        """Functions that close what was opened for this client by others, when it closes."""
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         self._database: Database | None = None

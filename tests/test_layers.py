@@ -17,6 +17,7 @@ PACKAGE = ROOT / "durable_sa"
 
 LAYERS = [
     "cli",
+    "dashboard",
     "testing",
     "durable_sa",
     "client",
@@ -106,7 +107,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 def test_a_package_of_the_engine_says_so() -> None:
-    public = {"durable_sa", "cli", "testing", "telemetry", "migrations", "embedded", "client", "context"}
+    public = {"durable_sa", "cli", "dashboard", "testing", "telemetry", "migrations", "embedded", "client", "context"}
     for package in PACKAGE.glob("*/__init__.py"):
         if package.parent.name not in public:
             assert (ast.get_docstring(ast.parse(package.read_text())) or "").startswith("Engine only:"), package

@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import HistoryEntry, TaskErrorInfo, TaskInfo
 from ..client.history import WITHOUT_MESSAGE
-from .output import Output, clean, shown, span
+from ..client.wording import span
+from .output import Output, clean, shown
 from .timeline import Moment, entries
 
 _MESSAGE_CHARACTERS = 120

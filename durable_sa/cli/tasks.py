@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import Durable, SpawnOptions, TaskInfo
+from ..client.wording import span
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
 from ..statements import inspection
@@ -18,7 +19,6 @@ from . import history, repairs
 from .arguments import duration, headers, json_value
 from .completion import complete_queues, complete_tasks
 from .invocation import FAILED, USAGE, Invocation, connected, examples, fail, listing
-from .output import span
 from .selection import (
     EndedAfter,
     EndedBefore,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable
+import uuid
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 OnSpawn: TypeAlias = Callable[[Any], None]
 AroundTask: TypeAlias = Callable[[Any], AbstractAsyncContextManager[object]]
+OnAdminAction: TypeAlias = Callable[[str, str, Sequence[uuid.UUID]], None]
 AroundStep: TypeAlias = Callable[[Any, str], AbstractContextManager[object]]
 
 
@@ -28,6 +30,7 @@ class HookChain(NamedTuple):
     on_spawn: tuple[OnSpawn, ...] = ()
     around_task: tuple[AroundTask, ...] = ()
     around_step: tuple[AroundStep, ...] = ()
+    on_admin_action: tuple[OnAdminAction, ...] = ()
 
 
 async def around_task(
