@@ -16,6 +16,7 @@ from ..models import TaskRow
 from ..names import validate_name
 from ..results import TaskFilter
 from ..statements.reading import Where, matching
+from ..validation import instance
 
 ACTIONS: Final = frozenset({"cancel", "retry", "rewind", "fork", "send", "emit", "pause", "trigger", "limit", "delete"})
 """The names of what a user may be allowed to do. Not all of them have a button yet."""
@@ -43,9 +44,8 @@ class Access:
     refused if it is set."""
 
     def __post_init__(self) -> None:
-        user: object = self.user
-        if not isinstance(user, str) or not user:
-            raise InvalidConfiguration("user", f"{user!r} is no name", "Give the user's name or id as a text.")
+        if not instance(self.user, str, "user"):
+            raise InvalidConfiguration("user", "it is empty", "Give the user's name or id as a text.")
         for name, given in (("actions", self.actions), ("queues", self.queues)):
             if isinstance(given, str):
                 raise InvalidConfiguration(name, f"{given!r} is a text", f"Give a set: {name}={{{given!r}}}.")
