@@ -1,65 +1,67 @@
 """Durable execution for applications that use SQLAlchemy.
 
 The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
-`telemetry`, `testing`, `testing.plugin`, `migrations`, `embedded` and `cli`. All others belong to the engine and may
-change in any release.
+`telemetry`, `testing`, `testing.plugin`, `integrations`, `dashboard`, `migrations`, `embedded` and `cli`. All others
+belong to the engine and may change in any release.
 """
 
-from importlib import metadata
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .client import Durable, QueuePolicy
-from .context import TaskContext
-from .context.sync import SyncTaskContext
-from .current import current_context, heartbeat
-from .decorators import task
-from .errors import (
-    ChildCancelled,
-    ChildFailed,
-    DurableError,
-    IdempotencyConflict,
-    InvalidConfiguration,
-    InvalidCron,
-    InvalidName,
-    InvalidState,
-    InvalidTaskParams,
-    PayloadTooLarge,
-    QueueNotFound,
-    ReplayMismatch,
-    ScheduleNotFound,
-    SchemaMismatch,
-    SerializationError,
-    TaskAlreadyRegistered,
-    TaskError,
-    TaskNotFound,
-    TaskNotRegistered,
-    TaskTimeout,
-    UserError,
-)
-from .hooks import Hooks
-from .models import TaskRow
-from .options import SpawnOptions, WorkerOptions
-from .policies import CancellationPolicy, RetryStrategy
-from .results import (
-    BulkResult,
-    HistoryEntry,
-    Page,
-    QueueStatistics,
-    ScheduleFilter,
-    ScheduleInfo,
-    SpawnResult,
-    TaskErrorInfo,
-    TaskFilter,
-    TaskHandle,
-    TaskInfo,
-    TaskPollResult,
-    TaskStatus,
-)
-from .schedules.pgcron import setup_pgcron
-from .spawns import OutgoingSpawn, Spawn
-from .steps import step, transaction
-from .tasks import Task
-from .worker.worker import Worker
+if TYPE_CHECKING:
+    from .client import Durable, QueuePolicy
+    from .context import TaskContext
+    from .context.sync import SyncTaskContext
+    from .current import current_context, heartbeat
+    from .decorators import task
+    from .errors import (
+        ChildCancelled,
+        ChildFailed,
+        DurableError,
+        IdempotencyConflict,
+        InvalidConfiguration,
+        InvalidCron,
+        InvalidName,
+        InvalidState,
+        InvalidTaskParams,
+        PayloadTooLarge,
+        QueueNotFound,
+        ReplayMismatch,
+        Retry,
+        ScheduleNotFound,
+        SchemaMismatch,
+        SerializationError,
+        TaskAlreadyRegistered,
+        TaskError,
+        TaskNotFound,
+        TaskNotRegistered,
+        TaskTimeout,
+        UserError,
+    )
+    from .hooks import Hooks
+    from .models import TaskRow
+    from .options import SpawnOptions, WorkerOptions
+    from .policies import CancellationPolicy, RetryStrategy
+    from .results import (
+        BulkResult,
+        HistoryEntry,
+        Page,
+        QueueStatistics,
+        ScheduleFilter,
+        ScheduleInfo,
+        SpawnResult,
+        TaskErrorInfo,
+        TaskFilter,
+        TaskHandle,
+        TaskInfo,
+        TaskPollResult,
+        TaskStatus,
+    )
+    from .schedules.pgcron import setup_pgcron
+    from .spawns import OutgoingSpawn, Spawn
+    from .steps import step, transaction
+    from .tasks import Task
+    from .worker.worker import Worker
 
 __all__ = [
     "BulkResult",
@@ -83,6 +85,7 @@ __all__ = [
     "QueuePolicy",
     "QueueStatistics",
     "ReplayMismatch",
+    "Retry",
     "RetryStrategy",
     "ScheduleFilter",
     "ScheduleInfo",
@@ -118,17 +121,100 @@ __all__ = [
     "transaction",
 ]
 
-
 __version__: str
 """The installed version of the package."""
 
+_PLACES = {
+    "client": ("Durable", "QueuePolicy"),
+    "context": ("TaskContext",),
+    "context.sync": ("SyncTaskContext",),
+    "current": ("current_context", "heartbeat"),
+    "decorators": ("task",),
+    "errors": (
+        "ChildCancelled",
+        "ChildFailed",
+        "DurableError",
+        "IdempotencyConflict",
+        "InvalidConfiguration",
+        "InvalidCron",
+        "InvalidName",
+        "InvalidState",
+        "InvalidTaskParams",
+        "PayloadTooLarge",
+        "QueueNotFound",
+        "ReplayMismatch",
+        "Retry",
+        "ScheduleNotFound",
+        "SchemaMismatch",
+        "SerializationError",
+        "TaskAlreadyRegistered",
+        "TaskError",
+        "TaskNotFound",
+        "TaskNotRegistered",
+        "TaskTimeout",
+        "UserError",
+    ),
+    "hooks": ("Hooks",),
+    "models": ("TaskRow",),
+    "options": ("SpawnOptions", "WorkerOptions"),
+    "policies": ("CancellationPolicy", "RetryStrategy"),
+    "results": (
+        "BulkResult",
+        "HistoryEntry",
+        "Page",
+        "QueueStatistics",
+        "ScheduleFilter",
+        "ScheduleInfo",
+        "SpawnResult",
+        "TaskErrorInfo",
+        "TaskFilter",
+        "TaskHandle",
+        "TaskInfo",
+        "TaskPollResult",
+        "TaskStatus",
+    ),
+    "schedules.pgcron": ("setup_pgcron",),
+    "spawns": ("OutgoingSpawn", "Spawn"),
+    "steps": ("step", "transaction"),
+    "tasks": ("Task",),
+    "worker.worker": ("Worker",),
+}
+"""The public names by their modules, which are imported when a name is first used: a web process needs few of them."""
+
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+_SUBMODULES = frozenset(
+    {
+        "cli",
+        "dashboard",
+        "embedded",
+        "errors",
+        "hooks",
+        "integrations",
+        "logs",
+        "migrations",
+        "models",
+        "signals",
+        "telemetry",
+        "testing",
+    }
+)
+
 if not TYPE_CHECKING:  # a type checker would take every unknown name for an attribute
 
-    def __getattr__(name: str) -> str:
-        if name == "__version__":
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        elif name in _SUBMODULES:
+            return importlib.import_module(f".{name}", __name__)
+        elif name == "__version__":
             # Read on demand, because finding and parsing the metadata of a distribution takes milliseconds.
-            return metadata.version(__name__)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from importlib import metadata
+
+            value = metadata.version(__name__)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

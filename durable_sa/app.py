@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
-from sqlalchemy import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session, scoped_session
 
 from .concurrency.loops import PerLoop
 from .concurrency.threads import in_event_loop
 from .database.connections import Database
+from .database.engines import Bind
 from .database.notifier import HintSender, sender
+from .database.synchronous import (
+    SyncBind,
+    SyncDatabase,
+    check_sync_bind,
+    is_asynchronous_only,
+    refuse_asynchronous,
+    resolve_sync_bind,
+    session_scoped,
+)
 from .errors import QueueNotFound, TaskAlreadyRegistered, TaskNotRegistered
 from .execution.hooks import HookChain
 from .names import validate_name, validate_schema
@@ -32,12 +47,17 @@ ParamsT = TypeVar("ParamsT")
 _GETTERS = {"opentelemetry.trace": "get_tracer_provider", "opentelemetry.metrics": "get_meter_provider"}
 
 
+_numbers = itertools.count()
+clients: WeakValueDictionary[int, App] = WeakValueDictionary()
+"""The clients of the process, in the order in which they were made."""
+
+
 class App:
     """The settings, tasks and database of a client."""
 
     def __init__(
         self,
-        bind: AsyncEngine | async_sessionmaker[Any] | URL | str | None,
+        bind: Bind | None,
         *,
         queue_name: str,
         schema: str,
@@ -48,7 +68,11 @@ class App:
         hooks: HookChain,
         telemetry: Telemetry | Literal[False] | None,
         replay: Replay,
+        max_lost_workers: int,
+        sync_bind: SyncBind | None = None,
+        scopes: Sequence[scoped_session[Any]] = (),
     ) -> None:
+        clients[next(_numbers)] = self
         self.tasks: dict[str, Task[Any, Any]] = {}
         """The registered tasks by name."""
         self.queue_name = validate_name("queue", queue_name)
@@ -61,6 +85,7 @@ class App:
             self.default_retry_strategy,
             default_cancellation,
             self.queue_name,
+            max_lost_workers,
         )
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""
@@ -69,6 +94,16 @@ class App:
         """Functions that close what was opened for this client by others, when it closes."""
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
+        if sync_bind is not None:
+            check_sync_bind(sync_bind)
+        elif scopes and bind is not None and is_asynchronous_only(bind):
+            refuse_asynchronous("bind", "asyncpg has no synchronous form")
+        self._sync_bind = sync_bind
+        self._scopes = scopes
+        """Scoped sessions that are the session of a transaction while its function runs."""
+        self._sync_database: tuple[int, SyncDatabase | None] | None = None
+        """The synchronous sessions, once resolved, with the id of the process."""
+        self._sync_lock = threading.Lock()
         self._database: Database | None = None
         """The database on an engine that is the application's, or that was made while no event loop ran."""
         self._databases = PerLoop(self._make_database, Database.abandon)
@@ -92,6 +127,48 @@ class App:
         if not database.owned:
             self._database = database
         return database
+
+    @property
+    def sync_database(self) -> SyncDatabase | None:
+        """The synchronous sessions, resolved from `sync_bind` and `bind` on first use; None with asyncpg alone."""
+        process = os.getpid()
+        if self._sync_database is None or self._sync_database[0] != process:
+            # A process that was forked has no use for connections of the one before.
+            with self._sync_lock:
+                if self._sync_database is None or self._sync_database[0] != process:
+                    found = resolve_sync_bind(self._bind, self._sync_bind, self.schema, self._scopes)
+                    self._sync_database = process, found
+        return self._sync_database[1]
+
+    @contextmanager
+    def scoped(self, session: Session) -> Generator[None]:
+        """Make a session that of the scoped sessions of hooks and `sync_bind`, in the scope of the caller."""
+        given = self._sync_bind if self._sync_bind is not None else self._bind
+        scopes = {*self._scopes, *([given] if isinstance(given, scoped_session) else [])}
+        with ExitStack() as stack:
+            for scope in scopes:
+                stack.enter_context(session_scoped(scope, session))
+            yield
+
+    def check_scopes(self) -> None:
+        """Check that scoped sessions can be the session of a transaction.
+
+        Raises:
+            InvalidConfiguration: the driver is asyncpg, and no `sync_bind` was given.
+        """
+        if self._scopes:
+            self.require_sync_database()
+
+    def require_sync_database(self) -> SyncDatabase:
+        """Return the synchronous sessions.
+
+        Raises:
+            InvalidConfiguration: there are none, as with asyncpg, and no `sync_bind` was given.
+        """
+        return self.sync_database or refuse_asynchronous(
+            "bind",
+            "asyncpg has no synchronous form, nor has an engine with listeners or a creator of its own",
+        )
 
     @property
     def engine(self) -> AsyncEngine:

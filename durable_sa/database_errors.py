@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -26,8 +27,9 @@ UNIQUE_VIOLATION = "23505"
 UNTRANSLATABLE = "22P05"
 """A character that the encoding of the database does not have."""
 CACHED_PLAN_STATES = frozenset({"0A000", "26000", "42P05"})
-POOLER_STATES = frozenset({"26000", "42P05"})
-"""A prepared statement does not exist, or exists already: one server connection has prepared it, another runs it."""
+POOLER_STATES = frozenset({"26000", "42P05", "22P03"})
+"""A prepared statement does not exist, exists already or takes other types: another connection has prepared it."""
+DRIVERS = frozenset({"asyncpg", "psycopg", "psycopg2"})
 
 UNDEFINED_TABLE = "42P01"
 MISSING_TABLE_STATES = frozenset({UNDEFINED_TABLE, "42703", "3F000"})
@@ -38,6 +40,7 @@ MISSING_DATABASE = "3D000"
 READ_ONLY = "25006"
 """A standby, or a server, database or role whose transactions are read-only by default."""
 
+_REFUSED_VALUES = (ValueError, TypeError, ArithmeticError)
 _TRANSIENT_CLASSES = ("08", "53", "57", "58")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", LOCK_NOT_AVAILABLE, READ_ONLY, "25P03", "XX000"})
 _CONFLICT_STATES = frozenset({"40001", "40P01", "57P01", "57P02", "57P05"})
@@ -60,15 +63,29 @@ def is_transient(error: BaseException) -> bool:
     """Return whether the same statement may succeed later: after lost connections, restarts, deadlocks, timeouts."""
     if isinstance(error, PoolTimeout | PendingRollbackError | OSError | asyncio.TimeoutError):
         return True
-    if not isinstance(error, DBAPIError):
-        return False
-    if error.connection_invalidated:
+    if is_about_connection(error):
         return True
     code = sqlstate(error)
-    if code is None:
-        # The server sent no code, so the error is about the connection, unless the driver refused a value.
-        return not isinstance(error.orig, ValueError | TypeError | ArithmeticError)
-    return code[:2] in _TRANSIENT_CLASSES or code in _TRANSIENT_STATES or code in CACHED_PLAN_STATES
+    states = _TRANSIENT_STATES | CACHED_PLAN_STATES | POOLER_STATES
+    return code is not None and (code[:2] in _TRANSIENT_CLASSES or code in states)
+
+
+def is_about_connection(error: BaseException) -> bool:
+    """Return whether the driver or the connection failed, and not the statement: the server sent no code."""
+    if isinstance(error, DBAPIError):
+        refused = isinstance(error.orig, _REFUSED_VALUES)
+        return error.connection_invalidated or (sqlstate(error) is None and not refused)
+    return sqlstate(error) is None and _is_of_driver(error)
+
+
+def _is_of_driver(error: BaseException) -> bool:
+    """Return whether a driver has raised an error that SQLAlchemy lets pass: its connection is in no usable state."""
+    if isinstance(error, _REFUSED_VALUES) or not isinstance(error, Exception):
+        return False
+    module: object = type(error).__module__
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__") if type(error).__module__ == "builtins" else module
+    return str(module).partition(".")[0] in DRIVERS
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -237,7 +254,7 @@ class FailureLog:
             self._outage.end()
 
 
-class Retry:
+class RetryPauses:
     """The pauses of a loop that retries until it succeeds, and what it logs; `what` is the subject of its log lines.
 
     A pause ends early when `stop` is set. A failure that comes from the state of the database is logged once it lasts.

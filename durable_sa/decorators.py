@@ -6,10 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, overload
 
-from .context import TaskContext
-from .context.sync import SyncTaskContext
 from .errors import InvalidConfiguration, InvalidCron
 from .names import validate_name
 from .options import Replay, TaskOptions, check_replay
@@ -19,13 +17,17 @@ from .serialization.annotations import is_coroutine_function, local_types, plain
 from .tasks import DeclaredSchedule, Task
 from .validation import Duration, seconds
 
+if TYPE_CHECKING:
+    from .context import TaskContext
+    from .context.sync import SyncTaskContext
+
 ParamsT = TypeVar("ParamsT")
 OutputT = TypeVar("OutputT")
 
-AsyncFunction: TypeAlias = Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, OutputT]]
-AsyncFunctionWithoutParams: TypeAlias = Callable[[TaskContext[Any]], Coroutine[Any, Any, OutputT]]
-SyncFunction: TypeAlias = Callable[[SyncTaskContext[Any], ParamsT], OutputT]
-SyncFunctionWithoutParams: TypeAlias = Callable[[SyncTaskContext[Any]], OutputT]
+AsyncFunction: TypeAlias = "Callable[[TaskContext[Any], ParamsT], Coroutine[Any, Any, OutputT]]"
+AsyncFunctionWithoutParams: TypeAlias = "Callable[[TaskContext[Any]], Coroutine[Any, Any, OutputT]]"
+SyncFunction: TypeAlias = "Callable[[SyncTaskContext[Any], ParamsT], OutputT]"
+SyncFunctionWithoutParams: TypeAlias = "Callable[[SyncTaskContext[Any]], OutputT]"
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -64,6 +66,10 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    max_lost_workers: int | None = None,
+    retry_on: Iterable[type[BaseException]] | None = None,
+    timeout: Duration | None = None,
+    hard_timeout: Duration | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -77,18 +83,29 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    max_lost_workers: int | None = None,
+    retry_on: Iterable[type[BaseException]] | None = None,
+    timeout: Duration | None = None,
+    hard_timeout: Duration | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
     `async def` functions get a `TaskContext`; `def` functions run in a thread with a `SyncTaskContext`. Params and
     output are stored by their annotations, as plain JSON where there are none. The name is the function's own if none
-    is given. Options that are not set are the client's. After an exception of `no_retry_on` the task is not
-    retried. With `replay="strict"` it fails with `ReplayMismatch` before a recorded step, met with other arguments,
-    would run anew.
+    is given. Options that are not set are the client's. After an exception of `no_retry_on` the task is not retried;
+    with `retry_on` it is retried after those only, and `no_retry_on` wins. An attempt that has been in memory for
+    `timeout` seconds, waits that suspend it not counted, fails with `TaskTimeout`, which its code may catch. The task
+    fails once `max_lost_workers` workers in a row were lost while they ran nothing else. With `replay="strict"` it
+    fails with `ReplayMismatch` before a recorded step, met with other arguments, would run anew.
 
     `schedule`, a cron expression in `timezone`, or `every`, seconds or a `timedelta`, declares a schedule that spawns
     the task without params. Workers that have the task create it, under the task's name in the task's queue, and
     change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
+
+    `hard_timeout`, seconds or a `timedelta`, ends the process that has the task in memory for so long without a
+    suspension, after its other runs have been given back, so it ends also code that nothing else ends. The attempt
+    fails with `TaskTimeout`. That takes `durable worker --processes`; other workers take it as the `timeout`, and warn
+    once.
 
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
@@ -99,12 +116,20 @@ def task(
         return _make(name, name=None, options=TaskOptions(), no_retry_on=(), replay=None, schedule=None)
     if name is not None:
         validate_name("task", name)
-    options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name)
+    options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name, max_lost_workers)
     if replay is not None:
         check_replay(replay)
     declared = _declared(schedule, timezone, every)
     return functools.partial(
-        _make, name=name, options=options, no_retry_on=_exceptions(no_retry_on), replay=replay, schedule=declared
+        _make,
+        name=name,
+        options=options,
+        no_retry_on=_exceptions("no_retry_on", no_retry_on),
+        replay=replay,
+        schedule=declared,
+        retry_on=None if retry_on is None else _exceptions("retry_on", retry_on),
+        timeout=None if timeout is None else seconds(timeout, "timeout", minimum=0.001),
+        hard_timeout=None if hard_timeout is None else seconds(hard_timeout, "hard_timeout", minimum=0.001),
     )
 
 
@@ -126,6 +151,9 @@ def _make(
     no_retry_on: tuple[type[BaseException], ...],
     replay: Replay | None,
     schedule: DeclaredSchedule | None,
+    retry_on: tuple[type[BaseException], ...] | None = None,
+    timeout: float | None = None,
+    hard_timeout: float | None = None,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -144,6 +172,9 @@ def _make(
         local_types=local_types(function),
         replay=replay,
         schedule=schedule,
+        retry_on=retry_on,
+        timeout=timeout,
+        hard_timeout=hard_timeout,
     )
 
 
@@ -166,11 +197,11 @@ def _params_name(function: Callable[..., Any]) -> str | None:
     return positional[1].name if len(positional) == 2 else None
 
 
-def _exceptions(classes: Iterable[type[BaseException]]) -> tuple[type[BaseException], ...]:
+def _exceptions(option: str, classes: Iterable[type[BaseException]]) -> tuple[type[BaseException], ...]:
     found = (classes,) if isinstance(classes, type) else tuple(classes)
     for entry in cast(tuple[object, ...], found):
         if not (isinstance(entry, type) and issubclass(entry, BaseException)):
-            raise TypeError(f"no_retry_on lists exception classes, not {entry!r}")
+            raise TypeError(f"{option} lists exception classes, not {entry!r}")
     return cast(tuple[type[BaseException], ...], found)
 
 

@@ -13,6 +13,7 @@ DurableError
 ├── SchemaMismatch (RuntimeError)
 └── TaskError                         raised in task code
     ├── UserError
+    ├── Retry
     ├── TaskTimeout (TimeoutError)
     ├── ReplayMismatch
     ├── ChildFailed
@@ -27,6 +28,7 @@ Suspension, cancellation and a lost lease are not errors: see `durable_sa.signal
 # ruff: noqa: N818 - names such as QueueNotFound need no suffix; names that are vague without `Error` have it
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -35,6 +37,7 @@ from pydantic_core import from_json, to_json
 _SHOWN_CHARACTERS: Final = 80
 _SHOWN_NAMES: Final = 10
 _MESSAGE_CHARACTERS: Final = 1000
+_LONGEST_DELAY: Final = 36525 * 86400.0
 
 
 def _shown(value: object) -> str:
@@ -275,8 +278,35 @@ class UserError(TaskError):
         return self.message
 
 
+class Retry(TaskError):
+    """Raise this in a task or step to have the task retried `after` so many seconds, or a `timedelta`.
+
+    It is a failure like any other, and counts towards `max_attempts`. The delay takes the place of the retry
+    strategy's. The task is retried whatever its `retry_on` and `no_retry_on`, with `RetryStrategy.none()` as well. A
+    step that raises it is not tried once more by itself.
+
+    Raises:
+        InvalidConfiguration: `after` is not between 0 and 100 years.
+    """
+
+    def __init__(self, after: float | timedelta) -> None:
+        given: object = after.total_seconds() if isinstance(after, timedelta) else after
+        if isinstance(given, bool) or not isinstance(given, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidConfiguration(
+                "after", f"a duration is a number of seconds or a timedelta, not {type(given).__name__}"
+            )
+        if not 0 <= given <= _LONGEST_DELAY:
+            raise InvalidConfiguration("after (seconds)", f"{given} is not between 0 and {_LONGEST_DELAY:g}")
+        self.after = float(given)
+        """Seconds."""
+        super().__init__(self.after)
+
+    def __str__(self) -> str:
+        return f"The task asked to be retried after {self.after:g} s"
+
+
 class TaskTimeout(TaskError, TimeoutError):
-    """Raised when an event, a child or a step took longer than its `timeout`, in seconds."""
+    """Raised when an event, a child, a step or an attempt of a task took longer than its `timeout`, in seconds."""
 
     def __init__(self, what: str, timeout: float) -> None:
         self.what = what

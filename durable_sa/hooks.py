@@ -32,11 +32,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .context import TaskContext
+from sqlalchemy.orm import scoped_session
+
 from .execution.hooks import HookChain
 from .spawns import OutgoingSpawn
+
+if TYPE_CHECKING:
+    from .context import TaskContext
 
 __all__ = ["Hooks", "OutgoingSpawn"]
 
@@ -47,6 +51,9 @@ class Hooks:
     A method that is not overridden costs nothing. Of several hooks the first is the outermost. No method is called for
     what is only replayed.
     """
+
+    session_scope: scoped_session[Any] | None = None
+    """A scoped session that inside of `ctx.transaction` is the session of the transaction."""
 
     def on_spawn(self, spawn: OutgoingSpawn) -> None:
         """Change or refuse a spawn: a client's, one of `spawn_many`, a child's or a schedule's.
@@ -72,8 +79,9 @@ class Hooks:
     def around_step(self, ctx: TaskContext[Any], name: str) -> AbstractContextManager[object]:
         """Return a context manager that is entered around each try of a step, and around each transaction.
 
-        It is synchronous because it is entered on the event loop for `async def` tasks and for transactions, but in
-        the task's thread for the steps of `def` tasks. Exceptions pass through it as through `around_task`.
+        It is synchronous because it is entered on the event loop for `async def` tasks, but in the task's thread for
+        `def` tasks: there it is entered for each try of a transaction, unless that runs on the event loop. Exceptions
+        pass through it as through `around_task`.
         """
         return nullcontext()
 
@@ -84,6 +92,12 @@ class Hooks:
         the tasks that were changed or spawned: none for a queue, an event or a schedule. It is called after the
         action, on the event loop, and must not block it; its exceptions are logged and change nothing.
         """
+
+
+def scopes(hooks: Iterable[Hooks]) -> tuple[scoped_session[Any], ...]:
+    """Return the scoped sessions of hooks, the first one first."""
+    found = (getattr(hook, "session_scope", None) for hook in hooks)
+    return tuple(scope for scope in found if scope is not None)
 
 
 def chain(hooks: Iterable[Hooks]) -> HookChain:

@@ -1,22 +1,27 @@
 """Ids: UUIDv7, so that tables grow at one end, and derived ids where a repeated call must get the same id.
 
-They are instances of asyncpg's subclass of `uuid.UUID`, which is faster to make, to hash and to send.
+In a process that uses asyncpg they are instances of its subclass of `uuid.UUID`, which is faster to make, to hash and
+to send.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import uuid
 from collections.abc import Callable
 from typing import Final
 
 import uuid_utils
-from asyncpg.pgproto import pgproto  # pyright: ignore[reportMissingTypeStubs] - it has no types
 
 _FAMILY_BYTES: Final = 4
 
-_uuid: Callable[[bytes], uuid.UUID] = pgproto.UUID
+
+def _uuid(raw: bytes) -> uuid.UUID:
+    # The class is looked up, because a process without asyncpg is not to import it for this.
+    make: Callable[[bytes], uuid.UUID] | None = getattr(sys.modules.get("asyncpg.pgproto.pgproto"), "UUID", None)
+    return uuid.UUID(bytes=raw) if make is None else make(raw)
 
 
 def new_id() -> uuid.UUID:

@@ -38,7 +38,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0006"
+REVISION = "durable_0004"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -119,7 +119,7 @@ class TaskRow(Base):
     run_id: Mapped[uuid.UUID] = mapped_column(comment="of the attempt that runs, or comes next")
     failures: Mapped[int] = mapped_column(Integer(), server_default="0", comment="failures of the task's own code")
     lease_losses: Mapped[int] = mapped_column(
-        Integer(), server_default="0", comment="workers lost in a row while running it"
+        Integer(), server_default="0", comment="workers lost in a row while running it; from 2 on it runs alone"
     )
     max_attempts: Mapped[int] = mapped_column(Integer(), comment="failures at which it is given up")
     retry_kind: Mapped[str] = mapped_column(comment="none, fixed or exponential")
@@ -147,6 +147,9 @@ class TaskRow(Base):
     finished_at: Mapped[datetime | None]
     output: Mapped[Any | None] = mapped_column(JSON())
     error: Mapped[Any | None] = mapped_column(JSON(), comment="the last failure: name, message, traceback, raw")
+    max_lost_workers: Mapped[int | None] = mapped_column(
+        Integer(), comment="workers lost in a row, while it ran alone, at which it is given up; null: 5"
+    )
 
     # Only checks whose violation would stop or hide other tasks, because the server prepares each check anew for every
     # statement, in 6 us: fifteen checks took as long as inserting the row.

@@ -9,7 +9,7 @@ from sqlalchemy import URL
 
 from .errors import InvalidConfiguration, SerializationError
 from .names import validate_name
-from .policies import CancellationPolicy, RetryStrategy
+from .policies import MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from .serialization.codec import UNTYPED, check_size
 from .validation import Duration, instance, integer, seconds, timestamp
 
@@ -29,6 +29,8 @@ class SpawnOptions(TypedDict, total=False):
     """How often the task's own code may fail, 1 to 2147483647. Lost workers and deploys do not count."""
     retry_strategy: RetryStrategy | None
     """The delays between attempts."""
+    max_lost_workers: int | None
+    """How many workers in a row may be lost while they run the task alone, 1 to 1000000."""
     headers: Mapping[str, Any] | None
     """JSON values that travel with the task, at most 16 KiB encoded. Keys that start with `durable::` are
     reserved."""
@@ -89,6 +91,7 @@ class TaskOptions:
     retry_strategy: RetryStrategy | None = None
     cancellation: CancellationPolicy | None = None
     queue_name: str | None = None
+    max_lost_workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_attempts is not None:
@@ -99,6 +102,8 @@ class TaskOptions:
             instance(self.cancellation, CancellationPolicy, "cancellation")
         if self.queue_name is not None:
             validate_name("queue", self.queue_name)
+        if self.max_lost_workers is not None:
+            integer(self.max_lost_workers, "max_lost_workers", minimum=1, maximum=1_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,8 @@ class ResolvedSpawn:
     delay: float | None
     """Seconds."""
     priority: int
+    max_lost_workers: int | None = None
+    """None is the default, 5."""
 
 
 def resolve_spawn_options(
@@ -135,10 +142,16 @@ def resolve_spawn_options(
         InvalidConfiguration, InvalidName, SerializationError, PayloadTooLarge: for a value that cannot work.
     """
     if unknown := spawn.keys() - SpawnOptions.__annotations__.keys():
-        raise TypeError(f"spawn() got an unexpected keyword argument {min(unknown)!r}")
+        known = ", ".join(sorted(SpawnOptions.__annotations__))
+        raise TypeError(f"spawn() got an unexpected keyword argument {min(unknown)!r}; its options are {known}")
     own = TaskOptions(
-        spawn.get("max_attempts"), spawn.get("retry_strategy"), spawn.get("cancellation"), spawn.get("queue_name")
+        spawn.get("max_attempts"),
+        spawn.get("retry_strategy"),
+        spawn.get("cancellation"),
+        spawn.get("queue_name"),
+        spawn.get("max_lost_workers"),
     )
+    max_lost_workers = own.max_lost_workers or task.max_lost_workers or defaults.max_lost_workers
     available_at, delay = spawn.get("available_at"), spawn.get("delay")
     if available_at is not None and delay is not None:
         raise InvalidConfiguration("available_at and delay", "both are given", "Give one of them.")
@@ -153,6 +166,7 @@ def resolve_spawn_options(
         available_at=None if available_at is None else timestamp(available_at, "available_at"),
         delay=None if delay is None else seconds(delay, "delay"),
         priority=0 if priority is None else integer(priority, "priority", minimum=-(2**15), maximum=2**15 - 1),
+        max_lost_workers=None if max_lost_workers == MAX_LOST_WORKERS else max_lost_workers,
     )
 
 

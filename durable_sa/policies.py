@@ -1,4 +1,4 @@
-"""How failed tasks are retried, and when tasks that take too long are cancelled."""
+"""How failed tasks are retried, and when tasks that take too long are cancelled or that end their workers given up."""
 
 import math
 import random as _random
@@ -8,6 +8,11 @@ from typing import Final, Literal
 
 from .errors import InvalidConfiguration
 from .validation import MAX_DURATION, Duration, number, seconds
+
+SUSPECT_AFTER: Final = 2
+"""Workers lost in a row while they ran a task, after which it is suspected of ending them, and is run alone."""
+MAX_LOST_WORKERS: Final = 5
+"""Workers lost in a row while they ran a suspect alone, after which it fails, unless an option says another number."""
 
 
 @dataclass(frozen=True, slots=True)

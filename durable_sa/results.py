@@ -200,6 +200,8 @@ class TaskInfo:
     """The failures of its own code since it was spawned or retried by hand."""
     max_attempts: int = 1
     """The number of failures at which it has failed."""
+    lost_workers: int = 0
+    """The workers that were lost in a row while they ran it; from two on it runs alone."""
     params: Any = field(default=None, repr=False)
     """Plain JSON. This and the following are None unless payloads were asked for."""
     headers: Mapping[str, Any] | None = field(default=None, repr=False)

@@ -86,6 +86,7 @@ class Kind(NamedTuple):
     headers: str | None
     priority: int
     max_attempts: int
+    max_lost_workers: int | None
     retry_kind: Literal["none", "fixed", "exponential"]
     retry_base_delay: float
     retry_factor: float
@@ -259,6 +260,7 @@ def _kind(name: str, resolved: ResolvedSpawn) -> Kind:
         None if resolved.headers == "{}" else resolved.headers,
         resolved.priority,
         resolved.max_attempts,
+        resolved.max_lost_workers,
         strategy.kind,
         strategy.base_delay,
         strategy.factor,

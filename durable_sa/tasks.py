@@ -12,6 +12,7 @@ from .options import Replay, TaskOptions
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
 from .serialization.codec import Codec, codec_for, problems
+from .serialization.fidelity import is_mapped
 from .serialization.types import UnfaithfulType
 
 # A task that accepts a base type, or None, can be spawned with a subtype.
@@ -66,6 +67,12 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """The rule for a recorded step that is met with other arguments; None leaves it to the client."""
     schedule: DeclaredSchedule | None = field(default=None, repr=False)
     """The schedule that workers keep in step with the code."""
+    retry_on: tuple[type[BaseException], ...] | None = field(default=None, repr=False)
+    """The only exceptions after which it is retried; None if all but those of `no_retry_on` are."""
+    timeout: float | None = field(default=None, repr=False)
+    """Seconds in memory after which an attempt fails with `TaskTimeout`."""
+    hard_timeout: float | None = field(default=None, repr=False)
+    """Seconds after which the process that has a run in memory is ended, and the attempt has failed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -93,6 +100,11 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     def cancellation(self) -> CancellationPolicy | None:
         """The times after which it is cancelled; None leaves them to the client."""
         return self.options.cancellation
+
+    @property
+    def max_lost_workers(self) -> int | None:
+        """The number of workers in a row that may be lost while they run it alone; None leaves it to the client."""
+        return self.options.max_lost_workers
 
     @property
     def queue_name(self) -> str | None:
@@ -163,4 +175,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
 
 
 def _with_remedy(found: list[str], params: object) -> list[str]:
-    return ["none are given, and it needs some", *found] if params is None else found
+    if params is None:
+        return ["none are given, and it needs some", *found]
+    if is_mapped(params):
+        return [f"an object of type {type(params).__name__} belongs to a session, pass its primary key", *found]
+    return found

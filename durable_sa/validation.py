@@ -11,6 +11,10 @@ Duration = float | timedelta
 MAX_DURATION: Final = timedelta(days=36_525).total_seconds()
 """100 years, in seconds."""
 
+_ANNOTATE: Final = (
+    "If a step or transaction has returned it, annotate the function, `-> {}`: without an annotation values come back "
+    "as JSON has them."
+)
 _EARLIEST: Final = datetime(1000, 1, 1, tzinfo=UTC)
 # Far enough below the last datetime of Python that a time plus the longest durations can still be read back.
 _LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
@@ -53,8 +57,9 @@ def seconds(duration: object, what: str, *, minimum: float = 0.0) -> float:
     if isinstance(duration, timedelta):
         duration = duration.total_seconds()
     elif isinstance(duration, bool) or not isinstance(duration, int | float):
+        remedy = None if not isinstance(duration, str) else _ANNOTATE.format("timedelta")
         raise InvalidConfiguration(
-            what, f"a duration is a number of seconds or a timedelta, not {type(duration).__name__}"
+            what, f"a duration is a number of seconds or a timedelta, not {type(duration).__name__}", remedy
         )
     return number(duration, f"{what} (seconds)", minimum=minimum, maximum=MAX_DURATION)
 
@@ -66,7 +71,8 @@ def timestamp(value: object, what: str) -> datetime:
         InvalidConfiguration: for naive datetimes, years before 1000 or after 8999, and a value that is no datetime.
     """
     if not isinstance(value, datetime):
-        raise InvalidConfiguration(what, f"it must be a datetime, not {type(value).__name__}")
+        remedy = None if not isinstance(value, str) else _ANNOTATE.format("datetime")
+        raise InvalidConfiguration(what, f"it must be a datetime, not {type(value).__name__}", remedy)
     if value.utcoffset() is None:
         remedy = "Give it a time zone, such as `datetime.now(UTC)` or `value.replace(tzinfo=ZoneInfo('Europe/Paris'))`."
         raise InvalidConfiguration(what, f"{value.isoformat()} has no time zone", remedy)

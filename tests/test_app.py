@@ -47,14 +47,14 @@ def test_nothing_is_looked_at_before_it_is_needed() -> None:
         ("sqlite+aiosqlite://", "'sqlite[+]aiosqlite' is no PostgreSQL driver"),
         (
             "postgresql+psycopg2://u:hunter2@h/d",
-            "'postgresql[+]psycopg2' has no asyncio mode. Use postgresql[+]asyncpg",
+            "'postgresql[+]psycopg2' has no asyncio mode, which workers and awaited calls need. Use postgresql[+]asyncpg",
         ),
         ("", "not a database URL"),
         ("hunter2", "not a database URL"),
         ("postgresql://u:p@h:hunter2/d", "not a database URL"),
         (5, "cannot be of type int. Give an AsyncEngine, an async_sessionmaker or a URL"),
-        (create_engine("postgresql+psycopg2://"), "cannot be of type Engine"),
-        (sessionmaker(), "cannot be of type sessionmaker"),
+        (create_engine("postgresql+psycopg2://"), "Engine is synchronous, and workers"),
+        (sessionmaker(), "sessionmaker is synchronous, and workers"),
         (async_sessionmaker(), "async_sessionmaker is not bound to one AsyncEngine"),
     ],
     ids=str,
@@ -159,6 +159,7 @@ async def test_an_engine_that_was_given_stays_as_it_was(database_url: URL, wrapp
     await app.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
 async def test_the_servers_default_isolation_does_not_matter(
     level: str, database_url: URL, engine: AsyncEngine
@@ -175,6 +176,7 @@ async def test_the_servers_default_isolation_does_not_matter(
     assert await count(engine, "durable.runs") == 52
 
 
+@pytest.mark.slow
 async def test_settings_of_the_session_do_not_matter(database_url: URL, engine: AsyncEngine) -> None:
     settings = {
         "search_path": "nowhere",
@@ -200,6 +202,7 @@ async def test_settings_of_the_session_do_not_matter(database_url: URL, engine: 
             assert (await durable.wait_for_result(spawned, timeout=20)).output == 42
 
 
+@pytest.mark.slow
 async def test_a_read_only_database_says_so(database_url: URL, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         name = database_url.database

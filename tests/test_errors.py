@@ -2,6 +2,7 @@ import copy
 import inspect
 import pickle
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from durable_sa.errors import (
     PayloadTooLarge,
     QueueNotFound,
     ReplayMismatch,
+    Retry,
     ScheduleNotFound,
     SchemaMismatch,
     SerializationError,
@@ -104,6 +106,8 @@ EXAMPLES: list[tuple[DurableError, type[Exception], str]] = [
         "In this database durable's tables are not installed, and revision durable_0002 is needed. Run ...",
     ),
     (UserError("not found"), TaskError, "not found"),
+    (Retry(timedelta(seconds=30)), TaskError, "The task asked to be retried after 30 s"),
+    (Retry(timedelta(seconds=30)), TaskError, "The task asked to be retried after 30 s"),
     (UserError({"message": "Not found", "code": 404}), TaskError, "Not found"),
     (TaskTimeout("step 'x'", 2.5), TimeoutError, "Step 'x' took longer than 2.5 s"),
     (

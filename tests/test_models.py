@@ -148,7 +148,7 @@ def test_names_and_metadata_are_apart_from_the_applications() -> None:
         table.key for table in models.metadata.sorted_tables
     }
     assert str(Task.__table__) == "tasks"
-    names = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow"}
+    names = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow", "EndedWorker"}
     assert {mapper.class_.__name__ for mapper in models.Base.registry.mappers} == names
 
 

@@ -158,6 +158,7 @@ header_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(header_names.filter(lambda name: not name.startswith("durable::")), header_values, max_size=3))
 def test_headers_are_stored_exactly(headers: dict[str, Any]) -> None:
     assert json.loads(encode_headers(headers)) == headers

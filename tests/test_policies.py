@@ -147,6 +147,7 @@ def test_numbers_may_be_given_as_int() -> None:
     assert type(number(1, "it", minimum=0, maximum=1)) is float
 
 
+@pytest.mark.slow
 @given(st.datetimes(datetime(1000, 1, 2), datetime(8999, 12, 30), timezones=st.timezones()))
 def test_timestamps_keep_their_instant(value: datetime) -> None:
     assert timestamp(value, "it") == value.astimezone(UTC)

@@ -53,6 +53,7 @@ app.command(
         "durable worker app.tasks:durable --concurrency 20",
         "durable worker app.tasks:durable -q mail -q reports --reload",
         "durable worker app.tasks:durable --health-port 8080",
+        "durable worker app.tasks:durable --processes 4 --max-memory-per-process 512M",
     )
 )(worker)
 app.command(epilog=examples("durable workers", "durable workers --watch"))(workers)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import typer
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])?(?:i?b)?")
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)?")
 
 
@@ -22,6 +23,13 @@ def duration(text: str) -> timedelta:
         with contextlib.suppress(OverflowError):
             return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
     raise typer.BadParameter(f"{text!r} is not a duration. Write, for example, 90s, 15m, 12h or 7d.")
+
+
+def size(text: str) -> int:
+    """Parse an amount of memory such as `512M` or `1.5G`, in units of 1024; a number alone is in bytes."""
+    if match := _SIZE.fullmatch(text.strip().lower()):
+        return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+    raise typer.BadParameter(f"{text!r} is not an amount of memory. Write, for example, 512M or 2G.")
 
 
 def retention(text: str) -> timedelta | Literal["never"]:

@@ -11,6 +11,7 @@ from typing import Any
 from .. import HistoryEntry, TaskErrorInfo, TaskInfo
 from ..client.history import WITHOUT_MESSAGE
 from ..client.wording import span
+from ..policies import SUSPECT_AFTER
 from .output import Output, clean, shown
 from .timeline import Moment, entries
 
@@ -146,6 +147,13 @@ def _print_tracebacks(history: Sequence[HistoryEntry], output: Output, *, each: 
         output.say(entry.detail["traceback"].rstrip())
 
 
+def _losses(count: int) -> str | None:
+    """Describe how many workers in a row were lost while they ran a task, and what that means for it."""
+    if count <= 0:
+        return None
+    return f"{count} in a row" + (", so it runs alone" if count >= SUSPECT_AFTER else "")
+
+
 def _facts(task: TaskInfo, parent: TaskInfo | None) -> list[dict[str, str]]:
     unfinished = task.finished_at is None
     began, ended = task.first_started_at, task.finished_at
@@ -155,6 +163,7 @@ def _facts(task: TaskInfo, parent: TaskInfo | None) -> list[dict[str, str]]:
         "state": task.status,
         "queue": task.queue_name,
         "attempt": f"{task.attempt} ({task.failures} of {task.max_attempts} failures)",
+        "lost workers": _losses(task.lost_workers) if unfinished else None,
         "priority": task.priority or None,
         "key": task.key,
         "parent": parent and f"{parent.task_id} ({parent.task_name}, {parent.status})",

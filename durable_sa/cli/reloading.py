@@ -14,6 +14,8 @@ from .output import make_console
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
+_RELEASE_SECONDS = 12.0
+"""Longer than the 6 seconds after which code in a thread is left behind, and a write."""
 _IGNORED = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 
@@ -72,8 +74,8 @@ def _times(directories: Sequence[Path]) -> dict[Path, int]:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Stop a worker: by SIGTERM, by a second SIGTERM, which releases its runs at once, and then by SIGKILL."""
-    for end, seconds in ((child.terminate, _GRACE_SECONDS), (child.terminate, _GRACE_SECONDS), (child.kill, None)):
+    """Stop a worker: by SIGTERM, by a second SIGTERM, which gives its runs back at once, and then by SIGKILL."""
+    for end, seconds in ((child.terminate, _GRACE_SECONDS), (child.terminate, _RELEASE_SECONDS), (child.kill, None)):
         _send(end)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(seconds)

@@ -10,18 +10,22 @@ from collections.abc import Callable
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from .. import Durable, WorkerOptions
 from ..options import DEFAULT_CONCURRENCY
 from ..worker.interrupts import ENDING_TIMEOUT, Watchdog
+from ..worker.settings import Settings
+from ..worker.supervision import Supervision
 from . import reloading
+from .arguments import size
 from .completion import complete_queues
 from .connection import App, Embedded, Source, description, require_database
 from .invocation import USAGE, exit_on_errors, exit_on_package_errors, fail
 from .output import make_console
+from .watcher import watch
 
 logger = logging.getLogger("durable_sa")
 
@@ -79,6 +83,28 @@ ListenUrl = Annotated[
         show_default=False,
     ),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        max=1000,
+        help="Run so many worker processes, each with its own --concurrency, and restart those that end.",
+    ),
+]
+MaxTasks = Annotated[
+    int | None,
+    typer.Option("--max-tasks-per-process", min=1, help="Runs after which a process ends, when none is in progress."),
+]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--max-memory-per-process",
+        metavar="SIZE",
+        parser=size,
+        help="Resident memory, such as 512M, above which a process ends, when no run is in progress.",
+    ),
+]
 Reload = Annotated[bool, typer.Option("--reload", help="For development: restart when a Python file changes.")]
 ReloadDir = Annotated[
     list[Path] | None,
@@ -100,24 +126,41 @@ def worker(
     listen: Listen = True,
     listen_url: ListenUrl = None,
     health_port: HealthPort = None,
+    processes: Processes = None,
+    max_tasks: MaxTasks = None,
+    max_memory: MaxMemory = None,
     reload: Reload = False,
     reload_dirs: ReloadDir = None,
     log_level: Level = LogLevel.INFO,
     app: App = None,
     embedded: Embedded = False,
 ) -> None:
-    """Run a worker until SIGTERM or SIGINT.
+    """Run a worker until SIGTERM, SIGINT or SIGHUP.
 
-    After the first signal runs have --shutdown-timeout seconds to finish, and the remaining ones are released for other
-    workers; a second signal releases all at once. uvloop is used if it is installed.
+    After the first signal runs have --shutdown-timeout seconds to finish, and the remaining ones are given back for
+    other workers; a second signal, or SIGQUIT, gives all back at once. uvloop is used if it is installed.
     """
+    link = Supervision.of_this_process()
     if (target is None) == (app is None):
         fail("Name the Durable of your application once, for example: durable worker app.tasks:durable", USAGE)
     if reload:
         raise typer.Exit(reloading.supervise(reload_dirs or [Path.cwd()]))
+    if link is None and processes is None and (max_tasks is not None or max_memory is not None):
+        option = "--max-memory-per-process" if max_tasks is None else "--max-tasks-per-process"
+        fail(f"{option} needs a watcher that replaces the process. Add --processes 1, or more.", USAGE)
+    watching = link is None and processes is not None
     logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=log_level.upper(),
+        format=f"{'[watcher] ' if watching else ''}%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
+    if watching:
+        with exit_on_package_errors():
+            raise typer.Exit(watch(cast(int, processes), shutdown_timeout, health_port))
+    if link is not None:
+        link.max_runs, link.max_memory = max_tasks, max_memory
+        worker_id = None if worker_id is None else f"{worker_id}:{link.number}"
+        health_port = None if health_port is None else 0
     options = WorkerOptions(
         queue_names=queues or None,
         concurrency=concurrency,
@@ -141,15 +184,16 @@ def worker(
             "%s has no registered task and will run none: import the modules that define them", target or app
         )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run(durable, options))
+        runner.run(_run(durable, options, link))
 
 
-async def _run(durable: Durable[Any], options: WorkerOptions) -> None:
+async def _run(durable: Durable[Any], options: WorkerOptions, link: Supervision | None) -> None:
     async with durable:
         with exit_on_errors(durable):
             await durable.check_schema()
         with exit_on_package_errors():
-            await durable.run_worker(signals=True, **options)
+            settings = Settings.resolve(options, durable.queue_name)
+            await durable._run_worker(settings, True, link)  # pyright: ignore[reportPrivateUsage]
     # Nothing is left to do: what keeps the process now is code of the application.
     Watchdog(list).expect_end_within(ENDING_TIMEOUT)
 

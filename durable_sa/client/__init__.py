@@ -10,34 +10,35 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import scoped_session, sessionmaker
 from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import Unpack
 
 from ..database.batches import Batch
 from ..database.hint import channel_name
 from ..database.notifier import flush
-from ..hooks import Hooks, chain
+from ..hooks import Hooks, chain, scopes
 from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
-from ..policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
+from ..policies import DEFAULT_RETRY_STRATEGY, MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
 from ..tasks import Task
-from ..worker.interrupts import signals_handled
-from ..worker.settings import Settings
-from ..worker.worker import Worker
 from .bulk import Bulk
 from .events import Events
 from .queues import QueuePolicy, Queues
 from .reading import Reading
 from .registry import Registry
+from .results import Results
 from .schedules import Schedules
 from .spawning import Spawning
-from .tasks import Tasks
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
+    from ..worker.settings import Settings
+    from ..worker.supervision import Supervision
+    from ..worker.worker import Worker
 
 __all__ = ["Durable", "QueuePolicy"]
 
@@ -47,13 +48,16 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Results, Reading, Bulk, Events, Queues, Schedules, Spawning, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process
-    that only calls the `*_with` methods needs none. Without it, `DURABLE_DATABASE_URL` is used, or if that is not set,
-    the embedded Postgres. An engine that is given is neither configured nor disposed of; one that is made from a URL is
-    disposed of by :meth:`close`, or at the end of ``async with Durable(...)``.
+    that only calls the `*_with` methods needs none. A process without workers and awaited calls may give a
+    synchronous one, an `Engine` or a URL of psycopg2. Without it, `DURABLE_DATABASE_URL` is used, or if that is not
+    set, the embedded Postgres. `sync_bind` is a `sessionmaker`, a `scoped_session` or an `Engine`: `def` functions
+    of `ctx.transaction` then run in a thread, with a `Session` of it. With psycopg one is made of `bind`. An engine
+    that is given is neither configured nor disposed of; one that is made from a URL is disposed of by
+    :meth:`close`, or at the end of ``async with Durable(...)``.
 
     `lifespan` is an async context manager, or a function that returns one, entered by each worker; what it yields is
     `ctx.state`, otherwise `state` is. `queue_name` is the default queue of spawns and workers, and
@@ -64,6 +68,7 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
     :class:`durable_sa.telemetry.Telemetry`; by default with OpenTelemetry's global providers as soon as the application
     has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
+    Tasks fail with `LeaseLost` once `max_lost_workers` workers in a row were lost while they ran nothing but them.
     `tasks` are registered; those of another client are `other.tasks`.
 
     Raises:
@@ -73,7 +78,14 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
 
     def __init__(
         self,
-        bind: AsyncEngine | async_sessionmaker[Any] | URL | str | None = None,
+        bind: AsyncEngine
+        | async_sessionmaker[Any]
+        | Engine
+        | sessionmaker[Any]
+        | scoped_session[Any]
+        | URL
+        | str
+        | None = None,
         *,
         queue_name: str = DEFAULT_QUEUE,
         state: StateT | None = None,
@@ -88,8 +100,11 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
         hooks: Iterable[Hooks] = (),
         telemetry: Telemetry | Literal[False] | None = None,
         replay: Replay = "warn",
+        sync_bind: sessionmaker[Any] | scoped_session[Any] | Engine | None = None,
+        max_lost_workers: int = MAX_LOST_WORKERS,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
+        hooks = tuple(hooks)
         super().__init__(
             bind,
             queue_name=queue_name,
@@ -101,6 +116,9 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
             hooks=chain(hooks),
             telemetry=telemetry,
             replay=replay,
+            sync_bind=sync_bind,
+            scopes=scopes(hooks),
+            max_lost_workers=max_lost_workers,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""
@@ -140,6 +158,7 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
             await database.close()
             if database.owned:
                 self._database = None
+        self._close_sync()
         for error in ended:
             if error is not None:
                 raise error
@@ -174,13 +193,22 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
             QueueNotFound: one of its queues does not exist.
             SchemaMismatch: the tables are not those that this version needs.
         """
+        from ..worker.settings import Settings
+
+        return await self._start_worker(Settings.resolve(options, self.queue_name))
+
+    async def _start_worker(self, settings: Settings, supervision: Supervision | None = None) -> Worker:
+        from ..worker.worker import Worker
+
+        self.check_scopes()
         worker = Worker(
             self,
-            Settings.resolve(options, self.queue_name),
+            settings,
             state=self.state,
             lifespan=None if self.lifespan is None else self._make_lifespan,
             on_task_ended=self.task_changed,
             on_ended=self._workers.discard,
+            supervision=supervision,
         )
         await worker.start()
         self._workers.add(worker)
@@ -204,7 +232,7 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
             await worker.shutdown()
 
     async def run_worker(self, *, signals: bool | None = None, **options: Unpack[WorkerOptions]) -> None:
-        """Run a worker until SIGTERM or SIGINT. A second signal releases its runs without waiting for them.
+        """Run a worker until SIGTERM, SIGINT or SIGHUP. A second signal, or SIGQUIT, gives its runs back at once.
 
         A signal during its start aborts the start. Signals are taken on the main thread, if no other code, such as a
         web server, has a handler for them; with `signals=True` in any case, and that handler is called as well; with
@@ -219,10 +247,20 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
         Raises:
             DurableError: the same errors as :meth:`start_worker`.
             InvalidConfiguration: signals are to be taken outside of the main thread.
+            InvalidState: the worker has given its runs back and ended, because `def` runs that have ended, by a
+                cancellation for example, have left more threads behind than it has slots.
         """
-        settings = Settings.resolve(options, self.queue_name)
-        async with signals_handled(signals, settings.shutdown_timeout) as interrupts:
-            worker = await interrupts.started(self.start_worker(**options))
+        from ..worker.settings import Settings
+
+        await self._run_worker(Settings.resolve(options, self.queue_name), signals)
+
+    async def _run_worker(
+        self, settings: Settings, signals: bool | None, supervision: Supervision | None = None
+    ) -> None:
+        from ..worker.interrupts import signals_handled
+
+        async with signals_handled(signals, settings.shutdown_timeout, supervision) as interrupts:
+            worker = await interrupts.started(self._start_worker(settings, supervision))
             if worker is None:
                 return
             try:
@@ -231,6 +269,8 @@ class Durable(Registry, Tasks, Reading, Bulk, Events, Queues, Schedules, Spawnin
                 await worker.wait()
             finally:
                 await worker.shutdown()
+            if worker.error is not None:
+                raise worker.error
 
 
 async def _shut_down(worker: Worker) -> None:

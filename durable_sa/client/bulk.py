@@ -12,12 +12,13 @@ import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable
 
 from ..app import App
 from ..database.connections import Database
+from ..database.deletion import delete_ended
 from ..database.hint import Hint
 from ..database.scripts import Script, perform, read
 from ..database_errors import backoff
@@ -26,11 +27,12 @@ from ..ids import new_id
 from ..options import MAX_ATTEMPTS
 from ..results import BulkResult, TaskStatus
 from ..statements import cancelling, reading
-from ..statements.reading import Where
 from ..validation import integer
-from ..worker.retention import delete_ended
 from .reading import check_where, fetch
 from .tasks import after_cancel, cancel, retry
+
+if TYPE_CHECKING:
+    from ..statements.reading import Where
 
 Progress = Callable[[int, int], object]
 """A function that is called with the numbers of tasks that are done or skipped, and that match."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from datetime import datetime
@@ -16,18 +15,13 @@ from ..app import App
 from ..database.hint import Hint
 from ..database.scripts import Script, SessionOrConnection, perform, perform_within
 from ..errors import InvalidState, QueueNotFound
+from ..execution.waits import warn_of_waiters_elsewhere
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, check_size
 from ..statements import queues, waits
 
 if TYPE_CHECKING:
     from ..telemetry.operations import Emission
-
-logger = logging.getLogger("durable_sa")
-
-_MAX_WARNED = 1000
-_warned: set[str] = set()
-"""Names of events whose waiters in another queue were logged."""
 
 
 class Events(App):
@@ -134,7 +128,7 @@ def emit(queue_name: str, name: str, payload: str, metadata: str | None = None) 
         if rows:
             emitted_at = rows[0].emitted_at
             if rows[0].elsewhere is not None:
-                _warn(name, queue_name, rows[0].elsewhere)
+                warn_of_waiters_elsewhere(name, queue_name, rows[0].elsewhere)
         elif emitted_at is not None:
             # The script is retried: if only the reply to its commit was lost, the event that exists is its own.
             stored = yield waits.PEEK_EVENTS, {"queue_names": [queue_name], "event_names": [name]}
@@ -143,19 +137,3 @@ def emit(queue_name: str, name: str, payload: str, metadata: str | None = None) 
         return bool(rows)
 
     return script
-
-
-def _warn(name: str, queue_name: str, elsewhere: str) -> None:
-    """Log once for each name that tasks wait for the event in another queue."""
-    if name in _warned:
-        return
-    if len(_warned) >= _MAX_WARNED:
-        _warned.clear()
-    _warned.add(name)
-    logger.warning(
-        "event %r was emitted into queue %r, where no task waits for it, while one waits for it in queue %r; "
-        "each queue has events of its own: name the queue with queue_name=",
-        name,
-        queue_name,
-        elsewhere,
-    )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..app import App
 from ..database.hint import Hint
+from ..database.scripts import Script, SessionOrConnection, drive_async, perform_within
 from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
 from ..results import QueueStatistics
 from ..schedules import pgcron
 from ..statements import queues, spawning
 from ..validation import Duration, integer, seconds
-from ..worker.retention import delete_tasks
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -41,6 +46,34 @@ class Queues(App):
             InvalidName: a name that breaks the rules.
             InvalidConfiguration: an age below 0 or above 100 years.
         """
+        await self.database.execute(queues.CREATE_QUEUE, self._queue_params(name, policy))
+
+    @overload
+    def create_queue_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str | None = None,
+        **policy: Unpack[QueuePolicy],
+    ) -> Coroutine[Any, Any, None]: ...
+    @overload
+    def create_queue_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        name: str | None = None,
+        **policy: Unpack[QueuePolicy],
+    ) -> None: ...
+    def create_queue_with(
+        self, session: SessionOrConnection, name: str | None = None, **policy: Unpack[QueuePolicy]
+    ) -> Any:
+        """Create a queue as :meth:`create_queue` does, in the caller's transaction."""
+        parameters = self._queue_params(name, policy)
+
+        def script(_: Hint) -> Script[None]:
+            yield queues.CREATE_QUEUE, parameters
+
+        return perform_within(session, self.schema, script)
+
+    def _queue_params(self, name: str | None, policy: QueuePolicy) -> dict[str, Any]:
         if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
             raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
         parameters: dict[str, Any] = {"queue_name": self._queue(name)}
@@ -48,7 +81,7 @@ class Queues(App):
             value = policy.get(key)
             parameters[f"set_{key}"] = key in policy
             parameters[key] = None if value is None else seconds(value, key)
-        await self.database.execute(queues.CREATE_QUEUE, parameters)
+        return parameters
 
     async def drop_queue(self, name: str | None = None) -> None:
         """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
@@ -63,7 +96,8 @@ class Queues(App):
             # The queue comes first: a transaction that creates a schedule in it holds its row until it has committed.
             await connection.execute(queues.DROP_QUEUE, {"queue_name": queue})
             for row in await connection.execute(queues.DROP_SCHEDULES, {"queue_name": queue}):
-                await pgcron.remove_job(connection, row.pgcron_job_name)
+                remove = pgcron.remove_job(row.pgcron_job_name)
+                await drive_async(functools.partial(self.database.execute_on, connection), remove)
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
         try:
             while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
@@ -148,6 +182,8 @@ class Queues(App):
         Raises:
             InvalidConfiguration: an age below 0 or above 100 years, a `limit` below 1.
         """
+        from ..worker.retention import delete_tasks
+
         queue, age = self._queue(queue_name), seconds(older_than, "older_than")
         _check_limit(limit)
         deleted = 0

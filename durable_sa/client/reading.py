@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection
@@ -22,7 +22,6 @@ from ..results import (
     HistoryEntry,
     Page,
     SpawnResult,
-    TaskErrorInfo,
     TaskFilter,
     TaskHandle,
     TaskInfo,
@@ -30,9 +29,11 @@ from ..results import (
     id_of,
 )
 from ..statements import history, reading
-from ..statements.reading import Order, Position, Where
 from ..validation import integer
 from .history import Records, decoded, entries, stored_error, waits_for
+
+if TYPE_CHECKING:
+    from ..statements.reading import Order, Position, Where
 
 AnyTask = uuid.UUID | SpawnResult[Any] | TaskHandle[Any]
 
@@ -188,7 +189,7 @@ def fetch(
     connection: Connection, schema: str, statement: Executable, parameters: Mapping[str, Any] | None = None
 ) -> Sequence[Row[Any]]:
     """Execute a statement by SQLAlchemy, because it may contain a select of the application."""
-    options = {}
+    options: dict[str, Any] = {}
     if schema != SCHEMA:
         given: dict[str, Any] = connection.get_execution_options().get("schema_translate_map") or {}
         options["schema_translate_map"] = {**given, SCHEMA: schema}
@@ -215,13 +216,14 @@ def info(row: Row[Any]) -> TaskInfo:
         available_at=row.available_at,
         first_started_at=row.first_started_at,
         finished_at=row.finished_at,
-        error=cast("TaskErrorInfo | None", error and error.info),
+        error=None if error is None else error.info,
         waits_for=waits_for(row),
         started_at=row.started_at,
         worker=row.worker,
         priority=row.priority,
         failures=row.failures,
         max_attempts=row.max_attempts,
+        lost_workers=row.lease_losses,
         params=decoded(fields.get("params")),
         headers=decoded(fields.get("headers")),
         output=decoded(fields.get("output")),
@@ -243,12 +245,12 @@ def check_where(where: object) -> Where:
     raise TypeError(f"tasks are chosen by a TaskFilter or a select(TaskRow.task_id), not {type(where).__name__}")
 
 
-def _checked(where: object, order: object, limit: int, after: object) -> tuple[Where, Order, int, Position | None]:
+def _checked(where: object, order: Order, limit: int, after: str | None) -> tuple[Where, Order, int, Position | None]:
     if order not in _ORDERS:
         raise InvalidConfiguration("order", f"{order!r} is none of {', '.join(_ORDERS)}")
     integer(limit, "limit", minimum=1, maximum=MAX_LIMIT)
     chosen = TaskFilter() if where is None else check_where(where)
-    return chosen, cast("Order", order), limit, None if after is None else _position(str(after), cast("Order", order))
+    return chosen, order, limit, None if after is None else _position(str(after), order)
 
 
 def _place(task: TaskInfo, order: Order) -> str:

@@ -52,6 +52,10 @@ class Registry(App):
         schedule: str | None = None,
         timezone: str = "UTC",
         every: Duration | None = None,
+        max_lost_workers: int | None = None,
+        retry_on: Iterable[type[BaseException]] | None = None,
+        timeout: Duration | None = None,
+        hard_timeout: Duration | None = None,
     ) -> TaskDecorator: ...
     def task(self, name: str | Callable[..., Any] | None = None, **options: Any) -> Any:
         """Make a task as :func:`durable_sa.task` does, and register it."""

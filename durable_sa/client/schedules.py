@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
+from sqlalchemy.engine import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
 from ..database.hint import Hint
+from ..database.scripts import SessionOrConnection, perform, perform_within
 from ..names import validate_name
 from ..options import SpawnOptions
 from ..results import ScheduleFilter, ScheduleInfo, SpawnResult
 from ..schedules import firing, store
-from ..schedules.cron import Misfire
-from ..schedules.store import Backend, Overlap
 from ..spawns import SpawnCall
 from ..tasks import Task
 from .spawning import Spawning
+
+if TYPE_CHECKING:
+    from ..schedules.cron import Misfire
+    from ..schedules.store import Backend, Overlap
 
 
 class Schedules(Spawning):
@@ -53,7 +59,7 @@ class Schedules(Spawning):
             InvalidName, InvalidTaskParams, InvalidConfiguration, TaskNotRegistered: as for a spawn.
             QueueNotFound: there is no such queue.
         """
-        await store.create(
+        script = store.create(
             self,
             validate_name("schedule", name),
             task=task,
@@ -66,7 +72,70 @@ class Schedules(Spawning):
             overlap=overlap,
             options=options,
         )
-        self._sender().send(Hint(limits=True))
+        await perform(self.database, script)
+
+    @overload
+    def create_schedule_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str,
+        *,
+        task: Task[Any, Any] | str,
+        cron_expression: str,
+        params: Any = None,
+        timezone: str = "UTC",
+        metadata: Mapping[str, Any] | None = None,
+        backend: Backend = "worker",
+        misfire: Misfire | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[SpawnOptions],
+    ) -> Coroutine[Any, Any, None]: ...
+    @overload
+    def create_schedule_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        name: str,
+        *,
+        task: Task[Any, Any] | str,
+        cron_expression: str,
+        params: Any = None,
+        timezone: str = "UTC",
+        metadata: Mapping[str, Any] | None = None,
+        backend: Backend = "worker",
+        misfire: Misfire | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[SpawnOptions],
+    ) -> None: ...
+    def create_schedule_with(
+        self,
+        session: SessionOrConnection,
+        name: str,
+        *,
+        task: Task[Any, Any] | str,
+        cron_expression: str,
+        params: Any = None,
+        timezone: str = "UTC",
+        metadata: Mapping[str, Any] | None = None,
+        backend: Backend = "worker",
+        misfire: Misfire | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[SpawnOptions],
+    ) -> Any:
+        """Create a schedule as :meth:`create_schedule` does, in the caller's transaction."""
+        script = store.create(
+            self,
+            validate_name("schedule", name),
+            task=task,
+            params=params,
+            cron_expression=cron_expression,
+            timezone=timezone,
+            metadata=metadata,
+            backend=backend,
+            misfire=misfire,
+            overlap=overlap,
+            options=options,
+        )
+        return perform_within(session, self.schema, script)
 
     async def delete_schedule(self, name: str, *, queue_name: str | None = None) -> None:
         """Delete a schedule of a queue, by default the client's; tasks that it has spawned continue.
@@ -74,7 +143,24 @@ class Schedules(Spawning):
         Raises:
             ScheduleNotFound: the queue has none of that name.
         """
-        await store.delete(self.database, self._queue(queue_name), validate_name("schedule", name))
+        await perform(self.database, store.delete(self._queue(queue_name), validate_name("schedule", name)))
+
+    @overload
+    def delete_schedule_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        name: str,
+        *,
+        queue_name: str | None = None,
+    ) -> Coroutine[Any, Any, None]: ...
+    @overload
+    def delete_schedule_with(
+        self, session: Session | scoped_session[Any] | Connection, name: str, *, queue_name: str | None = None
+    ) -> None: ...
+    def delete_schedule_with(self, session: SessionOrConnection, name: str, *, queue_name: str | None = None) -> Any:
+        """Delete a schedule as :meth:`delete_schedule` does, in the caller's transaction."""
+        script = store.delete(self._queue(queue_name), validate_name("schedule", name))
+        return perform_within(session, self.schema, script)
 
     async def list_schedules(self, filter: ScheduleFilter | None = None) -> list[ScheduleInfo]:  # noqa: A002
         """Return the schedules that match everything in `filter`, by default those of the client's queue, by name.

@@ -86,9 +86,33 @@ class Tasks(App):
             TaskNotFound: there is no such task.
             InvalidState: it has not ended, or it has completed.
         """
-        if max_attempts is not None:
-            integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
         return await perform(self.database, retry(_id_of(task_id), max_attempts))
+
+    @overload
+    def retry_task_with(
+        self,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any],
+        *,
+        max_attempts: int | None = None,
+    ) -> Coroutine[Any, Any, TaskStatus]: ...
+    @overload
+    def retry_task_with(
+        self,
+        session: Session | scoped_session[Any] | Connection,
+        task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any],
+        *,
+        max_attempts: int | None = None,
+    ) -> TaskStatus: ...
+    def retry_task_with(
+        self,
+        session: SessionOrConnection,
+        task_id: uuid.UUID | SpawnResult[Any] | TaskHandle[Any],
+        *,
+        max_attempts: int | None = None,
+    ) -> Any:
+        """Put a task back as :meth:`retry_task` does, in the caller's transaction."""
+        return perform_within(session, self.schema, retry(_id_of(task_id), max_attempts))
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
@@ -142,7 +166,7 @@ class Tasks(App):
         except TimeoutError:
             if not deadline.expired():
                 raise  # a timeout of the database
-            raise TimeoutError(f"task {task_id} has not ended within {limit:g} seconds{_standing(row)}") from None
+            raise self._overdue(task_id, limit, row) from None
         finally:
             changes[task_id].discard(changed)
             if not changes[task_id]:
@@ -150,6 +174,9 @@ class Tasks(App):
         if row is None:
             raise TaskNotFound(task_id)
         return self._poll_result(row)
+
+    def _task_id(self, task: uuid.UUID | SpawnResult[Any] | TaskHandle[Any]) -> uuid.UUID:
+        return _id_of(task)
 
     def task_changed(self, task_id: uuid.UUID) -> None:
         """Let calls of this client that wait for a task poll now: a worker of this client has seen its end."""
@@ -169,6 +196,9 @@ class Tasks(App):
         rows = await held.execute(waits.POLL_TASKS, {"task_ids": task_ids})
         found = {row.task_id: row for row in rows}
         return [found.get(task_id) for task_id in task_ids]
+
+    def _overdue(self, task_id: uuid.UUID, limit: float | None, row: Row[Any] | None) -> TimeoutError:
+        return TimeoutError(f"task {task_id} has not ended within {limit:g} seconds{_standing(row)}")
 
     def _poll_result(self, row: Row[Any]) -> TaskPollResult[Any]:
         output, error = None, None
@@ -225,6 +255,8 @@ def after_cancel(hint: Hint, cancelled: Sequence[Row[Any]]) -> Script[None]:
 
 def retry(task_id: uuid.UUID, max_attempts: int | None) -> Callable[[Hint], Script[TaskStatus]]:
     """Return the script that puts an ended task back, with the descendants that its end had cancelled."""
+    if max_attempts is not None:
+        integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
     run_id = new_id()
 
     def script(hint: Hint) -> Script[TaskStatus]:

@@ -11,7 +11,7 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from enum import Enum, auto
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
@@ -46,6 +46,9 @@ _SUSPENDABLE: Final[dict[type[Any], tuple[str, str]]] = {
     GeneratorType: ("gi_frame", "gi_yieldfrom"),
     AsyncGeneratorType: ("ag_frame", "ag_await"),
 }
+
+_COROUTINES: Final[tuple[type[Any], ...]] = (*_SUSPENDABLE, Coroutine)
+"""Also the classes that wrap a coroutine."""
 
 _WAIT: Final = _codes(getattr(asyncio.tasks, "_wait", None))
 _WAIT_FOR: Final = _codes(asyncio.wait_for)
@@ -146,7 +149,7 @@ def _frames(task: AnyTask) -> Iterator[FrameType]:
         else:
             # The iterators of `async for` and `__await__` have no attribute for the coroutine that they run.
             referents: list[object] = gc.get_referents(awaitable)
-            awaitable = next((referent for referent in referents if type(referent) in _SUSPENDABLE), None)
+            awaitable = next((referent for referent in referents if issubclass(type(referent), _COROUTINES)), None)
 
 
 def _blocked_on(futures: Iterable[AnyFuture], tasks: Container[object]) -> Blocked:

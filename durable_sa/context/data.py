@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from ..serialization.codec import UNTYPED
-from ..statements.claiming import ClaimedRun
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
 
 StateT = DefaultTypeVar("StateT", default=Any)
 

@@ -17,7 +17,7 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.failures import encode_try, is_retryable, mark_step
+from ..serialization.failures import encode_try, is_retryable, mark_step, retry_delay
 from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
@@ -95,6 +95,8 @@ class Steps(Sleeps):
                     finally:
                         run.steps.pop(call.key, None)
                 except Exception as error:
+                    if issubclass(type(error), asyncio.CancelledError):
+                        raise  # the timeout of the attempt, which is an error as well
                     tries += 1
                     if not await self._retry(call, tries, options, error, time.monotonic() - began):
                         raise
@@ -103,8 +105,9 @@ class Steps(Sleeps):
                     if not warned:
                         self._check_moved(call)
                     return value
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             await self._note_failure(call)
+            mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
             raise
         except BaseException as error:
             mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
@@ -115,11 +118,11 @@ class Steps(Sleeps):
     ) -> Any:
         with around:
             if timeout is None:
-                return await _invoke(self._run.host.threads, body)
+                return await invoke(self._run.host.threads, body)
             deadline = asyncio.timeout(timeout)
             try:
                 async with deadline:
-                    return await _invoke(self._run.host.threads, body)
+                    return await invoke(self._run.host.threads, body)
             except TimeoutError:
                 if not deadline.expired():
                     raise
@@ -142,7 +145,8 @@ class Steps(Sleeps):
             True if the step is to be tried once more.
         """
         strategy = self._strategy(options)
-        if options.max_attempts == 1 or strategy.kind == "none" or not is_retryable(error):
+        asks = retry_delay(error) is not None  # and that is for a retry of the task
+        if options.max_attempts == 1 or strategy.kind == "none" or asks or not is_retryable(error):
             await self._note_failure(call)
             return False
         await self._record_try(self._try(call, tries - 1), encode_try(call.name, error), duration)
@@ -165,9 +169,10 @@ class Steps(Sleeps):
             await self._sleep(Call("sleep", "$retry", key), delay=delay, due_at=None)
 
 
-async def _invoke(executor: Executor, body: Body) -> Any:
+async def invoke(executor: Executor, body: Callable[[], Any]) -> Any:
     """Await a coroutine function; run any other in a thread, with the caller's context variables."""
-    if is_coroutine_function(body.func):
+    function: Callable[..., Any] = getattr(body, "func", body)
+    if is_coroutine_function(function):
         return await body()
     context = contextvars.copy_context()
 

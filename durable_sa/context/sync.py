@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
 
 from sqlalchemy.orm import Session
 from typing_extensions import Unpack
@@ -98,8 +98,9 @@ class SyncTaskContext(TaskData[StateT]):
     def transaction(
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, on the event loop."""
-        return self._call(lambda: cast(Coroutine[Any, Any, T], self.context.transaction(name, fn, *args, **kwargs)))
+        """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, in this thread."""
+        result: T = self._call(lambda: self.context.transaction_by(self._execute, name, fn, args, kwargs))
+        return result
 
     @overload
     def spawn(
@@ -166,5 +167,7 @@ class SyncTaskContext(TaskData[StateT]):
 
 async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Execute a `def` task in a thread of its own. The root of the task's run awaits this coroutine."""
-    context.thread = TaskThread(context.context)
-    return await context.thread.execute(functools.partial(function, context, *arguments))
+    context.thread = thread = TaskThread(context.context)
+    if (limit := context.context._run.limit) is not None:  # pyright: ignore[reportPrivateUsage]
+        limit.hand_over = thread.time_out
+    return await thread.execute(functools.partial(function, context, *arguments))

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from ..concurrency.branches import Branch, current_branch, entered
 from ..errors import InvalidState, TaskTimeout
 from ..execution.run import RAISED_BEFORE_PARKING
+from ..execution.timeouts import AttemptTimeout
 from ..signals import ControlFlow, Suspended
 from . import TaskContext
 
@@ -52,6 +53,12 @@ class TaskThread:
         self._escaped: BaseException | None = None
         """The exception that code in the thread has raised: an answer, even if it looks like the end of the run."""
         self._deadline: float | None = None
+        self._listening = False
+        """True while the root waits for a request: code in the thread is running."""
+        self._timeout: TaskTimeout | None = None
+        """The timeout that the next call raises."""
+        self._thread: threading.Thread | None = None
+        self._abandoned = False
         self.ident: int | None = None
 
     def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -64,6 +71,9 @@ class TaskThread:
             )
         answers: _Answers = queue.SimpleQueue()
         with self._lock:
+            timeout, self._timeout = self._timeout, None
+            if timeout is not None and self._signal is None:
+                raise timeout
             if self._signal is None:
                 request = functools.partial(_perform, self.branch, make)
                 self._loop.call_soon_threadsafe(self._requests.put_nowait, (request, answers))
@@ -124,20 +134,35 @@ class TaskThread:
             self.ident = threading.get_ident()
             context.run(run)
 
-        threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True).start()
+        self._thread = threading.Thread(target=target, name=f"durable:{self._context.task_name}", daemon=True)
+        self._thread.start()
 
     async def _serve(self) -> None:
-        while (request := await self._requests.get()) is not None:
+        while (request := await self._next_request()) is not None:
             make, self._pending = request
             try:
                 answer = True, await make()
             except BaseException as error:
                 # By its type, because `isinstance` asks `__class__`, which is user code.
-                if issubclass(type(error), asyncio.CancelledError | ControlFlow) and error is not self._escaped:
+                ends = issubclass(type(error), asyncio.CancelledError | ControlFlow) and error is not self._escaped
+                if ends and not issubclass(type(error), AttemptTimeout):
                     raise
                 answer = False, error
             self._pending.put(answer)
             self._escaped = None
+
+    async def _next_request(self) -> tuple[_Make, _Answers] | None:
+        self._listening = True
+        request = await self._requests.get()
+        self._listening = False
+        return request
+
+    def time_out(self, error: TaskTimeout) -> bool:
+        """In the root: have the next call of the thread raise an error. Returns False if it waits for one already."""
+        if self._listening:
+            with self._lock:
+                self._timeout = error
+        return self._listening
 
     async def _unwind(self, error: BaseException, outcome: asyncio.Future[tuple[bool, Any]]) -> None:
         """Raise the signal that ends the run in the thread, and wait until the code there has ended."""
@@ -155,6 +180,11 @@ class TaskThread:
         while not outcome.done() and (remaining := self._deadline - self._loop.time()) > 0:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([outcome], timeout=remaining)
+        if not outcome.done() and not self._abandoned and self._thread is not None:
+            # The body of a step and the task itself are in the same thread, which counts once.
+            self._abandoned = True
+            run = self._context._run  # pyright: ignore[reportPrivateUsage]
+            run.host.thread_abandoned(run.claimed, self._thread)
 
 
 async def _perform(branch: Branch, make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
@@ -9,14 +10,19 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from ..database.failover import timeline_of
 from ..errors import ReplayMismatch
+from ..execution.session_transactions import InThread, run_session_transaction
 from ..execution.transactions import run_transaction
 from ..ids import is_part
+from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
+from ..serialization.codec import Codec
 from ..serialization.failures import mark_step
 from ..signals import ControlFlow
 from ..steps import result_codec
 from .base import NULL, Call, ContextBase, check_function
+from .steps import invoke
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,22 +51,38 @@ class Transactions(ContextBase):
         """Run `fn(session, *args, **kwargs)` in one database transaction with its checkpoint.
 
         Its writes are committed exactly once, or not at all. The session comes from the client's sessionmaker or
-        engine; `spawn_with` and `emit_event_with` on it commit with it. `fn` is awaited with an `AsyncSession`, or, if
-        it is a plain function, called with a `Session` on the event loop, so it should do nothing slow besides its
-        statements. It is retried from the beginning: up to 5 times after serialization failures and deadlocks, up to 20
-        times after lost connections. It may use savepoints.
+        engine; `spawn_with` and `emit_event_with` on it commit with it. A coroutine function is awaited with an
+        `AsyncSession`. A plain one is called in a thread, with a `Session` of the client's `sync_bind`; if the client
+        has only asyncpg, on the event loop, where it should do nothing slow besides its statements. It is retried
+        from the beginning: up to 5 times after serialization failures and deadlocks, up to 20 times after lost
+        connections. It may use savepoints.
 
         Raises:
             InvalidState: `fn` commits or rolls back the whole transaction itself, or closes the session.
             SerializationError, PayloadTooLarge: the result cannot be stored; nothing is committed then.
         """
-        arguments = encode_arguments(args, kwargs, f"transaction {name!r}")
-        call = self._call("transaction", name, arguments)
-        check_function(fn, "transaction", name)
+        call = self._transaction_call(name, fn, args, kwargs)
         return self._begun(call, self._transaction(call, fn, args, kwargs))
 
+    def transaction_by(
+        self, in_thread: InThread, name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
+        """Run a transaction as :meth:`transaction` does, but call a plain function by `in_thread`."""
+        call = self._transaction_call(name, fn, args, kwargs)
+        return self._begun(call, self._transaction(call, fn, args, kwargs, in_thread))
+
+    def _transaction_call(self, name: str, fn: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = self._call("transaction", name, encode_arguments(args, kwargs, f"transaction {name!r}"))
+        check_function(fn, "transaction", name)
+        return call
+
     async def _transaction(
-        self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Call,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_thread: InThread | None = None,
     ) -> Any:
         run = self._run
         try:
@@ -70,8 +92,8 @@ class Transactions(ContextBase):
             warned = self._check_replay(call)
             run.steps[call.key] = call.name, time.monotonic()
             try:
-                with run.branches.busy(), run.branches.scope(str(call.key)), self._around(call):
-                    value = await run_transaction(run, self._app.database, call.key, call.name, codec, fn, args, kwargs)
+                with run.branches.busy(), run.branches.scope(str(call.key)):
+                    value = await self._execute_transaction(call, codec, fn, args, kwargs, in_thread)
             finally:
                 run.steps.pop(call.key, None)
             if is_part(call.key):
@@ -84,3 +106,44 @@ class Transactions(ContextBase):
                 await self._note_failure(call)
             mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
             raise
+
+    async def _execute_transaction(
+        self,
+        call: Call,
+        codec: Codec[Any],
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_thread: InThread | None,
+    ) -> Any:
+        run, database = self._run, self._app.database
+        sessions = None if is_coroutine_function(fn) else self._app.sync_database
+        if sessions is None:
+            with self._around(call):
+                return await run_transaction(run, database, call.key, call.name, codec, fn, args, kwargs)
+        timeline = timeline_of(database.engine.dialect)
+
+        def body(session: Session) -> Any:
+            return fn(session, *args, **kwargs)
+
+        if in_thread is None:
+            threads = functools.partial(invoke, run.host.threads)
+            with self._around(call):
+                return await run_session_transaction(run, sessions, timeline, threads, call.key, call.name, codec, body)
+
+        def around(execute: Callable[[], Any]) -> Any:
+            with self._around(call):
+                return execute()
+
+        # The hooks are entered in the thread of the task, for each attempt, to set its context variables.
+        own_thread = in_thread
+        return await run_session_transaction(
+            run,
+            sessions,
+            timeline,
+            lambda execute: own_thread(functools.partial(around, execute)),
+            call.key,
+            call.name,
+            codec,
+            body,
+        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -36,7 +35,7 @@ CONNECTION_TIMEOUT: Final = 2.0
 FRESH: Final = 2.0
 """Seconds for which pages that refresh themselves share what was read."""
 REFRESHES_PER_SECOND: Final = 5
-"""Sections that all pages together may read anew within a second to refresh themselves."""
+"""Statements with which all pages together may refresh themselves in a second, on average."""
 
 _QUERY_CANCELED: Final = "57014"
 
@@ -53,7 +52,19 @@ class _Connections:
         self.database = Database(self.engine, app.schema)
         self.free = asyncio.Semaphore(CONNECTIONS)
         self.shared: dict[Hashable, tuple[float, asyncio.Future[Any]]] = {}
-        self.refreshes: deque[float] = deque(maxlen=REFRESHES_PER_SECOND)
+        self._refreshes = float(REFRESHES_PER_SECOND)
+        self._counted_at = time.monotonic()
+
+    def may_refresh(self) -> bool:
+        """Return whether it is the turn of a page that refreshes itself."""
+        now = time.monotonic()
+        gained = (now - self._counted_at) * REFRESHES_PER_SECOND
+        self._refreshes, self._counted_at = min(self._refreshes + gained, REFRESHES_PER_SECOND), now
+        return self._refreshes > 0
+
+    def count_refresh(self, statements: int) -> None:
+        """Count the statements of a page that refreshes itself. More than there are delay the next page."""
+        self._refreshes -= statements
 
     def abandon(self) -> None:
         abandon(self.engine)
@@ -83,6 +94,7 @@ class Sections:
         self._connections = connections
         self._timeout = statement_timeout
         self._refreshing = refreshing
+        self._has_turn = False
         self._stack: AsyncExitStack | None = None
         self._connection: AsyncConnection | None = None
         self.most_late = MOST_LATE
@@ -97,10 +109,13 @@ class Sections:
     ) -> None:
         await self._release()
 
-    async def read(self, name: str, work: Callable[[Connection], T], *, key: Hashable = None) -> T | None:
+    async def read(
+        self, name: str, work: Callable[[Connection], T], *, key: Hashable = None, statements: int = 1
+    ) -> T | None:
         """Return what a function reads, or None if it takes too long.
 
         Pages that refresh themselves share what was read under the same `key`, which must say whatever it depends on.
+        `statements` are those that the function executes.
 
         Raises:
             TooBusy: the page refreshes itself, and all of them have read enough for now.
@@ -109,13 +124,13 @@ class Sections:
             self.late.append(name)
             return None
         if key is None:
-            self._count_refresh()
+            self._take_turn(statements)
             return await self._run(name, work)
         shared = self._connections.shared
         known = shared.get((name, key))
         if self._refreshing and known is not None and time.monotonic() - known[0] < FRESH:
             return self._note(name, cast("tuple[T] | None", await asyncio.shield(known[1])))
-        self._count_refresh()
+        self._take_turn(statements)
         return await self._share(name, work, key)
 
     async def _share(self, name: str, work: Callable[[Connection], T], key: Hashable) -> T | None:
@@ -139,13 +154,14 @@ class Sections:
             return None
         return found[0]
 
-    def _count_refresh(self) -> None:
+    def _take_turn(self, statements: int) -> None:
         if not self._refreshing:
             return
-        refreshes, now = self._connections.refreshes, time.monotonic()
-        if len(refreshes) == REFRESHES_PER_SECOND and now - refreshes[0] < 1:
+        if not self._has_turn and not self._connections.may_refresh():
             raise TooBusy
-        refreshes.append(now)
+        # What was begun is finished.
+        self._has_turn = True
+        self._connections.count_refresh(statements)
 
     async def _run(self, name: str, work: Callable[[Connection], T]) -> T | None:
         try:

@@ -65,9 +65,9 @@ class View:
         found = await self.sections.read(name, work, key=key)
         return None if found is None else [dict(row) for row in found]
 
-    async def read(self, name: str, work: Callable[[Connection], T]) -> T | None:
-        """Return what a function reads, or None if it takes too long."""
-        return await self.sections.read(name, work)
+    async def read(self, name: str, work: Callable[[Connection], T], *, statements: int = 1) -> T | None:
+        """Return what a function reads with so many statements, or None if it takes too long."""
+        return await self.sections.read(name, work, statements=statements)
 
     async def visible(self, task_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Place]:
         """Return the names and states of those of these tasks that the user may see."""

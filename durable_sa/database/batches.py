@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from ..concurrency.branches import detached
 from ..concurrency.loops import PerLoop
@@ -146,7 +146,16 @@ def with_connection(
 
     @asynccontextmanager
     async def opened() -> AsyncGenerator[BatchFunction[ItemT, ResultT]]:
-        async with HeldConnection(database()) as held:
+        try:
+            held = HeldConnection(database())
+        except Exception as error:  # noqa: BLE001 - the callers get it, of a bind that cannot work
+            yield functools.partial(_refuse, error)
+            return
+        async with held:
             yield functools.partial(function, held)
 
     return opened
+
+
+async def _refuse(error: Exception, items: list[Any]) -> Sequence[Any]:
+    return [error] * len(items)

@@ -64,16 +64,24 @@ async def _bounded(closing: Callable[[], Awaitable[object]], tear: Callable[[], 
     Raises:
         SQLAlchemyError, OSError, TimeoutError: the end was not an orderly one.
     """
-    # The socket comes before the cancellation: cancelled, a driver asks the server to cancel the statement first.
-    timer = asyncio.get_running_loop().call_later(CLOSING_TIMEOUT, tear)
+    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(CLOSING_TIMEOUT + _NOTICING_TIMEOUT):
-            await closing()
+        async with asyncio.timeout(None) as limit:
+
+            def give_up() -> None:
+                # The socket comes before the cancellation: cancelled, a driver asks the server to cancel the statement
+                # first. The time for noticing begins here, because the process may have been stopped until now.
+                tear()
+                limit.reschedule(loop.time() + _NOTICING_TIMEOUT)
+
+            timer = loop.call_later(CLOSING_TIMEOUT, give_up)
+            try:
+                await closing()
+            finally:
+                timer.cancel()
     except BaseException:
         tear()
         raise
-    finally:
-        timer.cancel()
 
 
 async def give_back(connection: AsyncConnection) -> None:

@@ -21,6 +21,7 @@ from ..database_errors import (
     CACHED_PLAN_STATES,
     MISSING_TABLE_STATES,
     POOLER_STATES,
+    is_about_connection,
     is_conflict,
     is_lost,
     is_mixed_up,
@@ -442,7 +443,12 @@ class HeldConnection:
 
 def _is_worth_another(error: BaseException) -> bool:
     """Return whether a statement that failed on one connection may succeed on another."""
-    return isinstance(error, ConnectionError) or is_conflict(error) or sqlstate(error) in CACHED_PLAN_STATES
+    return (
+        isinstance(error, ConnectionError)
+        or is_about_connection(error)
+        or is_conflict(error)
+        or sqlstate(error) in CACHED_PLAN_STATES | POOLER_STATES
+    )
 
 
 @contextmanager

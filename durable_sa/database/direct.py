@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
-import asyncpg  # pyright: ignore[reportMissingTypeStubs] - it has no types
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -164,10 +163,15 @@ async def _fetch(connection: Connection, text: str, values: Any, *, repeatable: 
 
     Nothing has been executed then; but a transaction that the statement was in has failed.
     """
-    prepared: dict[str, Any] = connection.info.setdefault(_PREPARED, {})
+    prepared: dict[str, Any] | None = connection.info.get(_PREPARED)
+    if prepared is None:
+        prepared = connection.info[_PREPARED] = {}
+        private.declare_array_types(connection.connection.driver_connection)
     try:
         records = await (prepared.get(text) or await _prepare(connection, prepared, text)).fetch(*values)
-    except asyncpg.InvalidCachedStatementError:
+    except Exception as error:
+        if not private.is_invalid_statement(error):
+            raise
         prepared.pop(text, None)
         if not repeatable:
             raise

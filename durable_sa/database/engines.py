@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sqlalchemy import event
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from ..errors import InvalidConfiguration
@@ -14,7 +15,8 @@ from . import citus, private
 from .closing import know_connections
 from .urls import default_bind, dial, resolve_url, set_socket_options
 
-Bind = AsyncEngine | async_sessionmaker[Any] | URL | str
+Bind = AsyncEngine | async_sessionmaker[Any] | Engine | sessionmaker[Any] | scoped_session[Any] | URL | str
+"""Synchronous ones serve the `_with` methods, and nothing that is awaited."""
 
 
 class Bound(NamedTuple):
@@ -30,11 +32,18 @@ def resolve_bind(bind: Bind | None) -> Bound:
     """Return the engine that a `bind` stands for; None stands for the default database.
 
     Raises:
-        InvalidConfiguration: it is not a bind, or not one of PostgreSQL.
+        InvalidConfiguration: it is not a bind, or a synchronous one, or not one of PostgreSQL.
     """
-    sessionmaker: async_sessionmaker[Any] | None = None
+    if isinstance(bind, Engine | sessionmaker | scoped_session):
+        raise InvalidConfiguration(
+            "bind",
+            f"{type(bind).__name__} is synchronous, and workers and awaited calls need an asynchronous driver",
+            "Give Durable a URL of postgresql+psycopg:// or postgresql+asyncpg://, or an AsyncEngine, and this one as "
+            "sync_bind=; or call the `_with` methods with a Session, and wait_for_result_sync.",
+        )
+    sessions: async_sessionmaker[Any] | None = None
     if isinstance(bind, async_sessionmaker):
-        sessionmaker = bind
+        sessions = bind
         bind = bind.kw.get("bind")
         if not isinstance(bind, AsyncEngine):
             raise InvalidConfiguration(
@@ -47,10 +56,10 @@ def resolve_bind(bind: Bind | None) -> Bound:
     if isinstance(bind, AsyncEngine):
         if bind.dialect.name != "postgresql":
             raise InvalidConfiguration("bind", f"durable_sa needs PostgreSQL, not {bind.dialect.name}")
-        return Bound(bind, sessionmaker, owned=False)
+        return Bound(bind, sessions, owned=False)
     if isinstance(bind, str | URL):  # pyright: ignore[reportUnnecessaryIsInstance]
         engine = _make_engine(resolve_url(bind))
-        event.listen(engine.sync_engine, "connect", _set_date_style)
+        event.listen(engine.sync_engine, "connect", set_date_style)
         citus.connect_faster(engine.sync_engine)
         return Bound(engine, None, owned=True)
     raise InvalidConfiguration(
@@ -100,9 +109,9 @@ def _date_style(driver_connection: Any) -> str | None:
     return None if connection is None else str(connection.parameter_status(b"DateStyle").decode())
 
 
-def _set_date_style(connection: Any, _: Any) -> None:
+def set_date_style(connection: Any, _: Any) -> None:
     """Set the DateStyle that the driver reads on a new connection of our own engine."""
-    style = _date_style(connection.driver_connection)
+    style = _date_style(getattr(connection, "driver_connection", connection))
     if style is not None and not style.startswith("ISO"):
         cursor = connection.cursor()
         cursor.execute("SET datestyle = ISO")

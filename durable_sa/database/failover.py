@@ -98,15 +98,16 @@ async def inspect(connection: AsyncConnection) -> str:
     return str(isolation)
 
 
-def locate(connection: Connection) -> None:
+def locate(connection: Connection, timeline: Timeline | None = None) -> None:
     """Check which server a connection leads to, in the transaction that it is in, and leave that unchanged.
 
-    The application has begun the transaction at checkout, and has set in it what its own statements need.
+    The application has begun the transaction at checkout, and has set in it what its own statements need. The timeline
+    is that of the connection's engine if none is given.
 
     Raises:
         ConnectionError: as :func:`inspect`, or the connection is lost.
     """
-    timeline = timeline_of(connection.dialect)
+    timeline = timeline or timeline_of(connection.dialect)
     if not timeline.known:
         return
     row = None

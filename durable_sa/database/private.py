@@ -6,12 +6,13 @@ another name costs speed and nothing else: every statement is then executed by S
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 CONNECTION: Final = {
@@ -35,6 +36,12 @@ ADAPTED: Final = {
     "_handle_exception",
 }
 """Attributes of asyncpg's adapted connection."""
+SERIALIZERS: Final = {
+    # Functions of the application for JSON, which a rendered statement may contain.
+    "_json_serializer",
+    "_json_deserializer",
+}
+"""Attributes of the dialect. Without them each engine renders the statements for itself."""
 METADATA: Final = {
     # The third argument of Row. A Result sets it as well, but takes longer than the row.
     "_key_to_index",
@@ -49,8 +56,22 @@ ASYNCPG_ATTRIBUTES: Final[dict[str, str]] = {
     "transport": "_transport",
     # Of the same: the event loop that the connection belongs to.
     "loop": "_loop",
+    # Of the same: what knows the types of the connection.
+    "protocol": "_protocol",
 }
-"""The same of asyncpg. Without them its connections are ended and refused less thoroughly."""
+"""The same of asyncpg. Without them connections are ended and refused less thoroughly, and look up types of arrays."""
+
+ARRAY_TYPES: Final = (
+    ("bool", 16, 1000),
+    ("int8", 20, 1016),
+    ("int2", 21, 1005),
+    ("int4", 23, 1007),
+    ("text", 25, 1009),
+    ("float8", 701, 1022),
+    ("timestamptz", 1184, 1185),
+    ("uuid", 2950, 2951),
+)
+"""Types of array elements in the statements: name, OID, OID of the array. OIDs of built-in types never change."""
 
 
 def all_exist(connection: Connection) -> bool:
@@ -98,10 +119,27 @@ def raise_as_sqlalchemy(connection: Any, error: Exception, statement: str, param
         connection._handle_dbapi_exception(translated, statement, parameters, None, None)
 
 
+def has_serializers(dialect: Dialect) -> bool:
+    """Return whether the application may have given its own serializers to an engine."""
+    return any(getattr(dialect, name, dialect) is not None for name in SERIALIZERS)
+
+
 def row_metadata(keys: Sequence[str]) -> tuple[SimpleResultMetaData, Any]:
     """Return what Row takes besides its values: the metadata, and the indexes of its keys."""
     metadata: Any = SimpleResultMetaData(keys)
     return metadata, metadata._key_to_index
+
+
+def connect_arguments(engine: Engine) -> dict[str, Any] | None:
+    """Return the arguments with which an engine's driver connects; None if the application connects by itself."""
+    pool: Any = engine.pool
+    creator: Any = getattr(pool, "_creator", None)
+    if getattr(creator, "__module__", None) != "sqlalchemy.engine.create":
+        return None
+    arguments: Any = dict(zip(creator.__code__.co_freevars, creator.__closure__ or (), strict=True)).get("cparams")
+    if arguments is None:
+        return None
+    return {name: value for name, value in arguments.cell_contents.items() if name != "context"}
 
 
 def transport_of(driver: Any) -> Any:
@@ -112,3 +150,35 @@ def transport_of(driver: Any) -> Any:
 def loop_of(driver: Any) -> Any:
     """Return the event loop of asyncpg's own connection, or None for another driver, whose connections have none."""
     return getattr(driver, ASYNCPG_ATTRIBUTES["loop"], None)
+
+
+def declare_array_types(driver: Any) -> None:
+    """Describe the arrays of built-in types to asyncpg's own connection, which would search the catalog for 10 ms.
+
+    A version of asyncpg that takes no such description searches.
+    """
+    types = [
+        {
+            "oid": array_oid,
+            "ns": "pg_catalog",
+            "name": f"_{name}",
+            "kind": b"b",
+            "basetype": None,
+            "elemtype": oid,
+            "elemdelim": ",",
+            "range_subtype": None,
+            "attrtypoids": None,
+            "elemtype_name": name,
+        }
+        for name, oid, array_oid in ARRAY_TYPES
+    ]
+    with contextlib.suppress(AttributeError, LookupError, TypeError):
+        getattr(driver, ASYNCPG_ATTRIBUTES["protocol"]).get_settings().register_data_types(types)
+
+
+def is_invalid_statement(error: Exception) -> bool:
+    """Return whether asyncpg says that a migration has changed the columns of a prepared statement."""
+    # Imported here, because a process with another driver is not to load asyncpg.
+    from asyncpg import InvalidCachedStatementError  # pyright: ignore[reportMissingTypeStubs] - it has no types
+
+    return isinstance(error, InvalidCachedStatementError)

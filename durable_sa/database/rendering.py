@@ -16,6 +16,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import TypeEngine
 
+from . import private
+
 Translations: TypeAlias = dict[str | None, str | None]
 """Names of schemas in the database by their names in the statements."""
 
@@ -38,23 +40,36 @@ class Rendered(NamedTuple):
         return values if self.names is None else tuple([values[name] for name in self.names])
 
 
-_rendered: weakref.WeakKeyDictionary[Dialect, weakref.WeakKeyDictionary[Executable, dict[frozenset[Any], Rendered]]] = (
-    weakref.WeakKeyDictionary()
-)
+_Texts: TypeAlias = weakref.WeakKeyDictionary[Executable, dict[frozenset[Any], Rendered]]
+
+_texts_of_dialects: weakref.WeakKeyDictionary[Dialect, _Texts] = weakref.WeakKeyDictionary()
+_texts_of_settings: dict[frozenset[Any], _Texts] = {}
+"""Texts that dialects of the same settings share: rendering those of a worker takes 50 ms, and each test of a suite may
+have an engine of its own."""
 
 
 def render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered:
     """Render a statement, whose text must not depend on its values, as that of `in_()` does."""
-    statements = _rendered.get(dialect)
-    if statements is None:
-        statements = _rendered[dialect] = weakref.WeakKeyDictionary()
-    texts = statements.get(statement)
+    texts_of_dialect = _texts_of_dialects.get(dialect)
+    if texts_of_dialect is None:
+        texts_of_dialect = _texts_of_dialects[dialect] = _texts_of(dialect)
+    texts = texts_of_dialect.get(statement)
     if texts is None:
-        texts = statements[statement] = {}
+        texts = texts_of_dialect[statement] = {}
     key = frozenset(translations.items()) if translations else frozenset[Any]()
     if key not in texts:
         texts[key] = _render(statement, dialect, translations)
     return texts[key]
+
+
+def _texts_of(dialect: Dialect) -> _Texts:
+    """Return what dialects of these settings share; a dialect with serializers of the application has its own."""
+    if private.has_serializers(dialect):
+        return weakref.WeakKeyDictionary()
+    settings: set[Any] = {(name, value) for name, value in vars(dialect).items() if isinstance(value, str | int)}
+    settings.add(("class", type(dialect)))
+    settings.add(("version", dialect.server_version_info))
+    return _texts_of_settings.setdefault(frozenset(settings), weakref.WeakKeyDictionary())
 
 
 def _render(statement: Executable, dialect: Dialect, translations: Translations | None) -> Rendered:

@@ -36,6 +36,32 @@ def resolve_url(url: str | URL, what: str = "bind") -> URL:
     Raises:
         InvalidConfiguration: it is not a URL, or not one of an asynchronous PostgreSQL driver.
     """
+    parsed = _parse(url, what)
+    if parsed.drivername not in ("postgresql+asyncpg", "postgresql+psycopg", "postgresql+psycopg_async"):
+        raise InvalidConfiguration(
+            what,
+            f"{parsed.drivername!r} has no asyncio mode, which workers and awaited calls need",
+            "Use postgresql+asyncpg:// or postgresql+psycopg://, or call the `_with` methods with a Session.",
+        )
+    if parsed.drivername == "postgresql+asyncpg" and "sslmode" in parsed.query:
+        query = dict(parsed.query)
+        parsed = parsed.set(query={"ssl": query.pop("sslmode"), **query})
+    return parsed
+
+
+def synchronous_url(url: str | URL, what: str = "bind") -> URL | None:
+    """Parse a URL as `resolve_url` does, for a synchronous engine; None if its driver has no such form.
+
+    Raises:
+        InvalidConfiguration: it is not a URL, or not one of a PostgreSQL driver.
+    """
+    parsed = _parse(url, what)
+    if parsed.drivername == "postgresql+psycopg_async":
+        return parsed.set(drivername="postgresql+psycopg")
+    return None if parsed.drivername == "postgresql+asyncpg" else parsed
+
+
+def _parse(url: str | URL, what: str) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -51,15 +77,6 @@ def resolve_url(url: str | URL, what: str = "bind") -> URL:
             f"{parsed.drivername!r} is no PostgreSQL driver",
             "Use postgresql+asyncpg:// or postgresql+psycopg://.",
         )
-    if parsed.drivername not in ("postgresql+asyncpg", "postgresql+psycopg", "postgresql+psycopg_async"):
-        raise InvalidConfiguration(
-            what,
-            f"{parsed.drivername!r} has no asyncio mode",
-            "Use postgresql+asyncpg:// or postgresql+psycopg://.",
-        )
-    if parsed.drivername == "postgresql+asyncpg" and "sslmode" in parsed.query:
-        query = dict(parsed.query)
-        parsed = parsed.set(query={"ssl": query.pop("sslmode"), **query})
     return parsed
 
 
@@ -86,7 +103,10 @@ def dial(url: URL, what: str = "bind") -> Dialed:
     is_asyncpg = url.drivername == "postgresql+asyncpg"
     pooler = query.pop("pooler", "session")
     if pooler == "transaction":
-        arguments.update(_for_pooler() if is_asyncpg else {"prepare_threshold": None})
+        if is_asyncpg:
+            arguments.update(_for_pooler())
+        elif url.drivername.startswith("postgresql+psycopg") and url.drivername != "postgresql+psycopg2":
+            arguments["prepare_threshold"] = None  # other drivers prepare nothing
     elif pooler != "session":
         raise InvalidConfiguration(what, f"pooler={pooler} is neither transaction nor session")
     options = _for_asyncpg(query, arguments, what) if is_asyncpg else {}

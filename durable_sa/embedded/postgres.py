@@ -126,6 +126,14 @@ def temporary_server(
             temporary.stop("immediate")
 
 
+class _SocketURL(URL):
+    """A URL with the directory of a socket, which needs no escapes: alembic.ini would take their % for its own."""
+
+    def render_as_string(self, hide_password: bool = True) -> str:
+        """Render the URL, with slashes as they are."""
+        return super().render_as_string(hide_password).replace("%2F", "/")
+
+
 class EmbeddedServer:
     """A PostgreSQL server with its data directory, created by `server()` and `temporary_server()`."""
 
@@ -149,7 +157,7 @@ class EmbeddedServer:
         if self._listen:
             return URL.create(name, "postgres", self._password, self._listen, self._port, database)
         query = {"host": self._socket_dir, "port": str(self._port)}
-        return URL.create(name, "postgres", database=database, query=query)
+        return _SocketURL.create(name, "postgres", database=database, query=query)
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections; does nothing if it is running.

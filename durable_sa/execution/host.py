@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..concurrency.blocking import AnyTask
 from ..concurrency.threads import StepThreads
 from ..database.clock import LocalClock
-from ..statements.claiming import ClaimedRun
+from ..tasks import Task
 from .hooks import HookChain
-from .reader import Reader
-from .writer import Writer
 
 if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
     from ..telemetry import Telemetry
+    from .reader import Reader
+    from .writer import Writer
 
 
 class RunHost(Protocol):
@@ -34,6 +36,9 @@ class RunHost(Protocol):
         """True while the worker's lease holds by the local clock."""
         ...
 
+    def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
+        """Return the seconds in memory after which an attempt of a task fails, if there is a limit."""
+
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose user code has ended."""
 
@@ -45,6 +50,9 @@ class RunHost(Protocol):
 
     def left_behind(self, claimed: ClaimedRun, tasks: Sequence[AnyTask], *, lost: bool) -> None:
         """Take note of code of a run that ignores its cancellation; if `lost`, another worker may run the task."""
+
+    def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
+        """Take note of the thread of a `def` run that executes code after the end of the run."""
 
     def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start an asyncio task of the engine, outside of every run."""

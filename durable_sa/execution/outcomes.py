@@ -9,19 +9,21 @@ import functools
 import logging
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..database_errors import reason, without_values
 from ..errors import DurableError
 from ..ids import new_id
 from ..serialization.codec import check_size
-from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable
+from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable, retry_delay
 from ..signals import LeaseLost
-from ..statements.claiming import ClaimedRun
 from ..tasks import Task
 from .host import RunHost
 from .waits import WaitSpec
 from .writes import CompletionValues, FailureValues, Kind, ReleaseValues, SuspensionValues, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
 
 logger = logging.getLogger("durable_sa")
 
@@ -58,10 +60,11 @@ def fail(
 ) -> None:
     """Write the error that the task has raised, and delete the records of the waits whose timeout it is."""
     try:
-        retryable = is_retryable(error, task.no_retry_on)
+        retryable = is_retryable(error, task.no_retry_on, task.retry_on)
+        delay = retry_delay(error) if retryable else None
     except Exception:  # noqa: BLE001 - methods of the exception's class are user code
-        retryable = True
-    values = FailureValues(encode_error(error, claimed.run_id), retryable, new_id(), waited, timeouts)
+        retryable, delay = True, None
+    values = FailureValues(encode_error(error, claimed.run_id), retryable, new_id(), waited, delay, timeouts)
     _submit_failure(host, claimed, error, values)
 
 

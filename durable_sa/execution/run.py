@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..concurrency.branches import Branch, current_branch
 from ..concurrency.task_factory import BranchExit
@@ -21,14 +21,17 @@ from ..errors import InvalidState, ReplayMismatch, TaskTimeout
 from ..options import Replay
 from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
-from ..statements.claiming import ClaimedRun
 from ..tasks import Task
 from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
 from .lines import Lines
+from .timeouts import AttemptLimit
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
+
+if TYPE_CHECKING:
+    from ..statements.claiming import ClaimedRun
 
 logger = logging.getLogger("durable_sa")
 
@@ -76,10 +79,19 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
+        self.limit: AttemptLimit | None = None
+        """The time that is left to the attempt, if the task has a timeout."""
 
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code, whose outcome is written when it ends."""
+        limit: AttemptLimit | None = None
+        if (timeout := self.host.attempt_timeout(self.task)) is not None:
+            writer = self.host.writer
+            self.limit = limit = AttemptLimit(timeout, self.claimed, self.journal, writer, lambda: self.signal)
+            body = limit.within(body)
         root = self.branches.start(body, context=context, name=f"durable:{self.claimed.task_name}")
+        if limit is not None:
+            limit.start(root)
         root.add_done_callback(self._root_done)
 
     def refuse(self, error: BaseException) -> None:
@@ -103,6 +115,12 @@ class Run:
             self.signal = Suspended()
             self.host.start_task(self._unwind("released"), "durable:release")
 
+    def time_out(self, error: TaskTimeout) -> None:
+        """Cancel user code, and fail the attempt with `error`."""
+        if self._going_on():
+            self.signal = Suspended()
+            self.host.start_task(self._unwind("timed out", error=error), "durable:time-out")
+
     def _suspend(self) -> None:
         if self._going_on():
             self.signal = Suspended()
@@ -120,7 +138,9 @@ class Run:
         else:
             self._end(root)
 
-    async def _unwind(self, reason: str, root: asyncio.Task[Any] | None = None) -> None:
+    async def _unwind(
+        self, reason: str, root: asyncio.Task[Any] | None = None, *, error: BaseException | None = None
+    ) -> None:
         self._stop_timers()
         waits = [wait.spec() for wait in self.pending.values()] if reason == "suspended" else []
         abandoned = await self.branches.unwind()
@@ -132,9 +152,13 @@ class Run:
             return
         self._mark_over()
         self._drop_unawaited()  # they may have been meant for later
-        if reason == "suspended" and self.mismatch is not None:
+        if error is not None:
+            self._fail(error)
+        elif reason == "suspended" and self.mismatch is not None:
             self._fail(self.mismatch)
         elif reason == "suspended":
+            if self.limit is not None:
+                self.limit.record()
             outcomes.suspend(self.host, self.claimed, self.task, waits, waited=self._waited)
         elif reason == "released":
             outcomes.release(self.host, self.claimed, self.task, waited=self._waited)
@@ -343,6 +367,8 @@ class Run:
             if timer is not None:
                 timer.cancel()
         self._register_timer = self._poll_timer = None
+        if self.limit is not None:
+            self.limit.stop()
 
     def _start_registering(self) -> None:
         self._register_timer = None

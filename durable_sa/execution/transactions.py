@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, AsyncTransaction
-from sqlalchemy.orm import SessionTransaction
 
 from ..database.closing import begun, discard, give_back
 from ..database.connections import Database
@@ -28,11 +26,12 @@ from ..database_errors import (
     retrying,
     sqlstate,
 )
-from ..errors import InvalidState, SerializationError
+from ..errors import SerializationError
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import Codec, check_size, in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints
+from .guards import guarded
 from .run import Run
 
 T = TypeVar("T")
@@ -41,26 +40,6 @@ MAX_CONFLICTS = 5
 """After so many serialization failures and deadlocks, the error is raised."""
 MAX_LOST_CONNECTIONS = 20
 """After so many lost connections, the error is raised. Few are due to `fn`, but its query may crash the server."""
-
-_COMMITTED: Final = (
-    "committed by the engine, together with the checkpoint",
-    "Remove the commit(); use begin_nested() for a part that may be rolled back alone.",
-)
-_ROLLED_BACK: Final = (
-    "rolled back by the engine if its function raises",
-    "Raise an exception instead of calling rollback().",
-)
-_CLOSED: Final = (
-    "closed by the engine, and what is written before that is undone by a close() of one's own",
-    "Remove the close(), or the `async with` or `with` around the session.",
-)
-_ONE_BIND: Final = (
-    "Give the client a sessionmaker whose sessions leave the choice to their bind, and go to other databases in a step."
-)
-_ENDING: Final = re.compile(
-    r"\s*(?:(?P<commit>commit|end|prepare\s+transaction)|(?:rollback|abort)(?!\s+(?:work\s+|transaction\s+)?to\b))\b",
-    re.IGNORECASE,
-)
 
 
 async def run_transaction(
@@ -79,29 +58,42 @@ async def run_transaction(
     as `fn` takes. After a lost reply to a commit its outcome is unknown, so the next attempt looks for the checkpoint,
     under the lock, before it commits another one.
     """
+
+    async def attempt(ascii_only: bool) -> T:
+        connection = await retrying(database.transactional)
+        try:
+            return await _attempt(run, database, connection, key, name, codec, fn, args, kwargs, ascii_only)
+        except SQLAlchemyError as error:
+            # The engine's own SAVEPOINT is the first statement that a pooler may mix up.
+            if is_mixed_up(error) or is_lost(error):
+                await discard(connection)
+            raise
+        finally:
+            await _close(connection)
+
+    return await repeated(run, attempt)
+
+
+async def repeated(run: Run, attempt: Callable[[bool], Awaitable[T]]) -> T:
+    """Attempt a transaction until it is committed, with results in ASCII once the database has refused another."""
     conflicts = lost = interruptions = 0
     ascii_only = False
     while True:
         await run.enter()
-        connection = await retrying(database.transactional)
         try:
-            return await _attempt(run, database, connection, key, name, codec, fn, args, kwargs, ascii_only)
-        except _Interrupted:
+            return await attempt(ascii_only)
+        except Interrupted:
             interruptions += 1
-        except _Untranslatable:
+        except Untranslatable:
             ascii_only = True
         except SQLAlchemyError as error:
-            # The engine's own SAVEPOINT is the first statement that a pooler may mix up.
             mixed_up = is_mixed_up(error)
             if mixed_up or is_lost(error):
                 lost += 1
-                await discard(connection)
             else:
                 conflicts += 1
             if lost == MAX_LOST_CONNECTIONS or conflicts == MAX_CONFLICTS or not (mixed_up or is_conflict(error)):
                 raise
-        finally:
-            await _close(connection)
         # The next call of `fn` makes the same durable calls as this one, so their occurrences are counted from 0.
         run.branch().begin_anew()
         await asyncio.sleep(backoff(conflicts + lost + interruptions))
@@ -153,11 +145,11 @@ async def _attempt(
                     "duration": time.monotonic() - run.steps[key][1],
                 },
             )
-        except SQLAlchemyError as error:
+        except Exception as error:
             if is_transient(error):
-                raise _Interrupted from error
+                raise Interrupted from error
             if sqlstate(error) == UNTRANSLATABLE and not text.isascii():
-                raise _Untranslatable from error
+                raise Untranslatable from error
             raise
         if written:
             return value
@@ -186,11 +178,11 @@ def refuse_awaitable(result: object, what: str) -> None:
     )
 
 
-class _Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):  # noqa: N818
     """A statement of the engine's own has failed for a while, which is retried without limit: `fn` is not the cause."""
 
 
-class _Untranslatable(Exception):  # noqa: N818
+class Untranslatable(Exception):  # noqa: N818
     """The encoding of the database lacks a character of the result, which is retried once with escapes."""
 
 
@@ -212,61 +204,13 @@ async def _transaction(connection: AsyncConnection) -> AsyncGenerator[AsyncTrans
 
 @asynccontextmanager
 async def _guarded(session: AsyncSession, connection: AsyncConnection, name: str) -> AsyncGenerator[None]:
-    """Refuse to let the code inside end the whole transaction, even if it catches the refusal.
-
-    Refused are a commit, a rollback, either of them as SQL, and a close of the session, which undoes its writes.
-    Savepoints are allowed. Another connection is refused as well, because its transaction would never be committed: a
-    session may have classes of another database, or choose its engine by itself.
-    """
-    what = f"The session of transaction {name!r}"
-    refusals: list[InvalidState] = []
+    """Guard the session of a transaction, and close other connections that its code has begun to use."""
+    inner = cast("Connection", connection.sync_connection)
     others: list[Connection] = []
-
-    def refuse(refusal: tuple[str, str]) -> NoReturn:
-        refusals.append(InvalidState(what, *refusal))
-        raise refusals[0]
-
-    def refuse_commit(target: object) -> None:
-        if target is connection.sync_connection or not session.in_nested_transaction():
-            refuse(_COMMITTED)
-
-    def refuse_rollback(_: object, previous: SessionTransaction | None = None) -> None:
-        if previous is None or previous.parent is None:
-            refuse(_ROLLED_BACK)
-
-    def refuse_sql(_: object, __: object, statement: str, *___: object) -> None:
-        if ending := _ENDING.match(statement):
-            refuse(_COMMITTED if ending["commit"] else _ROLLED_BACK)
-
-    def note_close(_: object, ended: SessionTransaction) -> None:
-        # Noted, not raised: a session is also closed because of an exception, which must not be replaced.
-        if ended.parent is None:
-            refusals.append(InvalidState(what, *_CLOSED))
-
-    def refuse_others(_: object, __: object, begun: Connection) -> None:
-        if begun is not connection.sync_connection:
-            others.append(begun)
-            database = begun.engine.url.database
-            refuse((f"about to use another connection, to {database!r}, whose transaction is not this one", _ONE_BIND))
-
-    listeners: list[tuple[object, str, Callable[..., None]]] = [
-        (session.sync_session, "after_begin", refuse_others),
-        (session.sync_session, "before_commit", refuse_commit),
-        (session.sync_session, "after_soft_rollback", refuse_rollback),
-        (session.sync_session, "after_transaction_end", note_close),
-        (connection.sync_connection, "commit", refuse_commit),
-        (connection.sync_connection, "rollback", refuse_rollback),
-        (connection.sync_connection, "before_cursor_execute", refuse_sql),
-    ]
-    for target, event_name, listener in listeners:
-        event.listen(target, event_name, listener)
     try:
-        yield
-        if refusals:
-            raise refusals[0]
+        with guarded(session.sync_session, inner, name, joined=True) as others:
+            yield
     finally:
-        for target, event_name, listener in listeners:
-            event.remove(target, event_name, listener)
         for other in others:
             await session.run_sync(_close_in_greenlet, other)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
+
+logger = logging.getLogger("durable_sa")
+
+_MAX_WARNED = 1000
+_warned: set[str] = set()
+"""Names of events whose waiters in another queue were logged."""
 
 
 class Stored(NamedTuple):
@@ -54,3 +61,19 @@ class PendingWait:
         if self.due_at is None and self.delay is not None:
             delay = max(0.0, self.delay - (time.monotonic() - self.called_at))
         return WaitSpec(self.key, self.kind, self.name, self.event_name, self.child_task_id, self.due_at, delay)
+
+
+def warn_of_waiters_elsewhere(name: str, queue_name: str, elsewhere: str) -> None:
+    """Log once for each name that tasks wait for the event in another queue."""
+    if name in _warned:
+        return
+    if len(_warned) >= _MAX_WARNED:
+        _warned.clear()
+    _warned.add(name)
+    logger.warning(
+        "event %r was emitted into queue %r, where no task waits for it, while one waits for it in queue %r; "
+        "each queue has events of its own: name the queue with queue_name=",
+        name,
+        queue_name,
+        elsewhere,
+    )

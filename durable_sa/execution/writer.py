@@ -40,12 +40,12 @@ from .writes import (
     CONTENDED,
     COUNTED,
     KEYED,
-    SINGLE_STATEMENTS,
     Kind,
     Write,
     escape,
     identify,
     results,
+    single_statements,
     statement_of,
     statement_of_many,
     without_earlier_fences,
@@ -141,7 +141,7 @@ class Writer:
         They write nothing here. A read-only database refuses them all the same.
         """
         try:
-            for kind, single in SINGLE_STATEMENTS.items():
+            for kind, single in single_statements().items():
                 many, no_rows = statement_of_many(kind, [])
                 for _ in range(WARM_UP_EXECUTIONS):
                     await self._first.channel.execute(many, no_rows)

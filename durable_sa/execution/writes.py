@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeAlias
 
 from sqlalchemy import Executable, Row
@@ -82,6 +82,8 @@ class FailureValues(NamedTuple):
     retryable: bool
     next_run_id: uuid.UUID
     waited: bool
+    delay: float | None = None
+    """Seconds until the retry; None leaves them to the task's strategy."""
     timeouts: Sequence[uuid.UUID] = ()
     """Keys of recorded timeouts that are deleted, because they are the failure."""
 
@@ -226,8 +228,8 @@ def _outcomes(
 
 
 def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str, Any]]:
-    rows = [(write.task_id, write.fence, *write.values[:4]) for write in writes]
-    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited"), rows)
+    rows = [(write.task_id, write.fence, *write.values[:5]) for write in writes]
+    parameters = arrays(("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited", "delays"), rows)
     timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
     return outcomes.FAIL, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 
@@ -244,21 +246,21 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
-    Kind.RELEASE: partial(_outcomes, outcomes.RELEASE, ("errors", "next_run_ids")),
-    Kind.COMPLETION: partial(_outcomes, outcomes.COMPLETE, ("outputs", "waited")),
+    Kind.RELEASE: lambda writes: _outcomes(outcomes.RELEASE, ("errors", "next_run_ids"), writes),
+    Kind.COMPLETION: lambda writes: _outcomes(outcomes.COMPLETE, ("outputs", "waited"), writes),
 }
 
-SINGLE_STATEMENTS: dict[Kind, Executable] = {
-    Kind.CHECKPOINT: checkpoints.RECORD_ONE,
-    Kind.COMPLETION: outcomes.COMPLETE_ONE,
-}
-"""Statements for one write alone, which is what an idle worker has to send."""
+
+@functools.cache
+def single_statements() -> Mapping[Kind, Executable]:
+    """Return the statements for one write alone, which is what an idle worker has to send."""
+    return {Kind.CHECKPOINT: checkpoints.RECORD_ONE, Kind.COMPLETION: outcomes.COMPLETE_ONE}
 
 
 def statement_of(kind: Kind, writes: list[Write]) -> tuple[Executable, dict[str, Any]]:
     """Return one statement for all writes, and its parameters."""
     statement, parameters = statement_of_many(kind, writes)
-    if len(writes) == 1 and (single := SINGLE_STATEMENTS.get(kind)) is not None:
+    if len(writes) == 1 and (single := single_statements().get(kind)) is not None:
         return single, {name: value for name, (value,) in parameters.items()}
     return statement, parameters
 

@@ -12,11 +12,11 @@ import re
 from typing import Final
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..database.connections import Database
 from ..database.engines import Bind
 from ..database.hint import channel_name
+from ..database.scripts import Script
 from ..database_errors import sqlstate
 from ..errors import InvalidConfiguration, InvalidCron
 from ..spawns import Prepared
@@ -77,13 +77,13 @@ def job_name(queue_name: str, schedule_name: str, schema: str) -> str:
     return name
 
 
-async def require_extension(connection: AsyncConnection, timezone: str) -> None:
+def require_extension(timezone: str) -> Script[None]:
     """Refuse a schedule if the extension is missing or uses another time zone.
 
     Raises:
         InvalidConfiguration: either of the two.
     """
-    row = (await connection.execute(statements.INSTALLED)).one()
+    row = (yield statements.INSTALLED, {})[0]
     if not row.installed:
         raise InvalidConfiguration(
             "backend",
@@ -98,7 +98,7 @@ async def require_extension(connection: AsyncConnection, timezone: str) -> None:
         )
 
 
-async def put_job(connection: AsyncConnection, schema: str, name: str, cron: str, spawn: Prepared) -> None:
+def put_job(schema: str, name: str, cron: str, spawn: Prepared) -> Script[None]:
     """Create or change the job of a schedule.
 
     Raises:
@@ -114,27 +114,27 @@ async def put_job(connection: AsyncConnection, schema: str, name: str, cron: str
     )
     parameters = {"job_name": job_name(spawn.queue_name, name, schema), "job_schedule": cron, "command": command}
     try:
-        await connection.execute(statements.SCHEDULE_JOB, parameters)
+        yield statements.SCHEDULE_JOB, parameters
     except DBAPIError as error:
         if sqlstate(error) == _INVALID_PARAMETER:
             raise InvalidCron(cron, _first_line(error)) from error
         raise
 
 
-async def remove_job(connection: AsyncConnection, name: str | None) -> None:
+def remove_job(name: str | None) -> Script[None]:
     """Remove a job, if it has a name and exists."""
-    if name is not None and await _installed(connection):
-        await connection.execute(statements.UNSCHEDULE_JOB, {"job_name": name})
+    if name is not None and (yield from _installed()):
+        yield statements.UNSCHEDULE_JOB, {"job_name": name}
 
 
-async def activate_job(connection: AsyncConnection, name: str, *, active: bool) -> None:
+def activate_job(name: str, *, active: bool) -> Script[None]:
     """Activate or deactivate a job."""
-    if await _installed(connection):
-        await connection.execute(statements.ACTIVATE_JOB, {"job_name": name, "active": active})
+    if (yield from _installed()):
+        yield statements.ACTIVATE_JOB, {"job_name": name, "active": active}
 
 
-async def _installed(connection: AsyncConnection) -> bool:
-    return bool((await connection.execute(statements.INSTALLED)).one().installed)
+def _installed() -> Script[bool]:
+    return bool((yield statements.INSTALLED, {})[0].installed)
 
 
 def _first_line(error: DBAPIError) -> str:

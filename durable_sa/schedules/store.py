@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..app import App
 from ..database.connections import Database
+from ..database.hint import Hint
+from ..database.scripts import Script, drive_async
 from ..errors import InvalidConfiguration, InvalidCron, InvalidState, QueueNotFound, ScheduleNotFound
 from ..options import SpawnOptions, refuse_nul
-from ..policies import CancellationPolicy, RetryStrategy
+from ..policies import MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..results import ScheduleFilter, ScheduleInfo
 from ..serialization.codec import UNTYPED
 from ..spawns import Prepared, prepare
@@ -48,6 +50,7 @@ def encode_options(options: SpawnOptions) -> str:
 def decode_options(text: str | None) -> SpawnOptions:
     """Decode the spawn options of a schedule."""
     plain: dict[str, Any] = UNTYPED.decode(text or "{}", "the options of a schedule")
+    plain.setdefault("max_lost_workers", MAX_LOST_WORKERS)
     if (strategy := plain.get("retry_strategy")) is not None:
         plain["retry_strategy"] = RetryStrategy(**strategy)
     if (policy := plain.get("cancellation")) is not None:
@@ -87,7 +90,7 @@ DECLARED = "durable::declared"
 """The key in the metadata of a schedule that a task declares: when a worker that has the task last confirmed it."""
 
 
-async def create(
+def create(
     app: App,
     name: str,
     *,
@@ -100,8 +103,8 @@ async def create(
     misfire: Misfire | None,
     overlap: Overlap,
     options: SpawnOptions,
-) -> None:
-    """Check a schedule and store it, together with a job of the extension if that is to fire it."""
+) -> Callable[[Hint], Script[None]]:
+    """Check a schedule, and return the script that stores it, with a job of the extension if that fires it."""
     misfire = misfire or ("run_once" if backend == "worker" else "skip")
     for what, value, known in (
         ("misfire", misfire, ("skip", "run_once", "run_all")),
@@ -116,51 +119,57 @@ async def create(
     headers = {SCHEDULED_BY: name, CRON: cron_expression}
     prepared = prepare(app, task, params, options, internal_headers=headers, hooked=False)
     encoded_metadata = _encode_metadata(metadata, "the metadata of a schedule")
-    now = (await app.database.execute(scheduling.DATABASE_TIME))[0].now
-    first = next_tick(cron_expression, timezone, now)
-    if first is None:
-        raise InvalidCron(cron_expression, "it never comes true")
-    job = pgcron.job_name(prepared.queue_name, name, app.schema) if backend == "pg_cron" else None
-    if job is not None:
-        pgcron.check_expression(cron_expression)
-        if misfire != "skip":
-            remedy = "Leave misfire out, or leave the schedule to the workers: backend='worker'."
-            raise InvalidConfiguration("misfire", f"pg_cron makes up for no ticks, so not {misfire!r}", remedy)
-    values = {
-        "schedule_name": name,
-        "schedule_queue": prepared.queue_name,
-        "schedule_task": prepared.task_name,
-        "cron": cron_expression,
-        "zone": timezone,
-        "encoded_params": prepared.params,
-        "encoded_options": encode_options(_complete(options, prepared)),
-        "encoded_metadata": encoded_metadata,
-        "firing_backend": backend,
-        "job_name": job,
-        "misfire_policy": misfire,
-        "overlap_policy": overlap,
-        # The extension keeps the time of the next tick by itself.
-        "next_tick": first if job is None else None,
-    }
-    async with app.database.transaction() as connection:
-        if not (await connection.execute(queues.LOCK_QUEUE, {"queue_name": prepared.queue_name})).all():
+    encoded_options = encode_options(_complete(options, prepared))
+
+    def script(hint: Hint) -> Script[None]:
+        now = (yield scheduling.DATABASE_TIME, {})[0].now
+        first = next_tick(cron_expression, timezone, now)
+        if first is None:
+            raise InvalidCron(cron_expression, "it never comes true")
+        job = pgcron.job_name(prepared.queue_name, name, app.schema) if backend == "pg_cron" else None
+        if job is not None:
+            pgcron.check_expression(cron_expression)
+            if misfire != "skip":
+                remedy = "Leave misfire out, or leave the schedule to the workers: backend='worker'."
+                raise InvalidConfiguration("misfire", f"pg_cron makes up for no ticks, so not {misfire!r}", remedy)
+        if not (yield queues.LOCK_QUEUE, {"queue_name": prepared.queue_name}):
             raise QueueNotFound(prepared.queue_name)
         if job is not None:
-            await pgcron.require_extension(connection, timezone)
+            yield from pgcron.require_extension(timezone)
         identity = {"schedule_queue": prepared.queue_name, "schedule_name": name}
-        before = (await connection.execute(scheduling.JOB_NAME, identity)).one_or_none()
-        stored = (await connection.execute(scheduling.PUT_SCHEDULE, values)).one()
-        if before is not None and before.pgcron_job_name != job:
-            await pgcron.remove_job(connection, before.pgcron_job_name)
+        before = yield scheduling.JOB_NAME, identity
+        stored = yield (
+            scheduling.PUT_SCHEDULE,
+            {
+                **identity,
+                "schedule_task": prepared.task_name,
+                "cron": cron_expression,
+                "zone": timezone,
+                "encoded_params": prepared.params,
+                "encoded_options": encoded_options,
+                "encoded_metadata": encoded_metadata,
+                "firing_backend": backend,
+                "job_name": job,
+                "misfire_policy": misfire,
+                "overlap_policy": overlap,
+                # The extension keeps the time of the next tick by itself.
+                "next_tick": first if job is None else None,
+            },
+        )
+        if before and before[0].pgcron_job_name != job:
+            yield from pgcron.remove_job(before[0].pgcron_job_name)
         if job is not None:
-            await _refuse_jobs_by_name(connection, identity, app.schema)
-            await pgcron.put_job(connection, app.schema, name, cron_expression, prepared)
-            await pgcron.activate_job(connection, job, active=stored.paused_at is None)
+            yield from _refuse_jobs_by_name(identity, app.schema)
+            yield from pgcron.put_job(app.schema, name, cron_expression, prepared)
+            yield from pgcron.activate_job(job, active=stored[0].paused_at is None)
+        hint.limits = True
+
+    return script
 
 
-async def _refuse_jobs_by_name(connection: AsyncConnection, identity: Mapping[str, str], schema: str) -> None:
+def _refuse_jobs_by_name(identity: Mapping[str, str], schema: str) -> Script[None]:
     """Refuse a second job of a name while the first is of a version that knew schedules by name: it would fire both."""
-    for row in await connection.execute(scheduling.JOBS_OF_OTHER_QUEUES, identity):
+    for row in (yield scheduling.JOBS_OF_OTHER_QUEUES, identity):
         if row.pgcron_job_name != pgcron.job_name(row.queue_name, row.name, schema):
             raise InvalidState(
                 f"The pg_cron job of schedule {row.name!r} in queue {row.queue_name!r}",
@@ -182,22 +191,26 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
         ),
         "cancellation": CancellationPolicy(kind.max_pending_seconds, kind.max_running_seconds),
     }
+    if kind.max_lost_workers is not None:
+        # The default is left out, because workers of before durable_0003 fire no schedule that has this option.
+        complete["max_lost_workers"] = kind.max_lost_workers
     return complete
 
 
-async def delete(database: Database, queue_name: str, name: str) -> None:
-    """Delete a schedule, together with its job.
+def delete(queue_name: str, name: str) -> Callable[[Hint], Script[None]]:
+    """Return the script that deletes a schedule, together with its job.
 
-    Raises:
-        ScheduleNotFound: the queue has no schedule of that name.
+    It raises `ScheduleNotFound` if the queue has no schedule of that name.
     """
-    identity = {"schedule_queue": queue_name, "schedule_name": name}
-    async with database.transaction() as connection:
-        row = (await connection.execute(scheduling.DELETE_SCHEDULE, identity)).one_or_none()
-        if row is not None:
-            await pgcron.remove_job(connection, row.pgcron_job_name)
-    if row is None:
-        raise await _not_found(database, queue_name, name)
+
+    def script(_: Hint) -> Script[None]:
+        rows = yield scheduling.DELETE_SCHEDULE, {"schedule_queue": queue_name, "schedule_name": name}
+        if not rows:
+            others = yield scheduling.LIST_SCHEDULES, _list_params(name, ScheduleFilter())
+            raise ScheduleNotFound(name, queue_name, [row.queue_name for row in others])
+        yield from pgcron.remove_job(rows[0].pgcron_job_name)
+
+    return script
 
 
 async def _not_found(database: Database, queue_name: str, name: str) -> ScheduleNotFound:
@@ -210,14 +223,17 @@ async def queues_with(database: Database, name: str) -> list[str]:
 
 
 async def _rows(database: Database, name: str | None, chosen: ScheduleFilter) -> Sequence[Row[Any]]:
+    return await database.execute(scheduling.LIST_SCHEDULES, _list_params(name, chosen))
+
+
+def _list_params(name: str | None, chosen: ScheduleFilter) -> dict[str, str | None]:
     containing = None if chosen.metadata is None else _encode_metadata(chosen.metadata, "the metadata to look for")
-    parameters = {
+    return {
         "only_queue": chosen.queue_name,
         "only_name": name,
         "only_task": chosen.task_name,
         "containing": containing,
     }
-    return await database.execute(scheduling.LIST_SCHEDULES, parameters)
 
 
 async def list_schedules(database: Database, chosen: ScheduleFilter) -> list[ScheduleInfo]:
@@ -254,6 +270,7 @@ async def pause(database: Database, queue_name: str, name: str, *, paused: bool)
         async with database.transaction() as connection:
             changed = (await connection.execute(scheduling.PAUSE_SCHEDULE, values)).one_or_none()
             if changed is not None and changed.pgcron_job_name is not None:
-                await pgcron.activate_job(connection, changed.pgcron_job_name, active=not paused)
+                script = pgcron.activate_job(changed.pgcron_job_name, active=not paused)
+                await drive_async(functools.partial(database.execute_on, connection), script)
         if changed is not None:
             return

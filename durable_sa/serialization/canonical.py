@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from ..errors import SerializationError
-from .fidelity import is_mapping, is_row, is_set
+from .fidelity import is_mapped, is_mapping, is_row, is_set
 
 _BYTES: Final = (bytes, bytearray, memoryview)
 _NONE: Final = "[[],{}]"
@@ -105,7 +105,7 @@ def _portable(value: object) -> object:
         return sorted(_canonical(item) for item in value)
     if is_mapping(value):
         return dict(value)
-    if hasattr(value, "_sa_instance_state"):
+    if is_mapped(value):
         _refuse(f"a {kind} belongs to a session, pass its primary key")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))

@@ -6,18 +6,24 @@ between the two. Only data is decoded: no code and no type name is ever read fro
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import lru_cache
-from typing import Any, Final, Generic, Literal, Never, NoReturn, TypeVar, cast, get_origin
+from typing import Any, Final, Generic, Literal, Never, NoReturn, TypeVar, cast, get_args, get_origin
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, RootModel, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from ..errors import PayloadTooLarge, SerializationError
 from .canonical import is_default, model_defaults
-from .fidelity import Unfaithful, check_types, compare, culprit, is_mapping, is_row, place, same
+from .fidelity import Unfaithful, check_types, compare, culprit, is_mapped, is_mapping, is_row, place, same
 from .types import UnfaithfulType, Zoned, check, parts
+
+logger = logging.getLogger("durable_sa")
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -34,6 +40,11 @@ _BASE64: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 _TELLTALE: Final = frozenset({"union_tag_invalid", "uuid_parsing"})
 # Errors that the application's validators raise: the text is behind a prefix of pydantic.
 _OWN: Final = frozenset({"value_error", "assertion_error"})
+# Types of values that code goes on to calculate with, and that come back as text unless they are annotated.
+_WITHOUT_JSON: Final = (date, time, timedelta, Decimal, UUID)
+_MAX_WARNED: Final = 1000
+_warned: Final[set[str]] = set()
+"""The values whose missing annotation was logged."""
 
 
 class Codec(Generic[T_co]):
@@ -97,6 +108,8 @@ class Codec(Generic[T_co]):
         if self._forms and (sparse := self._sparse_round_trip(value, what)) is not None:
             return sparse
         text = self._dump(value, what)
+        if isinstance(value, _WITHOUT_JSON) and self._annotation is inspect.Parameter.empty:
+            _warn_of_change(what, kind)
         try:
             return text, self._checked(value, text, what)
         except SerializationError as error:
@@ -248,9 +261,28 @@ def _adapter(annotation: Any, names: Mapping[str, object] | None) -> TypeAdapter
         if not adapter.pydantic_complete:
             adapter.rebuild(raise_errors=True, _types_namespace=None if names is None else dict(names))
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise SerializationError(f"The type {_name(annotation)}", f"has no JSON form: {reason}") from error
+        what = f"The type {_name(annotation)}"
+        if (mapped := _mapped_class(annotation)) is not None:
+            remedy = "its objects belong to a session, pass the primary key and annotate its type"
+            raise UnfaithfulType(what, f"cannot be stored: {mapped.__name__} is a mapped class; {remedy}") from None
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise SerializationError(what, f"has no JSON form: {reason}") from error
     return adapter
+
+
+def _mapped_class(annotation: object) -> type | None:
+    """Return a mapped class that occurs in an annotation."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation if is_mapped(annotation) else None
+    return next(filter(None, map(_mapped_class, get_args(annotation))), None)
+
+
+def _warn_of_change(what: str, kind: type) -> None:
+    """Log once for each value without an annotation that it comes back as another type."""
+    if what in _warned or len(_warned) >= _MAX_WARNED:
+        return
+    _warned.add(what)
+    logger.warning("%s is a %s and comes back as text: annotate it as %s", what, kind.__name__, kind.__name__)
 
 
 def _unset(value: object) -> Any:

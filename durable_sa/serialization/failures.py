@@ -21,6 +21,7 @@ from ..errors import (
     PayloadTooLarge,
     QueueNotFound,
     ReplayMismatch,
+    Retry,
     SerializationError,
     TaskNotFound,
     UserError,
@@ -78,16 +79,38 @@ class StoredFailure(NamedTuple):
 # The class of an exception is asked by `type`, not by `isinstance`, which calls `__class__`, and that is user code.
 
 
-def is_retryable(error: BaseException, no_retry_on: tuple[type[BaseException], ...] = ()) -> bool:
+def is_retryable(
+    error: BaseException,
+    no_retry_on: tuple[type[BaseException], ...] = (),
+    retry_on: tuple[type[BaseException], ...] | None = None,
+) -> bool:
     """Return whether the same code may succeed next time.
 
     `UserError`, the errors of a child, and errors that would recur (`SerializationError`, `InvalidName`,
     `InvalidTaskParams`, `InvalidConfiguration`, `InvalidState`, `PayloadTooLarge`, `IdempotencyConflict`,
     `ReplayMismatch`, and `QueueNotFound` and `TaskNotFound` of a context) are not retried, nor are the exceptions of
-    `no_retry_on`; all others are. An exception group is retried if all its members are.
+    `no_retry_on`; all others are, or if `retry_on` is given, those of it. A `Retry` always is. An exception group is
+    retried if all its members are.
     """
     refused = _NEVER_RETRIED + no_retry_on
-    return not any(issubclass(type(inner), refused) or _recurs(inner) for inner in with_members(error))
+
+    def retried(inner: BaseException, *, listed: bool) -> bool:
+        if issubclass(type(inner), Retry):
+            return True
+        if issubclass(type(inner), refused) or _recurs(inner):
+            return False
+        listed = listed or retry_on is None or issubclass(type(inner), retry_on)
+        members = _members(inner)
+        return all(retried(member, listed=listed) for member in members) if members else listed
+
+    leaves = [inner for inner in with_members(error) if not _members(inner)]
+    return all(issubclass(type(leaf), Retry) for leaf in leaves) or retried(error, listed=False)
+
+
+def retry_delay(error: BaseException) -> float | None:
+    """Return the longest delay in seconds of the `Retry` that an error is, or holds as a group; None without one."""
+    delays = [float(cast(Retry, member).after) for member in with_members(error) if issubclass(type(member), Retry)]
+    return max(delays, default=None)
 
 
 def mark_step(error: BaseException, run_id: uuid.UUID, step: str, *, inner: bool) -> None:
@@ -173,11 +196,16 @@ def stored_failure(text: str, what: str) -> StoredFailure:
 def with_members(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception, and if it is a group its members, also those of groups inside of it."""
     yield error
-    if issubclass(type(error), BaseExceptionGroup):
-        # By the base class, because a subclass is user code.
-        members: Any = vars(BaseExceptionGroup)["exceptions"]
-        for member in cast(tuple[BaseException, ...], members.__get__(error)):
-            yield from with_members(member)
+    for member in _members(error):
+        yield from with_members(member)
+
+
+def _members(error: BaseException) -> tuple[BaseException, ...]:
+    if not issubclass(type(error), BaseExceptionGroup):
+        return ()
+    # By the base class, because a subclass is user code.
+    members: Any = vars(BaseExceptionGroup)["exceptions"]
+    return cast(tuple[BaseException, ...], members.__get__(error))
 
 
 def _recurs(error: BaseException) -> bool:

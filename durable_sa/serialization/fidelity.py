@@ -56,6 +56,11 @@ def is_row(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, list | tuple | deque)
 
 
+def is_mapped(value: object) -> bool:
+    """Return whether a value is an object of a mapped class, or such a class."""
+    return hasattr(value, "_sa_instance_state") or hasattr(value, "__mapper__")
+
+
 def place(path: Path) -> str:
     """Return `path` as the beginning of a sentence: `at sources[3].url: `, or nothing for the value itself."""
     text = ""
@@ -247,6 +252,8 @@ def _encodes(value: object) -> bool:
 def _why_not(value: object) -> str:
     if isinstance(value, str):
         return "contains a lone surrogate, which UTF-8 cannot encode"
+    if is_mapped(value):
+        return "belongs to a session, pass its primary key"
     if isinstance(value, bytes):
         return "is not UTF-8, annotate it as bytes or set ser_json_bytes and val_json_bytes to 'base64' in its model"
     if _fields(value) is not None:

@@ -17,6 +17,10 @@ cursor for each lane: the position up to which the lane was claimed, where the n
 cursor (a transaction that committed late, a retry, a task that was locked by another transaction) are found by a full
 scan, a claim without cursors, from time to time, and by hints, which move the cursor back.
 
+A task that has lost `SUSPECT_AFTER` workers in a row is a suspect: perhaps it ends their processes. A claim passes over
+suspects. A worker that holds no run and finds no other task claims one alone; a worker that is busy for long makes room
+for one that waits at the head of its lane.
+
 ``fence`` is the token that a claim gives to its run: it is incremented by the claim and by every later change of
 ownership, and each write of a run names the fence of its claim. Time only decides when a silent worker may be taken
 over, never which run may write.
@@ -52,6 +56,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from ..models import EndedWorker, Queue, TaskRow, WorkerRow
+from ..policies import SUSPECT_AFTER
 from .expressions import (
     array,
     as_json,
@@ -127,28 +132,31 @@ _open_lanes = materialized(
     )
     .order_by(_cursors.c.position),
 )
-_next_in_lane = (
-    select(TaskRow.task_id)
-    .where(
-        TaskRow.finished_at.is_(None),
-        TaskRow.queue_name == _open_lanes.c.queue_names,
-        TaskRow.priority == _open_lanes.c.priorities,
-        TaskRow.available_at <= statement_time(),
-        tuple_(TaskRow.available_at, TaskRow.task_id) > tuple_(_open_lanes.c.cursor_times, _open_lanes.c.cursor_ids),
-        TaskRow.claimed_by.is_(None),
-        TaskRow.task_name == func.any(array("task_names", Text())),
-        or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > statement_time()),
-        # Rows whose counters would overflow are skipped, because the error would fail the whole claim.
-        TaskRow.attempt < constant(2**31 - 1),
-        TaskRow.fence < constant(2**62),
+_is_suspect = TaskRow.lease_losses >= constant(SUSPECT_AFTER)
+
+
+def _in_lane(*columns: Any) -> Any:
+    """Select the claimable tasks of a lane, suspects included, in the order of claims."""
+    return (
+        select(*columns)
+        .where(
+            TaskRow.finished_at.is_(None),
+            TaskRow.queue_name == _open_lanes.c.queue_names,
+            TaskRow.priority == _open_lanes.c.priorities,
+            TaskRow.available_at <= statement_time(),
+            tuple_(TaskRow.available_at, TaskRow.task_id)
+            > tuple_(_open_lanes.c.cursor_times, _open_lanes.c.cursor_ids),
+            TaskRow.claimed_by.is_(None),
+            TaskRow.task_name == func.any(array("task_names", Text())),
+            or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > statement_time()),
+            # Rows whose counters would overflow are skipped, because the error would fail the whole claim.
+            TaskRow.attempt < constant(2**31 - 1),
+            TaskRow.fence < constant(2**62),
+        )
+        .order_by(TaskRow.available_at, TaskRow.task_id)
+        .correlate(_open_lanes)
     )
-    .order_by(TaskRow.available_at, TaskRow.task_id)
-    .limit(_wanted)
-    .with_for_update(skip_locked=True, key_share=True)
-    .correlate(_open_lanes)
-    .lateral("next_in_lane")
-)
-_ready = select(_next_in_lane.c.task_id).select_from(_open_lanes.join(_next_in_lane, true())).limit(_wanted)
+
 
 _CLAIMED = (
     TaskRow.task_id,
@@ -165,30 +173,62 @@ _CLAIMED = (
     clock().label("now"),
 )
 
-CLAIM = (
-    update(TaskRow)
-    # An array instead of a join: the planner would expect many rows and read the whole table.
-    .where(TaskRow.task_id == func.any(func.array(_ready.scalar_subquery())))
-    .values(
-        state=constant("running"),
-        claimed_by=_worker_id,
-        fence=TaskRow.fence + constant(1),
-        # A suspended task continues its attempt; a pending one begins the next.
-        attempt=TaskRow.attempt + case((TaskRow.state == constant("pending"), constant(1)), else_=constant(0)),
-        started_at=case((TaskRow.state == constant("pending"), clock()), else_=TaskRow.started_at),
-        first_started_at=func.coalesce(TaskRow.first_started_at, clock()),
-        cancel_at=case(
-            (TaskRow.first_started_at.is_(None), clock() + clamped_limit(TaskRow.max_running_time)),
-            else_=TaskRow.cancel_at,
-        ),
+
+def _claim(condition: ColumnElement[bool], wanted: ColumnElement[int]) -> Executable:
+    next_in_lane = (
+        _in_lane(TaskRow.task_id)
+        .where(condition)
+        .limit(wanted)
+        .with_for_update(skip_locked=True, key_share=True)
+        .lateral("next_in_lane")
     )
-    .returning(*_CLAIMED)
-)
+    ready = select(next_in_lane.c.task_id).select_from(_open_lanes.join(next_in_lane, true())).limit(wanted)
+    return (
+        update(TaskRow)
+        # An array instead of a join: the planner would expect many rows and read the whole table.
+        .where(TaskRow.task_id == func.any(func.array(ready.scalar_subquery())))
+        .values(
+            state=constant("running"),
+            claimed_by=_worker_id,
+            fence=TaskRow.fence + constant(1),
+            # A suspended task continues its attempt; a pending one begins the next.
+            attempt=TaskRow.attempt + case((TaskRow.state == constant("pending"), constant(1)), else_=constant(0)),
+            started_at=case((TaskRow.state == constant("pending"), clock()), else_=TaskRow.started_at),
+            first_started_at=func.coalesce(TaskRow.first_started_at, clock()),
+            cancel_at=case(
+                (TaskRow.first_started_at.is_(None), clock() + clamped_limit(TaskRow.max_running_time)),
+                else_=TaskRow.cancel_at,
+            ),
+        )
+        .returning(*_CLAIMED)
+    )
+
+
+CLAIM = _claim(~_is_suspect, _wanted)
 """Claim up to `wanted` ready tasks: the central statement of the engine, explained in the module's docstring."""
+
+CLAIM_SUSPECT = _claim(_is_suspect, constant(1))
+"""Claim one suspect, for a worker that runs nothing else."""
+
+_head = _in_lane(TaskRow.task_id, TaskRow.lease_losses).limit(constant(100)).lateral("head")
+
+WAITING_SUSPECTS = (
+    select(
+        _head.c.task_id,
+        select(func.array_agg(WorkerRow.worker_id))
+        .where(WorkerRow.lost_at.is_(None), _open_lanes.c.queue_names == func.any(WorkerRow.queue_names))
+        .scalar_subquery()
+        .label("worker_ids"),
+    )
+    .select_from(_open_lanes.join(_head, true()))
+    .where(_head.c.lease_losses >= constant(SUSPECT_AFTER))
+    .limit(constant(100))
+)
+"""Ready suspects among the first tasks of each lane, and the workers of their queue: those whose turn has come."""
 
 _held = rows("held", task_ids=Uuid(), fences=BigInteger())
 
-UNREPORTED_CLAIMS = select(*_CLAIMED).where(
+UNREPORTED_CLAIMS = select(*_CLAIMED, _is_suspect.label("suspect")).where(
     TaskRow.finished_at.is_(None),
     TaskRow.queue_name == func.any(array("queue_names", Text())),
     TaskRow.available_at <= statement_time(),
@@ -268,6 +308,11 @@ HEARTBEAT = (
 LEASE_STATUS = select(WorkerRow.worker_id).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None))
 """Returns a row unless the worker was declared lost. For workers that must not extend their lease: the event loop is
 stuck, or the lease is over."""
+
+END_LEASE = (
+    update(WorkerRow).where(WorkerRow.worker_id == _beating_id, WorkerRow.lost_at.is_(None)).values(expires_at=clock())
+)
+"""End the lease of a worker whose process has ended, so that its runs are taken over now."""
 
 SHOW_LONG_STEPS = (
     update(WorkerRow)

@@ -220,5 +220,6 @@ _ARRAYS: dict[str, TypeEngine[Any]] = {
     "times": DateTime(timezone=True),
 }
 INTROSPECT_TYPES = select(*(array(name, type_) for name, type_ in _ARRAYS.items()))
-"""Make asyncpg look up the array types: once per connection, 10 ms that the first task would wait for otherwise."""
+"""Make asyncpg look up the array types where it does not know them (see `private.declare_array_types`): once per
+connection, 10 ms that the first task would wait for otherwise."""
 NO_ARRAYS: dict[str, list[Any]] = {name: [] for name in _ARRAYS}

@@ -53,7 +53,7 @@ CHECKPOINTS = (
         Checkpoint.duration,
         case((or_(_with_payloads, _is_public), as_text(Checkpoint.value))).label("value"),
     )
-    .where(Checkpoint.task_id == _task_id)
+    .where(Checkpoint.task_id == _task_id, Checkpoint.name != constant("$time"))
     .order_by(Checkpoint.created_at)
 )
 """The checkpoints of a task. The values of sleeps are their ends, and those of tries are their errors."""

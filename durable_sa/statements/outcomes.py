@@ -29,12 +29,10 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, RunRow, TaskRow, Wait
+from ..policies import MAX_LOST_WORKERS, SUSPECT_AFTER
 from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
 from .fencing import is_in, locked_rows, materialized
-
-LEASE_LOSS_LIMIT = 20
-"""Consecutive workers that may be lost while they run a task, before the task is failed as the likely cause."""
 
 
 def record_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
@@ -107,13 +105,16 @@ _failed = rows(
     retryable=Boolean(),
     next_run_ids=Uuid(),
     waited=Boolean(),
+    delays=Float(53),
 )
 _locked = locked_rows(_failed)
 _ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
 # Clamped, because a value set by hand could overflow and fail the whole batch.
 _failures = func.least(func.greatest(TaskRow.failures, constant(0)), constant(2**31 - 2))
 _again = (
-    _locked.c.retryable & (TaskRow.retry_kind != constant("none")) & (_failures + constant(1) < TaskRow.max_attempts)
+    _locked.c.retryable
+    & ((TaskRow.retry_kind != constant("none")) | _locked.c.delays.is_not(None))
+    & (_failures + constant(1) < TaskRow.max_attempts)
 )
 _forgotten = (
     delete(Wait)
@@ -159,7 +160,7 @@ _jittered = case(
     (_jitter < 1e-6, _backoff),
     else_=_backoff * (1 + _jitter * (2 * func.random() - 1)),
 )
-_delay = func.least(_jittered, _max_backoff)
+_delay = func.coalesce(_locked.c.delays, func.least(_jittered, _max_backoff))
 
 FAIL = (
     update(TaskRow)
@@ -186,7 +187,9 @@ FAIL = (
     )
     .add_cte(_ended, _forgotten, _dropped)
 )
-"""Record failures of user code: schedule the next attempt after the policy's delay, or end the task as failed.
+"""Record failures of user code: schedule the next attempt, or end the task as failed.
+
+The next attempt begins after the delay that the failure names, or else the policy's.
 
 Recorded timeouts that are the failure are deleted, so that the next attempt waits anew.
 """
@@ -201,6 +204,7 @@ RELEASE = (
     .values(
         state=constant("pending"),
         run_id=_locked.c.next_run_ids,
+        lease_losses=constant(0),
         available_at=clock(),
         claimed_by=null(),
         fence=TaskRow.fence + constant(1),
@@ -220,6 +224,7 @@ _locked = materialized(
         TaskRow.claimed_by,
         TaskRow.started_at,
         TaskRow.lease_losses,
+        func.coalesce(TaskRow.max_lost_workers, constant(MAX_LOST_WORKERS)).label("max_lost_workers"),
         _taken.c.next_run_ids,
         array("worker_ids", Uuid()).label("worker_ids"),
     )
@@ -228,6 +233,11 @@ _locked = materialized(
     .order_by(TaskRow.task_id)
     .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
 )
+# A number beyond counting, set by hand, would overflow and fail the whole batch.
+_losses = func.least(_locked.c.lease_losses, constant(2**31 - 2)) + constant(1)
+# A suspect is only claimed alone, so those after the first two were lost while they ran nothing else.
+_lost_alone = _losses - constant(SUSPECT_AFTER)
+_given_up = _lost_alone >= _locked.c.max_lost_workers
 _lost = func.json_build_object(
     constant("name"),
     constant("LeaseLost"),
@@ -237,10 +247,21 @@ _lost = func.json_build_object(
         cast(_locked.c.claimed_by, Text()),
         constant(" fell silent while it ran attempt "),
         _locked.c.attempt,
+        case(
+            (
+                _lost_alone > constant(0),
+                func.concat(
+                    constant(" alone (loss "),
+                    _lost_alone,
+                    constant(" of "),
+                    _locked.c.max_lost_workers,
+                    constant(" in a row)"),
+                ),
+            )
+        ),
     ),
 )
 _ended = record_attempts(_locked, constant("failed"), _lost)
-_given_up = _locked.c.lease_losses >= LEASE_LOSS_LIMIT - 1
 _forgotten = delete_unlocked_waits(_locked, _given_up)
 
 TAKE_OVER = (
@@ -253,7 +274,7 @@ TAKE_OVER = (
         error=case((_given_up, _lost), else_=TaskRow.error),
         available_at=case((_given_up, TaskRow.available_at), else_=clock()),
         run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),
-        lease_losses=case((_given_up, constant(LEASE_LOSS_LIMIT)), else_=TaskRow.lease_losses + constant(1)),
+        lease_losses=_losses,
         claimed_by=null(),
         fence=next_fence(TaskRow.fence),
     )
@@ -265,7 +286,11 @@ TAKE_OVER = (
         TaskRow.available_at,
         TaskRow.parent_task_id,
         TaskRow.state,
+        TaskRow.lease_losses,
     )
     .add_cte(_ended, _forgotten)
 )
-"""Take runs over from lost workers: a new attempt, not counted as a failure, up to `LEASE_LOSS_LIMIT` in a row."""
+"""Take runs over from lost workers: a new attempt, not counted as a failure.
+
+A suspect fails at its `max_lost_workers`-th loss in a row.
+"""

@@ -294,6 +294,7 @@ _info: tuple[Any, ...] = (
     TaskRow.priority,
     TaskRow.failures,
     TaskRow.max_attempts,
+    TaskRow.lease_losses,
     as_text(_error).label("error"),
     cast(_waits, Text()).label("waits"),
     case((and_(TaskRow.state == constant("sleeping"), TaskRow.available_at.is_not(None)), _sleep)).label("sleep"),

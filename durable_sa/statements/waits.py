@@ -209,22 +209,26 @@ _first = (
     .returning(Event.queue_name, Event.name, Event.emitted_at)
     .cte("first")
 )
-_elsewhere = (
-    select(Queue.queue_name)
-    .where(
-        ~exists().where(Wait.queue_name == _first.c.queue_name, Wait.event_name == _first.c.name),
-        Queue.queue_name != _first.c.queue_name,
-        exists().where(Wait.queue_name == Queue.queue_name, Wait.event_name == _first.c.name),
-    )
-    .limit(literal_column("1"))
-    .correlate(_first)
-    .scalar_subquery()
-)
-EMIT = select(_first.c.queue_name, _first.c.name, _first.c.emitted_at, _elsewhere.label("elsewhere"))
-"""Emit events, in the order of their names so that two transactions never deadlock. Delivery follows separately.
 
-`elsewhere` is another queue in which a task waits for an event of this name, if none waits in the event's queue.
-"""
+
+def _elsewhere(event: CTE) -> Any:
+    """Return another queue in which a task waits for an event of this name, if none waits in the event's queue."""
+    return (
+        select(Queue.queue_name)
+        .where(
+            ~exists().where(Wait.queue_name == event.c.queue_name, Wait.event_name == event.c.name),
+            Queue.queue_name != event.c.queue_name,
+            exists().where(Wait.queue_name == Queue.queue_name, Wait.event_name == event.c.name),
+        )
+        .limit(literal_column("1"))
+        .correlate(event)
+        .scalar_subquery()
+        .label("elsewhere")
+    )
+
+
+EMIT = select(_first.c.queue_name, _first.c.name, _first.c.emitted_at, _elsewhere(_first))
+"""Emit events, in the order of their names so that two transactions never deadlock. Delivery follows separately."""
 
 REPLACE_EVENT = (
     update(Event)
@@ -257,6 +261,7 @@ UNDELIVERED = select(
     )
     .scalar_subquery()
     .label("task_ids"),
+    _elsewhere(_undelivered),
 )
 """A page of events not yet delivered to all of their waiters, with some of the waiting tasks.
 

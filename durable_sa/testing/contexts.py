@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, cast, overload
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from typing_extensions import Unpack
 
 from ..client import Durable
@@ -26,6 +26,7 @@ from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
 from ..execution.run import Run
+from ..execution.session_transactions import InThread
 from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
@@ -69,7 +70,7 @@ class ContextOptions(TypedDict, total=False):
     """The results of children, by the name passed to `ctx.spawn`, or else by the name of their task. An exception is
     the error with which the child has failed. A `ChildCancelled` stands for a child that was cancelled, a `TaskTimeout`
     for one that takes longer than the timeout of the join."""
-    session: Session | AsyncSession
+    session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
     """The session for `ctx.transaction`, each call of which is a savepoint. Nothing is committed."""
     now: datetime
     """The time at which the task starts. It stands still except for sleeps and timeouts."""
@@ -118,7 +119,9 @@ class MemoryContext(TaskContext[Any], _Enterable):
             claimed, durable.max_payload_bytes, events, options.get("results", {}), self._execute_child
         )
         super().__init__(cast(Run, self._memory), durable, options.get("state"))
-        self.session = options.get("session")
+        session = options.get("session")
+        # The scope is that of the test, whichever thread executes the transaction.
+        self.session = session() if isinstance(session, scoped_session | async_scoped_session) else session
         """The session of transactions."""
         self._options = options
         self._random = random.Random(options.get("seed"))  # noqa: S311
@@ -160,7 +163,12 @@ class MemoryContext(TaskContext[Any], _Enterable):
             return task.function(sync_context, *arguments)
 
     async def _transaction(
-        self, call: Call, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Call,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_thread: InThread | None = None,
     ) -> Any:
         session = self.session
         if session is None:

@@ -19,7 +19,6 @@ import sqlalchemy as sa
 from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 
 from ..database.urls import resolve_url
 from ..errors import InvalidConfiguration
@@ -58,7 +57,10 @@ class TestServer:
     def __init__(self, url: URL | str) -> None:
         self.url = resolve_url(url)
         """The database in which `CREATE DATABASE` is executed; tests do not use it."""
-        self._engine = create_async_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        # One connection is kept: to connect takes half as long as to create a database.
+        self._engine = create_async_engine(
+            self.url, pool_size=1, max_overflow=0, pool_pre_ping=True, isolation_level="AUTOCOMMIT"
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="durable-test-server")
         self._runner = asyncio.Runner()
 
@@ -91,7 +93,13 @@ class TestServer:
 
     def close(self) -> None:
         """Stop the thread that executes the statements."""
-        self._thread.submit(self._runner.close).result()
+
+        def close() -> None:
+            self._runner.run(self._engine.dispose())
+            self._runner.run(asyncio.sleep(0))  # in which asyncio closes the socket
+            self._runner.close()
+
+        self._thread.submit(close).result()
         self._thread.shutdown()
 
     def _execute(self, statement: str) -> None:

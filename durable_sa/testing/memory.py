@@ -131,7 +131,7 @@ class MemoryRun:
     async def enter(self) -> None:
         """Let every call begin, because no other worker can take the run over."""
 
-    def timed_out(self, _: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
+    def timed_out(self, key: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
         """Return the error of a wait, whose record no other attempt will read."""
         return error
 

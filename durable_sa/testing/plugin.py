@@ -94,17 +94,16 @@ def test_ordering(session):
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+# The plugin is loaded by every run of pytest: what costs time to import, fixtures import when they are used.
 from collections.abc import Awaitable, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
-from sqlalchemy import URL
 
-from ..client import Durable
-from .database import TestServer, database_server
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+    from .database import TestServer
 
 __all__ = [
     "durable_database_url",
@@ -114,12 +113,14 @@ __all__ = [
     "durable_template_url",
 ]
 
-Migrate: TypeAlias = Callable[[URL], Awaitable[None] | None]
+Migrate: TypeAlias = "Callable[[URL], Awaitable[None] | None]"
 
 
 @pytest.fixture(scope="session")
 def durable_server() -> Generator[TestServer]:
     """Provide the server of all test databases."""
+    from .database import database_server
+
     with database_server() as server:
         yield server
 
@@ -130,6 +131,7 @@ def durable_migrate() -> Migrate:
 
     This one creates durable's tables. Override it to create those of the application as well.
     """
+    from ..client import Durable
 
     async def migrate(url: URL) -> None:
         async with Durable(url) as durable:
@@ -141,11 +143,18 @@ def durable_migrate() -> Migrate:
 @pytest.fixture(scope="session")
 def durable_template_url(durable_server: TestServer, durable_migrate: Migrate) -> Generator[URL]:
     """Create the template of all test databases. It must have no connections while they are copied."""
+    import asyncio
+    import inspect
+    from concurrent.futures import ThreadPoolExecutor
+
     url = durable_server.create_database()
+
+    async def awaited(awaitable: Awaitable[None]) -> None:
+        await awaitable
 
     def migrate() -> None:
         if inspect.isawaitable(done := durable_migrate(url)):
-            asyncio.run(_awaited(done))
+            asyncio.run(awaited(done))
 
     # In a thread, because the first test may have an event loop running in this one.
     with ThreadPoolExecutor(1) as thread:
@@ -168,7 +177,3 @@ def durable_shared_database_url(durable_server: TestServer, durable_template_url
     url = durable_server.create_database(durable_template_url)
     yield url
     durable_server.drop_database(url)
-
-
-async def _awaited(awaitable: Awaitable[None]) -> None:
-    await awaitable

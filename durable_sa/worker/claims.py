@@ -6,20 +6,25 @@ import asyncio
 import logging
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import Row
 
 from ..app import App
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..database_errors import Retry
+from ..database_errors import RetryPauses
 from ..execution.writer import Writer
 from ..statements import claiming
 from ..statements.claiming import ClaimedRun
 from .agenda import FULL_SCAN_DELAY, Agenda
 from .executor import Executor
+from .lifetime import Lifetime
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
+from .suspects import Suspects
 
 logger = logging.getLogger("durable_sa")
 
@@ -49,6 +54,8 @@ class Claimer:
         slots: Slots,
         writer: Writer,
         executor: Executor,
+        suspects: Suspects,
+        lifetime: Lifetime,
         *,
         stopping: asyncio.Event,
         listening: Callable[[], bool],
@@ -64,6 +71,8 @@ class Claimer:
         self._slots = slots
         self._writer = writer
         self._executor = executor
+        self._suspects = suspects
+        self._lifetime = lifetime
         self._stopping = stopping
         self._listening = listening
         self._loop = asyncio.get_running_loop()
@@ -80,12 +89,12 @@ class Claimer:
         wanted = self._slots.free
         if self._settings.concurrency >= HALF_CLAIMS_CONCURRENCY:
             wanted = min(wanted, self._settings.concurrency // 2)
-        return wanted
+        return self._lifetime.most(wanted)
 
     async def run(self) -> None:
         """Claim until the worker is being shut down."""
         agenda = self._agenda
-        retry = Retry("claim", self._stopping, self._registration.outage)
+        retry = RetryPauses("claim", self._stopping, self._registration.outage)
         while not self._stopping.is_set():
             try:
                 if self._wanted <= 0 or not self._registration.lease.valid:
@@ -140,16 +149,24 @@ class Claimer:
                 return 0
         worker_id = self._registration.worker_id
         offered = self._agenda.offered
-        rows = await self._connection.execute(
-            claiming.CLAIM,
-            {
-                "worker_id": worker_id,
-                "wanted": wanted,
-                "task_names": list(self._app.tasks),
-                **self._cursors.parameters(full_scan=full_scan),
-            },
-        )
+        makes_room = self._slots.makes_room
+        parameters = {
+            "worker_id": worker_id,
+            "wanted": wanted,
+            "task_names": list(self._app.tasks),
+            **self._cursors.parameters(full_scan=full_scan or makes_room),
+        }
+        rows: Sequence[Row[Any]] = ()
+        if not makes_room:
+            rows = await self._connection.execute(claiming.CLAIM, parameters)
         self._agenda.offered -= offered
+        alone = makes_room or (not rows and self._slots.empty)
+        # Beside its own runs' unwritten outcomes, a worker asks for none yet; after a suspect, it asks for another.
+        self._slots.claim_when_empty = not rows and not self._slots.taken
+        if alone:
+            # Nothing else runs here, nor is ready: the worker is free for a suspect.
+            rows = await self._connection.execute(claiming.CLAIM_SUSPECT, parameters)
+            self._suspects.asked(found=bool(rows))
         if rows:
             self._clock.set(rows[0].now)
         if full_scan:
@@ -158,7 +175,8 @@ class Claimer:
         if self._telemetry is not None:
             self._telemetry.claimed(self._settings.queue_names, claimed, time.monotonic() - now)
         claimed.sort(key=_LANE_ORDER)
-        self._cursors.claimed(claimed, full_scan=full_scan, full=len(rows) >= wanted)
+        if not alone:
+            self._cursors.claimed(claimed, full_scan=full_scan, full=len(rows) >= wanted)
         if worker_id != self._registration.worker_id or not self._registration.lease.valid:
             # The lease ended while the claim was in flight: the workers that take over find these runs, too.
             self.suspect_unknown_commit()
@@ -169,7 +187,9 @@ class Claimer:
         if claimed:
             # They start in the next turn of the event loop, so that the next claim may be in flight meanwhile.
             self._slots.reserve(claimed)
+            self._slots.alone = alone
             self._loop.call_soon(self._start)
+            self._lifetime.claimed(len(claimed))
         return len(rows)
 
     def _start(self) -> None:
@@ -202,5 +222,14 @@ class Claimer:
                 "fences": [fence for _, fence in held],
             },
         )
-        if worker_id == self._registration.worker_id and self._registration.lease.valid:
-            self._executor.start([ClaimedRun._make(row) for row in rows])
+        if worker_id != self._registration.worker_id or not self._registration.lease.valid:
+            return
+        suspects = [ClaimedRun._make(row[:-1]) for row in rows if row.suspect]
+        others = [ClaimedRun._make(row[:-1]) for row in rows if not row.suspect]
+        if suspects and (others or suspects[1:] or not self._slots.empty):
+            # Other tasks have been claimed since that claim, and nothing runs beside a suspect.
+            self._executor.give_back(suspects)
+        elif suspects:
+            self._slots.alone = True
+            self._executor.start(suspects)
+        self._executor.start(others)

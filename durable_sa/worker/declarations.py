@@ -9,6 +9,7 @@ from typing import Any
 
 from ..app import App
 from ..database.channel import DedicatedConnection
+from ..database.scripts import perform
 from ..errors import DurableError
 from ..ids import digest
 from ..schedules import store
@@ -84,7 +85,7 @@ class Declarations:
                 # A worker that started later has another definition of it.
                 return False
             now = (await self._connection.execute(scheduling.DATABASE_TIME, {}))[0].now
-            await store.create(
+            script = store.create(
                 self._app,
                 name,
                 task=task,
@@ -97,6 +98,7 @@ class Declarations:
                 overlap="allow",
                 options={},
             )
+            await perform(self._app.database, script)
         except DurableError as error:
             self._log_once(task, str(error))
             return False

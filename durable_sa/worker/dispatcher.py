@@ -54,9 +54,12 @@ class Dispatcher:
             case Kind.CHECKPOINT | Kind.WAITS:
                 pass
 
-    def announce(self, hint: Hint) -> None:
-        """Note a hint for this worker, and send it to other workers unless this one has slots for all its tasks."""
-        if hint and not self.offer(hint):
+    def announce(self, hint: Hint, *, everywhere: bool = False) -> None:
+        """Note a hint for this worker, and send it to other workers unless this one has slots for all its tasks.
+
+        With `everywhere` it is sent in any case.
+        """
+        if hint and (not self.offer(hint) or everywhere):
             self._hints.send(hint)
 
     def offer(self, hint: Hint) -> bool:

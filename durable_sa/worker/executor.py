@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import logging
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -31,12 +32,15 @@ from ..execution.reader import Reader
 from ..execution.run import Run
 from ..execution.writer import Writer
 from ..logs import FIELDS
+from ..policies import SUSPECT_AFTER
 from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
-from ..statements import checkpoints, claiming, outcomes, waits
+from ..statements import checkpoints, claiming, waits
 from ..statements.claiming import ClaimedRun
+from ..tasks import Task
 from .agenda import Agenda
 from .background import BackgroundTasks
+from .endings import Endings
 from .registration import Registration
 from .slots import Slots
 
@@ -56,6 +60,7 @@ class Executor:
         agenda: Agenda,
         slots: Slots,
         writer: Writer,
+        endings: Endings,
         *,
         on_task_ended: Callable[[uuid.UUID], None],
     ) -> None:
@@ -74,6 +79,7 @@ class Executor:
         self._background = background
         self._agenda = agenda
         self._slots = slots
+        self._endings = endings
         self._on_task_ended = on_task_ended
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
@@ -105,6 +111,13 @@ class Executor:
             self.start_task(self._resume(resumed), "durable:resume")
         if self._releasing:
             self.release()
+
+    def give_back(self, claimed: list[ClaimedRun]) -> None:
+        """Release runs that have not been started."""
+        for item in claimed:
+            run = Run(item, self._app.tasks[item.task_name], self, EMPTY_JOURNAL)
+            self._slots.take(run)
+            run.release()
 
     async def _resume(self, claimed: list[ClaimedRun]) -> None:
         """Load the journals, after resolving the waits that are over, and start."""
@@ -162,6 +175,11 @@ class Executor:
             start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
             inner,
         )
+        self._endings.run_begins(run)
+
+    def task(self, name: str) -> Task[Any, Any] | None:
+        """Return the task that is registered under a name, if there is one."""
+        return self._app.tasks.get(name)
 
     @property
     def leased(self) -> bool:
@@ -178,6 +196,14 @@ class Executor:
         if lost:
             self._registration.left_running()
 
+    def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
+        """Return the seconds in memory after which an attempt of a task fails, if there is a limit."""
+        return self._endings.attempt_timeout(task)
+
+    def thread_abandoned(self, claimed: ClaimedRun, thread: threading.Thread) -> None:
+        """Count the thread of a `def` run that executes code after the end of the run."""
+        self._endings.thread_abandoned(claimed, thread)
+
     def unended(self) -> list[ClaimedRun]:
         """Return the runs whose code ignores its cancellation. Safe to call from any thread."""
         return list({run.key: run for task, run in list(self._left_behind.items()) if not task.done()}.values())
@@ -189,6 +215,7 @@ class Executor:
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose code has ended; its outcome is still to be written."""
         self._slots.free_slot(claimed)
+        self._endings.run_ended(claimed)
         if not self._freeing:
             # In the next turn of the event loop, so that the outcome is sent first.
             self._freeing = True
@@ -200,7 +227,8 @@ class Executor:
 
     def outcome_stored(self, claimed: ClaimedRun, outcome: str, error: BaseException | None) -> None:
         """Log and count the outcome of a run, which is committed or, if the run was lost, never will be."""
-        self._slots.unwritten.discard(claimed.key)
+        if self._slots.written(claimed):
+            self._agenda.claim.set()
         if outcome in ("failed", "retried") and error is not None:
             self._log_failure(claimed, error, final=outcome == "failed")
         elif outcome == "lost":
@@ -252,10 +280,11 @@ class Executor:
         """Log and count tasks that a takeover has failed, because too many workers were lost with them."""
         for row in rows:
             logger.error(
-                "task %s (%s) failed: LeaseLost: %d workers in a row were lost while they ran it",
+                "task %s (%s) failed: LeaseLost: %d workers in a row were lost while they ran it, the last %d alone",
                 row.task_id,
                 row.task_name,
-                outcomes.LEASE_LOSS_LIMIT,
+                row.lease_losses,
+                row.lease_losses - SUSPECT_AFTER,
                 extra={
                     **dict.fromkeys(FIELDS),
                     "task_id": str(row.task_id),

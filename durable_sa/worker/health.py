@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from sqlalchemy import text
 
@@ -34,6 +35,10 @@ _TIMEOUT: Final = 2.0
 _MAX_REQUEST_BYTES: Final = 8 * 1024
 
 
+Answer: TypeAlias = tuple[bool, dict[str, Any]]
+"""The state that a probe asks for, and the details."""
+
+
 class VitalSigns(NamedTuple):
     """The state of a worker, as another thread can read it."""
 
@@ -46,10 +51,13 @@ class VitalSigns(NamedTuple):
 
 
 class HealthServer:
-    """Answers probes on a port of all interfaces until it is stopped."""
+    """Answers probes on a port of an address, or of all interfaces, until it is stopped."""
 
-    def __init__(self, database: Database, port: int, vital_signs: Callable[[], VitalSigns]) -> None:
+    def __init__(
+        self, database: Database, port: int, vital_signs: Callable[[], VitalSigns], host: str | None = None
+    ) -> None:
         self._database = database
+        self._host = host
         self._port = port
         self._vital_signs = vital_signs
         self._started: Future[int] = Future()
@@ -81,16 +89,10 @@ class HealthServer:
         engine = self._database.private()
         connection = DedicatedConnection(Database(engine, self._database.schema))
 
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
-                async with asyncio.timeout(_TIMEOUT):
-                    request = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._answer(request, connection))
-                await writer.drain()
-            writer.close()
-
         try:
-            server = await asyncio.start_server(answer, None, self._port, limit=_MAX_REQUEST_BYTES, reuse_address=True)
+            server = await start_probes(
+                self._host, self._port, live=self._live, ready=functools.partial(self._ready, connection)
+            )
             async with server:
                 # With port 0, the sockets of IPv4 and IPv6 have different ports.
                 sockets = sorted(server.sockets, key=lambda bound: bound.family != socket.AF_INET)
@@ -100,29 +102,15 @@ class HealthServer:
             await connection.close()
             await dispose(engine)
 
-    async def _answer(self, request: bytes, connection: DedicatedConnection) -> bytes:
-        method, _, rest = request.partition(b" ")
-        path = rest.split(maxsplit=1)[0].partition(b"?")[0] if rest.split() else b""
-        if method not in (b"GET", b"HEAD"):
-            return _response("405 Method Not Allowed", {"error": "GET /live or GET /ready"})
-        if path == b"/live":
-            well, body = self._live()
-        elif path == b"/ready":
-            well, body = await self._ready(connection)
-        else:
-            return _response("404 Not Found", {"error": "GET /live or GET /ready"})
-        response = _response("200 OK" if well else "503 Service Unavailable", {"ok": well, **body})
-        return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else response
-
-    def _live(self) -> tuple[bool, dict[str, Any]]:
+    async def _live(self) -> Answer:
         signs = self._vital_signs()
         body = {"seconds_since_loop_turned": round(signs.turned, 3)}
         if signs.turned > signs.stuck_after:
             return False, {**body, "problem": "the event loop is stuck: a task blocks it"}
         return True, body
 
-    async def _ready(self, connection: DedicatedConnection) -> tuple[bool, dict[str, Any]]:
-        live, body = self._live()
+    async def _ready(self, connection: DedicatedConnection) -> Answer:
+        live, body = await self._live()
         signs = self._vital_signs()
         body["seconds_since_heartbeat"] = None if signs.beaten is None else round(signs.beaten, 3)
         if not live:
@@ -137,6 +125,42 @@ class HealthServer:
         except Exception as error:  # noqa: BLE001 - any error means that the database does not answer
             return False, {**body, "problem": f"the database does not answer: {type(error).__name__}"}
         return True, body
+
+
+async def start_probes(
+    host: str | None,
+    port: int,
+    *,
+    live: Callable[[], Awaitable[Answer]],
+    ready: Callable[[], Awaitable[Answer]],
+) -> asyncio.Server:
+    """Answer `GET /live` and `GET /ready` on a port of an address, or of all interfaces.
+
+    Raises:
+        OSError: the port is taken, or not allowed.
+    """
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(_TIMEOUT):
+                request = await reader.readuntil(b"\r\n\r\n")
+            writer.write(await _answer(request, {b"/live": live, b"/ready": ready}))
+            await writer.drain()
+        writer.close()
+
+    return await asyncio.start_server(answer, host, port, limit=_MAX_REQUEST_BYTES, reuse_address=True)
+
+
+async def _answer(request: bytes, probes: Mapping[bytes, Callable[[], Awaitable[Answer]]]) -> bytes:
+    method, _, rest = request.partition(b" ")
+    path = rest.split(maxsplit=1)[0].partition(b"?")[0] if rest.split() else b""
+    if method not in (b"GET", b"HEAD"):
+        return _response("405 Method Not Allowed", {"error": "GET /live or GET /ready"})
+    if path not in probes:
+        return _response("404 Not Found", {"error": "GET /live or GET /ready"})
+    well, body = await probes[path]()
+    response = _response("200 OK" if well else "503 Service Unavailable", {"ok": well, **body})
+    return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else response
 
 
 def _response(status: str, body: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, which shut a worker down, and the end of a process that a task does not let end."""
+"""The signals that shut a worker down, and the end of a process that a task does not let end."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import InvalidConfiguration
 from .leases import end_process
+from .supervision import Ending, Supervision
 from .worker import Worker
 
 logger = logging.getLogger("durable_sa")
@@ -27,7 +28,10 @@ ENDING_TIMEOUT = 30.0
 LEFT_BEHIND_TIMEOUT = 5.0
 """Seconds that a process has to end after its worker has ended and left code behind that ignores its cancellation."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+"""The signals that shut a worker down."""
+RELEASING = getattr(signal, "SIGQUIT", None)
+"""The signal that gives all runs back at once."""
 
 
 class Watchdog:
@@ -62,12 +66,18 @@ class Watchdog:
 
 
 class Interrupts:
-    """Handles signals for a worker: the first cancels its start or shuts it down, the second gives its runs back."""
+    """Handles signals for a worker: the first cancels its start or shuts it down, the second gives its runs back.
+
+    SIGQUIT gives them back at once.
+    """
 
     def __init__(self) -> None:
         self._starting: asyncio.Task[Worker] | None = None
         self._worker: Worker | None = None
-        self.received = 0
+        self.ending = False
+        """True once the worker is to end."""
+        self._signals = 0
+        self._at_once = False
 
     async def started(self, start: Coroutine[Any, Any, Worker]) -> Worker | None:
         """Return the worker that `start` returns, or None if a signal has cancelled the start."""
@@ -75,26 +85,29 @@ class Interrupts:
         try:
             self._worker = await self._starting
         except asyncio.CancelledError:
-            if self.received and self._starting.cancelled():
+            if self.ending and self._starting.cancelled():
                 return None
             if self._starting.done() and not self._starting.cancelled() and self._starting.exception() is None:
                 # The caller was cancelled just when the worker had started, so no other code has a reference to it.
                 await self._starting.result().shutdown()
             raise
-        if self.received:
+        if self.ending:
             self._shut_down(self._worker)
         return self._worker
 
-    def signalled(self) -> None:
-        """Act on a signal."""
-        self.received += 1
-        if self._worker is None:
-            if self._starting is not None:
-                self._starting.cancel()
-        elif self.received == 1:
+    def signalled(self, *, at_once: bool = False) -> None:
+        """Act on a signal; `at_once` if it asks for the runs to be given back."""
+        self._signals += 1
+        self.end(at_once=at_once or self._signals > 1)
+
+    def end(self, *, at_once: bool) -> None:
+        """Cancel the start of the worker, or shut it down; `at_once` gives its runs back without waiting for them."""
+        self.ending = True
+        self._at_once = self._at_once or at_once
+        if self._worker is not None:
             self._shut_down(self._worker)
-        else:
-            self._worker.release_now()
+        elif self._starting is not None:
+            self._starting.cancel()
 
     def unended(self) -> list[str]:
         """Describe the tasks whose code runs. Safe to call from any thread."""
@@ -106,14 +119,18 @@ class Interrupts:
         return self._worker is not None and self._worker.left_behind
 
     def _shut_down(self, worker: Worker) -> None:
+        if self._at_once:
+            worker.release_now()
         worker.start_task(worker.shutdown(), "durable:signal")
 
 
 @contextlib.asynccontextmanager
-async def signals_handled(wanted: bool | None, shutdown_timeout: float) -> AsyncGenerator[Interrupts]:
+async def signals_handled(
+    wanted: bool | None, shutdown_timeout: float, supervision: Supervision | None = None
+) -> AsyncGenerator[Interrupts]:
     """Handle signals until the end of the block, and end the process by force if its tasks do not let it end after one.
 
-    `wanted` is as for `Durable.run_worker`.
+    `wanted` is as for `Durable.run_worker`. Commands of a watcher are handled as signals are.
 
     Raises:
         InvalidConfiguration: signals are wanted, but this is not the main thread.
@@ -124,7 +141,7 @@ async def signals_handled(wanted: bool | None, shutdown_timeout: float) -> Async
         raise InvalidConfiguration(
             "signals", "only the main thread can take signals", "Call worker.shutdown() instead."
         )
-    taken = [number for number in SIGNALS if in_main_thread and (wanted or not _handler_of_others(number))]
+    taken = [number for number in SIGNALS if in_main_thread and _takes(number, wanted)]
     if wanted is False or not taken:
         yield interrupts
         return
@@ -135,10 +152,18 @@ async def signals_handled(wanted: bool | None, shutdown_timeout: float) -> Async
         # The event loop may be blocked by the code of a task: the deadline holds all the same.
         watchdog.expect_end_within(ENDING_TIMEOUT + shutdown_timeout)
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(interrupts.signalled)
+            loop.call_soon_threadsafe(functools.partial(interrupts.signalled, at_once=number == RELEASING))
         if chained is not None:
             chained(number, frame)
 
+    def command(ending: Ending) -> None:
+        # A service manager may send its signal to all processes, so commands do not count as further signals.
+        watchdog.expect_end_within(ENDING_TIMEOUT + shutdown_timeout)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(functools.partial(interrupts.end, at_once=ending == "release"))
+
+    if supervision is not None:
+        supervision.on_ending = command
     previous = {number: signal.getsignal(number) for number in taken}
     ours = {number: functools.partial(handle, _handler_of_others(number)) for number in taken}
     for number, handler in ours.items():
@@ -149,13 +174,28 @@ async def signals_handled(wanted: bool | None, shutdown_timeout: float) -> Async
         for number, handler in ours.items():
             if signal.getsignal(number) is handler:
                 signal.signal(number, previous[number] or signal.SIG_DFL)
-        if interrupts.received and interrupts.left_behind:
+        if interrupts.ending and interrupts.left_behind:
             logger.warning("code does not end with its worker: %s", "; ".join(interrupts.unended()))
             watchdog.expect_end_within(LEFT_BEHIND_TIMEOUT)
             # The thread does not get to run any more when Python closes the coroutines at its own end.
             atexit.register(_end_finalization)
         else:
             watchdog.stop()
+
+
+def is_for_nohup(number: int) -> bool:
+    """Return whether it is SIGHUP, in a process that was started by nohup, so that it stays ignored.
+
+    Other signals are handled even if they were ignored: a shell without job control ignores SIGINT and SIGQUIT in what
+    it starts in the background.
+    """
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
+
+
+def _takes(number: int, wanted: bool | None) -> bool:
+    if is_for_nohup(number):
+        return False
+    return bool(wanted) or not _handler_of_others(number)
 
 
 def _handler_of_others(number: int) -> Callable[..., object] | None:

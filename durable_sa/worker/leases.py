@@ -13,8 +13,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -84,8 +84,11 @@ class Heartbeat:
         fatal: bool,
         on_lost: Callable[[], None],
         outage: Outage | None = None,
+        watch: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        """Make a heartbeat, whose thread executes `watch` as well."""
         self._database = database
+        self._watch = watch
         self._worker_id = worker_id
         self._lease = lease
         self._fatal = fatal
@@ -109,6 +112,7 @@ class Heartbeat:
         timeout = min(2 * interval, 10.0)
         began = time.monotonic()
         failures = FailureLog("heartbeat", self._outage)
+        watching = None if self._watch is None else asyncio.create_task(self._watch())
         try:
             if self._lease.seconds < 2 * CONNECT_TIMEOUT:
                 # With a longer lease there is time to connect when the first heartbeat is due.
@@ -129,7 +133,7 @@ class Heartbeat:
                     async with asyncio.timeout(timeout):
                         statement = claiming.LEASE_STATUS if stuck else claiming.HEARTBEAT
                         rows = await connection.execute(statement, {"beating_id": self._worker_id})
-                except (SQLAlchemyError, OSError, TimeoutError) as error:
+                except Exception as error:  # noqa: BLE001 - a driver may raise errors of any class; the lease goes on
                     failures.failed(error)
                     pause = min(1.0, interval / 4)
                     continue
@@ -141,6 +145,8 @@ class Heartbeat:
                 if not stuck:
                     self._lease.renewed(sent_at)
         finally:
+            if watching is not None:
+                watching.cancel()
             await connection.close()
             await dispose(engine)
 

@@ -19,7 +19,7 @@ from ..app import App
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database.hint import Hint
-from ..database_errors import Retry
+from ..database_errors import RetryPauses
 from ..schedules.firing import Firing
 from ..statements import cancelling, waits
 from ..statements import maintenance as looking
@@ -30,6 +30,7 @@ from .dispatcher import Dispatcher
 from .executor import Executor
 from .registration import Registration
 from .retention import Retention
+from .suspects import Suspects
 from .takeover import LOST_RUNS_INTERVAL, Takeover
 from .wakeups import BATCH, WakeUps
 
@@ -62,6 +63,7 @@ class Maintenance:
         agenda: Agenda,
         dispatcher: Dispatcher,
         executor: Executor,
+        suspects: Suspects,
         *,
         queue_names: tuple[str, ...],
         listening: Callable[[], bool],
@@ -72,6 +74,7 @@ class Maintenance:
         self._agenda = agenda
         self._dispatcher = dispatcher
         self._executor = executor
+        self._suspects = suspects
         self._listening = listening
         self._wakeups = WakeUps(connection, agenda, dispatcher, executor)
         self._cancellations = Cancellations(connection, agenda, dispatcher)
@@ -86,7 +89,7 @@ class Maintenance:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        retry = Retry("maintenance", outage=self._registration.outage)
+        retry = RetryPauses("maintenance", outage=self._registration.outage)
         while True:
             try:
                 await self.work()
@@ -148,6 +151,7 @@ class Maintenance:
         if _passed(look.next_expiry_at, look.now) or (look.lost_workers and now >= self._takeover.next_search):
             self._takeover.next_search = now + LOST_RUNS_INTERVAL
             await self._takeover.search()
+        await self._suspects.make_room()
         if await self._declarations.keep(look.now):
             agenda.look_within(0.0)
         if look.due_ticks:

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database.connections import Database
-from ..database_errors import Outage, Retry, is_read_only, reason
+from ..database_errors import Outage, RetryPauses, is_read_only, reason
 from ..ids import new_id
 from ..statements import claiming
 from .background import BackgroundTasks
@@ -28,7 +29,8 @@ class Registration:
     """Holds a lease for a worker, for as long as the database and the event loop let it.
 
     It calls `on_lost` when other workers may have taken over the runs of this one, and `on_returned` when it has
-    registered anew after that, or has given up because the worker is being shut down.
+    registered anew after that, or has given up because the worker is being shut down. The thread of the heartbeat
+    executes `watch` as well.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Registration:
         stopped: asyncio.Event,
         on_lost: Callable[[], None],
         on_returned: Callable[[], None],
+        watch: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.worker_id = new_id()
         """The worker's id in the database, another one after each lost lease."""
@@ -58,6 +61,7 @@ class Registration:
         self._stopped = stopped
         self._on_lost = on_lost
         self._on_returned = on_returned
+        self._watch = watch
         self._registering = False
         self._beating = False
         self._heartbeat: Heartbeat | None = None
@@ -99,6 +103,7 @@ class Registration:
             fatal=self._settings.fatal_on_lease_timeout,
             on_lost=self.lose,
             outage=self.outage,
+            watch=self._watch,
         )
         self._heartbeat.start()
 
@@ -120,7 +125,7 @@ class Registration:
         lease, sent_at = self.lease, time.monotonic()
         try:
             rows = await self._connection.execute(claiming.HEARTBEAT, {"beating_id": self.worker_id})
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - a driver may raise errors of any class
             logger.debug("heartbeat of the event loop failed (%s)", reason(error))
         else:
             if rows:
@@ -142,7 +147,7 @@ class Registration:
 
     async def _register_anew(self) -> None:
         await self.stop_heartbeat()
-        retry = Retry("registration of the worker", self._stopping, self.outage)
+        retry = RetryPauses("registration of the worker", self._stopping, self.outage)
         former_id, waiting = self.worker_id, False
         while not self._stopping.is_set():
             try:

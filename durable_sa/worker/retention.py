@@ -7,10 +7,8 @@ import time
 import uuid
 from datetime import UTC, datetime
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
-
 from ..database.channel import Executing
-from ..database_errors import LOCK_NOT_AVAILABLE, sqlstate
+from ..database.deletion import delete_ended
 from ..statements import queues
 
 PAGE = 1000
@@ -103,18 +101,3 @@ async def _delete_page(
     while left and (deleted := await delete_ended(database, sorted(left), until)):
         left.difference_update(deleted)
     return len(page) - len(left), (page[-1].finished_at, page[-1].task_id)
-
-
-async def delete_ended(database: Executing, task_ids: list[uuid.UUID], until: float = math.inf) -> list[uuid.UUID]:
-    """Delete those of the tasks that have ended and that nothing needs; return their ids, which must be sorted."""
-    try:
-        return [row.task_id for row in await database.execute(queues.DELETE_TASKS, {"task_ids": task_ids})]
-    except DBAPIError as error:
-        # A foreign key or an open transaction of the application holds one of the tasks; the others can be deleted.
-        if not isinstance(error, IntegrityError) and sqlstate(error) != LOCK_NOT_AVAILABLE:
-            raise
-        if len(task_ids) == 1 or time.monotonic() >= until:
-            return []
-        middle = len(task_ids) // 2
-        first = await delete_ended(database, task_ids[:middle], until)
-        return first + await delete_ended(database, task_ids[middle:], until)

@@ -25,6 +25,12 @@ class Slots:
         """Claimed runs that start in the next turn of the event loop."""
         self.unwritten: set[RunKey] = set()
         """Runs that hold no slot any more, but whose outcome has not been committed."""
+        self.alone = False
+        """The run in progress is that of a suspect, and nothing may run beside it."""
+        self.makes_room = False
+        """Nothing is claimed until all runs have ended, because a suspect waits."""
+        self.claim_when_empty = False
+        """A suspect may be claimed once the outcomes of all runs are written."""
         self.idle = asyncio.Event()
         """Set while no run is in progress or about to start."""
         self.idle.set()
@@ -37,8 +43,15 @@ class Slots:
     @property
     def free(self) -> int:
         """The number of tasks that one claim may ask for; negative if adopted runs exceed the slots."""
+        if (self.alone and self.taken) or (self.makes_room and not self.empty):
+            return 0
         free = self.concurrency - self.taken
         return min(free, self._batch_size or free)
+
+    @property
+    def empty(self) -> bool:
+        """True if no run is in progress, about to start, or to be written."""
+        return not (self.taken or self.unwritten)
 
     def reserve(self, claimed: list[ClaimedRun]) -> None:
         """Take slots for runs that are about to start."""
@@ -56,6 +69,14 @@ class Slots:
         self.runs.pop(claimed.key, None)
         self._update_idle()
 
+    def written(self, claimed: ClaimedRun) -> bool:
+        """Forget a run whose outcome is written. Return whether a suspect may be claimed now."""
+        self.unwritten.discard(claimed.key)
+        if not self.claim_when_empty or not self.empty:
+            return False
+        self.claim_when_empty = False
+        return True
+
     def drop_starting(self) -> None:
         """Free the slots of runs that are about to start."""
         self.starting.clear()
@@ -63,6 +84,7 @@ class Slots:
 
     def _update_idle(self) -> None:
         if not self.runs and not self.starting:
+            self.alone = False
             self.idle.set()
 
     def unsettled(self) -> list[RunKey]:

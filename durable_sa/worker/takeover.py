@@ -9,6 +9,7 @@ import uuid
 from ..database.channel import DedicatedConnection
 from ..database.hint import Hint
 from ..ids import new_id
+from ..policies import SUSPECT_AFTER
 from ..statements import claiming, outcomes
 from .agenda import Agenda
 from .dispatcher import Dispatcher
@@ -80,9 +81,18 @@ class Takeover:
             # All ids, because a search of the log for one of them is how its owner learns of the lost worker.
             ids = ", ".join(str(row.task_id) for row in rows)
             logger.warning("took over %d runs of lost workers, of the tasks %s", len(rows), ids)
+        if suspects := [str(row.task_id) for row in rows if row.lease_losses == SUSPECT_AFTER]:
+            logger.warning(
+                "%d tasks have lost %d workers in a row and run alone from now on: %s",
+                len(suspects),
+                SUSPECT_AFTER,
+                ", ".join(suspects),
+            )
         failed = [row for row in rows if row.state == "failed"]
         self._executor.failed_by_takeover(failed)
         self._agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
         self._agenda.cascade(row.task_id for row in failed)
-        self._dispatcher.announce(Hint().add_rows(row for row in rows if row.state == "pending"))
+        pending = Hint().add_rows(row for row in rows if row.state == "pending")
+        # A suspect needs a worker without runs, which this one may not be although it has slots.
+        self._dispatcher.announce(pending, everywhere=any(row.lease_losses >= SUSPECT_AFTER for row in rows))
         return len(rows)

@@ -7,6 +7,7 @@ import uuid
 
 from ..database.channel import DedicatedConnection
 from ..database.hint import Hint
+from ..execution.waits import warn_of_waiters_elsewhere
 from ..statements import waits
 from .agenda import Agenda
 from .dispatcher import Dispatcher
@@ -62,6 +63,9 @@ class WakeUps:
             )
             if not rows:
                 break
+            for row in rows:
+                if row.elsewhere is not None:
+                    warn_of_waiters_elsewhere(row.name, row.queue_name, row.elsewhere)
             waiting = {task_id for row in rows for task_id in row.task_ids or ()}
             if waiting:
                 await self.resolve(sorted(waiting))

@@ -11,24 +11,27 @@ from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ..app import App
 from ..concurrency import branches, task_factory
+from ..concurrency.blocking import AnyTask
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
 from ..database.hint import Hint
 from ..database.listener import Listener
 from ..database.notifier import sender
 from ..database_errors import reason
-from ..errors import InvalidConfiguration, QueueNotFound
+from ..errors import DurableError, InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
 from ..statements import claiming, queues
+from ..statements.claiming import ClaimedRun
 from .agenda import Agenda
 from .background import BackgroundTasks
+from .blocked import BlockedLoop
 from .claims import Claimer
 from .dispatcher import Dispatcher
+from .endings import Endings
 from .executor import Executor
 from .health import HealthServer
 from .long_steps import LongSteps
@@ -37,6 +40,9 @@ from .registration import Registration
 from .sampler import QueueSampler
 from .settings import Settings
 from .slots import RunKey, Slots
+from .succession import Succession
+from .supervision import Supervision
+from .suspects import Suspects
 
 logger = logging.getLogger("durable_sa")
 
@@ -61,11 +67,13 @@ class Worker:
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None,
         on_task_ended: Callable[[uuid.UUID], None],
         on_ended: Callable[[Worker], None],
+        supervision: Supervision | None = None,
     ) -> None:
         """Make the parts of a worker, each from those above it.
 
         `ctx.state` is what the context manager returned by `lifespan` yields, or `state` without one. `on_task_ended`
-        is called when a run of the worker has ended its task, `on_ended` when the worker has ended.
+        is called when a run of the worker has ended its task, `on_ended` when the worker has ended. `supervision` is
+        the link to the watcher of the process, if it has one.
         """
         database = app.database
         self.settings = settings
@@ -77,6 +85,7 @@ class Worker:
         self._state = state
         self._lifespan = lifespan
         self._on_ended = on_ended
+        self._supervision = supervision
         self._exit = contextlib.AsyncExitStack()
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -102,6 +111,7 @@ class Worker:
             stopped=self._stopped,
             on_lost=self._lease_lost,
             on_returned=self._registered_anew,
+            watch=BlockedLoop(self._run_of).watch,
         )
         self._dispatcher = Dispatcher(settings, self._agenda, self._slots, self._registration, self._hints)
         self._writer = Writer(
@@ -109,6 +119,16 @@ class Worker:
             self._claims_connection,
             on_commit=self._dispatcher.committed,
             outage=self._registration.outage,
+        )
+        self._endings = Endings(
+            settings,
+            supervision,
+            self._background,
+            stopping=self._stopping.is_set,
+            stop_claiming=self._stop_claiming,
+            drained=self._drained,
+            give_back=self.release_now,
+            shutdown=self.shutdown,
         )
         self._executor = Executor(
             app,
@@ -119,8 +139,10 @@ class Worker:
             self._agenda,
             self._slots,
             self._writer,
+            self._endings,
             on_task_ended=on_task_ended,
         )
+        self._suspects = Suspects(app, self._shared_connection, self._registration, self._agenda, self._slots)
         self.maintenance = Maintenance(
             app,
             self._shared_connection,
@@ -129,6 +151,7 @@ class Worker:
             self._agenda,
             self._dispatcher,
             self._executor,
+            self._suspects,
             queue_names=settings.queue_names,
             listening=self._listening,
         )
@@ -143,9 +166,13 @@ class Worker:
             self._slots,
             self._writer,
             self._executor,
+            self._suspects,
+            self._endings.lifetime,
             stopping=self._stopping,
             listening=self._listening,
         )
+
+        self._succession = Succession(settings, self._shared_connection, self._agenda, self._executor, self._stopping)
 
     def __repr__(self) -> str:
         return f"<Worker {self.settings.name} on {', '.join(self.queue_names)}>"
@@ -168,6 +195,20 @@ class Worker:
     def running_in(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return self._slots.queue_names()
+
+    def _run_of(self, task: AnyTask) -> ClaimedRun | None:
+        """Return the run that an asyncio task is of, if it is one of this worker. Safe to call from any thread."""
+        return next((run.claimed for run in list(self._slots.runs.values()) if task in run.branches.tasks), None)
+
+    @property
+    def abandoned_threads(self) -> int:
+        """The number of threads that execute code of `def` runs that have ended."""
+        return len(self._endings.threads.alive())
+
+    @property
+    def error(self) -> DurableError | None:
+        """The reason for which the worker has ended by itself, if it has."""
+        return self._endings.error
 
     @property
     def left_behind(self) -> bool:
@@ -208,7 +249,10 @@ class Worker:
                 self._state = await self._exit.enter_async_context(self._lifespan())
             self._executor.state = self._state
             if self.settings.health_port is not None:
-                self._health = HealthServer(database, self.settings.health_port, self._registration.vital_signs)
+                # A watcher answers the probes of others, and asks its processes.
+                host = None if self._supervision is None else "127.0.0.1"
+                port = self.settings.health_port
+                self._health = HealthServer(database, port, self._registration.vital_signs, host)
                 self.health_port = await self._health.start()
             await reconnecting(self._writer.warm_up)
             await reconnecting(self._registration.start)
@@ -237,6 +281,24 @@ class Worker:
             ", ".join(self.queue_names),
             len(self._app.tasks),
         )
+        if self._supervision is not None:
+            self._supervision.on_lost = self._settle
+            self._report_start()
+
+    def _report_start(self) -> None:
+        if self._supervision is not None:
+            self._supervision.report("started", worker_id=str(self.worker_id), port=self.health_port)
+
+    def _settle(self, lost: dict[str, Any]) -> None:
+        """Settle the runs of another process, which has ended. Called in another thread."""
+
+        async def settle() -> None:
+            await self._succession.settle(lost)
+            if self._supervision is not None:
+                self._supervision.report("settled", worker_id=lost["worker_id"])
+
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self.loop.call_soon_threadsafe(lambda: self.start_task(settle(), "durable:settle"))
 
     @property
     def _connections(self) -> tuple[DedicatedConnection, ...]:
@@ -266,6 +328,8 @@ class Worker:
     def _registered_anew(self) -> None:
         self._writer.resume()
         self._agenda.scan_all()
+        if not self._stopping.is_set():
+            self._report_start()
 
     def _listening(self) -> bool:
         return self._listener is not None and self._listener.working
@@ -288,6 +352,11 @@ class Worker:
         """Give all runs back at once, instead of after `shutdown_timeout`."""
         self._stop_claiming()
         self._executor.release()
+
+    async def _drained(self) -> None:
+        """Wait until no run is in progress, once nothing is claimed any more."""
+        await self._background.ended(CLAIMS)
+        await self._slots.idle.wait()
 
     def _stop_claiming(self) -> None:
         self._stopping.set()
@@ -315,8 +384,7 @@ class Worker:
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 # A claim may be in flight, and the tasks that it claims are run, too.
-                await self._background.ended(CLAIMS)
-                await self._slots.idle.wait()
+                await self._drained()
         except TimeoutError:
             self.release_now()
         handing_over = self.loop.create_task(self._hand_over(), name="durable:hand-over")
@@ -330,7 +398,7 @@ class Worker:
             if not done:
                 raise TimeoutError
             handing_over.result()
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - a driver may raise errors of any class; the worker ends all the same
             logger.warning(
                 "worker %s has ended with work left (%s); other workers take it over when its lease has ended",
                 self.settings.name,
@@ -340,8 +408,7 @@ class Worker:
 
     async def _hand_over(self) -> None:
         """Write what is left to write, pass on what is due, and unregister."""
-        await self._background.ended(CLAIMS)
-        await self._slots.idle.wait()
+        await self._drained()
         await self._writer.idle.wait()
         await reconnecting(self.maintenance.work)
         parameters = {"worker_id": self.worker_id}

@@ -106,6 +106,10 @@ class Process:
         return Path(self._log.name).read_text()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         return self._process.poll() is None
 

@@ -2,6 +2,7 @@
 
 import uuid
 
+import pytest
 from sqlalchemy import URL, text, update
 
 from durable_sa import Durable, migrations
@@ -10,6 +11,7 @@ from durable_sa.testing.database import TestServer
 from tests.cli.support import CommandLine
 
 
+@pytest.mark.slow
 async def test_migrate_makes_the_tables_and_may_be_repeated(durable_server: TestServer) -> None:
     url = durable_server.create_database()
     try:

@@ -58,6 +58,7 @@ async def wait_row(task_id: uuid.UUID, **values: Any) -> Any:
     return insert(Wait).values(task_id=task_id, **base, **values)
 
 
+@pytest.mark.slow
 async def test_all_is_well_with_a_worker_that_works(cli: CommandLine, durable: Durable) -> None:
     @durable.task
     async def child(ctx: TaskContext) -> None:
@@ -84,6 +85,7 @@ async def test_all_is_well_with_a_worker_that_works(cli: CommandLine, durable: D
     assert await findings(cli) == {}
 
 
+@pytest.mark.slow
 async def test_work_that_nobody_claims(cli: CommandLine, durable: Durable) -> None:
     await spawn(durable, available_at=AGO)
     (problem,) = (await findings(cli))["due tasks"]
@@ -156,11 +158,13 @@ async def test_runs_of_workers_that_are_gone(cli: CommandLine, durable: Durable)
     ]
 
 
+@pytest.mark.slow
 async def test_columns_that_contradict_each_other(cli: CommandLine, durable: Durable) -> None:
     running = await spawn(durable, state="running")
     assert await findings(cli) == {"states": [f"task {running} (a) is running, which contradicts its lease"]}
 
 
+@pytest.mark.slow
 async def test_a_schedule_that_is_overdue(cli: CommandLine, durable: Durable) -> None:
     values = {"queue_name": "default", "task_name": "a", "cron_expression": "* * * * *", "next_tick_at": AGO}
     await execute(
@@ -171,6 +175,7 @@ async def test_a_schedule_that_is_overdue(cli: CommandLine, durable: Durable) ->
     assert await findings(cli) == {"schedules": ["schedule 'due' of queue 'default' has been due for 1 h"]}
 
 
+@pytest.mark.slow
 async def test_rows_that_belong_to_nothing(cli: CommandLine, durable: Durable) -> None:
     await durable.create_queue("gone")
     in_no_queue = await spawn(durable, queue_name="gone")
@@ -197,6 +202,7 @@ async def test_rows_that_belong_to_nothing(cli: CommandLine, durable: Durable) -
     }
 
 
+@pytest.mark.slow
 async def test_who_holds_the_oldest_snapshot(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +221,7 @@ async def test_who_holds_the_oldest_snapshot(
     await engine.dispose()
 
 
+@pytest.mark.slow
 async def test_many_problems_are_cut_short(cli: CommandLine, durable: Durable) -> None:
     for _ in range(25):
         await spawn(durable, state="sleeping", available_at=None)
@@ -232,18 +239,20 @@ async def test_a_database_without_tables(durable_server: TestServer) -> None:
         durable_server.drop_database(url)
 
 
+@pytest.mark.slow
 async def test_a_check_that_takes_too_long_is_said_to(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_sa.cli.doctor._CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("durable_sa.cli.doctor._CHECK_SECONDS", 0.5)
     async with durable.engine.begin() as connection:
         await connection.execute(text("LOCK TABLE durable.schedules IN ACCESS EXCLUSIVE MODE"))
-        assert "could not be checked within 0.05 s" in (await findings(cli))["schedules"]
+        assert "could not be checked within 0.5 s" in (await findings(cli))["schedules"]
 
 
 HOSTILE_TIMES = ("0044-03-15 BC", "infinity")
 
 
+@pytest.mark.slow
 async def test_times_that_no_driver_can_read_are_shown_as_the_nearest(cli: CommandLine, durable: Durable) -> None:
     """Written by hand, in one row each of all tables, they keep nobody from the rows beside them."""
 

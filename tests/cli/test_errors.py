@@ -57,6 +57,7 @@ def test_a_password_that_is_refused_is_not_repeated(database_url: URL) -> None:
     assert "_not_there" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_password_is_not_in_help_texts() -> None:
     cli = CommandLine(f"postgresql://me:{PASSWORD}@127.0.0.1:1/app")
     for command in (*COMMANDS, ["worker"], ["demo"], []):

@@ -1,5 +1,7 @@
 """`durable events`: what tasks wait for."""
 
+import pytest
+
 from durable_sa import Durable, TaskContext
 from tests.cli.support import CommandLine
 
@@ -31,6 +33,7 @@ async def test_a_bad_name_is_a_usage_error_and_a_missing_queue_is_not(cli: Comma
     assert (await cli("events", "emit", "e", "--queue", "nope")).code == 1
 
 
+@pytest.mark.slow
 async def test_events_are_listed_and_shown(cli: CommandLine, durable: Durable) -> None:
     @durable.task
     async def waiter(ctx: TaskContext, name: str) -> object:

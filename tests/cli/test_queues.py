@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from sqlalchemy import text
 
 from durable_sa import Durable, TaskContext, task
@@ -18,6 +19,7 @@ async def fail(ctx: TaskContext) -> None:
     raise ValueError("no")
 
 
+@pytest.mark.slow
 async def test_alone_it_lists_queues_with_their_numbers(cli: CommandLine, durable: Durable) -> None:
     durable.register(wait)
     durable.register(fail)

@@ -98,6 +98,7 @@ async def test_cancel_on_trial(cli: CommandLine, durable: Durable, failed: dict[
     assert (await states(durable, failed))["one"] is TaskStatus.PENDING
 
 
+@pytest.mark.slow
 async def test_a_key_names_a_task_as_its_id_does(
     cli: CommandLine, durable: Durable, failed: dict[str, uuid.UUID]
 ) -> None:

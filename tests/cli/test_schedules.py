@@ -2,6 +2,7 @@
 
 import uuid
 
+import pytest
 from sqlalchemy import text
 
 from durable_sa import Durable, TaskContext
@@ -66,6 +67,7 @@ async def test_an_unknown_schedule_is_said_to_be_unknown(cli: CommandLine) -> No
         assert result.stderr == "error: There is no schedule named 'nope'. List them: durable schedules list\n"
 
 
+@pytest.mark.slow
 async def test_a_name_in_several_queues_needs_the_queue(cli: CommandLine, durable: Durable) -> None:
     await schedule(durable)
     await durable.create_queue("west")

@@ -5,8 +5,9 @@ import re
 import uuid
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from durable_sa import Durable, RetryStrategy, TaskContext, TaskRow, step
 from tests.cli.support import CommandLine
@@ -62,6 +63,7 @@ async def failed_child(durable: Durable) -> tuple[uuid.UUID, uuid.UUID]:
     return task_id, spawned.task_id
 
 
+@pytest.mark.slow
 async def test_attempts_tries_and_errors_without_values(cli: CommandLine, durable: Durable) -> None:
     async with durable.worker(worker_id="worker-7"):
         task_id, parent_id = await failed_child(durable)
@@ -93,6 +95,7 @@ async def test_attempts_tries_and_errors_without_values(cli: CommandLine, durabl
     assert data["task"]["parent_task_id"] == str(parent_id)
 
 
+@pytest.mark.slow
 async def test_what_failed_and_the_last_attempt(cli: CommandLine, durable: Durable) -> None:
     async with durable.worker():
         task_id, parent_id = await failed_child(durable)
@@ -111,11 +114,21 @@ async def test_what_failed_and_the_last_attempt(cli: CommandLine, durable: Durab
     assert "key\torder-17\n" in (await cli("tasks", "show", "order-17")).stdout
 
 
+async def test_workers_that_were_lost_with_a_task(cli: CommandLine, durable: Durable) -> None:
+    spawned = await durable.spawn_by_name("lethal", unchecked=True)
+    assert "lost workers" not in (await cli("tasks", "show", spawned.task_id)).stdout
+    for losses, text in ((1, "1 in a row"), (3, "3 in a row, so it runs alone")):
+        async with durable.engine.begin() as connection:
+            await connection.execute(update(TaskRow).values(lease_losses=losses))
+        assert f"lost workers\t{text}\n" in (await cli("tasks", "show", spawned.task_id)).stdout
+
+
 async def test_without_tasks_there_is_no_last_one(cli: CommandLine, durable: Durable) -> None:
     assert (await cli("tasks", "show", "--last")).stderr == "error: There are no tasks.\n"
     assert (await cli("tasks", "show", "--failed")).stderr == "error: No task has failed.\n"
 
 
+@pytest.mark.slow
 async def test_a_task_of_200_steps_fits_a_screen(cli: CommandLine, durable: Durable, tmp_path: Path) -> None:
     task = durable.task("many", max_attempts=1)(many_steps)
     async with durable.worker():

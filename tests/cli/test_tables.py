@@ -47,6 +47,7 @@ def commands(task_id: uuid.UUID) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 async def test_a_terminal_shows_everything_within_its_width(cli: CommandLine, filled: uuid.UUID, width: int) -> None:
     for command, wanted in commands(filled).items():
@@ -60,6 +61,7 @@ async def test_a_terminal_shows_everything_within_its_width(cli: CommandLine, fi
             assert any(part in line for line in lines), (command, part, lines)
 
 
+@pytest.mark.slow
 async def test_a_pipe_gets_lines_with_tabs(cli: CommandLine, filled: uuid.UUID) -> None:
     for command, wanted in commands(filled).items():
         lines = (await cli(*command.split())).stdout.splitlines()

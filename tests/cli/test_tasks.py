@@ -47,6 +47,7 @@ async def listed(cli: CommandLine, *options: object) -> list[str]:
     return [row["task_id"] for row in (await cli("tasks", "list", "--json", *options)).json]
 
 
+@pytest.mark.slow
 async def test_the_list_is_filtered_by_all_that_is_given(cli: CommandLine, durable: Durable) -> None:
     await durable.create_queue("other")
     first, second, third = map(str, await spawn_names(durable, "a", "b", "a"))
@@ -74,6 +75,7 @@ async def test_the_list_for_people_has_whole_ids(cli: CommandLine, durable: Dura
     assert "No matching tasks." in (await cli("tasks", "list", "--state", "failed")).stdout
 
 
+@pytest.mark.slow
 async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durable) -> None:
     task_id = await failed_parent(durable)
     result = await cli("tasks", "show", task_id)
@@ -103,6 +105,7 @@ async def test_a_task_is_shown_with_its_history(cli: CommandLine, durable: Durab
     assert data["history"][1]["duration"] >= 0
 
 
+@pytest.mark.slow
 async def test_payloads_are_shown_only_when_asked_for(cli: CommandLine, durable: Durable) -> None:
     task_id = await failed_parent(durable)
     for arguments in (["tasks", "list"], ["tasks", "show", task_id]):
@@ -118,6 +121,7 @@ async def test_payloads_are_shown_only_when_asked_for(cli: CommandLine, durable:
     assert data["history"][1]["detail"]["value"] == SECRET
 
 
+@pytest.mark.slow
 async def test_what_a_sleeping_task_waits_for_is_shown(cli: CommandLine, durable: Durable) -> None:
     @durable.task
     async def waiter(ctx: TaskContext) -> None:
@@ -149,6 +153,7 @@ async def test_text_cannot_drive_the_terminal(cli: CommandLine, durable: Durable
     assert "\x1b" not in result.stdout
 
 
+@pytest.mark.slow
 async def test_an_unknown_task_is_not_found(cli: CommandLine) -> None:
     unknown = uuid.uuid4()
     for command in ("show", "cancel", "retry"):
@@ -160,6 +165,7 @@ async def test_an_unknown_task_is_not_found(cli: CommandLine) -> None:
         assert result.stderr.startswith("error: There is no task with the id or key 'no-uuid'.")
 
 
+@pytest.mark.slow
 async def test_a_task_is_spawned_by_name_with_options(cli: CommandLine, durable: Durable, tmp_path: Path) -> None:
     @durable.task
     async def double(ctx: TaskContext, number: int) -> int:
@@ -239,6 +245,7 @@ async def test_one_that_is_refused_keeps_none_of_the_others(cli: CommandLine, du
     assert [line.split()[0] for line in result.stderr.splitlines()] == ["error:", "error:"]
 
 
+@pytest.mark.slow
 async def test_bulk_retry_takes_failed_tasks_that_match(
     cli: CommandLine, durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ async def state(durable: Durable, task_id: object) -> TaskStatus:
     return result.status  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str, app: Path) -> None:
     with process("worker", "app:durable", url=url, cwd=app) as worker:
         assert await run(durable, "answer") == 42
@@ -63,6 +64,7 @@ async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str
     assert "alembic" not in worker.said
 
 
+@pytest.mark.slow
 async def test_options_reach_the_worker(durable: Durable, url: str, app: Path) -> None:
     await durable.create_queue("mail")
     options = ["-q", "mail", "-q", "default", "--concurrency", "3", "--claim-timeout", "7", "--worker-id", "w7"]
@@ -208,6 +210,37 @@ async def test_it_starts_anew_when_a_file_changes(durable: Durable, url: str, ap
         assert await asyncio.to_thread(worker.wait) == 0, worker.said
     async with durable.engine.connect() as connection:
         assert (await connection.execute(text("SELECT count(*) FROM durable.workers"))).scalar() == 0
+
+
+@pytest.mark.slow
+async def test_a_reload_gives_def_runs_back_first(durable: Durable, url: str, app: Path) -> None:
+    blocking = """
+import time
+from durable_sa import Durable, SyncTaskContext
+
+durable = Durable()
+
+@durable.task
+def blocked(ctx: SyncTaskContext) -> int:
+    if ctx.attempt == 1:
+        time.sleep(600)
+    return ctx.attempt
+"""
+    (app / "app.py").write_text(blocking)
+    with process("worker", "app:durable", "--reload", url=url, cwd=app) as worker:
+        spawned = await durable.spawn_by_name("blocked", unchecked=True)
+
+        async def running() -> bool:
+            return await state(durable, spawned.task_id) is TaskStatus.RUNNING
+
+        await eventually(running)
+        (app / "app.py").write_text(f"{blocking}\n# changed")
+        # Otherwise it goes on when the lease of 120 seconds is over.
+        assert (await durable.wait_for_result(spawned, timeout=30)).output == 2
+        assert "app.py changed" in worker.said
+    async with durable.engine.connect() as connection:
+        errors = await connection.execute(text("SELECT error->>'name' FROM durable.runs ORDER BY attempt"))
+        assert list(errors.scalars()) == ["Released", None]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from tests.support import eventually
 AGO = text("now() - interval '1 hour'")
 
 
+@pytest.mark.slow
 async def test_workers_are_listed_with_their_runs(cli: CommandLine, durable: Durable) -> None:
     @durable.task
     async def long(ctx: TaskContext) -> None:

@@ -348,6 +348,7 @@ async def test_a_flush_spawns_together_with_the_object_that_caused_it(
     await close(app)
 
 
+@pytest.mark.slow
 async def test_a_connection_that_is_cut_at_any_moment_leaves_both_or_neither(
     gate: Gate, orders: None, client: Durable, engine: AsyncEngine
 ) -> None:

@@ -246,6 +246,7 @@ async def test_a_cancel_that_is_rolled_back_has_not_happened(
     assert set((await states(engine)).values()) == {"cancelled"}
 
 
+@pytest.mark.slow
 async def test_a_cancelled_child_wakes_the_parent_that_waits_for_it(durable: Durable, engine: AsyncEngine) -> None:
     @durable.task("child")
     async def child(ctx: TaskContext) -> None:
@@ -296,6 +297,7 @@ async def test_cancelling_and_completing_at_once_gives_one_end(durable: Durable,
         assert (await connection.execute(inconsistent)).all() == []
 
 
+@pytest.mark.slow
 async def test_a_failed_task_runs_again_from_its_checkpoints_with_fresh_counts(
     durable: Durable, engine: AsyncEngine
 ) -> None:
@@ -329,6 +331,7 @@ async def test_a_failed_task_runs_again_from_its_checkpoints_with_fresh_counts(
     assert await runs(engine, spawned.task_id) == [*((n, "failed") for n in range(1, 5)), (5, "completed")]
 
 
+@pytest.mark.slow
 async def test_a_retried_tasks_row_is_as_new(durable: Durable, engine: AsyncEngine) -> None:
     policy = CancellationPolicy(max_pending_time=3600, max_running_time=7200)
 
@@ -351,6 +354,7 @@ async def test_a_retried_tasks_row_is_as_new(durable: Durable, engine: AsyncEngi
     assert await durable.count_unclaimed_ready_tasks() == 1
 
 
+@pytest.mark.slow
 async def test_limits_on_time_count_anew_after_a_retry(durable: Durable, engine: AsyncEngine) -> None:
     @durable.task("slow", cancellation=CancellationPolicy(max_running_time=0.6))
     async def slow(ctx: TaskContext) -> None:
@@ -424,6 +428,7 @@ async def test_a_retry_puts_back_what_the_cascade_cancelled_and_nothing_else(
     assert len(ids) == len(found)
 
 
+@pytest.mark.slow
 async def test_a_retried_parent_joins_its_child_again(durable: Durable, engine: AsyncEngine) -> None:
     """Whether the child was put back by hand before it, or by the same retry."""
     broken = True

@@ -221,6 +221,7 @@ async def test_what_a_task_waits_for_stays(durable: Durable, engine: AsyncEngine
     assert await durable.cleanup_tasks(0) == 2
 
 
+@pytest.mark.slow
 async def test_what_an_application_refers_to_stays_and_the_others_go(durable: Durable, engine: AsyncEngine) -> None:
     class Base(DeclarativeBase):
         pass
@@ -243,6 +244,7 @@ async def test_what_an_application_refers_to_stays_and_the_others_go(durable: Du
         assert set(await connection.scalars(sa.select(TaskRow.task_id))) == kept
 
 
+@pytest.mark.slow
 async def test_what_an_application_holds_locked_stays_and_neither_worker_nor_caller_waits_for_it(
     durable: Durable, engine: AsyncEngine
 ) -> None:
@@ -365,6 +367,7 @@ async def waiting(engine: AsyncEngine) -> bool:
     return bool(await count(engine, "durable.waits", "event_name IS NOT NULL"))
 
 
+@pytest.mark.slow
 async def test_a_worker_that_finds_much_to_delete_does_not_wait_for_its_next_round(
     durable: Durable, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,7 @@ def url(database_url: URL) -> URL:
 
 
 def in_thread(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """What `main` returns in an event loop of its own."""
+    """Return the result of `main` in an event loop of its own."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(asyncio.wait_for(main(), LIMIT))).result(LIMIT + 5)
 
@@ -85,6 +85,7 @@ def test_threads_with_loops_of_their_own_share_an_engine_without_a_pool(url: URL
     assert asyncio.run(count(url)) == 40
 
 
+@pytest.mark.slow
 def test_threads_with_loops_of_their_own_share_a_client_of_a_url(url: URL) -> None:
     spawn_in_threads(Durable(url, tasks=[noop]))
     assert asyncio.run(count(url)) == 40

@@ -51,6 +51,7 @@ async def test_an_event_belongs_to_a_queue(durable: Durable, engine: AsyncEngine
     assert (await payload(engine, "paid"), await payload(engine, "paid", "mails")) == ("1", "2")
 
 
+@pytest.mark.slow
 async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_once_for_each_name(
     durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -58,13 +59,17 @@ async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_onc
     async def wait(ctx: TaskContext, name: str) -> Any:
         return await ctx.await_event(name)
 
+    @durable.task("emit")
+    async def emit(ctx: TaskContext, name: str) -> bool:
+        return await ctx.emit_event(name)
+
     def warned() -> list[str]:
         return [record.getMessage() for record in caplog.records if "was emitted into queue" in record.getMessage()]
 
     await durable.create_queue("mails")
     await durable.create_queue("others")
-    names = [f"{kind}:{uuid.uuid4()}" for kind in ("paid", "shipped", "both", "early")]
-    for name in names[:3]:
+    names = [f"{kind}:{uuid.uuid4()}" for kind in ("paid", "shipped", "both", "early", "task")]
+    for name in (*names[:3], names[4]):
         await durable.spawn(wait, name, queue_name="mails")
     await durable.spawn(wait, names[2])
     await run_until_idle(durable)
@@ -81,6 +86,11 @@ async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_onc
     await durable.emit_event(names[3])
     assert len(warned()) == 2
     assert names[1] in warned()[1]
+    # A worker says the same of what a task emits.
+    await durable.spawn(emit, names[4])
+    await run_until_idle(durable)
+    assert len(warned()) == 3
+    assert names[4] in warned()[2]
 
 
 async def test_an_emit_is_two_statements_on_the_tables(durable: Durable, engine: AsyncEngine) -> None:
@@ -91,6 +101,7 @@ async def test_an_emit_is_two_statements_on_the_tables(durable: Durable, engine:
     assert len([each for each in statements if "durable." in each]) == 2
 
 
+@pytest.mark.slow
 async def test_a_replaced_event_is_what_later_waits_get(durable: Durable, engine: AsyncEngine) -> None:
     @durable.task("wait", max_attempts=5)
     async def wait(ctx: TaskContext) -> int:

@@ -123,6 +123,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 def test_a_conflict_is_what_differs_as_json(database_url: URL) -> None:
     async def spawn(one: Any, other: Any) -> None:
         key = str(uuid.uuid4())
@@ -201,6 +202,7 @@ async def test_a_conflict_is_that_of_its_own_spawn_only(durable: Durable, engine
     assert await count(engine) == 21
 
 
+@pytest.mark.slow
 async def test_fifty_connections_with_one_key_make_one_task(database_url: URL, engine: AsyncEngine) -> None:
     app = create_async_engine(database_url, pool_size=50)
     clients = [Durable(app) for _ in range(50)]
@@ -303,6 +305,7 @@ _WAITING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_lost_reply_makes_no_second_task(gate: Gate, engine: AsyncEngine, driver: str) -> None:
     """The database has committed and nobody hears of it: the client does it again."""

@@ -127,6 +127,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 async def test_any_name_is_a_queue_of_its_own(durable: Durable, engine: AsyncEngine) -> None:
     durable.register(idle)
     for name in NAMES:

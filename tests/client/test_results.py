@@ -53,6 +53,7 @@ async def pay(ctx: Any, params: int) -> Receipt:
 async def idle(ctx: Any) -> None: ...
 
 
+@pytest.mark.slow
 async def test_a_task_is_followed_from_beginning_to_end(durable: Durable, engine: AsyncEngine) -> None:
     gate = asyncio.Event()
 
@@ -214,6 +215,7 @@ async def test_timeouts_that_cannot_be_are_refused(durable: Durable, timeout: An
         await durable.wait_for_result(spawned, timeout=timeout)
 
 
+@pytest.mark.slow
 async def test_many_waits_hold_no_connection(database_url: URL) -> None:
     app = create_async_engine(database_url, pool_size=1, max_overflow=0, pool_timeout=5)
     async with Durable(app, tasks=[idle]) as client:
@@ -315,6 +317,7 @@ async def test_an_error_that_somebody_has_changed_says_so(durable: Durable, engi
         await durable.get_task_result(spawned)
 
 
+@pytest.mark.slow
 async def test_another_process_ends_the_wait_soon(durable: Durable, database_url: URL) -> None:
     """Another client here: what it does is seen in the database only."""
     spawned = await durable.spawn(idle)

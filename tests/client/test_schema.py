@@ -40,6 +40,7 @@ async def write(session: AsyncSession, value: int) -> int:
     return value * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jobs", 'Odd "name"; -- :y', "é" * 31])
 async def test_everything_works_in_another_schema(name: str, database_url: URL, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
@@ -205,6 +206,7 @@ async def test_a_worker_says_when_the_tables_are_not_there(engine: AsyncEngine, 
             await durable.start_worker()
 
 
+@pytest.mark.slow
 async def test_every_call_says_when_the_tables_are_not_there(
     engine: AsyncEngine, database_url: URL, sync_engine: Engine
 ) -> None:

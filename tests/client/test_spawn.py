@@ -260,6 +260,7 @@ async def test_a_delay_counts_from_the_spawn_by_the_databases_clock(
     assert await durable.count_unclaimed_ready_tasks() == (not delay)
 
 
+@pytest.mark.slow
 async def test_a_delayed_task_is_not_claimed_before_and_soon_after(durable: Durable, engine: AsyncEngine) -> None:
     durable.register(tick)
     async with durable.worker():
@@ -378,6 +379,7 @@ async def test_the_limit_of_a_payload_is_exact_and_in_bytes(engine: AsyncEngine)
     assert await count(engine) == 2
 
 
+@pytest.mark.slow
 async def test_the_default_limit_is_16_mebibytes(durable: Durable, engine: AsyncEngine) -> None:
     most = 16 * 1024 * 1024
     spawned = await durable.spawn(anything, "x" * (most - 2))

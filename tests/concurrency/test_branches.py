@@ -1149,6 +1149,7 @@ async def test_other_awaits_have_a_time_of_grace_and_are_named(
     assert re.search(OUTSIDE[body], record.getMessage())
 
 
+@pytest.mark.slow
 @on_every_loop
 async def test_the_time_of_grace_starts_anew_when_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def body(run: Run) -> None:
@@ -1208,6 +1209,7 @@ async def test_a_thousand_waits_are_looked_at_a_few_times_each(monkeypatch: pyte
     await run.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, -1, 387])
 @on_every_loop
 async def test_waits_that_begin_one_by_one_are_looked_at_a_few_times_each(
@@ -1309,6 +1311,7 @@ async def test_unwinding_without_live_tasks_does_not_yield() -> None:
     assert stop.value.value == []
 
 
+@pytest.mark.slow
 @on_every_loop
 async def test_unwinding_cancels_again() -> None:
     cancelled: list[float] = []
@@ -1448,6 +1451,7 @@ async def test_a_failure_that_nobody_looked_at_is_logged_when_the_run_ended_by_i
     uninstall(asyncio.get_running_loop())
 
 
+@pytest.mark.slow
 @on_every_loop
 async def test_nothing_refers_to_a_run_after_its_end() -> None:
     def wait(run: BranchTree) -> Coroutine[Any, Any, None]:

@@ -4,7 +4,7 @@ import uuid
 from typing import Any, Generic, TypeVar
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import NullPool, create_engine, select, text
 
 from durable_sa import Durable, SpawnResult, Task, TaskPollResult, TaskRow, TaskStatus
 from durable_sa.models import Checkpoint, Run, Wait
@@ -94,13 +94,17 @@ class Rows(Generic[T]):
         return await eventually(row, within=within)
 
     async def take_over(self) -> None:
-        """What happens when the worker that runs the task has fallen silent, without the wait."""
+        """Put the task back, as after its worker has fallen silent.
+
+        The loop is blocked meanwhile, because the worker may claim the task at once and cancel a caller inside of it.
+        """
         statement = text(
             "UPDATE durable.tasks SET state = 'pending', claimed_by = NULL, available_at = clock_timestamp(),"
             " run_id = gen_random_uuid(), fence = fence + 1 WHERE task_id = :task_id AND state = 'running'"
         )
-        async with self.durable.engine.begin() as connection:
-            result = await connection.execute(statement, {"task_id": self.task_id})
+        engine = create_engine(self.durable.engine.url.set(drivername="postgresql+psycopg2"), poolclass=NullPool)
+        with engine.begin() as connection:
+            result = connection.execute(statement, {"task_id": self.task_id})
         assert result.rowcount == 1
 
 

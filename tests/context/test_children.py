@@ -566,6 +566,7 @@ async def test_spawn_by_a_name_that_nobody_knows_here_waits_for_a_worker_that_do
     assert (await run.wait(spawned)).output == {"a": 1}
 
 
+@pytest.mark.slow
 async def test_spawn_is_refused_for_a_parent_that_was_cancelled_or_taken_over(run: Runner):
     reached = asyncio.Event()
 
@@ -625,6 +626,7 @@ async def test_child_that_finishes_while_the_parent_begins_to_wait_is_never_miss
         assert all(worker.maintenance.repaired == 0 for worker in durable._workers)
 
 
+@pytest.mark.slow
 async def test_parent_whose_row_is_locked_spawns_once_it_is_free(run: Runner):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> int:
@@ -642,6 +644,7 @@ async def test_parent_whose_row_is_locked_spawns_once_it_is_free(run: Runner):
     assert (await run.wait(spawned)).output == 42
 
 
+@pytest.mark.slow
 async def test_spawn_whose_key_is_in_an_open_transaction_holds_up_no_other_task(run: Runner):
     @task(max_attempts=1)
     async def work(ctx: TaskContext, key: str) -> int:
@@ -697,6 +700,7 @@ async def test_join_that_timed_out_is_joined_anew_by_the_next_attempt(run: Runne
     assert len(await Rows(run.durable, spawned).runs()) == 2
 
 
+@pytest.mark.slow
 async def test_queue_or_child_that_does_not_exist_is_not_tried_again(run: Runner):
     @task("child")
     async def child(ctx: TaskContext) -> None: ...

@@ -187,6 +187,7 @@ async def test_heartbeat_of_a_run_that_goes_on_does_nothing(run: Runner):
     assert await run(plain) == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["context", "module", "step"])
 @pytest.mark.parametrize("why", ["cancelled", "lost"])
 async def test_heartbeat_raises_at_once_if_the_task_was_cancelled_or_lost(

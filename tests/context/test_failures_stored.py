@@ -363,6 +363,7 @@ async def test_params_and_results_are_not_logged(run: Runner, caplog: pytest.Log
     assert "canary" not in "".join(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["async", "def"])
 async def test_whatever_is_raised_the_run_ends_and_frees_its_slot(durable: Durable, kind: str):
     names = []

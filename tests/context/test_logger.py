@@ -47,6 +47,7 @@ async def test_lines_before_what_is_recorded_are_not_repeated(run: Runner, caplo
     assert (record.levelname, record.filename, record.funcName) == ("WARNING", "test_logger.py", "sleeper")
 
 
+@pytest.mark.slow
 async def test_branches_are_told_apart(run: Runner, caplog: pytest.LogCaptureFixture) -> None:
     async def nap(ctx: TaskContext, name: str, seconds: float) -> None:
         ctx.logger.info("%s begins", name)
@@ -112,6 +113,7 @@ async def test_a_context_in_memory_logs_everything(caplog: pytest.LogCaptureFixt
     assert (record.getMessage(), record.__dict__["task_name"]) == ("a line", "named")
 
 
+@pytest.mark.slow
 async def test_a_run_that_another_worker_goes_on_with_logs_what_is_behind_its_records(
     run: Runner, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -66,6 +66,7 @@ def noise(seed: int, size: int) -> str:
     return random.Random(seed).randbytes(size * 3 // 8).hex()[: size - 2]
 
 
+@pytest.mark.slow
 async def test_values_that_are_too_many_to_load_at_once_are_fetched(run: Runner, engine: AsyncEngine, tally: Tally):
     statements: list[str] = []
 
@@ -97,6 +98,7 @@ async def test_values_that_are_too_many_to_load_at_once_are_fetched(run: Runner,
     assert sum("unnest" in statement and "durable.checkpoints" in statement for statement in statements) > 4
 
 
+@pytest.mark.slow
 async def test_ten_megabytes_in_one_value(run: Runner):
     @task
     async def work(ctx: TaskContext, size: int) -> str:

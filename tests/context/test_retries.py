@@ -164,6 +164,7 @@ async def skip_pause(durable: Durable, spawned: Any) -> None:
     await durable.emit_event(f"look-{spawned.task_id}-{asyncio.get_running_loop().time()}")
 
 
+@pytest.mark.slow
 async def test_losses_of_the_run_are_no_failures(run: Runner):
     @task(max_attempts=1)
     async def work(ctx: TaskContext) -> int:
@@ -349,6 +350,7 @@ def test_next_attempt_is_when_the_formula_says(database_url: Any, cases: list[tu
     asyncio.run(check())
 
 
+@pytest.mark.slow
 async def test_jitter_stays_within_its_share_and_differs(engine: AsyncEngine):
     strategy = RetryStrategy.exponential(100, 2, 250, jitter=0.5)
     cases = [(strategy, 1)] * 60 + [(strategy, 5)] * 40

@@ -16,6 +16,7 @@ async def database_now(durable: Durable) -> datetime:
         return (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
 
 
+@pytest.mark.slow
 async def test_task_goes_on_after_the_duration_in_the_same_attempt(run: Runner):
     seen: list[Any] = []
 
@@ -34,6 +35,7 @@ async def test_task_goes_on_after_the_duration_in_the_same_attempt(run: Runner):
     assert only.state == "completed"
 
 
+@pytest.mark.slow
 async def test_wake_time_is_fixed_the_first_time_and_retries_do_not_move_it(run: Runner):
     """The attempt after the sleep does not sleep again, and one that failed during it sleeps no longer."""
 
@@ -52,6 +54,7 @@ async def test_wake_time_is_fixed_the_first_time_and_retries_do_not_move_it(run:
     assert (await Rows(run.durable, spawned).task()).finished_at - row.available_at < timedelta(seconds=10)
 
 
+@pytest.mark.slow
 async def test_sleep_that_a_failure_of_another_branch_cut_off_is_not_begun_anew(run: Runner):
     seen: list[datetime] = []
 
@@ -74,6 +77,7 @@ async def test_sleep_that_a_failure_of_another_branch_cut_off_is_not_begun_anew(
     assert timedelta(seconds=0.6) <= due_at - seen[0] < timedelta(seconds=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside_a_step", [False, True])
 async def test_never_wakes_early_by_the_databases_clock(run: Runner, beside_a_step: bool):
     early: list[Any] = []
@@ -109,6 +113,7 @@ async def test_never_wakes_early_by_the_databases_clock(run: Runner, beside_a_st
             assert drift >= timedelta(0)
 
 
+@pytest.mark.slow
 async def test_sleep_until_waits_for_that_moment(run: Runner):
     when = await database_now(run.durable) + timedelta(seconds=0.4)
 
@@ -178,6 +183,7 @@ async def test_what_cannot_be_slept_is_refused(run: Runner, call: Any, word: str
     assert word in error.message
 
 
+@pytest.mark.slow
 async def test_sleeps_in_a_loop_are_each_their_own(run: Runner, tally: Tally):
     @task
     async def work(ctx: TaskContext) -> int:
@@ -214,6 +220,7 @@ async def test_sleeping_task_holds_no_slot_and_no_connection(engine: Any):
         assert engine.pool.checkedout() <= 3
 
 
+@pytest.mark.slow
 async def test_sleep_goes_on_where_no_worker_was_there_at_its_end(durable: Durable):
     @durable.task
     async def work(ctx: TaskContext) -> str:
@@ -269,6 +276,7 @@ async def test_sleep_beside_a_long_step_ends_without_a_suspension(run: Runner, t
     assert tally == ["entered", "long began", "awake"]
 
 
+@pytest.mark.slow
 async def test_plain_tasks_sleep(run: Runner, tally: Tally):
     @task
     def work(ctx: SyncTaskContext) -> datetime:

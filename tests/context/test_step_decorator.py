@@ -143,6 +143,7 @@ async def test_strategy_none_does_not_try_again(run: Runner, tally: Tally):
     assert len(tally) == 1
 
 
+@pytest.mark.slow
 async def test_tries_are_counted_on_after_the_run_was_taken_over(run: Runner, tally: Tally):
     @step(max_attempts=4, retry_strategy=RetryStrategy.fixed(0))
     async def broken() -> None:
@@ -166,6 +167,7 @@ async def test_tries_are_counted_on_after_the_run_was_taken_over(run: Runner, ta
     assert (await rows.task()).failures == 1
 
 
+@pytest.mark.slow
 async def test_long_pause_between_tries_suspends_the_run_and_is_not_begun_anew(run: Runner, tally: Tally):
     @step(max_attempts=2, retry_strategy=RetryStrategy.fixed(1.2))
     async def flaky() -> float:
@@ -185,6 +187,7 @@ async def test_long_pause_between_tries_suspends_the_run_and_is_not_begun_anew(r
     assert 1.2 <= tally[1] - tally[0] < 4
 
 
+@pytest.mark.slow
 async def test_pause_between_tries_is_not_cut_short_by_what_else_wakes_the_run(run: Runner, tally: Tally):
     @step(max_attempts=2, retry_strategy=RetryStrategy.fixed(1.5))
     async def flaky() -> str:
@@ -325,6 +328,7 @@ async def test_steps_that_call_steps_keep_what_those_gave(run: Runner, tally: Ta
     assert tally == ["outer", "inner", "outer", "outer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["step", "transaction"])
 async def test_what_a_step_had_done_before_its_run_was_taken_over_is_kept_for_all_its_tries(
     run: Runner, tally: Tally, kind: str

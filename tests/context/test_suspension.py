@@ -201,6 +201,7 @@ async def test_gather_that_returns_exceptions_gets_no_signals(run: Runner, tally
     assert tally == [["NoneType", "TaskTimeout"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gather", "group"])
 async def test_all_branches_run_until_each_is_done_or_waits_then_the_task_suspends_for_all(
     run: Runner, tally: Tally, how: str

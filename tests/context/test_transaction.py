@@ -394,6 +394,7 @@ SESSIONMAKERS: dict[str, Callable[[AsyncEngine], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SESSIONMAKERS.values(), ids=SESSIONMAKERS)
 async def test_sessions_of_any_kind_commit_with_the_checkpoint(
     engine: AsyncEngine, ledger: Ledger, options: Callable[[AsyncEngine], dict[str, Any]]
@@ -421,6 +422,7 @@ async def test_sessions_of_any_kind_commit_with_the_checkpoint(
     assert await ledger.entries() == ["written"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["write", "read", "read, and the refusal is swallowed"])
 @pytest.mark.parametrize("kind", ["another database", "an engine of its own choice"])
 async def test_what_would_not_commit_with_it_is_refused(
@@ -505,6 +507,7 @@ async def test_spawn_and_emit_work_on_a_plain_session_as_well(run: Runner, tally
     await eventually(lambda: tally == ["tea"])
 
 
+@pytest.mark.slow
 async def test_serialization_failure_runs_the_function_again(engine: AsyncEngine, ledger: Ledger, tally: Tally):
     async with engine.begin() as connection:
         await connection.execute(text("INSERT INTO ledger VALUES (1, '0')"))
@@ -652,6 +655,7 @@ class Lossy:
             raise self.engine.sync_engine.dialect.loaded_dbapi.InterfaceError("connection is closed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", [["after"], ["before"], ["after", "after"], ["before", "after"], ["before", "before", "after"]]
 )
@@ -679,6 +683,7 @@ async def test_commit_whose_reply_is_lost_happens_once(lossy: Lossy, ledger: Led
     assert entries == [f"call {call}" for call in output]
 
 
+@pytest.mark.slow
 async def test_run_that_was_taken_over_commits_nothing(run: Runner, ledger: Ledger, tally: Tally):
     async def slow(session: AsyncSession) -> str:
         tally.add("called")
@@ -749,6 +754,7 @@ async def test_long_transaction_does_not_hold_up_other_branches(run: Runner):
         assert await run(work) == 10
 
 
+@pytest.mark.slow
 async def test_connections_of_transactions_go_back_to_the_pool(run: Runner, ledger: Ledger):
     async def fail(session: AsyncSession) -> None:
         session.add(Entry(text="x"))

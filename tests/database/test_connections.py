@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, event
@@ -130,3 +131,26 @@ async def test_a_lost_connection_in_a_loop_loses_no_spawn(database_url: URL, eng
         assert set(found) == set(spawned)
         assert len(found) == len(spawned)
     await app.dispose()
+
+
+async def test_an_error_of_the_drivers_own_class_loses_no_spawn(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncpg raises it where the server's goodbye crosses a statement, and SQLAlchemy lets it pass."""
+    prepare = asyncpg.Connection.prepare
+    failing: list[str] = []
+
+    async def fail_first(connection: Any, text: str, **options: Any) -> Any:
+        if "INSERT" in text and text not in failing:
+            failing.append(text)
+            raise asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress")
+        return await prepare(connection, text, **options)
+
+    monkeypatch.setattr(asyncpg.Connection, "prepare", fail_first)
+    async with Durable(engine, tasks=[noop]) as durable:
+        await durable.create_queue()
+        await durable.spawn(noop)
+        assert (await durable.list_queues()) == ["default"]
+        async with engine.connect() as connection:
+            assert await connection.scalar(sa.text("SELECT count(*) FROM durable.tasks")) == 1
+    assert len(failing) == 2

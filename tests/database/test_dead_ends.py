@@ -52,6 +52,7 @@ async def order(ctx: TaskContext) -> int:
     return await ctx.transaction("number", number)
 
 
+@pytest.mark.slow
 async def test_tasks_go_on_behind_a_proxy_that_never_closes(durable: Durable, proxy: Proxy, database_url: URL) -> None:
     """Without a pool, every transaction ends in a wait for a connection to close."""
     proxy.clinging = True

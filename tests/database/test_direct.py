@@ -6,8 +6,10 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, event, select
@@ -19,8 +21,9 @@ from durable_sa import Durable, TaskContext, task
 from durable_sa.database.connections import Database
 from durable_sa.database.direct import execute_within, leads_directly
 from durable_sa.database.failover import timeline_of
+from durable_sa.database.private import ARRAY_TYPES, ASYNCPG_ATTRIBUTES
 from durable_sa.statements import queues
-from durable_sa.statements.expressions import constant
+from durable_sa.statements.expressions import INTROSPECT_TYPES, NO_ARRAYS, constant
 
 NUMBER = sa.bindparam("number", type_=sa.Integer())
 DIVIDE = select((constant(10) // NUMBER).label("quotient"), constant("x").label("letter"))
@@ -325,3 +328,29 @@ async def test_a_migration_in_the_middle_of_a_transaction_fails_it_and_the_next_
         async with engine.begin() as connection:
             await connection.execute(sa.text("ALTER TABLE changing ADD COLUMN IF NOT EXISTS more text"))
     await engine.dispose()
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_types_of_arrays_are_not_searched_for_where_asyncpg_can_be_told_them(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, known: bool
+):
+    if not known:
+        monkeypatch.setitem(ASYNCPG_ATTRIBUTES, "protocol", "renamed")
+    searched: list[Any] = []
+    search = asyncpg.Connection._introspect_types
+
+    async def introspect(connection: Any, oids: Any, timeout: Any) -> Any:
+        searched.append(oids)
+        return await search(connection, oids, timeout)
+
+    monkeypatch.setattr(asyncpg.Connection, "_introspect_types", introspect)
+    database = Database(engine)
+    times = [datetime(2026, 2, 3, tzinfo=UTC)]
+    values = {**NO_ARRAYS, "uuids": [uuid.UUID(int=7)], "flags": [True], "floats": [0.5], "times": times}
+    connection = await database.connect()
+    (row,) = await database.execute_on(connection, INTROSPECT_TYPES, values)
+    oids = await connection.execute(select(*(sa.text(f"to_regtype('{name}[]')::oid") for name, _, _ in ARRAY_TYPES)))
+    assert list(oids.one()) == [oid for _, _, oid in ARRAY_TYPES]
+    await connection.close()
+    assert list(row) == list(values.values())
+    assert (searched == []) is known

@@ -178,6 +178,7 @@ async def test_the_clients_own_calls_hint(durable: Durable, engine: AsyncEngine,
     assert len(await hints.so_far()) == 1
 
 
+@pytest.mark.slow
 async def test_every_commit_is_heard_of(database_url: URL, client: Durable, hints: Hints) -> None:
     """Whatever the sender is doing when it is handed the next one."""
     app = create_async_engine(database_url, pool_size=5)
@@ -311,6 +312,7 @@ async def test_a_lone_spawn_sends_its_hint_in_its_own_statement(
     assert Hint.decode(await hints.next()) == Hint({("default", 0): at}, tasks=1)
 
 
+@pytest.mark.slow
 async def test_hints_of_spawns_in_a_row_are_merged(
     durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import URL, create_engine
+from alembic.config import Config
+from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import embedded
@@ -181,6 +182,18 @@ async def test_the_url_works_with_both_drivers(own_server: EmbeddedServer, drive
         async with engine.connect() as connection:
             assert await connection.scalar(sa.text("SHOW server_version_num")) >= "180000"
         await engine.dispose()
+
+
+def test_the_url_survives_alembic_ini(tmp_path: Path) -> None:
+    url = EmbeddedServer(tmp_path).url(database="shop").set(drivername="postgresql+psycopg")
+    config = Config()
+    config.set_main_option("sqlalchemy.url", url.render_as_string(hide_password=False))
+    read = config.get_main_option("sqlalchemy.url")
+    assert read is not None
+    assert make_url(read) == url
+    ini = tmp_path / "alembic.ini"
+    ini.write_text(f"[alembic]\nsqlalchemy.url = {read}\n")
+    assert Config(ini).get_main_option("sqlalchemy.url") == read
 
 
 def test_settings_and_environment(own_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:

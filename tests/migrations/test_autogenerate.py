@@ -71,6 +71,7 @@ def application() -> sa.MetaData:
     return metadata
 
 
+@pytest.mark.slow
 @paths
 async def test_no_table_is_dropped(engine_of_app: AsyncEngine) -> None:
     metadata = application()
@@ -90,6 +91,7 @@ async def test_no_table_is_dropped(engine_of_app: AsyncEngine) -> None:
                 await connection.rollback()
 
 
+@pytest.mark.slow
 @paths
 async def test_a_table_of_the_same_name_is_the_applications(engine_of_app: AsyncEngine) -> None:
     """`tasks` without a schema is found in durable's through the search path, and is another one."""

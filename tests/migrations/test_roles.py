@@ -152,6 +152,7 @@ async def produce(durable: Durable) -> None:
     assert await durable.count_unclaimed_ready_tasks() >= 1
 
 
+@pytest.mark.slow
 async def test_a_producer_spawns_emits_cancels_and_asks_for_results(roles: Database) -> None:
     async with roles.client("producer") as producer, roles.client("worker") as worker:
         await produce(producer)
@@ -169,6 +170,7 @@ async def test_a_producer_spawns_emits_cancels_and_asks_for_results(roles: Datab
     assert result.error.name == "ChildCancelled"
 
 
+@pytest.mark.slow
 async def test_a_worker_runs_everything(roles: Database) -> None:
     async with roles.client("operator") as operator:
         await operator.create_queue("default", retention=timedelta(days=1), event_retention=timedelta(days=1))
@@ -207,6 +209,7 @@ async def test_a_worker_takes_over_from_one_that_fell_silent(roles: Database) ->
         assert (await producer.wait_for_result(spawned, timeout=20)).output == 2
 
 
+@pytest.mark.slow
 async def test_an_operator_puts_things_right(roles: Database) -> None:
     url = roles.url.set(username=roles.names["operator"], password=PASSWORD)
     operator = CommandLine(url)

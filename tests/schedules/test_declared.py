@@ -33,6 +33,7 @@ async def until(durable: Durable, wanted: dict[str, tuple[str, str, str]]) -> No
     await eventually(reached)
 
 
+@pytest.mark.slow
 async def test_a_worker_creates_and_changes_them_and_they_fire(durable: Durable, engine: AsyncEngine) -> None:
     await durable.create_queue("mail")
     first = Durable(
@@ -77,13 +78,14 @@ async def _names(durable: Durable, count: int) -> Any:
         yield name
 
 
+@pytest.mark.slow
 async def test_one_that_no_task_declares_any_more_is_removed_and_others_stay(durable: Durable) -> None:
     nightly = declaring(schedule="0 7 * * *")
     await durable.create_schedule("mine", task=declaring("other"), cron_expression="0 9 * * *")
     async with Durable(durable.engine, tasks=[nightly]) as before, before.worker():
         await until(before, {"mine": ("default", "0 9 * * *", "UTC"), "nightly": ("default", "0 7 * * *", "UTC")})
     async with Durable(durable.engine, tasks=[declaring("unrelated")]) as after, time_travel(after) as clock:
-        await clock.advance(timedelta(days=1))  # nobody was there to confirm it
+        await clock.advance(timedelta(days=1))  # no worker has confirmed it meanwhile
         async with after.worker():
             await clock.advance(timedelta(minutes=9))
             assert "nightly" in await schedules(after)

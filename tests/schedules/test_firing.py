@@ -118,6 +118,7 @@ async def test_each_tick_has_one_task_however_many_workers_there_are(
     assert [row.n for row in await sql("SELECT count(*) AS n FROM durable.tasks")] == [5]
 
 
+@pytest.mark.slow
 async def test_of_many_that_fire_the_same_tick_one_spawns(durable: Durable, database_url: URL, sql: Sql) -> None:
     await create(durable)
     engines = [create_async_engine(database_url) for _ in range(4)]
@@ -371,6 +372,7 @@ async def test_one_that_cannot_be_fired_keeps_none_of_the_others(
     assert "schedule bad of queue default cannot be fired by this worker" in caplog.text
 
 
+@pytest.mark.slow
 async def test_any_number_that_cannot_be_fired_holds_up_no_tick_of_the_others(
     durable: Durable, sql: Sql, caplog: pytest.LogCaptureFixture
 ) -> None:

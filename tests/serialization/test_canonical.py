@@ -73,11 +73,13 @@ def reordered(value: Any) -> Any:
             return value
 
 
+@pytest.mark.slow
 @given(json_values)
 def test_the_order_of_entries_does_not_matter(value: Any) -> None:
     assert encoded(value, a=value, b=1) == encoded(reordered(value), b=1, a=reordered(value))
 
 
+@pytest.mark.slow
 @given(json_values, json_values)
 def test_different_arguments_have_different_texts(one: Any, other: Any) -> None:
     assert (encoded(one) == encoded(other)) == (repr(reordered(one)) == repr(reordered(other)) or same(one, other))

@@ -94,6 +94,7 @@ class Tree(BaseModel):
     children: list["Tree"] = []
 
 
+@pytest.mark.slow
 @given(json_values)
 def test_plain_json_comes_back_exactly(value: Any) -> None:
     encoded, decoded = plain.round_trip(value, "It")
@@ -118,6 +119,7 @@ orders = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(orders)
 def test_models_come_back_equal_and_of_the_same_types(order: Order) -> None:
     codec = codec_for(Order)

@@ -147,6 +147,7 @@ def test_too_much_data_is_dropped_and_said() -> None:
     assert failure["message"] == "no (its data is longer than 1048576 bytes as JSON and is not kept)"
 
 
+@pytest.mark.slow
 @given(st.text(), st.integers(0, 3))
 def test_whatever_the_text_it_is_stored_within_its_limits(text: str, size: int) -> None:
     encoded = encode_error(ValueError(text * 20_000 * size + text))

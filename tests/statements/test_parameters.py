@@ -10,10 +10,11 @@ from sqlalchemy.sql import ClauseElement
 from durable_sa import statements
 
 STATEMENTS = {
-    f"{module.name}.{name}": value
-    for module in pkgutil.iter_modules(statements.__path__)
-    for name, value in vars(importlib.import_module(f"{statements.__name__}.{module.name}")).items()
-    if isinstance(value, ClauseElement) and name.isupper()
+    f"{found.name}.{name}": getattr(module, name)
+    for found in pkgutil.iter_modules(statements.__path__)
+    for module in [importlib.import_module(f"{statements.__name__}.{found.name}")]
+    for name in dir(module)
+    if name.isupper() and isinstance(getattr(module, name), ClauseElement)
 }
 
 

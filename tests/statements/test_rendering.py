@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import asyncpg, psycopg, psycopg2
 from sqlalchemy.engine import Dialect
 
 from durable_sa import TaskRow
+from durable_sa.database import private
 from durable_sa.database.rendering import render
 from durable_sa.statements.expressions import array
 
@@ -83,3 +84,25 @@ def test_what_is_rendered_is_kept_no_longer_than_its_statement() -> None:
     del statement
     gc.collect()
     assert gone() is None
+
+
+def test_dialects_share_what_is_rendered_unless_their_settings_differ() -> None:
+    statement = select(TaskRow.task_id)
+    first = render(statement, asyncpg.dialect(), None)
+    assert render(statement, asyncpg.dialect(), None) is first
+    for other in (
+        psycopg.dialect(),
+        asyncpg.dialect(json_serializer=str),
+        asyncpg.dialect(json_deserializer=str),
+        asyncpg.dialect(label_length=20),
+    ):
+        assert render(statement, other, None) is not first
+    old = asyncpg.dialect()
+    old.server_version_info = (14, 0)
+    assert render(statement, old, None) is not first
+
+
+def test_each_dialect_renders_for_itself_where_its_serializers_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "SERIALIZERS", {"renamed"})
+    statement = select(TaskRow.task_id)
+    assert render(statement, asyncpg.dialect(), None) is not render(statement, asyncpg.dialect(), None)

@@ -42,6 +42,7 @@ def registered(durable: Durable) -> None:
         durable.register(each)
 
 
+@pytest.mark.slow
 async def test_the_counters_agree_with_the_tables(durable: Durable, metrics: Values) -> None:
     for number in range(3):
         await durable.spawn(work, number, idempotency_key=f"{number}")

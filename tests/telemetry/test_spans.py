@@ -288,6 +288,7 @@ async def test_the_context_is_in_the_metadata_of_events(durable: Durable, engine
     }
 
 
+@pytest.mark.slow
 async def test_a_context_that_nobody_can_read_does_no_harm(durable: Durable, engine: AsyncEngine, spans: Spans) -> None:
     spawned = await durable.spawn(waiter)
     await run_until_idle(durable)
@@ -314,6 +315,7 @@ def refuse(*_: Any) -> Any:
     raise RuntimeError("no labels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["spans", "metrics"])
 async def test_telemetry_that_fails_fails_no_task(
     engine: AsyncEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, broken: str

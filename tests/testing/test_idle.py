@@ -50,6 +50,7 @@ async def test_it_runs_all_there_is_and_leaves_what_is_due_later(durable: Durabl
     assert not durable.workers
 
 
+@pytest.mark.slow
 async def test_descendants_of_what_failed_are_cancelled(durable: Durable) -> None:
     @durable.task
     async def sleeper(ctx: TaskContext) -> None:
@@ -98,6 +99,7 @@ async def test_it_serves_the_queues_it_is_given(durable: Durable) -> None:
     assert await status(durable, here) is TaskStatus.PENDING
 
 
+@pytest.mark.slow
 async def test_what_does_not_come_to_an_end_is_named_and_given_back(durable: Durable) -> None:
     @durable.task
     async def endless(ctx: TaskContext) -> None:

@@ -127,6 +127,7 @@ async def test_a_sleep_in_a_branch_ends_while_the_run_goes_on(durable: Durable) 
         assert (await durable.wait_for_result(spawned, timeout=10)).output == "woken"
 
 
+@pytest.mark.slow
 async def test_a_sleep_that_the_database_does_not_know_of_yet_has_begun_all_the_same(
     durable: Durable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ async def test_timeouts_retries_and_limits_come_with_the_clock(durable: Durable)
     assert results[3].status is TaskStatus.CANCELLED
 
 
+@pytest.mark.slow
 async def test_a_machine_whose_clock_is_a_week_behind_makes_no_difference(durable: Durable) -> None:
     """All times are the database's: what begins there and then ends there and then."""
     async with time_travel(durable) as clock:
@@ -200,6 +202,7 @@ async def test_a_machine_whose_clock_is_a_week_behind_makes_no_difference(durabl
     assert [result.status for result in results] == statuses
 
 
+@pytest.mark.slow
 async def test_schedules_fire_and_queues_forget_by_the_clock(durable: Durable) -> None:
     await durable.create_queue(retention=timedelta(days=2))
     await durable.create_schedule("daily", task=quick, cron_expression="0 12 * * *", misfire="run_all")
@@ -229,6 +232,7 @@ async def has_length(rows: Awaitable[list[datetime]], length: int) -> bool:
     return len(await rows) == length
 
 
+@pytest.mark.slow
 async def test_workers_keep_their_leases(durable: Durable, caplog: pytest.LogCaptureFixture) -> None:
     async with durable.worker(claim_timeout=10) as first, durable.worker(claim_timeout=10) as second:
         ids = {first.worker_id, second.worker_id}
@@ -275,6 +279,7 @@ async def lost(durable: Durable) -> list[str]:
     return await eventually(crashed_is_found)
 
 
+@pytest.mark.slow
 async def test_a_heartbeat_that_is_on_its_way_does_not_end_a_lease(durable: Durable) -> None:
     """It goes by the earlier time, by which the lease would be over long before the later."""
     on_its_way, moved = threading.Event(), threading.Event()

@@ -14,7 +14,7 @@ from typing import Any
 
 from durable_sa.execution.waits import WaitSpec
 from durable_sa.ids import child_id, step_key
-from durable_sa.policies import RetryStrategy
+from durable_sa.policies import MAX_LOST_WORKERS, SUSPECT_AFTER, RetryStrategy
 from durable_sa.worker.takeover import LOST_WORKER_RETENTION
 
 from .engine_steps import LANES
@@ -266,9 +266,9 @@ class EngineModel:
     def claim(self, worker_id: uuid.UUID, wanted: int, now: datetime) -> list[tuple[uuid.UUID, int]]:
         if not self.holds_lease(worker_id):
             return []
-        found = [task for queue, priority in LANES for task in self.ready(queue, now) if task.priority == priority][
-            :wanted
-        ]
+        ready = [task for queue, priority in LANES for task in self.ready(queue, now) if task.priority == priority]
+        suspects = [task for task in ready if task.lease_losses >= SUSPECT_AFTER]
+        found = [task for task in ready if task.lease_losses < SUSPECT_AFTER][:wanted] or suspects[:1]
         for task in found:
             if task.state == "pending":
                 task.attempt += 1
@@ -370,6 +370,7 @@ class EngineModel:
         if task is None:
             return LOST
         self.runs[task_id, task.attempt] = ("failed", task.claimed_by, "Released")
+        task.lease_losses = 0
         self._again(task, now)
         return STORED
 
@@ -389,6 +390,10 @@ class EngineModel:
                 self.runs[task.task_id, task.attempt] = ("failed", task.claimed_by, "LeaseLost")
                 task.lease_losses += 1
                 self._again(task, now)
+                if task.lease_losses >= SUSPECT_AFTER + MAX_LOST_WORKERS:
+                    task.state = task.outcome = "failed"
+                    task.error, task.finished_at = "LeaseLost", now
+                    self._forget_waits(task.task_id)
         forgotten = now - _span(LOST_WORKER_RETENTION)
         self.workers = {
             key: worker for key, worker in self.workers.items() if worker.lost_at is None or worker.lost_at >= forgotten

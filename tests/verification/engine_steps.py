@@ -44,6 +44,7 @@ from durable_sa.worker.maintenance import Maintenance
 from durable_sa.worker.retention import delete_tasks
 from durable_sa.worker.settings import Settings
 from durable_sa.worker.slots import Slots
+from durable_sa.worker.suspects import Suspects
 from durable_sa.worker.wakeups import LOCKED_RETRY_DELAY
 
 T = TypeVar("T")
@@ -157,7 +158,8 @@ class SimulatedWorker:
         clock = LocalClock()
         self.agenda = Agenda(settings.queue_names, clock)
         self._channel = cast("Any", SteppedChannel())
-        dispatcher = Dispatcher(settings, self.agenda, Slots(settings), registration, cast("Any", _HintSender()))
+        slots = Slots(settings)
+        dispatcher = Dispatcher(settings, self.agenda, slots, registration, cast("Any", _HintSender()))
         self._writer = _SteppedWriter(self._channel, on_commit=dispatcher.committed)
         self._maintenance = Maintenance(
             durable,
@@ -167,6 +169,7 @@ class SimulatedWorker:
             self.agenda,
             dispatcher,
             cast("Any", _Executor()),
+            Suspects(durable, self._channel, registration, self.agenda, slots),
             listening=lambda: True,
             queue_names=settings.queue_names,
         )
@@ -184,19 +187,19 @@ class SimulatedWorker:
         )
 
     def claim(self, wanted: int = 1) -> Steps[list[tuple[uuid.UUID, int]]]:
-        """The claimed tasks with their fences, in the order of their ids."""
-        rows = yield (
-            claiming.CLAIM,
-            {
-                "worker_id": self.worker_id,
-                "wanted": wanted,
-                "task_names": list(self.durable.tasks),
-                "queue_names": [queue for queue, _ in LANES],
-                "priorities": [priority for _, priority in LANES],
-                "cursor_times": [LANE_START[0]] * len(LANES),
-                "cursor_ids": [LANE_START[1]] * len(LANES),
-            },
-        )
+        """The claimed tasks with their fences, in the order of their ids; a suspect if there are no others."""
+        parameters = {
+            "worker_id": self.worker_id,
+            "wanted": wanted,
+            "task_names": list(self.durable.tasks),
+            "queue_names": [queue for queue, _ in LANES],
+            "priorities": [priority for _, priority in LANES],
+            "cursor_times": [LANE_START[0]] * len(LANES),
+            "cursor_ids": [LANE_START[1]] * len(LANES),
+        }
+        rows = yield claiming.CLAIM, parameters
+        if not rows:
+            rows = yield claiming.CLAIM_SUSPECT, parameters
         return sorted((row.task_id, row.fence) for row in rows)
 
     def claim_at_last(self) -> Steps[list[tuple[uuid.UUID, int]]]:

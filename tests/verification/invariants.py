@@ -586,7 +586,8 @@ _COMPLAINT = re.compile(
     r"^.*(?: ERROR | CRITICAL |Traceback|ResourceWarning|RuntimeWarning|never retrieved|never awaited).*$", re.MULTILINE
 )
 _PLANNED = re.compile(
-    r"^20\d\d-\S+ \S+ \w+ durable_sa task \S+ \(\w+\) failed[^\n]*: (?:UserError: p|P)lanned.*?(?=^20\d\d-|\Z)",
+    r"^20\d\d-\S+ \S+ \w+ durable_sa task \S+ "
+    r"(?:\(poisoned\) failed|\(\w+\) failed[^\n]*: (?:UserError: p|P)lanned).*?(?=^20\d\d-|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 """The record, with its traceback, of a failure that the workload plans."""

@@ -20,6 +20,7 @@ from durable_sa.testing.database import database_server
 
 ROOT = Path(__file__).parents[2]
 RACES = "tests/verification/test_interleavings.py::"
+PROCESSES = "tests/cli/test_processes.py::"
 MACHINE = "tests/verification/test_state_machine.py"
 
 
@@ -156,8 +157,8 @@ MUTANTS = (
         "statements/claiming.py",
         (
             (
-                ".with_for_update(skip_locked=True, key_share=True)\n    .correlate(_open_lanes)",
-                ".with_for_update(key_share=True)\n    .correlate(_open_lanes)",
+                '.with_for_update(skip_locked=True, key_share=True)\n        .lateral("next_in_lane")',
+                '.with_for_update(key_share=True)\n        .lateral("next_in_lane")',
             ),
         ),
         ("tests/worker/test_claims.py::test_claims_pass_over_locked_rows_without_waiting",),
@@ -167,11 +168,29 @@ MUTANTS = (
         "statements/claiming.py",
         (
             (
-                "        TaskRow.claimed_by.is_(None),\n        TaskRow.task_name == func.any",
-                "        TaskRow.task_name == func.any",
+                "            TaskRow.claimed_by.is_(None),\n            TaskRow.task_name == func.any",
+                "            TaskRow.task_name == func.any",
             ),
         ),
         (f"{RACES}test_claim_and_claim", MACHINE),
+    ),
+    Mutant(
+        "suspects that are claimed like others",
+        "statements/claiming.py",
+        (("CLAIM = _claim(~_is_suspect, _wanted)", "CLAIM = _claim(true(), _wanted)"),),
+        ("tests/worker/test_suspects.py", MACHINE),
+    ),
+    Mutant(
+        "claims beside a suspect",
+        "worker/slots.py",
+        (("if (self.alone and self.taken) or (", "if ("),),
+        ("tests/worker/test_suspects.py",),
+    ),
+    Mutant(
+        "an attempt whose time begins anew with each run",
+        "execution/timeouts.py",
+        (("self._used = float(entry.value or 0)", "self._used = 0.0"),),
+        ("tests/worker/test_attempt_timeout.py",),
     ),
     Mutant(
         "hints before the commit",
@@ -365,13 +384,13 @@ MUTANTS = (
                 "            written = await _apart(\n                database,",
             ),
             (
-                "class _Interrupted(Exception)",
+                "class Interrupted(Exception)",
                 (
                     "async def _apart(database: Database, parameters: dict[str, Any]) -> Any:\n"
                     "    async with database.transaction() as connection:\n"
                     "        written = await connection.execute(checkpoints.RECORD_IN_TRANSACTION, parameters)\n"
                     "        return written.all()\n\n\n"
-                    "class _Interrupted(Exception)"
+                    "class Interrupted(Exception)"
                 ),
             ),
         ),
@@ -407,6 +426,47 @@ MUTANTS = (
             ),
         ),
         ("tests/context/test_suspension.py",),
+    ),
+    Mutant(
+        "a dead process whose lease runs on",
+        "worker/succession.py",
+        (
+            (
+                'await self._connection.execute(claiming.END_LEASE, {"beating_id": worker_id})',
+                "pass",
+            ),
+        ),
+        (f"{PROCESSES}test_a_killed_process_is_restarted_and_its_runs_go_on_at_once",),
+    ),
+    Mutant(
+        "runs beside a hard timeout that are lost instead of given back",
+        "worker/succession.py",
+        (('if lost["overdue"] is not None:', "if False:"),),
+        (f"{PROCESSES}test_a_hard_timeout_ends_the_process_and_gives_the_others_back[blocks]",),
+    ),
+    Mutant(
+        "a hard timeout that only its own process enforces",
+        "cli/watcher.py",
+        (("self._kill_in(run.timeout + ACTING_GRACE, child, run)", "pass"),),
+        (f"{PROCESSES}test_a_hard_timeout_ends_the_process_and_gives_the_others_back[holds_the_lock]",),
+    ),
+    Mutant(
+        "processes that outlive their watcher",
+        "worker/supervision.py",
+        (('            os.dup2(nowhere, descriptor)\n        self.on_ending("release")', "            return"),),
+        (f"{PROCESSES}test_the_processes_of_a_killed_watcher_give_their_runs_back_and_end",),
+    ),
+    Mutant(
+        "claims beyond --max-tasks-per-process",
+        "worker/claims.py",
+        (("return self._lifetime.most(wanted)", "return wanted"),),
+        (f"{PROCESSES}test_a_process_ends_after_its_number_of_runs",),
+    ),
+    Mutant(
+        "abandoned threads without a bound",
+        "worker/abandoned.py",
+        (("if count > self._limit:", "if False:"),),
+        ("tests/worker/test_abandoned.py::test_a_worker_with_more_of_them_than_slots_gives_its_runs_back_and_ends",),
     ),
 )
 

@@ -52,8 +52,9 @@ class Claimer:
             **self._lanes.parameters(full_scan=True),
         }
 
-    async def claim(self, wanted: int, *task_names: str) -> list[uuid.UUID]:
-        rows = await self._database.execute(claiming.CLAIM, self.parameters(wanted, *task_names))
+    async def claim(self, wanted: int, *task_names: str, suspect: bool = False) -> list[uuid.UUID]:
+        statement = claiming.CLAIM_SUSPECT if suspect else claiming.CLAIM
+        rows = await self._database.execute(statement, self.parameters(wanted, *task_names))
         return [row.task_id for row in rows]
 
 
@@ -205,6 +206,7 @@ async def test_a_delay_is_kept_to_fractions_of_a_second(durable: Durable, sql: R
     assert all(0 <= late < (0.15 if listen else 0.4) for (late,) in lateness), lateness
 
 
+@pytest.mark.slow
 async def test_no_more_is_claimed_than_can_start(durable: Durable, sql: Rows) -> None:
     release = asyncio.Event()
     most = 0
@@ -292,6 +294,7 @@ POISONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 async def test_a_poisoned_row_stops_nobody(durable: Durable, sql: Rows, poison: str) -> None:
     @durable.task(max_attempts=1)
@@ -329,6 +332,7 @@ async def test_a_row_whose_numbers_overflow_stops_nobody_for_long(durable: Durab
         assert [result.output for result in results] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 async def test_a_recorded_step_that_no_longer_decodes_fails_its_task_alone(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=1)
     async def resumed(ctx: TaskContext) -> int:
@@ -386,6 +390,7 @@ INSERT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("priority", "age"), [(0, 0.0), (0, 3600.0), (-7, 0.0), (-7, 3600.0)])
 async def test_what_appears_below_the_floor_without_a_hint_is_found(
     durable: Durable, sql: Rows, priority: int, age: float
@@ -466,6 +471,7 @@ async def test_a_late_commit_is_found_while_the_worker_never_rests(durable: Dura
         await loading
 
 
+@pytest.mark.slow
 async def test_a_row_that_was_locked_in_passing_is_found(durable: Durable, engine: AsyncEngine) -> None:
     hidden = _Hidden(durable)
     held = await durable.spawn(hidden.task, delay=0.3)
@@ -479,6 +485,7 @@ async def test_a_row_that_was_locked_in_passing_is_found(durable: Durable, engin
             await durable.wait_for_result(held, timeout=10)
 
 
+@pytest.mark.slow
 async def test_a_paused_queue_yields_nothing_until_it_is_resumed(durable: Durable, sql: Rows) -> None:
     hidden = _Hidden(durable)
     async with durable.worker(listen=False, poll_interval=0.05):
@@ -504,6 +511,7 @@ async def explain(connection: AsyncConnection, statement: Any, parameters: dict[
     return "\n".join(row[0] for row in rows)
 
 
+@pytest.mark.slow
 async def test_a_claim_reads_only_what_it_takes(durable: Durable, claimer: Claimer, sql: Rows) -> None:
     """Finished, sleeping and waiting tasks by the ten thousand make no difference."""
     await sql(

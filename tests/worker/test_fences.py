@@ -193,6 +193,7 @@ async def test_a_run_writes_under_its_own_fence(holder: Holder, sql: Rows, kind:
     assert await dump(sql) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 async def test_nothing_is_written_under_a_fence_that_was_lost(holder: Holder, sql: Rows, loss: str) -> None:
     await LOSSES[loss](holder)
@@ -247,6 +248,7 @@ async def test_a_fence_rises_with_every_change_of_hands(holder: Holder, sql: Row
         fence = now
 
 
+@pytest.mark.slow
 async def test_a_transaction_of_a_run_that_was_taken_over_is_rolled_back(durable: Durable, sql: Rows) -> None:
     await sql("CREATE TABLE ledger (attempt integer)")
     inside, go_on = asyncio.Event(), asyncio.Event()

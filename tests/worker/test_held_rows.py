@@ -29,6 +29,7 @@ async def held(observer: AsyncEngine, *queries: str) -> AsyncGenerator[None]:
         yield
 
 
+@pytest.mark.slow
 async def test_events_whose_waiters_are_held_hold_up_no_other(
     durable: Durable, observer: AsyncEngine, sql: Rows
 ) -> None:
@@ -120,6 +121,7 @@ HELD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HELD)
 async def test_rows_that_are_held_hold_up_nothing_else(
     durable: Durable, observer: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch, what: str

@@ -28,6 +28,7 @@ from durable_sa.database.connections import Database
 from durable_sa.database.hint import Hint
 from durable_sa.database.listener import Listener
 from durable_sa.database.notifier import HintSender
+from durable_sa.worker import claims
 
 from ..support import eventually
 from .conftest import Rows
@@ -156,6 +157,7 @@ async def test_a_lost_listen_connection_is_replaced_each_time(
                 await durable.wait_for_result(spawned, timeout=2)
 
 
+@pytest.mark.slow
 async def test_a_listener_tries_again_however_often_it_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage of some hours is more than a thousand tries."""
     tries = 0
@@ -209,6 +211,7 @@ async def test_hints_that_are_lost_cost_a_poll_interval(
     assert max(await latencies(sql)) < 1.5
 
 
+@pytest.mark.slow
 async def test_a_hint_of_more_lanes_than_it_can_name_still_finds_them_all(durable: Durable, quick: Any) -> None:
     priorities = range(-1000, 1000, 3)
     assert len(Hint({("default", priority): _now() for priority in priorities}).encode()) < 8000
@@ -226,6 +229,7 @@ def _now() -> Any:
     return datetime.now(UTC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "payload",
     [
@@ -262,6 +266,7 @@ async def test_whatever_is_sent_to_the_channel_the_worker_goes_on(
         assert not [service for service in worker._background.services.values() if service.done()]
 
 
+@pytest.mark.slow
 async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durable, quick: Any, sql: Rows) -> None:
     async with durable.worker() as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
@@ -274,14 +279,15 @@ async def test_a_flood_of_notifications_does_not_drown_the_worker(durable: Durab
 
 @pytest.mark.slow
 async def test_a_task_that_wakes_while_its_worker_is_full_is_taken_by_another_in_time(
-    durable: Durable, engine: AsyncEngine, sql: Rows
+    durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Short enough for the other worker to know the task before it wakes, too long to find it by polling in time.
+    monkeypatch.setattr(claims, "LISTENING_POLL_INTERVAL", 1.5)
     release = asyncio.Event()
     idle = Durable(engine)
 
     @durable.task
     async def nap(ctx: TaskContext) -> None:
-        # Long enough for the other worker to know the task by then.
         await ctx.sleep_for("nap", 3.0)
 
     @durable.task
@@ -503,6 +509,7 @@ async def test_a_url_that_leads_around_the_pooler_is_used_to_listen(
     assert _warnings(caplog) == []
 
 
+@pytest.mark.slow
 async def test_a_url_that_leads_elsewhere_is_noticed(
     database_url: URL,
     durable: Durable,

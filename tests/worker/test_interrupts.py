@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from durable_sa import Durable, Task
+from durable_sa import Durable, Task, TaskContext, TaskStatus
 from durable_sa.errors import InvalidConfiguration
 
 from ..support import eventually
@@ -75,6 +75,54 @@ async def test_other_threads_take_no_signals(durable: Durable) -> None:
         await asyncio.to_thread(asyncio.run, durable.run_worker(signals=True))
 
 
+@pytest.fixture
+def default(number: signal.Signals) -> Generator[None]:
+    """Leave the signal to its default, as a shell that starts the tests in the background may have it ignored."""
+    previous = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+async def test_sighup_waits_for_runs_and_sigquit_gives_them_back_at_once(
+    durable: Durable, default: None, number: signal.Signals
+) -> None:
+    release = asyncio.Event()
+
+    @durable.task
+    async def waits(_: TaskContext) -> str:
+        await release.wait()
+        return "ended"
+
+    working = await running(durable, shutdown_timeout=600)
+    spawned = await durable.spawn(waits)
+
+    async def runs() -> bool:
+        return (await durable.get_task_result(spawned)).status is TaskStatus.RUNNING
+
+    await eventually(runs)
+    os.kill(os.getpid(), number)
+    if number == signal.SIGHUP:
+        (worker,) = durable.workers
+        await eventually(lambda: not worker._registration.active)
+        release.set()
+    await asyncio.wait_for(working, 20)
+    expected = TaskStatus.COMPLETED if number == signal.SIGHUP else TaskStatus.PENDING
+    assert (await durable.get_task_result(spawned)).status is expected
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+async def test_sighup_that_is_ignored_stays_ignored(durable: Durable) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        working = await running(durable, signals=True)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        working.cancel()
+        await asyncio.wait([working])
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 @pytest.mark.parametrize("code", [program.insatiable, program.hog], ids=["swallows", "blocks the loop"])
 @pytest.mark.slow
 async def test_a_task_that_does_not_let_the_process_end_is_named_and_the_process_is_ended(
@@ -121,6 +169,7 @@ uvicorn.run(app, port=int(os.environ["PORT"]), log_level="warning")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_uvicorn_stops_with_a_worker_in_its_background(
     durable: Durable, sql: Rows, number: signal.Signals

@@ -17,8 +17,8 @@ from sqlalchemy.pool import NullPool
 from durable_sa import ChildFailed, Durable, InvalidConfiguration, TaskContext, TaskRow, TaskStatus
 from durable_sa.ids import new_id
 from durable_sa.models import Run, WorkerRow
+from durable_sa.policies import MAX_LOST_WORKERS, SUSPECT_AFTER
 from durable_sa.statements import claiming
-from durable_sa.statements.outcomes import LEASE_LOSS_LIMIT
 from durable_sa.worker.leases import Heartbeat
 
 from ..support import eventually
@@ -27,6 +27,7 @@ from .conftest import Ledger, Rows, Start
 from .program import Work
 from .test_claims import Claimer
 
+LIMIT = SUSPECT_AFTER + MAX_LOST_WORKERS
 CLOCK = "extract(epoch FROM clock_timestamp())::float"
 
 
@@ -164,6 +165,7 @@ async def test_a_stop_shorter_than_the_lease_changes_nothing(
     assert await sql("SELECT attempt, fence FROM durable.tasks") == [(1, 2)]
 
 
+@pytest.mark.slow
 async def test_a_killed_process_is_taken_over_within_its_lease(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -215,7 +217,7 @@ async def test_a_dead_workers_recorded_steps_are_not_run_again(
 @pytest.mark.slow
 async def test_code_that_kills_its_process_comes_to_an_end(durable: Durable, start_process: Start, sql: Rows) -> None:
     spawned = await durable.spawn(program.die, max_attempts=1)
-    await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LEASE_LOSS_LIMIT - 2)
+    await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LIMIT - 2)
     first = await start_process("first", wait=False, claim_timeout=1)
     assert await first.exit_code() == -signal.SIGKILL
     await sql("UPDATE durable.workers SET expires_at = clock_timestamp()")
@@ -227,17 +229,21 @@ async def test_code_that_kills_its_process_comes_to_an_end(durable: Durable, sta
     assert result.error is not None
     assert result.error.name == "LeaseLost"
     rows = await sql("SELECT attempt, failures, lease_losses FROM durable.tasks")
-    assert rows == [(2, 0, LEASE_LOSS_LIMIT)]
+    assert rows == [(2, 0, LIMIT)]
     assert await sql("SELECT attempt, state FROM durable.runs ORDER BY 1") == [(1, "failed"), (2, "failed")]
 
 
-async def test_twenty_lost_workers_in_a_row_and_not_nineteen_fail_a_task(durable: Durable, sql: Rows) -> None:
+@pytest.mark.slow
+async def test_seven_lost_workers_in_a_row_and_not_six_fail_a_task(durable: Durable, sql: Rows) -> None:
     spawned = await durable.spawn_by_name("lethal", unchecked=True, max_attempts=1)
     async with durable.worker() as worker:
-        for number in range(1, LEASE_LOSS_LIMIT + 1):
+        for number in range(1, LIMIT + 1):
             claimer = Claimer(durable.database)
             await claimer.register()
-            assert await claimer.claim(1, "lethal") == [spawned.task_id]
+            # From the third claim on the task is a suspect, and claimed as one.
+            suspect = number > SUSPECT_AFTER
+            assert await claimer.claim(1, "lethal", suspect=not suspect) == []
+            assert await claimer.claim(1, "lethal", suspect=suspect) == [spawned.task_id]
             await sql("UPDATE durable.workers SET expires_at = clock_timestamp() WHERE name = 'claimer'")
 
             async def taken_over(losses: int = number) -> bool:
@@ -245,15 +251,16 @@ async def test_twenty_lost_workers_in_a_row_and_not_nineteen_fail_a_task(durable
                 return await sql("SELECT lease_losses FROM durable.tasks") == [(losses,)]
 
             await eventually(taken_over)
-            state = "failed" if number == LEASE_LOSS_LIMIT else "pending"
+            state = "failed" if number == LIMIT else "pending"
             assert await sql("SELECT state, failures, attempt FROM durable.tasks") == [(state, 0, number)]
     rows = await sql("SELECT attempt, state, error ->> 'name' FROM durable.runs ORDER BY attempt")
-    assert rows == [(number, "failed", "LeaseLost") for number in range(1, LEASE_LOSS_LIMIT + 1)]
+    assert rows == [(number, "failed", "LeaseLost") for number in range(1, LIMIT + 1)]
     # An operator may put it back, with fresh counts.
     await durable.retry_task(spawned)
     assert await sql("SELECT state, lease_losses FROM durable.tasks") == [("pending", 0)]
 
 
+@pytest.mark.slow
 async def test_a_task_given_up_for_its_lost_workers_tells_its_parent_and_takes_its_children_along(
     durable: Durable, sql: Rows
 ) -> None:
@@ -278,7 +285,9 @@ async def test_a_task_given_up_for_its_lost_workers_tells_its_parent_and_takes_i
         await sql(
             "UPDATE durable.tasks SET parent_task_id = :child WHERE task_id = :id", child=child, id=grandchild.task_id
         )
-        await sql("UPDATE durable.tasks SET lease_losses = :losses WHERE task_id = :child", losses=19, child=child)
+        await sql(
+            "UPDATE durable.tasks SET lease_losses = :losses WHERE task_id = :child", losses=LIMIT - 1, child=child
+        )
         await sql("UPDATE durable.workers SET expires_at = now() WHERE worker_id = :id", id=claimer.worker_id)
         worker._agenda.look_within(0.0)
         # At once: a search for what was forgotten would find them as well, but many seconds later.
@@ -295,7 +304,7 @@ async def test_only_losses_in_a_row_count(durable: Durable, sql: Rows, progress:
         raise ValueError
 
     spawned = await durable.spawn(resilient)
-    await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LEASE_LOSS_LIMIT - 1)
+    await sql("UPDATE durable.tasks SET lease_losses = :losses", losses=LIMIT - 1)
     async with durable.worker():
 
         async def counted_anew() -> bool:
@@ -363,6 +372,7 @@ async def test_a_claim_timeout_that_cannot_work_is_refused(durable: Durable, cla
         await durable.start_worker(claim_timeout=claim_timeout)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_cannot_beat_gives_up_its_runs_before_others_may_take_them(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -396,6 +406,7 @@ async def test_a_worker_that_cannot_beat_gives_up_its_runs_before_others_may_tak
     assert workers == [(row.worker_id, True)]
 
 
+@pytest.mark.slow
 async def test_what_was_written_before_the_lease_ended_is_kept(durable: Durable, engine: AsyncEngine) -> None:
     calls: list[int] = []
     gate = asyncio.Event()
@@ -590,6 +601,7 @@ async def test_mass_death_is_taken_over_in_batches(
     assert await sql("SELECT DISTINCT attempt, failures, lease_losses FROM durable.tasks") == [(2, 0, 1)]
 
 
+@pytest.mark.slow
 async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_taken_over(
     durable: Durable, engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -612,6 +624,7 @@ async def test_a_run_that_somebody_holds_locked_does_not_keep_others_from_being_
             await eventually(done)
 
 
+@pytest.mark.slow
 async def test_a_worker_whose_event_loop_ends_leaves_neither_a_thread_nor_a_connection(
     database_url: URL, durable: Durable, sql: Rows
 ) -> None:

@@ -164,6 +164,7 @@ async def test_a_finally_of_a_cancelled_task_runs_and_may_await(durable: Durable
         await asyncio.wait_for(cleaned.wait(), 5)
 
 
+@pytest.mark.slow
 async def test_cancelling_races_completing_and_one_of_them_wins(durable: Durable, sql: Rows) -> None:
     @durable.task
     async def brief(ctx: TaskContext, seconds: float) -> int:
@@ -196,6 +197,7 @@ async def _lateness(sql: Rows, since: str, limit: float) -> float:
     return float(late)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listen", [True, False])
 async def test_max_pending_time_is_kept_while_no_slot_is_free(durable: Durable, sql: Rows, listen: bool) -> None:
     release = asyncio.Event()
@@ -225,6 +227,7 @@ async def _running(sql: Rows) -> bool:
     return await sql("SELECT count(*) FROM durable.tasks WHERE state = 'running'") == [(1,)]
 
 
+@pytest.mark.slow
 async def test_max_pending_time_begins_when_the_task_may_be_claimed(durable: Durable, sql: Rows) -> None:
     @durable.task(cancellation=CancellationPolicy(max_pending_time=0.3))
     async def later(ctx: TaskContext) -> int:
@@ -275,6 +278,7 @@ async def test_a_task_whose_pending_time_is_over_is_not_started(durable: Durable
     assert spawned.created
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listen", [True, False])
 async def test_max_running_time_is_kept_while_the_task_runs(durable: Durable, sql: Rows, listen: bool) -> None:
     interrupted = asyncio.Event()
@@ -296,6 +300,7 @@ async def test_max_running_time_is_kept_while_the_task_runs(durable: Durable, sq
     assert 0 <= await _lateness(sql, "first_started_at", 0.4) < 0.6
 
 
+@pytest.mark.slow
 async def test_max_running_time_counts_sleeping_and_retries(durable: Durable, sql: Rows) -> None:
     limit = CancellationPolicy(max_running_time=0.6)
 
@@ -373,6 +378,7 @@ async def test_cancelling_a_parent_interrupts_its_running_descendants(durable: D
         assert await sql("SELECT state, count(*) FROM durable.tasks GROUP BY 1") == [("cancelled", 13)]
 
 
+@pytest.mark.slow
 async def test_a_descendant_that_somebody_holds_locked_is_cancelled_later_and_nothing_waits_for_that(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -413,6 +419,7 @@ async def test_a_descendant_that_somebody_holds_locked_is_cancelled_later_and_no
         await eventually(cancelled, within=3)
 
 
+@pytest.mark.slow
 async def test_a_task_whose_time_is_over_takes_its_descendants_along_and_its_parent_is_told(durable: Durable) -> None:
     """At once: a search for what was forgotten would find them as well, but many seconds later."""
 

@@ -55,6 +55,7 @@ async def test_a_retry_is_a_warning_and_a_final_failure_an_error_with_message_an
     assert "unobtainium" not in caplog.text
 
 
+@pytest.mark.slow
 async def test_a_cancelled_run_says_so_and_a_lost_one_that_it_was_lost(
     durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,6 +98,7 @@ async def test_a_takeover_names_the_tasks(durable: Durable, caplog: pytest.LogCa
     assert all(str(each.task_id) in line.getMessage() for each in spawned)
 
 
+@pytest.mark.slow
 async def test_a_shutdown_says_what_it_waits_for(durable: Durable, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "durable_sa")
     durable.register(waits)
@@ -115,6 +117,7 @@ async def test_a_shutdown_says_what_it_waits_for(durable: Durable, caplog: pytes
     assert line.getMessage() == "worker idle is shutting down: no run is in progress"
 
 
+@pytest.mark.slow
 async def test_a_missing_database_is_logged_once_by_each_part_of_a_worker_and_its_return_once(
     database_url: URL, caplog: pytest.LogCaptureFixture
 ) -> None:

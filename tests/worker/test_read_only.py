@@ -39,6 +39,7 @@ async def set_read_only(admin: Rows, url: URL, value: str) -> None:
     )
 
 
+@pytest.mark.slow
 async def test_a_worker_that_starts_on_a_read_only_database_waits(
     database_url: URL, durable: Durable, admin: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -64,6 +65,7 @@ async def test_a_worker_that_starts_on_a_read_only_database_waits(
     assert caplog.text.count("waits: the database is read-only") == 1
 
 
+@pytest.mark.slow
 async def test_a_worker_on_a_database_that_becomes_read_only_goes_on_afterwards(
     database_url: URL, durable: Durable, admin: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,7 +84,7 @@ async def test_a_worker_on_a_database_that_becomes_read_only_goes_on_afterwards(
             await eventually(lambda: "waits: the database is read-only" in caplog.text)
             go_on.set()
             await set_read_only(admin, database_url, "off")
-            result = await victim.wait_for_result(spawned, timeout=10)
+            result = await victim.wait_for_result(spawned, timeout=30)
             assert result.output == 2
     assert await admin("SELECT attempt, failures FROM durable.tasks") == [(2, 0)]
     assert "heartbeat failed (the database is read-only)" in caplog.text

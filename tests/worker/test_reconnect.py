@@ -26,6 +26,7 @@ from .stories import Parts, Story, assert_stories_ended_well, create_bookings, n
 SEED = 20
 
 
+@pytest.mark.slow
 async def test_any_connection_of_a_worker_may_be_terminated_at_any_time(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:
@@ -96,6 +97,7 @@ async def test_connections_that_answer_nothing_are_given_up_and_no_lease_is_lost
     assert await sql("SELECT DISTINCT state, attempt, failures FROM durable.tasks") == [("completed", 1, 0)]
 
 
+@pytest.mark.slow
 async def test_a_call_on_a_connection_that_answers_nothing_holds_up_no_other(database_url: URL) -> None:
     """As after a firewall has forgotten a connection of the pool: that call waits, as each of the application's does."""
     route = Route(database_url)
@@ -124,6 +126,7 @@ async def test_a_call_on_a_connection_that_answers_nothing_holds_up_no_other(dat
     await engine.dispose()
 
 
+@pytest.mark.slow
 async def test_statements_may_be_cancelled_at_any_time(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:
@@ -201,6 +204,7 @@ async def _all_ended(sql: Rows) -> bool:
     return await sql("SELECT count(*) FROM durable.tasks WHERE outcome IS NULL") == [(0,)]
 
 
+@pytest.mark.slow
 async def test_a_claim_whose_reply_was_lost_is_run(database_url: URL, durable: Durable, sql: Rows) -> None:
     async with named(database_url, "victim") as victim:
 
@@ -225,6 +229,7 @@ async def test_a_claim_whose_reply_was_lost_is_run(database_url: URL, durable: D
     assert await sql("SELECT DISTINCT attempt, failures, lease_losses, fence FROM durable.tasks") == [(1, 0, 0, 2)]
 
 
+@pytest.mark.slow
 async def test_a_transaction_whose_commit_got_no_reply_is_not_repeated(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import random
 import threading
+import time
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ async def test_an_idle_worker_sends_at_most_a_statement_a_second(durable: Durabl
         assert len(statements) <= 10, "\n\n".join(statements)
 
 
+@pytest.mark.slow
 async def test_a_task_on_an_idle_worker_costs_a_claim_and_a_completion(durable: Durable, statements: list[str]) -> None:
     """A claim that has taken all that there was is not repeated when a slot becomes free."""
 
@@ -60,13 +62,14 @@ async def test_a_task_on_an_idle_worker_costs_a_claim_and_a_completion(durable: 
     async with durable.worker(concurrency=5) as worker:
         await eventually(lambda: worker._listener is not None and worker._listener.working)
         claims = 0
+        began_at = time.monotonic()
         for _ in range(20):
             await asyncio.sleep(0.02)
             statements.clear()
             await durable.wait_for_result(await durable.spawn(quick))
             claims += sum("open_lanes" in statement for statement in statements)
-        # Each second one looks for what no hint has told of.
-        assert claims <= 24
+        # A worker searches once per second for tasks that no hint has announced.
+        assert claims <= 24 + (time.monotonic() - began_at)
 
 
 @pytest.mark.slow
@@ -198,6 +201,7 @@ async def test_two_workers_in_one_process_share_the_work(durable: Durable, sql: 
     assert await sql("SELECT worker_id FROM durable.workers") == []
 
 
+@pytest.mark.slow
 async def test_workers_on_event_loops_of_several_threads_do_not_meet(
     database_url: URL, durable: Durable, sql: Rows
 ) -> None:
@@ -293,6 +297,7 @@ async def test_cancelling_the_task_that_runs_a_worker_closes_all_its_connections
     assert await sql("SELECT worker_id FROM durable.workers") == []
 
 
+@pytest.mark.slow
 async def test_a_worker_may_be_cancelled_at_any_moment(database_url: URL, durable: Durable, sql: Rows) -> None:
     """While it starts, claims, writes, is idle, or ends; and even several times."""
     chance = random.Random(7)

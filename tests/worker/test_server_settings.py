@@ -119,6 +119,7 @@ async def test_an_isolation_that_is_set_while_the_worker_runs_changes_nothing(
     assert await sql("SELECT DISTINCT failures, attempt, lease_losses FROM durable.tasks") == [(0, 1, 0)]
 
 
+@pytest.mark.slow
 async def test_a_row_that_somebody_holds_is_waited_for_beyond_any_lock_timeout(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:
@@ -192,6 +193,7 @@ async def test_a_pool_without_three_connections_is_refused(database_url: URL, si
         await engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "overflow"), [(3, 0), (1, 2)])
 async def test_a_pool_of_three_connections_does(
     database_url: URL, durable: Durable, sql: Rows, size: int, overflow: int
@@ -221,6 +223,7 @@ async def _one() -> int:
     return 1
 
 
+@pytest.mark.slow
 async def test_an_engine_without_a_pool_does(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
 ) -> None:
@@ -260,6 +263,7 @@ async def test_a_pool_that_the_application_has_exhausted_does_not_stop_a_worker(
     assert [record for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
+@pytest.mark.slow
 async def test_runs_that_hold_all_connections_while_they_wait_for_the_worker_do_not_stop_it_for_good(
     database_url: URL, durable: Durable, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +289,7 @@ async def test_runs_that_hold_all_connections_while_they_wait_for_the_worker_do_
     assert await sql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'victim'") == []
 
 
+@pytest.mark.slow
 async def test_a_worker_keeps_within_its_budget_of_connections(database_url: URL, durable: Durable, sql: Rows) -> None:
     async with named(database_url, "victim", pool_size=20) as victim:
 
@@ -315,6 +320,7 @@ async def _listens(sql: Rows) -> bool:
     return bool(rows)
 
 
+@pytest.mark.slow
 async def test_a_worker_starts_and_ends_although_the_server_ends_what_is_idle(
     database_url: URL, durable: Durable, sql: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,7 @@ from .processes import WorkerProcess
 from .program import Work
 
 
+@pytest.mark.slow
 async def test_a_terminated_process_lets_its_runs_end_and_claims_no_others(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
@@ -147,14 +148,14 @@ async def test_cancelling_run_worker_during_the_start_is_no_signal(engine: Async
 async def test_a_worker_that_has_just_started_when_run_worker_is_cancelled_is_shut_down(
     engine: AsyncEngine, sql: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = Durable.start_worker
+    start = Durable._start_worker
 
-    async def start_and_cancel(durable: Durable, **options: Any) -> Worker:
-        worker = await start(durable, **options)
+    async def start_and_cancel(durable: Durable, *settings: Any) -> Worker:
+        worker = await start(durable, *settings)
         asyncio.get_running_loop().call_soon(running.cancel)
         return worker
 
-    monkeypatch.setattr(Durable, "start_worker", start_and_cancel)
+    monkeypatch.setattr(Durable, "_start_worker", start_and_cancel)
     async with Durable(engine) as durable:
         running = asyncio.create_task(durable.run_worker())
         with pytest.raises(asyncio.CancelledError):
@@ -163,6 +164,7 @@ async def test_a_worker_that_has_just_started_when_run_worker_is_cancelled_is_sh
     assert engine.pool.checkedout() == 0
 
 
+@pytest.mark.slow
 async def test_a_suspended_task_is_no_concern_of_a_shutdown(durable: Durable, sql: Rows) -> None:
     @durable.task(max_attempts=1)
     async def nap(ctx: TaskContext) -> int:
@@ -209,6 +211,7 @@ async def test_tasks_that_suspend_or_fail_during_the_shutdown_do_so(durable: Dur
     ]
 
 
+@pytest.mark.slow
 async def test_shutdown_during_claims_leaves_nothing_claimed(durable: Durable, sql: Rows) -> None:
     """Again and again, at whatever moment of its claims and writes it comes."""
 
@@ -226,6 +229,7 @@ async def test_shutdown_during_claims_leaves_nothing_claimed(durable: Durable, s
     assert await sql("SELECT DISTINCT failures, lease_losses FROM durable.tasks") == [(0, 0)]
 
 
+@pytest.mark.slow
 async def test_a_result_waits_for_a_locked_row_also_at_shutdown(
     durable: Durable, engine: AsyncEngine, sql: Rows
 ) -> None:
@@ -267,6 +271,7 @@ async def test_closing_the_client_shuts_its_workers_down(durable: Durable, engin
     assert await sql("SELECT count(*) FROM durable.workers") == [(0,)]
 
 
+@pytest.mark.slow
 async def test_a_failing_lifespan_fails_the_start_and_one_that_ends_badly_the_shutdown(
     database_url: URL, engine: AsyncEngine, sql: Rows
 ) -> None:

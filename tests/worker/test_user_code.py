@@ -74,6 +74,7 @@ BEHAVIOURS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["body", "step", "thread", "synchronous", "branch", "finally"])
 async def test_nothing_that_a_task_raises_ends_its_worker(durable: Durable, where: str, sql: Rows) -> None:
     def act(name: str) -> None:
@@ -184,6 +185,7 @@ async def test_fast_tasks_are_not_held_behind_slow_ones(durable: Durable, sql: R
         release.set()
 
 
+@pytest.mark.slow
 async def test_code_that_blocks_the_event_loop_for_a_while_costs_only_time(durable: Durable, sql: Rows) -> None:
     @durable.task
     async def blocking(ctx: TaskContext) -> None:
@@ -200,6 +202,7 @@ async def test_code_that_blocks_the_event_loop_for_a_while_costs_only_time(durab
     assert await sql("SELECT DISTINCT attempt, failures, lease_losses FROM durable.tasks") == [(1, 0, 0)]
 
 
+@pytest.mark.slow
 async def test_threads_and_tasks_that_outlive_their_run_harm_nobody(durable: Durable, sql: Rows) -> None:
     failures: list[BaseException] = []
     background_tasks: list[asyncio.Task[None]] = []
@@ -238,6 +241,7 @@ async def test_threads_and_tasks_that_outlive_their_run_harm_nobody(durable: Dur
     assert await sql("SELECT name FROM durable.checkpoints") == []
 
 
+@pytest.mark.slow
 async def test_a_task_may_take_all_file_descriptors_for_a_while(durable: Durable) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 

@@ -38,7 +38,7 @@ async def load(view: View) -> dict[str, Any]:
 
     try:
         task = await view.read("task", work)
-        history = None if task is None else await view.read("history", history_of)
+        history = None if task is None else await view.read("history", history_of, statements=6)
     except TaskNotFound:
         raise HTTPException(404, f"There is no task {task_id}.") from None
     if task is None:

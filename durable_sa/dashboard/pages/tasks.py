@@ -28,7 +28,7 @@ async def load(view: View) -> dict[str, Any]:
     def work(connection: Connection) -> Page[TaskInfo]:
         return view.durable.list_tasks_with(connection, where, order=order, limit=limit, after=after)
 
-    page = await view.read("tasks", work)
+    page = await view.read("tasks", work, statements=2)
     filters = fields.only(FIELDS)
     following = None if page is None or page.next is None else page.next
     return {

@@ -2,7 +2,7 @@
 
 A new one is made in the repository's own environment, on a database that is at the revision before:
 
-    DURABLE_DATABASE_URL=... alembic revision --autogenerate --rev-id durable_0003 -m "what it does"
+    DURABLE_DATABASE_URL=... alembic revision --autogenerate --rev-id durable_0005 -m "what it does"
 
 - Its id becomes `REVISION` in `durable_sa.models`, whose tables it has to arrive at. Autogenerate sees no check
   constraints, index predicates or storage parameters; the tests compare the catalogs.

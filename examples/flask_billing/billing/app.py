@@ -3,70 +3,91 @@
 from datetime import timedelta
 from typing import Any
 
-from flask import Flask, abort, request
+from flask import Blueprint, Flask, abort, current_app, request
 from flask.typing import ResponseReturnValue
-from sqlalchemy import create_engine, func, select
-from sqlalchemy.orm import Session, sessionmaker
 
-from durable_sa import Durable, TaskStatus
+from durable_sa import Durable, InvalidState, TaskStatus
 
-from .models import Invoice, Subscription
+from . import subscriptions
+from .database import db
+from .models import Subscription
 from .settings import DATABASE_URL, TRIAL_DAYS
 from .tasks import Terms, card_event, subscription
 
-durable = Durable()
-"""The client has no database, because the application writes with its own sessions."""
+durable = Durable(tasks=[subscription])
+"""The client has no database, because the application writes with its own session."""
+
+views = Blueprint("subscriptions", __name__, url_prefix="/subscriptions")
 
 
 def create_app(url: Any = DATABASE_URL, trial_days: float = TRIAL_DAYS) -> Flask:
     app = Flask(__name__)
-    sessions = sessionmaker(create_engine(url, hide_parameters=True))
-    app.extensions["sessions"] = sessions
-
-    @app.post("/subscriptions")
-    def subscribe() -> ResponseReturnValue:
-        body = request.get_json()
-        with sessions.begin() as session:
-            row = Subscription(customer=body["customer"], card=body["card"])
-            session.add(row)
-            session.flush()  # for row.id
-            terms = Terms(subscription_id=row.id, trial=timedelta(days=trial_days))
-            row.task_id = durable.spawn_with(session, subscription, terms).task_id
-            return {"id": row.id, "status": row.status}, 201
-
-    @app.get("/subscriptions/<int:subscription_id>")
-    def show(subscription_id: int) -> ResponseReturnValue:
-        with sessions() as session:
-            row = found(session, subscription_id)
-            return {
-                "id": row.id,
-                "status": row.status,
-                "task_state": row.task and row.task.state,
-                "receipts": [invoice.receipt for invoice in row.invoices],
-            }
-
-    @app.put("/subscriptions/<int:subscription_id>/card")
-    def change_card(subscription_id: int) -> ResponseReturnValue:
-        card = request.get_json()["card"]
-        with sessions.begin() as session:
-            row = found(session, subscription_id)
-            row.card = card
-            if row.status == "overdue":
-                latest = select(func.max(Invoice.month)).where(Invoice.subscription_id == row.id)
-                durable.emit_event_with(session, card_event(row.id, session.scalars(latest).one()), card)
-            return {"id": row.id, "status": row.status}
-
-    @app.delete("/subscriptions/<int:subscription_id>")
-    def unsubscribe(subscription_id: int) -> ResponseReturnValue:
-        with sessions.begin() as session:
-            row = found(session, subscription_id)
-            if row.task_id is None or durable.cancel_task_with(session, row.task_id) is not TaskStatus.CANCELLED:
-                abort(409)
-            row.status = "cancelled"
-        return "", 204
-
-    def found(session: Session, subscription_id: int) -> Subscription:
-        row = session.get(Subscription, subscription_id, with_for_update=request.method != "GET")
-        return row or abort(404)
-
+    app.config["SQLALCHEMY_DATABASE_URI"] = url
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"hide_parameters": True}
+    app.config["TRIAL"] = timedelta(days=trial_days)
+    db.init_app(app)
+    app.register_blueprint(views)
     return app
+
+
+@views.post("")
+def subscribe() -> ResponseReturnValue:
+    body = request.get_json()
+    row = Subscription(customer=body["customer"], card=body["card"])
+    db.session.add(row)
+    db.session.flush()  # for row.id
+    terms = Terms(subscription_id=row.id, trial=current_app.config["TRIAL"])
+    row.task_id = durable.spawn_with(db.session, subscription, terms).task_id
+    db.session.commit()
+    return {"id": row.id, "status": row.status}, 201
+
+
+@views.get("/<int:subscription_id>")
+def show(subscription_id: int) -> ResponseReturnValue:
+    row = found(subscription_id)
+    result = None if row.task_id is None else durable.get_task_result_with(db.session, row.task_id)
+    return {
+        "id": row.id,
+        "status": row.status,
+        "task_state": None if result is None else result.status,
+        "error": None if result is None or result.error is None else result.error.message,
+        "receipts": [invoice.receipt for invoice in row.invoices],
+    }
+
+
+@views.put("/<int:subscription_id>/card")
+def change_card(subscription_id: int) -> ResponseReturnValue:
+    card = request.get_json()["card"]
+    row = found(subscription_id)
+    row.card = card
+    if row.status == "overdue":
+        durable.emit_event_with(db.session, card_event(row.id, subscriptions.latest_month(row.id)), card)
+    db.session.commit()
+    return {"id": row.id, "status": row.status}
+
+
+@views.post("/<int:subscription_id>/retry")
+def retry(subscription_id: int) -> ResponseReturnValue:
+    """Let a subscription go on whose task has failed, once its cause is mended."""
+    row = found(subscription_id)
+    try:
+        status = durable.retry_task_with(db.session, row.task_id or abort(409))
+    except InvalidState:
+        abort(409)
+    db.session.commit()
+    return {"id": row.id, "task_state": status}
+
+
+@views.delete("/<int:subscription_id>")
+def unsubscribe(subscription_id: int) -> ResponseReturnValue:
+    row = found(subscription_id)
+    if row.task_id is None or durable.cancel_task_with(db.session, row.task_id) is not TaskStatus.CANCELLED:
+        abort(409)
+    row.status = "cancelled"
+    db.session.commit()
+    return "", 204
+
+
+def found(subscription_id: int) -> Subscription:
+    row = db.session.get(Subscription, subscription_id, with_for_update=request.method != "GET")
+    return row or abort(404)

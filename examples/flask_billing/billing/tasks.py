@@ -6,14 +6,13 @@ from itertools import count
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from durable_sa import SyncTaskContext, TaskTimeout, step, task
+from durable_sa import SyncTaskContext, TaskTimeout, step, task, transaction
 
-from . import bank
-from .models import Invoice, Subscription
+from . import bank, subscriptions
+from .subscriptions import CENTS, Bill
 
 MONTH = timedelta(days=30)
 PATIENCE = timedelta(days=7)
-CENTS = 900
 
 
 class Terms(BaseModel):
@@ -21,31 +20,26 @@ class Terms(BaseModel):
     trial: timedelta
 
 
-class Bill(BaseModel):
-    invoice_id: int
-    card: str
-
-
 def card_event(subscription_id: int, month: int) -> str:
     return f"new card for month {month} of subscription {subscription_id}"
 
 
+# The session of a transaction is `db.session`, so the application's own functions write in it.
+
+
+@transaction
 def write_invoice(session: Session, subscription_id: int, month: int) -> Bill:
-    subscription = session.get_one(Subscription, subscription_id)
-    invoice = Invoice(subscription_id=subscription_id, month=month, cents=CENTS)
-    session.add(invoice)
-    session.flush()
-    return Bill(invoice_id=invoice.id, card=subscription.card)
+    return subscriptions.write_invoice(subscription_id, month)
 
 
-def settle(session: Session, invoice_id: int, receipt: str) -> None:
-    invoice = session.get_one(Invoice, invoice_id)
-    invoice.receipt = receipt
-    session.get_one(Subscription, invoice.subscription_id).status = "active"
+@transaction
+def settle(session: Session, bill: Bill, receipt: str) -> None:
+    subscriptions.settle(bill.invoice_id, receipt)
 
 
+@transaction
 def set_status(session: Session, subscription_id: int, status: str) -> None:
-    session.get_one(Subscription, subscription_id).status = status
+    subscriptions.set_status(subscription_id, status)
 
 
 @step(max_attempts=5)
@@ -61,10 +55,10 @@ def charge(bill: Bill) -> str | None:
 def subscription(ctx: SyncTaskContext, terms: Terms) -> str:
     ctx.sleep_for("trial", terms.trial)
     for month in count(1):
-        bill = ctx.transaction(f"invoice {month}", write_invoice, terms.subscription_id, month)
+        bill = write_invoice(terms.subscription_id, month)
         receipt = charge(bill)
         if receipt is None:
-            ctx.transaction(f"overdue {month}", set_status, terms.subscription_id, "overdue")
+            set_status(terms.subscription_id, "overdue")
             try:
                 card = ctx.await_event(card_event(terms.subscription_id, month), timeout=PATIENCE, type=str)
                 receipt = charge(Bill(invoice_id=bill.invoice_id, card=card))
@@ -72,7 +66,7 @@ def subscription(ctx: SyncTaskContext, terms: Terms) -> str:
                 pass
         if receipt is None:
             break
-        ctx.transaction(f"settle {month}", settle, bill.invoice_id, receipt)
+        settle(bill, receipt)
         ctx.sleep_for(f"month {month}", MONTH)
-    ctx.transaction("suspend", set_status, terms.subscription_id, "suspended")
+    set_status(terms.subscription_id, "suspended")
     return "suspended"

@@ -1,19 +1,22 @@
-"""A database for each test, a copy of one that Alembic has migrated, and the application on it."""
+"""The application on a database of its own for each test, and on a shared one in a transaction that is rolled back."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from alembic import command
 from alembic.config import Config
+from flask import Flask
 from flask.testing import FlaskClient
 from sqlalchemy import URL
 
 from billing.app import create_app
+from billing.database import db
 from billing.tasks import subscription
 from durable_sa import Durable
+from durable_sa.integrations.flask import FlaskTasks
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +31,26 @@ def durable_migrate() -> Callable[[URL], None]:
         command.upgrade(config, "head")
 
     return migrate
+
+
+@pytest.fixture(scope="session")
+def shared_app(durable_shared_database_url: URL) -> Generator[Flask]:
+    app = create_app(durable_shared_database_url.set(drivername="postgresql+psycopg"), trial_days=14)
+    yield app
+    with app.app_context():
+        db.engine.dispose()
+
+
+@pytest.fixture
+def app(shared_app: Flask) -> Generator[Flask]:
+    """The application in an application context, and in a transaction that is rolled back at the end."""
+    with shared_app.app_context(), db.engine.connect() as connection, connection.begin() as transaction:
+        engines = cast("dict[str | None, Any]", db.engines)
+        engine, engines[None] = engines[None], connection
+        yield shared_app
+        db.session.remove()
+        engines[None] = engine
+        transaction.rollback()
 
 
 @dataclass
@@ -50,6 +73,7 @@ class Office:
 async def office(durable_database_url: URL) -> AsyncGenerator[Office]:
     url = durable_database_url.set(drivername="postgresql+psycopg")
     app = create_app(url, trial_days=14)
-    async with Durable(url, tasks=[subscription]) as durable:
+    async with Durable(url, hooks=[FlaskTasks(app, db)], tasks=[subscription]) as durable:
         yield Office(app.test_client(), durable)
-    app.extensions["sessions"].kw["bind"].dispose()
+    with app.app_context():
+        db.engine.dispose()

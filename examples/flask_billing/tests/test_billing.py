@@ -2,6 +2,10 @@
 
 from datetime import timedelta
 
+import pytest
+
+from billing import bank
+from durable_sa import UserError
 from durable_sa.testing import Clock, run_until_idle, time_travel
 
 from .conftest import Office
@@ -63,3 +67,20 @@ async def test_a_cancelled_subscription_is_never_charged(office: Office) -> None
 async def test_a_subscription_that_is_not_there(office: Office) -> None:
     assert office.http.get("/subscriptions/1").status_code == 404
     assert office.http.delete("/subscriptions/1").status_code == 404
+
+
+async def test_a_failed_task_is_put_back(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: object) -> str:
+        raise UserError("the bank has closed our account")
+
+    subscription_id = office.subscribe()
+    await run_until_idle(office.durable)
+    async with time_travel(office.durable) as clock:
+        with monkeypatch.context() as patch:
+            patch.setattr(bank, "charge", down)
+            await pass_days(office, clock, 14)
+        assert office.show(subscription_id)["error"] == "the bank has closed our account"
+        assert office.http.post(f"/subscriptions/{subscription_id}/retry").status_code == 200
+        await run_until_idle(office.durable)
+    assert office.show(subscription_id)["receipts"] == ["receipt for 900 cents, invoice 1"]
+    assert office.http.post(f"/subscriptions/{subscription_id}/retry").status_code == 409

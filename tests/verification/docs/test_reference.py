@@ -15,7 +15,8 @@ from durable_sa import errors, migrations, testing
 from .snippets import DOCS, ROOT
 
 REFERENCE = DOCS / "reference"
-INTERNAL = {"around_step", "log_line", "task_changed", "require_queue", "step_by"}
+INTERNAL = {"around_step", "log_line", "task_changed", "require_queue", "step_by", "transaction_by"}
+INTERNAL |= {"check_scopes", "require_sync_database", "scoped"}
 """Methods that other modules of the package call."""
 
 

@@ -9,7 +9,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session
 
-from durable_sa import Durable, Spawn, SpawnResult, Task, TaskContext, TaskHandle, TaskPollResult, TaskStatus
+from durable_sa import Durable, Spawn, SpawnResult, Task, TaskContext, TaskHandle, TaskInfo, TaskPollResult, TaskStatus
+from durable_sa.testing import assert_spawned, run_spawned, spawned
 
 from .tasks import Params, Result, Special, State, bare, optional, without_params
 
@@ -26,8 +27,8 @@ assert_type(durable.register(bare), Task[Params, Result])
 
 
 async def spawning(name: str) -> None:
-    spawned = await durable.spawn(bare, Params(query="x"), priority=1, idempotency_key="k")
-    assert_type(spawned, SpawnResult[Result])
+    made = await durable.spawn(bare, Params(query="x"), priority=1, idempotency_key="k")
+    assert_type(made, SpawnResult[Result])
     assert_type(await durable.spawn(bare, Special(query="x", more=1)), SpawnResult[Result])
     assert_type(await durable.spawn(without_params), SpawnResult[int])
     assert_type(await durable.spawn(without_params, delay=5), SpawnResult[int])
@@ -59,13 +60,20 @@ async def in_an_asynchronous_transaction(
 ) -> None:
     pending: Coroutine[Any, Any, SpawnResult[Result]]
     pending = durable.spawn_with(session, bare, Params(query="x"), priority=1)
-    assert_type(await pending, SpawnResult[Result])
+    made = await pending
+    assert_type(made, SpawnResult[Result])
     assert_type(await durable.spawn_with(scoped, without_params), SpawnResult[int])
     assert_type(await durable.spawn_with(connection, optional), SpawnResult[str])
     assert_type(await durable.spawn_by_name_with(session, "bare", {}), SpawnResult[Any])
     assert_type(await durable.spawn_many_with(session, [(without_params, None)]), list[SpawnResult[Any]])
     assert_type(await durable.emit_event_with(session, "e", 1), bool)
     assert_type(await durable.cancel_task_with(session, UUID(int=1)), TaskStatus)
+    assert_type(await durable.retry_task_with(scoped, UUID(int=1)), TaskStatus)
+    assert_type(await durable.get_task_result_with(session, made), TaskPollResult[Result] | None)
+    assert_type(await durable.get_task_result_with(connection, UUID(int=1)), TaskPollResult[Any] | None)
+    assert_type(await spawned(session), list[TaskInfo])
+    assert_type(await assert_spawned(connection, bare), TaskInfo)
+    assert_type(await run_spawned(session, durable), list[TaskInfo])
 
     await durable.spawn_with(session, bare)  # type: ignore[arg-type]
     await durable.spawn_with(session, bare, "x")  # type: ignore[arg-type]
@@ -95,6 +103,14 @@ def in_a_synchronous_transaction(
     assert_type(durable.spawn_many_with(session, [(without_params, None)]), list[SpawnResult[Any]])
     assert_type(durable.emit_event_with(session, "e", 1), bool)
     assert_type(durable.cancel_task_with(session, task_id), TaskStatus)
+    assert_type(durable.retry_task_with(scoped, task_id), TaskStatus)
+    assert_type(durable.get_task_result_with(session, TaskHandle[int](task_id)), TaskPollResult[int] | None)
+    assert_type(durable.get_task_result_with(connection, task_id), TaskPollResult[Any] | None)
+    assert_type(durable.wait_for_result_sync(TaskHandle[int](task_id), timeout=1), TaskPollResult[int])
+    assert_type(spawned(scoped), list[TaskInfo])
+    assert_type(assert_spawned(session, "bare", {}), TaskInfo)
+    assert_type(run_spawned(connection), list[TaskInfo])
+    Durable[None](sync_bind=scoped)
 
     durable.spawn_with(session, bare)  # type: ignore[arg-type]
     durable.spawn_with(session, bare, "x")  # type: ignore[arg-type]

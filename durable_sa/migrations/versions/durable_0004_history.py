@@ -12,8 +12,8 @@ from sqlalchemy.sql import quoted_name
 
 from durable_sa.migrations import running
 
-revision = "durable_0006"
-down_revision = "durable_0002"
+revision = "durable_0004"
+down_revision = "durable_0003"
 branch_labels = None
 depends_on = None
 oldest = "durable_0001"

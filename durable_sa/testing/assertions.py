@@ -1,0 +1,231 @@
+"""The tasks that an open transaction has spawned, which its rollback will undo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeVar, cast, overload
+
+from sqlalchemy import ColumnElement, Row, case, false, func, literal_column, null, select
+from sqlalchemy.engine import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from ..database.scripts import SessionOrConnection
+from ..models import TaskRow
+from ..policies import CancellationPolicy, RetryStrategy
+from ..results import TaskErrorInfo, TaskInfo, TaskStatus
+from ..serialization.canonical import encode_arguments
+from ..serialization.codec import UNTYPED
+from ..serialization.failures import stored_failure
+from ..statements.expressions import as_text
+from ..tasks import Task
+from ..validation import seconds
+
+__all__ = ["assert_spawned", "spawned"]
+
+T = TypeVar("T")
+
+_ANY: Final[Any] = object()
+_DELAY_TOLERANCE: Final = timedelta(seconds=1)
+"""Difference of two times that one statement takes from the clock, at most."""
+
+_task = TaskRow.__table__.alias("spawned_task")
+# Of the rows that a transaction sees, those of a transaction in progress are its own. One that it has only changed was
+# created before it began.
+_writer: ColumnElement[Any] = literal_column(
+    "(((pg_current_xact_id()::text::bigint >> 32) << 32) + spawned_task.xmin::text::bigint)::text::xid8"
+)
+_status = func.pg_xact_status(_writer)
+_own = case((_task.c.created_at >= func.transaction_timestamp(), _status == "in progress"), else_=false())
+
+_JSON: Final = ("params", "headers", "output", "error")
+SPAWNED = (
+    select(
+        *(column for column in _task.c if column.name not in _JSON),
+        *(as_text(_task.c[name]).label(name) for name in _JSON),
+        *(null().label(name) for name in ("version", "limit_key") if name not in _task.c),
+    )
+    .where(_own)
+    .order_by(_task.c.created_at, _task.c.task_id)
+)
+"""The tasks that the transaction has spawned, in their order."""
+
+
+def within(executor: SessionOrConnection, function: Callable[[Connection], T]) -> T | Coroutine[Any, Any, T]:
+    """Call a function with the connection of an executor; with an asynchronous one, return a coroutine that does so."""
+    if isinstance(executor, AsyncConnection):
+        return executor.run_sync(function)
+    if isinstance(executor, AsyncSession | async_scoped_session):
+        session: AsyncSession = executor() if isinstance(executor, async_scoped_session) else executor
+        return session.run_sync(lambda inner: function(connection_of(inner)))
+    if isinstance(executor, Connection):
+        return function(executor)
+    if isinstance(executor, Session | scoped_session):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return function(connection_of(executor))
+    raise TypeError(
+        "expected a Session, scoped_session, Connection, AsyncSession, async_scoped_session or AsyncConnection, "
+        f"not {type(executor).__name__}"
+    )
+
+
+def connection_of(session: Session | scoped_session[Any]) -> Connection:
+    """Return the session's connection for durable's tables; asking for it does not flush."""
+    return session.connection(bind_arguments={"mapper": TaskRow})
+
+
+@overload
+def spawned(
+    session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+) -> Coroutine[Any, Any, list[TaskInfo]]: ...
+@overload
+def spawned(session: Session | scoped_session[Any] | Connection) -> list[TaskInfo]: ...
+def spawned(session: SessionOrConnection) -> Any:
+    """Return the tasks that the open transaction of a session or connection has spawned, in their order.
+
+    With an asynchronous one this is a coroutine. Tasks that were committed before are not among them.
+    """
+    return within(session, lambda connection: [task_info(row) for row in connection.execute(SPAWNED)])
+
+
+@overload
+def assert_spawned(
+    session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+    task: Task[Any, Any] | str,
+    params: Any = ...,
+    **options: Any,
+) -> Coroutine[Any, Any, TaskInfo]: ...
+@overload
+def assert_spawned(
+    session: Session | scoped_session[Any] | Connection,
+    task: Task[Any, Any] | str,
+    params: Any = ...,
+    **options: Any,
+) -> TaskInfo: ...
+def assert_spawned(session: SessionOrConnection, task: Task[Any, Any] | str, params: Any = _ANY, **options: Any) -> Any:
+    """Assert that the open transaction has spawned a task, and return it.
+
+    With an asynchronous session this is a coroutine. `params` are compared as the task encodes them. The options are
+    those of a spawn; what is not named matches anything. Headers that are named must be among those of the task.
+
+    Raises:
+        AssertionError: it has not; the message lists the tasks that it has spawned.
+        TypeError: there is no such option.
+    """
+    expected = _Expected(task, params, options)
+
+    def look(connection: Connection) -> TaskInfo:
+        rows = connection.execute(SPAWNED).all()
+        for row in rows:
+            if expected.matches(row):
+                return task_info(row)
+        raise AssertionError(f"{expected} was not spawned; spawned were {_listed(rows)}")
+
+    return within(session, look)
+
+
+class _Expected:
+    """A task that a test expects to be spawned."""
+
+    def __init__(self, task: Task[Any, Any] | str, params: Any, options: dict[str, Any]) -> None:
+        self._task = task
+        self._name = task if isinstance(task, str) else task.name
+        self._options = options
+        self._any_params = params is _ANY
+        if not self._any_params:
+            text = UNTYPED.encode(params, "params") if isinstance(task, str) else task.encode_params(params)
+            self._params = None if params is None and isinstance(task, str) else text
+        known = {"retry_strategy", "cancellation", "delay", "headers", *_task.c.keys()}
+        if unknown := options.keys() - known:
+            raise TypeError(f"assert_spawned() got an unexpected keyword argument {min(unknown)!r}")
+
+    def __str__(self) -> str:
+        shown = [repr(self._name)]
+        if not self._any_params:
+            shown.append(f"params={self._params}")
+        return ", ".join([*shown, *(f"{name}={value!r}" for name, value in self._options.items())])
+
+    def matches(self, row: Row[Any]) -> bool:
+        """Return whether a stored task is the expected one."""
+        if row.task_name != self._name:
+            return False
+        if not self._any_params and not self._has_params(row.params):
+            return False
+        return all(_has_option(row, name, value) for name, value in self._options.items())
+
+    def _has_params(self, stored: str | None) -> bool:
+        if stored is None or self._params is None:
+            return stored is self._params
+        # By meaning: members of a set may be in another order.
+        codec = UNTYPED if isinstance(self._task, str) else self._task.params_codec
+        texts = (codec.decode(text, "params") for text in (stored, self._params))
+        first, second = (encode_arguments([value], {}, "params") for value in texts)
+        return first == second
+
+
+def _has_option(row: Row[Any], name: str, value: Any) -> bool:
+    match name:
+        case "headers":
+            return dict(value or {}).items() <= _headers(row).items()
+        case "delay":
+            begins: datetime | None = row.available_at
+            delay = timedelta(seconds=seconds(value, "delay"))
+            return begins is not None and abs(begins - row.created_at - delay) <= _DELAY_TOLERANCE
+        case "retry_strategy":
+            stored = RetryStrategy(
+                row.retry_kind, row.retry_base_delay, row.retry_factor, row.retry_max_backoff, row.retry_jitter
+            )
+            return bool(stored == value)
+        case "cancellation":
+            limits = cast("CancellationPolicy", value or CancellationPolicy())
+            # Checked policies hold seconds.
+            pairs = (
+                (row.max_pending_time, cast("float | None", limits.max_pending_time)),
+                (row.max_running_time, cast("float | None", limits.max_running_time)),
+            )
+            return all(limit == (None if part is None else timedelta(seconds=part)) for limit, part in pairs)
+        case _:
+            return bool(getattr(row, name) == value)
+
+
+def _headers(row: Row[Any]) -> Mapping[str, Any]:
+    found: dict[str, Any] = json.loads(row.headers or "{}")
+    return {name: value for name, value in found.items() if not name.startswith("durable::")}
+
+
+def _listed(rows: Any) -> str:
+    shown = [
+        f"{row.task_name!r} (params={row.params}, queue_name={row.queue_name!r}, key={row.idempotency_key!r})"
+        for row in rows
+    ]
+    return "; ".join(shown) or "none"
+
+
+def task_info(row: Row[Any]) -> TaskInfo:
+    """Return the description of a task, from a row of :data:`SPAWNED`."""
+    what = f"task {row.task_id}"
+    return TaskInfo(
+        task_id=row.task_id,
+        task_name=row.task_name,
+        version=row.version,
+        queue_name=row.queue_name,
+        status=TaskStatus(row.state),
+        attempt=row.attempt,
+        key=row.idempotency_key,
+        limit_key=row.limit_key,
+        parent_task_id=row.parent_task_id,
+        created_at=row.created_at,
+        available_at=row.available_at,
+        first_started_at=row.first_started_at,
+        finished_at=row.finished_at,
+        error=None if row.error is None else TaskErrorInfo(*stored_failure(row.error, what)),
+        waits_for=None,
+        started_at=row.started_at,
+        priority=row.priority,
+        failures=row.failures,
+        max_attempts=row.max_attempts,
+        params=None if row.params is None else UNTYPED.decode(row.params, what),
+        headers=_headers(row),
+        output=None if row.output is None else UNTYPED.decode(row.output, what),
+    )

@@ -1,0 +1,389 @@
+"""Tasks that an open transaction has spawned are listed, asserted, and run inside it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, Engine, create_engine, func, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+
+from durable_sa import (
+    CancellationPolicy,
+    ChildFailed,
+    Durable,
+    Hooks,
+    InvalidConfiguration,
+    RetryStrategy,
+    SyncTaskContext,
+    TaskContext,
+    TaskNotRegistered,
+    TaskRow,
+    TaskStatus,
+    TaskTimeout,
+    UserError,
+    step,
+    task,
+)
+from durable_sa.testing import assert_spawned, run_spawned, spawned, task_context
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Entry(Base):
+    __tablename__ = "ledger"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+calls: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def no_calls() -> None:
+    calls.clear()
+
+
+@step(max_attempts=2)
+def flaky(name: str) -> str:
+    calls.append(name)
+    if calls.count(name) == 1:
+        raise ConnectionError
+    return name.upper()
+
+
+def note(session: Session, entry: str) -> str:
+    session.add(Entry(text=entry))
+    return entry
+
+
+@task("square")
+async def square(ctx: TaskContext, number: int) -> int:
+    if number < 0:
+        raise UserError("negative")
+    return number * number
+
+
+@task("order")
+async def order(ctx: TaskContext, item: str) -> str:
+    await ctx.sleep_for("a week", timedelta(days=7))
+    found = await flaky(item)
+    await ctx.transaction("note", note, item)
+    if ctx.attempt == 1:
+        raise LookupError("once")
+    return found
+
+
+@task("sync order")
+def sync_order(ctx: SyncTaskContext, item: str) -> str:
+    ctx.sleep_for("a week", 7 * 86400)
+    found = flaky(item)
+    ctx.transaction("note", note, item)
+    if ctx.attempt == 1:
+        raise LookupError("once")
+    return found
+
+
+@task("parent")
+async def parent(ctx: TaskContext, numbers: list[int]) -> int:
+    children = [await ctx.spawn(f"square {number}", square, number) for number in numbers]
+    try:
+        return sum(await asyncio.gather(*(ctx.join(child) for child in children)))
+    except ChildFailed:
+        return -1
+
+
+@task("waiter")
+async def waiter(ctx: TaskContext, limit: float | None) -> str:
+    try:
+        return await ctx.await_event("paid", timeout=limit, type=str)
+    except TaskTimeout:
+        return "too late"
+
+
+@task("payer")
+def payer(ctx: SyncTaskContext) -> None:
+    ctx.emit_event("paid", "five")
+
+
+TASKS = [square, order, sync_order, parent, waiter, payer]
+
+
+@pytest.fixture
+def own(durable: Durable) -> Durable:
+    """A client without a database, as a web process has one."""
+    return Durable(tasks=TASKS, default_retry_strategy=RetryStrategy.fixed(60))
+
+
+@pytest.fixture
+def engine_of_tests(durable: Durable, database_url: URL) -> Generator[Engine]:
+    engine = create_engine(database_url.set(drivername="postgresql+psycopg"))
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def session(engine_of_tests: Engine) -> Generator[Session]:
+    with engine_of_tests.connect() as connection, connection.begin() as transaction:
+        session = Session(connection, join_transaction_mode="create_savepoint")
+        yield session
+        session.close()
+        transaction.rollback()
+
+
+@pytest.fixture
+async def async_session(engine_of_tests: Engine, engine: AsyncEngine) -> AsyncGenerator[AsyncSession]:
+    async with engine.connect() as connection, connection.begin() as transaction:
+        session = AsyncSession(connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
+        yield session
+        await session.close()
+        await transaction.rollback()
+
+
+async def test_only_those_of_the_transaction(own: Durable, durable: Durable, session: Session):
+    before = await durable.spawn(square, 1)
+    assert spawned(session) == []
+    first = own.spawn_with(session, square, 2)
+    session.commit()
+    with session.begin_nested():
+        second = own.spawn_with(session, square, 3, idempotency_key="k")
+    with session.begin_nested() as savepoint:
+        own.spawn_with(session, square, 4)
+        savepoint.rollback()
+    own.cancel_task_with(session, before)
+    await durable.spawn(square, 5)
+    found = spawned(session)
+    assert [info.task_id for info in found] == [first.task_id, second.task_id]
+    assert (found[1].task_name, found[1].status, found[1].key, found[1].params) == (
+        "square",
+        TaskStatus.PENDING,
+        "k",
+        3,
+    )
+    assert (found[0].attempt, found[0].error, found[0].waits_for, found[0].parent_task_id) == (0, None, None, None)
+
+
+async def test_asserting(own: Durable, session: Session):
+    when = datetime(2040, 1, 1, tzinfo=UTC)
+    options: dict[str, Any] = {
+        "priority": 3,
+        "max_attempts": 4,
+        "headers": {"tenant": "a", "n": [1]},
+        "retry_strategy": RetryStrategy.exponential(2),
+        "cancellation": CancellationPolicy(max_pending_time=60),
+        "idempotency_key": "k",
+        "available_at": when,
+        "queue_name": "default",
+    }
+    own.spawn_with(session, parent, [1, 2], **options)
+    own.spawn_with(session, square, 3, delay=timedelta(minutes=5))
+    assert assert_spawned(session, parent).key == "k"
+    assert_spawned(session, parent, [1, 2], **options)
+    assert_spawned(session, "parent", params=[1, 2], headers={"tenant": "a"})
+    assert_spawned(session, square, params=3, delay=300, cancellation=None)
+    for wrong in (
+        {"params": [2, 1]},
+        {"priority": 4},
+        {"headers": {"tenant": "b"}},
+        {"retry_strategy": RetryStrategy.none()},
+        {"cancellation": None},
+        {"delay": 5},
+        {"available_at": when + timedelta(seconds=1)},
+        {"idempotency_key": None},
+    ):
+        with pytest.raises(AssertionError, match=r"'parent'.* was not spawned; spawned were 'parent' \(params=\[1"):
+            assert_spawned(session, parent, **wrong)
+    with pytest.raises(AssertionError, match="'order' was not spawned"):
+        assert_spawned(session, order)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'prority'"):
+        assert_spawned(session, parent, prority=3)
+
+
+async def test_asynchronous_executors_get_coroutines(own: Durable, async_session: AsyncSession):
+    await own.spawn_with(async_session, square, 3)
+    connection: AsyncConnection = await async_session.connection()
+    for executor in (async_session, connection):
+        assert len(await spawned(executor)) == 1
+        assert (await assert_spawned(executor, square, 3)).params == 3
+        with pytest.raises(AssertionError):
+            await assert_spawned(executor, square, 4)
+    assert [info.output for info in await run_spawned(async_session, own)] == [9]
+
+
+def check(info: Any, item: str, entries: list[str]) -> None:
+    assert (info.status, info.output, info.attempt, info.failures) == (TaskStatus.COMPLETED, item.upper(), 2, 1)
+    assert info.first_started_at is not None
+    assert info.finished_at is not None
+    assert calls == [item, item]
+    assert entries == [item]
+
+
+@pytest.mark.parametrize("kind", [order, sync_order])
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_running_with_a_session(own: Durable, session: Session, kind: Any, in_loop: bool):
+    own.spawn_with(session, kind, "lamp", delay=3600)
+
+    async def run() -> list[Any]:
+        return run_spawned(session, own)
+
+    (info,) = asyncio.run(run()) if in_loop else run_spawned(session, own)
+    check(info, "lamp", list(session.scalars(select(Entry.text))))
+    assert session.scalars(select(TaskRow.state)).all() == ["completed"]
+    assert run_spawned(session, own) == [info]
+
+
+@pytest.mark.parametrize("kind", [order, sync_order])
+async def test_running_with_an_asynchronous_session(own: Durable, async_session: AsyncSession, kind: Any):
+    await own.spawn_with(async_session, kind, "lamp")
+    (info,) = await run_spawned(async_session, own)
+    check(info, "lamp", list((await async_session.scalars(select(Entry.text))).all()))
+
+
+def test_nothing_is_left_after_the_rollback(own: Durable, engine_of_tests: Engine):
+    with engine_of_tests.connect() as connection:
+        own.spawn_with(connection, sync_order, "lamp")
+        assert [info.status for info in run_spawned(connection, own)] == ["completed"]
+        assert connection.execute(select(Entry.text)).scalars().all() == ["lamp"]
+        connection.rollback()
+        for table in ("ledger", "durable.tasks", "durable.events"):
+            assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar() == 0
+
+
+def test_children_are_rows_and_run_as_well(own: Durable, session: Session):
+    own.spawn_with(session, parent, [1, 2, 3])
+    own.spawn_with(session, parent, [1, -1])
+    found = run_spawned(session, own)
+    parents = [info for info in found if info.parent_task_id is None]
+    assert [info.output for info in parents] == [14, -1]
+    assert sorted(info.params for info in found if info.parent_task_id is not None) == [-1, 1, 1, 2, 3]
+    (failed,) = [info for info in found if info.status == "failed"]
+    assert failed.error is not None
+    assert (failed.error.name, failed.error.message) == ("UserError", "negative")
+
+
+def test_events_of_another_task_come_before_a_timeout(own: Durable, session: Session):
+    own.spawn_with(session, waiter, 60.0)
+    own.spawn_with(session, waiter, None)
+    assert [info.output for info in run_spawned(session, own)] == ["too late", None]
+    assert [info.status for info in spawned(session)] == ["completed", "sleeping"]
+    own.spawn_with(session, waiter, 60.0)
+    own.spawn_with(session, payer)
+    found = run_spawned(session, own)
+    assert [info.status for info in found] == ["completed"] * 4
+    assert [info.output for info in found] == ["too late", "five", "five", None]
+
+
+def test_the_client_is_found(session: Session):
+    @task("only here")
+    async def only(ctx: TaskContext) -> int:
+        return 7
+
+    first = Durable(tasks=[only], queue_name="default")
+    second = Durable(tasks=[only, square])
+    first.spawn_with(session, only)
+    assert [info.output for info in run_spawned(session)] == [7]
+
+    @task("only here")
+    async def other(ctx: TaskContext) -> int:
+        return 8
+
+    third = Durable(tasks=[other])
+    first.spawn_with(session, only)
+    with pytest.raises(InvalidConfiguration, match="several clients"):
+        run_spawned(session)
+    assert [info.output for info in run_spawned(session, third)] == [7, 8]
+    first.spawn_by_name_with(session, "nobody's", unchecked=True)
+    with pytest.raises(TaskNotRegistered, match="nobody's"):
+        run_spawned(session)
+    assert second.tasks
+
+
+def test_code_that_catches_the_suspension(own: Durable, session: Session):
+    @task
+    async def stubborn(ctx: TaskContext) -> str:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ctx.await_event("paid"))
+        except BaseException:  # noqa: BLE001
+            return "caught"
+        return "paid"
+
+    own.register(stubborn)
+    own.spawn_with(session, stubborn)
+    assert [info.status for info in run_spawned(session, own)] == ["sleeping"]
+    own.spawn_with(session, payer)
+    assert [info.output for info in run_spawned(session, own)] == ["paid", None]
+
+
+def test_a_task_that_cannot_be_retried(own: Durable, session: Session):
+    own.spawn_with(session, square, -2, max_attempts=9)
+    (info,) = run_spawned(session, own)
+    assert (info.status, info.attempt) == ("failed", 1)
+
+
+async def test_a_scoped_session_in_a_unit_test(engine_of_tests: Engine):
+    with engine_of_tests.connect() as connection, connection.begin() as transaction:
+        sessions = scoped_session(sessionmaker(connection, join_transaction_mode="create_savepoint"))
+
+        def place(session: Session) -> int:
+            assert session is sessions()
+            session.add(Entry(text="x"))
+            session.flush()
+            return session.scalar(select(func.count(Entry.id))) or 0
+
+        @task
+        async def first(ctx: TaskContext) -> int:
+            return await ctx.transaction("place", place)
+
+        @task
+        def second(ctx: SyncTaskContext) -> int:
+            return ctx.transaction("place", place)
+
+        assert await first(task_context(session=sessions)) == 1
+        assert second(task_context(sync=True, session=sessions)) == 2
+        sessions.remove()
+        transaction.rollback()
+
+
+def test_hooks_that_remove_a_scoped_session_leave_that_of_the_test(engine_of_tests: Engine):
+    with engine_of_tests.connect() as connection, connection.begin() as transaction:
+        sessions = scoped_session(sessionmaker(engine_of_tests))
+
+        def place(_: Session) -> None:
+            sessions.add(Entry(text="kept"))
+
+        @task
+        def work(ctx: SyncTaskContext) -> None:
+            ctx.transaction("place", place)
+            sessions.flush()
+
+        class Removing(Hooks):
+            """As the application context of Flask does at its end."""
+
+            @contextmanager
+            def around_step(self, ctx: TaskContext, name: str) -> Generator[None]:
+                yield
+                sessions.remove()
+
+            @asynccontextmanager
+            async def around_task(self, ctx: TaskContext) -> AsyncGenerator[None]:
+                yield
+                sessions.remove()
+
+        client = Durable(sync_bind=sessions, hooks=[Removing()], tasks=[work])
+        sessions.configure(bind=connection, join_transaction_mode="create_savepoint")
+        client.spawn_with(sessions, work)
+        before = sessions()
+        (info,) = run_spawned(sessions, client)
+        assert (info.status, info.error) == ("completed", None)
+        assert sessions() is before
+        assert "kept" in sessions.scalars(select(Entry.text)).all()
+        sessions.remove()
+        transaction.rollback()
