@@ -44,7 +44,8 @@ class Access:
     refused if it is set."""
 
     def __post_init__(self) -> None:
-        if not instance(self.user, str, "user"):
+        instance(self.user, str, "user")
+        if not self.user:
             raise InvalidConfiguration("user", "it is empty", "Give the user's name or id as a text.")
         for name, given in (("actions", self.actions), ("queues", self.queues)):
             if isinstance(given, str):

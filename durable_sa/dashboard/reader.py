@@ -36,6 +36,8 @@ FRESH: Final = 2.0
 """Seconds for which pages that refresh themselves share what was read."""
 REFRESHES_PER_SECOND: Final = 5
 """Statements with which all pages together may refresh themselves in a second, on average."""
+USUAL: Final = 10
+"""Statements that a page which refreshes itself is expected to need, until it is known how many it did."""
 
 _QUERY_CANCELED: Final = "57014"
 
@@ -95,6 +97,7 @@ class Sections:
         self._timeout = statement_timeout
         self._refreshing = refreshing
         self._has_turn = False
+        self._sent = 0
         self._stack: AsyncExitStack | None = None
         self._connection: AsyncConnection | None = None
         self.most_late = MOST_LATE
@@ -107,7 +110,9 @@ class Sections:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._release()
+        await self._release(error)
+        if self._has_turn:
+            self._connections.count_refresh(self._sent - USUAL)
 
     async def read(
         self, name: str, work: Callable[[Connection], T], *, key: Hashable = None, statements: int = 1
@@ -159,9 +164,11 @@ class Sections:
             return
         if not self._has_turn and not self._connections.may_refresh():
             raise TooBusy
+        if not self._has_turn:
+            self._connections.count_refresh(USUAL)
         # What was begun is finished.
         self._has_turn = True
-        self._connections.count_refresh(statements)
+        self._sent += statements
 
     async def _run(self, name: str, work: Callable[[Connection], T]) -> T | None:
         try:
@@ -169,7 +176,7 @@ class Sections:
             try:
                 return await (await self._open()).run_sync(work)
             except DBAPIError as error:
-                await self._release()
+                await self._release(error)
                 # A connection that the pool had kept may be dead.
                 if was_open or not (is_conflict(error) or is_mixed_up(error)):
                     raise
@@ -178,7 +185,7 @@ class Sections:
             self.late.append(name)
             return None
         except DBAPIError as error:
-            await self._release()
+            await self._release(error)
             if sqlstate(error) != _QUERY_CANCELED:
                 await self._connections.database.explain(error)
                 raise
@@ -204,13 +211,18 @@ class Sections:
                     setting("lock_timeout", milliseconds, true()),
                 )
             )
-        except BaseException:
-            await stack.aclose()
+        except BaseException as error:
+            await _leave(stack, error)
             raise
         self._stack, self._connection = stack, connection
         return connection
 
-    async def _release(self) -> None:
+    async def _release(self, error: BaseException | None = None) -> None:
         stack, self._stack, self._connection = self._stack, None, None
         if stack is not None:
-            await stack.aclose()
+            await _leave(stack, error)
+
+
+async def _leave(stack: AsyncExitStack, error: BaseException | None) -> None:
+    """End a transaction and return its connection; after an error by a rollback."""
+    await stack.__aexit__(None if error is None else type(error), error, error and error.__traceback__)

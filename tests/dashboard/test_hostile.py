@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -28,12 +29,24 @@ HOSTILE = [
 SECRET = "4111-1111-1111-1111"
 
 
+class Markup(HTMLParser):
+    """The elements of a page, each of which must be one of its own."""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        assert not [name for name in attributes if name.startswith("on") or name in ("style", "srcdoc")]
+        for name in ("href", "src", "action", "formaction", "hx-get", "data-href"):
+            assert (attributes.get(name) or "/").startswith(("/", "#")), attributes
+        assert tag not in ("style", "iframe", "object", "base")
+        assert tag not in ("script", "img") or (attributes.get("src") or "").startswith("/assets/")
+
+
 def assert_intact(page: str) -> None:
     """The page has no markup but its own."""
     assert page.rstrip().endswith("</html>")
-    assert not re.search(r"<img src=x|<svg onload|<script>|alert\(1\)</script>", page)
-    assert not re.search(r'(?:href|src|action)="(?!/|#)', page)
-    assert not re.search(r"<[^>]*\son(?:error|load|mouseover)=", page)
+    parser = Markup()
+    parser.feed(page)
+    parser.close()
     assert "\u202e" not in page
     assert "\x00" not in page
 
@@ -45,7 +58,7 @@ async def test_names_are_text(durable: Durable, name: str) -> None:
     await durable.emit_event(name, {"x": name}, queue_name=name)
     error = {
         "name": name,
-        "message": f"{name} \x00 \ud800",
+        "message": f"{name} \x00",
         "traceback": f'  File "{name}", line 1, in {name}\n',
         "step": name,
     }
@@ -163,7 +176,9 @@ async def test_payloads_are_nowhere_without_permission(durable: Durable) -> None
 
     def redact(task_name: str, path: tuple[str | int, ...], value: Any) -> Any:
         paths_seen.add((task_name, path))
-        return "***" if path[-1] == "card" else "gone" if value == SECRET else value
+        if path[-1] == "card":
+            return "***"
+        return value.replace(SECRET, "gone") if isinstance(value, str) else value
 
     async with serving(durable, redact=redact) as (browser, _):
         for path in (paths[2], paths[6]):

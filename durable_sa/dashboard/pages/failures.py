@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from ...client.history import WITHOUT_MESSAGE, StoredError, stored_error
 from ...results import TaskFilter
 from ...serialization.stored_redaction import message_of
 from ...statements import overview as statements
@@ -31,9 +33,12 @@ async def load(view: View) -> dict[str, Any]:
         error_name=view.query.text("error_name"),
     )
     where = view.access.tasks(chosen)
+    payloads = view.access.payloads
     rows = await view.rows("failures", statements.latest_failures(where, since), shared=False)
     return {
-        "groups": None if rows is None else grouped(rows, payloads=view.access.payloads),
+        "groups": None
+        if rows is None
+        else grouped(rows, lambda row, error: _message(view, row, error) if payloads else _without_values(error)),
         "capped": rows is not None and len(rows) >= statements.FAILURES,
         "most": statements.FAILURES,
         "ended_after": since_text,
@@ -43,18 +48,21 @@ async def load(view: View) -> dict[str, Any]:
     }
 
 
-def grouped(rows: list[dict[str, Any]], *, payloads: bool) -> list[dict[str, Any]]:
+def grouped(
+    rows: list[dict[str, Any]], message: Callable[[dict[str, Any], StoredError | None], str]
+) -> list[dict[str, Any]]:
     """Return groups of failures, the largest first. `rows` begin with the latest."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     frames: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
-        name = str(row["name"] or "?")
+        error = stored_error(row["error"], payloads=True)
+        name = "?" if error is None else error.info.name
         key = (row["task_name"], name)
         if key not in groups:
             groups[key] = {
                 "task_name": row["task_name"],
                 "error_name": name,
-                "message": _message(name, row, payloads=payloads),
+                "message": message(row, error),
                 "count": 0,
                 "latest": {"task_id": row["task_id"], "finished_at": row["finished_at"]},
                 "query": query([("task_name", row["task_name"]), ("error_name", name), ("state", "failed")]),
@@ -62,17 +70,28 @@ def grouped(rows: list[dict[str, Any]], *, payloads: bool) -> list[dict[str, Any
             frames[key] = Counter()
         groups[key]["count"] += 1
         groups[key]["first_at"] = row["finished_at"]
-        frames[key][frame_of(row["traceback"]) or "unknown place"] += 1
+        frames[key][frame_of(None if error is None else error.traceback) or "unknown place"] += 1
     for key, group in groups.items():
         group["places"] = [{"place": place, "count": count} for place, count in frames[key].most_common(5)]
     return sorted(groups.values(), key=lambda group: -group["count"])
 
 
-def _message(name: str, row: dict[str, Any], *, payloads: bool) -> str:
-    message = str(row["message"] or "")
-    shown = message if payloads else message_of(name, message, has_data=bool(row["has_data"]))
-    shown = "(its message is data)" if shown is None else shown
-    return shown if len(shown) <= _MESSAGE else f"{shown[:_MESSAGE]}..."
+def _message(view: View, row: dict[str, Any], error: StoredError | None) -> str:
+    if error is None:
+        return ""
+    return _shortened(str(view.values(row["task_name"]).prepare("error", error.info.message, "message")))
+
+
+def _without_values(error: StoredError | None) -> str:
+    if error is None:
+        return ""
+    info = error.info
+    shown = message_of(info.name, info.message, has_data=info.raw is not None)
+    return WITHOUT_MESSAGE if shown is None else _shortened(shown)
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= _MESSAGE else f"{message[:_MESSAGE]}..."
 
 
 def frame_of(traceback: str | None) -> str | None:

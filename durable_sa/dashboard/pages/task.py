@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -53,8 +52,11 @@ async def load(view: View) -> dict[str, Any]:
     parent = [] if task.parent_task_id is None else [task.parent_task_id]
     visible = await view.visible([*related, *parent])
     values = view.values(task.task_name)
+    shown = task_data(task)
+    if payloads and task.error is not None:
+        shown["error"]["message"] = values.prepare("error", task.error.message, "message")
     data: dict[str, Any] = {
-        "task": {**task_data(task), "parent_task_id": task.parent_task_id if task.parent_task_id in visible else None},
+        "task": {**shown, "parent_task_id": task.parent_task_id if task.parent_task_id in visible else None},
         "parent": None if task.parent_task_id is None else visible.get(task.parent_task_id),
         "reasons": [
             reason._asdict() if reason.task_id in visible else {**reason._asdict(), "task_id": None} for reason in why
@@ -117,11 +119,14 @@ def _entry(entry: HistoryEntry, visible: Mapping[Any, Any], values: Values, scal
         "duration": None if entry.duration is None else entry.duration.total_seconds(),
         "until": detail.get("until"),
         "worker": detail.get("worker"),
-        "traceback": detail.get("traceback"),
+        "traceback": None,
     }
+    if "traceback" in detail:
+        data["traceback"] = values.prepare("error", detail["traceback"], "traceback")
     error = detail.get("error")
     if isinstance(error, TaskErrorInfo):
-        data["error"] = {name: value for name, value in asdict(error).items() if name != "raw"}
+        message = values.prepare("error", error.message, "message")
+        data["error"] = {"name": error.name, "message": message, "step": error.step}
     related = detail.get("task_id")
     if related in visible:
         data.update(task_id=related, task_name=visible[related].task_name)
