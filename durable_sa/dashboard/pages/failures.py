@@ -35,10 +35,12 @@ async def load(view: View) -> dict[str, Any]:
     where = view.access.tasks(chosen)
     payloads = view.access.payloads
     rows = await view.rows("failures", statements.latest_failures(where, since), shared=False)
+
+    def message(row: dict[str, Any], error: StoredError | None) -> str:
+        return _message(view, row, error) if payloads else _without_values(error)
+
     return {
-        "groups": None
-        if rows is None
-        else grouped(rows, lambda row, error: _message(view, row, error) if payloads else _without_values(error)),
+        "groups": None if rows is None else grouped(rows, message),
         "capped": rows is not None and len(rows) >= statements.FAILURES,
         "most": statements.FAILURES,
         "ended_after": since_text,
