@@ -19,6 +19,7 @@ from durable_sa import Durable, InvalidName, InvalidState, QueueNotFound, Serial
 from durable_sa.models import Event
 from durable_sa.testing import run_until_idle
 from tests.client.support import Application, Gate, count, with_some_callers
+from tests.support import eventually
 
 
 class Amount(BaseModel):
@@ -88,7 +89,8 @@ async def test_an_emit_into_another_queue_than_that_of_the_waiter_is_noticed_onc
     assert names[1] in warned()[1]
     # A worker says the same of what a task emits.
     await durable.spawn(emit, names[4])
-    await run_until_idle(durable)
+    async with durable.worker():
+        await eventually(lambda: len(warned()) > 2)
     assert len(warned()) == 3
     assert names[4] in warned()[2]
 

@@ -188,6 +188,10 @@ def main() -> None:
         _say(f"{count:7} {name}")
     for name, reason in report["skipped"].items():
         _say(f"skipped {name}: {reason}")
+    # The violations stand at the end once more, because a log is often seen by its last lines alone.
+    for round_ in report["details"]:
+        for name, cases in round_["violations"].items():
+            _say(f"VIOLATIONS of {' + '.join(round_['faults'])} [{round_['seed']}] {name}: {'; '.join(cases[:3])}")
     _say(
         f"seed {report['seed']}: {report['injected_total']} faults in {report['rounds']} rounds of {report['tasks']} tasks,"
         f" {report['broken_rounds']} rounds with violations; {chosen.report}"

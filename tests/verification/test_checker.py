@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from durable_sa.policies import SUSPECT_AFTER
+
 from .evidence import Change, Evidence
 from .invariants import INVARIANTS, violations
 from .lags import histogram
@@ -291,6 +293,24 @@ def test_a_replay_that_passes_over_what_is_recorded_is_told(history: Evidence) -
 def test_what_waits_because_all_slots_are_taken_does_not_count(history: Evidence) -> None:
     forged = FORGERIES["due_work_is_claimed_while_there_are_slots"](history)
     assert "due_work_is_claimed_while_there_are_slots" not in violations(replace(forged, slots=0))
+
+
+@pytest.mark.parametrize("losses", [0, SUSPECT_AFTER])
+def test_what_waits_because_a_suspect_runs_alone_does_not_count(history: Evidence, losses: int) -> None:
+    """One run leaves the worker free slots, unless it is that of a suspect."""
+    forged = FORGERIES["due_work_is_claimed_while_there_are_slots"](history)
+    index = find(forged, "tasks", first_claimed)
+    claim = forged.changes[index]
+    assert claim.became
+    assert forged.steady_since
+    worker = forged.changes[find(forged, "workers", lambda change: change.was is None)].row["worker_id"]
+    running = {**claim.became, "task_id": "another", "claimed_by": worker, "lease_losses": losses}
+    ready = {**running, "state": "ready", "claimed_by": None}
+    began = claim._replace(at=forged.steady_since, committed_at=forged.steady_since, was=ready, became=running)
+    ended = claim._replace(was=running, became={**ready, "state": "completed", "outcome": "completed"})
+    changes = [*forged.changes[:index], began, ended, *forged.changes[index:]]
+    found = violations(replace(forged, changes=changes))
+    assert ("due_work_is_claimed_while_there_are_slots" in found) == (losses == 0)
 
 
 def test_how_long_due_work_waits_is_known(history: Evidence) -> None:

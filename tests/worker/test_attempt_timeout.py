@@ -17,7 +17,7 @@ from durable_sa import (
     step,
     task,
 )
-from durable_sa.statements.inspection import CHECKPOINTS
+from durable_sa.statements.history import CHECKPOINTS
 
 from ..support import eventually
 from .conftest import Rows

@@ -70,11 +70,14 @@ async def test_a_step_may_take_longer_than_the_claim_timeout(durable: Durable, s
 async def test_a_blocked_event_loop_is_taken_over_and_writes_nothing_more(
     durable: Durable, start_process: Start, ledger: Ledger, sql: Rows
 ) -> None:
+    # Both have started before one is blocked, because a start may take longer than the block.
+    workers = {name: await start_process(name, claim_timeout=1) for name in ("one", "two")}
     spawned = await durable.spawn(program.block, 5.0)
-    blocked = await start_process("blocked", claim_timeout=1)
     await eventually(lambda: ledger.entries("begin"))
-    (first_id,) = (await sql("SELECT claimed_by FROM durable.tasks"))[0]
-    other = await start_process("other", claim_timeout=1)
+    claimed = "SELECT claimed_by, name FROM durable.tasks JOIN durable.workers ON claimed_by = worker_id"
+    ((first_id, blocked_name),) = await sql(claimed)
+    blocked = workers.pop(blocked_name)
+    (other,) = workers.values()
     result = await durable.wait_for_result(spawned, timeout=20)
     assert result.output == other.process.pid
     finished = await _dump(sql)
@@ -82,7 +85,7 @@ async def test_a_blocked_event_loop_is_taken_over_and_writes_nothing_more(
 
     # The first finds out by itself, and goes on as a new worker.
     async def back() -> bool:
-        rows = await sql(select(WorkerRow.worker_id).where(WorkerRow.name == "blocked", WorkerRow.lost_at.is_(None)))
+        rows = await sql(select(WorkerRow.worker_id).where(WorkerRow.name == blocked_name, WorkerRow.lost_at.is_(None)))
         return [row for row in rows if row.worker_id != first_id] != []
 
     await eventually(back)
