@@ -14,6 +14,7 @@ from .invocation import FAILED, USAGE, exit_on_errors, exit_on_package_errors, f
 from .output import make_console
 
 HOST = "127.0.0.1"
+_STARTING_PAUSE = 0.01
 
 Target = Annotated[
     str | None,
@@ -74,7 +75,11 @@ async def _serve(durable: Durable[Any], port: int, *, write: bool, payloads: boo
         except SystemExit:
             fail(f"Port {port} is in use. Choose another: durable dashboard --port {port + 1}", FAILED)
         with socket:
+            server = uvicorn.Server(config)
+            serving = asyncio.ensure_future(server.serve(sockets=[socket]))
+            while not server.started and not serving.done():  # noqa: ASYNC110 - it has no event for that
+                await asyncio.sleep(_STARTING_PAUSE)
             place = f"http://{HOST}:{socket.getsockname()[1]}/?token={local.token}"
             make_console().print(place, soft_wrap=True)
             make_console(stderr=True).print("Press Ctrl-C to end it.", soft_wrap=True)
-            await uvicorn.Server(config).serve(sockets=[socket])
+            await serving

@@ -94,7 +94,7 @@ class Dashboard:
             Route("/assets/{name}", self._asset, methods=["GET"]),
             *(Route(page.path, partial(self._page, page), methods=["GET"]) for page in PAGES),
         ]
-        self.router = Router(self.routes, lifespan=self._lifespan)
+        self.router = Router(self.routes, redirect_slashes=False, lifespan=self._lifespan)
         handlers: dict[Any, Any] = {
             HTTPException: self._refused,
             Redirect: self._elsewhere,
@@ -110,7 +110,7 @@ class Dashboard:
         if scope["type"] == "lifespan":
             await self.router(scope, receive, send)
         elif scope["type"] == "http":
-            await self._app(scope, receive, _with_headers(send))
+            await self._app(located(scope), receive, _with_headers(send))
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
 
@@ -260,6 +260,24 @@ class Dashboard:
     def _broken(self, request: Request, error: Exception) -> Response:
         logger.error("the dashboard failed at %s", request.url.path, exc_info=error)
         return self._error(request, 500, "The dashboard failed. The log of the application says why.")
+
+
+def located(scope: Scope) -> Scope:
+    """Return a request's scope with the place of the dashboard as `root_path`, and a path without a slash at its end.
+
+    Litestar tells that place only by the difference between the path and the one that was sent, and adds a slash.
+    """
+    root, path = scope.get("root_path", ""), scope["path"]
+    sent: bytes = scope.get("raw_path") or quote(path).encode()
+    inner = path[len(root) :] if root and path.startswith(root) else path
+    if not sent.lower().endswith(b"%2f"):
+        inner = inner.rstrip("/")
+    if not root:
+        whole = unquote(sent.partition(b"?")[0].decode("latin-1")).rstrip("/")
+        root = whole[: len(whole) - len(inner)] if whole.endswith(inner) else ""
+        # Two slashes would begin the name of a host.
+        root = f"/{root.lstrip('/')}" if root else ""
+    return {**scope, "root_path": root, "path": f"{root}{inner or '/'}"}
 
 
 def may_see(access: Access, page: Page) -> bool:

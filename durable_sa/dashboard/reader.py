@@ -225,4 +225,7 @@ class Sections:
 
 async def _leave(stack: AsyncExitStack, error: BaseException | None) -> None:
     """End a transaction and return its connection; after an error by a rollback."""
-    await stack.__aexit__(None if error is None else type(error), error, error and error.__traceback__)
+    if error is None:
+        await stack.aclose()
+    else:
+        await stack.__aexit__(type(error), error, error.__traceback__)

@@ -16,6 +16,7 @@ from durable_sa import Durable, TaskFilter, TaskRow
 from durable_sa.dashboard import Access, dashboard
 from durable_sa.dashboard.access import ACTIONS as NAMES
 from durable_sa.dashboard.actions import ACTIONS
+from durable_sa.dashboard.application import located
 from durable_sa.dashboard.pages import PAGES
 from durable_sa.errors import InvalidConfiguration, InvalidName
 from tests.dashboard.support import EVERYTHING, ORIGIN, browsing, serving
@@ -260,6 +261,25 @@ async def test_links_and_cookies_know_where_it_is_mounted(durable: Durable) -> N
         for link in sorted(links - {"#live"}):
             assert (await browser.get(link.replace("&amp;", "&"))).status_code in (200, 405), link
     await app.close()
+
+
+def test_a_place_is_known_in_every_framework() -> None:
+    for scope, root, path in (
+        ({"path": "/tasks", "raw_path": b"/tasks"}, "", "/tasks"),
+        ({"path": "/tasks/", "raw_path": b"/tasks/"}, "", "/tasks"),
+        ({"path": "/", "raw_path": b"/"}, "", "/"),
+        ({"path": "/ops/tasks", "root_path": "/ops", "raw_path": b"/ops/tasks"}, "/ops", "/ops/tasks"),
+        ({"path": "/ops/", "root_path": "/ops", "raw_path": b"/ops/"}, "/ops", "/ops/"),
+        ({"path": "/ops", "root_path": "/ops"}, "/ops", "/ops/"),
+        # Litestar.
+        ({"path": "/", "root_path": "", "raw_path": b"/ops"}, "/ops", "/ops/"),
+        ({"path": "/tasks/", "root_path": "", "raw_path": b"/ops/tasks"}, "/ops", "/ops/tasks"),
+        ({"path": "/queues/a b/", "root_path": "", "raw_path": b"/o/queues/a%20b"}, "/o", "/o/queues/a b"),
+        # A queue whose name ends with a slash.
+        ({"path": "/queues/a/", "raw_path": b"/queues/a%2F"}, "", "/queues/a/"),
+    ):
+        found = located(scope)
+        assert (found["root_path"], found["path"]) == (root, path), scope
 
 
 async def test_a_broken_page_says_nothing_of_its_error(caplog: pytest.LogCaptureFixture) -> None:
