@@ -42,6 +42,8 @@ async def test_queues_restrict_every_page_and_action(durable: Durable, queues: s
             for text in (await browser.page(page.path), str(await browser.data(page.path))):
                 assert "secret" not in text, page.path
         assert {task["queue_name"] for task in (await browser.data("/tasks"))["tasks"]} == queues
+        listed = await browser.data("/tasks?state=pending&state=failed")
+        assert {task["queue_name"] for task in listed["tasks"]} == queues
         for query in ("queue_name=secret", "task_name=secret-task", "state=pending&queue_name=secret"):
             assert (await browser.data(f"/tasks?{query}"))["tasks"] == []
         assert (await browser.data("/tasks/all?action=cancel"))["matched"] == len(queues)
