@@ -337,7 +337,7 @@ def test_what_is_not_overridden_is_not_called() -> None:
     durable = Durable(hooks=[Tenants(), Hooks()])
     assert [type(hook.__self__) for hook in durable.hooks.on_spawn] == [Tenants]
     assert durable.hooks.around_task == durable.hooks.around_step == ()
-    assert Durable().hooks == ((), (), ())
+    assert Durable().hooks == HookChain()
     with pytest.raises(TypeError, match="derives from Hooks, not object"):
         Durable(hooks=[object()])  # type: ignore[list-item]
 
