@@ -38,6 +38,12 @@ class Profile:
     """Pairs of the number of finished tasks and the number of sleeping tasks beside those that are drained."""
     drained_beside: int
     drained_under_snapshot: int
+    limited: int
+    """Tasks of a drain with limits."""
+    limited_tasks: tuple[int, ...]
+    """The numbers of tasks, on up to 100,000 keys, from which claims are timed."""
+    limited_claims: int
+    limited_under_snapshot: int
     soak_seconds: float
     soak_sample: float
 
@@ -65,6 +71,10 @@ SMALL: Final = Profile(
     levels=((0, 0), (100_000, 10_000), (1_000_000, 100_000)),
     drained_beside=5_000,
     drained_under_snapshot=20_000,
+    limited=5_000,
+    limited_tasks=(10_000, 200_000),
+    limited_claims=100,
+    limited_under_snapshot=20_000,
     soak_seconds=15,
     soak_sample=1,
 )
@@ -90,6 +100,10 @@ FULL: Final = Profile(
     levels=((0, 0), (1_000_000, 1_000_000), (10_000_000, 1_000_000)),
     drained_beside=30_000,
     drained_under_snapshot=500_000,
+    limited=30_000,
+    limited_tasks=(10_000, 1_000_000),
+    limited_claims=1_000,
+    limited_under_snapshot=100_000,
     soak_seconds=1_800,
     soak_sample=10,
 )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         InvalidTaskParams,
         PayloadTooLarge,
         QueueNotFound,
+        RateLimited,
         ReplayMismatch,
         Retry,
         ScheduleNotFound,
@@ -41,10 +42,11 @@ if TYPE_CHECKING:
     from .hooks import Hooks
     from .models import TaskRow
     from .options import SpawnOptions, WorkerOptions
-    from .policies import CancellationPolicy, RetryStrategy
+    from .policies import CancellationPolicy, Limit, Rate, RetryStrategy
     from .results import (
         BulkResult,
         HistoryEntry,
+        LimitKeyInfo,
         Page,
         QueueStatistics,
         ScheduleFilter,
@@ -78,12 +80,16 @@ __all__ = [
     "InvalidName",
     "InvalidState",
     "InvalidTaskParams",
+    "Limit",
+    "LimitKeyInfo",
     "OutgoingSpawn",
     "Page",
     "PayloadTooLarge",
     "QueueNotFound",
     "QueuePolicy",
     "QueueStatistics",
+    "Rate",
+    "RateLimited",
     "ReplayMismatch",
     "Retry",
     "RetryStrategy",
@@ -142,6 +148,7 @@ _PLACES = {
         "InvalidTaskParams",
         "PayloadTooLarge",
         "QueueNotFound",
+        "RateLimited",
         "ReplayMismatch",
         "Retry",
         "ScheduleNotFound",
@@ -157,11 +164,12 @@ _PLACES = {
     "hooks": ("Hooks",),
     "models": ("TaskRow",),
     "options": ("SpawnOptions", "WorkerOptions"),
-    "policies": ("CancellationPolicy", "RetryStrategy"),
+    "policies": ("CancellationPolicy", "Limit", "Rate", "RetryStrategy"),
     "results": (
         "BulkResult",
         "HistoryEntry",
         "Page",
+        "LimitKeyInfo",
         "QueueStatistics",
         "ScheduleFilter",
         "ScheduleInfo",

@@ -89,6 +89,8 @@ class App:
         )
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""
+        self.limited_queues: set[str] = set()
+        """Queues that are known to have limits, so that spawns into them need not find out."""
         self.hooks = hooks
         self.closers: list[Callable[[], Awaitable[None]]] = []
         """Functions that close what was opened for this client by others, when it closes."""

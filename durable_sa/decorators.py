@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, overl
 
 from .errors import InvalidConfiguration, InvalidCron
 from .names import validate_name
-from .options import Replay, TaskOptions, check_replay
+from .options import Replay, TaskOptions, check_limit_key, check_replay
 from .policies import CancellationPolicy, RetryStrategy
 from .schedules.cron import EVERY, next_tick
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
-from .tasks import DeclaredSchedule, Task
+from .tasks import DeclaredSchedule, LimitKey, Task
 from .validation import Duration, seconds
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    limit_key: LimitKey | None = None,
     max_lost_workers: int | None = None,
     retry_on: Iterable[type[BaseException]] | None = None,
     timeout: Duration | None = None,
@@ -83,6 +84,7 @@ def task(
     schedule: str | None = None,
     timezone: str = "UTC",
     every: Duration | None = None,
+    limit_key: LimitKey | None = None,
     max_lost_workers: int | None = None,
     retry_on: Iterable[type[BaseException]] | None = None,
     timeout: Duration | None = None,
@@ -102,6 +104,9 @@ def task(
     the task without params. Workers that have the task create it, under the task's name in the task's queue, and
     change it with the code; ten minutes after the last worker with the task has ended, the others remove it.
 
+    `limit_key`, a function from the params to a text or None, or a text, makes the limit key of each spawn that gives
+    none.
+
     `hard_timeout`, seconds or a `timedelta`, ends the process that has the task in memory for so long without a
     suspension, after its other runs have been given back, so it ends also code that nothing else ends. The attempt
     fails with `TaskTimeout`. That takes `durable worker --processes`; other workers take it as the `timeout`, and warn
@@ -119,6 +124,8 @@ def task(
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name, max_lost_workers)
     if replay is not None:
         check_replay(replay)
+    if limit_key is not None and not callable(limit_key):
+        check_limit_key(limit_key)
     declared = _declared(schedule, timezone, every)
     return functools.partial(
         _make,
@@ -130,6 +137,7 @@ def task(
         retry_on=None if retry_on is None else _exceptions("retry_on", retry_on),
         timeout=None if timeout is None else seconds(timeout, "timeout", minimum=0.001),
         hard_timeout=None if hard_timeout is None else seconds(hard_timeout, "hard_timeout", minimum=0.001),
+        limit_key=limit_key,
     )
 
 
@@ -151,6 +159,7 @@ def _make(
     no_retry_on: tuple[type[BaseException], ...],
     replay: Replay | None,
     schedule: DeclaredSchedule | None,
+    limit_key: LimitKey | None = None,
     retry_on: tuple[type[BaseException], ...] | None = None,
     timeout: float | None = None,
     hard_timeout: float | None = None,
@@ -172,6 +181,7 @@ def _make(
         local_types=local_types(function),
         replay=replay,
         schedule=schedule,
+        limit_key=limit_key,
         retry_on=retry_on,
         timeout=timeout,
         hard_timeout=hard_timeout,

@@ -15,6 +15,7 @@ DurableError
     ├── UserError
     ├── Retry
     ├── TaskTimeout (TimeoutError)
+    ├── RateLimited
     ├── ReplayMismatch
     ├── ChildFailed
     ├── ChildCancelled
@@ -208,15 +209,25 @@ class InvalidState(DurableError, RuntimeError):
 
 
 class IdempotencyConflict(DurableError, ValueError):
-    """Raised when an idempotency key was already used in the queue, for another task name or other params."""
+    """Raised when an idempotency key was already used in the queue, for another task name or other params.
 
-    def __init__(self, key: str, queue_name: str, task_id: UUID) -> None:
+    Also when an unfinished task of another name has a unique key.
+    """
+
+    def __init__(self, key: str, queue_name: str, task_id: UUID, *, unique: bool = False) -> None:
         self.key = key
         self.queue_name = queue_name
         self.task_id = task_id
+        self.unique = unique
+        """True if it is a unique key."""
         super().__init__(key, queue_name, task_id)
 
     def __str__(self) -> str:
+        if self.unique:
+            return (
+                f"The unique key {_shown(self.key)} belongs to the unfinished task {self.task_id} in queue "
+                f"{_shown(self.queue_name)}, whose name differs. Use another key for different work."
+            )
         return (
             f"The idempotency key {_shown(self.key)} belongs to task {self.task_id} in queue "
             f"{_shown(self.queue_name)}, whose name or params differ. "
@@ -316,6 +327,34 @@ class TaskTimeout(TaskError, TimeoutError):
 
     def __str__(self) -> str:
         return _sentence(f"{self.what} took longer than {self.timeout:g} s")
+
+
+class RateLimited(TaskError):
+    """Raise it in a task or step whose call was refused for a time, as an API does that answers 429.
+
+    The task's limit key is closed for `retry_after` seconds, and then the task is attempted anew. No failure is
+    counted. Without a limit key this task alone is put off.
+    """
+
+    def __init__(self, retry_after: float | timedelta) -> None:
+        if isinstance(retry_after, timedelta):
+            retry_after = retry_after.total_seconds()
+        if isinstance(retry_after, bool) or not isinstance(retry_after, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidConfiguration("retry_after", f"it must be a number, not {type(retry_after).__name__}")
+        if not 0 < retry_after <= _LONGEST_DELAY:
+            raise InvalidConfiguration("retry_after", f"{retry_after!r:.40} is not above 0 and at most 100 years")
+        self.retry_after = float(retry_after)
+        """Seconds."""
+        super().__init__(self.retry_after)
+
+    @staticmethod
+    def delay_of(error: BaseException) -> float:
+        """Return the seconds of an error of this class, 1 if a subclass has lost them."""
+        delay = getattr(error, "retry_after", None)
+        return float(delay) if type(delay) is float and 0 < delay <= _LONGEST_DELAY else 1.0
+
+    def __str__(self) -> str:
+        return f"Closed for {self.retry_after:g} seconds"
 
 
 class ReplayMismatch(TaskError):

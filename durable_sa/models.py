@@ -20,6 +20,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     Float,
+    Identity,
     Index,
     Integer,
     Interval,
@@ -38,7 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0004"
+REVISION = "durable_0005"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -98,6 +99,12 @@ class Queue(Base):
     event_retention: Mapped[timedelta | None] = mapped_column(
         server_default=RETENTION, comment="age at which events are deleted; null: never"
     )
+    limited_at: Mapped[datetime | None] = mapped_column(
+        comment="set: its tasks are claimed key by key, under limits and in turn"
+    )
+    limits_ready_at: Mapped[datetime | None] = mapped_column(
+        comment="when the tasks that ran at limited_at had been counted; until then none is claimed"
+    )
 
 
 class TaskRow(Base):
@@ -150,6 +157,13 @@ class TaskRow(Base):
     max_lost_workers: Mapped[int | None] = mapped_column(
         Integer(), comment="workers lost in a row, while it ran alone, at which it is given up; null: 5"
     )
+    limit_key: Mapped[str | None] = mapped_column(comment="empty: none, in a queue with limits")
+    weight: Mapped[int | None] = mapped_column(SmallInteger(), comment="its share of a rate; null: 1")
+    slot: Mapped[str | None] = mapped_column(comment="run or task: it holds a slot until its run ends, or it ends")
+    resumes_at: Mapped[datetime | None] = mapped_column(
+        comment="available_at of a begun task in a queue with limits: it is claimed before new ones"
+    )
+    unique_key: Mapped[str | None] = mapped_column(comment="of one unfinished task of the queue at most")
 
     # Only checks whose violation would stop or hide other tasks, because the server prepares each check anew for every
     # statement, in 6 us: fifteen checks took as long as inserting the row.
@@ -186,6 +200,39 @@ class TaskRow(Base):
             "idempotency_key",
             unique=True,
             postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+        # Tasks of limited queues alone are in these; claims and ends of other tasks change none of their columns.
+        Index(
+            "tasks_limit_idx",
+            "queue_name",
+            "limit_key",
+            "priority",
+            "available_at",
+            "task_id",
+            postgresql_where=text("finished_at IS NULL AND limit_key IS NOT NULL"),
+        ),
+        Index(
+            "tasks_resuming_idx",
+            "queue_name",
+            "limit_key",
+            "resumes_at",
+            "task_id",
+            postgresql_where=text("finished_at IS NULL AND resumes_at IS NOT NULL"),
+        ),
+        Index(
+            "tasks_suspects_idx",
+            "queue_name",
+            "limit_key",
+            postgresql_where=text("finished_at IS NULL AND limit_key IS NOT NULL AND lease_losses >= 2"),
+        ),
+        # Ended tasks are found by their unique keys, too.
+        Index("tasks_unique_keys_idx", "queue_name", "unique_key", postgresql_where=text("unique_key IS NOT NULL")),
+        Index(
+            "tasks_unique_idx",
+            "queue_name",
+            "unique_key",
+            unique=True,
+            postgresql_where=text("unique_key IS NOT NULL AND finished_at IS NULL"),
         ),
     )
 
@@ -319,6 +366,86 @@ class WorkerRow(Base):
     long_steps: Mapped[list[dict[str, Any]] | None] = mapped_column(
         JSON(), comment="steps that have run for more than a second: task_id, step, started_at"
     )
+    knows_limits: Mapped[bool | None] = mapped_column(comment="null: of a version that claims without regard to limits")
+
+
+class LimitRow(Base):
+    """A limit of a queue, of each of its keys, or of one key; or the weight of one key."""
+
+    __tablename__ = "limits"
+    __table_args__ = (CheckConstraint("scope IN ('queue', 'per_key', 'key')", name="scope"),)
+
+    queue_name: Mapped[str] = mapped_column(primary_key=True)
+    scope: Mapped[str] = mapped_column(primary_key=True, comment="queue, per_key or key")
+    limit_key: Mapped[str] = mapped_column(primary_key=True, server_default="")
+    limited: Mapped[bool] = mapped_column(comment="false: the key has a weight of its own, and the limit of each key")
+    concurrency: Mapped[int | None] = mapped_column(Integer())
+    rate_count: Mapped[int | None] = mapped_column(Integer())
+    rate_seconds: Mapped[float | None] = mapped_column(comment="rate_count starts in so many seconds")
+    rate_interval: Mapped[timedelta | None] = mapped_column(comment="between starts, rounded up")
+    burst: Mapped[int | None] = mapped_column(Integer())
+    hold: Mapped[str] = mapped_column(server_default="run", comment="run or task")
+    weight: Mapped[int | None] = mapped_column(Integer(), comment="of a key: its share of turns")
+
+
+class LimitKeyRow(Base):
+    """The state of a key of a limited queue: the slots that its tasks hold, its rate, and when it is looked at next.
+
+    Only workers write it, in short transactions: drains add what `limit_arrivals` tells, claims charge what they take.
+    """
+
+    __tablename__ = "limit_keys"
+    __table_args__ = (
+        Index(
+            "limit_keys_ready_idx",
+            "queue_name",
+            "ready_at",
+            "limit_key",
+            postgresql_where=text("ready_at IS NOT NULL"),
+        ),
+    )
+
+    queue_name: Mapped[str] = mapped_column(primary_key=True)
+    limit_key: Mapped[str] = mapped_column(primary_key=True)
+    running: Mapped[int] = mapped_column(Integer(), server_default="0", comment="slots held, before pending arrivals")
+    tat: Mapped[datetime | None] = mapped_column(comment="when the rate's bucket is full: the theoretical arrival time")
+    closed_until: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None] = mapped_column(
+        comment="when claims look at it; null: it is full, or has no task"
+    )
+    version: Mapped[int] = mapped_column(BigInteger(), server_default="0", comment="rises with each drain and claim")
+    floor_at: Mapped[datetime | None] = mapped_column(comment="no ready task is available earlier")
+    floor_of: Mapped[int | None] = mapped_column(
+        BigInteger(), comment="hash of the task names that floor_at is true of"
+    )
+    served: Mapped[int] = mapped_column(Integer(), server_default="0", comment="tasks claimed in its turn")
+    used_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class LimitTotalRow(Base):
+    """The state of a queue with a limit of its own: the slots that its tasks hold, and its rate."""
+
+    __tablename__ = "limit_totals"
+
+    queue_name: Mapped[str] = mapped_column(primary_key=True)
+    running: Mapped[int] = mapped_column(Integer(), server_default="0")
+    tat: Mapped[datetime | None]
+
+
+class LimitArrivalRow(Base):
+    """News of a key that any transaction may append and workers drain: a task became claimable, a slot was given back.
+
+    A transaction of the application never touches `limit_keys`, where it would hold up all tasks of the key.
+    """
+
+    __tablename__ = "limit_arrivals"
+
+    queue_name: Mapped[str] = mapped_column(primary_key=True)
+    arrival_id: Mapped[int] = mapped_column(BigInteger(), Identity(always=True), primary_key=True)
+    limit_key: Mapped[str]
+    available_at: Mapped[datetime | None] = mapped_column(comment="when the task may be claimed")
+    slots: Mapped[int] = mapped_column(Integer(), server_default="0", comment="taken; negative: given back")
+    closed_until: Mapped[datetime | None] = mapped_column(comment="when a key opens that a task has closed")
 
 
 class EndedWorker(Base):
@@ -331,7 +458,7 @@ class EndedWorker(Base):
     ended_at: Mapped[datetime] = mapped_column(server_default=_now)
 
 
-FILLFACTOR = {"tasks": 40}
+FILLFACTOR = {"tasks": 40, "limit_keys": 50, "limit_totals": 10}
 """Percentage to which pages are filled: a claimed row grows, and must stay on its page for a heap-only update."""
 
 for _table, _percent in FILLFACTOR.items():

@@ -6,7 +6,9 @@ from typing import Final, Literal
 
 from .errors import InvalidConfiguration, InvalidName
 
-NameKind = Literal["queue", "task", "step", "event", "schedule", "worker", "header", "idempotency key"]
+NameKind = Literal[
+    "queue", "task", "step", "event", "schedule", "worker", "header", "idempotency key", "unique key", "limit key"
+]
 
 MAX_NAME_BYTES: Final = 200
 MAX_IDEMPOTENCY_KEY_BYTES: Final = 255
@@ -21,10 +23,9 @@ _SCHEDULE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> str:
     """Return `value` as a plain `str` if it may name a `kind`.
 
-    A name has 1 to 200 bytes of UTF-8 (an idempotency key up to 255), no control characters, and something else than
-    blanks. Schedule names are
-    made of ASCII letters, digits, `_` and `-`. `$` at the start of step and event names and `durable::` at the start
-    of header keys are reserved; `internal` lets them pass for the engine's own.
+    A name has 1 to 200 bytes of UTF-8 (an idempotency or unique key up to 255), no control characters, and something
+    else than blanks. Schedule names are made of ASCII letters, digits, `_` and `-`. `$` at the start of step and event
+    names and `durable::` at the start of header keys are reserved; `internal` lets them pass for the engine's own.
 
     Raises:
         InvalidName: with the kind, the value and the rule it breaks.
@@ -38,13 +39,13 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
 def _validated(kind: NameKind, name: str, internal: bool) -> str:
     if not name:
         raise InvalidName(kind, name, "it is empty")
-    if name.isspace() and kind != "idempotency key":
+    if name.isspace() and kind not in ("idempotency key", "unique key"):
         raise InvalidName(kind, name, "it consists of blanks, which no list or log shows")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
         raise InvalidName(kind, name, "it contains a lone surrogate, which UTF-8 cannot encode") from None
-    limit = MAX_IDEMPOTENCY_KEY_BYTES if kind == "idempotency key" else MAX_NAME_BYTES
+    limit = MAX_IDEMPOTENCY_KEY_BYTES if kind in ("idempotency key", "unique key") else MAX_NAME_BYTES
     if size > limit:
         raise InvalidName(kind, name, f"it has {size} bytes of UTF-8 and at most {limit} are allowed")
     if found := _CONTROL_CHARACTER.search(name):

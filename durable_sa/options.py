@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, cast, get_args
 
 from sqlalchemy import URL
 
@@ -13,6 +13,8 @@ from .policies import MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from .serialization.codec import UNTYPED, check_size
 from .validation import Duration, instance, integer, seconds, timestamp
 
+OnConflict: TypeAlias = Literal["return", "replace", "cancel"]
+"""The rule for a spawn whose `unique` key an unfinished task has."""
 Replay: TypeAlias = Literal["warn", "strict"]
 """The rule for a recorded step that is met with other arguments: run it anew with a warning, or fail the task."""
 
@@ -47,6 +49,18 @@ class SpawnOptions(TypedDict, total=False):
     """The time from the spawn to `available_at`, in seconds or as a `timedelta`, by the database's clock."""
     priority: int | None
     """-32768 to 32767, the smallest is claimed first. 0 if absent."""
+    limit_key: str | None
+    """The key under whose limits the task runs, 1 to 200 bytes of UTF-8. That of the task's `limit_key` if absent."""
+    weight: int | None
+    """The starts that the task takes from a rate, 0 to 1000. 1 if absent."""
+    unique: str | None
+    """A key that one unfinished task of the queue has at most, up to 255 bytes of UTF-8. Excludes `idempotency_key`."""
+    on_conflict: OnConflict | None
+    """What to do if an unfinished task has the `unique` key. "return", if absent: return that task. "replace": give it
+    the new params and time, if it has not started. "cancel": cancel it, and spawn a new one."""
+    max_delay: Duration | None
+    """With `on_conflict="replace"`: the time from the first spawn on, in seconds or as a `timedelta`, past which no
+    replacement delays the task."""
 
 
 class WorkerOptions(TypedDict, total=False):
@@ -72,6 +86,9 @@ class WorkerOptions(TypedDict, total=False):
     """Seconds that runs have at shutdown to end by themselves. 30 if absent."""
     listen: bool
     """Use LISTEN for wake-up hints. True if absent."""
+    queue_concurrency: Mapping[str, int]
+    """The number of runs in progress at once in this worker, by queue. Up to `concurrency` for those that it leaves
+    out."""
     health_port: int | None
     """The port, on all interfaces, of `GET /live` and `GET /ready` for probes. None is opened if absent."""
     listen_url: URL | str | None
@@ -106,6 +123,17 @@ class TaskOptions:
             integer(self.max_lost_workers, "max_lost_workers", minimum=1, maximum=1_000_000)
 
 
+class LimitOptions(NamedTuple):
+    """The options of a spawn that need the statements of limits."""
+
+    limit_key: str | None = None
+    weight: int | None = None
+    unique_key: str | None = None
+    on_conflict: OnConflict = "return"
+    max_delay: float | None = None
+    """Seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedSpawn:
     """The options of one spawn, checked and complete."""
@@ -124,6 +152,8 @@ class ResolvedSpawn:
     priority: int
     max_lost_workers: int | None = None
     """None is the default, 5."""
+    limits: LimitOptions | None = None
+    """None if no option of limits is given."""
 
 
 def resolve_spawn_options(
@@ -167,7 +197,47 @@ def resolve_spawn_options(
         delay=None if delay is None else seconds(delay, "delay"),
         priority=0 if priority is None else integer(priority, "priority", minimum=-(2**15), maximum=2**15 - 1),
         max_lost_workers=None if max_lost_workers == MAX_LOST_WORKERS else max_lost_workers,
+        limits=_limit_options(spawn) if spawn.keys() & _LIMIT_OPTIONS else None,
     )
+
+
+_LIMIT_OPTIONS: Final = frozenset({"limit_key", "weight", "unique", "on_conflict", "max_delay"})
+
+
+def _limit_options(spawn: SpawnOptions) -> LimitOptions | None:
+    key, weight, unique = spawn.get("limit_key"), spawn.get("weight"), spawn.get("unique")
+    on_conflict, max_delay = spawn.get("on_conflict"), spawn.get("max_delay")
+    if unique is None:
+        for name, value in (("on_conflict", on_conflict), ("max_delay", max_delay)):
+            if value is not None:
+                raise InvalidConfiguration(name, "it is given without unique", "Give the unique key, too.")
+    elif (key_of_spawn := spawn.get("idempotency_key")) is not None and not key_of_spawn.startswith("durable::"):
+        # A tick of a schedule has the engine's own key.
+        raise InvalidConfiguration("unique and idempotency_key", "both are given", "Give one of them.")
+    if on_conflict is not None and on_conflict not in get_args(OnConflict):
+        raise InvalidConfiguration("on_conflict", f"{on_conflict!r:.40} is none of {', '.join(get_args(OnConflict))}")
+    if max_delay is not None and on_conflict != "replace":
+        raise InvalidConfiguration("max_delay", "only on_conflict='replace' delays a task", "Leave it out.")
+    options = LimitOptions(
+        None if key is None else check_limit_key(key),
+        None if weight is None else integer(weight, "weight", minimum=0, maximum=1000),
+        None if unique is None else validate_name("unique key", unique),
+        on_conflict or "return",
+        None if max_delay is None else seconds(max_delay, "max_delay"),
+    )
+    return None if options == LimitOptions() else options
+
+
+def check_limit_key(key: object) -> str:
+    """Return a limit key.
+
+    Raises:
+        InvalidConfiguration: it is no text.
+        InvalidName: it breaks the rules for names.
+    """
+    if not isinstance(key, str):
+        raise InvalidConfiguration("limit_key", f"it must be a str or None, not {type(key).__name__}")
+    return validate_name("limit key", key)
 
 
 def check_replay(replay: Replay) -> Replay:

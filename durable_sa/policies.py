@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from .errors import InvalidConfiguration
-from .validation import MAX_DURATION, Duration, number, seconds
+from .validation import MAX_DURATION, Duration, instance, integer, number, seconds
 
 SUSPECT_AFTER: Final = 2
 """Workers lost in a row while they ran a task, after which it is suspected of ending them, and is run alone."""
@@ -121,3 +121,68 @@ class CancellationPolicy:
         for name in ("max_pending_time", "max_running_time"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, seconds(value, name))
+
+
+MAX_CONCURRENCY: Final = 1_000_000_000
+MAX_RATE: Final = 1_000_000
+"""Most starts that a rate counts, and the largest burst."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A rate of starts: in any window of `w` seconds at most `burst` and `w * count / per` of them, rounded down.
+
+    Raises:
+        InvalidConfiguration: for a field outside its range, or more than a million starts a second.
+    """
+
+    count: int
+    """Starts in `per` seconds, 1 to 1,000,000."""
+    per: Duration
+    """Seconds, above 0, or a `timedelta`."""
+    burst: int = 1
+    """Starts that may come at once after a pause, 1 to 1,000,000."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", integer(self.count, "count", minimum=1, maximum=MAX_RATE))
+        object.__setattr__(self, "per", seconds(self.per, "per", minimum=1e-6))
+        object.__setattr__(self, "burst", integer(self.burst, "burst", minimum=1, maximum=MAX_RATE))
+        if self.interval < 1e-6:
+            raise InvalidConfiguration("Rate", f"{self.count} in {self.per:g} seconds is more than a million a second")
+        if self.interval * self.burst > MAX_DURATION:
+            raise InvalidConfiguration("Rate", f"a burst of {self.burst} takes more than 100 years to refill")
+
+    @property
+    def interval(self) -> float:
+        """The seconds between starts."""
+        return float(self.per) / self.count  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many tasks of a queue, or of a key, may run at once, and how many may start in a time.
+
+    Raises:
+        InvalidConfiguration: for a field outside its range, or a limit with neither part.
+    """
+
+    concurrency: int | None = None
+    """Tasks that run at once, at least 1. None: any number."""
+    rate: Rate | None = None
+    """The rate of starts. None: any."""
+    hold: Literal["run", "task"] = "run"
+    """With "run", a task holds a slot while it runs; with "task", from its first start to its end, also while it
+    sleeps, waits, or is about to be retried."""
+
+    def __post_init__(self) -> None:
+        if self.concurrency is None and self.rate is None:
+            raise InvalidConfiguration(
+                "Limit", "it limits neither concurrency nor rate", "Give one of them, or None for no limit."
+            )
+        if self.concurrency is not None:
+            concurrency = integer(self.concurrency, "concurrency", minimum=1, maximum=MAX_CONCURRENCY)
+            object.__setattr__(self, "concurrency", concurrency)
+        if self.rate is not None:
+            instance(self.rate, Rate, "rate")
+        if self.hold not in ("run", "task"):
+            raise InvalidConfiguration("hold", f"{self.hold!r:.40} is neither 'run' nor 'task'")

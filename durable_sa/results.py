@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from .errors import InvalidConfiguration
@@ -110,7 +110,7 @@ class TaskFilter:
     state: TaskStatus | str | Collection[TaskStatus | str] | None = None
     """A status, or several of them."""
     key: str | None = None
-    """The idempotency key."""
+    """The idempotency key, or the unique key."""
     limit_key: str | None = None
     error_name: str | None = None
     """The class name of the last failure, also of one after which the task is retried."""
@@ -178,7 +178,7 @@ class TaskInfo:
     attempt: int
     """The number of attempts that have begun."""
     key: str | None
-    """The idempotency key."""
+    """The idempotency key, or the unique key."""
     limit_key: str | None
     parent_task_id: UUID | None
     created_at: datetime
@@ -290,6 +290,10 @@ class ScheduleFilter:
     """None: the schedules of all queues."""
 
 
+LimitKeyState: TypeAlias = Literal["open", "full", "throttled", "closed"]
+"""The state of a limit key; of several that are true of it, the first of closed, full, throttled."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """The numbers of a queue's tasks, all counted at the same moment."""
@@ -305,3 +309,21 @@ class QueueStatistics:
     """Failed, and not yet deleted after their retention."""
     oldest_ready: timedelta | None
     """The time for which the oldest ready task has been due. None if no task is ready."""
+    limit_keys: Mapping[LimitKeyState, int] = field(default_factory=dict[LimitKeyState, int])
+    """How many of its limit keys are open, full, throttled or closed. Empty for a queue without limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitKeyInfo:
+    """The state of a limit key."""
+
+    key: str | None
+    """None for the tasks of the queue that have no key."""
+    state: LimitKeyState
+    """`full`: its tasks hold all slots; `throttled`: its rate allows no start yet; `closed`: until `opens_at`."""
+    running: int
+    """Slots that its tasks hold."""
+    waiting: int
+    """Its tasks that are due and not claimed, counted up to 1,000."""
+    opens_at: datetime | None
+    """When a closed key opens, or a throttled one has its next start. None otherwise."""

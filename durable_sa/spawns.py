@@ -10,13 +10,14 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast, overload
 
+from pydantic import ValidationError
 from sqlalchemy import Row
 from typing_extensions import Unpack
 
 from .errors import DurableError, IdempotencyConflict, InvalidTaskParams, QueueNotFound, SerializationError
 from .ids import new_id, plain
 from .names import validate_name
-from .options import ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
+from .options import LimitOptions, ResolvedSpawn, SpawnOptions, TaskOptions, encode_headers, resolve_spawn_options
 from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
@@ -78,6 +79,9 @@ class OutgoingSpawn:
     """Those whose keys begin with `durable::`."""
 
 
+NO_LIMITS = LimitOptions()
+
+
 class Kind(NamedTuple):
     """The values that many tasks may have in common, in the order of `KIND_COLUMNS`."""
 
@@ -110,6 +114,8 @@ class Prepared(NamedTuple):
     """The other values, in the same object or an equal one for tasks that have them in common."""
     codec: Codec[Any]
     """The codec of the params."""
+    limits: LimitOptions | None = None
+    """The options of limits, None if it has none."""
 
     @property
     def task_name(self) -> str:
@@ -124,6 +130,11 @@ class Prepared(NamedTuple):
         """The values to insert, in the order of `SPAWN_COLUMNS`."""
         kind = self.kind
         return (self.task_id, self.run_id, *kind[:2], self.params, *kind[2:], self.idempotency_key)
+
+    @property
+    def all_values(self) -> tuple[Any, ...]:
+        """The values to insert, in the order of `LIMITED_SPAWN_COLUMNS`."""
+        return (*self.values, *(self.limits or NO_LIMITS)[:3])
 
 
 class SpawnCall:
@@ -235,7 +246,25 @@ def prepare(
         headers = encode_headers(outgoing.headers, outgoing.internal_headers)
     if headers is not resolved.headers or parent_task_id is not None:
         kind = kind._replace(headers=None if headers == "{}" else headers, parent_task_id=parent_task_id)
-    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec)
+    limits = resolved.limits
+    if limits is None and resolved.queue_name in client.limited_queues:
+        limits = NO_LIMITS
+    if known is not None and known.limit_key is not None and (limits is None or limits.limit_key is None):
+        limits = _with_key(known, params, limits, unchecked=unchecked)
+    return Prepared(task_id, run_id, text, resolved.idempotency_key, kind, codec, limits)
+
+
+def _with_key(
+    task: Task[Any, Any], params: Any, limits: LimitOptions | None, *, unchecked: bool = False
+) -> LimitOptions | None:
+    """Return the options with the key that the task makes of its params; params that do not fit have none."""
+    try:
+        key = task.limit_key_of(params)
+    except ValidationError:
+        if not unchecked:
+            raise
+        return limits
+    return limits if key is None else (limits or NO_LIMITS)._replace(limit_key=key)
 
 
 def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepared) -> Prepared:
@@ -243,7 +272,10 @@ def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepar
     text = task.encode_params(params)
     if text is not None:
         check_size(text, client.max_payload_bytes, f"the params of task {task.name!r}")
-    return Prepared(new_id(), new_id(), text, *like[3:])
+    limits = like.limits
+    if task.limit_key is not None:
+        limits = _with_key(task, params, None if limits is None else limits._replace(limit_key=None))
+    return Prepared(new_id(), new_id(), text, like.idempotency_key, like.kind, like.codec, limits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -304,6 +336,7 @@ def lookup_params(prepared: Iterable[Prepared]) -> dict[str, list[Any]]:
         "task_ids": [item.task_id for item in items],
         "queue_names": [item.queue_name for item in items],
         "idempotency_keys": [item.idempotency_key for item in items],
+        "unique_keys": [(item.limits or NO_LIMITS).unique_key for item in items],
     }
 
 
@@ -321,9 +354,14 @@ def resolve_missing(item: Prepared, rows: Sequence[Row[Any]]) -> SpawnResult[Any
     found = [row for row in rows if row.wanted_id == item.task_id]
     if found and not found[0].queue_exists:
         return QueueNotFound(item.queue_name)
+    unique = None if item.limits is None else item.limits.unique_key
     for row in found:
         if row.task_id == item.task_id:
             return spawn_result(item)
+        if row.task_id is not None and unique is not None:
+            if row.task_name != item.task_name:
+                return IdempotencyConflict(unique, item.queue_name, row.task_id, unique=True)
+            return SpawnResult(plain(row.task_id), plain(row.run_id), max(row.attempt, 1), False)
         if row.task_id is not None:
             if row.task_name != item.task_name or not _same_params(item, row.params):
                 return IdempotencyConflict(str(item.idempotency_key), item.queue_name, row.task_id)

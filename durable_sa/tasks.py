@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 from pydantic import ValidationError
 
-from .errors import InvalidTaskParams, SerializationError
-from .options import Replay, TaskOptions
+from .errors import InvalidConfiguration, InvalidTaskParams, SerializationError
+from .options import Replay, TaskOptions, check_limit_key
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
 from .serialization.codec import Codec, codec_for, problems
@@ -32,6 +32,10 @@ class OfTask(Protocol[OutputT_co]):
 
     def __reduce__(self) -> OutputT_co:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         ...
+
+
+LimitKey: TypeAlias = str | Callable[[Any], str | None]
+"""A limit key, or a function from the params, None for a task without, to the key or None."""
 
 
 class DeclaredSchedule(NamedTuple):
@@ -67,6 +71,8 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """The rule for a recorded step that is met with other arguments; None leaves it to the client."""
     schedule: DeclaredSchedule | None = field(default=None, repr=False)
     """The schedule that workers keep in step with the code."""
+    limit_key: LimitKey | None = field(default=None, repr=False)
+    """The limit key of its spawns, or the function that makes it of their params."""
     retry_on: tuple[type[BaseException], ...] | None = field(default=None, repr=False)
     """The only exceptions after which it is retried; None if all but those of `no_retry_on` are."""
     timeout: float | None = field(default=None, repr=False)
@@ -159,6 +165,26 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
         except ValidationError as error:
             raise InvalidTaskParams(self.name, _with_remedy(problems(error), params)) from None
         return self.params_codec.encode(value, f"the params of task {self.name!r}")
+
+    def limit_key_of(self, params: object) -> str | None:
+        """Return the limit key of a spawn with these params, which fit.
+
+        Raises:
+            InvalidConfiguration: the task's function raises, or returns something else than a text or None.
+            InvalidName: the key breaks the rules for names.
+        """
+        key = self.limit_key
+        if callable(key):
+            value = None if self.params_name is None else self.params_codec.validate(params)
+            try:
+                key = key(value)
+            except Exception as error:
+                raise InvalidConfiguration(
+                    "limit_key",
+                    f"the function of task {self.name!r} has raised {type(error).__name__}",
+                    "It gets the params, and returns a str or None.",
+                ) from error
+        return None if key is None else check_limit_key(key)
 
     def decode_params(self, text: str | None) -> Any:
         """Return the params of which `text` is the JSON form; None stands for none.

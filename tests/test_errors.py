@@ -21,6 +21,7 @@ from durable_sa.errors import (
     InvalidTaskParams,
     PayloadTooLarge,
     QueueNotFound,
+    RateLimited,
     ReplayMismatch,
     Retry,
     ScheduleNotFound,
@@ -85,6 +86,7 @@ EXAMPLES: list[tuple[DurableError, type[Exception], str]] = [
     (InvalidConfiguration("claim_timeout", "0.5 is below 1"), ValueError, "claim_timeout: 0.5 is below 1."),
     (InvalidState("task 7", "running", "Cancel it."), RuntimeError, "Task 7 is running. Cancel it."),
     (InvalidState("task 7", "running"), RuntimeError, "Task 7 is running."),
+    (RateLimited(30), TaskError, "Closed for 30 seconds"),
     (
         ReplayMismatch("charge"),
         TaskError,

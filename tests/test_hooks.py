@@ -27,6 +27,7 @@ from durable_sa import (
     step,
     task,
 )
+from durable_sa.execution.hooks import HookChain
 from durable_sa.testing import run_until_idle, time_travel
 
 from .support import eventually

@@ -20,8 +20,9 @@ def allowed(kind: str, name: str) -> bool:
         character.isascii() and (character.isalnum() or character in "_-") for character in name
     ):
         return False
-    limit = 255 if kind == "idempotency key" else 200
-    if name.isspace() and kind != "idempotency key":
+    is_key = kind in ("idempotency key", "unique key")
+    limit = 255 if is_key else 200
+    if name.isspace() and not is_key:
         return False
     return 1 <= len(name.encode()) <= limit and not name.startswith(reserved.get(kind, "\0"))
 

@@ -19,6 +19,12 @@ Params: TypeAlias = dict[str, Any]
 Settings: TypeAlias = dict[str, Any]
 
 QUEUE = "bench"
+KEYS = 100
+"""The number of limit keys."""
+AT_A_TIME = 4
+"""Tasks of a limit key that may run at a time."""
+NEVER = 10_000
+"""Tasks of a queue that may run at a time, which are more than ever do."""
 CHUNK = 1000
 """Tasks per call of `spawn_many`."""
 
@@ -70,9 +76,10 @@ class System(ABC):
 
     Every driver registers these tasks, as far as its system can run them:
 
-    `noop` does nothing; `stamp` notes when it started; `steps` takes `steps` steps that return `size` characters each;
-    `wait` takes `steps` steps and then waits for the event ``go``; `parent` spawns `children` tasks `child` and waits
-    for them all; `hold` runs until `release`; `nap` sleeps for an hour.
+    `noop` does nothing; `keyed` does nothing, and has one of 100 limit keys; `stamp` notes when it started; `steps`
+    takes `steps` steps that return `size` characters each; `wait` takes `steps` steps and then waits for the event
+    ``go``; `parent` spawns `children` tasks `child` and waits for them all; `hold` runs until `release`; `nap` sleeps
+    for an hour.
     """
 
     distribution: ClassVar[str]
@@ -107,6 +114,10 @@ class System(ABC):
 
         `slot` is the number of the concurrent caller.
         """
+
+    async def limit(self, url: str | None, kind: str | None) -> None:
+        """Set the limit of each key for the kind `keys`, of the queue for `queue`; None is for the next run."""
+        raise NotImplementedError
 
     async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
         """Insert a row into ``orders`` and enqueue a task, in one transaction."""

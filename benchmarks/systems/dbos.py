@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSConfig, EnqueueOptions
 
-from .base import QUEUE, Params, Settings, System, noop_step
+from .base import AT_A_TIME, KEYS, NEVER, QUEUE, Params, Settings, System, noop_step
 
 VERSION = "bench"
 PATIENCE = 3600.0
@@ -27,11 +27,17 @@ class DbosSystem(System):
 
     def __init__(self) -> None:
         super().__init__()
+        self._kind: str | None = None
         self._register()
 
     def _register(self) -> None:
         @DBOS.workflow(name="noop")
         async def noop(params: Params) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        @DBOS.workflow(name="keyed")
+        async def keyed(params: Params) -> None:
             self.probe.begin()
             self.probe.end()
 
@@ -113,6 +119,8 @@ class DbosSystem(System):
             for key, name in (("concurrency", "worker_concurrency"), ("poll_interval", "polling_interval_sec"))
             if key in settings
         }
+        if self._kind is not None:
+            queue |= {"partition_concurrency": AT_A_TIME} if self._kind == "keys" else {"global_concurrency": NEVER}
 
         def launch() -> None:
             DBOS(config=config)
@@ -124,11 +132,17 @@ class DbosSystem(System):
     async def rest(self) -> None:
         await asyncio.to_thread(DBOS.destroy)
 
+    async def limit(self, url: str | None, kind: str | None) -> None:
+        self._kind = kind
+
     def _options(self, task: str) -> EnqueueOptions:
         return {"workflow_name": task, "queue_name": QUEUE, "app_version": VERSION}
 
     async def spawn_one(self, slot: int, task: str, params: Params) -> Any:
-        return await self._client.enqueue_async(self._options(task), params)
+        options = self._options(task)
+        if self._kind == "keys":
+            options["queue_partition_key"] = f"key-{params['i'] % KEYS}"
+        return await self._client.enqueue_async(options, params)
 
     async def spawn_in_transaction(self, slot: int, task: str, params: Params) -> None:
         def enqueue() -> None:

@@ -14,8 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 import durable_sa
 from durable_sa import Durable, SpawnResult, TaskContext, Worker, task
 
-from .base import QUEUE, Params, Settings, System, noop_step
+from .base import AT_A_TIME, KEYS, NEVER, QUEUE, Params, Settings, System, noop_step
 
+_KNOWS_LIMITS = hasattr(durable_sa, "Limit")
 _ORDER = text("INSERT INTO orders (note) VALUES ('x')")
 
 
@@ -28,6 +29,10 @@ def engine_for(url: str, connections: int | None = None) -> AsyncEngine:
     """Return an engine, with SQLAlchemy's default pool size unless a number of connections is given."""
     options: dict[str, Any] = {} if connections is None else {"pool_size": connections, "max_overflow": 0}
     return create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), **options)
+
+
+def _is_claim(statement: str) -> bool:
+    return "open_lanes" in statement or "WITH opened AS" in statement
 
 
 class DurableSystem(System):
@@ -43,6 +48,14 @@ class DurableSystem(System):
     def _make_tasks(self) -> dict[str, Any]:
         @task
         async def noop(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        # A checkout to compare with may know no limits.
+        options: Any = {"limit_key": lambda params: f"key-{params['i'] % KEYS}"} if _KNOWS_LIMITS else {}
+
+        @task(**options)
+        async def keyed(ctx: TaskContext, params: Params) -> None:
             self.probe.begin()
             self.probe.end()
 
@@ -91,7 +104,7 @@ class DurableSystem(System):
             self.probe.wait()
             await ctx.sleep_for("nap", 3600)
 
-        return {each.name: each for each in (noop, stamp, steps, wait, child, parent, hold, nap)}
+        return {each.name: each for each in (noop, keyed, stamp, steps, wait, child, parent, hold, nap)}
 
     async def source(self) -> str:
         """Return the file of the durable_sa that this process has imported."""
@@ -106,6 +119,15 @@ class DurableSystem(System):
             await client.migrate()
             await client.create_queue()
             await client.create_queue("elsewhere")
+        await engine.dispose()
+
+    async def limit(self, url: str | None, kind: str | None) -> None:
+        if url is None:
+            return  # the limits are in the database of the run
+        engine = engine_for(url)
+        async with self._client(engine) as client:
+            limit = durable_sa.Limit(concurrency=AT_A_TIME if kind == "keys" else NEVER)
+            await client.set_limit(QUEUE, limit, per_key=kind == "keys")
         await engine.dispose()
 
     async def open(self, url: str, connections: int, settings: Settings) -> None:
@@ -131,11 +153,11 @@ class DurableSystem(System):
 
     def _time_claims(self, engine: AsyncEngine) -> None:
         def before(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-            if "open_lanes" in statement:
+            if _is_claim(statement):
                 connection.info["claim"] = time.monotonic()
 
         def after(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-            if "open_lanes" in statement:
+            if _is_claim(statement):
                 self._claims.append(time.monotonic() - connection.info["claim"])
 
         event.listen(engine.sync_engine, "before_cursor_execute", before)

@@ -13,7 +13,7 @@ from pgqueuer import AsyncpgDriver, AsyncpgPoolDriver, PgQueuer, Queries
 from pgqueuer.core.completion import CompletionWatcher
 from pgqueuer.models import Job
 
-from .base import Params, Settings, System
+from .base import NEVER, Params, Settings, System
 
 
 def encoded(params: Params) -> bytes:
@@ -25,6 +25,13 @@ class PgQueuerSystem(System):
     """pgqueuer, a queue without steps. It deletes completed jobs and writes a row to a log instead."""
 
     distribution = "pgqueuer"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kind: str | None = None
+
+    async def limit(self, url: str | None, kind: str | None) -> None:
+        self._kind = kind
 
     async def install(self, url: str) -> None:
         connection = await asyncpg.connect(url)
@@ -59,6 +66,11 @@ class PgQueuerSystem(System):
 
         @self._worker.entrypoint("noop")
         async def noop(job: Job) -> None:
+            self.probe.begin()
+            self.probe.end()
+
+        @self._worker.entrypoint("keyed", concurrency_limit=NEVER if self._kind == "queue" else 0)
+        async def keyed(job: Job) -> None:
             self.probe.begin()
             self.probe.end()
 

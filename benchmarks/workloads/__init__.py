@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..profiles import Profile
-from . import draining, growth, latency, resources, soak, spawning, stepping, waiting
+from . import draining, growth, latency, limits, resources, soak, spawning, stepping, waiting
 from .common import Case
 
 GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
@@ -17,6 +17,7 @@ GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
     "waiting": waiting.cases,
     "resources": resources.cases,
     "growth": growth.cases,
+    "limits": limits.cases,
     "soak": soak.cases,
 }
 

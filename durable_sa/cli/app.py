@@ -13,6 +13,7 @@ from .doctor import doctor
 from .embedded import embedded
 from .events import events
 from .invocation import examples, print_version
+from .limits import limits
 from .queues import queues
 from .roles import roles
 from .schedules import schedules
@@ -65,6 +66,7 @@ app.command(
     )
 )(dashboard)
 app.add_typer(queues, name="queues")
+app.add_typer(limits, name="limits")
 app.add_typer(tasks, name="tasks")
 app.add_typer(events, name="events")
 app.add_typer(schedules, name="schedules")

@@ -32,6 +32,14 @@ def size(text: str) -> int:
     raise typer.BadParameter(f"{text!r} is not an amount of memory. Write, for example, 512M or 2G.")
 
 
+def numbered(text: str) -> tuple[str, int]:
+    """Parse a name and a number, such as `llm=10`."""
+    name, separator, number = text.rpartition("=")
+    if not (separator and name and number.strip().isdigit()):
+        raise typer.BadParameter(f"{text!r} is not a name and a number. Write, for example, llm=10.")
+    return name, int(number)
+
+
 def retention(text: str) -> timedelta | Literal["never"]:
     """Parse a duration or `never`."""
     return "never" if text.strip().lower() == "never" else duration(text)

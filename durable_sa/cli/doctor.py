@@ -36,10 +36,14 @@ async def doctor(
         timedelta | None,
         typer.Option(parser=duration, metavar="DURATION", help="How long a run may be in one step; 1h by default."),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First count the slots of limit keys anew, where they are wrong.")
+    ] = False,
 ) -> None:
-    """Check for problems: stuck waits, orphans, unclaimed work, expired leases, old snapshots.
+    """Check for problems: stuck waits, orphans, unclaimed work, expired leases, wrong counts, old snapshots.
 
-    The exit code is 1 if any is found. Nothing is locked or changed. Each check may take up to 30 seconds.
+    The exit code is 1 if any is found. Nothing is locked or changed without --repair. Each check may take up to 30
+    seconds.
     """
     bounds = {
         "grace": GRACE if grace is None else grace.total_seconds(),
@@ -52,6 +56,10 @@ async def doctor(
     except SchemaMismatch as error:
         report: dict[str, Any] = {"revision": revision, "findings": [_finding("schema", [str(error)], None)]}
     else:
+        if repair:
+            recounted = await invocation.durable.recount_limit_keys(bounds["grace"])
+            if not invocation.output.as_json:
+                invocation.output.say(f"Limit keys counted anew: {recounted}.")
         report = {"revision": revision, **await _examine(invocation, bounds)}
     report["ok"] = not report["findings"]
     if invocation.output.as_json:

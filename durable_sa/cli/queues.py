@@ -73,11 +73,16 @@ async def _list(invocation: Invocation) -> None:
     Ready tasks can be claimed now. Scheduled ones are due later, or wait for an event or a child.
     """
     rows = as_dicts(await invocation.durable.database.execute(statements.QUEUE_STATISTICS, {"queue_names": None}))
+    keys = await invocation.durable.count_limit_keys([row["queue_name"] for row in rows if row.pop("limited")])
+    for row in rows:
+        row["limit_keys"] = keys.get(row["queue_name"], {})
     if not invocation.output.as_json:
         for row in rows:
             row["status"] = "open" if row["paused_at"] is None else "paused"
             row["oldest"] = span(row["oldest_ready_seconds"])
-    invocation.output.table(rows, _COLUMNS, empty="No queues. Create one: durable queues create NAME")
+            row["keys"] = ", ".join(f"{number} {state}" for state, number in sorted(row["limit_keys"].items()))
+    columns = _COLUMNS | ({"keys": "limit keys"} if keys else {})
+    invocation.output.table(rows, columns, empty="No queues. Create one: durable queues create NAME")
 
 
 queues.command("list", epilog=examples("durable queues list --json"))(listing(_list))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from sqlalchemy import func, select
 
-from .. import TaskFilter, TaskRow, TaskStatus
+from .. import TaskFilter, TaskInfo, TaskRow, TaskStatus
 from ..errors import TaskNotFound
 from ..statements import inspection
 from ..statements.reading import Where, matching
@@ -159,6 +159,8 @@ def _moment(when: datetime | timedelta | None) -> datetime | None:
 async def resolve(invocation: Invocation, name: str, queue_name: str | None = None) -> uuid.UUID:
     """Return the id of the task that is named by its id or its key.
 
+    Of the tasks of a queue that have had a unique key, it is the one that is unfinished, or else the newest.
+
     Raises:
         TaskNotFound: there is no task of that id.
         LookupError: no task, or several tasks in different queues, have that key.
@@ -170,7 +172,13 @@ async def resolve(invocation: Invocation, name: str, queue_name: str | None = No
         missing = error
     except ValueError:
         pass
-    found = (await invocation.durable.list_tasks(TaskFilter(key=name, queue_name=queue_name), limit=_SHOWN)).items
+    page = await invocation.durable.list_tasks(TaskFilter(key=name, queue_name=queue_name), limit=_SHOWN)
+    by_queue: dict[str, TaskInfo] = {}
+    for task in page.items:
+        chosen = by_queue.setdefault(task.queue_name, task)
+        if chosen.status.finished and not task.status.finished:
+            by_queue[task.queue_name] = task
+    found = list(by_queue.values())
     if len(found) == 1:
         return found[0].task_id
     if found:

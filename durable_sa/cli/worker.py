@@ -20,7 +20,7 @@ from ..worker.interrupts import ENDING_TIMEOUT, Watchdog
 from ..worker.settings import Settings
 from ..worker.supervision import Supervision
 from . import reloading
-from .arguments import size
+from .arguments import numbered, size
 from .completion import complete_queues
 from .connection import App, Embedded, Source, description, require_database
 from .invocation import USAGE, exit_on_errors, exit_on_package_errors, fail
@@ -57,6 +57,15 @@ Queues = Annotated[
     ),
 ]
 Concurrency = Annotated[int, typer.Option("--concurrency", "-c", help="Maximum number of concurrent runs.")]
+QueueConcurrency = Annotated[
+    list[Any] | None,
+    typer.Option(
+        "--queue-concurrency",
+        metavar="QUEUE=N",
+        parser=numbered,
+        help="Maximum number of concurrent runs of a queue in this worker; may be repeated.",
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Maximum number of tasks claimed at once.")]
 ClaimTimeout = Annotated[
     float, typer.Option(help="Seconds without a heartbeat after which other workers take this worker's runs over.")
@@ -117,6 +126,7 @@ def worker(
     target: Target = None,
     queues: Queues = None,
     concurrency: Concurrency = DEFAULT_CONCURRENCY,
+    queue_concurrency: QueueConcurrency = None,
     batch_size: BatchSize = None,
     claim_timeout: ClaimTimeout = 120,
     poll_interval: PollInterval = 0.25,
@@ -173,6 +183,7 @@ def worker(
         listen=listen,
         listen_url=listen_url,
         health_port=health_port,
+        queue_concurrency=dict(queue_concurrency or ()),
     )
     # Errors of the application itself keep their traceback.
     with exit_on_package_errors():

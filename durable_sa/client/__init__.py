@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
@@ -172,7 +173,10 @@ class Durable(Registry, Results, Reading, Bulk, Events, Queues, Schedules, Spawn
 
         engine = self.database.engine.execution_options(isolation_level="READ COMMITTED")
         async with engine.begin() as connection:
-            await connection.run_sync(migrations.migrate, self.schema)
+            await connection.run_sync(functools.partial(migrations.migrate, schema=self.schema, deferred=True))
+        autocommit = self.database.engine.execution_options(isolation_level="AUTOCOMMIT")
+        async with autocommit.connect() as connection:
+            await connection.run_sync(migrations.finish, self.schema)
 
     async def check_schema(self) -> None:
         """Compare the tables in the database with what this version of the package needs.

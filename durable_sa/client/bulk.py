@@ -111,7 +111,7 @@ async def _change(
     *,
     ended: bool,
 ) -> list[uuid.UUID]:
-    """Change tasks without children by one statement, and each of those that have some by itself."""
+    """Change tasks by one statement, and by itself each that has children, or a unique key to be taken anew."""
     done: list[uuid.UUID] = []
     left, tries, deadline = list(task_ids), 0, time.monotonic() + LOCK_PATIENCE
     while True:
@@ -120,9 +120,9 @@ async def _change(
         rows = await database.execute(cancelling.TASK_STATES, {"task_ids": sorted(set(left).difference(changed))})
         apt = [row for row in rows if _is_apt(TaskStatus(row.state), ended=ended)]
         for row in apt:
-            if row.has_children and await _change_one(database, row.task_id, one):
+            if row.alone and await _change_one(database, row.task_id, one):
                 done.append(row.task_id)
-        left = [row.task_id for row in apt if not row.has_children]
+        left = [row.task_id for row in apt if not row.alone]
         if not left or time.monotonic() >= deadline:
             return done
         await asyncio.sleep(backoff(tries))

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Executable
 
-from ..statements import diagnosis
+from ..statements import diagnosis, limit_diagnosis
 from .wording import span
 
 GRACE: Final = 60.0
@@ -99,9 +99,54 @@ CHECKS = (
         "Workers of any queue fire schedules. Check that one is running: durable workers",
     ),
     Check(
+        "limit counts",
+        limit_diagnosis.MISCOUNTED,
+        lambda row: (
+            f"{_key(row)} of queue {row['queue_name']!r} counts {row['counted']} slots, "
+            f"and its tasks hold {row['held']}"
+        ),
+        "Unless rows were changed by hand, this is a bug: please report it. To count anew: durable doctor --repair",
+    ),
+    Check(
+        "queue counts",
+        limit_diagnosis.MISCOUNTED_TOTALS,
+        lambda row: f"queue {row['queue_name']!r} counts {row['counted']} slots, and its tasks hold {row['held']}",
+        "Unless rows were changed by hand, this is a bug: please report it. To count anew: durable doctor --repair",
+    ),
+    Check(
+        "limit keys",
+        limit_diagnosis.PARKED,
+        lambda row: (
+            f"{_key(row)} of queue {row['queue_name']!r} has room, and tasks that are due, "
+            f"the oldest for {span(row['oldest_seconds'])}, but no claim looks at it"
+        ),
+        "This is a bug: please report it. To have claims look at the key: durable doctor --repair",
+    ),
+    Check(
+        "kept slots",
+        limit_diagnosis.SELF_JOINS,
+        lambda row: (
+            f"task {row['task_id']} ({row['task_name']}) keeps a slot of {_key(row)} in queue {row['queue_name']!r} "
+            f"while it waits for its child {row['child_id']}, which waits for one"
+        ),
+        'Give children another key or queue, or the limit hold="run". To go on: durable limits set with more slots.',
+    ),
+    Check(
+        "limits",
+        limit_diagnosis.UNLIMITED_WORKERS,
+        lambda row: (
+            f"worker {row['worker_name']} is of a version that knows no limits, and serves queue {row['queue_name']!r}"
+        ),
+        "Deploy this version to all workers.",
+    ),
+    Check(
         "orphans",
         diagnosis.ORPHANS,
         lambda row: f"{row['what']}: {row['id']}",
         "Unless rows were deleted by hand, this is a bug: please report it.",
     ),
 )
+
+
+def _key(row: Fields) -> str:
+    return f"key {row['limit_key']!r}" if row["limit_key"] else "the part without keys"

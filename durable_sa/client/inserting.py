@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +14,13 @@ from sqlalchemy.exc import IntegrityError
 from ..database.hint import Hint
 from ..database.scripts import Script
 from ..database_errors import UNIQUE_VIOLATION, sqlstate
-from ..errors import DurableError, InvalidState
+from ..errors import DurableError, InvalidState, TaskNotFound
 from ..results import SpawnResult
-from ..spawns import Kind, Prepared, at_position, conflict, lookup_params, resolve_missing, spawn_result
+from ..spawns import NO_LIMITS, Kind, Prepared, at_position, conflict, lookup_params, resolve_missing, spawn_result
 from ..statements import spawning
 from ..statements.expressions import arrays
-from ..statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, SAME_KIND_COLUMNS, SPAWN_COLUMNS
+from ..statements.spawning import ITEM_COLUMNS, KIND_COLUMNS, LIMITED_SPAWN_COLUMNS, SAME_KIND_COLUMNS, SPAWN_COLUMNS
+from .tasks import cancel
 
 SPAWN_BATCH = 1000
 """Tasks in one statement."""
@@ -47,13 +49,16 @@ async def compute_results(portions: Iterable[Portion]) -> None:
 
 
 def spawn(
-    prepared: Sequence[Prepared], hint: Hint, portions: Iterable[Portion] | None = None
+    prepared: Sequence[Prepared],
+    hint: Hint,
+    limited_queues: set[str],
+    portions: Iterable[Portion] | None = None,
 ) -> Script[list[SpawnResult[Any]]]:
     """Insert tasks, all or none: those that were inserted are deleted before the error of the first refused is raised.
 
     The transaction may be the caller's, who may continue it after the error.
     """
-    outcomes = yield from insert(prepared, hint, portions=portions)
+    outcomes = yield from insert(prepared, hint, limited_queues, portions=portions)
     results = [outcome for outcome in outcomes if isinstance(outcome, SpawnResult)]
     for position, outcome in enumerate(outcomes):
         if isinstance(outcome, DurableError):
@@ -63,7 +68,9 @@ def spawn(
     return results
 
 
-def spawn_looking_first(prepared: Sequence[Prepared], hint: Hint) -> Script[list[SpawnResult[Any]]]:
+def spawn_looking_first(
+    prepared: Sequence[Prepared], hint: Hint, limited_queues: set[str]
+) -> Script[list[SpawnResult[Any]]]:
     """Insert tasks as `spawn` does where each statement commits by itself, and a deleted task might have been run.
 
     So the reasons to refuse a task are looked for before. A reason that comes up between that and the insert still
@@ -80,12 +87,13 @@ def spawn_looking_first(prepared: Sequence[Prepared], hint: Hint) -> Script[list
             if isinstance(outcome, DurableError):
                 raise at_position(outcome, position)
             position += 1
-    return (yield from spawn(prepared, hint))
+    return (yield from spawn(prepared, hint, limited_queues))
 
 
 def insert(
     prepared: Sequence[Prepared],
     hint: Hint,
+    limited_queues: set[str],
     *,
     lock_timeout: str | None = None,
     channel: str | None = None,
@@ -94,23 +102,30 @@ def insert(
     """Insert tasks. An item that is refused has an error for its outcome; the others are inserted.
 
     With a `lock_timeout`, such as "5ms", the script fails with 55P03 after it if an open transaction of another session
-    has inserted one of the idempotency keys. With a `channel`, the insert of one task sends the hint by itself.
+    has inserted one of the keys. `limited_queues` are those that are known to have limits. With a `channel`, the insert
+    of one task sends the hint by itself.
     """
     outcomes: dict[uuid.UUID, Outcome] = {}
     for portion in portions or portioned(prepared):
-        yield from _insert(portion, hint, lock_timeout, channel, outcomes)
+        yield from _insert(portion, hint, limited_queues, lock_timeout, channel, outcomes)
     return [outcomes[item.task_id] for item in prepared]
 
 
 def _insert(
     missing: Portion,
     hint: Hint,
+    limited_queues: set[str],
     lock_timeout: str | None,
     channel: str | None,
     outcomes: dict[uuid.UUID, Outcome],
 ) -> Script[None]:
     for _ in range(_TRIES):
-        if len(missing) == 1 and lock_timeout is None:
+        limited = [item for item in missing if item.limits is not None]
+        if limited:
+            inserted = yield from _insert_limited(limited, hint, lock_timeout)
+            if plain := Portion(item for item in missing if item.limits is None):
+                inserted |= yield from _insert_many(plain, hint, lock_timeout)
+        elif len(missing) == 1 and lock_timeout is None:
             inserted = yield from _insert_one(missing[0], hint, channel)
         else:
             inserted = yield from _insert_many(missing, hint, lock_timeout)
@@ -119,15 +134,61 @@ def _insert(
             return
         missing = Portion(item for item in missing if item.task_id not in outcomes)
         rows = yield spawning.EXPLAIN_SPAWN, lookup_params(missing)
+        limited_queues.update(
+            item.queue_name for item in missing for row in rows if row.wanted_id == item.task_id and row.queue_limited
+        )
         for item in missing:
-            if (outcome := resolve_missing(item, rows)) is not None:
+            outcome = resolve_missing(item, rows)
+            if isinstance(outcome, SpawnResult) and not outcome.created and item.limits is not None:
+                outcome = yield from _resolve_conflict(item, outcome, hint)
+            if outcome is not None:
                 outcomes[item.task_id] = outcome
-        # The task that had the key of any other item has been deleted since, so the next insert succeeds.
-        missing = Portion(item for item in missing if item.task_id not in outcomes)
+        # The task that had the key of any other item has been deleted or ended since, so the next insert succeeds.
+        missing = Portion(
+            item._replace(limits=NO_LIMITS) if item.limits is None and item.queue_name in limited_queues else item
+            for item in missing
+            if item.task_id not in outcomes
+        )
         if not missing:
             return
     for item in missing:
-        outcomes[item.task_id] = InvalidState(f"Idempotency key {item.idempotency_key!r}", "contended; spawn again")
+        key = item.idempotency_key if item.limits is None else item.limits.unique_key or item.idempotency_key
+        outcomes[item.task_id] = InvalidState(f"The key {key!r}", "contended; spawn again")
+
+
+def _insert_limited(
+    items: Sequence[Prepared], hint: Hint, lock_timeout: str | None
+) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
+    values = arrays(LIMITED_SPAWN_COLUMNS, [item.all_values for item in items])
+    rows = yield spawning.SPAWN_LIMITED, {**values, "lock_timeout": lock_timeout}
+    hint.add_rows(rows)
+    created = {row.task_id for row in rows}
+    hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in created for item in items)
+    return {item.task_id: spawn_result(item) for item in items if item.task_id in created}
+
+
+def _resolve_conflict(item: Prepared, holder: SpawnResult[Any], hint: Hint) -> Script[Outcome | None]:
+    """Return the outcome of a spawn whose unique key another task has; None if it is to be inserted once more."""
+    limits = item.limits or NO_LIMITS
+    if limits.unique_key is None or limits.on_conflict == "return":
+        return holder
+    if limits.on_conflict == "cancel":
+        with contextlib.suppress(TaskNotFound):
+            yield from cancel(holder.task_id)(hint)
+        return None
+    rows = yield (
+        spawning.REPLACE_UNSTARTED,
+        {
+            "target_id": holder.task_id,
+            "new_params": item.params,
+            "new_time": item.kind.available_at,
+            "delay": item.kind.delay_seconds,
+            "longest_delay": limits.max_delay,
+        },
+    )
+    hint.add_rows(rows)
+    # One that has started is left alone.
+    return holder
 
 
 def _insert_one(item: Prepared, hint: Hint, channel: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
@@ -206,7 +267,12 @@ def is_atomic(portions: Sequence[Portion]) -> bool:
 
     They are of one kind and without keys, and their queue exists or does not.
     """
-    return len(portions) == 1 and _are_same_kind(portions[0])
+    return (
+        len(portions) == 1
+        and _are_same_kind(portions[0])
+        and len({item.limits is None for item in portions[0]}) == 1
+        and all(item.limits is None or item.limits.unique_key is None for item in portions[0])
+    )
 
 
 def _are_same_kind(prepared: Sequence[Prepared]) -> bool:

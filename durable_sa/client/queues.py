@@ -13,15 +13,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import Unpack
 
-from ..app import App
 from ..database.hint import Hint
-from ..database.scripts import Script, SessionOrConnection, drive_async, perform_within
+from ..database.scripts import Script, SessionOrConnection, drive_async, perform, perform_within
 from ..errors import InvalidState, QueueNotFound
 from ..names import validate_name
+from ..policies import Limit
 from ..results import QueueStatistics
 from ..schedules import pgcron
-from ..statements import queues, spawning
-from ..validation import Duration, integer, seconds
+from ..statements import limiting, queues, spawning
+from ..validation import Duration, instance, integer, seconds
+from .limits import Limits, creation, require_limits
 
 
 class QueuePolicy(TypedDict, total=False):
@@ -31,9 +32,13 @@ class QueuePolicy(TypedDict, total=False):
     """Age, since their end, at which finished tasks are deleted: seconds or a `timedelta`."""
     event_retention: Duration | None
     """Age at which emitted events are deleted."""
+    limit: Limit | None
+    """The limit of the queue as a whole. None removes it."""
+    limit_per_key: Limit | None
+    """The limit of each key of the queue. None removes it."""
 
 
-class Queues(App):
+class Queues(Limits):
     """The part of a client that deals with queues."""
 
     async def create_queue(self, name: str | None = None, **policy: Unpack[QueuePolicy]) -> None:
@@ -42,11 +47,19 @@ class Queues(App):
         `retention` is the age at which finished tasks are deleted, `event_retention` the age of events, in seconds or
         as a `timedelta`: 30 days for a new queue unless given. None keeps them. Workers delete in the background.
 
+        `limit` is that of the queue as a whole, `limit_per_key` that of each of its keys; see :meth:`set_limit`.
+
         Raises:
             InvalidName: a name that breaks the rules.
             InvalidConfiguration: an age below 0 or above 100 years.
+            InvalidState: it is to have limits while workers of a version that knows none are alive.
         """
-        await self.database.execute(queues.CREATE_QUEUE, self._queue_params(name, policy))
+        parameters, limits = self._queue_params(name, policy)
+        if not limits:
+            await self.database.execute(queues.CREATE_QUEUE, parameters)
+        elif not await perform(self.database, creation(parameters, limits)):
+            for scope, limit in limits.items():
+                await self.set_limit(parameters["queue_name"], limit, per_key=scope == "per_key")
 
     @overload
     def create_queue_with(
@@ -65,15 +78,24 @@ class Queues(App):
     def create_queue_with(
         self, session: SessionOrConnection, name: str | None = None, **policy: Unpack[QueuePolicy]
     ) -> Any:
-        """Create a queue as :meth:`create_queue` does, in the caller's transaction."""
-        parameters = self._queue_params(name, policy)
+        """Create a queue as :meth:`create_queue` does, in the caller's transaction.
 
-        def script(_: Hint) -> Script[None]:
-            yield queues.CREATE_QUEUE, parameters
+        The limits of a queue that exists are changed by :meth:`set_limit` alone, which commits by itself: until the
+        transaction ends, claims of all queues would wait for it.
+
+        Raises:
+            InvalidState: the queue exists, and its limits are others.
+        """
+        parameters, limits = self._queue_params(name, policy)
+
+        def script(hint: Hint) -> Script[None]:
+            if not (yield from creation(parameters, limits)(hint)) and limits:
+                yield from require_limits(parameters["queue_name"], limits)
 
         return perform_within(session, self.schema, script)
 
-    def _queue_params(self, name: str | None, policy: QueuePolicy) -> dict[str, Any]:
+    def _queue_params(self, name: str | None, policy: QueuePolicy) -> tuple[dict[str, Any], dict[str, Limit | None]]:
+        """Return the parameters of the statement, and the limits that are given, by their scope."""
         if unknown := policy.keys() - QueuePolicy.__annotations__.keys():
             raise TypeError(f"create_queue() got an unexpected keyword argument {min(unknown)!r}")
         parameters: dict[str, Any] = {"queue_name": self._queue(name)}
@@ -81,7 +103,14 @@ class Queues(App):
             value = policy.get(key)
             parameters[f"set_{key}"] = key in policy
             parameters[key] = None if value is None else seconds(value, key)
-        return parameters
+        limits: dict[str, Limit | None] = {}
+        for scope, limit in (("queue", policy.get("limit")), ("per_key", policy.get("limit_per_key"))):
+            key = "limit" if scope == "queue" else "limit_per_key"
+            if limit is not None:
+                instance(limit, Limit, key)
+            if key in policy:
+                limits[scope] = limit
+        return parameters, limits
 
     async def drop_queue(self, name: str | None = None) -> None:
         """Delete a queue with its tasks, events and schedules. Nothing happens if there is none of that name.
@@ -99,6 +128,8 @@ class Queues(App):
                 remove = pgcron.remove_job(row.pgcron_job_name)
                 await drive_async(functools.partial(self.database.execute_on, connection), remove)
             await connection.execute(queues.DELETE_QUEUE_EVENTS, {"queue_name": queue})
+            for statement in limiting.DROP_LIMITS:
+                await connection.execute(statement, {"queue_name": queue})
         try:
             while await self.database.execute(queues.DELETE_QUEUE_TASKS, {"queue_name": queue, "wanted": 1000}):
                 pass
@@ -108,6 +139,9 @@ class Queues(App):
                 "dropped except for tasks that rows of the application refer to",
                 "Delete those rows, or give their foreign keys ondelete='SET NULL', and drop it once more.",
             ) from error
+        for statement in limiting.DROP_LIMITS:
+            # Runs that ended meanwhile gave slots back.
+            await self.database.execute(statement, {"queue_name": queue})
         self._sender().send(Hint(cancelled=True))
 
     async def list_queues(self) -> list[str]:
@@ -126,6 +160,7 @@ class Queues(App):
         rows = await self.database.execute(queues.QUEUE_STATISTICS, {"queue_names": names})
         if name is not None and not rows:
             raise QueueNotFound(name)
+        keys = await self.count_limit_keys([row.queue_name for row in rows if row.limited])
         return [
             QueueStatistics(
                 row.queue_name,
@@ -135,6 +170,7 @@ class Queues(App):
                 row.running,
                 row.failed,
                 None if row.oldest_ready_seconds is None else timedelta(seconds=float(row.oldest_ready_seconds)),
+                keys.get(row.queue_name, {}),
             )
             for row in rows
         ]

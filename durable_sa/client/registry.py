@@ -17,7 +17,7 @@ from ..decorators import task as make_task
 from ..options import Replay
 from ..policies import CancellationPolicy, RetryStrategy
 from ..steps import transaction
-from ..tasks import Task
+from ..tasks import LimitKey, Task
 from ..validation import Duration
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ class Registry(App):
         schedule: str | None = None,
         timezone: str = "UTC",
         every: Duration | None = None,
+        limit_key: LimitKey | None = None,
         max_lost_workers: int | None = None,
         retry_on: Iterable[type[BaseException]] | None = None,
         timeout: Duration | None = None,

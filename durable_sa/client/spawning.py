@@ -171,7 +171,10 @@ class Spawning(App):
             with detached():
                 computing = asyncio.ensure_future(inserting.compute_results(portions))
             try:
-                results = await run(self.database, functools.partial(inserting.spawn, prepared, portions=portions))
+                results = await run(
+                    self.database,
+                    functools.partial(inserting.spawn, prepared, limited_queues=self.limited_queues, portions=portions),
+                )
             finally:
                 computing.cancel()
             return _count(call, prepared, results)
@@ -216,8 +219,8 @@ class Spawning(App):
         return perform_within(
             session,
             self.schema,
-            lambda hint: observed(inserting.spawn(prepared, hint)),
-            in_autocommit=(lambda hint: observed(inserting.spawn_looking_first(prepared, hint)))
+            lambda hint: observed(inserting.spawn(prepared, hint, self.limited_queues)),
+            in_autocommit=(lambda hint: observed(inserting.spawn_looking_first(prepared, hint, self.limited_queues)))
             if len(prepared) > 1
             else None,
         )
@@ -264,7 +267,12 @@ class Spawning(App):
 
     async def _spawn(self, prepared: Prepared, call: SpawnCall) -> SpawnResult[Any]:
         """Spawn together with others, but without waiting for a transaction that has another one's idempotency key."""
-        if prepared.idempotency_key is None:
+        limits = prepared.limits
+        if limits is not None and limits.on_conflict == "cancel":
+            # The old task is cancelled if and only if the new one is inserted.
+            spawning = functools.partial(inserting.spawn, [prepared], limited_queues=self.limited_queues)
+            (result,) = await perform(self.database, spawning)
+        elif prepared.idempotency_key is None and (limits is None or limits.unique_key is None):
             result = await self._spawns(prepared)
         else:
             result = await retrying(lambda: self._keyed_spawns(prepared), when=_is_locked, most=LONGEST_LOCKED_PAUSE)
@@ -297,7 +305,7 @@ class Spawning(App):
         here = next((worker for worker in list(self._workers) if worker.loop is hints.loop), None)
         alone = here is None and len(prepared) == 1 and lock_timeout is None
         channel = hints.channel if alone and hints.quiet else None
-        script = inserting.insert(prepared, hint, lock_timeout=lock_timeout, channel=channel)
+        script = inserting.insert(prepared, hint, self.limited_queues, lock_timeout=lock_timeout, channel=channel)
         results = await drive_async(held.execute, script)
         if channel is not None:
             hints.sent()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy import Row
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
@@ -21,7 +21,7 @@ from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
 from ..database.scripts import Script, SessionOrConnection, perform, perform_within
-from ..database_errors import is_transient
+from ..database_errors import UNIQUE_VIOLATION, is_transient, sqlstate
 from ..errors import InvalidState, TaskNotFound
 from ..ids import new_id
 from ..options import MAX_ATTEMPTS
@@ -242,7 +242,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
 
 def after_cancel(hint: Hint, cancelled: Sequence[Row[Any]]) -> Script[None]:
     """Delete the waits of cancelled tasks, and wake up those that wait for their end."""
-    hint.cancelled |= any(row.was == "running" for row in cancelled)
+    hint.cancelled |= any(row.was == "running" or row.slot is not None for row in cancelled)
     if begun := [row.task_id for row in cancelled if row.was != "pending"]:
         yield waits.DELETE_WAITS, {"task_ids": begun}
     ended = [row.task_id for row in cancelled if row.parent_task_id is not None]
@@ -289,10 +289,19 @@ def _put_back(
     hint: Hint, task_id: uuid.UUID, run_id: uuid.UUID, max_attempts: int | None, cancelled_by: uuid.UUID | None
 ) -> Script[list[uuid.UUID]]:
     """Put one ended task back, with the descendants that its end had cancelled. Return the ids of all."""
-    rows = yield (
-        cancelling.RETRY,
-        {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
-    )
+    try:
+        rows = yield (
+            cancelling.RETRY,
+            {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
+        )
+    except IntegrityError as error:
+        if sqlstate(error) != UNIQUE_VIOLATION:
+            raise
+        raise InvalidState(
+            f"Task {task_id}",
+            "without its unique key, which another unfinished task of the queue has",
+            "Retry it once that task has ended, or cancel that task.",
+        ) from error
     hint.add_rows(rows)
     origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
     fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}

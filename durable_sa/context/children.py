@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from typing_extensions import Unpack
 
-from ..errors import ChildCancelled, ChildFailed, IdempotencyConflict, QueueNotFound, TaskNotFound, TaskTimeout
+from ..errors import (
+    ChildCancelled,
+    ChildFailed,
+    IdempotencyConflict,
+    InvalidConfiguration,
+    QueueNotFound,
+    TaskNotFound,
+    TaskTimeout,
+)
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, ChildValues, Kind
 from ..ids import child_id, digest
@@ -73,6 +81,8 @@ class Children(ContextBase):
         run = self._run
         if options.get("queue_name") is None:
             options["queue_name"] = run.claimed.queue_name
+        if (rule := options.get("on_conflict")) in ("replace", "cancel"):
+            raise InvalidConfiguration("on_conflict", f"a child cannot {rule} another task", "Leave it out.")
         child = child_id(run.claimed.task_id, call.key)
         entry = await self._recall(call)
         with SpawnCall(self._app) as spawning:
@@ -90,7 +100,7 @@ class Children(ContextBase):
             fingerprint = f'"{digest(prepared.params)}"'
             if entry is None:
                 checkpoint = CheckpointValues("spawn", call.name, "completed", fingerprint, child)
-                values = ChildValues(checkpoint, prepared.values)
+                values = ChildValues(checkpoint, prepared.all_values)
                 with run.branches.busy():
                     stored = await run.write(Kind.CHILD, call.key, values, size=len(prepared.params or ""))
                 if stored is not None and stored.status == "refused":
@@ -109,7 +119,9 @@ class Children(ContextBase):
         except QueueNotFound as error:
             error.final = True
             raise
-        raise IdempotencyConflict(str(options.get("idempotency_key")), queue_name, child)
+        unique = options.get("unique")
+        key = options.get("idempotency_key") if unique is None else unique
+        raise IdempotencyConflict(str(key), queue_name, child, unique=unique is not None)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
         """Return the result of a child; suspends until the child has ended.

@@ -17,7 +17,7 @@ from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
-from ..serialization.failures import encode_try, is_retryable, mark_step, retry_delay
+from ..serialization.failures import encode_try, is_retryable, mark_step, put_off, retry_delay
 from ..steps import StepOptions, plain_step, result_codec
 from .base import NULL, Call, check_function
 from .sleeps import Sleeps
@@ -145,7 +145,7 @@ class Steps(Sleeps):
             True if the step is to be tried once more.
         """
         strategy = self._strategy(options)
-        asks = retry_delay(error) is not None  # and that is for a retry of the task
+        asks = retry_delay(error) is not None or put_off(error) is not None  # and that is for a retry of the task
         if options.max_attempts == 1 or strategy.kind == "none" or asks or not is_retryable(error):
             await self._note_failure(call)
             return False

@@ -80,6 +80,8 @@ def _pending(task: TaskInfo, queue: dict[str, Any] | None, now: datetime) -> Rea
         return Reason("waits for its time", since=task.created_at, until=at)
     if queue is not None and not queue["workers"]:
         return Reason(f"due, but no worker serves queue {task.queue_name!r}", since=at)
+    if task.limit_key is not None:
+        return Reason(f"due, waits for a slot of key {task.limit_key!r}, or of a worker", since=at)
     return Reason("due, waits for a free slot of a worker", since=at)
 
 

@@ -15,7 +15,7 @@ from ..database_errors import reason, without_values
 from ..errors import DurableError
 from ..ids import new_id
 from ..serialization.codec import check_size
-from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable, retry_delay
+from ..serialization.failures import by_class_alone, encode_error, in_ascii, is_retryable, put_off, retry_delay
 from ..signals import LeaseLost
 from ..tasks import Task
 from .host import RunHost
@@ -46,7 +46,17 @@ def complete(host: RunHost, claimed: ClaimedRun, task: AnyTask, result: Any, *, 
         return
     on_written = functools.partial(_report_outcome, host, claimed, task, waited, "completed")
     values = CompletionValues(output, waited)
-    host.writer.submit(Write(Kind.COMPLETION, claimed.task_id, claimed.fence, on_written, values, size=len(output)))
+    host.writer.submit(
+        Write(
+            Kind.COMPLETION,
+            claimed.task_id,
+            claimed.fence,
+            on_written,
+            values,
+            size=len(output),
+            limited=claimed.limit_key is not None,
+        )
+    )
 
 
 def fail(
@@ -64,7 +74,10 @@ def fail(
         delay = retry_delay(error) if retryable else None
     except Exception:  # noqa: BLE001 - methods of the exception's class are user code
         retryable, delay = True, None
-    values = FailureValues(encode_error(error, claimed.run_id), retryable, new_id(), waited, delay, timeouts)
+    if puts_off := (seconds := put_off(error)) is not None:
+        delay = seconds
+    encoded = encode_error(error, claimed.run_id)
+    values = FailureValues(encoded, retryable, new_id(), waited, delay, puts_off, timeouts)
     _submit_failure(host, claimed, error, values)
 
 
@@ -73,6 +86,7 @@ def _submit_failure(
 ) -> None:
     on_written = functools.partial(_report_failure, host, claimed, error, values, refusals)
     write = Write(Kind.FAILURE, claimed.task_id, claimed.fence, on_written, values, size=len(values.error))
+    write.limited = claimed.limit_key is not None
     host.writer.submit(write, delay=_pause(refusals))
 
 
@@ -85,14 +99,18 @@ def suspend(host: RunHost, claimed: ClaimedRun, task: AnyTask, waits: list[WaitS
     """Write the waits of the task, which goes on when one of them is over."""
     on_written = functools.partial(_report_outcome, host, claimed, task, waited, "suspended")
     values = SuspensionValues(waited)
-    host.writer.submit(Write(Kind.SUSPENSION, claimed.task_id, claimed.fence, on_written, values, waits=waits))
+    write = Write(Kind.SUSPENSION, claimed.task_id, claimed.fence, on_written, values, waits=waits)
+    write.limited = claimed.limit_key is not None
+    host.writer.submit(write)
 
 
 def release(host: RunHost, claimed: ClaimedRun, task: AnyTask, *, waited: bool) -> None:
     """Give the task back, for another worker to go on with."""
     on_written = functools.partial(_report_outcome, host, claimed, task, waited, "released")
     values = ReleaseValues(_RELEASED, new_id())
-    host.writer.submit(Write(Kind.RELEASE, claimed.task_id, claimed.fence, on_written, values))
+    write = Write(Kind.RELEASE, claimed.task_id, claimed.fence, on_written, values)
+    write.limited = claimed.limit_key is not None
+    host.writer.submit(write)
 
 
 def _report_outcome(

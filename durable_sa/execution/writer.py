@@ -39,6 +39,7 @@ from .waits import Stored
 from .writes import (
     CONTENDED,
     COUNTED,
+    ENDING,
     KEYED,
     Kind,
     Write,
@@ -235,11 +236,11 @@ class Writer:
         return first.kind is last.kind is Kind.CHECKPOINT and first.task_id != last.task_id
 
     async def _send_batch(self, channel: DedicatedConnection, batch: list[Write]) -> None:
-        groups: dict[Kind, list[Write]] = {}
+        groups: dict[tuple[Kind, bool], list[Write]] = {}
         for write in batch:
-            groups.setdefault(write.kind, []).append(write)
-        for kind in sorted(groups, key=_ORDER.__getitem__) if len(groups) > 1 else groups:
-            await self._send(channel, groups[kind])
+            groups.setdefault((write.kind, write.limited), []).append(write)
+        for group in sorted(groups, key=lambda group: _ORDER[group[0]]) if len(groups) > 1 else groups:
+            await self._send(channel, groups[group])
 
     async def _send(self, channel: DedicatedConnection, writes: list[Write]) -> None:
         """Send writes of one kind in one statement, and retry while the database does not answer.
@@ -316,6 +317,11 @@ class Writer:
         for write in writes:
             row = found.get(write.task_id)
             if row is not None and row.fence == write.fence:
+                if row.slot is not None and write.kind in ENDING and not write.limited:
+                    # The queue has got limits since the claim.
+                    write.limited = True
+                    self.submit(write)
+                    continue
                 write.refusals += bool(row.free)
                 held.append(write)
             else:

@@ -20,11 +20,12 @@ PRODUCER: Final = {
     "checkpoints": "INSERT",
     "waits": "SELECT, DELETE",
     "events": "SELECT, INSERT",
+    "limit_arrivals": "INSERT",
 }
 """Privileges of an application that spawns, emits, cancels and reads results."""
 
 WORKER: Final = {
-    "queues": "SELECT",
+    "queues": "SELECT, UPDATE",  # UPDATE has a queue claimed by limit keys, when the first task has one
     "tasks": "SELECT, INSERT, UPDATE, DELETE",
     "runs": "SELECT, INSERT, DELETE",
     "checkpoints": "SELECT, INSERT, DELETE",
@@ -33,6 +34,10 @@ WORKER: Final = {
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
     "ended_workers": "SELECT, INSERT, DELETE",
+    "limits": "SELECT",
+    "limit_keys": "SELECT, INSERT, UPDATE, DELETE",
+    "limit_totals": "SELECT, UPDATE",
+    "limit_arrivals": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is needed to skip locked rows
 }
 """Privileges of workers, which also spawn subtasks, fire schedules and delete what is past its retention."""
 
@@ -41,7 +46,9 @@ OPERATOR: Final = {
     "queues": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, INSERT, UPDATE, DELETE",
     "waits": "SELECT, INSERT, DELETE",
-    "workers": "SELECT",
+    "workers": "SELECT, UPDATE",  # UPDATE is needed to wait for claims in flight, when a queue gets limits
+    "limits": "SELECT, INSERT, UPDATE, DELETE",
+    "limit_totals": "SELECT, INSERT, UPDATE, DELETE",
     "ended_workers": "SELECT",
 }
 """Privileges of the command line, and of applications that define queues and schedules."""

@@ -15,6 +15,7 @@ from sqlalchemy.schema import CreateSchema
 from ..database_errors import LOCK_NOT_AVAILABLE, refuse_read_only, sqlstate
 from ..errors import InvalidConfiguration, InvalidState, SchemaMismatch
 from ..models import SCHEMA
+from . import concurrent
 from .chain import BASE, head, is_known, position, scripts
 from .version import current, downgrade_call, mismatch, record, upgrade_call, works_with
 
@@ -65,14 +66,15 @@ def downgrade_branch(revision: str | None, *, since: str) -> None:
     _downgrade(op, revision or BASE, since, configured_schema(op.get_context()) or SCHEMA)
 
 
-def migrate(connection: Connection, schema: str = SCHEMA) -> None:
+def migrate(connection: Connection, schema: str = SCHEMA, *, deferred: bool = False) -> None:
     """Upgrade durable's tables to the newest revision, creating the schema if it does not exist.
 
     Newer tables that are compatible with this version of the package are left unchanged.
 
     The connection has to be in a READ COMMITTED transaction, which the caller commits. Of several concurrent callers,
     in any process, one migrates and the others wait for it, up to a minute. The migration waits for a lock on a table
-    at most 5 seconds, so that the application's statements do not queue up behind it.
+    at most 5 seconds, so that the application's statements do not queue up behind it. If `deferred`, indexes of large
+    tables are left to :func:`durable_sa.migrations.finish`, to be called after the commit.
 
     Raises:
         SchemaMismatch: a newer version of the package migrated the database.
@@ -82,7 +84,7 @@ def migrate(connection: Connection, schema: str = SCHEMA) -> None:
     connection.execute(text("SET LOCAL statement_timeout = 0"))
     if works_with(connection, schema):
         return
-    op = Operations(MigrationContext.configure(connection))
+    op = Operations(MigrationContext.configure(connection, opts={concurrent.DEFERRED: deferred}))
     try:
         connection.execute(text(f"SET LOCAL lock_timeout = '{QUEUE_SECONDS}s'"))
         _wait_for_turn(connection, schema)

@@ -15,7 +15,7 @@ from ..serialization.codec import UNTYPED
 from ..spawns import Prepared, SpawnCall, prepare
 from ..statements import scheduling
 from ..statements.expressions import arrays
-from ..statements.spawning import SPAWN_COLUMNS
+from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from . import store
 from .cron import due_ticks
 
@@ -105,7 +105,7 @@ class Firing:
         prepared: list[Prepared],
         call: SpawnCall,
     ) -> Sequence[Row[Any]]:
-        spawns = arrays(SPAWN_COLUMNS, [item.values for item in prepared])
+        spawns = arrays(LIMITED_SPAWN_COLUMNS, [item.all_values for item in prepared])
         parameters = {
             "schedule_queue": row.queue_name,
             "schedule_name": row.name,

@@ -21,7 +21,7 @@ from ..database_errors import sqlstate
 from ..errors import InvalidConfiguration, InvalidCron
 from ..spawns import Prepared
 from ..statements import pgcron as statements
-from ..statements.spawning import SPAWN_COLUMNS
+from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 
 _FIELDS: Final = re.compile(r"[0-9A-Za-z*,/-]+( +[0-9A-Za-z*,/-]+){4}")
 _UNSUPPORTED: Final = re.compile(r"(?<![A-Za-z])[LWH](?![A-Za-z])|[0-9][LWlw]", re.ASCII)
@@ -108,7 +108,7 @@ def put_job(schema: str, name: str, cron: str, spawn: Prepared) -> Script[None]:
         spawn.queue_name,
         name,
         f"durable::{name}:",
-        dict(zip(SPAWN_COLUMNS, spawn.values, strict=True)),
+        dict(zip(LIMITED_SPAWN_COLUMNS, spawn.all_values, strict=True)),
         schema=schema,
         channel=channel_name(schema),
     )

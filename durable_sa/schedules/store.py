@@ -113,6 +113,8 @@ def create(
     ):
         if value not in known:
             raise InvalidConfiguration(what, f"{str(value)[:40]!r} is none of {', '.join(known)}")
+    if (rule := options.get("on_conflict")) in ("replace", "cancel"):
+        raise InvalidConfiguration("on_conflict", f"the ticks of a schedule cannot {rule} tasks", "Leave it out.")
     for key in ("idempotency_key", "available_at"):
         if options.get(key) is not None:
             raise InvalidConfiguration(key, "a schedule spawns a task at every tick", "Leave it out.")
@@ -194,6 +196,10 @@ def _complete(options: SpawnOptions, prepared: Prepared) -> SpawnOptions:
     if kind.max_lost_workers is not None:
         # The default is left out, because workers of before durable_0003 fire no schedule that has this option.
         complete["max_lost_workers"] = kind.max_lost_workers
+    if prepared.limits is not None:
+        complete["limit_key"] = prepared.limits.limit_key
+        complete["weight"] = prepared.limits.weight
+        complete["unique"] = prepared.limits.unique_key
     return complete
 
 

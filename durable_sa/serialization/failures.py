@@ -20,6 +20,7 @@ from ..errors import (
     InvalidTaskParams,
     PayloadTooLarge,
     QueueNotFound,
+    RateLimited,
     ReplayMismatch,
     Retry,
     SerializationError,
@@ -111,6 +112,14 @@ def retry_delay(error: BaseException) -> float | None:
     """Return the longest delay in seconds of the `Retry` that an error is, or holds as a group; None without one."""
     delays = [float(cast(Retry, member).after) for member in with_members(error) if issubclass(type(member), Retry)]
     return max(delays, default=None)
+
+
+def put_off(error: BaseException) -> float | None:
+    """Return the seconds by which `RateLimited`, or a group of nothing else, puts a task off; None for other errors."""
+    leaves = [inner for inner in with_members(error) if not issubclass(type(inner), BaseExceptionGroup)]
+    if not leaves or not all(issubclass(type(leaf), RateLimited) for leaf in leaves):
+        return None
+    return max(RateLimited.delay_of(leaf) for leaf in leaves)
 
 
 def mark_step(error: BaseException, run_id: uuid.UUID, step: str, *, inner: bool) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Executable,
     Integer,
     Text,
+    Update,
     Uuid,
     bindparam,
     case,
@@ -23,10 +25,11 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
-from ..models import Checkpoint, TaskRow, Wait
+from ..models import Checkpoint, Queue, TaskRow, Wait
 from .expressions import array, clamped_limit, clock, constant, next_fence, rows
-from .fencing import ENDING, materialized
+from .fencing import ENDING, LIMIT_COLUMNS, give_back, materialized
 from .outcomes import delete_unlocked_waits, record_attempts
+from .spawning import arrivals
 
 # Not named `task_id`, because in an UPDATE SQLAlchemy takes a parameter named like a column for a value to set.
 _task_id = bindparam("target_id", type_=Uuid())
@@ -52,7 +55,7 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
         waits = delete_unlocked_waits(locked)
     else:
         waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
-    return (
+    cancelled = (
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
         .values(
@@ -62,16 +65,28 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
             error=func.coalesce(reason(locked), TaskRow.error),
             cancelled_by=cancelled_by,
             fence=next_fence(TaskRow.fence),
+            slot=null(),
         )
-        .returning(TaskRow.task_id, TaskRow.parent_task_id, locked.c.state.label("was"))
-        .add_cte(ended, waits)
+        .returning(
+            TaskRow.task_id,
+            TaskRow.parent_task_id,
+            locked.c.state.label("was"),
+            TaskRow.queue_name,
+            locked.c.limit_key,
+            locked.c.slot,
+        )
+        .cte("cancelled")
+    )
+    given_back = give_back(cancelled, returned=cancelled.c.slot.is_not(None))
+    return select(cancelled.c.task_id, cancelled.c.parent_task_id, cancelled.c.was, cancelled.c.slot).add_cte(
+        ended, waits, given_back
     )
 
 
 def _unfinished(*conditions: Any, skip_locked: bool) -> CTE:
     return materialized(
         "locked",
-        select(*ENDING)
+        select(*ENDING, *LIMIT_COLUMNS)
         .where(TaskRow.finished_at.is_(None), *conditions)
         .order_by(TaskRow.task_id)
         .with_for_update(skip_locked=skip_locked, key_share=True),
@@ -188,6 +203,7 @@ _overdue = materialized(
     "locked",
     select(
         *ENDING,
+        *LIMIT_COLUMNS,
         TaskRow.parent_task_id,
         _limit_error.label("reason"),
     )
@@ -219,9 +235,27 @@ _reset: dict[str, Any] = {
     "available_at": clock(),
     "cancel_at": clock() + clamped_limit(TaskRow.max_pending_time),
     "fence": next_fence(TaskRow.fence),
+    "slot": null(),
+    "resumes_at": null(),
+    # A task that ended before its queue had limits has no key.
+    "limit_key": func.coalesce(
+        TaskRow.limit_key,
+        select(constant(""))
+        .where(Queue.queue_name == TaskRow.queue_name, Queue.limited_at.is_not(None))
+        .correlate(TaskRow)
+        .scalar_subquery(),
+    ),
 }
 
-RETRY = (
+
+def _put_back(put_back: Update) -> Executable:
+    row = put_back.returning(
+        TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key
+    ).cte("put_back")
+    return select(row.c.task_id, row.c.queue_name, row.c.priority, row.c.available_at).add_cte(arrivals(row))
+
+
+RETRY = _put_back(
     update(TaskRow)
     .where(TaskRow.task_id == _task_id, TaskRow.outcome.in_(_UNSUCCESSFUL))
     .values(
@@ -229,7 +263,6 @@ RETRY = (
         run_id=bindparam("next_run_id", type_=Uuid()),
         max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), TaskRow.max_attempts),
     )
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
 """Make a failed or cancelled task pending, with counters and time limits reset; its checkpoints stay."""
 
@@ -238,11 +271,11 @@ _free = materialized(
     "free",
     select(TaskRow.task_id, _many.c.next_run_ids)
     .join(_many, TaskRow.task_id == _many.c.task_ids)
-    .where(TaskRow.outcome.in_(_UNSUCCESSFUL), _childless)
+    .where(TaskRow.outcome.in_(_UNSUCCESSFUL), _childless, TaskRow.unique_key.is_(None))
     .order_by(TaskRow.task_id)
     .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
 )
-RETRY_MANY = (
+RETRY_MANY = _put_back(
     update(TaskRow)
     .where(TaskRow.task_id == _free.c.task_id)
     .values(
@@ -250,14 +283,21 @@ RETRY_MANY = (
         run_id=_free.c.next_run_ids,
         max_attempts=func.coalesce(bindparam("new_max_attempts", type_=Integer()), TaskRow.max_attempts),
     )
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
-"""`RETRY` for those of many tasks that have no children; rows locked by other transactions are passed over."""
+"""`RETRY` for those of many tasks that have neither children nor a unique key, which another task may have by now.
+
+Rows locked by other transactions are passed over.
+"""
 
 TASK_STATES = select(
-    TaskRow.task_id, TaskRow.state, exists().where(_childs_parent == TaskRow.task_id).label("has_children")
+    TaskRow.task_id,
+    TaskRow.state,
+    or_(
+        exists().where(_childs_parent == TaskRow.task_id),
+        TaskRow.unique_key.is_not(None) & TaskRow.outcome.in_(_UNSUCCESSFUL),
+    ).label("alone"),
 ).where(TaskRow.task_id == func.any(array("task_ids", Uuid())))
-"""The states of tasks, and whether they have children."""
+"""The states of tasks, and whether they are changed one by one, as those with children are."""
 
 _descendants_below = (
     select(TaskRow.task_id, TaskRow.outcome, TaskRow.cancelled_by)
@@ -285,11 +325,10 @@ LOCK_FOR_RETRY = (
 """Lock a task before its retry, and read its state."""
 
 _restored = rows("restored", task_ids=Uuid(), next_run_ids=Uuid())
-RETRY_DESCENDANTS = (
+RETRY_DESCENDANTS = _put_back(
     update(TaskRow)
     .where(TaskRow.task_id == _restored.c.task_ids, TaskRow.outcome == constant("cancelled"))
     .values(**_reset, run_id=_restored.c.next_run_ids)
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
 )
 """Make descendants pending that the cascade had cancelled."""
 

@@ -13,7 +13,6 @@ from sqlalchemy import (
     Uuid,
     bindparam,
     case,
-    exists,
     func,
     null,
     select,
@@ -23,7 +22,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Event, Queue, TaskRow, Wait
+from ..models import Checkpoint, Event, TaskRow, Wait
 from .expressions import (
     array,
     as_json,
@@ -39,7 +38,7 @@ from .expressions import (
     rows,
 )
 from .fencing import is_in, locked_rows, materialized
-from .spawning import SPAWN_COLUMNS, insert_tasks
+from .spawning import LIMITED_SPAWN_COLUMNS, arrivals, insert_tasks, limited_spawnable
 
 CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "task_ids": Uuid(),
@@ -94,17 +93,17 @@ RECORD_ONE = _record(one_row("entry", **CHECKPOINT_COLUMNS), constant(1))
 """`RECORD` for a single checkpoint."""
 
 _lock_timeout = lock_timeout()
-_child = numbered_rows("child", "position", **SPAWN_COLUMNS)
+_child = numbered_rows("child", "position", **LIMITED_SPAWN_COLUMNS)
 _new = rows("entry", **CHECKPOINT_COLUMNS)
 _locked = locked_rows(_fences(_new))
 _children = (
     insert_tasks(
-        select(_child)
+        limited_spawnable(_child)
         .join(_lock_timeout, true())
-        .where(is_in(_child.c.parent_task_id, _locked), exists().where(Queue.queue_name == _child.c.queue_name))
+        .where(is_in(_child.c.parent_task_id, _locked))
         .subquery("spawnable")
     )
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)
     .cte("children")
 )
 _with_child = select(_new).where(is_in(_new.c.child_ids, _children)).subquery("with_child")
@@ -112,7 +111,7 @@ _written = _insert_checkpoints(_with_child, _locked)
 
 RECORD_CHILDREN = select(
     _children.c.task_id.label("child_task_id"), _children.c.queue_name, _children.c.priority, _children.c.available_at
-).add_cte(_written)
+).add_cte(_written, arrivals(_children))
 """Insert children and the checkpoints that name them; neither if the key is taken or the queue does not exist."""
 
 _event = numbered_rows("event", "position", **CHECKPOINT_COLUMNS, event_names=Text(), payloads=Text(), metadata=Text())

@@ -88,6 +88,8 @@ class ClaimedRun(NamedTuple):
     fence: int
     cancel_at: datetime | None
     now: datetime
+    limit_key: str | None = None
+    """The limit key; empty for a task without one in a queue with limits; None in a queue without limits."""
 
     @property
     def key(self) -> tuple[uuid.UUID, int]:
@@ -126,7 +128,9 @@ _open_lanes = materialized(
     "open_lanes",
     select(_cursors)
     .where(
-        ~exists().where(Queue.queue_name == _cursors.c.queue_names, Queue.paused_at.is_not(None)),
+        ~exists().where(
+            Queue.queue_name == _cursors.c.queue_names, or_(Queue.paused_at.is_not(None), Queue.limited_at.is_not(None))
+        ),
         # A worker that was declared lost claims nothing more under its old id.
         exists().where(WorkerRow.worker_id == _worker_id, WorkerRow.lost_at.is_(None)),
     )
@@ -171,6 +175,7 @@ _CLAIMED = (
     TaskRow.fence,
     TaskRow.cancel_at,
     clock().label("now"),
+    TaskRow.limit_key,
 )
 
 
@@ -273,6 +278,7 @@ SURVEY_LANES = select(
     )
     .scalar_subquery()
     .label("next_at"),
+    exists().where(Queue.queue_name == _used.c.queue_name, Queue.limited_at.is_not(None)).label("limited"),
     clock().label("now"),
 ).where(_used.c.priority.is_not(None))
 """The priorities in use in each queue, found by a skip scan of the index, and when the next task is due."""
@@ -289,6 +295,7 @@ REGISTER_WORKER = (
         started_at=clock(),
         heartbeat_at=clock(),
         expires_at=clock() + _claim_timeout,
+        knows_limits=true(),
     )
     .on_conflict_do_update(index_elements=[WorkerRow.worker_id], set_={"heartbeat_at": clock()})
     .returning(clock().label("now"))

@@ -57,7 +57,14 @@ UNCLAIMED = (
         _age(func.min(TaskRow.available_at)).label("oldest_seconds"),
         func.bool_or(_served).label("served"),
     )
-    .where(_unfinished, TaskRow.claimed_by.is_(None), TaskRow.available_at < _moment_ago, ~_paused)
+    .where(
+        _unfinished,
+        TaskRow.claimed_by.is_(None),
+        TaskRow.available_at < _moment_ago,
+        ~_paused,
+        # Tasks with a limit key may well have to wait for others of their key.
+        or_(TaskRow.limit_key.is_(None), ~_served),
+    )
     .group_by(TaskRow.queue_name, TaskRow.task_name)
     .order_by(func.min(TaskRow.available_at))
     .limit(_wanted)

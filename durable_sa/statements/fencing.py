@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Select, Uuid, select, true
+from sqlalchemy import BigInteger, ColumnElement, DateTime, Select, Uuid, case, cast, null, or_, select, true
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
 
-from ..models import TaskRow
-from .expressions import rows
+from ..models import LimitArrivalRow, TaskRow
+from .expressions import constant, rows
 
 ENDING = (TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskRow.claimed_by, TaskRow.started_at)
 """Columns of a locked task from which the row of its run is made when the run ends."""
@@ -23,8 +24,14 @@ def materialized(name: str, query: Select[*tuple[Any, ...]]) -> CTE:
     return query.cte(name).prefix_with("MATERIALIZED", dialect="postgresql")
 
 
-def locked_rows(source: FromClause) -> CTE:
+LIMIT_COLUMNS = (TaskRow.limit_key, TaskRow.slot)
+"""Columns of a locked task from which its slot is given back."""
+
+
+def locked_rows(source: FromClause, *, limited: bool | None = None) -> CTE:
     """Lock the tasks of `source` (task_ids, fences) that still have those fences, in the order of their ids.
+
+    A statement that ends runs is either `limited`, and gives back slots, or False: it passes over tasks that hold one.
 
     The other columns of `source` are passed on. Joining them later would take time quadratic in the batch, because the
     planner cannot estimate the number of locked rows and chooses nested loops.
@@ -35,9 +42,11 @@ def locked_rows(source: FromClause) -> CTE:
             *ENDING,
             TaskRow.parent_task_id,
             TaskRow.queue_name,
+            *(LIMIT_COLUMNS if limited else ()),
             *(column for column in source.c if column.key not in ("task_ids", "fences")),
         )
         .join(source, (TaskRow.task_id == source.c.task_ids) & (TaskRow.fence == source.c.fences))
+        .where(*((TaskRow.slot.is_(None),) if limited is False else ()))
         .order_by(TaskRow.task_id)
         .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
     )
@@ -60,8 +69,37 @@ _free = materialized(
     .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
 )
 FENCE_STATUS = (
-    select(TaskRow.task_id, TaskRow.fence, _free.c.task_id.is_not(None).label("free"))
+    select(TaskRow.task_id, TaskRow.fence, TaskRow.slot, _free.c.task_id.is_not(None).label("free"))
     .join(_asked, TaskRow.task_id == _asked.c.task_ids)
     .outerjoin(_free, _free.c.task_id == TaskRow.task_id)
 )
-"""The current fences of rows that a fenced statement passed over, and whether they are free to lock."""
+"""The current fences of rows that a fenced statement passed over, their slots, and whether they are free to lock."""
+
+
+def give_back(
+    changed: FromClause,
+    *,
+    returned: ColumnElement[bool],
+    available_at: ColumnElement[Any] | None = None,
+    closed_until: ColumnElement[Any] | None = None,
+) -> CTE:
+    """Append the arrivals of tasks with a limit key: their slots if `returned`, and when they may be claimed anew."""
+    c = changed.c
+    when = null() if available_at is None else available_at
+    slots = case((returned, constant(-1)), else_=constant(0))
+    return (
+        insert(LimitArrivalRow)
+        .from_select(
+            ["queue_name", "limit_key", "available_at", "slots", *(() if closed_until is None else ("closed_until",))],
+            select(
+                c.queue_name,
+                c.limit_key,
+                cast(when, DateTime(timezone=True)),
+                slots,
+                *(() if closed_until is None else (closed_until,)),
+            ).where(
+                c.limit_key.is_not(None), or_(returned, when.is_not(None)) if available_at is not None else returned
+            ),
+        )
+        .cte("given_back")
+    )

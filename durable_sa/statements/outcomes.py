@@ -20,7 +20,9 @@ from sqlalchemy import (
     delete,
     func,
     null,
+    or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -32,7 +34,7 @@ from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..policies import MAX_LOST_WORKERS, SUSPECT_AFTER
 from ..validation import MAX_DURATION
 from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
-from .fencing import is_in, locked_rows, materialized
+from .fencing import LIMIT_COLUMNS, give_back, is_in, locked_rows, materialized
 
 
 def record_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
@@ -61,8 +63,8 @@ def delete_unlocked_waits(locked: FromClause, *conditions: ColumnElement[bool]) 
     return delete(Wait).where(Wait.task_id == free.c.task_id, Wait.key == free.c.key).cte("waits_gone")
 
 
-def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
-    locked = locked_rows(done)
+def _complete(done: FromClause, wanted: ColumnElement[int], *, limited: bool = False) -> Executable:
+    locked = locked_rows(done, limited=limited)
     ended = record_attempts(locked, constant("completed"), null())
     forgotten = delete(Wait).where(Wait.task_id == locked.c.task_id, locked.c.waited).cte("forgotten")
     completed = (
@@ -75,12 +77,19 @@ def _complete(done: FromClause, wanted: ColumnElement[int]) -> Executable:
             error=null(),
             finished_at=clock(),
             fence=TaskRow.fence + constant(1),
+            **({"slot": null()} if limited else {}),
         )
-        .returning(TaskRow.task_id, TaskRow.parent_task_id)
+        .returning(
+            TaskRow.task_id,
+            TaskRow.parent_task_id,
+            *((TaskRow.queue_name, locked.c.limit_key, locked.c.slot) if limited else ()),
+        )
         .cte("completed")
     )
     children = func.array_agg(completed.c.task_id).filter(completed.c.parent_task_id.is_not(None))
     reply = count_or_ids(completed, wanted, columns=("task_id",)).add_columns(children.label("child_task_ids"))
+    if limited:
+        return reply.add_cte(ended, forgotten, give_back(completed, returned=completed.c.slot.is_not(None)))
     return reply.add_cte(ended, forgotten)
 
 
@@ -97,41 +106,11 @@ COMPLETE = _complete(rows("done", **COMPLETION_COLUMNS), length("task_ids", Uuid
 COMPLETE_ONE = _complete(one_row("done", **COMPLETION_COLUMNS), constant(1))
 """`COMPLETE` for a single result."""
 
-_failed = rows(
-    "fail",
-    task_ids=Uuid(),
-    fences=BigInteger(),
-    errors=Text(),
-    retryable=Boolean(),
-    next_run_ids=Uuid(),
-    waited=Boolean(),
-    delays=Float(53),
-)
-_locked = locked_rows(_failed)
-_ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+COMPLETE_LIMITED = _complete(rows("done", **COMPLETION_COLUMNS), length("task_ids", Uuid()), limited=True)
+"""`COMPLETE` for tasks with limit keys, whose slots it gives back."""
+
 # Clamped, because a value set by hand could overflow and fail the whole batch.
 _failures = func.least(func.greatest(TaskRow.failures, constant(0)), constant(2**31 - 2))
-_again = (
-    _locked.c.retryable
-    & ((TaskRow.retry_kind != constant("none")) | _locked.c.delays.is_not(None))
-    & (_failures + constant(1) < TaskRow.max_attempts)
-)
-_forgotten = (
-    delete(Wait)
-    .where(Wait.task_id == _locked.c.task_id, TaskRow.task_id == Wait.task_id, _locked.c.waited, ~_again)
-    .cte("forgotten")
-)
-_timed_out = rows("timed_out", timed_out_ids=Uuid(), timed_out_keys=Uuid())
-_dropped = (
-    delete(Checkpoint)
-    .where(
-        Checkpoint.task_id == _timed_out.c.timed_out_ids,
-        Checkpoint.key == _timed_out.c.timed_out_keys,
-        Checkpoint.status == constant("timeout"),
-        is_in(_timed_out.c.timed_out_ids, _locked),
-    )
-    .cte("dropped")
-)
 
 
 def _within(number: InstrumentedAttribute[float], least: float, most: float) -> ColumnElement[Any]:
@@ -160,59 +139,145 @@ _jittered = case(
     (_jitter < 1e-6, _backoff),
     else_=_backoff * (1 + _jitter * (2 * func.random() - 1)),
 )
-_delay = func.coalesce(_locked.c.delays, func.least(_jittered, _max_backoff))
+_delay = func.least(_jittered, _max_backoff)
 
-FAIL = (
-    update(TaskRow)
-    .where(TaskRow.task_id == _locked.c.task_id)
-    .values(
-        state=case((_again, constant("pending")), else_=constant("failed")),
-        outcome=case((_again, null()), else_=constant("failed")),
-        error=as_json(_locked.c.errors),
-        failures=_failures + constant(1),
-        lease_losses=constant(0),
-        available_at=case((_again, clock() + interval(_delay)), else_=TaskRow.available_at),
-        finished_at=case((_again, null()), else_=clock()),
-        run_id=case((_again, _locked.c.next_run_ids), else_=TaskRow.run_id),
-        claimed_by=null(),
-        fence=TaskRow.fence + constant(1),
+
+def _fail(*, limited: bool) -> Executable:
+    failed = rows(
+        "fail",
+        task_ids=Uuid(),
+        fences=BigInteger(),
+        errors=Text(),
+        retryable=Boolean(),
+        next_run_ids=Uuid(),
+        waited=Boolean(),
+        delays=Float(53),
+        puts_off=Boolean(),
     )
-    .returning(
-        TaskRow.task_id,
-        TaskRow.parent_task_id,
-        TaskRow.state,
-        TaskRow.queue_name,
-        TaskRow.priority,
-        TaskRow.available_at,
+    locked = locked_rows(failed, limited=limited)
+    ended = record_attempts(locked, constant("failed"), as_json(locked.c.errors))
+    again = or_(
+        locked.c.puts_off,
+        locked.c.retryable
+        & ((TaskRow.retry_kind != constant("none")) | locked.c.delays.is_not(None))
+        & (_failures + constant(1) < TaskRow.max_attempts),
     )
-    .add_cte(_ended, _forgotten, _dropped)
-)
+    forgotten = (
+        delete(Wait)
+        .where(Wait.task_id == locked.c.task_id, TaskRow.task_id == Wait.task_id, locked.c.waited, ~again)
+        .cte("forgotten")
+    )
+    timed_out = rows("timed_out", timed_out_ids=Uuid(), timed_out_keys=Uuid())
+    dropped = (
+        delete(Checkpoint)
+        .where(
+            Checkpoint.task_id == timed_out.c.timed_out_ids,
+            Checkpoint.key == timed_out.c.timed_out_keys,
+            Checkpoint.status == constant("timeout"),
+            is_in(timed_out.c.timed_out_ids, locked),
+        )
+        .cte("dropped")
+    )
+    next_time = clock() + interval(func.coalesce(locked.c.delays, _delay))
+    changed = (
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
+        .values(
+            state=case((again, constant("pending")), else_=constant("failed")),
+            outcome=case((again, null()), else_=constant("failed")),
+            error=as_json(locked.c.errors),
+            failures=case((locked.c.puts_off, TaskRow.failures), else_=_failures + constant(1)),
+            lease_losses=constant(0),
+            available_at=case((again, next_time), else_=TaskRow.available_at),
+            finished_at=case((again, null()), else_=clock()),
+            run_id=case((again, locked.c.next_run_ids), else_=TaskRow.run_id),
+            claimed_by=null(),
+            fence=TaskRow.fence + constant(1),
+            **(_kept_slot(locked, again, next_time) if limited else {}),
+        )
+        .returning(
+            TaskRow.task_id,
+            TaskRow.parent_task_id,
+            TaskRow.state,
+            TaskRow.queue_name,
+            TaskRow.priority,
+            TaskRow.available_at,
+            *((locked.c.limit_key, locked.c.slot, locked.c.puts_off) if limited else ()),
+        )
+    )
+    if not limited:
+        return changed.add_cte(ended, forgotten, dropped)
+    row = changed.cte("changed")
+    unfinished = row.c.state != constant("failed")
+    returned = row.c.slot.is_not(None) & ~(unfinished & (row.c.slot == constant("task")))
+    closes = row.c.puts_off & (row.c.limit_key != constant(""))
+    given_back = give_back(
+        row,
+        returned=returned,
+        available_at=case((unfinished, row.c.available_at)),
+        closed_until=case((closes, row.c.available_at)),
+    )
+    return select(row).add_cte(ended, forgotten, dropped, given_back)
+
+
+def _kept_slot(locked: CTE, again: ColumnElement[bool], next_time: ColumnElement[Any]) -> dict[str, Any]:
+    """Return the values of a task that is attempted again: with a slot of its own, it comes before those without."""
+    kept = again & (locked.c.slot == constant("task"))
+    return {"slot": case((kept, locked.c.slot)), "resumes_at": case((kept, next_time))}
+
+
+FAIL = _fail(limited=False)
 """Record failures of user code: schedule the next attempt, or end the task as failed.
 
 The next attempt begins after the delay that the failure names, or else the policy's.
 
-Recorded timeouts that are the failure are deleted, so that the next attempt waits anew.
+Recorded timeouts that are the failure are deleted, so that the next attempt waits anew. A failure that
+`puts_off` is none of the task's: it is attempted after the delay in any case, and nothing is counted.
 """
 
-_released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
-_locked = locked_rows(_released)
-_ended = record_attempts(_locked, constant("failed"), as_json(_locked.c.errors))
+FAIL_LIMITED = _fail(limited=True)
+"""`FAIL` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task.
 
-RELEASE = (
-    update(TaskRow)
-    .where(TaskRow.task_id == _locked.c.task_id)
-    .values(
-        state=constant("pending"),
-        run_id=_locked.c.next_run_ids,
-        lease_losses=constant(0),
-        available_at=clock(),
-        claimed_by=null(),
-        fence=TaskRow.fence + constant(1),
+A failure that puts a task off closes its key for as long.
+"""
+
+
+def _release(*, limited: bool) -> Executable:
+    released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
+    locked = locked_rows(released, limited=limited)
+    ended = record_attempts(locked, constant("failed"), as_json(locked.c.errors))
+    changed = (
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
+        .values(
+            state=constant("pending"),
+            run_id=locked.c.next_run_ids,
+            lease_losses=constant(0),
+            available_at=clock(),
+            claimed_by=null(),
+            fence=TaskRow.fence + constant(1),
+            **(_kept_slot(locked, true(), clock()) if limited else {}),
+        )
+        .returning(
+            TaskRow.task_id,
+            TaskRow.queue_name,
+            TaskRow.priority,
+            TaskRow.available_at,
+            *((locked.c.limit_key, locked.c.slot) if limited else ()),
+        )
     )
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
-    .add_cte(_ended)
-)
+    if not limited:
+        return changed.add_cte(ended)
+    row = changed.cte("changed")
+    given_back = give_back(row, returned=row.c.slot == constant("run"), available_at=row.c.available_at)
+    return select(row).add_cte(ended, given_back)
+
+
+RELEASE = _release(limited=False)
 """Release runs at shutdown: claimable at once, and not counted as failures."""
+
+RELEASE_LIMITED = _release(limited=True)
+"""`RELEASE` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task."""
 
 _taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
 _locked = materialized(
@@ -225,6 +290,7 @@ _locked = materialized(
         TaskRow.started_at,
         TaskRow.lease_losses,
         func.coalesce(TaskRow.max_lost_workers, constant(MAX_LOST_WORKERS)).label("max_lost_workers"),
+        *LIMIT_COLUMNS,
         _taken.c.next_run_ids,
         array("worker_ids", Uuid()).label("worker_ids"),
     )
@@ -264,7 +330,8 @@ _lost = func.json_build_object(
 _ended = record_attempts(_locked, constant("failed"), _lost)
 _forgotten = delete_unlocked_waits(_locked, _given_up)
 
-TAKE_OVER = (
+_kept = ~_given_up & (_locked.c.slot == constant("task"))
+_taken_over = (
     update(TaskRow)
     .where(TaskRow.task_id == _locked.c.task_id)
     .values(
@@ -277,6 +344,8 @@ TAKE_OVER = (
         lease_losses=_losses,
         claimed_by=null(),
         fence=next_fence(TaskRow.fence),
+        slot=case((_kept, _locked.c.slot)),
+        resumes_at=case((_kept, clock())),
     )
     .returning(
         TaskRow.task_id,
@@ -287,8 +356,19 @@ TAKE_OVER = (
         TaskRow.parent_task_id,
         TaskRow.state,
         TaskRow.lease_losses,
+        _locked.c.limit_key,
+        (_locked.c.slot.is_not(None) & ~_kept).label("gives_back"),
     )
-    .add_cte(_ended, _forgotten)
+    .cte("taken_over")
+)
+TAKE_OVER = select(_taken_over).add_cte(
+    _ended,
+    _forgotten,
+    give_back(
+        _taken_over,
+        returned=_taken_over.c.gives_back,
+        available_at=case((_taken_over.c.state == constant("pending"), _taken_over.c.available_at)),
+    ),
 )
 """Take runs over from lost workers: a new attempt, not counted as a failure.
 

@@ -95,6 +95,7 @@ QUEUES = (
         Queue.queue_name,
         clamped_time(Queue.paused_at),
         clamped_time(Queue.created_at),
+        Queue.limited_at.is_not(None).label("limited"),
         func.extract("epoch", Queue.retention).label("retention_seconds"),
         func.extract("epoch", Queue.event_retention).label("event_retention_seconds"),
         _now.c.ready,

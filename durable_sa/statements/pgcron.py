@@ -31,7 +31,7 @@ from sqlalchemy.dialects import postgresql
 
 from ..models import SCHEMA, Queue, Schedule, TaskRow
 from .expressions import constant, statement_time
-from .spawning import SPAWN_COLUMNS, hint_payload, insert_tasks
+from .spawning import LIMITED_SPAWN_COLUMNS, arrivals, hint_payload, insert_tasks, limited_spawnable
 
 _job = table(
     "job", column("jobid", BigInteger()), column("jobname", Text()), column("active", Boolean()), schema="cron"
@@ -82,7 +82,7 @@ def _literal(value: Any, name: str) -> ColumnElement[Any]:
         written = literal_column(repr(value))
     else:
         written = literal_column(quoted(str(value)))
-    return sql_cast(written, SPAWN_COLUMNS[name])
+    return sql_cast(written, LIMITED_SPAWN_COLUMNS[name])
 
 
 def _new_id() -> ColumnElement[Any]:
@@ -102,7 +102,7 @@ _DIALECT: Final = postgresql.dialect(paramstyle="named")  # type: ignore[no-unty
 def firing(
     queue_name: str, schedule_name: str, key_prefix: str, values: Mapping[str, Any], *, schema: str, channel: str
 ) -> str:
-    """Build the statement of a job: it spawns the task with these values of `SPAWN_COLUMNS`, once per tick.
+    """Build the statement of a job: it spawns the task with these values of `LIMITED_SPAWN_COLUMNS`, once per tick.
 
     The statement updates the schedule's row under a condition on its last tick, so that only one of two jobs spawns.
     """
@@ -133,16 +133,18 @@ def firing(
             (drawn[column_name] if column_name in drawn else _literal(values[column_name], column_name)).label(
                 column_name
             )
-            for column_name in SPAWN_COLUMNS
+            for column_name in LIMITED_SPAWN_COLUMNS
         )
     ).subquery("spawn")
     spawned = (
-        insert_tasks(spawn)
-        .returning(TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.cancel_at)
+        insert_tasks(limited_spawnable(spawn).subquery("spawnable"))
+        .returning(TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.cancel_at, TaskRow.limit_key)
         .cte("spawned")
     )
-    statement = select(func.pg_notify(literal_column(quoted(channel), Text()), hint_payload(spawned))).select_from(
-        spawned
+    statement = (
+        select(func.pg_notify(literal_column(quoted(channel), Text()), hint_payload(spawned)))
+        .select_from(spawned)
+        .add_cte(arrivals(spawned))
     )
     compiled = statement.compile(
         dialect=_DIALECT,

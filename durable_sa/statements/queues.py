@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    literal_column,
     or_,
     select,
     true,
@@ -50,14 +51,16 @@ CREATE_QUEUE = _creation.on_conflict_do_update(
             (_set_event_retention, _creation.excluded.event_retention), else_=Queue.event_retention
         ),
     },
-)
+).returning((literal_column("xmax") == literal_column("'0'::xid")).label("created"))
 """Create a queue, or change the given policies of an existing one."""
 
 LIST_QUEUES = select(Queue.queue_name).order_by(Queue.queue_name)
 """The names of all queues."""
 
-KNOWN_QUEUES = select(Queue.queue_name).where(Queue.queue_name == func.any(array("queue_names", Text())))
-"""Which of these queues exist."""
+KNOWN_QUEUES = select(Queue.queue_name, Queue.limited_at.is_not(None).label("limited")).where(
+    Queue.queue_name == func.any(array("queue_names", Text()))
+)
+"""Which of these queues exist, and whether they have limits."""
 
 LOCK_QUEUE = select(Queue.queue_name).where(Queue.queue_name == _queue_name).with_for_update(read=True, key_share=True)
 """Lock a queue against being dropped until the transaction ends. Returns no row if it does not exist."""
@@ -273,6 +276,7 @@ QUEUE_STATISTICS = (
             TaskRow.outcome == constant("failed"),
         ).label("failed"),
         func.extract("epoch", statement_time() - _now.c.oldest_at).label("oldest_ready_seconds"),
+        Queue.limited_at.is_not(None).label("limited"),
     )
     .select_from(Queue)
     .join(_now, true())

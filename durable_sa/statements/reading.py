@@ -54,8 +54,7 @@ RECENT: Final = 20_000
 _UNSUCCESSFUL: Final = ("failed", "cancelled")
 _ENDED: Final = ("completed", *_UNSUCCESSFUL)
 
-# Limits and versions of tasks do not exist yet, so that no task matches a filter by them.
-_limit_key: Any = cast(null(), Text())
+# Versions of tasks do not exist yet, so that no task matches a filter by them.
 _version: Any = cast(null(), Integer())
 
 
@@ -75,14 +74,16 @@ def matching(where: TaskFilter, task: Any = TaskRow) -> list[ColumnElement[bool]
     for column, value in (
         (task.queue_name, where.queue_name),
         (task.task_name, where.task_name),
-        (_limit_key, where.limit_key),
+        (task.limit_key, where.limit_key),
         (_version, where.version),
         (task.parent_task_id, where.parent),
     ):
         if value is not None:
             found.append(column == value)
+    if where.limit_key is not None:
+        found.append(task.limit_key.is_not(None))
     if where.key is not None:
-        found += [task.idempotency_key == where.key, task.idempotency_key.is_not(None)]
+        found.append(or_(task.idempotency_key == where.key, task.unique_key == where.key))
     if where.error_name is not None:
         # The server cannot take apart JSON with NUL in one of its texts, such as the data of a UserError.
         has_nul = func.strpos(as_text(task.error), constant("\\u0000")) > constant(0)
@@ -124,7 +125,13 @@ def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
         return found.where(*conditions)
     found = found.where(*_any_queue(where))
     if where.key is not None:
-        return found.where(*conditions)
+        # A task has one of the two at most.
+        return union_all(
+            *(
+                found.where(*conditions, column == where.key, column.is_not(None))
+                for column in (TaskRow.idempotency_key, TaskRow.unique_key)
+            )
+        )
     states = where.states or tuple(TaskStatus)
     unfinished = [] if _is_about_ends(where) else [state for state in states if not state.finished]
     ended = [] if where.running_longer_than is not None else [state for state in states if state.finished]
@@ -285,8 +292,8 @@ _info: tuple[Any, ...] = (
     TaskRow.queue_name,
     TaskRow.state,
     TaskRow.attempt,
-    TaskRow.idempotency_key.label("key"),
-    _limit_key.label("limit_key"),
+    func.coalesce(TaskRow.idempotency_key, TaskRow.unique_key).label("key"),
+    func.nullif(TaskRow.limit_key, constant("")).label("limit_key"),
     _version.label("version"),
     TaskRow.parent_task_id,
     clamped_time(TaskRow.created_at),

@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from ..models import Schedule, TaskRow
 from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, rows
-from .spawning import SPAWN_COLUMNS, insert_tasks
+from .spawning import LIMITED_SPAWN_COLUMNS, arrivals, insert_tasks, limited_spawnable
 
 _name = bindparam("schedule_name", type_=Text())
 _queue = bindparam("schedule_queue", type_=Text())
@@ -213,7 +213,7 @@ DUE_SCHEDULES = (
 """A page of schedules with a due tick. Locked rows are skipped, because firing them would wait for the lock."""
 
 # Prefixed, because in an UPDATE SQLAlchemy takes parameters named like columns for values to set.
-TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in SPAWN_COLUMNS.items()}
+TICK_COLUMNS = {f"tick_{name}": type_ for name, type_ in LIMITED_SPAWN_COLUMNS.items()}
 _tick = rows("tick", **TICK_COLUMNS)
 _last_task = bindparam("last_task", type_=Uuid())
 _goes_on = exists().where(TaskRow.task_id == Schedule.last_task_id, TaskRow.finished_at.is_(None))
@@ -236,16 +236,17 @@ _advanced = (
     .cte("advanced")
 )
 _due = (
-    select(*(_tick.c[f"tick_{name}"].label(name) for name in SPAWN_COLUMNS))
+    select(*(_tick.c[f"tick_{name}"].label(name) for name in LIMITED_SPAWN_COLUMNS))
     .where(exists().where(_advanced.c.last_task_id == _last_task))
     .subquery("due")
 )
-
-FIRE = (
-    insert_tasks(_due)
-    .add_cte(_advanced)
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
+_spawned = (
+    insert_tasks(limited_spawnable(_due).subquery("spawnable"))
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)
+    .cte("spawned")
 )
+
+FIRE = select(_spawned).add_cte(_advanced, arrivals(_spawned))
 """Spawn the tasks of due ticks and advance the schedule to its next tick.
 
 The update is conditional on the tick and the definition that were read: of several workers that fire the same tick one

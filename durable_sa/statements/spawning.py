@@ -26,12 +26,13 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    update,
 )
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.selectable import FromClause, Select
 from sqlalchemy.types import TypeEngine
 
-from ..models import Queue, TaskRow
+from ..models import LimitArrivalRow, Queue, TaskRow
 from .expressions import (
     array,
     as_json,
@@ -70,6 +71,14 @@ SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 }
 """The values of a spawn."""
 
+LIMITED_SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
+    **SPAWN_COLUMNS,
+    "limit_key": Text(),
+    "weight": SmallInteger(),
+    "unique_key": Text(),
+}
+"""The values of a spawn with those of limits."""
+
 _OWN: Final = ("task_id", "run_id", "params", "idempotency_key")
 
 ITEM_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
@@ -89,7 +98,7 @@ SAME_KIND_COLUMNS: Final = ("task_id", "run_id", "params")
 
 
 def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
-    """Insert tasks from rows of `SPAWN_COLUMNS`, without those whose id or idempotency key exists.
+    """Insert tasks from rows of `SPAWN_COLUMNS`, or :func:`limited_spawnable`, without those whose id or key exists.
 
     With `new`, the statement fails with 23505 if one of them exists: that saves the server an eighth of its work.
 
@@ -124,6 +133,10 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
         "parent_task_id": t.parent_task_id,
         "idempotency_key": t.idempotency_key,
     }
+    if "limited" in source.c:
+        # In a queue with limits each task has a key, if only the empty one.
+        values["limit_key"] = func.coalesce(t.limit_key, case((t.limited, constant(""))))
+        values |= {"weight": t.weight, "unique_key": t.unique_key}
     selected = select(*values.values())
     if new:
         return insert(TaskRow).from_select(list(values), selected)
@@ -140,13 +153,33 @@ def _lock_timeout() -> CTE:
 
 
 def _spawnable(new: FromClause) -> Select[Any]:
-    """Select the tasks whose queue exists."""
-    return select(new).where(exists().where(Queue.queue_name == new.c.queue_name))
+    """Select the tasks whose queue exists and has no limits."""
+    return select(new).where(exists().where(Queue.queue_name == new.c.queue_name, Queue.limited_at.is_(None)))
 
 
-def _spawn_many(spawnable: Select[Any], *, new: bool = False) -> Executable:
+def limited_spawnable(new: FromClause) -> Select[Any]:
+    """Select the tasks, rows of `LIMITED_SPAWN_COLUMNS`, whose queue exists, and whether that has limits."""
+    return select(new, Queue.limited_at.is_not(None).label("limited")).join(Queue, Queue.queue_name == new.c.queue_name)
+
+
+def arrivals(spawned: FromClause) -> CTE:
+    """Append the arrivals of those tasks that have a limit key."""
+    t = spawned.c
+    return (
+        insert(LimitArrivalRow)
+        .from_select(
+            ["queue_name", "limit_key", "available_at"],
+            select(t.queue_name, t.limit_key, t.available_at).where(
+                t.limit_key.is_not(None), t.available_at.is_not(None)
+            ),
+        )
+        .cte("arrivals")
+    )
+
+
+def _spawn_many(source: Select[Any], *, new: bool = False) -> Executable:
     inserted = (
-        insert_tasks(spawnable.subquery("spawnable"), new=new)
+        insert_tasks(source.subquery("spawnable"), new=new)
         .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
         .cte("spawned")
     )
@@ -171,9 +204,10 @@ SPAWN = _spawn_many(
 )
 """Enqueue. Returns a row per lane: the number of its tasks, their ids and the earliest time.
 
-A task whose queue does not exist, or whose key is taken, is missing from the rows. The ids are left out (None) if all
-tasks are in one lane: the client takes as long to read a thousand ids as to encode them. With a `lock_timeout`, the
-statement fails with 55P03 after it if an open transaction of another session has inserted one of the keys.
+A task whose queue does not exist or has limits, or whose key is taken, is missing from the rows. The ids are left out
+(None) if all tasks are in one lane: the client takes as long to read a thousand ids as to encode them. With a
+`lock_timeout`, the statement fails with 55P03 after it if an open transaction of another session has inserted one of
+the keys.
 """
 
 _ones = numbered_rows("ones", "position", **{name: SPAWN_COLUMNS[name] for name in SAME_KIND_COLUMNS})
@@ -229,18 +263,40 @@ SPAWN_AND_NOTIFY = select(
 A worker starts the task a quarter sooner than after a hint of its own statement (median of 5 interleaved runs).
 """
 
-_wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text())
+_limited_spawned = (
+    insert_tasks(
+        limited_spawnable(numbered_rows("spawn", "position", **LIMITED_SPAWN_COLUMNS))
+        .join(_lock_timeout(), true())
+        .subquery("spawnable")
+    )
+    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)
+    .cte("spawned")
+)
+SPAWN_LIMITED = select(
+    _limited_spawned.c.task_id,
+    _limited_spawned.c.queue_name,
+    _limited_spawned.c.priority,
+    _limited_spawned.c.available_at,
+).add_cte(arrivals(_limited_spawned))
+"""Enqueue tasks into queues with limits, or with unique keys, as `SPAWN` does; returns a row per task.
+
+The arrivals of the tasks are appended with them, so that workers look at their keys once both are committed.
+"""
+
+_wanted = rows("wanted", task_ids=Uuid(), queue_names=Text(), idempotency_keys=Text(), unique_keys=Text())
 
 EXPLAIN_SPAWN = (
     select(
         _wanted.c.task_ids.label("wanted_id"),
         exists().where(Queue.queue_name == _wanted.c.queue_names).label("queue_exists"),
+        exists().where(Queue.queue_name == _wanted.c.queue_names, Queue.limited_at.is_not(None)).label("queue_limited"),
         TaskRow.task_id,
         TaskRow.run_id,
         TaskRow.attempt,
         TaskRow.task_name,
         TaskRow.parent_task_id,
         as_text(TaskRow.params).label("params"),
+        TaskRow.first_started_at,
     )
     .select_from(_wanted)
     .outerjoin(
@@ -250,10 +306,15 @@ EXPLAIN_SPAWN = (
             (TaskRow.queue_name == _wanted.c.queue_names)
             & (TaskRow.idempotency_key == _wanted.c.idempotency_keys)
             & TaskRow.idempotency_key.is_not(None),
+            (TaskRow.queue_name == _wanted.c.queue_names)
+            & (TaskRow.unique_key == _wanted.c.unique_keys)
+            & TaskRow.unique_key.is_not(None)
+            & TaskRow.finished_at.is_(None),
         ),
     )
 )
-"""Find why tasks are missing from a spawn: no such queue, an earlier key, or this very spawn whose reply was lost."""
+"""Find why tasks are missing from a spawn: no such queue, one with limits, an earlier key, or this very spawn, whose
+reply was lost."""
 
 WITHDRAW = delete(TaskRow).where(TaskRow.task_id == func.any(array("task_ids", Uuid())))
 """Delete tasks that this transaction has spawned."""
@@ -267,3 +328,33 @@ COUNT_READY = select(func.count()).where(
     ~exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None)),
 )
 """Count the tasks of a queue that a worker could claim at this moment."""
+
+_new_time = clock() + interval(func.coalesce(bindparam("delay", type_=Float(53)), 0.0))
+_replaced = (
+    update(TaskRow)
+    .where(
+        TaskRow.task_id == bindparam("target_id", type_=Uuid()),
+        TaskRow.finished_at.is_(None),
+        TaskRow.first_started_at.is_(None),
+        TaskRow.claimed_by.is_(None),
+    )
+    .values(
+        params=as_json(bindparam("new_params", type_=Text())),
+        available_at=func.least(
+            func.coalesce(bindparam("new_time", type_=DateTime(timezone=True)), _new_time),
+            TaskRow.created_at + interval(bindparam("longest_delay", type_=Float(53))),
+        ),
+    )
+    .returning(
+        TaskRow.task_id,
+        TaskRow.run_id,
+        TaskRow.attempt,
+        TaskRow.queue_name,
+        TaskRow.priority,
+        TaskRow.available_at,
+        TaskRow.limit_key,
+    )
+    .cte("replaced")
+)
+REPLACE_UNSTARTED = select(_replaced).add_cte(arrivals(_replaced))
+"""Give a task that has not started new params and another time. Returns no row if it has started meanwhile."""

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Boolean, DateTime, Float, Text, Uuid, delete, exists, func, null, select, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    DateTime,
+    Executable,
+    Float,
+    Text,
+    Uuid,
+    case,
+    delete,
+    exists,
+    func,
+    null,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, TaskRow, Wait
 from .expressions import clock, constant, interval, rows, statement_time
-from .fencing import is_in, locked_rows, materialized
+from .fencing import give_back, is_in, locked_rows, materialized
 
 SUSPEND_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "wait_task_ids": Uuid(),
@@ -74,41 +89,62 @@ def _stored(due: CTE) -> tuple[CTE, CTE]:
     return sleeps, waits
 
 
-_suspended = rows(
-    "run",
-    task_ids=Uuid(),
-    fences=BigInteger(),
-    waited=Boolean(),
-    earliest_times=DateTime(timezone=True),
-    earliest_delays=Float(53),
-)
-_locked = locked_rows(_suspended)
-_due_rows = _due(_locked)
-_sleeps, _new_waits = _stored(_due_rows)
-_forgotten = (
-    delete(Wait)
-    .where(
-        Wait.task_id == _locked.c.task_id,
-        _locked.c.waited,
-        ~exists().where(_waits.c.wait_task_ids == Wait.task_id, _waits.c["keys"] == Wait.key),
+def _suspend(*, limited: bool) -> Executable:
+    suspended = rows(
+        "run",
+        task_ids=Uuid(),
+        fences=BigInteger(),
+        waited=Boolean(),
+        earliest_times=DateTime(timezone=True),
+        earliest_delays=Float(53),
     )
-    .cte("forgotten")
-)
+    locked = locked_rows(suspended, limited=limited)
+    sleeps, new_waits = _stored(_due(locked))
+    forgotten = (
+        delete(Wait)
+        .where(
+            Wait.task_id == locked.c.task_id,
+            locked.c.waited,
+            ~exists().where(_waits.c.wait_task_ids == Wait.task_id, _waits.c["keys"] == Wait.key),
+        )
+        .cte("forgotten")
+    )
+    available_at = func.least(locked.c.earliest_times, statement_time() + interval(locked.c.earliest_delays))
+    changed = (
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
+        .values(
+            state=constant("sleeping"),
+            available_at=available_at,
+            claimed_by=null(),
+            lease_losses=constant(0),
+            fence=TaskRow.fence + constant(1),
+            **(_kept_slot(locked, available_at) if limited else {}),
+        )
+        .returning(
+            TaskRow.task_id,
+            TaskRow.queue_name,
+            TaskRow.priority,
+            TaskRow.available_at,
+            *((locked.c.limit_key, locked.c.slot) if limited else ()),
+        )
+    )
+    if not limited:
+        return changed.add_cte(sleeps, new_waits, forgotten)
+    row = changed.cte("changed")
+    given_back = give_back(row, returned=row.c.slot == constant("run"), available_at=row.c.available_at)
+    return select(row).add_cte(sleeps, new_waits, forgotten, given_back)
 
-SUSPEND = (
-    update(TaskRow)
-    .where(TaskRow.task_id == _locked.c.task_id)
-    .values(
-        state=constant("sleeping"),
-        available_at=func.least(_locked.c.earliest_times, statement_time() + interval(_locked.c.earliest_delays)),
-        claimed_by=null(),
-        lease_losses=constant(0),
-        fence=TaskRow.fence + constant(1),
-    )
-    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
-    .add_cte(_sleeps, _new_waits, _forgotten)
-)
+
+def _kept_slot(locked: CTE, available_at: Any) -> dict[str, Any]:
+    return {"slot": case((locked.c.slot == constant("task"), locked.c.slot)), "resumes_at": available_at}
+
+
+SUSPEND = _suspend(limited=False)
 """Suspend runs until the earliest of their deadlines, store these waits and delete the tasks' other ones."""
+
+SUSPEND_LIMITED = _suspend(limited=True)
+"""`SUSPEND` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task."""
 
 _registering = rows("run", task_ids=Uuid(), fences=BigInteger())
 _due_rows = _due(locked_rows(_registering))

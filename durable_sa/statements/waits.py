@@ -34,6 +34,7 @@ from sqlalchemy.types import TypeEngine
 from ..models import Checkpoint, Event, Queue, TaskRow, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, interval, next_fence, rows
 from .fencing import materialized
+from .spawning import arrivals
 
 _task_ids = array("task_ids", Uuid())
 
@@ -130,17 +131,20 @@ def _resolve(settled: CTE) -> Executable:
     left = (
         select(func.count()).select_from(Wait).where(Wait.task_id == woken_ids.c.task_id).scalar_subquery()
     ) - woken_ids.c.count
-    return (
+    available_at = func.least(TaskRow.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0)))
+    woken = (
         update(TaskRow)
         .where(TaskRow.task_id == woken_ids.c.task_id)
         .values(
-            available_at=func.least(
-                TaskRow.available_at, clock() + interval(func.least(left * COALESCING_SECONDS, 1.0))
-            ),
+            available_at=available_at,
             fence=next_fence(TaskRow.fence),
+            resumes_at=case((TaskRow.limit_key.is_not(None), available_at)),
         )
-        .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)
-        .add_cte(recorded)
+        .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)
+        .cte("woken")
+    )
+    return select(woken.c.task_id, woken.c.queue_name, woken.c.priority, woken.c.available_at).add_cte(
+        recorded, arrivals(woken)
     )
 
 

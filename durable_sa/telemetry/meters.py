@@ -30,6 +30,11 @@ class WatchedWorker(Protocol):
         """For each queue, the number of ready tasks at the last count, and the age of the oldest in seconds."""
         ...
 
+    @property
+    def limit_keys(self) -> Mapping[tuple[str, str], int]:
+        """The number of limit keys of each queue and state at the last count."""
+        ...
+
     def running_in(self) -> Iterable[str]:
         """Return the queue of each run in progress."""
         ...
@@ -72,6 +77,11 @@ class Meters:
             [self._sample(1)],
             "s",
             "For how long the oldest of these could have been claimed",
+        )
+        meter.create_observable_gauge(
+            "durable_limit_keys",
+            [self._limit_keys],
+            description="Limit keys that are open, full, throttled or closed, as last counted",
         )
 
     def labels(self, queue_name: str | None, task_name: str | None = None) -> Labels:
@@ -119,6 +129,14 @@ class Meters:
             return [Observation(value, {"queue": queue}) for queue, value in folded.items()]
 
         return observe
+
+    def _limit_keys(self, _: CallbackOptions) -> Iterable[Observation]:
+        """Show the number of limit keys in each state. Workers of the same queue count the same keys."""
+        latest = {item: number for worker in list(self.workers) for item, number in worker.limit_keys.items()}
+        totals: Counter[tuple[str, str]] = Counter()
+        for (queue_name, state), number in latest.items():
+            totals[self._known(queue_name), state] += number
+        return [Observation(number, {"queue": queue, "state": state}) for (queue, state), number in totals.items()]
 
 
 def _fold(position: int, one: float, another: float) -> float:

@@ -45,7 +45,7 @@ SPAWNED = (
     select(
         *(column for column in _task.c if column.name not in _JSON),
         *(as_text(_task.c[name]).label(name) for name in _JSON),
-        *(null().label(name) for name in ("version", "limit_key") if name not in _task.c),
+        *(null().label(name) for name in ("version",) if name not in _task.c),
     )
     .where(_own)
     .order_by(_task.c.created_at, _task.c.task_id)
@@ -136,7 +136,7 @@ class _Expected:
         if not self._any_params:
             text = UNTYPED.encode(params, "params") if isinstance(task, str) else task.encode_params(params)
             self._params = None if params is None and isinstance(task, str) else text
-        known = {"retry_strategy", "cancellation", "delay", "headers", *_task.c.keys()}
+        known = {"retry_strategy", "cancellation", "delay", "headers", "unique", *_task.c.keys()}
         if unknown := options.keys() - known:
             raise TypeError(f"assert_spawned() got an unexpected keyword argument {min(unknown)!r}")
 
@@ -185,6 +185,12 @@ def _has_option(row: Row[Any], name: str, value: Any) -> bool:
                 (row.max_running_time, cast("float | None", limits.max_running_time)),
             )
             return all(limit == (None if part is None else timedelta(seconds=part)) for limit, part in pairs)
+        case "unique":
+            return bool(row.unique_key == value)
+        case "limit_key":
+            return bool((row.limit_key or None) == value)
+        case "weight":
+            return bool((1 if row.weight is None else row.weight) == value)
         case _:
             return bool(getattr(row, name) == value)
 
@@ -196,10 +202,17 @@ def _headers(row: Row[Any]) -> Mapping[str, Any]:
 
 def _listed(rows: Any) -> str:
     shown = [
-        f"{row.task_name!r} (params={row.params}, queue_name={row.queue_name!r}, key={row.idempotency_key!r})"
+        f"{row.task_name!r} (params={row.params}, queue_name={row.queue_name!r}, "
+        f"key={_key(row)!r}, limit_key={row.limit_key or None!r})"
         for row in rows
     ]
     return "; ".join(shown) or "none"
+
+
+def _key(row: Row[Any]) -> str | None:
+    """Return the idempotency key of a task, or its unique key: it has one of them at most."""
+    key: str | None = row.idempotency_key
+    return row.unique_key if key is None else key
 
 
 def task_info(row: Row[Any]) -> TaskInfo:
@@ -212,8 +225,8 @@ def task_info(row: Row[Any]) -> TaskInfo:
         queue_name=row.queue_name,
         status=TaskStatus(row.state),
         attempt=row.attempt,
-        key=row.idempotency_key,
-        limit_key=row.limit_key,
+        key=_key(row),
+        limit_key=row.limit_key or None,
         parent_task_id=row.parent_task_id,
         created_at=row.created_at,
         available_at=row.available_at,

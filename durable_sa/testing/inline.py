@@ -28,7 +28,7 @@ from ..execution.journal import Entry
 from ..execution.waits import PendingWait
 from ..models import SCHEMA, TaskRow
 from ..results import TaskInfo
-from ..serialization.failures import encode_error, is_retryable, with_members
+from ..serialization.failures import encode_error, is_retryable, put_off, with_members
 from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
@@ -48,6 +48,9 @@ from .inline_run import (
 __all__ = ["run_spawned"]
 
 T = TypeVar("T")
+
+MOST_PUT_OFF = 100
+"""Attempts after which a task that is always put off is taken for one that would be for ever."""
 
 _target = TaskRow.task_id == bindparam("target_id", type_=Uuid())
 _attempt = bindparam("attempts", type_=Integer())
@@ -81,7 +84,7 @@ FAIL = (
     .values(
         state=case((bindparam("final", type_=Boolean()), constant("failed")), else_=constant("pending")),
         outcome=case((bindparam("final", type_=Boolean()), constant("failed"))),
-        failures=TaskRow.failures + constant(1),
+        failures=TaskRow.failures + case((bindparam("put_off", type_=Boolean()), constant(0)), else_=constant(1)),
         error=as_json(bindparam("encoded", type_=Text())),
         finished_at=case((bindparam("final", type_=Boolean()), clock())),
     )
@@ -270,8 +273,14 @@ class _Runner:
                 progress.records.pop(key, None)
                 progress.timed_out.discard(key)
         final = not is_retryable(error, task.no_retry_on, task.retry_on) or row.failures + 1 >= row.max_attempts
-        encoded = encode_error(error, row.run_id)
-        await self._transaction.execute(FAIL, {"target_id": row.task_id, "final": final, "encoded": encoded})
+        if is_put_off := put_off(error) is not None:
+            final = False
+            if progress.attempt >= MOST_PUT_OFF:
+                raise AssertionError(
+                    f"task {row.task_name!r} was put off {MOST_PUT_OFF} times by RateLimited"
+                ) from error
+        values = {"final": final, "put_off": is_put_off, "encoded": encode_error(error, row.run_id)}
+        await self._transaction.execute(FAIL, {"target_id": row.task_id, **values})
         if final:
             await self._transaction.perform(_cancel_descendants(row.task_id))
 

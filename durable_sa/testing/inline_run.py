@@ -37,8 +37,8 @@ from ..results import TaskHandle
 from ..signals import Suspended
 from ..statements import spawning
 from ..statements.claiming import ClaimedRun
-from ..statements.expressions import as_text
-from ..statements.spawning import SPAWN_COLUMNS
+from ..statements.expressions import arrays, as_text
+from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from ..steps import result_codec
 from ..tasks import Task
 from .assertions import connection_of
@@ -143,8 +143,9 @@ class InlineRun(MemoryRun):
             case CheckpointValues():
                 self._record(key, values)
             case ChildValues(checkpoint=checkpoint, spawn=spawn):
-                values_by_column = dict(zip(SPAWN_COLUMNS, spawn, strict=True))
-                if not await self._transaction.execute(spawning.SPAWN_ONE, values_by_column):
+                values_by_column = arrays(LIMITED_SPAWN_COLUMNS, [spawn])
+                parameters = {**values_by_column, "lock_timeout": None}
+                if not await self._transaction.execute(spawning.SPAWN_LIMITED, parameters):
                     return Stored("refused", None)
                 self._record(key, checkpoint)
             case EventValues(checkpoint=checkpoint, event_name=name, payload=payload):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from ..database.clock import LocalClock
 from ..database.hint import Hint
 from .cursors import ClaimCursors
+from .limited import LimitedQueues
 
 FULL_SCAN_DELAY = 0.01
 """Seconds that a full scan is put off while other work is pending."""
@@ -31,6 +32,7 @@ class Agenda:
         self.claim = asyncio.Event()
         """Set when tasks may be claimable."""
         self.cursors = ClaimCursors(queue_names)
+        self.limited = LimitedQueues()
         self.hinted = False
         """Tasks were named by a hint since the last claim."""
         self.offered = 0
@@ -59,6 +61,8 @@ class Agenda:
         """Add what a hint names."""
         if hint.lanes:
             self.cursors.lower(hint, self._clock.now())
+            for queue_name, _ in hint.lanes:
+                self.limited.hinted(queue_name)
             self.hinted = True
             self.claim.set()
         if hint.events:
@@ -66,6 +70,8 @@ class Agenda:
         if hint.cancelled:
             self.check_runs = True
             self.maintain.set()
+            if self.limited.queues:
+                self.keys_changed()
         if hint.limits:
             self.look_within(0.0)
 
@@ -81,6 +87,12 @@ class Agenda:
     def scan_all(self) -> None:
         """Have the next claim scan all lanes from their start."""
         self.cursors.require_full_scan()
+        self.limited.scan_all()
+        self.claim.set()
+
+    def keys_changed(self) -> None:
+        """Have keys with limits claimed from: slots of theirs were given back."""
+        self.limited.changed()
         self.claim.set()
 
     def slot_freed(self) -> None:

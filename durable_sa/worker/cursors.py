@@ -74,12 +74,17 @@ class ClaimCursors:
         """Make a full scan overdue."""
         self._next_full_scan = 0.0
 
-    def parameters(self, *, full_scan: bool) -> dict[str, list[Any]]:
-        """Return the arrays that the claim binds."""
-        cursors = [LANE_START if full_scan else self._cursors[lane] for lane in self._order]
+    def priorities(self, queue_name: str) -> list[int]:
+        """Return the priorities in use in a queue, in the order of claims."""
+        return [priority for name, priority in self._order if name == queue_name]
+
+    def parameters(self, queue_names: Sequence[str] | None = None, *, full_scan: bool) -> dict[str, list[Any]]:
+        """Return the arrays that the claim binds: the lanes of these queues, or of all."""
+        order = self._order if queue_names is None else [lane for lane in self._order if lane[0] in queue_names]
+        cursors = [LANE_START if full_scan else self._cursors[lane] for lane in order]
         return {
-            "queue_names": [lane[0] for lane in self._order],
-            "priorities": [lane[1] for lane in self._order],
+            "queue_names": [lane[0] for lane in order],
+            "priorities": [lane[1] for lane in order],
             "cursor_times": [cursor[0] for cursor in cursors],
             "cursor_ids": [cursor[1] for cursor in cursors],
         }

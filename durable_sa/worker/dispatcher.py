@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Row
@@ -32,6 +33,11 @@ class Dispatcher:
         """Follow up on writes of one kind, with the rows that their statement returned."""
         agenda = self._agenda
         agenda.results_written()
+        if writes[0].limited:
+            agenda.keys_changed()
+            if self._slots.free <= 0:
+                # Another worker has to take what the slots of these keys are free for.
+                self._hints.send(_lanes(agenda.limited.queues))
         match kind:
             case Kind.COMPLETION:
                 if children := rows[0].child_task_ids:
@@ -75,3 +81,10 @@ class Dispatcher:
             and free >= self._agenda.offered
             and free * 2 > self._slots.concurrency
         )
+
+
+def _lanes(queue_names: Iterable[str]) -> Hint:
+    hint = Hint()
+    for name in queue_names:
+        hint.add(name, 0, datetime(1970, 1, 1, tzinfo=UTC))
+    return hint

@@ -21,7 +21,7 @@ from ..database.clock import LocalClock
 from ..database.hint import Hint
 from ..database_errors import RetryPauses
 from ..schedules.firing import Firing
-from ..statements import cancelling, waits
+from ..statements import cancelling, limiting, waits
 from ..statements import maintenance as looking
 from .agenda import Agenda
 from .cancellations import Cancellations
@@ -49,6 +49,10 @@ RETENTION_INTERVAL = 30.0
 """Seconds between deletions of what queues keep no longer."""
 RETENTION_PAUSE_RATIO = 4
 """Pause until the next deletion where more is left to delete, as a multiple of the last one's duration."""
+
+
+IDLE_KEYS = 1000
+"""Keys in one deletion of those that nothing uses, as its text says."""
 
 
 class Maintenance:
@@ -162,6 +166,8 @@ class Maintenance:
         if now >= self._next_retention:
             began = time.monotonic()
             more = await self._retention.delete_expired()
+            if self._agenda.limited.queues:
+                more |= len(await self._connection.execute(limiting.DELETE_IDLE_KEYS)) >= IDLE_KEYS
             pause = RETENTION_PAUSE_RATIO * (time.monotonic() - began) if more else RETENTION_INTERVAL
             self._next_retention = time.monotonic() + pause
         if now >= self._next_repair:
@@ -185,6 +191,8 @@ class Maintenance:
             self._agenda.resolve_waits(missed)
         await self._connection.execute(waits.DELETE_STRAY_WAITS, {"age": REPAIR_AGE})
         await self._takeover.take_orphaned()
+        for queue_name in self._agenda.limited.queues:
+            await self._connection.execute(limiting.ADOPT_STRAYS, {"queue_name": queue_name})
         left_behind = await self._connection.execute(cancelling.INCOMPLETE_CASCADES, {"wanted": BATCH})
         self._agenda.cascade(row.task_id for row in left_behind)
 

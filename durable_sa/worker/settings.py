@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import URL
@@ -12,7 +13,7 @@ from ..database.urls import resolve_url
 from ..errors import InvalidConfiguration
 from ..names import validate_name
 from ..options import DEFAULT_CONCURRENCY, WorkerOptions
-from ..validation import integer, seconds
+from ..validation import instance, integer, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Settings:
     listen: bool
     listen_url: URL | None
     health_port: int | None
+    queue_concurrency: Mapping[str, int]
 
     @classmethod
     def resolve(cls, options: WorkerOptions, queue_name: str) -> Settings:
@@ -50,6 +52,12 @@ class Settings:
         batch_size, listen_url = options.get("batch_size"), options.get("listen_url")
         label = options.get("worker_id")
         health_port = options.get("health_port")
+        by_queue = options.get("queue_concurrency") or {}
+        instance(by_queue, Mapping, "queue_concurrency")
+        if unserved := by_queue.keys() - set(names):
+            raise InvalidConfiguration(
+                "queue_concurrency", f"{min(unserved)!r} is not in queue_names", "Name queues that the worker serves."
+            )
         return cls(
             tuple(validate_name("queue", name) for name in names),
             integer(options.get("concurrency", DEFAULT_CONCURRENCY), "concurrency", minimum=1, maximum=100_000),
@@ -62,4 +70,8 @@ class Settings:
             bool(options.get("listen", True)),
             None if listen_url is None else resolve_url(listen_url, "listen_url"),
             None if health_port is None else integer(health_port, "health_port", minimum=0, maximum=65535),
+            {
+                name: integer(number, f"queue_concurrency[{name!r}]", minimum=1, maximum=100_000)
+                for name, number in by_queue.items()
+            },
         )

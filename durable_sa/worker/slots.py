@@ -91,6 +91,11 @@ class Slots:
         """Return every claimed run that is not settled, with or without a slot."""
         return [*self.runs, *self.unwritten, *(item.key for item in self.starting)]
 
+    def running_in(self, queue_name: str) -> int:
+        """Count the slots that runs of a queue take."""
+        runs = [*(run.claimed for run in self.runs.values()), *self.starting]
+        return sum(run.queue_name == queue_name for run in runs)
+
     def queue_names(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
         return [run.claimed.queue_name for run in list(self.runs.values())]

@@ -19,7 +19,7 @@ from hashlib import blake2b
 
 from ..app import App
 from ..database.channel import DedicatedConnection
-from ..statements import claiming
+from ..statements import claiming, limits
 from .agenda import Agenda
 from .registration import Registration
 from .slots import Slots
@@ -74,6 +74,9 @@ class Suspects:
                 **self._agenda.cursors.parameters(full_scan=True),
             },
         )
+        if self._agenda.limited.queues:
+            parameters = {"queue_names": list(self._agenda.limited.queues), "task_names": list(self._app.tasks)}
+            rows = [*rows, *await self._connection.execute(limits.WAITING_LIMITED_SUSPECTS, parameters)]
         self._seen = {row.task_id: self._seen.get(row.task_id, now) for row in rows}
         chosen = any(
             is_chosen(worker_id, row.task_id, row.worker_ids, waited=now - self._seen[row.task_id]) for row in rows

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from ..app import App
@@ -26,6 +27,7 @@ from ..errors import DurableError, InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
 from ..statements import claiming, queues
 from ..statements.claiming import ClaimedRun
+from . import limit_setup
 from .agenda import Agenda
 from .background import BackgroundTasks
 from .blocked import BlockedLoop
@@ -53,6 +55,10 @@ HINTS_TIMEOUT = 2.0
 SHOWN_RUNS = 10
 """Runs that the line about a shutdown names."""
 CLAIMS = "durable:claims"
+MORE_INTERVAL = 0.05
+"""Least seconds between hints that keys may be ready for which this worker has no slots."""
+ENABLE_RETRY_DELAY = 30.0
+"""Seconds until the next try to have a queue's tasks claimed by their limit keys."""
 
 
 class Worker:
@@ -170,9 +176,37 @@ class Worker:
             self._endings.lifetime,
             stopping=self._stopping,
             listening=self._listening,
+            on_more=self._more_ready,
+            enable_limits=self._enable_limits,
         )
-
         self._succession = Succession(settings, self._shared_connection, self._agenda, self._executor, self._stopping)
+        self._next_more = 0.0
+        self._enabling: set[str] = set()
+
+    def _more_ready(self, queue_name: str) -> None:
+        """Notify other workers, now and then, that keys of a queue may be ready for which this one has no slots."""
+        if self.loop.time() >= self._next_more:
+            self._next_more = self.loop.time() + MORE_INTERVAL
+            hint = Hint()
+            hint.add(queue_name, 0, self._clock.now())
+            self._hints.send(hint)
+
+    def _enable_limits(self, queue_name: str) -> None:
+        """Have a queue's tasks claimed key by key: one has a key, or the client that set its limits did not finish."""
+        if queue_name not in self._enabling:
+            self._enabling.add(queue_name)
+            self._background.start_task(self._enable(queue_name), "durable:enable-limits")
+
+    async def _enable(self, queue_name: str) -> None:
+        pause = 0.0
+        try:
+            await limit_setup.enable(self._app.database, queue_name)
+            self._agenda.limited.add([queue_name])
+            self._agenda.scan_all()
+        except (DurableError, SQLAlchemyError, OSError) as error:
+            pause = ENABLE_RETRY_DELAY
+            logger.warning("tasks of queue %s are not claimed by their limit keys yet: %s", queue_name, reason(error))
+        self.loop.call_later(pause, self._enabling.discard, queue_name)
 
     def __repr__(self) -> str:
         return f"<Worker {self.settings.name} on {', '.join(self.queue_names)}>"
@@ -191,6 +225,11 @@ class Worker:
     def queue_samples(self) -> dict[str, tuple[float, float]]:
         """The number of ready tasks in each queue when last counted, and the age of the oldest in seconds."""
         return self._sampler.latest
+
+    @property
+    def limit_keys(self) -> dict[tuple[str, str], int]:
+        """The number of limit keys of each queue and state when last counted."""
+        return self._sampler.limit_keys
 
     def running_in(self) -> list[str]:
         """Return the queue of each run in progress. Safe to call from any thread."""
@@ -242,6 +281,7 @@ class Worker:
         for name in self.queue_names:
             if name not in {row.queue_name for row in known}:
                 raise QueueNotFound(name)
+        self._agenda.limited.add(row.queue_name for row in known if row.limited)
         task_factory.install(self.loop)
         try:
             await self._connect()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, text
 
-from durable_sa import Durable, RetryStrategy, SpawnResult, TaskStatus
+from durable_sa import Durable, Limit, RetryStrategy, SpawnResult, TaskStatus
 from tests.cli.support import Process, process
 from tests.support import eventually
 from tests.worker.test_health import ask, free_port
@@ -131,6 +131,18 @@ async def workers(durable: Durable, count: int) -> set[str]:
     return (await eventually(alive, within=30))[0]  # type: ignore[index]
 
 
+async def slots_held(durable: Durable) -> int:
+    """Return the slots of limits that runs hold."""
+    async with durable.engine.connect() as connection:
+        rows = await connection.execute(
+            text(
+                "SELECT (SELECT sum(running) FROM durable.limit_totals)"
+                " + (SELECT coalesce(sum(slots), 0) FROM durable.limit_arrivals)"
+            )
+        )
+        return int(rows.scalar_one())
+
+
 async def attempts(durable: Durable, spawned: SpawnResult) -> list[tuple[str, str]]:
     """The errors of the attempts that have ended."""
     async with durable.engine.connect() as connection:
@@ -198,6 +210,7 @@ async def test_the_processes_of_a_killed_watcher_give_their_runs_back_and_end(du
 
 
 async def test_sigquit_gives_all_runs_back_at_once(durable: Durable, start: Start) -> None:
+    await durable.set_limit("default", Limit(concurrency=3))
     watcher = start(2)
     await workers(durable, 2)
     long = await spawn(durable, "pause", 600)
@@ -210,6 +223,7 @@ async def test_sigquit_gives_all_runs_back_at_once(durable: Durable, start: Star
     assert await asyncio.to_thread(watcher.wait, 15) == 0, watcher.said
     # Perhaps by both: one may claim it just before it is told.
     assert set(await attempts(durable, long)) == {("failed", "Released")}
+    assert await slots_held(durable) == 0
 
 
 async def test_a_process_ends_after_its_number_of_runs(durable: Durable, start: Start) -> None:
@@ -239,6 +253,7 @@ async def test_a_process_that_has_grown_ends_when_its_runs_have_ended(durable: D
 async def test_a_hard_timeout_ends_the_process_and_gives_the_others_back(
     durable: Durable, start: Start, name: str
 ) -> None:
+    await durable.set_limit("default", Limit(concurrency=3))
     watcher = start(1)
     await workers(durable, 1)
     beside = await spawn(durable, "pause", 3)
@@ -250,6 +265,7 @@ async def test_a_hard_timeout_ends_the_process_and_gives_the_others_back(
     assert await attempts(durable, poisonous) == [("failed", "TaskTimeout")]
     assert (await output(durable, beside))[1] == 2
     assert await attempts(durable, beside) == [("failed", "Released"), ("completed", None)]
+    assert await slots_held(durable) == 0
     assert "is restarted in" not in watcher.said
 
 

@@ -41,6 +41,7 @@ async def test_alone_it_lists_queues_with_their_numbers(cli: CommandLine, durabl
         "running": 0,
         "failed": 1,
         "oldest_ready_seconds": None,
+        "limit_keys": {},
     }
     alone, listed = await cli("queues"), await cli("queues", "list")
     for result in (alone, listed):

@@ -68,6 +68,7 @@ async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str
 async def test_options_reach_the_worker(durable: Durable, url: str, app: Path) -> None:
     await durable.create_queue("mail")
     options = ["-q", "mail", "-q", "default", "--concurrency", "3", "--claim-timeout", "7", "--worker-id", "w7"]
+    options += ["--queue-concurrency", "mail=1"]
     with process("worker", "app:Holder.inner", *options, "--no-listen", url=url, cwd=app):
         assert await run(durable, "answer") == 42
         async with durable.engine.connect() as connection:

@@ -288,8 +288,9 @@ async def test_each_field_of_a_filter(durable: Durable) -> None:
         await durable.wait_for_result(origin, timeout=20)
     (first,) = await spawn_names(durable, "plain", idempotency_key="order-17")
     (second,) = await spawn_names(durable, "plain", queue_name="mail", idempotency_key="order-17")
-    (third,) = await spawn_names(durable, "other")
+    (third,) = await spawn_names(durable, "other", limit_key="acme", unique="report")
     await durable.cancel_task(third)
+    assert ((info := await durable.get_task(third)).key, info.limit_key) == ("report", "acme")
     (child,) = await ids(durable, TaskFilter(parent=origin))
     everything = {failed.task_id, origin.task_id, first, second, third, child}
     ended = {failed.task_id, origin.task_id, third}
@@ -316,7 +317,9 @@ async def test_each_field_of_a_filter(durable: Durable) -> None:
         (TaskFilter(running_longer_than=0), set()),
         (TaskFilter(parent=origin.task_id, task_name="plain"), {child}),
         (TaskFilter(parent=first), set()),
-        (TaskFilter(limit_key="acme"), set()),
+        (TaskFilter(limit_key="acme"), {third}),
+        (TaskFilter(limit_key="acme", queue_name="mail"), set()),
+        (TaskFilter(key="report"), {third}),
         (TaskFilter(version=2), set()),
     ):
         assert set(await ids(durable, where)) == expected, where

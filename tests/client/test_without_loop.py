@@ -23,7 +23,9 @@ from durable_sa import (
     InvalidConfiguration,
     InvalidCron,
     InvalidState,
+    Limit,
     QueueNotFound,
+    Rate,
     ScheduleFilter,
     ScheduleNotFound,
     TaskContext,
@@ -109,6 +111,32 @@ async def test_all_calls_with_an_executor(kind: str, durable: Durable, engine: A
         failed = await durable.wait_for_result(spawned, timeout=10)
     async with executor(kind, engine, sync_engine) as session:
         assert await result_of(durable.get_task_result_with(session, spawned), kind) == failed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_queue_is_created_with_its_limits(
+    kind: str, durable: Durable, engine: AsyncEngine, sync_engine: Engine
+):
+    durable.register(square)
+    policy: Any = {"limit": Limit(concurrency=5), "limit_per_key": Limit(concurrency=1, rate=Rate(60, per=60, burst=9))}
+    async with executor(kind, engine, sync_engine) as session:
+        assert await result_of(durable.create_queue_with(session, "llm", **policy), kind) is None
+        spawned = await result_of(durable.spawn_with(session, square, 3, queue_name="llm", limit_key="a"), kind)
+    async with executor(kind, engine, sync_engine) as session:
+        # The same call, in another migration.
+        await result_of(durable.create_queue_with(session, "llm", **policy), kind)
+        for other in (
+            {"limit": None},
+            {"limit_per_key": Limit(concurrency=2)},
+            {**policy, "limit": Limit(concurrency=6)},
+        ):
+            with pytest.raises(InvalidState, match="has other limits"):
+                await result_of(durable.create_queue_with(session, "llm", **other), kind)
+        await result_of(durable.create_queue_with(session, "default", limit=None), kind)
+    async with durable.worker(queue_names=["llm"]):
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == 9
+    (statistics,) = await durable.queue_statistics("llm")
+    assert statistics.limit_keys in ({"open": 1}, {"full": 1}, {"throttled": 1})
 
 
 async def test_calls_with_a_session_are_refused_like_the_others(durable: Durable, sync_engine: Engine):

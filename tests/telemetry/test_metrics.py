@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from durable_sa import Durable, TaskContext, UserError, task
+from durable_sa import Durable, Limit, TaskContext, UserError, task
 from durable_sa.telemetry.meters import MAX_QUEUES, Meters
 from durable_sa.testing import run_until_idle
 from durable_sa.worker import sampler
@@ -99,13 +100,15 @@ async def test_gauges_show_workers_their_runs_and_what_is_ready(
         await ctx.step("wait", held.wait)
 
     assert metrics.of("durable_worker_active") == {}
-    await durable.create_queue("mail")
+    await durable.create_queue("mail", limit_per_key=Limit(concurrency=1))
+    await durable.close_limit_key("mail", "acme", datetime.now(UTC) + timedelta(hours=1))
     await durable.spawn_by_name("nobody", unchecked=True, queue_name="mail")
     async with durable.worker(queue_names=["default", "mail"], concurrency=2):
         spawned = [await durable.spawn(waits) for _ in range(4)]
         await eventually(lambda: metrics.of("durable_worker_concurrent_tasks") == {("default",): 2, ("mail",): 0})
         assert metrics.of("durable_worker_active") == {("default",): 1, ("mail",): 1}
         await eventually(lambda: metrics.of("durable_queue_depth") == {("default",): 2, ("mail",): 1})
+        assert metrics.of("durable_limit_keys")["mail", "closed"] == 1
         ages = metrics.of("durable_queue_oldest_ready_age_seconds")
         assert 0 < ages["default",] < ages["mail",] < 60
         held.set()

@@ -17,6 +17,9 @@ from durable_sa import (
     Durable,
     Hooks,
     InvalidConfiguration,
+    Limit,
+    Rate,
+    RateLimited,
     RetryStrategy,
     SyncTaskContext,
     TaskContext,
@@ -107,12 +110,20 @@ async def waiter(ctx: TaskContext, limit: float | None) -> str:
         return "too late"
 
 
+@task("refused", max_attempts=1)
+async def refused(ctx: TaskContext, times: int) -> int:
+    await ctx.join(await ctx.spawn("child", square, 2, limit_key="acme"))
+    if ctx.attempt <= times:
+        raise RateLimited(retry_after=60)
+    return ctx.attempt
+
+
 @task("payer")
 def payer(ctx: SyncTaskContext) -> None:
     ctx.emit_event("paid", "five")
 
 
-TASKS = [square, order, sync_order, parent, waiter, payer]
+TASKS = [square, order, sync_order, parent, waiter, payer, refused]
 
 
 @pytest.fixture
@@ -204,6 +215,27 @@ async def test_asserting(own: Durable, session: Session):
         assert_spawned(session, order)
     with pytest.raises(TypeError, match="unexpected keyword argument 'prority'"):
         assert_spawned(session, parent, prority=3)
+
+
+async def test_limits_are_options_and_hold_nothing_up(own: Durable, durable: Durable, session: Session):
+    await durable.create_queue("llm", limit_per_key=Limit(rate=Rate(1, per=3600)))
+    options: dict[str, Any] = {"queue_name": "llm", "limit_key": "acme", "weight": 3, "unique": "k"}
+    own.spawn_with(session, refused, 2, **options)
+    own.spawn_with(session, square, 3, queue_name="llm")
+    info = assert_spawned(session, refused, 2, **options)
+    assert (info.key, info.limit_key) == ("k", "acme")
+    assert assert_spawned(session, square, limit_key=None, unique=None, weight=1).limit_key is None
+    for wrong in ({"limit_key": "other"}, {"weight": 1}, {"unique": None}):
+        with pytest.raises(AssertionError, match="key='k', limit_key='acme'"):
+            assert_spawned(session, refused, **wrong)
+    found = {info.task_name: info for info in run_spawned(session, own)}
+    assert (found["refused"].output, found["refused"].failures, found["square"].status) == (3, 0, "completed")
+
+
+def test_a_task_that_is_always_refused_does_not_hang_the_test(own: Durable, session: Session):
+    own.spawn_with(session, refused, 1000)
+    with pytest.raises(AssertionError, match="'refused' was put off 100 times"):
+        run_spawned(session, own)
 
 
 async def test_asynchronous_executors_get_coroutines(own: Durable, async_session: AsyncSession):

@@ -254,7 +254,7 @@ class SimulatedWorker:
         key = step_key("spawn", name, "", (), 0)
         child = child_id(task_id, key)
         prepared = prepare(self.durable, "child", None, cast("Any", options), task_id=child, parent_task_id=task_id)
-        values = ChildValues(CheckpointValues("spawn", name, "completed", '"digest"', child), prepared.values)
+        values = ChildValues(CheckpointValues("spawn", name, "completed", '"digest"', child), prepared.all_values)
         return self.write(Kind.CHILD, task_id, fence, key, values)
 
     def emit(self, task_id: uuid.UUID, fence: int, name: str, payload: str) -> Steps[Any]:

@@ -21,6 +21,8 @@ from durable_sa.testing.database import database_server
 ROOT = Path(__file__).parents[2]
 RACES = "tests/verification/test_interleavings.py::"
 PROCESSES = "tests/cli/test_processes.py::"
+LIMITS = "tests/worker/test_queue_limits.py::"
+SUSPECTS = "tests/worker/test_limited_suspects.py::"
 MACHINE = "tests/verification/test_state_machine.py"
 
 
@@ -77,16 +79,8 @@ MUTANTS = (
         "statements/suspending.py",
         (
             (
-                (
-                    "        lease_losses=constant(0),\n        fence=TaskRow.fence + constant(1),\n    )\n"
-                    "    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)\n"
-                    "    .add_cte(_sleeps"
-                ),
-                (
-                    "        lease_losses=constant(0),\n    )\n"
-                    "    .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at)\n"
-                    "    .add_cte(_sleeps"
-                ),
+                "            lease_losses=constant(0),\n            fence=TaskRow.fence + constant(1),\n",
+                "            lease_losses=constant(0),\n",
             ),
         ),
         ("tests/worker/test_fences.py", MACHINE),
@@ -94,7 +88,7 @@ MUTANTS = (
     Mutant(
         "children whose parent is not looked at",
         "statements/checkpoints.py",
-        (("is_in(_child.c.parent_task_id, _locked), exists()", "exists()"),),
+        (("        .where(is_in(_child.c.parent_task_id, _locked))\n", ""),),
         (f"{RACES}test_cancel_and_spawn_of_a_child", "tests/worker/test_fences.py"),
     ),
     Mutant(
@@ -108,8 +102,8 @@ MUTANTS = (
         "client/inserting.py",
         (
             (
-                "            if (outcome := resolve_missing(item, rows)) is not None:\n",
-                "            if (outcome := spawn_result(item)) is not None:\n",
+                "            outcome = resolve_missing(item, rows)\n            if isinstance(outcome, SpawnResult)",
+                "            outcome = spawn_result(item)\n            if isinstance(outcome, SpawnResult)",
             ),
         ),
         (f"{RACES}test_two_spawns_with_one_key", MACHINE),
@@ -467,6 +461,46 @@ MUTANTS = (
         "worker/abandoned.py",
         (("if count > self._limit:", "if False:"),),
         ("tests/worker/test_abandoned.py::test_a_worker_with_more_of_them_than_slots_gives_its_runs_back_and_ends",),
+    ),
+    Mutant(
+        "a key that is parked although a drain came in between",
+        "statements/limits.py",
+        (("        WHEN NOT s.fresh AND (s.is_drained OR s.is_full) THEN {now}\n", ""),),
+        (f"{LIMITS}test_a_task_that_appears_while_a_claim_looks_is_not_stranded",),
+    ),
+    Mutant(
+        "a slot that is given back outside of the fence",
+        "statements/outcomes.py",
+        (
+            (
+                "give_back(completed, returned=completed.c.slot.is_not(None))",
+                'give_back(select(TaskRow.queue_name, TaskRow.limit_key).join(done, TaskRow.task_id == done.c.task_ids).subquery("unfenced"), returned=true())',
+            ),
+        ),
+        (f"{LIMITS}test_every_way_out_gives_the_slot_back",),
+    ),
+    Mutant(
+        "slots that are counted in the snapshot",
+        "statements/limits.py",
+        (
+            (
+                "SELECT k.limit_key, k.version, k.running, k.tat,",
+                "SELECT k.limit_key, k.version, (SELECT s.running FROM {limit_keys} s WHERE s.queue_name = k.queue_name AND s.limit_key = k.limit_key) AS running, k.tat,",
+            ),
+        ),
+        (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
+    ),
+    Mutant(
+        "suspects for which no slot is kept",
+        "statements/limits.py",
+        (('"keeps": "true"', '"keeps": "false"'),),
+        (f"{SUSPECTS}test_a_slot_is_kept_for_a_suspect_whose_limit_is_always_used_up[of_the_key]",),
+    ),
+    Mutant(
+        "keys that are locked in any order",
+        "statements/limits.py",
+        (("  ORDER BY n.queue_name, n.limit_key\n", "  ORDER BY random()\n"),),
+        (f"{LIMITS}test_drains_at_the_same_time_do_not_deadlock",),
     ),
 )
 

@@ -56,7 +56,9 @@ class Holder:
             case Kind.CHILD:
                 child = child_id(self.task_id, key)
                 prepared = prepare(self.durable, program.count, None, {}, task_id=child, parent_task_id=self.task_id)
-                values = ChildValues(CheckpointValues("spawn", "name", "completed", '"digest"', child), prepared.values)
+                values = ChildValues(
+                    CheckpointValues("spawn", "name", "completed", '"digest"', child), prepared.all_values
+                )
             case Kind.EVENT:
                 values = EventValues(CheckpointValues("emit", "name", "completed", None), f"event-{key}", "1", None)
             case Kind.WAITS | Kind.SUSPENSION:

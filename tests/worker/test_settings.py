@@ -28,6 +28,7 @@ def test_without_options_it_serves_the_clients_queue_ten_tasks_at_a_time() -> No
         listen=True,
         listen_url=None,
         health_port=None,
+        queue_concurrency={},
     )
     assert resolve(queue_names=None, batch_size=None, worker_id=None, health_port=None, listen_url=None) == resolve()
 
