@@ -63,7 +63,21 @@ SYSTEMS: Final = {
             REFERENCE,
             "durable_sa",
             (".", "uvloop==0.23.0"),
-            frozenset({"spawn", "session", "bulk", "drain", "results", "steps", "events", "children", "memory", "nap"}),
+            frozenset(
+                {
+                    "spawn",
+                    "session",
+                    "bulk",
+                    "drain",
+                    "results",
+                    "steps",
+                    "events",
+                    "children",
+                    "memory",
+                    "nap",
+                    "messages",
+                }
+            ),
             # Sleeping tasks are not counted: the growth workload has a million of them.
             "SELECT count(*) FROM durable.tasks WHERE finished_at IS NULL"
             " AND queue_name = 'bench' AND priority = 0 AND available_at <= now()",
@@ -89,7 +103,9 @@ SYSTEMS: Final = {
             "dbos",
             "dbos",
             ("dbos==3.4.0", "uvloop==0.23.0"),
-            frozenset({"spawn", "session", "drain", "results", "steps", "events", "children", "memory", "nap"}),
+            frozenset(
+                {"spawn", "session", "drain", "results", "steps", "events", "children", "memory", "nap", "messages"}
+            ),
             "SELECT count(*) FROM dbos.workflow_status WHERE status IN ('ENQUEUED', 'PENDING')",
             default={"loop": "asyncio"},
             best={"loop": "uvloop", "pool": 40, "poll_interval": 0.01},

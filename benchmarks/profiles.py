@@ -30,6 +30,10 @@ class Profile:
     """Bytes of a checkpoint to number of workflows and number of steps of each."""
     children: int
     waiters: int
+    receivers: tuple[int, int]
+    """Tasks that receive, and messages to each of them."""
+    exchanges: int
+    """Pairs of tasks that exchange a message."""
     idle_workers: tuple[int, ...]
     idle_seconds: float
     held: int
@@ -65,6 +69,8 @@ SMALL: Final = Profile(
     checkpoints={KIB: (20, 10), 100 * KIB: (10, 5), 1024 * KIB: (4, 3)},
     children=200,
     waiters=500,
+    receivers=(20, 50),
+    exchanges=20,
     idle_workers=(1, 4),
     idle_seconds=4,
     held=300,
@@ -94,6 +100,8 @@ FULL: Final = Profile(
     checkpoints={KIB: (100, 20), 100 * KIB: (50, 10), 1024 * KIB: (10, 5)},
     children=1_000,
     waiters=10_000,
+    receivers=(100, 100),
+    exchanges=100,
     idle_workers=(1, 10),
     idle_seconds=10,
     held=1_000,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from .hooks import Hooks
-    from .models import TaskRow
+    from .models import TaskRow, TaskValueRow
     from .options import SpawnOptions, WorkerOptions
     from .policies import CancellationPolicy, Limit, Rate, RetryStrategy
     from .results import (
@@ -49,9 +49,11 @@ if TYPE_CHECKING:
         LimitKeyInfo,
         Page,
         QueueStatistics,
+        Race,
         ScheduleFilter,
         ScheduleInfo,
         SpawnResult,
+        TaskEnded,
         TaskErrorInfo,
         TaskFilter,
         TaskHandle,
@@ -88,6 +90,7 @@ __all__ = [
     "QueueNotFound",
     "QueuePolicy",
     "QueueStatistics",
+    "Race",
     "Rate",
     "RateLimited",
     "ReplayMismatch",
@@ -105,6 +108,7 @@ __all__ = [
     "Task",
     "TaskAlreadyRegistered",
     "TaskContext",
+    "TaskEnded",
     "TaskError",
     "TaskErrorInfo",
     "TaskFilter",
@@ -116,6 +120,7 @@ __all__ = [
     "TaskRow",
     "TaskStatus",
     "TaskTimeout",
+    "TaskValueRow",
     "UserError",
     "Worker",
     "WorkerOptions",
@@ -162,7 +167,7 @@ _PLACES = {
         "UserError",
     ),
     "hooks": ("Hooks",),
-    "models": ("TaskRow",),
+    "models": ("TaskRow", "TaskValueRow"),
     "options": ("SpawnOptions", "WorkerOptions"),
     "policies": ("CancellationPolicy", "Limit", "Rate", "RetryStrategy"),
     "results": (
@@ -171,9 +176,11 @@ _PLACES = {
         "Page",
         "LimitKeyInfo",
         "QueueStatistics",
+        "Race",
         "ScheduleFilter",
         "ScheduleInfo",
         "SpawnResult",
+        "TaskEnded",
         "TaskErrorInfo",
         "TaskFilter",
         "TaskHandle",

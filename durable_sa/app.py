@@ -35,7 +35,7 @@ from .options import MAX_ATTEMPTS, Replay, TaskOptions, check_replay
 from .policies import DEFAULT_RETRY_STRATEGY, CancellationPolicy, RetryStrategy
 from .serialization.annotations import plain_function
 from .statements import queues
-from .tasks import Task
+from .tasks import FollowUp, Task, check_follow_up
 from .validation import integer
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class App:
         max_lost_workers: int,
         sync_bind: SyncBind | None = None,
         scopes: Sequence[scoped_session[Any]] = (),
+        on_failure: FollowUp | None = None,
+        on_cancel: FollowUp | None = None,
     ) -> None:
         clients[next(_numbers)] = self
         self.tasks: dict[str, Task[Any, Any]] = {}
@@ -89,6 +91,9 @@ class App:
         )
         self.replay = check_replay(replay)
         """The rule for a recorded step that is met with other arguments, unless the task has one."""
+        self.on_failure = check_follow_up(on_failure, "on_failure")
+        """The task that is spawned if one fails that has no other follow-up."""
+        self.on_cancel = check_follow_up(on_cancel, "on_cancel")
         self.limited_queues: set[str] = set()
         """Queues that are known to have limits, so that spawns into them need not find out."""
         self.hooks = hooks

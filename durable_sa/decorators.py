@@ -14,7 +14,7 @@ from .options import Replay, TaskOptions, check_limit_key, check_replay
 from .policies import CancellationPolicy, RetryStrategy
 from .schedules.cron import EVERY, next_tick
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
-from .tasks import DeclaredSchedule, LimitKey, Task
+from .tasks import DeclaredSchedule, FollowUp, LimitKey, Task, check_follow_up
 from .validation import Duration, seconds
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def task(
     retry_on: Iterable[type[BaseException]] | None = None,
     timeout: Duration | None = None,
     hard_timeout: Duration | None = None,
+    on_failure: FollowUp | None = None,
+    on_cancel: FollowUp | None = None,
 ) -> TaskDecorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -89,6 +91,8 @@ def task(
     retry_on: Iterable[type[BaseException]] | None = None,
     timeout: Duration | None = None,
     hard_timeout: Duration | None = None,
+    on_failure: FollowUp | None = None,
+    on_cancel: FollowUp | None = None,
 ) -> Any:
     """Make a task of a function that takes `(ctx)` or `(ctx, params)`: `@task` or `@task("name", max_attempts=3)`.
 
@@ -112,13 +116,16 @@ def task(
     fails with `TaskTimeout`. That takes `durable worker --processes`; other workers take it as the `timeout`, and warn
     once.
 
+    `on_failure` and `on_cancel` are tasks, or names of tasks, that the statement which fails or cancels this one spawns
+    with a :class:`durable_sa.TaskEnded` as params. They are fixed when this task is spawned.
+
     Raises:
         TypeError: if the function takes something else, or is a generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
         InvalidCron: for a `schedule` that cannot be read, or never fires.
     """
     if callable(name):
-        return _make(name, name=None, options=TaskOptions(), no_retry_on=(), replay=None, schedule=None)
+        return _make(name, name=None, options=TaskOptions(), no_retry_on=())
     if name is not None:
         validate_name("task", name)
     options = TaskOptions(max_attempts, retry_strategy, cancellation, queue_name, max_lost_workers)
@@ -138,6 +145,8 @@ def task(
         timeout=None if timeout is None else seconds(timeout, "timeout", minimum=0.001),
         hard_timeout=None if hard_timeout is None else seconds(hard_timeout, "hard_timeout", minimum=0.001),
         limit_key=limit_key,
+        on_failure=check_follow_up(on_failure, "on_failure"),
+        on_cancel=check_follow_up(on_cancel, "on_cancel"),
     )
 
 
@@ -157,12 +166,7 @@ def _make(
     name: str | None,
     options: TaskOptions,
     no_retry_on: tuple[type[BaseException], ...],
-    replay: Replay | None,
-    schedule: DeclaredSchedule | None,
-    limit_key: LimitKey | None = None,
-    retry_on: tuple[type[BaseException], ...] | None = None,
-    timeout: float | None = None,
-    hard_timeout: float | None = None,
+    **further: Any,
 ) -> Task[Any, Any]:
     if not callable(function) or isinstance(function, Task | type):
         raise TypeError(f"@task decorates a function, not {function!r}")
@@ -179,12 +183,7 @@ def _make(
         options=options,
         no_retry_on=no_retry_on,
         local_types=local_types(function),
-        replay=replay,
-        schedule=schedule,
-        limit_key=limit_key,
-        retry_on=retry_on,
-        timeout=timeout,
-        hard_timeout=hard_timeout,
+        **further,
     )
 
 

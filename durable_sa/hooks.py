@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm import scoped_session
 
 from .execution.hooks import HookChain
+from .results import TaskEnded
 from .spawns import OutgoingSpawn
 
 if TYPE_CHECKING:
@@ -91,6 +92,13 @@ class Hooks:
         `user` is the one of the :class:`durable_sa.dashboard.Access`, `action` one of its actions, and `task_ids` are
         the tasks that were changed or spawned: none for a queue, an event or a schedule. It is called after the
         action, on the event loop, and must not block it; its exceptions are logged and change nothing.
+        """
+
+    def on_failed(self, ended: TaskEnded) -> None:
+        """Take note of the final failure of a task, in the worker that has stored it, on the event loop.
+
+        It is called after the commit, so a crash in between loses the call; `on_failure=` of a task does not. An
+        exception is logged. The failure itself is logged in any case, at ERROR with its traceback.
         """
 
 

@@ -79,6 +79,11 @@ def child_id(parent: uuid.UUID, key: uuid.UUID) -> uuid.UUID:
     return _uuid(bytes(raw))
 
 
+def keyed_id(key: str) -> uuid.UUID:
+    """Return the id of a message with an idempotency key, which is unique among those of one task."""
+    return _uuid(hashlib.blake2b(key.encode(), digest_size=16).digest())
+
+
 def digest(text: str | None) -> str:
     """Return a short fingerprint of encoded params."""
     return hashlib.blake2b((text or "").encode(), digest_size=12).hexdigest()

@@ -39,7 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0005"
+REVISION = "durable_0006"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -164,6 +164,9 @@ class TaskRow(Base):
         comment="available_at of a begun task in a queue with limits: it is claimed before new ones"
     )
     unique_key: Mapped[str | None] = mapped_column(comment="of one unfinished task of the queue at most")
+    follow_ups: Mapped[Any | None] = mapped_column(
+        JSON(), comment="by outcome (failed, cancelled) the task that is spawned then"
+    )
 
     # Only checks whose violation would stop or hide other tasks, because the server prepares each check anew for every
     # statement, in 6 us: fifteen checks took as long as inserting the row.
@@ -265,7 +268,9 @@ class Checkpoint(Base):
     name: Mapped[str]
     status: Mapped[str] = mapped_column(server_default="completed")
     value: Mapped[Any | None] = mapped_column(JSON())
-    child_task_id: Mapped[uuid.UUID | None] = mapped_column(comment="the child that was spawned or joined")
+    child_task_id: Mapped[uuid.UUID | None] = mapped_column(
+        comment="the child that was spawned or joined, or the message that was received"
+    )
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
     duration: Mapped[float | None] = mapped_column(REAL(), comment="seconds that a step, a try or a wait took")
 
@@ -289,7 +294,7 @@ class Event(Base):
 
 
 class Wait(Base):
-    """An unresolved wait of a task: for an event, or for the end of a child."""
+    """An unresolved wait of a task: for an event, for the end of a child, or for a message of the topic `name`."""
 
     __tablename__ = "waits"
     __table_args__ = (
@@ -307,6 +312,48 @@ class Wait(Base):
     child_task_id: Mapped[uuid.UUID | None]
     due_at: Mapped[datetime | None] = mapped_column(comment="when it times out")
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class Message(Base):
+    """A message to a task, deleted when it is received. With an idempotency key it is kept, without its payload."""
+
+    __tablename__ = "messages"
+    __table_args__ = (
+        PrimaryKeyConstraint("task_id", "message_id"),
+        CheckConstraint("octet_length(topic) BETWEEN 1 AND 200 AND left(topic, 1) <> '$'", name="topic"),
+        Index("messages_topic_idx", "task_id", "topic", "seq", postgresql_where=text("received_at IS NULL")),
+        Index("messages_undelivered_idx", "sent_at", postgresql_where=text("delivered_at IS NULL")),
+    )
+
+    task_id: Mapped[uuid.UUID] = mapped_column(comment="the receiver")
+    message_id: Mapped[uuid.UUID] = mapped_column(comment="drawn by the sender, or the hash of the idempotency key")
+    seq: Mapped[int] = mapped_column(BigInteger(), Identity(always=True), comment="the order of receiving")
+    topic: Mapped[str]
+    payload: Mapped[Any | None] = mapped_column(JSON())
+    idempotency_key: Mapped[str | None]
+    sent_at: Mapped[datetime] = mapped_column(server_default=_now)
+    delivered_at: Mapped[datetime | None] = mapped_column(
+        comment="when workers had found that no stored wait of the task is for it"
+    )
+    received_at: Mapped[datetime | None]
+
+
+class TaskValueRow(Base):
+    """A value that a task has published, the last one of its name."""
+
+    __tablename__ = "task_values"
+    __table_args__ = (
+        PrimaryKeyConstraint("task_id", "name"),
+        CheckConstraint("octet_length(name) BETWEEN 1 AND 200 AND left(name, 1) <> '$'", name="name"),
+    )
+
+    task_id: Mapped[uuid.UUID]
+    name: Mapped[str]
+    value: Mapped[Any | None] = mapped_column(JSON())
+    version: Mapped[int] = mapped_column(
+        BigInteger(), server_default="1", comment="rises whenever the value is written"
+    )
+    updated_at: Mapped[datetime] = mapped_column(server_default=_now)
 
 
 class Schedule(Base):

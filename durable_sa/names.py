@@ -7,7 +7,18 @@ from typing import Final, Literal
 from .errors import InvalidConfiguration, InvalidName
 
 NameKind = Literal[
-    "queue", "task", "step", "event", "schedule", "worker", "header", "idempotency key", "unique key", "limit key"
+    "queue",
+    "task",
+    "step",
+    "event",
+    "topic",
+    "value",
+    "schedule",
+    "worker",
+    "header",
+    "idempotency key",
+    "unique key",
+    "limit key",
 ]
 
 MAX_NAME_BYTES: Final = 200
@@ -15,7 +26,13 @@ MAX_IDEMPOTENCY_KEY_BYTES: Final = 255
 MAX_SCHEMA_BYTES: Final = 63
 """The length to which Postgres silently truncates an identifier."""
 
-_RESERVED_PREFIX: Final[dict[str, str]] = {"step": "$", "event": "$", "header": "durable::"}
+_RESERVED_PREFIX: Final[dict[str, str]] = {
+    "step": "$",
+    "event": "$",
+    "topic": "$",
+    "value": "$",
+    "header": "durable::",
+}
 _CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SCHEDULE_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -24,8 +41,9 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
     """Return `value` as a plain `str` if it may name a `kind`.
 
     A name has 1 to 200 bytes of UTF-8 (an idempotency or unique key up to 255), no control characters, and something
-    else than blanks. Schedule names are made of ASCII letters, digits, `_` and `-`. `$` at the start of step and event
-    names and `durable::` at the start of header keys are reserved; `internal` lets them pass for the engine's own.
+    else than blanks. Schedule names are made of ASCII letters, digits, `_` and `-`. `$` at the start of names of steps,
+    events, topics and values, and `durable::` at the start of header keys are reserved; `internal` lets them pass for
+    the engine's own.
 
     Raises:
         InvalidName: with the kind, the value and the rule it breaks.

@@ -53,6 +53,20 @@ class TaskHandle(Generic[T_co]):
     task_id: UUID
 
 
+@dataclass(frozen=True)
+class Race(Generic[T_co]):
+    """The outcome of a race."""
+
+    winner: str
+    """The keyword of the wait that was over first."""
+    value: T_co
+    """The message, the payload or the result of the child; None for a sleep."""
+
+
+AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
+"""What names a task in calls about existing ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskErrorInfo:
     """Why a task failed."""
@@ -190,7 +204,7 @@ class TaskInfo:
     """The last failure, also one after which the task is retried. Its message is without values unless they were
     asked for."""
     waits_for: str | None
-    """The events, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
+    """The events, messages, subtasks and sleeps that a suspended task waits for, such as `event 'paid:17'`."""
     started_at: datetime | None = None
     """The start of the current or last attempt."""
     worker: str | None = None
@@ -213,8 +227,8 @@ class HistoryEntry:
     """One part of a task's history: an attempt, or a call of the task's code with its record."""
 
     kind: str
-    """`attempt`, `step`, `transaction`, `try` (a failed try of a step), `child`, `event`, `join`, `sleep`, `emit` or
-    `value`."""
+    """`attempt`, `step`, `transaction`, `try` (a failed try of a step), `child`, `event`, `join`, `sleep`, `emit`,
+    `message` (one that was received), `send`, `race` or `value`."""
     name: str
     """The name of the call; empty for an attempt, and for calls that have none."""
     status: str
@@ -228,7 +242,8 @@ class HistoryEntry:
     """None for what has not ended."""
     detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More about it, as far as it is known: `error` (a `TaskErrorInfo`), `traceback` and `worker` of an attempt;
-    `task_id` and `task_name` of a subtask; `until` of a wait; `value` if payloads were asked for."""
+    `task_id` and `task_name` of a subtask; `message_id` of a message; `winner` of a race; `until` of a wait; `value`
+    if payloads were asked for."""
 
     @property
     def duration(self) -> timedelta | None:
@@ -254,6 +269,23 @@ class BulkResult:
     done: int
     skipped: int
     """Tasks that were left as they are: the operation does not apply to them, or it was a dry run."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnded:
+    """A task that has failed or was cancelled: the params of a follow-up."""
+
+    task_id: UUID
+    task_name: str
+    queue_name: str
+    params: Any = field(repr=False)
+    """The params of the task as plain JSON."""
+    status: TaskStatus
+    """`failed` or `cancelled`."""
+    error: TaskErrorInfo | None = None
+    """The failure, the time limit that cancelled the task, or the last failure of one that was cancelled otherwise."""
+    truncated: bool = False
+    """True if the params are left out, because they do not fit beside the error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from .options import LimitOptions, ResolvedSpawn, SpawnOptions, TaskOptions, enc
 from .results import SpawnResult
 from .serialization.canonical import encode_arguments
 from .serialization.codec import UNTYPED, Codec, check_size
-from .tasks import OfTask, Task
+from .tasks import FollowUp, OfTask, Task
 
 if TYPE_CHECKING:
     from .app import App
@@ -101,6 +101,7 @@ class Kind(NamedTuple):
     available_at: datetime | None
     delay_seconds: float | None
     parent_task_id: uuid.UUID | None
+    follow_ups: str | None = None
 
 
 class Prepared(NamedTuple):
@@ -246,6 +247,11 @@ def prepare(
         headers = encode_headers(outgoing.headers, outgoing.internal_headers)
     if headers is not resolved.headers or parent_task_id is not None:
         kind = kind._replace(headers=None if headers == "{}" else headers, parent_task_id=parent_task_id)
+    declaring = client.tasks.get(name) if known is None else known
+    on_failure = client.on_failure if declaring is None else declaring.on_failure or client.on_failure
+    on_cancel = client.on_cancel if declaring is None else declaring.on_cancel or client.on_cancel
+    if on_failure is not None or on_cancel is not None:
+        kind = kind._replace(follow_ups=_follow_ups(client, on_failure, on_cancel))
     limits = resolved.limits
     if limits is None and resolved.queue_name in client.limited_queues:
         limits = NO_LIMITS
@@ -282,6 +288,39 @@ def prepare_another(client: App, task: Task[Any, Any], params: Any, like: Prepar
 def _without_options(name: str, task: TaskOptions, defaults: TaskOptions) -> tuple[ResolvedSpawn, Kind]:
     resolved = resolve_spawn_options({}, task, defaults)
     return resolved, _kind(name, resolved)
+
+
+def _follow_ups(
+    client: App, on_failure: FollowUp | None, on_cancel: FollowUp | None, seen: frozenset[str] = frozenset()
+) -> str | None:
+    """Encode follow-ups as they are stored with a task; `seen` are the names of those that this one follows."""
+    stored: list[str] = []
+    for outcome, declared in (("failed", on_failure), ("cancelled", on_cancel)):
+        follow_up = client.tasks.get(declared, declared) if isinstance(declared, str) else declared
+        name = follow_up if follow_up is None or isinstance(follow_up, str) else follow_up.name
+        # A follow-up has those of its own task, but not once more one that it follows itself, which would not end.
+        if follow_up is None or name is None or name in seen:
+            continue
+        further = None
+        if isinstance(follow_up, Task) and (follow_up.on_failure or follow_up.on_cancel):
+            further = _follow_ups(client, follow_up.on_failure, follow_up.on_cancel, seen | {name})
+        text = _stored_follow_up(follow_up, client.defaults, client.max_payload_bytes)
+        stored.append(f'"{outcome}":{text[:-1]},"follow_ups":{further or "null"}}}')
+    return f"{{{','.join(stored)}}}" if stored else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored_follow_up(follow_up: FollowUp, defaults: TaskOptions, max_payload_bytes: int) -> str:
+    name, options = (follow_up, TaskOptions()) if isinstance(follow_up, str) else (follow_up.name, follow_up.options)
+    kind = _kind(name, resolve_spawn_options({}, options, defaults))
+    stored: dict[str, Any] = {
+        field: getattr(kind, field)
+        for field in Kind._fields
+        if field not in ("headers", "available_at", "delay_seconds", "parent_task_id", "follow_ups")
+    }
+    # Without a queue of its own, it goes to that of the task it follows.
+    stored |= {"queue_name": options.queue_name, "max_payload_bytes": max_payload_bytes}
+    return UNTYPED.encode(stored, "a follow-up")
 
 
 def _kind(name: str, resolved: ResolvedSpawn) -> Kind:

@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 from pydantic import ValidationError
 
 from .errors import InvalidConfiguration, InvalidTaskParams, SerializationError
+from .names import validate_name
 from .options import Replay, TaskOptions, check_limit_key
 from .policies import CancellationPolicy, RetryStrategy
 from .serialization.annotations import names_around, resolve
@@ -79,6 +80,11 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
     """Seconds in memory after which an attempt fails with `TaskTimeout`."""
     hard_timeout: float | None = field(default=None, repr=False)
     """Seconds after which the process that has a run in memory is ended, and the attempt has failed."""
+
+    on_failure: "FollowUp | None" = field(default=None, repr=False)
+    """The task that is spawned if it fails; None leaves it to the client."""
+    on_cancel: "FollowUp | None" = field(default=None, repr=False)
+    """The task that is spawned if it is cancelled; None leaves it to the client."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -198,6 +204,24 @@ class Task(Generic[ParamsT_contra, OutputT_co]):
             return self.params_codec.decode(_NULL if text is None else text, f"the params of task {self.name!r}")
         except SerializationError as error:
             raise InvalidTaskParams(self.name, [error.reason]) from None
+
+
+FollowUp: TypeAlias = Task[Any, Any] | str
+"""A task, or the name of one."""
+
+
+def check_follow_up(value: FollowUp | None, what: str) -> FollowUp | None:
+    """Return a follow-up, which `what` names.
+
+    Raises:
+        TypeError: it is neither a task nor a name.
+        InvalidName: a name that breaks the rules.
+    """
+    if value is None or isinstance(value, Task):
+        return value
+    if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{what} is a task, made by @task, or its name, not {type(value).__name__}")
+    return validate_name("task", value)
 
 
 def _with_remedy(found: list[str], params: object) -> list[str]:

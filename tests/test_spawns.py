@@ -56,6 +56,7 @@ def test_values_are_in_the_order_of_the_columns() -> None:
         "available_at": OPTIONS["available_at"],
         "delay_seconds": None,
         "parent_task_id": parent,
+        "follow_ups": None,
         "idempotency_key": "key",
     }
 

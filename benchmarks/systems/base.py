@@ -34,6 +34,9 @@ class Probe:
 
     def __init__(self) -> None:
         self.starts: list[float] = []
+        self.exchanges: dict[int, float] = {}
+        """Seconds from question to answer, by the number of the task `ask`."""
+        self._asked: dict[int, float] = {}
         self.ends: list[float] = []
         self.numbered: dict[int, float] = {}
         self.waiting = 0
@@ -46,6 +49,14 @@ class Probe:
 
     def end(self) -> None:
         self.ends.append(time.monotonic())
+
+    def asks(self, number: int) -> None:
+        """Record the question of a task `ask`, the first time it comes to that."""
+        self._asked.setdefault(number, time.monotonic())
+
+    def answered(self, number: int) -> None:
+        """Record the answer to a question."""
+        self.exchanges.setdefault(number, time.monotonic() - self._asked[number])
 
     def note(self, number: int) -> None:
         """Record the start of a task by its number."""
@@ -79,7 +90,8 @@ class System(ABC):
     `noop` does nothing; `keyed` does nothing, and has one of 100 limit keys; `stamp` notes when it started; `steps`
     takes `steps` steps that return `size` characters each; `wait` takes `steps` steps and then waits for the event
     ``go``; `parent` spawns `children` tasks `child` and waits for them all; `hold` runs until `release`; `nap` sleeps
-    for an hour.
+    for an hour; `collect` receives `count` messages; `ask` waits for a message, sends one to the task `other`, which is
+    an `answer`, and waits for its reply.
     """
 
     distribution: ClassVar[str]
@@ -135,6 +147,14 @@ class System(ABC):
         """Emit an event."""
         raise NotImplementedError
 
+    async def send(self, handle: Any, topic: str, payload: Any) -> None:
+        """Send a message to a task."""
+        raise NotImplementedError
+
+    def identify(self, handle: Any) -> str:
+        """Return the id of a task, which another task can send to."""
+        raise NotImplementedError
+
     # The methods below are called by the workloads, and are the same for all systems.
 
     async def load(self, task: str, count: int, params: Params) -> None:
@@ -171,6 +191,35 @@ class System(ABC):
         else:
             await asyncio.gather(*(spawner(slot) for slot in range(spawners)))
         return time.monotonic() - began
+
+    async def begin_collecting(self, tasks: int, each: int) -> None:
+        """Enqueue tasks `collect`, which receive `each` messages."""
+        self._collectors = [
+            await self.spawn_one(number % 8, "collect", {"count": each, "i": number}) for number in range(tasks)
+        ]
+
+    async def flood(self, each: int) -> None:
+        """Send `each` messages to every task `collect`, from 20 concurrent callers."""
+        todo = iter([handle for _ in range(each) for handle in self._collectors])
+
+        async def sender() -> None:
+            for handle in todo:
+                await self.send(handle, "note", 1)
+
+        await asyncio.gather(*(sender() for _ in range(20)))
+
+    async def round_trips(self, count: int, pause: float) -> None:
+        """Have pairs of waiting tasks exchange a message each, one pair after the other."""
+        for number in range(count):
+            answer = await self.spawn_one(0, "answer", {"i": number})
+            ask = await self.spawn_one(0, "ask", {"i": number, "other": self.identify(answer)})
+            await asyncio.sleep(pause)
+            await self.send(ask, "go", True)
+            await self.result(ask)
+
+    async def exchanged(self) -> list[float]:
+        """Return the seconds between the question of each task `ask` and its answer."""
+        return list(self.probe.exchanges.values())
 
     async def ping(self, count: int, pause: float, seconds: float) -> dict[str, list[float]]:
         """Run one task at a time, until `count` tasks have ended or the seconds have passed.

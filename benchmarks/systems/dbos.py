@@ -89,6 +89,27 @@ class DbosSystem(System):
             self.probe.wait()
             await DBOS.sleep_async(PATIENCE)
 
+        @DBOS.workflow(name="collect")
+        async def collect(params: Params) -> None:
+            self.probe.begin()
+            self.probe.wait()
+            for _ in range(params["count"]):
+                await DBOS.recv_async("note", timeout_seconds=PATIENCE)
+            self.probe.end()
+
+        @DBOS.workflow(name="answer")
+        async def answer(params: Params) -> None:
+            asker = await DBOS.recv_async("question", timeout_seconds=PATIENCE)
+            await DBOS.send_async(asker, message=True, topic="answer")
+
+        @DBOS.workflow(name="ask")
+        async def ask(params: Params) -> None:
+            await DBOS.recv_async("go", timeout_seconds=PATIENCE)
+            self.probe.asks(params["i"])
+            await DBOS.send_async(params["other"], DBOS.workflow_id, "question")
+            await DBOS.recv_async("answer", timeout_seconds=PATIENCE)
+            self.probe.answered(params["i"])
+
     async def install(self, url: str) -> None:
         await asyncio.to_thread(DBOS.migrate, url)
 
@@ -157,6 +178,12 @@ class DbosSystem(System):
 
     async def emit(self, name: str) -> None:
         await self._client.enqueue_async({**self._options("emit"), "workflow_id": "emitter"}, name)
+
+    async def send(self, handle: Any, topic: str, payload: Any) -> None:
+        await self._client.send_async(handle.workflow_id, payload, topic)
+
+    def identify(self, handle: Any) -> str:
+        return str(handle.workflow_id)
 
 
 SYSTEM = DbosSystem

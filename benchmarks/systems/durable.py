@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,29 @@ class DurableSystem(System):
             self.probe.wait()
             await ctx.sleep_for("nap", 3600)
 
-        return {each.name: each for each in (noop, keyed, stamp, steps, wait, child, parent, hold, nap)}
+        @task
+        async def collect(ctx: TaskContext, params: Params) -> None:
+            self.probe.begin()
+            self.probe.wait()
+            for _ in range(params["count"]):
+                await ctx.receive("note")
+            self.probe.end()
+
+        @task
+        async def answer(ctx: TaskContext, params: Params) -> None:
+            asker = await ctx.receive("question")
+            await ctx.send(uuid.UUID(asker), "answer", payload=True)
+
+        @task
+        async def ask(ctx: TaskContext, params: Params) -> None:
+            await ctx.receive("go")
+            self.probe.asks(params["i"])
+            await ctx.send(uuid.UUID(params["other"]), "question", str(ctx.task_id))
+            await ctx.receive("answer")
+            self.probe.answered(params["i"])
+
+        tasks = (noop, keyed, stamp, steps, wait, child, parent, hold, nap, collect, answer, ask)
+        return {each.name: each for each in tasks}
 
     async def source(self) -> str:
         """Return the file of the durable_sa that this process has imported."""
@@ -185,6 +208,12 @@ class DurableSystem(System):
 
     async def emit(self, name: str) -> None:
         await self._durable.emit_event(name)
+
+    async def send(self, handle: Any, topic: str, payload: Any) -> None:
+        await self._durable.send(handle, topic, payload)
+
+    def identify(self, handle: Any) -> str:
+        return str(handle.task_id)
 
 
 SYSTEM = DurableSystem

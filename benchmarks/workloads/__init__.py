@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..profiles import Profile
-from . import draining, growth, latency, limits, resources, soak, spawning, stepping, waiting
+from . import draining, growth, latency, limits, messaging, resources, soak, spawning, stepping, waiting
 from .common import Case
 
 GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
@@ -15,6 +15,7 @@ GROUPS: Final[dict[str, Callable[[Profile], list[Case]]]] = {
     "latency": latency.cases,
     "stepping": stepping.cases,
     "waiting": waiting.cases,
+    "messaging": messaging.cases,
     "resources": resources.cases,
     "growth": growth.cases,
     "limits": limits.cases,

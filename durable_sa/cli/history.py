@@ -75,6 +75,10 @@ def _call(entry: HistoryEntry) -> Iterator[Moment]:
     details = [] if entry.status == "completed" else [entry.status]
     if "task_id" in entry.detail:
         details.append(f"task {entry.detail['task_id']}")
+    if "message_id" in entry.detail:
+        details.append(f"message {entry.detail['message_id']}")
+    if "winner" in entry.detail:
+        details.append(clean(str(entry.detail["winner"])))
     if entry.detail.get("value") is not None:
         details.append(clean(json.dumps(entry.detail["value"], ensure_ascii=False)))
     failed = entry.status in ("failed", "cancelled", "timeout")

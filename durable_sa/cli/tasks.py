@@ -8,17 +8,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import from_json
 
 from .. import Durable, SpawnOptions, TaskInfo
 from ..client.wording import span
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
-from ..statements import inspection
+from ..statements import inspection, values
 from ..statements.reading import Order
 from . import history, repairs
 from .arguments import duration, headers, json_value
 from .completion import complete_queues, complete_tasks
 from .invocation import FAILED, USAGE, Invocation, connected, examples, fail, listing
+from .output import as_dicts
 from .selection import (
     EndedAfter,
     EndedBefore,
@@ -230,6 +232,58 @@ async def spawn(
     spawned = await invocation.durable.spawn_by_name(name, params, unchecked=not invocation.has_app, **options)
     message = f"Task {spawned.task_id} spawned." if spawned.created else f"Task {spawned.task_id} already has that key."
     invocation.output.say(message, task_id=spawned.task_id, run_id=spawned.run_id, created=spawned.created)
+
+
+@tasks.command(
+    "send",
+    epilog=examples(
+        'durable tasks send 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa approval \'{"by": "ann"}\'',
+        "durable tasks send order-17 approval @approval.json --key approval-17",
+    ),
+)
+@connected
+async def send(
+    invocation: Invocation,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)],
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="What the task receives.", show_default=False)],
+    payload: Annotated[
+        Any, typer.Argument(parser=json_value, metavar="JSON", help="The message, or @FILE, or @- for stdin.")
+    ] = None,
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the task's key.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="An idempotency key: the task receives one message with it.")] = None,
+) -> None:
+    """Send a message to a task that has not ended."""
+    task_id = await resolve_one(invocation, task, queue_name)
+    await invocation.durable.send(task_id, topic, payload, idempotency_key=key)
+    invocation.output.say(f"Message sent to task {task_id}.", task_id=task_id, topic=topic)
+
+
+@tasks.command(
+    "values",
+    epilog=examples("durable tasks values 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa --payloads"),
+)
+@listing
+async def values_(
+    invocation: Invocation,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)],
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the key.")
+    ] = None,
+    payloads: Annotated[bool, typer.Option("--payloads", help="Show the values.")] = False,
+) -> None:
+    """List the values that a task has published."""
+    task_id = await resolve_one(invocation, task, queue_name)
+    rows = as_dicts(await invocation.durable.database.execute(values.LIST_VALUES, {"task_id": task_id}))
+    columns = {"name": "value", "updated_at": "published"}
+    for row in rows:
+        text = row.pop("value")
+        if payloads:
+            row["value"] = from_json(text or "null") if invocation.output.as_json else text
+    if payloads:
+        columns["value"] = "content"
+    invocation.output.table(rows, columns, empty="The task has published no values.")
 
 
 tasks.command("cancel", epilog=repairs.CANCEL_EXAMPLES)(repairs.cancel)

@@ -25,15 +25,16 @@ from ..models import DEFAULT_QUEUE, SCHEMA
 from ..options import Replay, WorkerOptions
 from ..policies import DEFAULT_RETRY_STRATEGY, MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..serialization.codec import DEFAULT_MAX_PAYLOAD_BYTES
-from ..tasks import Task
+from ..tasks import FollowUp, Task
 from .bulk import Bulk
 from .events import Events
+from .messages import Messages
 from .queues import QueuePolicy, Queues
 from .reading import Reading
 from .registry import Registry
 from .results import Results
 from .schedules import Schedules
-from .spawning import Spawning
+from .values import PublishedValues
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
@@ -49,7 +50,7 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Results, Reading, Bulk, Events, Queues, Schedules, Spawning, Generic[StateT]):
+class Durable(Registry, Results, PublishedValues, Reading, Bulk, Events, Queues, Schedules, Messages, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process
@@ -70,7 +71,9 @@ class Durable(Registry, Results, Reading, Bulk, Events, Queues, Schedules, Spawn
     has set these up; not at all if it is False. If a recorded step is met with other arguments it runs anew, and a
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
     Tasks fail with `LeaseLost` once `max_lost_workers` workers in a row were lost while they ran nothing but them.
-    `tasks` are registered; those of another client are `other.tasks`.
+    `on_failure` and `on_cancel` are tasks, or names of tasks, that are spawned with a :class:`durable_sa.TaskEnded` if
+    a task that this client spawned fails or is cancelled, and has no such task of its own. `tasks` are registered;
+    those of another client are `other.tasks`.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -103,6 +106,8 @@ class Durable(Registry, Results, Reading, Bulk, Events, Queues, Schedules, Spawn
         replay: Replay = "warn",
         sync_bind: sessionmaker[Any] | scoped_session[Any] | Engine | None = None,
         max_lost_workers: int = MAX_LOST_WORKERS,
+        on_failure: FollowUp | None = None,
+        on_cancel: FollowUp | None = None,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         hooks = tuple(hooks)
@@ -120,6 +125,8 @@ class Durable(Registry, Results, Reading, Bulk, Events, Queues, Schedules, Spawn
             sync_bind=sync_bind,
             scopes=scopes(hooks),
             max_lost_workers=max_lost_workers,
+            on_failure=on_failure,
+            on_cancel=on_cancel,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""

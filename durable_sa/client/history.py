@@ -123,8 +123,10 @@ def _call(checkpoint: Row[Any], now: datetime, *, payloads: bool) -> HistoryEntr
         return HistoryEntry(
             "try", str(fields.get("step") or ""), "failed", 0, began_at, ended_at, _known(error=error and error.info)
         )
-    detail = _known(task_id=checkpoint.child_task_id)
-    if payloads and checkpoint.value is not None:
+    detail = _known(**{"message_id" if kind == "message" else "task_id": checkpoint.child_task_id})
+    if kind == "race":
+        detail["winner"] = decoded(checkpoint.value)
+    elif payloads and checkpoint.value is not None:
         detail["value"] = decoded(checkpoint.value)
     # Names that the engine chooses add nothing to the kind.
     name = "" if name.startswith("$") else name
@@ -143,7 +145,8 @@ def _waiting(records: Records) -> Iterator[HistoryEntry]:
     for wait in records.waits:
         name = wait.event_name or ("" if wait.name.startswith("$") else wait.name)
         detail = _known(task_id=wait.child_task_id, until=wait.due_at)
-        yield HistoryEntry(wait.kind, name, "waiting", 0, wait.created_at, None, detail)
+        kind = _KINDS.get(wait.kind, str(wait.kind))
+        yield HistoryEntry(kind, name, "waiting", 0, wait.created_at, None, detail)
 
 
 def _in_progress(records: Records) -> Iterator[HistoryEntry]:
@@ -178,13 +181,15 @@ def _time(text: str | None) -> datetime | None:
 
 def waits_for(task: Row[Any]) -> str | None:
     """Describe what a task waits for."""
-    reasons = [f"{_WORDS.get(kind, kind)} {_shown(name)}" for kind, name in from_json(task.waits or "[]")]
+    words = _KINDS | {"join": "task"}
+    reasons = [f"{words.get(kind, kind)} {_shown(name)}" for kind, name in from_json(task.waits or "[]")]
     if task.sleep is not None:
         reasons.append(f"sleep {task.sleep!r} until {task.available_at:%Y-%m-%d %H:%M:%S}Z")
     return ", ".join(reasons) or None
 
 
-_WORDS = {"join": "task"}
+_KINDS = {"race message": "message"}
+"""The kinds of stored waits that are known by another name outside."""
 
 
 def _shown(name: str) -> str:

@@ -17,7 +17,7 @@ from ..decorators import task as make_task
 from ..options import Replay
 from ..policies import CancellationPolicy, RetryStrategy
 from ..steps import transaction
-from ..tasks import LimitKey, Task
+from ..tasks import FollowUp, LimitKey, Task
 from ..validation import Duration
 
 T = TypeVar("T")
@@ -57,6 +57,8 @@ class Registry(App):
         retry_on: Iterable[type[BaseException]] | None = None,
         timeout: Duration | None = None,
         hard_timeout: Duration | None = None,
+        on_failure: FollowUp | None = None,
+        on_cancel: FollowUp | None = None,
     ) -> TaskDecorator: ...
     def task(self, name: str | Callable[..., Any] | None = None, **options: Any) -> Any:
         """Make a task as :func:`durable_sa.task` does, and register it."""

@@ -242,6 +242,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
 
 def after_cancel(hint: Hint, cancelled: Sequence[Row[Any]]) -> Script[None]:
     """Delete the waits of cancelled tasks, and wake up those that wait for their end."""
+    hint.add_follow_ups(cancelled)
     hint.cancelled |= any(row.was == "running" or row.slot is not None for row in cancelled)
     if begun := [row.task_id for row in cancelled if row.was != "pending"]:
         yield waits.DELETE_WAITS, {"task_ids": begun}

@@ -28,6 +28,11 @@ BranchT = TypeVar("BranchT", bound="Branch | None")
 
 SET_FACTORY_BEFORE: Final = "Call loop.set_task_factory() before workers are started, not after."
 
+RACE: Final = "race-"
+"""The beginning of the label of a race in the path of a branch."""
+CALLBACK: Final = "callback-"
+"""The beginning of the label of a task that a callback has created."""
+
 current: ContextVar["Branch | None"] = ContextVar("durable_sa_branch", default=None)
 branch_of: dict[AnyTask, "Branch | None"] = {}
 """The live asyncio tasks of all runs. It comes before the context variable, because tasks may share a context."""
@@ -69,7 +74,7 @@ class Branch:
     ) -> None:
         self.owner = owner
         self.path = path
-        """`()` for the root. For others the parent's path, and the number of the task or the label of the step."""
+        """`()` for the root. For others the parent's path, and the task's number, or the label of the step or race."""
         self.depth = len(path)
         """The distance from the root."""
         self.bound = bound
@@ -107,7 +112,7 @@ class Branch:
 
         Callbacks are called in no fixed order, so they must not shift the numbers of other tasks.
         """
-        return Branch(self.owner, (*self.path, f"callback-{next(self._count.callbacks)}"), live=self.live)
+        return Branch(self.owner, (*self.path, f"{CALLBACK}{next(self._count.callbacks)}"), live=self.live)
 
     def fork_in_wait_for(self) -> "Branch":
         """Return this branch once more, for the task that `asyncio.wait_for` creates before Python 3.12.
@@ -123,6 +128,10 @@ class Branch:
     def within_step(self, label: str) -> "Branch":
         """Return the branch of the body of a step that this one executes."""
         return Branch(self.owner, (*self.path, label), bound=True, live=True)
+
+    def within_race(self, label: str) -> "Branch":
+        """Return the branch of the asyncio tasks of a race, which are not created once the race is decided."""
+        return Branch(self.owner, (*self.path, f"{RACE}{label}"), bound=True, live=self.live)
 
     def start(self, create: Callable[[], TaskT], context: contextvars.Context | None) -> TaskT:
         """Return the asyncio task of this branch, made by `create` in `context`; None is a copy of the current one."""

@@ -123,6 +123,10 @@ class BranchTree:
         """Return a context manager for the body of a step, which is a branch of its own."""
         return entered(current_branch().within_step(label))
 
+    def race(self, label: str) -> AbstractContextManager[Branch]:
+        """Return a context manager in which the asyncio tasks of a race are created."""
+        return entered(current_branch().within_race(label))
+
     async def unwind(self, *, grace: float = 5.0) -> list[AnyTask]:
         """End the run: cancel its tasks until they have ended, for up to `grace` seconds.
 

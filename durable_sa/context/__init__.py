@@ -12,6 +12,9 @@ from .children import Children
 from .data import StateT, TaskData
 from .events import Events
 from .logger import TaskLogger
+from .messages import Messages
+from .publishing import Publishing
+from .races import Races
 from .sleeps import Sleeps
 from .steps import Steps
 from .transactions import Transactions
@@ -20,7 +23,7 @@ from .values import Values
 __all__ = ["TaskContext"]
 
 
-class TaskContext(Steps, Transactions, Children, Sleeps, Events, Values, TaskData[StateT]):
+class TaskContext(Steps, Transactions, Children, Sleeps, Events, Messages, Races, Publishing, Values, TaskData[StateT]):
     """The running task, as passed to its function.
 
     Every method that waits may raise :class:`durable_sa.signals.ControlFlow`, which is no ``Exception``: the run is

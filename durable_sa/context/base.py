@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..app import App
-from ..concurrency.branches import Branch
+from ..concurrency.branches import CALLBACK, RACE, Branch
 from ..errors import InvalidState, ReplayMismatch
 from ..execution.hooks import around_step
 from ..execution.journal import Entry
@@ -58,7 +58,7 @@ class ContextBase:
 
     def _call(self, kind: str, name: str, arguments: str = "") -> Call:
         """Return a call with its key, which its name, arguments, branch and occurrence in that branch determine."""
-        if kind in ("step", "transaction", "spawn", "sleep") or not name.startswith("$"):
+        if kind in ("step", "transaction", "spawn", "sleep", "race") or not name.startswith("$"):
             validate_name("step", name)
         if self._run.signal is not None:
             # The run has ended, so the call is refused when it is awaited and needs no key.
@@ -129,12 +129,13 @@ class ContextBase:
         event_name: str | None = None,
         child_task_id: uuid.UUID | None = None,
         timeout: float | None = None,
+        kind: str | None = None,
     ) -> Stored:
-        """Block on an event or a child until it is there or `timeout` seconds have passed."""
+        """Block on an event, a child or a message until it is there or `timeout` seconds have passed."""
         self._refuse_inside_step(call)
         waiting, due_at = self._run.journal.wait(call.key)
         delay = None if waiting else timeout
-        wait = PendingWait(call.key, call.kind, call.name, event_name, child_task_id, due_at, delay)
+        wait = PendingWait(call.key, kind or call.kind, call.name, event_name, child_task_id, due_at, delay)
         return await self._run.park(wait)
 
     async def _end_step(self, call: Call, codec: Codec[T], result: T, duration: float | None = None) -> T:
@@ -234,4 +235,4 @@ def check_function(function: object, kind: str, name: str) -> None:
 
 
 def _is_inside_step(path: tuple[int | str, ...]) -> bool:
-    return any(isinstance(part, str) and not part.startswith("callback-") for part in path)
+    return any(isinstance(part, str) and not part.startswith((CALLBACK, RACE)) for part in path)

@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, overload
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from sqlalchemy.orm import Session
 from typing_extensions import Unpack
@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from ..current import running
 from ..errors import InvalidState
 from ..options import SpawnOptions
-from ..results import TaskHandle
+from ..results import AnyTaskId, Race, TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..steps import plain_step
 from ..tasks import OfTask, Task
@@ -39,7 +39,7 @@ class SyncTaskContext(TaskData[StateT]):
     It belongs to the task's own thread. `def` steps run in that thread, too.
     """
 
-    __slots__ = ("_claimed", "_state", "context", "thread")
+    __slots__ = ("_calls", "_claimed", "_state", "context", "thread")
 
     blocking: ClassVar = True
     """True: the methods block. False for a `TaskContext`."""
@@ -47,6 +47,8 @@ class SyncTaskContext(TaskData[StateT]):
     def __init__(self, context: TaskContext[StateT]) -> None:
         self.context = context
         self.thread: TaskThread | None = None
+        self._calls: list[Callable[[], Coroutine[Any, Any, Any]]] | None = None
+        """Takes the calls that are not to be carried out."""
         self._claimed = context._claimed
         self._state = context._state
 
@@ -63,6 +65,12 @@ class SyncTaskContext(TaskData[StateT]):
         return TaskLogger(self._claimed, lambda record: self.context.log_line(record, branch))
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if self._calls is not None:
+            self._calls.append(make)
+            return cast(T, None)
+        return self._perform(make)
+
+    def _perform(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._own_thread.call(make)
 
     async def _execute(self, body: Callable[[], Any]) -> Any:
@@ -143,6 +151,42 @@ class SyncTaskContext(TaskData[StateT]):
     def emit_event(self, name: str, payload: Any = None) -> bool:
         """As :meth:`durable_sa.TaskContext.emit_event`."""
         return self._call(lambda: self.context.emit_event(name, payload))
+
+    def send(self, task: AnyTaskId, topic: str, payload: Any = None, *, idempotency_key: str | None = None) -> None:
+        """As :meth:`durable_sa.TaskContext.send`."""
+        self._call(lambda: self.context.send(task, topic, payload, idempotency_key=idempotency_key))
+
+    @overload
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
+    @overload
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
+        """As :meth:`durable_sa.TaskContext.receive`."""
+        return self._call(lambda: self.context.receive(topic, timeout=timeout, type=type))
+
+    def race(self, name: str, /, **waits: Callable[[], Any]) -> Race[Any]:
+        """As :meth:`durable_sa.TaskContext.race`; each wait is a function: `paid=lambda: ctx.receive("paid")`."""
+        makes = {key: self._captured(key, wait) for key, wait in waits.items()}
+        return self._call(lambda: self.context.race(name, **makes))
+
+    def _captured(self, key: str, wait: Callable[[], Any]) -> Callable[[], Coroutine[Any, Any, Any]]:
+        """Return the call that a function makes on this context, which is not carried out."""
+        if not callable(wait):
+            raise TypeError(
+                f"{key}= of a race is a function without parameters in a `def` task: `lambda: ctx.receive(...)`"
+            )
+        captured = self._calls = []
+        try:
+            wait()
+        finally:
+            self._calls = None
+        if len(captured) != 1:
+            raise TypeError(f"{key}= of a race makes {len(captured)} calls of the context, and it takes one wait")
+        return captured[0]
+
+    def publish(self, name: str, value: Any) -> None:
+        """As :meth:`durable_sa.TaskContext.publish`."""
+        self._call(lambda: self.context.publish(name, value))
 
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""

@@ -412,8 +412,16 @@ class HeldConnection:
         """Execute a statement that may be repeated: on another connection if the pool had kept a dead one."""
         try:
             return await retrying(
-                functools.partial(self._execute, statement, parameters), tries=TRIES, when=_is_worth_another
+                functools.partial(self._execute, statement, parameters), tries=TRIES, when=is_worth_another
             )
+        except (SQLAlchemyError, OSError) as error:
+            await self._database.explain(error)
+            raise
+
+    async def execute_once(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """Execute a statement that the caller repeats, if that :func:`is_worth_another` try."""
+        try:
+            return await self._execute(statement, parameters)
         except (SQLAlchemyError, OSError) as error:
             await self._database.explain(error)
             raise
@@ -441,7 +449,7 @@ class HeldConnection:
         await give_back(connection)
 
 
-def _is_worth_another(error: BaseException) -> bool:
+def is_worth_another(error: BaseException) -> bool:
     """Return whether a statement that failed on one connection may succeed on another."""
     return (
         isinstance(error, ConnectionError)

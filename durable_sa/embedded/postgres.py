@@ -37,6 +37,7 @@ __all__ = ["EmbeddedServer", "server", "temporary_server"]
 StopMode = Literal["smart", "fast", "immediate"]
 
 _START_SECONDS = 60
+_STOP_SECONDS = 60
 _SOCKET_PATH_BYTES = 100  # of 104 on macOS and 108 on Linux
 
 _REMOVE = """
@@ -181,9 +182,21 @@ class EmbeddedServer:
         """Stop the server and wait for its end; does nothing if it is not running.
 
         `smart` waits for clients to leave, `fast` disconnects them, `immediate` leaves recovery to the next start.
+        After a minute the server is killed, which leaves recovery to the next start as well.
+
+        Raises:
+            InvalidConfiguration: clients stay for a minute in a `smart` stop. The message has the end of the log.
         """
         if self._postmaster() is not None:
-            self._binaries.run("pg_ctl", "stop", "-w", "-D", str(self.data_dir), "-m", mode)
+            try:
+                self._binaries.run(
+                    *("pg_ctl", "stop", "-w", "-t", str(_STOP_SECONDS), "-D", str(self.data_dir), "-m", mode)
+                )
+            except subprocess.CalledProcessError:
+                # The server may have ended by itself before pg_ctl looked for it.
+                if mode == "smart" and self._postmaster() is not None:
+                    raise self._failure("does not stop, as it has clients") from None
+                self.kill()
             if self._socket_dir != str(self.data_dir):
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
         self._forget()

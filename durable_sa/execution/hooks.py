@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import (
@@ -15,12 +16,19 @@ from contextlib import (
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import InvalidState
+from ..ids import plain
+from ..results import TaskEnded, TaskErrorInfo, TaskStatus
+from ..serialization.codec import UNTYPED
+from ..serialization.failures import stored_failure
+
+logger = logging.getLogger("durable_sa")
 
 T = TypeVar("T")
 
 OnSpawn: TypeAlias = Callable[[Any], None]
 AroundTask: TypeAlias = Callable[[Any], AbstractAsyncContextManager[object]]
 OnAdminAction: TypeAlias = Callable[[str, str, Sequence[uuid.UUID]], None]
+OnFailed: TypeAlias = Callable[[TaskEnded], None]
 AroundStep: TypeAlias = Callable[[Any, str], AbstractContextManager[object]]
 
 
@@ -31,6 +39,27 @@ class HookChain(NamedTuple):
     around_task: tuple[AroundTask, ...] = ()
     around_step: tuple[AroundStep, ...] = ()
     on_admin_action: tuple[OnAdminAction, ...] = ()
+    on_failed: tuple[OnFailed, ...] = ()
+
+
+def task_failed(
+    hooks: Iterable[OnFailed], task_id: uuid.UUID, task_name: str, queue_name: str, params: str | None, error: str
+) -> None:
+    """Call the hooks of a final failure, whose params and error are JSON texts, and log the errors of the hooks."""
+    for hook in hooks:
+        try:
+            hook(
+                TaskEnded(
+                    plain(task_id),
+                    task_name,
+                    queue_name,
+                    None if params is None else UNTYPED.decode(params, f"the params of task {task_id}"),
+                    TaskStatus.FAILED,
+                    TaskErrorInfo(*stored_failure(error, f"the error of task {task_id}")),
+                )
+            )
+        except Exception as raised:
+            logger.error("the hook on_failed has failed for task %s", task_id, exc_info=raised)
 
 
 async def around_task(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from typing import NamedTuple
 
@@ -26,12 +26,17 @@ class Entry(NamedTuple):
 class Journal:
     """The checkpoints of one task. Each is handed out once, because each call of a task has a key of its own."""
 
-    __slots__ = ("_asked", "_entries", "_first_keys", "_passed", "_unseen_waits", "_unused", "_waits")
+    __slots__ = ("_asked", "_entries", "_first_keys", "_passed", "_racing", "_unseen_waits", "_unused", "_waits")
 
     def __init__(
-        self, entries: dict[uuid.UUID, Entry] | None = None, waits: Iterable[tuple[uuid.UUID, datetime | None]] = ()
+        self,
+        entries: dict[uuid.UUID, Entry] | None = None,
+        waits: Iterable[tuple[uuid.UUID, datetime | None]] = (),
+        racing: Collection[uuid.UUID] = (),
     ) -> None:
+        """Keep the checkpoints by key, the stored waits with their deadlines, and the keys of those in races."""
         self._entries = entries or {}
+        self._racing = racing
         self._waits = dict(waits)
         self._unseen_waits = set(self._waits)
         self._unused: Counter[tuple[str, str]] | None = None
@@ -89,6 +94,10 @@ class Journal:
         """Return whether a wait is stored, and the time at which it ends; None if it has no time limit."""
         self._unseen_waits.discard(key)
         return key in self._waits, self._waits.get(key)
+
+    def receives(self, key: uuid.UUID) -> bool:
+        """Return whether a wait is stored by which a message is received as soon as it is sent."""
+        return key in self._waits and key not in self._racing
 
     @property
     def used_up(self) -> bool:

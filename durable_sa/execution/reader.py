@@ -12,7 +12,7 @@ from sqlalchemy import Executable, Row
 from ..database.batches import Batch, always
 from ..database.channel import DedicatedConnection
 from ..database_errors import retrying
-from ..statements import checkpoints, claiming, waits
+from ..statements import checkpoints, claiming, messages, waits
 from .waits import Stored
 
 
@@ -45,15 +45,27 @@ class Reader:
         self.ownership: Batch[tuple[uuid.UUID, int], str | None] = Batch(always(self._ownership))
         """The state of a task whose fence is no longer the given one; None while it is."""
         self._checkpoints: Batch[tuple[uuid.UUID, uuid.UUID], Stored | None] = Batch(always(self._read_checkpoints))
+        self.receiver: Batch[uuid.UUID, tuple[str, str | None] | None] = Batch(always(self._receivers))
+        """The state and the outcome of a task to which a message could not be sent; None if there is no such task."""
+        self.with_message: Batch[tuple[uuid.UUID, str], bool] = Batch(always(self._with_message))
+        """True if there is a message to a task of a topic."""
         self._resolve: Batch[uuid.UUID, None] = Batch(always(self._resolve_waits))
+        self._deliver: Batch[uuid.UUID, None] = Batch(always(self._deliver_messages))
 
     async def checkpoint(self, task_id: uuid.UUID, key: uuid.UUID) -> str | None:
         """Return the value of a checkpoint that was not loaded with the journal."""
         stored = await self._checkpoints((task_id, key))
         return stored.value if stored is not None else None
 
-    async def resolved(self, task_id: uuid.UUID, keys: Sequence[uuid.UUID]) -> dict[uuid.UUID, Stored]:
-        """Resolve the waits of a task that are over, and return those of `keys` that are."""
+    async def resolved(
+        self, task_id: uuid.UUID, keys: Sequence[uuid.UUID], *, messages: bool
+    ) -> dict[uuid.UUID, Stored]:
+        """Resolve the waits of a task that are over, and return those of `keys` that are.
+
+        `messages` says that some of the waits are for messages.
+        """
+        if messages:
+            await self._deliver(task_id)
         await self._resolve(task_id)
         found = await asyncio.gather(*(self._checkpoints((task_id, key)) for key in keys))
         return {key: stored for key, stored in zip(keys, found, strict=True) if stored is not None}
@@ -93,6 +105,25 @@ class Reader:
         )
         found = {(row.task_id, row.key): Stored(row.status, row.value, row.child_task_id) for row in rows}
         return [found.get(item) for item in items]
+
+    async def _receivers(self, task_ids: list[uuid.UUID]) -> list[tuple[str, str | None] | None]:
+        rows = await self.execute(messages.RECEIVER_STATES, {"task_ids": task_ids})
+        found = {row.task_id: (row.state, row.outcome) for row in rows}
+        return [found.get(task_id) for task_id in task_ids]
+
+    async def was_sent(self, receiver_id: uuid.UUID, message_id: uuid.UUID) -> bool:
+        """Return whether a message was sent before."""
+        parameters = {"receiver_ids": [receiver_id], "message_ids": [message_id]}
+        return bool(await self.execute(messages.SENT, parameters))
+
+    async def _with_message(self, items: list[tuple[uuid.UUID, str]]) -> list[bool]:
+        parameters = {"task_ids": [task_id for task_id, _ in items], "topics": [topic for _, topic in items]}
+        found = {(row.task_id, row.topic) for row in await self.execute(messages.WITH_MESSAGE, parameters)}
+        return [item in found for item in items]
+
+    async def _deliver_messages(self, task_ids: list[uuid.UUID]) -> list[None]:
+        await self.execute(messages.DELIVER, {"task_ids": sorted(set(task_ids))})
+        return [None] * len(task_ids)
 
     async def _resolve_waits(self, task_ids: list[uuid.UUID]) -> list[None]:
         await self.execute(waits.RESOLVE, {"task_ids": sorted(set(task_ids))})

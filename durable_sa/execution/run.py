@@ -9,7 +9,7 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +26,7 @@ from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
 from .lines import Lines
+from .publishing import Publications
 from .timeouts import AttemptLimit
 from .waits import PendingWait, Stored, WaitSpec
 from .writes import Kind, Values, Write
@@ -65,6 +66,7 @@ class Run:
         """Calls of the context that have not been awaited yet, each with its coroutine."""
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
         self.lines = Lines()
+        self._publications: Publications | None = None
         self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
@@ -132,7 +134,9 @@ class Run:
             if not root.cancelled():
                 root.exception()
             return
-        if any(task is not root for task in self.branches.tasks):
+        if any(task is not root for task in self.branches.tasks) or (
+            self._publications is not None and self._publications.pending
+        ):
             self.signal = Suspended()
             self.host.start_task(self._unwind("ended", root), "durable:unwind")
         else:
@@ -147,6 +151,11 @@ class Run:
         if abandoned:
             self.warn("does not end when it is cancelled; %d of its coroutines are left behind", len(abandoned))
             self.host.left_behind(self.claimed, abandoned, lost=isinstance(self.signal, LeaseLost))
+        if self._publications is not None:
+            if reason == "lost":
+                self._publications.drop()
+            # The outcome comes last, because it ends the fence.
+            await self._publications.flush()
         if root is not None:
             self._end(root)
             return
@@ -229,6 +238,23 @@ class Run:
         """Note the error of a wait, for its record to be deleted if the error fails the run. Returns the error."""
         self._timeouts.append((key, error, asyncio.current_task()))
         return error
+
+    def keep_timeouts(self, keys: Collection[uuid.UUID]) -> None:
+        """Keep the records of waits that have timed out, whatever fails the run: a race is decided once."""
+        self._timeouts = [timeout for timeout in self._timeouts if timeout[0] not in keys]
+
+    def hold_back(self, keys: Collection[uuid.UUID], *, stored: bool) -> None:
+        """Take the waits of these keys for stored, or for not stored, so that they are not stored, or are.
+
+        While a race is being recorded, whose statement deletes the waits of the losers, no other may store them.
+        """
+        for wait in self.pending.values():
+            if wait.key in keys:
+                wait.registered = stored
+
+    def is_parked(self, key: uuid.UUID) -> bool:
+        """Return whether code of the run is blocked on the wait of this key."""
+        return any(wait.key == key for wait in self.pending.values())
 
     def _failing_timeouts(self, error: BaseException) -> list[uuid.UUID]:
         """Return the keys of the waits that have failed the run, which the next attempt is to wait for anew.
@@ -329,6 +355,19 @@ class Run:
         self.host.writer.submit(Write(kind, claimed.task_id, claimed.fence, on_written, values, key, waits, size))
         return await future
 
+    def publish(self, name: str, text: str) -> None:
+        """Have a value of the task written, unless the calling branch repeats what an earlier run has done."""
+        if not (self.branch().live or self.journal.used_up):
+            return
+        if self._publications is None:
+            self._publications = Publications(
+                self.claimed,
+                self.host.writer,
+                on_lost=lambda: self.take_away(LeaseLost()),
+                warn=self.warn,
+            )
+        self._publications.publish(name, text)
+
     async def fetch(self, entry: Entry, key: uuid.UUID) -> Entry:
         """Return a checkpoint with its value, which was too large to load with the others."""
         with self.branches.busy():
@@ -406,9 +445,15 @@ class Run:
             elif wait.due_at is not None and wait.due_at <= now:
                 _resolve(wait, Stored("completed", None))
         if others:
-            stored = await self.host.reader.resolved(self.claimed.task_id, list(others))
+            messages = any(wait.kind == "message" for wait in others.values())
+            stored = await self.host.reader.resolved(self.claimed.task_id, list(others), messages=messages)
             for key, entry in stored.items():
                 _resolve(others[key], entry)
+            for wait in others.values():
+                if wait.kind != "race message" or wait.future.done():
+                    continue
+                if await self.host.reader.with_message((self.claimed.task_id, wait.name)):
+                    _resolve(wait, Stored("available", None))
         if self._going_on() and self.pending:
             if self._poll_timer is not None:
                 self._poll_timer.cancel()

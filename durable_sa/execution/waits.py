@@ -15,6 +15,8 @@ logger = logging.getLogger("durable_sa")
 _MAX_WARNED = 1000
 _warned: set[str] = set()
 """Names of events whose waiters in another queue were logged."""
+MESSAGE_WAITS = frozenset({"message", "race message"})
+"""Kinds of waits for a message: one that receives it, and one in a race, which only wakes the task."""
 
 
 class Stored(NamedTuple):

@@ -41,6 +41,7 @@ from .writes import (
     COUNTED,
     ENDING,
     KEYED,
+    REFUSABLE,
     Kind,
     Write,
     escape,
@@ -302,8 +303,9 @@ class Writer:
         if held and keyed:
             held = await self._without_stored(channel, held)
         for write in held:
-            if write.kind is Kind.CHILD and write.refusals > 1:
-                # No lock was in its way, so the child's idempotency key is taken, or its queue does not exist.
+            if write.kind in REFUSABLE and write.refusals > 1:
+                # No lock was in its way, so the child's idempotency key is taken, or its queue or the receiver of the
+                # message does not exist.
                 write.settle(Stored("refused", None))
             else:
                 self._delay(write)

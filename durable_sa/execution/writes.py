@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
-from ..statements import checkpoints, outcomes, suspending
+from ..statements import checkpoints, messages, outcomes, suspending, values
 from ..statements.expressions import arrays
 from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -26,18 +26,25 @@ class Kind(Enum):
     CHECKPOINT = "checkpoint"
     CHILD = "child"
     EVENT = "event"
+    MESSAGE = "message"
+    RECEIPT = "receipt"
+    PUBLICATION = "publication"
     WAITS = "waits"
+    RACE = "race"
     SUSPENSION = "suspension"
     FAILURE = "failure"
     RELEASE = "release"
     COMPLETION = "completion"
 
 
-CONTENDED = frozenset({Kind.CHILD, Kind.EVENT})
+CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""
 
-KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT})
+KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT, Kind.RACE})
 """Kinds that are stored under a key, once."""
+
+REFUSABLE = frozenset({Kind.CHILD, Kind.MESSAGE})
+"""Kinds that the database may refuse: the queue of a child does not exist, the receiver of a message has ended."""
 
 ENDING = frozenset({Kind.SUSPENSION, Kind.FAILURE, Kind.RELEASE, Kind.COMPLETION})
 """Kinds that end a run, and give back its slot."""
@@ -75,6 +82,37 @@ class EventValues(NamedTuple):
     metadata: str | None
 
 
+class MessageValues(NamedTuple):
+    """A message, and the checkpoint of its sending."""
+
+    checkpoint: CheckpointValues
+    message_id: uuid.UUID
+    receiver_id: uuid.UUID
+    topic: str
+    payload: str
+    idempotency_key: str | None
+
+
+class ReceiptValues(NamedTuple):
+    topic: str
+    """The topic of which the next message is received, if there is one."""
+
+
+class RaceValues(NamedTuple):
+    """The checkpoint of a race, which names the winner, and the keys of the calls that take part."""
+
+    checkpoint: CheckpointValues
+    winner_key: uuid.UUID
+    topic: str | None
+    """The topic of which the winner receives the next message; None for another wait."""
+    loser_keys: Sequence[uuid.UUID]
+
+
+class PublicationValues(NamedTuple):
+    published: Mapping[str, str]
+    """JSON texts by the names of values."""
+
+
 class SuspensionValues(NamedTuple):
     waited: bool
     """True if waits of the task may be stored, which the statement deletes."""
@@ -107,6 +145,10 @@ Values: TypeAlias = (
     CheckpointValues
     | ChildValues
     | EventValues
+    | MessageValues
+    | ReceiptValues
+    | RaceValues
+    | PublicationValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -154,20 +196,22 @@ def escape(write: Write) -> bool:
     JSON with escapes means the same, and a database of any encoding takes it. A failure is no such write, because its
     texts are read by SQL, which fails at such an escape.
     """
-    values: Any = write.values
-    escaped: Any = values
-    match values:
+    present: Any = write.values
+    escaped: Any = present
+    match present:
         case CheckpointValues(value=str(text)):
-            escaped = values._replace(value=in_ascii(text))
-        case EventValues(payload=text):
-            escaped = values._replace(payload=in_ascii(text))
+            escaped = present._replace(value=in_ascii(text))
+        case EventValues(payload=text) | MessageValues(payload=text):
+            escaped = present._replace(payload=in_ascii(text))
+        case PublicationValues(published):
+            escaped = PublicationValues({name: in_ascii(text) for name, text in published.items()})
         case CompletionValues(output=text):
-            escaped = values._replace(output=in_ascii(text))
+            escaped = present._replace(output=in_ascii(text))
         case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
-            escaped = values._replace(spawn=(*spawn[:_PARAMS], in_ascii(spawn[_PARAMS]), *spawn[_PARAMS + 1 :]))
+            escaped = present._replace(spawn=(*spawn[:_PARAMS], in_ascii(spawn[_PARAMS]), *spawn[_PARAMS + 1 :]))
         case _:
             pass
-    if escaped == values:
+    if escaped == present:
         return False
     write.values = escaped
     return True
@@ -205,6 +249,32 @@ def _events(writes: list[Write[EventValues]]) -> tuple[Executable, dict[str, Any
     names = [*checkpoints.CHECKPOINT_COLUMNS, "event_names", "payloads", "metadata"]
     rows = [(write.task_id, write.fence, write.key, *write.values.checkpoint, *write.values[1:]) for write in writes]
     return checkpoints.RECORD_EVENTS, arrays(names, rows)
+
+
+def _messages(writes: list[Write[MessageValues]]) -> tuple[Executable, dict[str, Any]]:
+    names = [*checkpoints.CHECKPOINT_COLUMNS, *messages.MESSAGE_COLUMNS]
+    rows = [(write.task_id, write.fence, write.key, *write.values.checkpoint, *write.values[1:]) for write in writes]
+    return messages.RECORD_MESSAGES, arrays(names, rows)
+
+
+def _receipts(writes: list[Write[ReceiptValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, write.fence, write.key, write.values.topic) for write in writes]
+    return messages.RECEIVE, arrays(messages.RECEIVE_COLUMNS, rows)
+
+
+def _races(writes: list[Write[RaceValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [
+        (write.task_id, write.fence, write.key, *write.values.checkpoint, write.values.winner_key, write.values.topic)
+        for write in writes
+    ]
+    losers = [(write.task_id, write.key, key) for write in writes for key in write.values.loser_keys]
+    return messages.RECORD_RACE, arrays(messages.RACE_COLUMNS, rows) | arrays(messages.LOSER_COLUMNS, losers)
+
+
+def _publications(writes: list[Write[PublicationValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows = [(write.task_id, *item) for write in writes for item in write.values.published.items()]
+    fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
+    return values.PUBLISH, fenced | arrays(values.VALUE_COLUMNS, rows)
 
 
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
@@ -258,6 +328,10 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.CHECKPOINT: _checkpoints,
     Kind.CHILD: _children,
     Kind.EVENT: _events,
+    Kind.MESSAGE: _messages,
+    Kind.RECEIPT: _receipts,
+    Kind.RACE: _races,
+    Kind.PUBLICATION: _publications,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
@@ -291,9 +365,10 @@ def statement_of_many(kind: Kind, writes: list[Write]) -> tuple[Executable, dict
 
 def identify(write: Write) -> Hashable:
     """Return the key of a write in :func:`results`."""
-    if write.kind in (Kind.CHECKPOINT, Kind.EVENT):
-        return write.task_id, write.key
-    return write.values.checkpoint.child_task_id if write.kind is Kind.CHILD else write.task_id
+    if write.kind is Kind.CHILD:
+        child: Hashable = write.values.checkpoint.child_task_id
+        return child
+    return (write.task_id, write.key) if write.kind in KEYED else write.task_id
 
 
 def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
@@ -307,6 +382,12 @@ def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
             return dict.fromkeys(row.child_task_id for row in rows)
         case Kind.EVENT:
             return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
+        case Kind.MESSAGE:
+            return {(row.task_id, row.key): None for row in rows}
+        case Kind.RACE:
+            return {(row.task_id, row.key): Stored("won" if row.found else "none", row.value) for row in rows}
+        case Kind.RECEIPT:
+            return {(row.task_id, row.key): Stored("completed" if row.found else "none", row.value) for row in rows}
         case Kind.WAITS:
             groups: dict[Hashable, list[Row[Any]]] = {}
             for row in rows:

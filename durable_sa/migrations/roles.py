@@ -1,7 +1,8 @@
 """The least privileges on durable's tables for each kind of process, and the SQL that grants them.
 
-Migrations are run by the owner of the tables. These privileges are complete: clients generate the ids, so there are no
-sequences; there are no functions; and NOTIFY and LISTEN need no privileges.
+Migrations are run by the owner of the tables. These privileges are complete: clients generate the ids, and the one
+sequence is that of an identity column, which needs none; there are no functions; and NOTIFY and LISTEN need no
+privileges.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ PRODUCER: Final = {
     "queues": "SELECT",
     "tasks": "SELECT, INSERT, UPDATE, DELETE",  # DELETE takes back a batch in which one spawn is refused
     "runs": "INSERT",
-    "checkpoints": "INSERT",
+    "checkpoints": "SELECT, INSERT",  # SELECT finds a message that was received before its sender had an answer
     "waits": "SELECT, DELETE",
     "events": "SELECT, INSERT",
+    "messages": "SELECT, INSERT",
+    "task_values": "SELECT",
     "limit_arrivals": "INSERT",
 }
-"""Privileges of an application that spawns, emits, cancels and reads results."""
+"""Privileges of an application that spawns, emits, sends, cancels and reads results."""
 
 WORKER: Final = {
     "queues": "SELECT, UPDATE",  # UPDATE has a queue claimed by limit keys, when the first task has one
@@ -31,6 +34,8 @@ WORKER: Final = {
     "checkpoints": "SELECT, INSERT, DELETE",
     "waits": "SELECT, INSERT, UPDATE, DELETE",  # UPDATE is needed to skip locked rows
     "events": "SELECT, INSERT, UPDATE, DELETE",
+    "messages": "SELECT, INSERT, UPDATE, DELETE",
+    "task_values": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
     "ended_workers": "SELECT, INSERT, DELETE",

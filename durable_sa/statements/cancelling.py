@@ -28,6 +28,7 @@ from sqlalchemy.sql.selectable import CTE, FromClause
 from ..models import Checkpoint, Queue, TaskRow, Wait
 from .expressions import array, clamped_limit, clock, constant, next_fence, rows
 from .fencing import ENDING, LIMIT_COLUMNS, give_back, materialized
+from .follow_ups import ending
 from .outcomes import delete_unlocked_waits, record_attempts
 from .spawning import arrivals
 
@@ -55,7 +56,7 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
         waits = delete_unlocked_waits(locked)
     else:
         waits = delete(Wait).where(Wait.task_id == locked.c.task_id).cte("waits_gone")
-    cancelled = (
+    return ending(
         update(TaskRow)
         .where(TaskRow.task_id == locked.c.task_id)
         .values(
@@ -66,20 +67,18 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
             cancelled_by=cancelled_by,
             fence=next_fence(TaskRow.fence),
             slot=null(),
-        )
-        .returning(
+        ),
+        (
             TaskRow.task_id,
             TaskRow.parent_task_id,
             locked.c.state.label("was"),
             TaskRow.queue_name,
             locked.c.limit_key,
             locked.c.slot,
-        )
-        .cte("cancelled")
-    )
-    given_back = give_back(cancelled, returned=cancelled.c.slot.is_not(None))
-    return select(cancelled.c.task_id, cancelled.c.parent_task_id, cancelled.c.was, cancelled.c.slot).add_cte(
-        ended, waits, given_back
+        ),
+        ended,
+        waits,
+        after=lambda cancelled: (give_back(cancelled, returned=cancelled.c.slot.is_not(None)),),
     )
 
 

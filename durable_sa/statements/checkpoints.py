@@ -238,5 +238,7 @@ LOAD_CHECKPOINTS = select(
 A lateral join reads task by task, because without statistics the planner reads the whole table for many ids at once.
 """
 
-LOAD_WAITS = select(Wait.task_id, Wait.key, Wait.due_at).where(Wait.task_id == func.any(array("task_ids", Uuid())))
+LOAD_WAITS = select(Wait.task_id, Wait.key, Wait.due_at, Wait.kind).where(
+    Wait.task_id == func.any(array("task_ids", Uuid()))
+)
 """Read the unresolved waits of resumed tasks. Their deadlines are those set when they were stored."""

@@ -30,8 +30,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import aliased
 
-from ..models import Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait, WorkerRow
+from ..models import Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait, WorkerRow
 from .expressions import clamped_time, clock, constant, interval, long_steps
+from .waits import for_messages
 
 _moment_ago = clock() - interval(bindparam("grace", type_=Float(53)))
 _wanted = bindparam("wanted", type_=Integer())
@@ -71,16 +72,23 @@ UNCLAIMED = (
 )
 """Due tasks that no worker has claimed, and whether any worker serves their queue."""
 
+_has_message = for_messages(Wait.kind) & exists().where(
+    Message.task_id == Wait.task_id,
+    Message.topic == Wait.name,
+    Message.received_at.is_(None),
+    Message.sent_at < _moment_ago,
+)
 _child = aliased(TaskRow, name="child")
 STUCK_WAITS = (
     select(
         Wait.task_id,
         Wait.kind,
-        func.coalesce(Wait.event_name, func.cast(Wait.child_task_id, Text())).label("awaited"),
+        func.coalesce(Wait.event_name, func.cast(Wait.child_task_id, Text()), Wait.name).label("awaited"),
         case(
             (Event.name.is_not(None), constant("the event was emitted")),
             (_child.finished_at.is_not(None), constant("the child has ended")),
             ((Wait.kind == constant("join")) & _child.task_id.is_(None), constant("there is no such child")),
+            (_has_message, constant("a message was sent")),
             else_=constant("its timeout is over"),
         ).label("reason"),
         _age(Wait.created_at).label("waiting_seconds"),
@@ -95,6 +103,7 @@ STUCK_WAITS = (
             _child.finished_at < _moment_ago,
             (Wait.kind == constant("join")) & _child.task_id.is_(None),
             Wait.due_at < _moment_ago,
+            _has_message,
         ),
         ~_paused,
     )
@@ -241,6 +250,16 @@ ORPHANS = union_all(
         "run of a task that does not exist",
         RunRow.task_id,
         select(RunRow).where(~exists().where(TaskRow.task_id == RunRow.task_id)),
+    ),
+    _orphan(
+        "message to a task that does not exist",
+        Message.task_id,
+        select(Message).where(~exists().where(TaskRow.task_id == Message.task_id), Message.sent_at < _moment_ago),
+    ),
+    _orphan(
+        "value of a task that does not exist",
+        TaskValueRow.task_id,
+        select(TaskValueRow).where(~exists().where(TaskRow.task_id == TaskValueRow.task_id)),
     ),
     _orphan(
         "event of a queue that does not exist",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, DateTime, Select, Uuid, case, cast, null, or_, select, true
+from sqlalchemy import BigInteger, ColumnElement, DateTime, Uuid, case, cast, null, or_, select, true
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.sql.selectable import CTE, FromClause
+from sqlalchemy.sql.selectable import CTE, FromClause, SelectBase
 
 from ..models import LimitArrivalRow, TaskRow
 from .expressions import constant, rows
@@ -19,7 +19,7 @@ ENDING = (TaskRow.task_id, TaskRow.run_id, TaskRow.attempt, TaskRow.state, TaskR
 """Columns of a locked task from which the row of its run is made when the run ends."""
 
 
-def materialized(name: str, query: Select[*tuple[Any, ...]]) -> CTE:
+def materialized(name: str, query: SelectBase) -> CTE:
     """Name a query whose rows are computed once, and which the planner does not merge into the rest of a statement."""
     return query.cte(name).prefix_with("MATERIALIZED", dialect="postgresql")
 

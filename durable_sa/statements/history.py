@@ -41,7 +41,7 @@ RUNS = (
 """The ended attempts of a task, with the labels of their workers."""
 
 _is_try = (Checkpoint.kind == constant("value")) & (Checkpoint.name == constant("$try"))
-_is_public = or_(_is_try, Checkpoint.kind == constant("sleep"))
+_is_public = or_(_is_try, Checkpoint.kind == constant("sleep"), Checkpoint.kind == constant("race"))
 
 CHECKPOINTS = (
     select(
@@ -56,7 +56,7 @@ CHECKPOINTS = (
     .where(Checkpoint.task_id == _task_id, Checkpoint.name != constant("$time"))
     .order_by(Checkpoint.created_at)
 )
-"""The checkpoints of a task. The values of sleeps are their ends, and those of tries are their errors."""
+"""The checkpoints of a task. The values of sleeps are their ends, those of tries their errors, of races the winners."""
 
 WAITS = select(
     Wait.kind, Wait.name, Wait.event_name, Wait.child_task_id, Wait.due_at, clamped_time(Wait.created_at)

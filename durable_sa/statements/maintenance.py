@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Text, Uuid, bindparam, cast, exists, func, literal_column, select
 
-from ..models import Event, Schedule, TaskRow, WorkerRow
+from ..models import Event, Message, Schedule, TaskRow, WorkerRow
 from .expressions import clock, constant, statement_time
 
 _fired = (Schedule.paused_at.is_(None), Schedule.backend == constant("worker"))
@@ -20,6 +20,7 @@ NEXT_DUE = select(
     .label("next_expiry_at"),
     exists().where(WorkerRow.lost_at.is_not(None)).label("lost_workers"),
     exists().where(Event.delivered_at.is_(None)).label("undelivered_events"),
+    exists().where(Message.delivered_at.is_(None), Message.sent_at <= statement_time()).label("undelivered_messages"),
     exists().where(*_fired, Schedule.next_tick_at <= statement_time()).label("due_ticks"),
     # Only future ticks: a due schedule that cannot be fired would hide when the next one is due.
     select(func.min(Schedule.next_tick_at))
@@ -28,7 +29,9 @@ NEXT_DUE = select(
     .label("next_tick_at"),
     clock().label("now"),
 )
-"""The next time limit, lease expiry and tick, and whether lost workers, undelivered events or due ticks exist now."""
+"""The next time limit, lease expiry and tick; and whether lost workers, undelivered events or messages, or due ticks
+exist now.
+"""
 
 TRANSACTION_ID = select(cast(func.pg_current_xact_id_if_assigned(), Text()))
 """The id of this transaction; null if it has written nothing."""

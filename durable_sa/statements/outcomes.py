@@ -33,8 +33,21 @@ from sqlalchemy.types import TypeEngine
 from ..models import Checkpoint, RunRow, TaskRow, Wait
 from ..policies import MAX_LOST_WORKERS, SUSPECT_AFTER
 from ..validation import MAX_DURATION
-from .expressions import array, as_json, clock, constant, count_or_ids, interval, length, next_fence, one_row, rows
+from .expressions import (
+    array,
+    as_json,
+    as_text,
+    clock,
+    constant,
+    count_or_ids,
+    interval,
+    length,
+    next_fence,
+    one_row,
+    rows,
+)
 from .fencing import LIMIT_COLUMNS, give_back, is_in, locked_rows, materialized
+from .follow_ups import ending
 
 
 def record_attempts(locked: FromClause, state: ColumnElement[str], error: ColumnElement[Any]) -> CTE:
@@ -195,29 +208,31 @@ def _fail(*, limited: bool) -> Executable:
             fence=TaskRow.fence + constant(1),
             **(_kept_slot(locked, again, next_time) if limited else {}),
         )
-        .returning(
-            TaskRow.task_id,
-            TaskRow.parent_task_id,
-            TaskRow.state,
-            TaskRow.queue_name,
-            TaskRow.priority,
-            TaskRow.available_at,
-            *((locked.c.limit_key, locked.c.slot, locked.c.puts_off) if limited else ()),
-        )
+    )
+    columns: tuple[Any, ...] = (
+        TaskRow.task_id,
+        TaskRow.parent_task_id,
+        TaskRow.state,
+        TaskRow.queue_name,
+        TaskRow.priority,
+        TaskRow.available_at,
     )
     if not limited:
-        return changed.add_cte(ended, forgotten, dropped)
-    row = changed.cte("changed")
-    unfinished = row.c.state != constant("failed")
-    returned = row.c.slot.is_not(None) & ~(unfinished & (row.c.slot == constant("task")))
-    closes = row.c.puts_off & (row.c.limit_key != constant(""))
-    given_back = give_back(
-        row,
-        returned=returned,
-        available_at=case((unfinished, row.c.available_at)),
-        closed_until=case((closes, row.c.available_at)),
-    )
-    return select(row).add_cte(ended, forgotten, dropped, given_back)
+        return ending(changed, columns, ended, forgotten, dropped)
+
+    def given_back(row: CTE) -> tuple[CTE, ...]:
+        unfinished = row.c.state != constant("failed")
+        closes = row.c.puts_off & (row.c.limit_key != constant(""))
+        back = give_back(
+            row,
+            returned=row.c.slot.is_not(None) & ~(unfinished & (row.c.slot == constant("task"))),
+            available_at=case((unfinished, row.c.available_at)),
+            closed_until=case((closes, row.c.available_at)),
+        )
+        return (back,)
+
+    columns = (*columns, locked.c.limit_key, locked.c.slot, locked.c.puts_off)
+    return ending(changed, columns, ended, forgotten, dropped, after=given_back)
 
 
 def _kept_slot(locked: CTE, again: ColumnElement[bool], next_time: ColumnElement[Any]) -> dict[str, Any]:
@@ -331,7 +346,7 @@ _ended = record_attempts(_locked, constant("failed"), _lost)
 _forgotten = delete_unlocked_waits(_locked, _given_up)
 
 _kept = ~_given_up & (_locked.c.slot == constant("task"))
-_taken_over = (
+TAKE_OVER = ending(
     update(TaskRow)
     .where(TaskRow.task_id == _locked.c.task_id)
     .values(
@@ -346,8 +361,8 @@ _taken_over = (
         fence=next_fence(TaskRow.fence),
         slot=case((_kept, _locked.c.slot)),
         resumes_at=case((_kept, clock())),
-    )
-    .returning(
+    ),
+    (
         TaskRow.task_id,
         TaskRow.queue_name,
         TaskRow.task_name,
@@ -356,18 +371,19 @@ _taken_over = (
         TaskRow.parent_task_id,
         TaskRow.state,
         TaskRow.lease_losses,
+        case((_given_up, as_text(TaskRow.params))).label("params"),
+        case((_given_up, as_text(TaskRow.error))).label("error"),
         _locked.c.limit_key,
         (_locked.c.slot.is_not(None) & ~_kept).label("gives_back"),
-    )
-    .cte("taken_over")
-)
-TAKE_OVER = select(_taken_over).add_cte(
+    ),
     _ended,
     _forgotten,
-    give_back(
-        _taken_over,
-        returned=_taken_over.c.gives_back,
-        available_at=case((_taken_over.c.state == constant("pending"), _taken_over.c.available_at)),
+    after=lambda taken_over: (
+        give_back(
+            taken_over,
+            returned=taken_over.c.gives_back,
+            available_at=case((taken_over.c.state == constant("pending"), taken_over.c.available_at)),
+        ),
     ),
 )
 """Take runs over from lost workers: a new attempt, not counted as a failure.

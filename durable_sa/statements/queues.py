@@ -29,7 +29,7 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
-from ..models import RETENTION, Checkpoint, Event, Queue, RunRow, Schedule, TaskRow, Wait
+from ..models import RETENTION, Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait
 from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
 from .fencing import materialized
 
@@ -150,9 +150,11 @@ DELETE_TASKS = (
     .add_cte(
         delete(Checkpoint).where(Checkpoint.task_id == _gone.c.task_id).cte("gone_checkpoints"),
         delete(RunRow).where(RunRow.task_id == _gone.c.task_id).cte("gone_runs"),
+        delete(Message).where(Message.task_id == _gone.c.task_id).cte("gone_messages"),
+        delete(TaskValueRow).where(TaskValueRow.task_id == _gone.c.task_id).cte("gone_values"),
     )
 )
-"""Delete ended tasks with their checkpoints and runs; those with an unfinished ancestor, a child or a waiter stay.
+"""Delete ended tasks with all that belongs to them; those with an unfinished ancestor, a child or a waiter stay.
 
 Fails with 55P03 at once if another transaction has locked a row that belongs to one of them, such as a row of the
 application that refers to it.
@@ -200,6 +202,8 @@ DELETE_QUEUE_TASKS = (
         delete(Checkpoint).where(Checkpoint.task_id == _some.c.task_id).cte("gone_checkpoints"),
         delete(RunRow).where(RunRow.task_id == _some.c.task_id).cte("gone_runs"),
         delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
+        delete(Message).where(Message.task_id == _some.c.task_id).cte("gone_messages"),
+        delete(TaskValueRow).where(TaskValueRow.task_id == _some.c.task_id).cte("gone_values"),
     )
 )
 """Delete a batch of a dropped queue's tasks, with all that belongs to them."""

@@ -67,6 +67,7 @@ SPAWN_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "available_at": DateTime(timezone=True),
     "delay_seconds": Float(53),
     "parent_task_id": Uuid(),
+    "follow_ups": Text(),
     "idempotency_key": Text(),
 }
 """The values of a spawn."""
@@ -131,6 +132,7 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
         "available_at": start_at,
         "cancel_at": start_at + interval(t.max_pending_seconds),
         "parent_task_id": t.parent_task_id,
+        "follow_ups": as_json(t.follow_ups),
         "idempotency_key": t.idempotency_key,
     }
     if "limited" in source.c:
@@ -145,7 +147,7 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
     return insert(TaskRow).from_select(list(values), selected).on_conflict_do_nothing()
 
 
-def _lock_timeout() -> CTE:
+def optional_lock_timeout() -> CTE:
     """Set the lock timeout of one statement, unless the parameter is NULL, when joined to the source of its rows."""
     given = bindparam("lock_timeout", type_=Text())
     setting = case((given.is_not(None), func.pg_catalog.set_config(constant("lock_timeout"), given, true())))
@@ -200,7 +202,7 @@ SPAWN = _spawn_many(
         select(_items.c.position, *(({**_items.c, **_kinds.c})[name] for name in SPAWN_COLUMNS))
         .join_from(_items, _kinds, _items.c.kind == _kinds.c.number)
         .subquery("spawn")
-    ).join(_lock_timeout(), true())
+    ).join(optional_lock_timeout(), true())
 )
 """Enqueue. Returns a row per lane: the number of its tasks, their ids and the earliest time.
 
@@ -266,7 +268,7 @@ A worker starts the task a quarter sooner than after a hint of its own statement
 _limited_spawned = (
     insert_tasks(
         limited_spawnable(numbered_rows("spawn", "position", **LIMITED_SPAWN_COLUMNS))
-        .join(_lock_timeout(), true())
+        .join(optional_lock_timeout(), true())
         .subquery("spawnable")
     )
     .returning(TaskRow.task_id, TaskRow.queue_name, TaskRow.priority, TaskRow.available_at, TaskRow.limit_key)

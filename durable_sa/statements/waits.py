@@ -8,9 +8,11 @@ stored waits. In this order at least one of the two sees the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import (
+    ColumnElement,
     Executable,
     Float,
     Integer,
@@ -28,17 +30,24 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
-from ..models import Checkpoint, Event, Queue, TaskRow, Wait
+from ..models import Checkpoint, Event, Message, Queue, TaskRow, Wait
 from .expressions import array, as_json, as_jsonb, as_text, clamped_time, clock, constant, interval, next_fence, rows
 from .fencing import materialized
 from .spawning import arrivals
 
 _task_ids = array("task_ids", Uuid())
 
-_waiters = materialized(
+
+def for_messages(kind: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    """Test whether a wait is for a message: to receive it, or to wake the task for it to decide a race."""
+    return or_(kind == constant("message"), kind == constant("race message"))
+
+
+waiters = materialized(
     "waiters",
     select(TaskRow.task_id, TaskRow.state)
     .where(TaskRow.task_id == func.any(_task_ids), TaskRow.finished_at.is_(None))
@@ -50,13 +59,20 @@ _in_time = or_(Wait.due_at.is_(None), Wait.due_at > clock())
 _event_came = Event.name.is_not(None) & (or_(_in_time, Event.emitted_at <= Wait.due_at))
 _child_ended = _child.c.finished_at.is_not(None) & (or_(_in_time, _child.c.finished_at <= Wait.due_at))
 _child_missing = (Wait.kind == constant("join")) & _child.c.task_id.is_(None)
-_timed_out = Wait.due_at <= clock()
+# A message that came in time is received, whenever that is done: see `statements.messages`.
+_message_came = for_messages(Wait.kind) & exists().where(
+    Message.task_id == Wait.task_id,
+    Message.topic == Wait.name,
+    Message.received_at.is_(None),
+    Message.sent_at <= Wait.due_at,
+)
+_timed_out = (Wait.due_at <= clock()) & ~_message_came
 _resolved = materialized(
     "resolved",
     select(
         Wait.task_id,
         Wait.key,
-        _waiters.c.state,
+        waiters.c.state,
         case(
             (_event_came, constant("completed")),
             (_child_ended, _child.c.outcome),
@@ -69,7 +85,7 @@ _resolved = materialized(
             (_child_ended, as_text(_child.c.error)),
         ).label("value"),
     )
-    .join(_waiters, _waiters.c.task_id == Wait.task_id)
+    .join(waiters, waiters.c.task_id == Wait.task_id)
     .outerjoin(Event, (Event.queue_name == Wait.queue_name) & (Event.name == Wait.event_name))
     .outerjoin(_child, _child.c.task_id == Wait.child_task_id)
     .where(or_(_event_came, _child_ended, _child_missing, _timed_out)),
@@ -85,7 +101,13 @@ COALESCING_SECONDS = 0.001
 """Delay of a wake-up per remaining wait of the task: without it, a thousand joins would cost a thousand replays."""
 
 
-def _resolve(settled: CTE) -> Executable:
+def resolving(settled: CTE, follow_up: Callable[[CTE], tuple[CTE, ...]] | None = None) -> Executable:
+    """Record the outcomes of waits, delete these, and make sleeping tasks claimable.
+
+    `settled` has the columns task_id, key, status, value and state, and may have the `child_task_id` to record.
+    `follow_up` returns parts of the statement that depend on the records that were written.
+    """
+    child = settled.c.child_task_id if "child_task_id" in settled.c else Wait.child_task_id
     removed = (
         delete(Wait)
         .where(Wait.task_id == settled.c.task_id, Wait.key == settled.c.key)
@@ -94,7 +116,7 @@ def _resolve(settled: CTE) -> Executable:
             Wait.key,
             Wait.kind,
             Wait.name,
-            Wait.child_task_id,
+            child.label("child_task_id"),
             Wait.created_at,
             settled.c.status,
             settled.c.value,
@@ -119,8 +141,11 @@ def _resolve(settled: CTE) -> Executable:
             ),
         )
         .on_conflict_do_nothing()
-        .cte("recorded")
     )
+    if follow_up is None:
+        further: tuple[CTE, ...] = (recorded.cte("recorded"),)
+    else:
+        further = follow_up(recorded.returning(Checkpoint.task_id, Checkpoint.child_task_id).cte("recorded"))
     # The state is that of the row under its lock, because in the statement's snapshot the task may still be running.
     woken_ids = (
         select(removed.c.task_id, func.count().label("count"))
@@ -144,17 +169,17 @@ def _resolve(settled: CTE) -> Executable:
         .cte("woken")
     )
     return select(woken.c.task_id, woken.c.queue_name, woken.c.priority, woken.c.available_at).add_cte(
-        recorded, arrivals(woken)
+        *further, arrivals(woken)
     )
 
 
-RESOLVE = _resolve(_resolved)
+RESOLVE = resolving(_resolved)
 """Resolve these tasks' waits as far as possible, each exactly once, and make the sleeping tasks claimable.
 
 An event or a child's end counts if it came before the wait's deadline, even if it is only seen afterwards.
 """
 
-RESOLVE_FREE = _resolve(_free_waits)
+RESOLVE_FREE = resolving(_free_waits)
 """`RESOLVE` that skips waits locked by other transactions, so that they do not delay the rest of the batch."""
 
 UNRESOLVED = (

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .assertions import assert_spawned, spawned
-    from .contexts import ContextOptions, MemoryContext, MemorySyncContext, Recorded, Slept, SpawnedChild, task_context
+    from .contexts import (
+        ContextOptions,
+        MemoryContext,
+        MemorySyncContext,
+        Recorded,
+        SentMessage,
+        Slept,
+        SpawnedChild,
+        task_context,
+    )
     from .database import TestServer, database_server
     from .idle import run_until_idle
     from .inline import run_spawned
@@ -17,6 +26,7 @@ __all__ = [
     "MemoryContext",
     "MemorySyncContext",
     "Recorded",
+    "SentMessage",
     "Slept",
     "SpawnedChild",
     "TestServer",
@@ -35,6 +45,7 @@ _MODULES = {
     "MemoryContext": "contexts",
     "MemorySyncContext": "contexts",
     "Recorded": "contexts",
+    "SentMessage": "contexts",
     "Slept": "contexts",
     "SpawnedChild": "contexts",
     "TestServer": "database",

@@ -7,7 +7,7 @@ import contextvars
 import queue
 import random
 import uuid
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -22,6 +22,7 @@ from typing_extensions import Unpack
 from ..client import Durable
 from ..context import TaskContext
 from ..context.base import Call
+from ..context.races import Member
 from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
@@ -30,20 +31,21 @@ from ..execution.session_transactions import InThread
 from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
-from ..results import TaskHandle
+from ..results import Race, TaskHandle
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import UNTYPED, codec_for
 from ..statements.claiming import ClaimedRun
 from ..steps import result_codec
 from ..tasks import Task
 from ..validation import timestamp
-from .memory import MemoryRun, Recorded, Slept, SpawnedChild
+from .memory import MemoryRun, Recorded, SentMessage, Slept, SpawnedChild
 
 __all__ = [
     "ContextOptions",
     "MemoryContext",
     "MemorySyncContext",
     "Recorded",
+    "SentMessage",
     "Slept",
     "SpawnedChild",
     "task_context",
@@ -66,6 +68,8 @@ class ContextOptions(TypedDict, total=False):
     run_id: uuid.UUID
     events: Mapping[str, Any]
     """Payloads by the names of events. Those that the task emits are added."""
+    messages: Mapping[str, Sequence[Any]]
+    """Payloads by topic, in the order of receiving. Those that the task sends to itself are added."""
     results: Mapping[str, Any]
     """The results of children, by the name passed to `ctx.spawn`, or else by the name of their task. An exception is
     the error with which the child has failed. A `ChildCancelled` stands for a child that was cancelled, a `TaskTimeout`
@@ -115,8 +119,12 @@ class MemoryContext(TaskContext[Any], _Enterable):
         if events is None:
             given = options.get("events", {}).items()
             events = {name: UNTYPED.encode(payload, f"the payload of event {name!r}") for name, payload in given}
+        messages = {
+            topic: [UNTYPED.encode(payload, f"the message of topic {topic!r}") for payload in payloads]
+            for topic, payloads in options.get("messages", {}).items()
+        }
         self._memory = MemoryRun(
-            claimed, durable.max_payload_bytes, events, options.get("results", {}), self._execute_child
+            claimed, durable.max_payload_bytes, events, messages, options.get("results", {}), self._execute_child
         )
         super().__init__(cast(Run, self._memory), durable, options.get("state"))
         session = options.get("session")
@@ -152,6 +160,7 @@ class MemoryContext(TaskContext[Any], _Enterable):
             queue_name=child.options.get("queue_name") or self.queue_name,
             headers=child.options.get("headers") or {},
             attempt=1,
+            messages={},
             now=self._memory.now(),
         )
         context = MemoryContext(options, self._memory.events)
@@ -200,6 +209,10 @@ class MemoryContext(TaskContext[Any], _Enterable):
             refuse_awaitable(result, f"the result of transaction {call.name!r}")
         return result
 
+    async def _decide(self, call: Call, members: Mapping[str, Member]) -> Race[Any]:
+        waits = {keyword: member.coroutine for keyword, member in members.items()}
+        return await self._memory.decide(call.name, call.key, waits)
+
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""
         return await self._draw("$rand", codec_for(float), self._random.random)
@@ -228,7 +241,7 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
         """The durable calls that the task has made so far."""
         return self._memory.recorded
 
-    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _perform(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         # In another thread, since the test may have an event loop running in this one, which executes its steps.
         bodies: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         outer, self._bodies = self._bodies, bodies
@@ -298,9 +311,10 @@ def task_context(*, sync: bool = False, **options: Unpack[ContextOptions]) -> Me
 
     It does in memory what the engine does with a database, and refuses what the engine would refuse. Steps are run,
     with the retries and timeouts of their decorators; arguments and results pass through JSON. Sleeps, pauses between
-    tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, and a wait for
-    any other event runs into its timeout. A join returns the child's entry in `results`, or else the result of the
-    child's function, called with such a context. `ctx.recorded` has the durable calls that the task has made:
+    tries and timeouts are over at once, and `ctx.now()` is later by as long. Events come from `events`, messages from
+    `messages`, and a wait for any other runs into its timeout. A join returns the child's entry in `results`, or else
+    the result of the child's function, called with such a context. `ctx.recorded` has the durable calls that the task
+    has made:
 
     ```python
     from datetime import UTC, datetime, timedelta

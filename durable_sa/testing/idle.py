@@ -10,10 +10,10 @@ from sqlalchemy import Row, Text, Uuid, cast, exists, func, null, or_, select, u
 from typing_extensions import Unpack
 
 from ..client import Durable
-from ..models import Event, Queue, Schedule, TaskRow, Wait
+from ..models import Event, Message, Queue, Schedule, TaskRow, Wait
 from ..options import WorkerOptions
 from ..statements.expressions import array, clock, constant, interval
-from ..statements.waits import COALESCING_SECONDS
+from ..statements.waits import COALESCING_SECONDS, for_messages
 from ..validation import Duration, seconds
 
 __all__ = ["run_until_idle"]
@@ -53,6 +53,10 @@ BUSY = union_all(
         or_(
             exists().where(Event.queue_name == Wait.queue_name, Event.name == Wait.event_name),
             exists().where(_child.c.task_id == Wait.child_task_id, _child.c.finished_at.is_not(None)),
+            for_messages(Wait.kind)
+            & exists().where(
+                Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)
+            ),
         ),
     ),
     select(cast(null(), Uuid()), Event.name, constant("an undelivered event")).where(

@@ -23,7 +23,7 @@ from ..client.tasks import CASCADE_BATCH
 from ..concurrency.threads import in_event_loop
 from ..database.scripts import Script, SessionOrConnection
 from ..errors import InvalidConfiguration, TaskNotRegistered
-from ..execution.hooks import around_task
+from ..execution.hooks import around_task, task_failed
 from ..execution.journal import Entry
 from ..execution.waits import PendingWait
 from ..models import SCHEMA, TaskRow
@@ -32,9 +32,11 @@ from ..serialization.failures import encode_error, is_retryable, put_off, with_m
 from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
+from ..statements.follow_ups import ending
 from ..tasks import Task
 from .assertions import SPAWNED, task_info
 from .contexts import MemorySyncContext
+from .inline_messages import next_message
 from .inline_run import (
     InlineContext,
     InlineRun,
@@ -78,7 +80,7 @@ COMPLETE = (
         finished_at=clock(),
     )
 )
-FAIL = (
+FAIL = ending(
     update(TaskRow)
     .where(_target)
     .values(
@@ -87,7 +89,9 @@ FAIL = (
         failures=TaskRow.failures + case((bindparam("put_off", type_=Boolean()), constant(0)), else_=constant(1)),
         error=as_json(bindparam("encoded", type_=Text())),
         finished_at=case((bindparam("final", type_=Boolean()), clock())),
-    )
+        fence=TaskRow.fence + constant(1),
+    ),
+    (TaskRow.task_id,),
 )
 
 
@@ -103,10 +107,10 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
     """Run the tasks that the open transaction has spawned, inside it, and return them as they are then.
 
     With an asynchronous session this is a coroutine. Steps, transactions and retries are those of a worker, the hooks
-    of the client are around them, and subtasks and events are rows of the transaction; `ctx.transaction` works in a
-    savepoint of the session. Sleeps, delays and the pauses between attempts are skipped. The timeout of a wait ends it
-    once nothing else can run; without one, a task that waits for what does not come stays `sleeping`. The test's
-    rollback undoes all of it, and no further connection is opened.
+    of the client are around them, and subtasks, events, messages, values and follow-ups are rows of the transaction;
+    `ctx.transaction` works in a savepoint of the session. Sleeps, delays and the pauses between attempts are skipped.
+    The timeout of a wait ends it once nothing else can run; without one, a task that waits for what does not come stays
+    `sleeping`. The test's rollback undoes all of it, and no further connection is opened.
 
     The tasks run one after the other, `async def` tasks in an event loop of their own if the session is synchronous.
     `ctx.state` is the client's `state`. Without a client, it is the first one of the process that knows the task.
@@ -145,10 +149,10 @@ def returned(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class _Progress:
-    """A task's progress: its records, and the wait for which it is suspended."""
+    """A task's progress: its records, and the waits for which it is suspended."""
 
     records: dict[uuid.UUID, Entry] = field(default_factory=dict[uuid.UUID, Entry])
-    waiting: PendingWait | None = None
+    waiting: tuple[PendingWait, ...] = ()
     timed_out: set[uuid.UUID] = field(default_factory=set[uuid.UUID])
     attempt: int = 0
 
@@ -177,11 +181,13 @@ class _Runner:
         suspended: list[tuple[datetime, PendingWait, Row[Any]]] = []
         for row in rows:
             progress = self._progress.get(row.task_id)
-            wait = None if progress is None else progress.waiting
-            if wait is None or await self._is_over(row, wait):
+            if progress is None or not progress.waiting:
                 return row
-            if wait.due_at is not None:
-                suspended.append((wait.due_at, wait, row))
+            for wait in progress.waiting:
+                if await self._is_over(row, wait):
+                    return row
+                if wait.due_at is not None:
+                    suspended.append((wait.due_at, wait, row))
         if not suspended:
             return None
         _, wait, row = min(suspended, key=lambda item: item[0])
@@ -194,13 +200,15 @@ class _Runner:
         if wait.child_task_id is not None:
             target = await join_target(self._transaction, wait.child_task_id)
             return target is None or target.outcome is not None
+        if wait.kind == "message":
+            return await self._transaction.perform(next_message(row.task_id, wait.name)) is not None
         return False
 
     async def _run(self, row: Row[Any], progress: _Progress) -> None:
         app, task = self._app_of(row.task_name)
-        if progress.waiting is None:
+        if not progress.waiting:
             progress.attempt = row.attempt + 1
-        progress.waiting = None
+        progress.waiting = ()
         await self._transaction.execute(BEGIN, {"target_id": row.task_id, "attempts": progress.attempt})
         now: datetime = (await self._transaction.execute(scheduling.DATABASE_TIME, {}))[0].now
         now = self._now = now if self._now is None else max(now, self._now)
@@ -222,7 +230,10 @@ class _Runner:
         run = InlineRun(claimed, task, app, self._transaction, hooks, progress.records, progress.timed_out)
         context = InlineContext(run, app, getattr(app, "state", None), self._session)
         try:
-            output = await self._execute(context, task, row.params)
+            try:
+                output = await self._execute(context, task, row.params)
+            finally:
+                await run.write_values()
             if run.mismatch is not None:
                 raise run.mismatch
             encoded = task.output_codec.encode(output, f"the output of task {task.name!r}")
@@ -279,9 +290,12 @@ class _Runner:
                 raise AssertionError(
                     f"task {row.task_name!r} was put off {MOST_PUT_OFF} times by RateLimited"
                 ) from error
-        values = {"final": final, "put_off": is_put_off, "encoded": encode_error(error, row.run_id)}
+        encoded = encode_error(error, row.run_id)
+        values = {"final": final, "put_off": is_put_off, "encoded": encoded}
         await self._transaction.execute(FAIL, {"target_id": row.task_id, **values})
         if final:
+            hooks = run.hooks.on_failed
+            task_failed(hooks, row.task_id, row.task_name, row.queue_name, row.params, encoded)
             await self._transaction.perform(_cancel_descendants(row.task_id))
 
     def _app_of(self, name: str) -> tuple[App, Task[Any, Any]]:

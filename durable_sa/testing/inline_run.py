@@ -6,9 +6,8 @@ import asyncio
 import queue
 import random
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Executable, Row, Text, Uuid, bindparam, select
@@ -26,14 +25,24 @@ from ..database.scripts import Script, drive
 from ..errors import TaskTimeout
 from ..execution.hooks import HookChain
 from ..execution.journal import Entry, Journal
+from ..execution.messages import Outgoing
 from ..execution.reader import EmittedEvent, JoinTarget
 from ..execution.run import Run
 from ..execution.session_transactions import InThread
 from ..execution.waits import PendingWait, Stored
-from ..execution.writes import CheckpointValues, ChildValues, EventValues, Kind, Values
+from ..execution.writes import (
+    CheckpointValues,
+    ChildValues,
+    EventValues,
+    Kind,
+    MessageValues,
+    ReceiptValues,
+    Values,
+)
 from ..models import SCHEMA, Event, TaskRow
 from ..options import SpawnOptions
-from ..results import TaskHandle
+from ..results import Race, TaskHandle
+from ..serialization.codec import UNTYPED
 from ..signals import Suspended
 from ..statements import spawning
 from ..statements.claiming import ClaimedRun
@@ -41,6 +50,7 @@ from ..statements.expressions import arrays, as_text
 from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from ..steps import result_codec
 from ..tasks import Task
+from . import inline_messages
 from .assertions import connection_of
 from .contexts import MemoryContext, MemorySyncContext
 from .memory import MemoryRun
@@ -112,14 +122,15 @@ class InlineRun(MemoryRun):
         records: dict[uuid.UUID, Entry],
         timed_out: set[uuid.UUID],
     ) -> None:
-        super().__init__(claimed, app.max_payload_bytes, {}, {}, self._refuse_child)
+        super().__init__(claimed, app.max_payload_bytes, {}, {}, {}, self._refuse_child)
         self.signal: Any = None
         self.mismatch: Any = None
         self.replay: Any = task.replay
         self.hooks = hooks
         self.journal = Journal(dict(records))
-        self.waiting: PendingWait | None = None
-        """The wait for which the task is suspended."""
+        self.waiting: tuple[PendingWait, ...] = ()
+        """The wait for which the task is suspended, or those of a race."""
+        self._unwritten: dict[str, str] = {}
         self._transaction = transaction
         self._records = records
         self._timed_out = timed_out
@@ -153,6 +164,16 @@ class InlineRun(MemoryRun):
                 first = "true" if await self._transaction.perform(script) else "false"
                 self._record(key, checkpoint._replace(value=first))
                 return Stored("completed", first)
+            case MessageValues(checkpoint=checkpoint):
+                if not await self._transaction.perform(inline_messages.send(Outgoing(*values[1:]))):
+                    return Stored("refused", None)
+                self._record(key, checkpoint)
+            case ReceiptValues(topic=topic):
+                text = await self._transaction.perform(inline_messages.receive(self.claimed.task_id, topic))
+                if text is None:
+                    return Stored("none", None)
+                self._record(key, CheckpointValues("message", topic, "completed", text))
+                return Stored("completed", text)
             case _:
                 raise AssertionError(f"a run in memory writes no {kind.value}")
         return None
@@ -162,18 +183,51 @@ class InlineRun(MemoryRun):
 
     async def park(self, wait: PendingWait) -> Stored:
         """End a sleep at once, by letting its time pass; suspend for anything else, until its time has to pass."""
-        due_at = wait.due_at or (None if wait.delay is None else self._now + timedelta(seconds=wait.delay))
-        if due_at is not None and (wait.kind == "sleep" or wait.key in self._timed_out):
+        due_at = self.due(wait)
+        if due_at is not None and (wait.key in self._timed_out or (wait.kind == "sleep" and not self._racing)):
             self.pass_until(due_at)
             if wait.kind == "sleep":
                 return Stored("completed", None)
             stored = CheckpointValues(wait.kind, wait.name, "timeout", None, wait.child_task_id)
             self._record(wait.key, stored)
             return Stored("timeout", None)
-        wait.due_at = due_at
-        self.waiting = wait
-        self.signal = Suspended()
-        raise self.signal
+        if self._racing:
+            return await super().park(wait)
+        raise self._suspend(wait)
+
+    def _suspend(self, *waits: PendingWait) -> Suspended:
+        self.waiting = waits
+        signal = self.signal = Suspended()
+        return signal
+
+    async def decided(self, name: str, key: uuid.UUID, winner: str) -> None:
+        """Record the winner of a race."""
+        self._record(key, CheckpointValues("race", name, "completed", UNTYPED.encode(winner, "the winner of a race")))
+
+    async def undecided(self, name: str, pending: Mapping[str, PendingWait]) -> Race[Any]:
+        """Suspend for the waits of a race."""
+        raise self._suspend(*pending.values())
+
+    def keep_timeouts(self, keys: Collection[uuid.UUID]) -> None:
+        """Keep the records of waits that have timed out, whatever fails the run: a race is decided once."""
+        self.timeouts = [timeout for timeout in self.timeouts if timeout[0] not in keys]
+
+    def publish(self, name: str, text: str) -> None:
+        """Note a value, which is written at the end of the run."""
+        self._unwritten[name] = text
+
+    async def write_values(self) -> None:
+        """Write the values that the run has published."""
+        for name, text in self._unwritten.items():
+            await self._transaction.perform(inline_messages.publish(self.claimed.task_id, name, text))
+
+    async def receiver(self, task_id: uuid.UUID) -> tuple[str, str | None] | None:
+        """Return the state and the outcome of a task to which a message could not be sent."""
+        return await self._transaction.perform(inline_messages.receiver(task_id))
+
+    async def was_sent(self, receiver_id: uuid.UUID, message_id: uuid.UUID) -> bool:
+        """Return False, because `write` has found the message if it was sent before."""
+        return False
 
     def timed_out(self, key: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
         """Note the error of a wait."""
@@ -240,7 +294,7 @@ class InlineSyncContext(MemorySyncContext):
         super().__init__(context)
         self._loop = loop
 
-    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _perform(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async def call() -> T:
             return await make()
 

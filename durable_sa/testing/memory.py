@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import uuid
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -17,9 +17,9 @@ from ..execution.journal import EMPTY_JOURNAL
 from ..execution.lines import Lines
 from ..execution.reader import EmittedEvent, JoinTarget
 from ..execution.waits import PendingWait, Stored
-from ..execution.writes import CheckpointValues, EventValues, Kind, Values
+from ..execution.writes import CheckpointValues, EventValues, Kind, MessageValues, ReceiptValues, Values
 from ..options import SpawnOptions
-from ..results import TaskHandle
+from ..results import Race, TaskHandle
 from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import encode_error
 from ..statements.claiming import ClaimedRun
@@ -48,6 +48,18 @@ class SpawnedChild:
 
 
 @dataclass(frozen=True)
+class SentMessage:
+    """A message that a task has sent."""
+
+    task_id: uuid.UUID
+    """The receiver."""
+    topic: str
+    payload: Any = field(repr=False)
+    """Plain JSON."""
+    idempotency_key: str | None
+
+
+@dataclass(frozen=True)
 class Recorded:
     """The durable calls that a task has made, each kind in its order."""
 
@@ -57,6 +69,17 @@ class Recorded:
     spawned: list[SpawnedChild] = field(default_factory=list[SpawnedChild])
     emitted: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     """Payloads of the events that the task was the first to emit, as plain JSON."""
+    sent: list[SentMessage] = field(default_factory=list[SentMessage])
+    published: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    """The values of the task by name, as plain JSON."""
+
+
+class _WouldWait(BaseException):
+    """Ends a wait of a race that is not over."""
+
+    def __init__(self, wait: PendingWait) -> None:
+        super().__init__()
+        self.wait = wait
 
 
 class _Branches:
@@ -98,12 +121,15 @@ class MemoryRun:
         claimed: ClaimedRun,
         max_payload_bytes: int,
         events: dict[str, str],
+        messages: dict[str, list[str]],
         results: Mapping[str, Any],
         execute: Callable[[SpawnedChild, Task[Any, Any]], Awaitable[Any]],
     ) -> None:
         self.claimed = claimed
         self.max_payload_bytes = max_payload_bytes
         self.events = events
+        self.messages = messages
+        """By topic those that were not received yet."""
         self.recorded = Recorded()
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
         self.unawaited: dict[uuid.UUID, object] = {}
@@ -112,6 +138,8 @@ class MemoryRun:
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self
+        self._racing = False
+        """True while the waits of a race are tried one after the other."""
         self._results = results
         self._execute = execute
         self._now = claimed.now
@@ -149,15 +177,74 @@ class MemoryRun:
                     self.events[name] = values.payload
                     self.recorded.emitted[name] = UNTYPED.decode(values.payload, f"the payload of event {name!r}")
                 return Stored("completed", "true" if first else "false")
+            case MessageValues(receiver_id=receiver_id, topic=topic, payload=text, idempotency_key=sent_key):
+                message = UNTYPED.decode(text, f"the message of topic {topic!r}")
+                if receiver_id == self.claimed.task_id:
+                    self.messages.setdefault(topic, []).append(text)
+                self.recorded.sent.append(SentMessage(receiver_id, topic, message, sent_key))
+            case ReceiptValues(topic=topic):
+                waiting = self.messages.get(topic)
+                return Stored("completed", waiting.pop(0)) if waiting else Stored("none", None)
             case _:
                 pass
         return None
 
+    def publish(self, name: str, text: str) -> None:
+        """Note a value of the task."""
+        self.recorded.published[name] = UNTYPED.decode(text, f"value {name!r}")
+
+    def keep_timeouts(self, keys: Collection[uuid.UUID]) -> None:
+        """Keep all records, as there are none."""
+
+    async def decide(self, name: str, key: uuid.UUID, waits: Mapping[str, Coroutine[Any, Any, Any]]) -> Race[Any]:
+        """Return the first wait of a race that is over; if none is, let something happen that ends one."""
+        pending: dict[str, PendingWait] = {}
+        for keyword, coroutine in waits.items():
+            self._racing = True
+            try:
+                result = await coroutine
+            except _WouldWait as waiting:
+                pending[keyword] = waiting.wait
+                continue
+            except Exception:
+                await self.decided(name, key, keyword)
+                raise
+            finally:
+                self._racing = False
+            await self.decided(name, key, keyword)
+            return Race(keyword, result)
+        return await self.undecided(name, pending)
+
+    async def decided(self, name: str, key: uuid.UUID, winner: str) -> None:
+        """Record nothing, because no replay follows."""
+
+    async def undecided(self, name: str, pending: Mapping[str, PendingWait]) -> Race[Any]:
+        """Let the time of the wait pass that ends first."""
+        due = {keyword: wait.due_at for keyword, wait in pending.items() if wait.due_at is not None}
+        if not due:
+            raise InvalidState(
+                f"race {name!r}", "awaited, and would never end", "Pass task_context() what one of its waits is for."
+            )
+        winner = min(due, key=due.__getitem__)
+        wait = pending[winner]
+        stored = await self.park(wait)
+        if stored.status == "timeout":
+            raise TaskTimeout(f"{wait.kind} {wait.name!r}", wait.delay or 0.0)
+        return Race(winner, None)
+
+    def due(self, wait: PendingWait) -> datetime | None:
+        """Return the time at which a wait ends in any case, which is fixed when this is first asked."""
+        if wait.due_at is None and wait.delay is not None:
+            wait.due_at = self._now + timedelta(seconds=wait.delay)
+        return wait.due_at
+
     async def park(self, wait: PendingWait) -> Stored:
         """End a wait at once, by letting its time pass."""
-        due_at = wait.due_at or (None if wait.delay is None else self._now + timedelta(seconds=wait.delay))
+        due_at = self.due(wait)
+        if self._racing:
+            raise _WouldWait(wait)
         if due_at is None:
-            given = "events" if wait.kind == "event" else "results"
+            given = {"event": "events", "message": "messages"}.get(wait.kind, "results")
             raise InvalidState(
                 f"{wait.kind} {wait.name!r}",
                 "awaited, and would never come",

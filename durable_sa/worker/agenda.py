@@ -28,6 +28,7 @@ class Agenda:
         self._full_scan_timer: asyncio.TimerHandle | None = None
         self._deferred_ended: set[uuid.UUID] = set()
         self._deferred_cascades: set[uuid.UUID] = set()
+        self._deferred_receivers: set[uuid.UUID] = set()
 
         self.claim = asyncio.Event()
         """Set when tasks may be claimable."""
@@ -52,6 +53,10 @@ class Agenda:
         """Failed or cancelled tasks whose descendants are to be cancelled."""
         self.deliver = False
         """Events were emitted, and tasks may wait for them."""
+        self.receivers: set[uuid.UUID] = set()
+        """Tasks that may have a stored wait and a message for it."""
+        self.look_for_messages = False
+        """Messages were sent, and not all of their receivers are known."""
         self.check_runs = False
         """Tasks were cancelled, and some of them may be running here."""
         self.look_at = 0.0
@@ -67,6 +72,11 @@ class Agenda:
             self.claim.set()
         if hint.events:
             self.deliver_events()
+        if hint.receivers:
+            self.deliver_messages(hint.receivers)
+        if hint.messages:
+            self.look_for_messages = True
+            self.maintain.set()
         if hint.cancelled:
             self.check_runs = True
             self.maintain.set()
@@ -136,6 +146,11 @@ class Agenda:
         self.deliver = True
         self.maintain.set()
 
+    def deliver_messages(self, task_ids: Iterable[uuid.UUID]) -> None:
+        """Have messages delivered to these tasks, where they wait for them."""
+        self.receivers.update(task_ids)
+        self.maintain.set()
+
     def look_within(self, seconds: float) -> None:
         """Have the database looked at within so many seconds."""
         self.look_at = min(self.look_at, time.monotonic() + max(0.0, seconds))
@@ -151,8 +166,15 @@ class Agenda:
         self._deferred_cascades.add(task_id)
         self.look_within(seconds)
 
+    def defer_receivers(self, task_ids: Iterable[uuid.UUID], seconds: float) -> None:
+        """Retry at the next look to deliver messages to these tasks: another transaction holds their rows locked."""
+        self._deferred_receivers.update(task_ids)
+        self.look_within(seconds)
+
     def resume_deferred(self) -> None:
         """List deferred work for the retry."""
+        self.receivers |= self._deferred_receivers
+        self._deferred_receivers.clear()
         self.ended |= self._deferred_ended
         self._deferred_ended.clear()
         self.cascades |= self._deferred_cascades

@@ -55,6 +55,6 @@ class Cancellations:
 
     def _follow_up(self, cancelled: Sequence[Row[Any]]) -> None:
         self._agenda.wake_parents(row.task_id for row in cancelled if row.parent_task_id is not None)
-        if any(row.was == "running" or row.slot is not None for row in cancelled):
-            # Those that run here are found by way of the agenda, to which the dispatcher adds the hint.
-            self._dispatcher.announce(Hint(cancelled=True))
+        # Those that run here are found by way of the agenda, to which the dispatcher adds the hint.
+        hint = Hint(cancelled=any(row.was == "running" or row.slot is not None for row in cancelled))
+        self._dispatcher.announce(hint.add_follow_ups(cancelled))

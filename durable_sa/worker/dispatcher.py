@@ -10,11 +10,15 @@ from sqlalchemy import Row
 
 from ..database.hint import Hint
 from ..database.notifier import HintSender
+from ..execution.waits import MESSAGE_WAITS
 from ..execution.writes import Kind, Write
 from .agenda import Agenda
 from .registration import Registration
 from .settings import Settings
 from .slots import Slots
+
+_NOT_TO_RESOLVE = MESSAGE_WAITS | {"sleep"}
+"""Kinds of waits that are over by their time, or by a message, and by nothing else that may have happened before."""
 
 
 class Dispatcher:
@@ -47,17 +51,21 @@ class Dispatcher:
                 if failed:
                     agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
                     agenda.cascade(row.task_id for row in failed)
-                self.announce(Hint().add_rows(row for row in rows if row.state != "failed"))
+                self.announce(Hint().add_rows(row for row in rows if row.state != "failed").add_follow_ups(failed))
             case Kind.SUSPENSION:
-                waiting = {write.task_id for write in writes if any(wait.kind != "sleep" for wait in write.waits)}
-                if waiting:
-                    agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)
+                kinds = {write.task_id: {wait.kind for wait in write.waits} for write in writes}
+                if waiting := {row.task_id for row in rows if kinds[row.task_id] - _NOT_TO_RESOLVE}:
+                    agenda.resolve_waits(waiting)
+                if receiving := {row.task_id for row in rows if kinds[row.task_id] & MESSAGE_WAITS}:
+                    agenda.deliver_messages(receiving)
                 self.announce(Hint().add_rows(rows))
             case Kind.EVENT:
                 agenda.deliver_events()
+            case Kind.MESSAGE:
+                agenda.deliver_messages(row.receiver_id for row in rows)
             case Kind.CHILD | Kind.RELEASE:
                 self.announce(Hint().add_rows(rows))
-            case Kind.CHECKPOINT | Kind.WAITS:
+            case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
                 pass
 
     def announce(self, hint: Hint, *, everywhere: bool = False) -> None:
@@ -73,6 +81,9 @@ class Dispatcher:
         self._agenda.note(hint)
         self._agenda.offered += hint.tasks
         free = self._slots.free
+        if not hint.lanes and (hint.receivers or hint.messages) and not hint.cancelled:
+            # Any worker delivers messages to tasks of any queue.
+            return self._registration.active
         return (
             not hint.cancelled
             and self._registration.active

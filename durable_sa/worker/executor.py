@@ -10,7 +10,7 @@ import logging
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -26,13 +26,14 @@ from ..context.sync import SyncTaskContext, run_in_thread
 from ..current import enter
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
-from ..execution.hooks import around_task
+from ..execution.hooks import around_task, task_failed
 from ..execution.journal import EMPTY_JOURNAL, Entry, Journal
 from ..execution.reader import Reader
 from ..execution.run import Run
 from ..execution.writer import Writer
 from ..logs import FIELDS
 from ..policies import SUSPECT_AFTER
+from ..serialization.failures import encode_error
 from ..serialization.redaction import loggable, message, payload_redactor
 from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints, claiming, waits
@@ -143,12 +144,15 @@ class Executor:
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
         for row in waiting:
             open_waits[row.task_id].append((row.key, row.due_at))
+        racing = {(row.task_id, row.key) for row in waiting if row.kind == "race message"}
         links = {row.task_id: row.carriers for row in wakers}
         for item in claimed:
             reserved = self._slots.runs.get(item.key)
             if reserved is None or reserved.signal is not None or reserved.over:
                 continue
-            self._start(item, Journal(entries[item.task_id], open_waits[item.task_id]), links.get(item.task_id))
+            racing_keys = {key for task_id, key in racing if task_id == item.task_id} if racing else ()
+            journal = Journal(entries[item.task_id], open_waits[item.task_id], racing_keys)
+            self._start(item, journal, links.get(item.task_id))
 
     def _start(self, item: ClaimedRun, journal: Journal, wakers: str | None = None) -> None:
         task = self._app.tasks[item.task_name]
@@ -231,6 +235,8 @@ class Executor:
             self._agenda.claim.set()
         if outcome in ("failed", "retried") and error is not None:
             self._log_failure(claimed, error, final=outcome == "failed")
+            if outcome == "failed" and self.hooks.on_failed:
+                self._call_hooks(claimed, encode_error(error, claimed.run_id))
         elif outcome == "lost":
             if isinstance(error, TaskCancelled):
                 self._log_loss(claimed, "cancelled")
@@ -292,9 +298,14 @@ class Executor:
                     "queue_name": row.queue_name,
                 },
             )
+            if self.hooks.on_failed:
+                self._call_hooks(row, row.error)
         if self.telemetry is not None:
             for row in rows:
                 self.telemetry.ended(row.queue_name, row.task_name, "failed")
+
+    def _call_hooks(self, failed: ClaimedRun | Row[Any], error: str) -> None:
+        task_failed(self.hooks.on_failed, failed.task_id, failed.task_name, failed.queue_name, failed.params, error)
 
     def release(self) -> None:
         """Give all runs back, and those that are started from now on."""
@@ -323,10 +334,11 @@ class Executor:
                 cancelled = states[key] in ("cancelled", None)
                 run.take_away(TaskCancelled() if cancelled else LeaseLost())
 
-    def poll(self) -> None:
-        """Have all runs look whether their waits have been resolved."""
+    def poll(self, task_ids: Collection[uuid.UUID] | None = None) -> None:
+        """Have all runs, or those of these tasks, look whether their waits have been resolved."""
         for run in list(self._slots.runs.values()):
-            run.poll_soon()
+            if task_ids is None or run.claimed.task_id in task_ids:
+                run.poll_soon()
 
     def clock_moved(self, by: timedelta) -> None:
         """Adjust all runs to a change of the database's clock, which only tests make."""

@@ -21,7 +21,7 @@ from ..database.clock import LocalClock
 from ..database.hint import Hint
 from ..database_errors import RetryPauses
 from ..schedules.firing import Firing
-from ..statements import cancelling, limiting, waits
+from ..statements import cancelling, limiting, messages, waits
 from ..statements import maintenance as looking
 from .agenda import Agenda
 from .cancellations import Cancellations
@@ -32,7 +32,7 @@ from .registration import Registration
 from .retention import Retention
 from .suspects import Suspects
 from .takeover import LOST_RUNS_INTERVAL, Takeover
-from .wakeups import BATCH, WakeUps
+from .wakeups import BATCH, UNHINTED_AGE, WakeUps
 
 logger = logging.getLogger("durable_sa")
 
@@ -126,14 +126,19 @@ class Maintenance:
                 agenda.check_runs = False
                 await self._executor.check()
             if agenda.waits:
-                await _do_batch(agenda.waits, self._wakeups.resolve)
+                await do_batch(agenda.waits, self._wakeups.resolve)
             elif agenda.ended:
-                await _do_batch(agenda.ended, self._wakeups.wake_parents)
+                await do_batch(agenda.ended, self._wakeups.wake_parents)
             elif agenda.deliver:
                 agenda.deliver = False
                 await self._wakeups.deliver_events()
+            elif agenda.receivers:
+                await do_batch(agenda.receivers, self._wakeups.deliver_messages)
+            elif agenda.look_for_messages:
+                agenda.look_for_messages = False
+                await self._wakeups.look_for_messages(0.0)
             elif agenda.cascades:
-                await _do_batch(agenda.cascades, self._cancellations.cascade)
+                await do_batch(agenda.cascades, self._cancellations.cascade)
             else:
                 return
 
@@ -149,6 +154,8 @@ class Maintenance:
         now = time.monotonic()
         if look.undelivered_events:
             agenda.deliver = True
+        if look.undelivered_messages:
+            await self._wakeups.look_for_messages(UNHINTED_AGE)
         if _passed(look.next_cancel_at, look.now) and await self._cancellations.cancel_overdue():
             # Only the earliest limit is known; look again for the next.
             agenda.look_within(0.0)
@@ -189,6 +196,11 @@ class Maintenance:
             self.repaired += len(missed)
             logger.info("repaired %d missed wake-ups", len(missed))
             self._agenda.resolve_waits(missed)
+        rows = await self._connection.execute(messages.UNDELIVERED_WAITS, {"age": REPAIR_AGE, "wanted": BATCH})
+        if rows:
+            self.repaired += len(rows)
+            logger.info("repaired %d missed wake-ups by messages", len(rows))
+            self._agenda.deliver_messages(row.task_id for row in rows)
         await self._connection.execute(waits.DELETE_STRAY_WAITS, {"age": REPAIR_AGE})
         await self._takeover.take_orphaned()
         for queue_name in self._agenda.limited.queues:
@@ -197,11 +209,16 @@ class Maintenance:
         self._agenda.cascade(row.task_id for row in left_behind)
 
 
-async def _do_batch(listed: set[uuid.UUID], work: Callable[[list[uuid.UUID]], Awaitable[None]]) -> None:
+async def do_batch(listed: set[uuid.UUID], work: Callable[[list[uuid.UUID]], Awaitable[None]]) -> None:
     """Do a batch of what is listed. If the work fails, the batch stays listed."""
     batch = sorted(listed)[:BATCH]
-    await work(batch)
+    # Before the work, because what is listed meanwhile is to be done once more.
     listed.difference_update(batch)
+    try:
+        await work(batch)
+    except BaseException:
+        listed.update(batch)
+        raise
 
 
 def _passed(moment: datetime | None, now: datetime) -> bool:

@@ -92,7 +92,7 @@ class Takeover:
         self._executor.failed_by_takeover(failed)
         self._agenda.wake_parents(row.task_id for row in failed if row.parent_task_id is not None)
         self._agenda.cascade(row.task_id for row in failed)
-        pending = Hint().add_rows(row for row in rows if row.state == "pending")
+        pending = Hint().add_rows(row for row in rows if row.state == "pending").add_follow_ups(failed)
         # A suspect needs a worker without runs, which this one may not be although it has slots.
         self._dispatcher.announce(pending, everywhere=any(row.lease_losses >= SUSPECT_AFTER for row in rows))
         return len(rows)

@@ -8,13 +8,15 @@ import uuid
 from ..database.channel import DedicatedConnection
 from ..database.hint import Hint
 from ..execution.waits import warn_of_waiters_elsewhere
-from ..statements import waits
+from ..statements import messages, waits
 from .agenda import Agenda
 from .dispatcher import Dispatcher
 from .executor import Executor
 
 BATCH = 500
 DELIVERY_EVENTS = 50
+UNHINTED_AGE = 1.0
+"""Seconds after which messages are looked for whose hints were lost."""
 LOCKED_RETRY_DELAY = 0.1
 """Seconds until tasks whose rows another transaction holds locked are looked at again."""
 LOCKED_PAUSE_RATIO = 4
@@ -50,6 +52,41 @@ class WakeUps:
         if await self._connection.execute(waits.WAITING_FOR, {"task_ids": task_ids}):
             # The transaction that holds a waiter locked may look at the same wait, but as it was before the task ended.
             self._agenda.defer_ended(task_ids, LOCKED_RETRY_DELAY)
+
+    async def deliver_messages(self, task_ids: list[uuid.UUID]) -> None:
+        """Deliver messages to these tasks, where they wait for them."""
+        rows = await self._connection.execute(messages.DELIVER, {"task_ids": task_ids})
+        self._dispatcher.announce(Hint().add_rows(rows))
+        others = sorted(set(task_ids) - {row.task_id for row in rows})
+        if not others:
+            return
+        # They do not wait, or run with a stored wait, or another transaction holds their rows locked.
+        self._executor.poll(others)
+        left = await self._connection.execute(messages.WITH_MAIL, {"task_ids": others})
+        racing = sorted({row.task_id for row in left if row.kind != "message"})
+        if racing:
+            rows = await self._connection.execute(messages.WAKE_RACING, {"task_ids": racing})
+            self._dispatcher.announce(Hint().add_rows(rows))
+        locked = {row.task_id for row in left if row.kind == "message"} - self._agenda.receivers
+        if locked:
+            self._agenda.defer_receivers(locked, LOCKED_RETRY_DELAY)
+
+    async def look_for_messages(self, age: float) -> None:
+        """Deliver messages that are older than `age` seconds and that no worker has delivered, page by page."""
+        passed = 0
+        while True:
+            rows = await self._connection.execute(
+                messages.UNDELIVERED_MAIL, {"age": age, "wanted": BATCH, "passed": passed}
+            )
+            if rows:
+                await self.deliver_messages(sorted({row.task_id for row in rows}))
+                marked = await self._connection.execute(
+                    messages.MARK_MAIL,
+                    {"task_ids": [row.task_id for row in rows], "message_ids": [row.message_id for row in rows]},
+                )
+                passed += len(rows) - len(marked)
+            if len(rows) < BATCH:
+                return
 
     async def deliver_events(self) -> None:
         """Deliver emitted events page by page, passing over those whose waiters are locked."""

@@ -257,12 +257,15 @@ async def test_a_hard_timeout_ends_the_process_and_gives_the_others_back(
     watcher = start(1)
     await workers(durable, 1)
     beside = await spawn(durable, "pause", 3)
-    poisonous = await spawn(durable, name)
+    poisonous = await spawn(Durable(durable.engine, on_failure="alert"), name)
     result = await durable.wait_for_result(poisonous, timeout=30)
     assert result.status is TaskStatus.FAILED
     assert result.error is not None
     assert (result.error.name, result.error.message) == ("TaskTimeout", f"Task {name!r} took longer than 1 s")
     assert await attempts(durable, poisonous) == [("failed", "TaskTimeout")]
+    async with durable.engine.connect() as connection:
+        alerts = text("SELECT params ->> 'task_id' FROM durable.tasks WHERE task_name = 'alert'")
+        assert (await connection.scalars(alerts)).all() == [str(poisonous.task_id)]
     assert (await output(durable, beside))[1] == 2
     assert await attempts(durable, beside) == [("failed", "Released"), ("completed", None)]
     assert await slots_held(durable) == 0

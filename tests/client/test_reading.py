@@ -139,6 +139,42 @@ async def wait_for_ever(ctx: TaskContext) -> None:
 async def nothing() -> None: ...
 
 
+async def test_messages_and_races(durable: Durable) -> None:
+    @durable.task
+    async def talk(ctx: TaskContext) -> None:
+        await ctx.send(ctx.task_id, "note", SECRET)
+        await ctx.receive("note")
+        await ctx.race("first", paid=ctx.receive("paid"), late=ctx.sleep_for("grace", 3600))
+        await ctx.receive("second", timeout=3600)
+
+    async with durable.worker():
+        spawned = await durable.spawn(talk)
+
+        async def waits_for(topic: str) -> bool:
+            return f"message '{topic}'" in ((await durable.get_task(spawned)).waits_for or "")
+
+        await eventually(lambda: waits_for("paid"))
+        [waiting] = [
+            entry for entry in await durable.get_history(spawned) if entry.kind == "message" and entry.name == "paid"
+        ]
+        assert waiting.status == "waiting"
+        await durable.send(spawned, "paid", SECRET)
+        await eventually(lambda: waits_for("second"))
+    history = await durable.get_history(spawned)
+    assert sorted((entry.kind, entry.name, entry.status) for entry in history if entry.kind != "attempt") == [
+        ("message", "note", "completed"),
+        ("message", "paid", "completed"),
+        ("message", "second", "waiting"),
+        ("race", "first", "completed"),
+        ("send", "note", "completed"),
+    ]
+    details = {(entry.kind, entry.name): dict(entry.detail) for entry in history}
+    assert details["race", "first"] == {"winner": "paid"}
+    assert set(details["message", "note"]) == {"message_id"}
+    assert SECRET not in str(history)
+    assert SECRET in str(await durable.get_history(spawned, payloads=True))
+
+
 async def test_the_history_of_a_task_that_has_failed_twice(durable: Durable) -> None:
     @step(max_attempts=2, retry_strategy=RetryStrategy.fixed(0.01))
     async def charge(secret: str) -> None:

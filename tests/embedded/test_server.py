@@ -243,6 +243,35 @@ def test_a_temporary_server_ends_with_a_killed_process() -> None:
         time.sleep(0.05)
 
 
+def test_a_server_that_ends_before_it_is_stopped_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = binaries.Binaries.run
+
+    def run_late(self: binaries.Binaries, program: str, *arguments: str) -> None:
+        server.kill()
+        run(self, program, *arguments)
+
+    with temporary_server(settings={"fsync": "off"}, parent=fast_directory()) as server:
+        monkeypatch.setattr(binaries.Binaries, "run", run_late)
+        server.stop()
+        monkeypatch.undo()
+        server.start()
+        assert answer(server.url()) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpointer is stopped, so that a fast stop, which waits for a last checkpoint, never ends."""
+    monkeypatch.setattr("durable_sa.embedded.postgres._STOP_SECONDS", 1)
+    with temporary_server(settings={"fsync": "off"}, parent=fast_directory()) as server:
+        postmaster = psutil.Process(int((server.data_dir / "postmaster.pid").read_text().splitlines()[0]))
+        checkpointer = next(each for each in postmaster.children() if "checkpointer" in " ".join(each.cmdline()))
+        checkpointer.suspend()
+        server.stop()
+        assert not postmaster.is_running() or postmaster.status() == psutil.STATUS_ZOMBIE
+        server.start()
+        assert answer(server.url()) == 1
+
+
 def test_a_server_that_does_not_start_says_why() -> None:
     with (
         pytest.raises(InvalidConfiguration, match=r"(?s)could not be created.*unrecognized configuration parameter"),

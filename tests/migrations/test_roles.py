@@ -25,6 +25,7 @@ from durable_sa import (
 from durable_sa.migrations.roles import OPERATOR, PRODUCER, ROLES, WORKER, grants
 from durable_sa.migrations.sql import quoted, verbatim
 from durable_sa.models import metadata
+from durable_sa.statements import messages
 from durable_sa.testing import run_until_idle, time_travel
 from tests.cli.support import CommandLine
 from tests.support import eventually
@@ -49,6 +50,11 @@ async def everything(ctx: TaskContext, number: int) -> int:
     await ctx.emit_event(f"event-{ctx.task_id}", number)
     await ctx.await_event(f"event-{ctx.task_id}")
     await ctx.transaction("note", note)
+    await ctx.send(ctx.task_id, "note", number)
+    await ctx.send(ctx.task_id, "note", number, idempotency_key="once")
+    await ctx.receive("note")
+    await ctx.race("race", note=ctx.receive("note"), late=ctx.sleep_for("late", 60))
+    await ctx.publish("number", number)
     return await ctx.join(handle)
 
 
@@ -146,6 +152,12 @@ async def produce(durable: Durable) -> None:
         await durable.emit_event_with(session, "in a transaction")
     assert await durable.emit_event("first", {"a": 1})
     assert not await durable.emit_event("first")
+    await durable.send(spawned, "topic", {"a": 1})
+    for _ in range(2):
+        await durable.send(spawned, "topic", idempotency_key="once")
+    asked = {"message_ids": [spawned.run_id], "receiver_ids": [spawned.task_id]}
+    assert await durable.database.execute(messages.SENT, asked) == []
+    assert await durable.get_value(spawned, "name") is None
     assert await durable.cancel_task(spawned) is TaskStatus.CANCELLED
     result = await durable.wait_for_result(spawned, timeout=20)
     assert result.status is TaskStatus.CANCELLED

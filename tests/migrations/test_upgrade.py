@@ -17,7 +17,7 @@ from durable_sa.migrations import current, downgrade, head, migrate
 from durable_sa.models import metadata
 from durable_sa.testing import run_until_idle
 
-LATER_TABLES = {"ended_workers", "limits", "limit_keys", "limit_totals", "limit_arrivals"}
+LATER_TABLES = {"ended_workers", "limits", "limit_keys", "limit_totals", "limit_arrivals", "messages", "task_values"}
 DUMP = Path(__file__).with_name("durable_0001.sql")
 
 

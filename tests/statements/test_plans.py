@@ -22,10 +22,12 @@ from durable_sa.statements import (
     claiming,
     fencing,
     history,
+    messages,
     outcomes,
     queues,
     reading,
     suspending,
+    values,
     waits,
 )
 from durable_sa.statements.reading import Order
@@ -40,7 +42,7 @@ READY = range(250_201, 251_201)
 
 WORKER = uuid.UUID(int=7)
 BATCH = 100
-LARGE = {"tasks", "runs", "checkpoints", "waits"}
+LARGE = {"tasks", "runs", "checkpoints", "waits", "events", "messages"}
 
 FILL = """
 CREATE FUNCTION pg_temp.id(number bigint) RETURNS uuid IMMUTABLE LANGUAGE sql AS
@@ -49,6 +51,7 @@ ALTER TABLE durable.tasks SET (autovacuum_enabled = false);
 ALTER TABLE durable.runs SET (autovacuum_enabled = false);
 ALTER TABLE durable.checkpoints SET (autovacuum_enabled = false);
 ALTER TABLE durable.waits SET (autovacuum_enabled = false);
+ALTER TABLE durable.messages SET (autovacuum_enabled = false);
 INSERT INTO durable.workers (worker_id, name, queue_names, claim_timeout, expires_at)
     VALUES ('{worker}', 'worker', '{{default}}', '120 s', now() + interval '1 day');
 INSERT INTO durable.tasks (
@@ -78,6 +81,14 @@ INSERT INTO durable.waits (task_id, key, kind, name, queue_name, event_name)
     SELECT task_id, pg_temp.id(2), 'event', 'event', 'default', 'event-' || task_id
     FROM durable.tasks WHERE available_at IS NULL;
 INSERT INTO durable.events (queue_name, name, payload) SELECT queue_name, event_name, '1' FROM durable.waits;
+INSERT INTO durable.events (queue_name, name, payload)
+    SELECT 'default', 'of-nobody-' || number, '1' FROM generate_series(1, 100000) AS number;
+INSERT INTO durable.waits (task_id, key, kind, name, queue_name)
+    SELECT task_id, pg_temp.id(3), 'message', 'in', 'default'
+    FROM durable.tasks WHERE state = 'sleeping' AND available_at IS NOT NULL ORDER BY task_id LIMIT {batch};
+INSERT INTO durable.messages (task_id, message_id, topic, payload)
+    SELECT task_id, pg_temp.id(number), 'in', '1' FROM durable.tasks, generate_series(1, 2) AS number
+    WHERE state IN ('sleeping', 'running');
 """
 
 
@@ -210,6 +221,47 @@ CASES = {
         frozenset({"tasks_pkey", "waits_pkey", "events_pkey"}),
         7_000,
     ),
+    "send": Case(
+        messages.SEND,
+        {
+            "message_ids": [uuid.UUID(int=number + 10) for number in range(BATCH)],
+            "receiver_ids": task_ids(RUNNING),
+            "topics": ["in"] * BATCH,
+            "payloads": ["1"] * BATCH,
+            "message_keys": [None] * BATCH,
+        },
+        frozenset({"tasks_pkey"}),
+        4_000,
+    ),
+    "receive": Case(
+        messages.RECEIVE,
+        {**RUNS_HELD, "keys": [uuid.UUID(int=9)] * BATCH, "topics": ["in"] * BATCH},
+        frozenset({"tasks_pkey", "messages_topic_idx", "messages_pkey"}),
+        7_000,
+    ),
+    "deliver": Case(
+        messages.DELIVER,
+        {"task_ids": task_ids(SLEEPING)},
+        frozenset({"tasks_pkey", "waits_pkey", "messages_topic_idx", "messages_pkey"}),
+        9_000,
+    ),
+    "tasks with mail": Case(
+        messages.WITH_MAIL,
+        {"task_ids": task_ids(SLEEPING)},
+        frozenset({"waits_pkey", "messages_topic_idx"}),
+        1_500,
+    ),
+    "publish": Case(
+        values.PUBLISH,
+        {
+            **RUNS_HELD,
+            "value_task_ids": task_ids(RUNNING),
+            "names": ["progress"] * BATCH,
+            "values": ["1"] * BATCH,
+        },
+        frozenset({"tasks_pkey"}),
+        3_000,
+    ),
     "load checkpoints": Case(
         checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
     ),
@@ -317,7 +369,13 @@ def large_database(durable_server: TestServer, durable_template_url: URL) -> Gen
         connection = await asyncpg.connect(plain)
         await connection.execute(
             FILL.format(
-                worker=WORKER, finished=FINISHED, sleeping=SLEEPING, waiting=WAITING, running=RUNNING, ready=READY
+                batch=BATCH,
+                worker=WORKER,
+                finished=FINISHED,
+                sleeping=SLEEPING,
+                waiting=WAITING,
+                running=RUNNING,
+                ready=READY,
             )
         )
         await connection.close()
@@ -365,11 +423,11 @@ async def explained(connection: Any, case: Case) -> dict[str, Any]:
     """The plan with what it did; without a trace in the database."""
     compiled: Any = case.statement.compile(dialect=dialect())  # type: ignore[no-untyped-call]
     parameters = {**compiled.params, **case.parameters}
-    values = ", ".join(literal(parameters[name]) for name in compiled.positiontup or ())
+    written = ", ".join(literal(parameters[name]) for name in compiled.positiontup or ())
     transaction = connection.transaction()
     await transaction.start()
     await connection.execute(f"PREPARE statement AS {compiled}")
-    arguments = f"({values})" if values else ""
+    arguments = f"({written})" if written else ""
     plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement{arguments}")
     await transaction.rollback()
     await connection.execute("DEALLOCATE statement")

@@ -343,3 +343,20 @@ async def test_telemetry_that_fails_fails_no_task(
     # The failure of the task itself is logged with its message.
     others = [record for record in caplog.records if not record.getMessage().startswith("task ")]
     assert SECRET not in "".join(map(caplog.handler.format, others))
+
+
+async def test_messages_and_races_have_spans_without_what_they_say(durable: Durable, spans: Spans) -> None:
+    @durable.task
+    async def talk(ctx: TaskContext) -> None:
+        await ctx.send(ctx.task_id, "note", SECRET)
+        await ctx.receive("note")
+        await ctx.send(ctx.task_id, "note", SECRET)
+        await ctx.race("first", note=ctx.receive("note"), late=ctx.sleep_for("late", 3600))
+        await ctx.publish("value", SECRET)
+
+    await durable.spawn(talk)
+    await run_until_idle(durable)
+    assert [(span.attributes or {})["durable.topic"] for span in spans.all("send")] == ["note"] * 2
+    assert (spans.one("receive").attributes or {})["durable.topic"] == "note"
+    assert is_below(spans.one("race first"), spans.one("execute talk"))
+    assert SECRET not in spans.everything()

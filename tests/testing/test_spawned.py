@@ -1,6 +1,7 @@
 """Tasks that an open transaction has spawned are listed, asserted, and run inside it."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,8 @@ from durable_sa import (
     RetryStrategy,
     SyncTaskContext,
     TaskContext,
+    TaskEnded,
+    TaskNotFound,
     TaskNotRegistered,
     TaskRow,
     TaskStatus,
@@ -419,3 +422,67 @@ def test_hooks_that_remove_a_scoped_session_leave_that_of_the_test(engine_of_tes
         assert "kept" in sessions.scalars(select(Entry.text)).all()
         sessions.remove()
         transaction.rollback()
+
+
+@task("asker")
+async def asker(ctx: TaskContext) -> list[Any]:
+    await ctx.publish("state", "asking")
+    helper = await ctx.spawn("helper", "helper", str(ctx.task_id))
+    await ctx.send(helper, "question", 6)
+    first = await ctx.race("answer", late=ctx.sleep_for("a day", 86400), given=ctx.receive("answer"))
+    second = await ctx.race("none", missing=ctx.receive("answer"), late=ctx.sleep_for("a day", 86400))
+    with pytest.raises(TaskTimeout):
+        await ctx.race("timeout", missing=ctx.receive("answer", timeout=60), event=ctx.await_event("never"))
+    await ctx.publish("state", "done")
+    return [first.winner, first.value, second.winner]
+
+
+@task("helper")
+def helper(ctx: SyncTaskContext, asker: str) -> None:
+    race = ctx.race("question", asked=lambda: ctx.receive("question", type=int), paid=lambda: ctx.await_event("paid"))
+    ctx.send(uuid.UUID(asker), "answer", race.value * 7)
+    if ctx.attempt == 1:
+        raise LookupError("once")
+
+
+@task("ends badly", on_failure="alert")
+async def ends_badly(ctx: TaskContext, number: int) -> None:
+    try:
+        await ctx.send(uuid.uuid4(), "question")
+    except TaskNotFound:
+        raise UserError("nobody") from None
+
+
+@task("alert")
+async def alert(ctx: TaskContext, ended: TaskEnded) -> list[Any]:
+    assert ended.error is not None
+    return [ended.task_name, ended.params, ended.error.message]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_messages_values_races_and_follow_ups(
+    own: Durable, session: Session, async_session: AsyncSession, asynchronous: bool
+):
+    failed: list[TaskEnded] = []
+
+    class Watch(Hooks):
+        def on_failed(self, ended: TaskEnded) -> None:
+            failed.append(ended)
+
+    talking = Durable(tasks=[asker, helper, ends_badly, alert], hooks=[Watch()])
+    if asynchronous:
+        spawned = await talking.spawn_with(async_session, asker)
+        await talking.spawn_with(async_session, ends_badly, 3)
+        found = await run_spawned(async_session, talking)
+        assert await talking.get_value_with(async_session, spawned, "state") == "done"
+    else:
+        spawned = talking.spawn_with(session, asker)
+        talking.spawn_with(session, ends_badly, 3)
+        found = run_spawned(session, talking)
+        assert talking.get_value_with(session, spawned, "state") == "done"
+    ended = {info.task_name: info for info in found}
+    assert len(found) == len(ended) == 4
+    assert ended["asker"].output == ["given", 42, "late"]
+    assert (ended["helper"].status, ended["helper"].attempt) == ("completed", 2)
+    assert ended["alert"].output == ["ends badly", 3, "nobody"]
+    assert [each.task_id for each in failed] == [ended["ends badly"].task_id]

@@ -24,6 +24,7 @@ PROCESSES = "tests/cli/test_processes.py::"
 LIMITS = "tests/worker/test_queue_limits.py::"
 SUSPECTS = "tests/worker/test_limited_suspects.py::"
 MACHINE = "tests/verification/test_state_machine.py"
+MESSAGES = "tests/verification/test_messages.py"
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,72 @@ MUTANTS = (
         ("tests/worker/test_attempt_timeout.py",),
     ),
     Mutant(
+        "messages that stay when they are received",
+        "statements/messages.py",
+        (
+            ("delete(Message).where(same, Message.idempotency_key.is_(None))", "delete(Message).where(same, false())"),
+            ("    exists,\n    func,", "    exists,\n    false,\n    func,"),
+        ),
+        ("tests/context/test_messages.py", MESSAGES),
+    ),
+    Mutant(
+        "messages received without a fence",
+        "statements/messages.py",
+        (
+            (
+                "        is_in(_calls.c.task_ids, _locked),\n        ~exists()",
+                "        or_(is_in(_calls.c.task_ids, _locked), true()),\n        ~exists()",
+            ),
+        ),
+        ("tests/context/test_messages.py::test_a_statement_that_is_repeated_receives_nothing_more",),
+    ),
+    Mutant(
+        "messages received past one that is locked",
+        "statements/messages.py",
+        (
+            (
+                '        .limit(literal_column("1"))\n        .correlate(wanted)',
+                '        .limit(literal_column("1"))\n        .with_for_update(skip_locked=True)\n        .correlate(wanted)',
+            ),
+        ),
+        ("tests/context/test_messages.py::test_a_locked_message_is_not_passed_over", MESSAGES),
+    ),
+    Mutant(
+        "messages that the sender sends anew without a reply",
+        "client/messages.py",
+        (("            if repeated:\n", "            if False:\n"),),
+        ("tests/context/test_messages.py::test_a_send_without_a_reply_is_not_sent_twice", MESSAGES),
+    ),
+    Mutant(
+        "messages that nobody looks for",
+        "worker/wakeups.py",
+        (('rows = await self._connection.execute(messages.DELIVER, {"task_ids": task_ids})', "rows = list[object]()"),),
+        ("tests/context/test_messages.py", MESSAGES),
+    ),
+    Mutant(
+        "races whose losers go on waiting",
+        "statements/messages.py",
+        (
+            (
+                "delete(Wait).where(Wait.task_id == _over.c.task_id, Wait.key == _over.c.key)",
+                "delete(Wait).where(false())",
+            ),
+            ("    exists,\n    func,", "    exists,\n    false,\n    func,"),
+        ),
+        ("tests/context/test_races.py",),
+    ),
+    Mutant(
+        "tasks given up with their workers that nothing follows",
+        "statements/outcomes.py",
+        (
+            (
+                '        state=case((_given_up, constant("failed")), else_=constant("pending")),\n        outcome=case((_given_up, constant("failed")), else_=null()),\n        finished_at',
+                '        state=case((_given_up, constant("failed")), else_=constant("pending")),\n        outcome=case((_given_up, constant("failed")), else_=null()),\n        follow_ups=null(),\n        finished_at',
+            ),
+        ),
+        ("tests/context/test_follow_ups.py",),
+    ),
+    Mutant(
         "hints before the commit",
         "database/notifier.py",
         (("    if transaction is None or is_autocommit(connection):\n", "    if True:\n"),),
@@ -195,7 +262,7 @@ MUTANTS = (
     Mutant(
         "a suspension that does not look whether it need wait",
         "worker/dispatcher.py",
-        (("agenda.resolve_waits(row.task_id for row in rows if row.task_id in waiting)", "pass"),),
+        (("agenda.resolve_waits(waiting)", "pass"),),
         (f"{RACES}test_emit_and_await",),
     ),
     Mutant(
@@ -282,10 +349,10 @@ MUTANTS = (
         "statements/waits.py",
         (
             (
-                '                clock(),\n            ),\n        )\n        .on_conflict_do_nothing()\n        .cte("recorded")',
+                "(removed.c.created_at)),\n            ),\n        )\n        .on_conflict_do_nothing()\n    )",
                 (
-                    '                clock(),\n            ).where(removed.c.status != constant("timeout")),\n        )\n'
-                    '        .on_conflict_do_nothing()\n        .cte("recorded")'
+                    '(removed.c.created_at)),\n            ).where(removed.c.status != constant("timeout")),\n        )\n'
+                    "        .on_conflict_do_nothing()\n    )"
                 ),
             ),
         ),
@@ -305,7 +372,7 @@ MUTANTS = (
     Mutant(
         "a cancel that overlooks waits which are just stored",
         "client/tasks.py",
-        (('            yield waits.DELETE_WAITS, {"task_ids": begun}\n', "            pass\n"),),
+        (('        yield waits.DELETE_WAITS, {"task_ids": begun}\n', "        pass\n"),),
         (f"{RACES}test_cancel_and_what_a_run_writes",),
     ),
     Mutant(

@@ -7,7 +7,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from durable_sa import Durable, RetryStrategy, TaskContext, TaskStatus
+from durable_sa import Durable, RetryStrategy, SerializationError, TaskContext, TaskStatus
 
 from ..support import eventually
 
@@ -275,3 +275,55 @@ async def test_orphaned_waits_and_lost_runs_are_no_obstacle(durable: Durable, en
                 )
         await durable.emit_event("signal", 7)
         assert (await durable.wait_for_result(stays, timeout=10)).output == 7
+
+
+HOSTILE_MESSAGES = {
+    "a number beyond all limits": "payload = (repeat('9', 6000))::json",
+    "depth without end": "payload = (repeat('[', 3000) || repeat(']', 3000))::json",
+    "half a surrogate": """payload = '"\\ud800"'""",
+    "of all time": "sent_at = '-infinity'",
+    "of the end of time": "sent_at = 'infinity', delivered_at = '-infinity'",
+    "nothing at all": "payload = NULL",
+}
+READABLE_MESSAGES = {"of all time", "of the end of time", "nothing at all"}
+
+
+@pytest.mark.parametrize("racing", [False, True])
+async def test_messages_that_cannot_be_read_fail_their_receivers_alone(
+    durable: Durable, engine: AsyncEngine, racing: bool
+) -> None:
+    @durable.task(max_attempts=1)
+    async def work(ctx: TaskContext) -> str:
+        await ctx.publish("state", "waiting")
+        message = ctx.receive("note", type=str | None)
+        if racing:
+            await ctx.race("note", note=message, late=ctx.sleep_for("late", 60))
+        else:
+            await message
+        return "received"
+
+    good = [await durable.spawn(work) for _ in range(5)]
+    bad = {what: await durable.spawn(work) for what in HOSTILE_MESSAGES}
+    for each in (*good, *bad.values()):
+        await durable.send(each, "note", "hello")
+    async with engine.begin() as connection:
+        for what, change in HOSTILE_MESSAGES.items():
+            statement = text(
+                f"UPDATE durable.messages SET {change.replace(':', chr(92) + ':')} WHERE task_id = :task_id"
+            )
+            await connection.execute(statement, {"task_id": bad[what].task_id})
+    async with durable.worker(concurrency=20):
+        for each in good:
+            assert (await durable.wait_for_result(each, timeout=10)).output == "received"
+        for what, each in bad.items():
+            result = await durable.wait_for_result(each, timeout=10)
+            if what in READABLE_MESSAGES:
+                assert result.output == "received", what
+            else:
+                assert result.error is not None, what
+                assert result.error.name == "SerializationError", (what, result.error)
+    async with engine.begin() as connection:
+        await connection.execute(text("UPDATE durable.task_values SET version = 9223372036854775807, value = '[1]'"))
+    with pytest.raises(SerializationError):
+        await durable.get_value(good[0], "state", type=str)
+    assert await durable.get_value(good[0], "state") == [1]

@@ -42,6 +42,9 @@ async def everything(ctx: TaskContext, order: Order) -> str:
     await ctx.step("charge", charge, order.card)
     await ctx.transaction("book", book, order.card)
     await ctx.emit_event(f"event-{ctx.task_id}", order.card)
+    await ctx.publish("card", order.card)
+    await ctx.send(ctx.task_id, "card", order.card)
+    await ctx.race("card", card=ctx.receive("card"), never=ctx.receive("never"))
     await ctx.sleep_for("nap", 0.01)
     return await ctx.join(await ctx.spawn("leaf", leaf, order)) + await ctx.await_event(
         f"event-{ctx.task_id}", type=str
@@ -117,7 +120,9 @@ async def test_values_are_in_no_log_notification_statement_or_repr(
     assert not [seen for seen in spy.seen if CANARY in seen]
 
 
-@pytest.mark.parametrize("column", ["tasks.output", "tasks.error", "checkpoints.value"])
+@pytest.mark.parametrize(
+    "column", ["tasks.output", "tasks.error", "checkpoints.value", "messages.payload", "task_values.value"]
+)
 async def test_what_the_database_says_of_a_row_that_it_refuses_is_not_repeated(
     durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture, column: str
 ) -> None:
@@ -137,10 +142,16 @@ async def test_what_the_database_says_of_a_row_that_it_refuses_is_not_repeated(
                 while "cannot be stored" not in caplog.text:
                     await asyncio.sleep(0.01)
         else:
-            chosen = everything if column == "checkpoints.value" else leaf
+            chosen = leaf if column == "tasks.output" else everything
             result = await durable.wait_for_result(
                 await durable.spawn(chosen, Order(card=CANARY), max_attempts=1), timeout=10
             )
+            if column == "task_values.value":
+                # The value is for others to see; the task does not depend on it.
+                assert result.error is None
+                assert "published a value that the database refuses: IntegrityError" in caplog.text
+                assert CANARY not in caplog.text
+                return
             assert result.error is not None
             assert result.error.name == "IntegrityError"
             assert 'violates check constraint "mine"' in result.error.message

@@ -20,6 +20,10 @@ from durable_sa.execution.writes import (
     EventValues,
     FailureValues,
     Kind,
+    MessageValues,
+    PublicationValues,
+    RaceValues,
+    ReceiptValues,
     ReleaseValues,
     SuspensionValues,
     Values,
@@ -61,6 +65,17 @@ class Holder:
                 )
             case Kind.EVENT:
                 values = EventValues(CheckpointValues("emit", "name", "completed", None), f"event-{key}", "1", None)
+            case Kind.MESSAGE:
+                sent = CheckpointValues("send", "note", "completed", None)
+                values = MessageValues(sent, new_id(), self.task_id, "note", "2", None)
+            case Kind.RECEIPT:
+                values = ReceiptValues("note")
+            case Kind.RACE:
+                values = RaceValues(
+                    CheckpointValues("race", "name", "completed", '"note"'), new_id(), "note", [new_id()]
+                )
+            case Kind.PUBLICATION:
+                values = PublicationValues({"name": "1"})
             case Kind.WAITS | Kind.SUSPENSION:
                 waits = [
                     WaitSpec(key, "event", "name", "some", None, None, 60.0),
@@ -98,6 +113,7 @@ async def holder(durable: Durable) -> Holder:
     await claimer.register()
     spawned = await durable.spawn(program.count, max_attempts=5)
     assert await claimer.claim(1, "count") == [spawned.task_id]
+    await durable.send(spawned, "note", 1)
     return Holder(durable, claimer, spawned.task_id)
 
 
@@ -181,7 +197,7 @@ LOSSES: dict[str, Callable[[Holder], Awaitable[None]]] = {
 
 
 async def dump(sql: Rows) -> list[Any]:
-    tables = ("tasks", "runs", "checkpoints", "waits", "events")
+    tables = ("tasks", "runs", "checkpoints", "waits", "events", "messages", "task_values")
     return await sql(
         " UNION ALL ".join(f"SELECT '{table}', t::text FROM durable.{table} AS t" for table in tables)
         + " ORDER BY 1, 2"

@@ -29,6 +29,7 @@ from durable_sa.database.hint import Hint
 from durable_sa.database.listener import Listener
 from durable_sa.database.notifier import HintSender
 from durable_sa.worker import claims
+from durable_sa.worker.maintenance import do_batch
 
 from ..support import eventually
 from .conftest import Rows
@@ -639,3 +640,21 @@ async def test_others_hear_of_children_that_their_parents_worker_has_no_slots_fo
         await eventually(lambda: idle._listener is not None and idle._listener.working)
         await durable.spawn_by_name("parent", unchecked=True)
         await eventually(lambda: len(runners) == 2, within=3.0)
+
+
+async def test_what_is_listed_during_its_own_batch_is_done_once_more() -> None:
+    receiver, other = uuid.uuid4(), uuid.uuid4()
+    listed, done = {receiver, other}, list[list[uuid.UUID]]()
+
+    async def work(batch: list[uuid.UUID]) -> None:
+        done.append(batch)
+        if len(done) == 2:
+            raise ConnectionError
+        listed.add(receiver)
+
+    await do_batch(listed, work)
+    assert listed == {receiver}
+    with pytest.raises(ConnectionError):
+        await do_batch(listed, work)
+    assert listed == {receiver}
+    assert done == [sorted([receiver, other]), [receiver]]

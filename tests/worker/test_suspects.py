@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from durable_sa import Durable, InvalidConfiguration, RetryStrategy, TaskContext, task
+from durable_sa import Durable, Hooks, InvalidConfiguration, RetryStrategy, TaskContext, TaskEnded, task
 from durable_sa.ids import new_id
 from durable_sa.worker import suspects
 from durable_sa.worker.suspects import PATIENCE, is_chosen
@@ -34,6 +34,16 @@ class Busy:
             await asyncio.sleep(seconds)
         finally:
             self.running.discard(name)
+
+
+class Watch(Hooks):
+    """Notes the tasks that have failed."""
+
+    def __init__(self) -> None:
+        self.ended: list[TaskEnded] = []
+
+    def on_failed(self, ended: TaskEnded) -> None:
+        self.ended.append(ended)
 
 
 @pytest.fixture
@@ -159,8 +169,10 @@ async def test_a_worker_whose_runs_do_not_end_goes_on_claiming(
 async def test_the_limit_is_an_option_of_spawn_task_or_client(durable: Durable, sql: Rows, place: str) -> None:
     of_client: dict[str, Any] = {"max_lost_workers": 3} if place == "client" else {}
     of_spawn: dict[str, Any] = {"max_lost_workers": 1} if place == "spawn" else {}
-    client = Durable(durable.engine, **of_client)
-    lethal = client.register(task("lethal", max_lost_workers=2 if place in ("task", "spawn") else None)(_nothing))
+    watch = Watch()
+    client = Durable(durable.engine, hooks=[watch], **of_client)
+    limit_of_task = 2 if place in ("task", "spawn") else None
+    lethal = client.register(task("lethal", max_lost_workers=limit_of_task, on_failure="alert")(_nothing))
     spawned = await client.spawn(lethal, **of_spawn)
     limit = {"client": 3, "task": 2, "spawn": 1, "none": 5}[place]
     stored = None if limit == 5 else limit
@@ -177,13 +189,19 @@ async def test_the_limit_is_an_option_of_spawn_task_or_client(durable: Durable, 
 
             async def taken_over(losses: int = number + 1) -> bool:
                 worker._agenda.look_within(0.0)
-                return await sql("SELECT lease_losses FROM durable.tasks") == [(losses,)]
+                return await sql("SELECT lease_losses FROM durable.tasks WHERE task_name = 'lethal'") == [(losses,)]
 
             await eventually(taken_over)
             state = "pending" if number == limit else "failed"
-            assert await sql("SELECT state FROM durable.tasks") == [(state,)]
-    (message,) = (await sql("SELECT error ->> 'message' FROM durable.tasks"))[0]
+            assert await sql("SELECT state FROM durable.tasks WHERE task_name = 'lethal'") == [(state,)]
+    (message,) = (await sql("SELECT error ->> 'message' FROM durable.tasks WHERE task_name = 'lethal'"))[0]
     assert message.endswith(f"ran attempt 2 alone (loss {limit} of {limit} in a row)")
+    assert await sql("SELECT params -> 'error' ->> 'message' FROM durable.tasks WHERE task_name = 'alert'") == [
+        (message,)
+    ]
+    assert [(ended.task_id, ended.error and ended.error.message) for ended in watch.ended] == [
+        (spawned.task_id, message)
+    ]
 
 
 async def _nothing(ctx: TaskContext) -> None:

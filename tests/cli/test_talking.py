@@ -1,0 +1,92 @@
+"""`durable tasks send` and `durable tasks values`; what waits for a message in `show` and `doctor`."""
+
+import uuid
+from typing import Any
+
+from sqlalchemy import text
+
+from durable_sa import Durable, TaskContext
+from tests.cli.support import CommandLine
+from tests.support import eventually
+
+
+async def test_a_message_is_sent_by_id_or_key(cli: CommandLine, durable: Durable) -> None:
+    @durable.task
+    async def collect(ctx: TaskContext) -> list[Any]:
+        return [await ctx.receive("note") for _ in range(3)]
+
+    async with durable.worker():
+        spawned = await durable.spawn(collect, idempotency_key="order-7")
+        first = await cli("tasks", "send", spawned.task_id, "note", '{"by": "ann"}', "--json")
+        assert first.json == {"task_id": str(spawned.task_id), "topic": "note"}
+        for _ in range(2):
+            second = await cli("tasks", "send", "order-7", "note", "-q", "default", "--key", "once")
+            assert second.stdout == f"Message sent to task {spawned.task_id}.\n"
+        shown = await cli("tasks", "show", spawned.task_id)
+        assert await cli("tasks", "send", spawned.task_id, "note", "@-", stdin="[1]")
+        assert (await durable.wait_for_result(spawned, timeout=10)).output == [{"by": "ann"}, None, [1]]
+    assert "note" in shown.stdout
+    ended = await cli("tasks", "send", spawned.task_id, "note")
+    assert (ended.code, "is completed" in ended.stderr) == (1, True)
+    unknown = await cli("tasks", "send", uuid.uuid4(), "note")
+    assert unknown.code == 1
+    bad = await cli("tasks", "send", spawned.task_id, "$note")
+    assert bad.code == 2
+    assert bad.stderr.startswith("error: The topic name '$note' is not valid")
+
+
+async def test_values_are_listed_and_shown_only_when_asked_for(cli: CommandLine, durable: Durable) -> None:
+    @durable.task
+    async def work(ctx: TaskContext) -> None:
+        await ctx.publish("card", {"number": "hunter2"})
+
+    async with durable.worker():
+        spawned = await durable.spawn(work)
+        await durable.wait_for_result(spawned, timeout=10)
+    plain = await cli("tasks", "values", spawned.task_id)
+    assert "card" in plain.stdout
+    assert "hunter2" not in plain.stdout + (await cli("tasks", "values", spawned.task_id, "--json")).stdout
+    assert "hunter2" in (await cli("tasks", "values", spawned.task_id, "--payloads")).stdout
+    [value] = (await cli("tasks", "values", spawned.task_id, "--payloads", "--json")).json
+    assert (value["name"], value["value"]) == ("card", {"number": "hunter2"})
+    none = await durable.spawn(work, delay=3600)
+    assert (await cli("tasks", "values", none.task_id)).stdout == "The task has published no values.\n"
+
+
+async def test_doctor_finds_messages_and_values_of_no_task_and_missed_ones(cli: CommandLine, durable: Durable) -> None:
+    @durable.task
+    async def wait(ctx: TaskContext) -> Any:
+        race = await ctx.race("race", a=ctx.receive("a"), b=ctx.receive("b"))
+        return race.value
+
+    async with durable.worker():
+        spawned = await durable.spawn(wait)
+
+        async def asleep() -> bool:
+            result = await durable.get_task_result(spawned)
+            return result is not None and result.status == "sleeping"
+
+        await eventually(asleep)
+    assert "\nmessage\ta\t" in (await cli("tasks", "show", spawned.task_id)).stdout
+    missing = uuid.uuid4()
+    async with durable.engine.begin() as connection:
+        for task_id in (spawned.task_id, missing):
+            await connection.execute(
+                text(
+                    "INSERT INTO durable.messages (task_id, message_id, topic, sent_at)"
+                    " VALUES (:task_id, gen_random_uuid(), 'a', now() - interval '1 hour')"
+                ),
+                {"task_id": task_id},
+            )
+        await connection.execute(
+            text("INSERT INTO durable.task_values (task_id, name) VALUES (:task_id, 'a')"), {"task_id": missing}
+        )
+        await connection.execute(text("UPDATE durable.waits SET created_at = now() - interval '1 hour'"))
+    report = (await cli("doctor", "--grace", "1s", "--json")).stdout
+    assert f"message to a task that does not exist: {missing}" in report
+    assert f"value of a task that does not exist: {missing}" in report
+    assert f"task {spawned.task_id} waits for race message 'a', but a message was sent" in report
+    # A worker repairs the wait.
+    async with durable.worker() as worker:
+        worker.maintenance.look_at_everything()
+        assert (await durable.wait_for_result(spawned, timeout=10)).output is None
