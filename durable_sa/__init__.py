@@ -1,8 +1,8 @@
 """Durable execution for applications that use SQLAlchemy.
 
 The names of `__all__` are public, and so are the submodules `errors`, `models`, `hooks`, `signals`, `logs`,
-`telemetry`, `testing`, `testing.plugin`, `integrations`, `migrations`, `embedded` and `cli`. All others belong to the
-engine and may change in any release.
+`telemetry`, `testing`, `testing.plugin`, `integrations`, `dashboard`, `migrations`, `embedded` and `cli`. All others
+belong to the engine and may change in any release.
 """
 
 import importlib
@@ -206,6 +206,7 @@ _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 _SUBMODULES = frozenset(
     {
         "cli",
+        "dashboard",
         "embedded",
         "errors",
         "hooks",

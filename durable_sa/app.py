@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary
@@ -97,6 +97,8 @@ class App:
         self.limited_queues: set[str] = set()
         """Queues that are known to have limits, so that spawns into them need not find out."""
         self.hooks = hooks
+        self.closers: list[Callable[[], Awaitable[None]]] = []
+        """Functions that close what was opened for this client by others, when it closes."""
         self._telemetry: Telemetry | Literal[False] | None = telemetry
         self._bind = bind
         if sync_bind is not None:

@@ -29,7 +29,8 @@ durable = Durable(hooks=[Tenants()])
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,14 @@ class Hooks:
         pass through it as through `around_task`.
         """
         return nullcontext()
+
+    def on_admin_action(self, user: str, action: str, task_ids: Sequence[uuid.UUID]) -> None:
+        """Note an action that a user has done in the dashboard, for an audit log.
+
+        `user` is the one of the :class:`durable_sa.dashboard.Access`, `action` one of its actions, and `task_ids` are
+        the tasks that were changed or spawned: none for a queue, an event or a schedule. It is called after the
+        action, on the event loop, and must not block it; its exceptions are logged and change nothing.
+        """
 
     def on_failed(self, ended: TaskEnded) -> None:
         """Take note of the final failure of a task, in the worker that has stored it, on the event loop.

@@ -27,6 +27,7 @@ from durable_sa import (
     step,
     task,
 )
+from durable_sa.execution.hooks import HookChain
 from durable_sa.testing import run_until_idle, time_travel
 
 from .support import eventually
@@ -337,7 +338,7 @@ def test_what_is_not_overridden_is_not_called() -> None:
     durable = Durable(hooks=[Tenants(), Hooks()])
     assert [type(hook.__self__) for hook in durable.hooks.on_spawn] == [Tenants]
     assert durable.hooks.around_task == durable.hooks.around_step == ()
-    assert Durable().hooks == ((), (), (), ())
+    assert Durable().hooks == HookChain()
     with pytest.raises(TypeError, match="derives from Hooks, not object"):
         Durable(hooks=[object()])  # type: ignore[list-item]
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "durable_sa"
 
 LAYERS = [
     "cli",
+    "dashboard",
     "testing",
     "integrations",
     "durable_sa",
@@ -111,6 +112,7 @@ def test_a_package_of_the_engine_says_so() -> None:
     public = {
         "durable_sa",
         "cli",
+        "dashboard",
         "testing",
         "integrations",
         "telemetry",

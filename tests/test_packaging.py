@@ -46,7 +46,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
     assert {"durable_sa/py.typed", "durable_sa/cli/__init__.py"} <= names
     assert any(name.startswith("durable_sa/migrations/versions/durable_0001_") for name in names)
     assert headers["License-Expression"] == "Apache-2.0"
-    assert set(headers.get_all("Provides-Extra", [])) == {"embedded", "psycopg", "telemetry", "cli"}
+    assert set(headers.get_all("Provides-Extra", [])) == {"embedded", "psycopg", "telemetry", "cli", "dashboard"}
     assert "durable = durable_sa.cli:main" in scripts
 
 
@@ -94,7 +94,7 @@ def test_only_public_names_are_listed() -> None:
     assert {"__version__", "__doc__", "__all__"} <= listed
     public = re.findall(r"`([a-z.]+)`", (durable_sa.__doc__ or "").split("submodules")[1])
     assert all(importlib.import_module(f"durable_sa.{name}") for name in public)
-    assert len(public) == 12
+    assert len(public) == 13
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .dashboard import dashboard
 from .database import cleanup, migrate
 from .demo import demo
 from .doctor import doctor
@@ -57,6 +58,13 @@ app.command(
     )
 )(worker)
 app.command(epilog=examples("durable workers", "durable workers --watch"))(workers)
+app.command(
+    epilog=examples(
+        "durable dashboard app.tasks:durable",
+        "durable dashboard app.tasks:durable --port 9000 --write",
+        "durable dashboard --url postgresql://me@host/app --payloads",
+    )
+)(dashboard)
 app.add_typer(queues, name="queues")
 app.add_typer(limits, name="limits")
 app.add_typer(tasks, name="tasks")

@@ -10,8 +10,9 @@ from typing import Any
 
 from .. import HistoryEntry, TaskErrorInfo, TaskInfo
 from ..client.history import WITHOUT_MESSAGE
+from ..client.wording import span
 from ..policies import SUSPECT_AFTER
-from .output import Output, clean, shown, span
+from .output import Output, clean, shown
 from .timeline import Moment, entries
 
 _MESSAGE_CHARACTERS = 120

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from ..client import QueuePolicy
+from ..client.wording import span
 from ..statements import queues as statements
 from .arguments import retention
 from .completion import complete_queues
 from .connection import App, Embedded, SchemaName, Url
 from .invocation import USAGE, AsJson, Invocation, Watch, connected, examples, fail, listing
-from .output import as_dicts, span
+from .output import as_dicts
 
 queues = typer.Typer(
     help="List and manage queues. Without a command, lists them.",

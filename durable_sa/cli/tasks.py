@@ -12,6 +12,7 @@ import typer
 from pydantic_core import from_json, to_json
 
 from .. import Durable, SpawnOptions, StreamRestart, TaskInfo
+from ..client.wording import span
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
 from ..statements import inspection, values
@@ -20,7 +21,7 @@ from . import history, repairs
 from .arguments import duration, headers, json_value
 from .completion import complete_queues, complete_tasks
 from .invocation import FAILED, USAGE, Invocation, connected, examples, fail, listing
-from .output import as_dicts, span
+from .output import as_dicts
 from .selection import (
     EndedAfter,
     EndedBefore,

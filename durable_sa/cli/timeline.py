@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from .output import span
+from ..client.wording import span
 
 GROUPED_FROM = 25
 """Entries of a timeline that is long enough to be grouped."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..client.wording import span
 from ..statements import inspection
 from .invocation import Invocation, listing
-from .output import as_dicts, span
+from .output import as_dicts
 
 _COLUMNS = {
     "name": "worker",

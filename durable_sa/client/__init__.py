@@ -160,6 +160,8 @@ class Durable(Registry, Results, StreamReading, Reading, Bulk, Events, Queues, S
         ended = await asyncio.gather(*(_shut_down(worker) for worker in list(self._workers)), return_exceptions=True)
         await asyncio.gather(*(batch.flush(BATCH_TIMEOUT) for batch in vars(self).values() if isinstance(batch, Batch)))
         await flush(channel_name(self.schema))
+        for close in self.closers:
+            await close()
         if (database := self._databases.pop() or self._database) is not None:
             await database.close()
             if database.owned:

@@ -80,7 +80,9 @@ class Reading(App):
             TaskNotFound: there is no such task.
         """
         task_id = id_of(task)
-        return await read(self.database, lambda connection: self._history(connection, task_id, payloads))
+        return await read(
+            self.database, lambda connection: read_history(connection, self.schema, task_id, payloads=payloads)
+        )
 
     async def list_tasks(
         self, where: Where | None = None, *, order: Order = "newest", limit: int = 50, after: str | None = None
@@ -132,28 +134,7 @@ class Reading(App):
         return call_within(session, self.schema, lambda connection: self._list(connection, *arguments))
 
     def _get(self, connection: Connection, task_id: uuid.UUID, payloads: bool) -> TaskInfo:
-        return info(self._task(connection, task_id, payloads))
-
-    def _task(self, connection: Connection, task_id: uuid.UUID, payloads: bool) -> Row[Any]:
-        rows = self._fetch(connection, reading.infos(None, payloads=payloads), {"task_id": task_id})
-        if not rows:
-            raise TaskNotFound(task_id)
-        return rows[0]
-
-    def _history(self, connection: Connection, task_id: uuid.UUID, payloads: bool) -> list[HistoryEntry]:
-        parameters = {"task_id": task_id}
-        task = self._task(connection, task_id, False)
-        runs, checkpoints, waits, children, steps = (
-            self._fetch(connection, statement, {**parameters, **more})
-            for statement, more in (
-                (history.RUNS, {}),
-                (history.CHECKPOINTS, {"with_payloads": payloads}),
-                (history.WAITS, {}),
-                (history.CHILDREN, {}),
-                (history.STEPS_IN_PROGRESS, {}),
-            )
-        )
-        return entries(Records(task, runs, checkpoints, waits, children, steps), payloads=payloads)
+        return info(_task(connection, self.schema, task_id, payloads=payloads))
 
     def _list(
         self, connection: Connection, where: Where, order: Order, limit: int, position: Position | None
@@ -172,6 +153,36 @@ class Reading(App):
         self, connection: Connection, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[Row[Any]]:
         return fetch(connection, self.schema, statement, parameters)
+
+
+def _task(connection: Connection, schema: str, task_id: uuid.UUID, *, payloads: bool) -> Row[Any]:
+    rows = fetch(connection, schema, reading.infos(None, payloads=payloads), {"task_id": task_id})
+    if not rows:
+        raise TaskNotFound(task_id)
+    return rows[0]
+
+
+def read_history(
+    connection: Connection, schema: str, task_id: uuid.UUID, *, payloads: bool = False
+) -> list[HistoryEntry]:
+    """Return what happened in a task.
+
+    Raises:
+        TaskNotFound: there is no such task.
+    """
+    parameters = {"task_id": task_id}
+    task = _task(connection, schema, task_id, payloads=False)
+    runs, checkpoints, waits, children, steps = (
+        fetch(connection, schema, statement, {**parameters, **more})
+        for statement, more in (
+            (history.RUNS, {}),
+            (history.CHECKPOINTS, {"with_payloads": payloads}),
+            (history.WAITS, {}),
+            (history.CHILDREN, {}),
+            (history.STEPS_IN_PROGRESS, {}),
+        )
+    )
+    return entries(Records(task, runs, checkpoints, waits, children, steps), payloads=payloads)
 
 
 def fetch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 OnSpawn: TypeAlias = Callable[[Any], None]
 AroundTask: TypeAlias = Callable[[Any], AbstractAsyncContextManager[object]]
+OnAdminAction: TypeAlias = Callable[[str, str, Sequence[uuid.UUID]], None]
 OnFailed: TypeAlias = Callable[[TaskEnded], None]
 AroundStep: TypeAlias = Callable[[Any, str], AbstractContextManager[object]]
 
@@ -37,6 +38,7 @@ class HookChain(NamedTuple):
     on_spawn: tuple[OnSpawn, ...] = ()
     around_task: tuple[AroundTask, ...] = ()
     around_step: tuple[AroundStep, ...] = ()
+    on_admin_action: tuple[OnAdminAction, ...] = ()
     on_failed: tuple[OnFailed, ...] = ()
 
 

@@ -19,7 +19,7 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 ALL = dict(commands(get_command(app)))
-WITHOUT_JSON = {("demo",), ("worker",), ("roles",), ("embedded", "psql")}
+WITHOUT_JSON = {("dashboard",), ("demo",), ("worker",), ("roles",), ("embedded", "psql")}
 WITHOUT_DATABASE = {("demo",), *(path for path in ALL if path[0] == "embedded")}
 
 

@@ -6,7 +6,8 @@ import pytest
 import typer
 
 from durable_sa.cli.arguments import duration, moment
-from durable_sa.cli.output import clean, shown, span
+from durable_sa.cli.output import clean, shown
+from durable_sa.client.wording import span
 
 
 @pytest.mark.parametrize(

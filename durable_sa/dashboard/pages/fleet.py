@@ -1,0 +1,85 @@
+"""The overview, queues and workers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from starlette.exceptions import HTTPException
+
+from ...client.history import decoded
+from ...statements import overview as statements
+from ..view import DAY, View
+from .schedules import upcoming
+
+_OLD_SECONDS = 300.0
+
+
+async def overview(view: View) -> dict[str, Any]:
+    """Load the queues, the workers, the next ticks, and what wants attention."""
+    found = await view.rows("queues", statements.QUEUES, age=DAY)
+    live = await _workers(view)
+    ticks = await view.rows("schedules", statements.SCHEDULES)
+    schedules = None if ticks is None else upcoming(ticks)
+    return {
+        "queues": found,
+        "workers": live,
+        "schedules": None if schedules is None else [row for row in schedules if row["next_tick_at"] is not None][:8],
+        "attention": list(_attention(found or [], live or [])),
+    }
+
+
+def _attention(queues: list[dict[str, Any]], workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what an operator should look at, as sentences with the page that shows more."""
+    found: list[dict[str, Any]] = []
+    for row in queues:
+        name, oldest = row["queue_name"], row["oldest_ready_seconds"] or 0.0
+        if row["paused_at"] is not None:
+            found.append({"text": f"Queue {name!r} is paused.", "queue_name": name})
+        elif row["ready"] and not row["workers"]:
+            found.append({"text": f"No worker serves queue {name!r}, and tasks of it are due.", "queue_name": name})
+        elif oldest > _OLD_SECONDS:
+            text = f"Tasks of queue {name!r} have been due for {int(oldest // 60)} minutes."
+            found.append({"text": text, "queue_name": name})
+    silent = [row["name"] for row in workers if row["status"] == "silent"]
+    return [*found, *({"text": f"Worker {name} is silent.", "worker": name} for name in silent)]
+
+
+async def queues(view: View) -> dict[str, Any]:
+    """Load the queues."""
+    return {"queues": await view.rows("queues", statements.QUEUES, age=DAY)}
+
+
+async def queue(view: View) -> dict[str, Any]:
+    """Load one queue with its workers and schedules."""
+    name: str = view.path["queue_name"]
+    if not view.access.sees_queue(name) or "\0" in name:
+        raise HTTPException(404, f"There is no queue {name!r}.")
+    found = await view.rows("queues", statements.QUEUES, age=DAY)
+    chosen = next((row for row in found or () if row["queue_name"] == name), None)
+    if chosen is None and found is not None:
+        raise HTTPException(404, f"There is no queue {name!r}.")
+    live, ticks = await _workers(view), await view.rows("schedules", statements.SCHEDULES)
+    return {
+        "queue_name": name,
+        "queue": chosen,
+        "workers": None if live is None else [row for row in live if name in row["queue_names"]],
+        "schedules": None if ticks is None else [row for row in upcoming(ticks) if row["queue_name"] == name],
+    }
+
+
+async def workers(view: View) -> dict[str, Any]:
+    """Load the workers."""
+    return {"workers": await _workers(view)}
+
+
+async def _workers(view: View) -> list[dict[str, Any]] | None:
+    rows = await view.rows("workers", statements.WORKERS)
+    if rows is None:
+        return None
+    for row in rows:
+        lost, silent = row["lost_at"] is not None, row.pop("expired")
+        row["status"] = "lost" if lost else "silent" if silent else "live"
+        row["queue_names"] = [name for name in row["queue_names"] if view.access.sees_queue(name)]
+        steps = decoded(row.pop("long_steps"))
+        row["steps"] = len(cast("list[object]", steps)) if isinstance(steps, list) else 0
+    return rows

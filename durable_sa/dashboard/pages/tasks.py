@@ -1,0 +1,67 @@
+"""The list of tasks, by filters in the URL."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, Final, cast
+
+from sqlalchemy.engine import Connection
+
+from ...errors import InvalidConfiguration
+from ...results import Page, TaskInfo, TaskStatus
+from ...statements.reading import Order
+from ..forms import FIELDS, query
+from ..view import Redirect, View, task_data
+
+PAGE: Final = 50
+
+
+async def load(view: View) -> dict[str, Any]:
+    """Load a page of tasks. `find` is an id or a key, as it is typed into the box for searching."""
+    fields = view.query
+    if (wanted := fields.text("find")) is not None:
+        raise Redirect(_place(wanted))
+    where = view.access.tasks(fields.filter())
+    order = cast("Order", fields.text("order") or "newest")
+    after, limit = fields.text("after"), _limit(fields.text("limit"))
+
+    def work(connection: Connection) -> Page[TaskInfo]:
+        return view.durable.list_tasks_with(connection, where, order=order, limit=limit, after=after)
+
+    page = await view.read("tasks", work, statements=2)
+    filters = fields.only(FIELDS)
+    following = None if page is None or page.next is None else page.next
+    return {
+        "tasks": None if page is None else [task_data(task) for task in page.items],
+        "next": following,
+        "order": order,
+        "filters": _by_name(filters),
+        "states": list(TaskStatus),
+        "query": query(filters),
+        "after": after,
+    }
+
+
+def _place(wanted: str) -> str:
+    try:
+        return f"/tasks/{uuid.UUID(wanted)}"
+    except ValueError:
+        return f"/tasks?{query([('key', wanted)])}"
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return PAGE
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise InvalidConfiguration("limit", f"{text[:80]!r} is no number from 1 to 1000")
+    return int(text)
+
+
+def _by_name(pairs: list[tuple[str, str]]) -> dict[str, str | list[str]]:
+    found: dict[str, str | list[str]] = {}
+    for name, value in pairs:
+        if name == "state":
+            cast("list[str]", found.setdefault("state", [])).append(value)
+        else:
+            found[name] = value
+    return found

@@ -1,0 +1,14 @@
+"""The dashboard of a client with everything allowed."""
+
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from durable_sa import Durable
+from tests.dashboard.support import Browser, serving
+
+
+@pytest.fixture
+async def browser(durable: Durable) -> AsyncGenerator[Browser]:
+    async with serving(durable) as (browser, _):
+        yield browser

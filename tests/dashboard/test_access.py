@@ -1,0 +1,118 @@
+"""Queues and tasks that a user may not see are in no page, and nothing can be done to them."""
+
+import pytest
+from sqlalchemy import Select, select, update
+
+from durable_sa import Durable, TaskContext, TaskFilter, TaskRow, task
+from durable_sa.dashboard import Access
+from durable_sa.dashboard.access import ACTIONS as NAMES
+from durable_sa.dashboard.actions import ACTIONS
+from durable_sa.dashboard.pages import PAGES
+from tests.dashboard.support import serving
+
+
+async def nothing(ctx: TaskContext) -> None:
+    pass
+
+
+async def fill(durable: Durable) -> dict[str, str]:
+    ids = {}
+    for queue in ("default", "mail", "secret"):
+        await durable.create_queue(queue)
+        durable.register(task(f"{queue}-task")(nothing))
+        spawned = await durable.spawn_by_name(f"{queue}-task", unchecked=True, queue_name=queue)
+        await durable.emit_event(f"{queue}-event", queue_name=queue)
+        await durable.create_schedule(
+            f"{queue}-tick", task=f"{queue}-task", cron_expression="0 3 * * *", queue_name=queue
+        )
+        ids[queue] = str(spawned.task_id)
+    return ids
+
+
+@pytest.mark.parametrize("queues", [{"mail"}, {"mail", "default"}])
+async def test_queues_restrict_every_page_and_action(durable: Durable, queues: set[str]) -> None:
+    ids = await fill(durable)
+    async with serving(durable, Access("eve", actions=NAMES, queues=queues)) as (browser, _):
+        for page in PAGES:
+            if "{" in page.path or page.path == "/tasks/all":
+                continue
+            if page.all_queues:
+                await browser.data(page.path, 403)
+                continue
+            for text in (await browser.page(page.path), str(await browser.data(page.path))):
+                assert "secret" not in text, page.path
+        assert {task["queue_name"] for task in (await browser.data("/tasks"))["tasks"]} == queues
+        listed = await browser.data("/tasks?state=pending&state=failed")
+        assert {task["queue_name"] for task in listed["tasks"]} == queues
+        for query in ("queue_name=secret", "task_name=secret-task", "state=pending&queue_name=secret"):
+            assert (await browser.data(f"/tasks?{query}"))["tasks"] == []
+        assert (await browser.data("/tasks/all?action=cancel"))["matched"] == len(queues)
+        assert (await browser.data("/tasks/all?action=cancel&queue_name=secret"))["matched"] == 0
+        for path in (f"/tasks/{ids['secret']}", "/queues/secret", "/events?name=secret-event&queue_name=secret"):
+            await browser.data(path, 404)
+        for path, fields in (
+            ("/tasks/cancel", {"task_id": ids["secret"]}),
+            ("/tasks/cancel", {"task_id": [ids["mail"], ids["secret"]]}),
+            ("/queues/pause", {"queue_name": "secret"}),
+            ("/schedules/trigger", {"name": "secret-tick", "queue_name": "secret"}),
+            ("/events/emit", {"name": "x", "queue_name": "secret"}),
+        ):
+            assert (await browser.act(path, **fields)).status_code == 404, path
+        until = (await browser.data("/tasks/all?action=cancel"))["until"]
+        assert (await browser.act("/tasks/all/cancel", until=until)).json()["done"] == len(queues)
+        assert (await browser.data(f"/tasks/{ids['mail']}"))["task"]["status"] == "cancelled"
+    assert (await durable.list_tasks(TaskFilter(queue_name="secret"))).items[0].status == "pending"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [TaskFilter(task_name="mine"), select(TaskRow.task_id).where(TaskRow.task_name == "mine")],
+    ids=["filter", "select"],
+)
+async def test_where_restricts_tasks_and_refuses_everything_else(
+    durable: Durable, where: TaskFilter | Select[tuple[object]]
+) -> None:
+    mine = await durable.spawn_by_name("mine", unchecked=True)
+    other = await durable.spawn_by_name("other", unchecked=True)
+    async with serving(durable, Access("eve", actions=NAMES, where=where)) as (browser, _):
+        for page in PAGES:
+            if "{" not in page.path and page.path != "/tasks/all":
+                await browser.data(page.path, 200 if page.about_tasks else 403)
+        await browser.data("/queues/default", 403)
+        for action in ACTIONS:
+            if not action.about_tasks:
+                fields = {"name": "x", "queue_name": "default"}
+                assert (await browser.act(action.path, **fields)).status_code == 403, action.path
+        for query in ("", "?task_name=other", "?order=running", "?order=oldest", "?queue_name=default"):
+            listed = (await browser.data(f"/tasks{query}"))["tasks"]
+            assert {task["task_name"] for task in listed} <= {"mine"}
+        await browser.data(f"/tasks/{other.task_id}", 404)
+        page = await browser.page(f"/tasks/{mine.task_id}")
+        assert "/queues/" not in page
+        assert "/events" not in page
+        assert (await browser.act("/tasks/cancel", task_id=str(other.task_id))).status_code == 404
+        until = (await browser.data("/tasks/all?action=cancel"))["until"]
+        assert (await browser.act("/tasks/all/cancel", until=until)).json()["task_ids"] == [str(mine.task_id)]
+    assert (await durable.get_task(other)).status == "pending"
+
+
+async def test_relatives_that_may_not_be_seen_are_not_named(durable: Durable) -> None:
+    await durable.create_queue("secret")
+    parent = await durable.spawn_by_name("secret-parent", unchecked=True, queue_name="secret")
+    mine = await durable.spawn_by_name("mine", unchecked=True)
+    child = await durable.spawn_by_name("secret-child", unchecked=True, queue_name="secret")
+    async with durable.engine.begin() as connection:
+        for row, above in ((mine, parent), (child, mine)):
+            await connection.execute(
+                update(TaskRow).where(TaskRow.task_id == row.task_id).values(parent_task_id=above.task_id)
+            )
+    path = f"/tasks/{mine.task_id}"
+    async with serving(durable, Access("eve", queues={"default"})) as (browser, _):
+        for text in (await browser.page(path), str(await browser.data(path))):
+            assert "secret" not in text
+            assert str(parent.task_id) not in text
+            assert str(child.task_id) not in text
+    async with serving(durable, Access("eve")) as (browser, _):
+        text = await browser.page(path)
+        assert "secret-parent" in text
+        assert "secret-child" in text

@@ -1,0 +1,183 @@
+"""Actions go through the client, are logged, and are passed to the application's hooks."""
+
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+from sqlalchemy import text, update
+
+from durable_sa import Durable, Hooks, TaskContext, TaskFilter, TaskRow, task
+from durable_sa.dashboard import Access, actions
+from tests.dashboard.support import EVERYTHING, serving
+
+
+class Audit(Hooks):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, list[uuid.UUID]]] = []
+
+    def on_admin_action(self, user: str, action: str, task_ids: Sequence[uuid.UUID]) -> None:
+        self.seen.append((user, action, list(task_ids)))
+        if action == "emit":
+            raise ZeroDivisionError
+
+
+@task("noted")
+async def noted(ctx: TaskContext) -> None:
+    pass
+
+
+@pytest.fixture
+def audit() -> Audit:
+    return Audit()
+
+
+@pytest.fixture
+async def durable(engine: Any, audit: Audit) -> Any:
+    async with Durable(engine, hooks=[audit], tasks=[noted]) as durable:
+        yield durable
+
+
+async def end(durable: Durable, outcome: str, *where: Any) -> None:
+    async with durable.engine.begin() as connection:
+        values = {"state": outcome, "outcome": outcome, "finished_at": TaskRow.created_at}
+        await connection.execute(update(TaskRow).where(*where).values(values))
+
+
+async def test_each_action_is_done_logged_and_passed_on(
+    durable: Durable, audit: Audit, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    spawned = await durable.spawn_by_name("anything", unchecked=True)
+    task_id = spawned.task_id
+    await durable.create_schedule("nightly", task=noted, cron_expression="0 3 * * *")
+    named = {"name": "nightly", "queue_name": "default"}
+    async with serving(durable) as (browser, _):
+
+        async def act(path: str, **fields: Any) -> Any:
+            answer = await browser.act(path, **fields)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        assert await act("/tasks/cancel", task_id=str(task_id)) == {
+            "message": "Cancelled 1 task.",
+            "done": 1,
+            "skipped": 0,
+            "complete": True,
+            "task_ids": [str(task_id)],
+        }
+        assert (await durable.get_task(task_id)).status == "cancelled"
+        assert (await act("/tasks/cancel", task_id=str(task_id)))["message"] == "Cancelled 0 tasks; 1 could not be."
+        await act("/tasks/retry", task_id=str(task_id))
+        assert (await durable.get_task(task_id)).status == "pending"
+        await act("/queues/pause", queue_name="default")
+        assert (await durable.queue_statistics("default"))[0].paused
+        await act("/queues/resume", queue_name="default")
+        assert not (await durable.queue_statistics("default"))[0].paused
+        (triggered,) = (await act("/schedules/trigger", **named))["task_ids"]
+        assert (await durable.get_task(uuid.UUID(triggered))).task_name == "noted"
+        await act("/schedules/pause", **named)
+        assert (await browser.data("/schedules"))["schedules"][0]["next_tick_at"] is None
+        await act("/schedules/resume", **named)
+        assert (await browser.data("/schedules"))["schedules"][0]["next_tick_at"] is not None
+        await act("/schedules/delete", **named)
+        assert await durable.list_schedules() == []
+        assert (await act("/events/emit", name="paid", queue_name="default", payload='{"n": 1}'))["done"] == 1
+        assert (await act("/events/emit", name="paid", queue_name="default"))["done"] == 0
+        assert (await browser.data("/events?name=paid&queue_name=default"))["event"]["payload"] == {"n": 1}
+        await end(durable, "failed", TaskRow.task_id == task_id)
+        await act("/tasks/delete", task_id=str(task_id))
+        await browser.data(f"/tasks/{task_id}", 404)
+    assert audit.seen == [
+        ("ada", "cancel", [task_id]),
+        ("ada", "cancel", []),
+        ("ada", "retry", [task_id]),
+        ("ada", "pause", []),
+        ("ada", "pause", []),
+        ("ada", "trigger", [uuid.UUID(triggered)]),
+        ("ada", "pause", []),
+        ("ada", "pause", []),
+        ("ada", "delete", []),
+        ("ada", "emit", []),
+        ("ada", "emit", []),
+        ("ada", "delete", [task_id]),
+    ]
+    logged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dashboard: ")]
+    assert len(logged) == len(audit.seen)
+    assert logged[0] == f"dashboard: 'ada' did tasks/cancel on {task_id}"
+    assert logged[3] == "dashboard: 'ada' did queues/pause on 'default'"
+    # A hook that fails takes nothing back.
+    assert "on_admin_action failed for emit of 'ada'" in caplog.text
+
+
+async def test_a_page_returns_with_a_sentence_once(durable: Durable) -> None:
+    spawned = await durable.spawn_by_name("anything", unchecked=True)
+    async with serving(durable) as (browser, _):
+        answer = await browser.act("/tasks/cancel", headers={"accept": "text/html"}, task_id=str(spawned.task_id))
+        assert (answer.status_code, answer.headers["location"]) == (303, f"/tasks/{spawned.task_id}")
+        assert "Cancelled 1 task." in await browser.page(answer.headers["location"])
+        assert "Cancelled 1 task." not in await browser.page(answer.headers["location"])
+
+
+async def test_an_action_on_all_that_match_counts_first(durable: Durable, audit: Audit) -> None:
+    for number in range(5):
+        await durable.spawn_by_name("mine" if number < 4 else "other", unchecked=True)
+    await end(durable, "failed", TaskRow.task_name == "mine")
+    async with serving(durable) as (browser, _):
+        counted = await browser.data("/tasks/all?action=retry&task_name=mine")
+        assert (counted["matched"], counted["more"]) == (4, False)
+        assert "<b>4</b> tasks would be retried" in await browser.page("/tasks/all?action=retry&task_name=mine")
+        assert (await browser.data("/tasks/all?action=cancel&task_name=mine"))["matched"] == 0
+        assert (await browser.data("/tasks/all?action=cancel&task_name=mine&state=failed"))["matched"] == 0
+        assert (await browser.data("/tasks/all?action=delete"))["matched"] == 4
+        answer = await browser.act("/tasks/all/retry", task_name="mine", until=counted["until"])
+        assert answer.json()["done"] == 4
+    assert [(action, len(ids)) for _, action, ids in audit.seen] == [("retry", 4)]
+    assert len((await durable.list_tasks(TaskFilter(state="pending"))).items) == 5
+
+
+async def test_what_fails_once_more_is_not_retried_without_an_end(durable: Durable) -> None:
+    await durable.spawn_by_name("mine", unchecked=True)
+    await end(durable, "failed")
+    async with serving(durable) as (browser, _):
+        until = (await browser.data("/tasks/all?action=retry"))["until"]
+        async with durable.engine.begin() as connection:
+            await connection.execute(text("UPDATE durable.tasks SET finished_at = now() + interval '1 s'"))
+        assert (await browser.act("/tasks/all/retry", until=until)).json()["done"] == 0
+        assert (await browser.act("/tasks/all/retry")).status_code == 400
+
+
+async def test_an_action_on_many_goes_on_where_it_stopped(durable: Durable, audit: Audit) -> None:
+    await durable.spawn_many([(noted, None)] * 1200)
+    with mock.patch.object(actions, "SLICE", 0.0):
+        async with serving(durable) as (browser, _):
+            until = (await browser.data("/tasks/all?action=cancel"))["until"]
+            answer = await browser.act("/tasks/all/cancel", headers={"accept": "text/html"}, until=until)
+            assert answer.status_code == 200
+            assert "<b>500</b> tasks so far" in answer.text
+            assert "data-continue" in answer.text
+            answer = await browser.act("/tasks/all/cancel", until=until)
+            assert (answer.json()["done"], answer.json()["complete"]) == (500, False)
+            answer = await browser.act("/tasks/all/cancel", until=until)
+            assert answer.json()["done"] == 200
+            answer = await browser.act("/tasks/all/cancel", headers={"accept": "text/html"}, until=until, done="1200")
+            assert answer.status_code == 303
+            assert "Cancelled 0 tasks. 1,200 before that." in await browser.page(answer.headers["location"])
+    assert sum(len(ids) for _, _, ids in audit.seen) == 1200
+
+
+async def test_buttons_are_shown_to_those_who_may_press_them(durable: Durable) -> None:
+    spawned = await durable.spawn_by_name("anything", unchecked=True)
+    path = f"/tasks/{spawned.task_id}"
+    async with serving(durable, Access("eve")) as (browser, _):
+        for page in ("/", "/tasks", path, "/queues/default", "/schedules", "/events"):
+            text_ = await browser.page(page)
+            assert 'method="post"' not in text_
+            assert 'name="token"' not in text_
+        await browser.data("/tasks/all?action=retry", 403)
+    async with serving(durable, EVERYTHING) as (browser, _):
+        assert "/tasks/cancel" in await browser.page(path)
+        assert "/tasks/retry" not in await browser.page(path)
+        assert "/queues/pause" in await browser.page("/queues/default")

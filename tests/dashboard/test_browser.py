@@ -1,0 +1,275 @@
+"""The pages in a real browser: what is clicked and typed, what refreshes itself, and what no policy lets pass."""
+
+import asyncio
+import os
+import re
+import shutil
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from durable_sa import Durable, TaskContext, task
+from durable_sa.dashboard import Access, dashboard
+from durable_sa.dashboard.access import ACTIONS
+from tests.support import eventually
+
+pytestmark = pytest.mark.slow
+
+uvicorn = pytest.importorskip("uvicorn", reason="the extra `dashboard` is not installed")
+playwright_api = pytest.importorskip("playwright.async_api", reason="Playwright is not installed")
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+PAGES = ("/", "/tasks", "/failures", "/queues", "/queues/default", "/workers", "/schedules", "/events", "/doctor")
+
+WATCH = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective));
+"""
+
+
+@task("wait_for_it")
+async def wait_for_it(ctx: TaskContext) -> str:
+    await ctx.step("look", asyncio.sleep, 0)
+    return await ctx.await_event("go")
+
+
+@task("break_down", max_attempts=1)
+async def break_down(ctx: TaskContext) -> None:
+    raise ValueError("</pre><script>alert(1)</script>")
+
+
+@dataclass
+class Site:
+    """The dashboard as a browser sees it."""
+
+    durable: Durable
+    address: str
+    browser: Any
+    problems: list[str] = field(default_factory=list)
+
+    async def open(self, path: str, width: int = 1200, **options: Any) -> Any:
+        context = await self.browser.new_context(viewport={"width": width, "height": 800}, **options)
+        context.set_default_timeout(20_000)
+        page = await context.new_page()
+        await page.add_init_script(WATCH)
+        page.on("console", lambda message: self.problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith(self.address) else self.problems.append(request.url),
+        )
+
+        async def accept(dialog: Any) -> None:
+            self.problems.append(dialog.message)
+            await dialog.accept()
+
+        page.on("dialog", accept)
+        await page.goto(self.address + path)
+        return page
+
+    async def check(self, page: Any) -> None:
+        assert await page.evaluate("window.violations") == []
+        assert self.problems == []
+
+
+@pytest.fixture
+async def site(durable: Durable) -> AsyncGenerator[Site]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed: apt install chromium")
+    durable.register(wait_for_it)
+    durable.register(break_down)
+    app = dashboard(durable, auth=lambda _: Access("ada", actions=ACTIONS, payloads=True))
+    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    socket = config.bind_socket()
+    serving = asyncio.create_task(server._serve([socket]))
+    await eventually(lambda: server.started)
+    async with playwright_api.async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield Site(durable, f"http://127.0.0.1:{socket.getsockname()[1]}", browser)
+        await browser.close()
+    server.should_exit = True
+    await serving
+    await app.close()
+
+
+async def fill(durable: Durable) -> str:
+    await durable.create_schedule("nightly", task=break_down, cron_expression="0 3 * * *")
+    await durable.spawn_many([(break_down, None)] * 3)
+    waiting = await durable.spawn(wait_for_it)
+    async with durable.worker(concurrency=4):
+        await eventually(lambda: durable.get_task(waiting), within=20)
+
+        async def settled() -> bool:
+            statuses = [one.status for one in (await durable.list_tasks()).items]
+            return sorted(statuses) == ["failed", "failed", "failed", "sleeping"]
+
+        await eventually(settled)
+    return str(waiting.task_id)
+
+
+async def test_every_page_fits_and_breaks_no_policy(site: Site) -> None:
+    waiting = await fill(site.durable)
+    failed = next(one for one in (await site.durable.list_tasks()).items if one.status == "failed")
+    for width, theme in ((360, "light"), (800, "dark"), (1600, "light")):
+        page = await site.open("/", width, color_scheme=theme)
+        for path in (*PAGES, f"/tasks/{waiting}", f"/tasks/{failed.task_id}", "/tasks/all?action=retry"):
+            await page.goto(site.address + path)
+            assert await page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+            assert await page.locator("h1").count() == 1
+            # Times are those of the reader, with UTC beside.
+            if await page.locator("time").count():
+                title = await page.locator("time").first.get_attribute("title")
+                assert (title or "").endswith("Z")
+            await site.check(page)
+        await page.context.close()
+
+
+async def test_actions_are_clicked(site: Site) -> None:
+    waiting = await fill(site.durable)
+    page = await site.open(f"/tasks/{waiting}")
+    # Emit what it waits for.
+    await page.get_by_text("Emit it…").click()
+    await page.get_by_label("Payload, JSON").fill('"gone"')
+    await page.get_by_role("button", name="Emit", exact=True).click()
+    await page.get_by_text("Emitted event 'go'.").wait_for()
+    async with site.durable.worker():
+        assert (await site.durable.wait_for_result(uuid.UUID(waiting), timeout=20)).output == "gone"
+    # Retry all that failed, after a look at how many there are.
+    await page.goto(f"{site.address}/failures")
+    await page.get_by_role("link", name="Retry all…").click()
+    await page.get_by_text("3 tasks would be retried").wait_for()
+    await page.get_by_role("button", name="Retry them").click()
+    await page.get_by_text("Retried 3 tasks.").wait_for()
+    # Select two, and cancel them.
+    await page.goto(f"{site.address}/tasks?state=pending")
+    boxes = page.locator("td.check input")
+    await boxes.nth(0).check()
+    await boxes.nth(1).check()
+    assert await page.locator("#selected").inner_text() == "2"
+    await page.locator("#selection").get_by_role("button", name="Cancel").click()
+    await page.get_by_text("Cancelled 2 tasks.").wait_for()
+    assert site.problems == ["Cancel 2 tasks?"]
+    site.problems.clear()
+    # Pause a queue, in two clicks, and trigger a schedule, in one.
+    await page.goto(f"{site.address}/queues/default")
+    await page.locator("summary", has_text="Pause").first.click()
+    await page.get_by_role("button", name="Pause", exact=True).first.click()
+    await page.get_by_text("Paused queue 'default'.").wait_for()
+    assert (await site.durable.queue_statistics("default"))[0].paused
+    await page.goto(f"{site.address}/schedules")
+    await page.get_by_role("button", name="Trigger").click()
+    await page.get_by_text("Triggered schedule 'nightly'.").wait_for()
+    assert re.search(r"/tasks/[0-9a-f-]{36}$", page.url)
+    await page.get_by_text("queue 'default' is paused", exact=False).first.wait_for()
+    await site.check(page)
+
+
+async def test_keys_move_select_and_open(site: Site) -> None:
+    await fill(site.durable)
+    page = await site.open("/tasks")
+    await page.keyboard.press("/")
+    assert await page.evaluate("document.activeElement.name") == "find"
+    await page.keyboard.press("Escape")
+    await page.keyboard.press("j")
+    await page.keyboard.press("j")
+    await page.keyboard.press("k")
+    await page.keyboard.press("j")
+    current = page.locator("tr.current")
+    assert await current.count() == 1
+    await page.keyboard.press("x")
+    assert await current.locator("input").is_checked()
+    await page.keyboard.press("?")
+    assert await page.locator("#keys").is_visible()
+    await page.keyboard.press("Escape")
+    target = await current.get_attribute("data-href")
+    await page.keyboard.press("Enter")
+    await page.wait_for_url(f"**{target}")
+    # A key or an id that is typed leads to the task.
+    await page.keyboard.press("/")
+    assert target is not None
+    await page.keyboard.type(target.rpartition("/")[2])
+    async with page.expect_navigation():
+        await page.keyboard.press("Enter")
+    assert page.url.endswith(target)
+    await site.check(page)
+
+
+async def test_a_page_refreshes_what_has_changed_and_no_more(site: Site) -> None:
+    waiting = await fill(site.durable)
+    page = await site.open(f"/tasks/{waiting}")
+    await page.get_by_text("Emit it…").click()
+    await page.get_by_label("Payload, JSON").fill("[1")
+    await page.evaluate("document.querySelector('main').marked = true")
+    async with site.durable.worker():
+        await site.durable.emit_event("go", "gone")
+        await site.durable.wait_for_result(uuid.UUID(waiting), timeout=20)
+    await page.locator("h1 .state.completed").wait_for()
+    # The same document: nothing was loaded anew.
+    assert await page.evaluate("document.querySelector('main').marked") is True
+    await site.check(page)
+
+
+async def test_what_is_typed_and_opened_stays(site: Site) -> None:
+    waiting = await fill(site.durable)
+    page = await site.open(f"/tasks/{waiting}")
+    await page.get_by_text("Emit it…").click()
+    area = page.get_by_label("Payload, JSON")
+    await area.fill("[1")
+    async with page.expect_response(lambda answer: answer.request.headers.get("hx-request") == "true"):
+        pass
+    await page.wait_for_timeout(100)
+    assert await area.is_visible()
+    assert await area.input_value() == "[1"
+    assert await page.evaluate("document.activeElement.name") == "payload"
+    await site.check(page)
+
+
+async def test_a_hidden_tab_asks_nothing(site: Site) -> None:
+    page = await site.open("/")
+    await page.add_init_script("Object.defineProperty(document, 'hidden', { get: () => window.away })")
+    await page.clock.install()
+    await page.goto(f"{site.address}/")
+    await page.evaluate("window.away = true")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    await page.clock.fast_forward(60_000)
+    await page.wait_for_timeout(100)
+    assert asked == []
+    await page.evaluate("window.away = false")
+    async with page.expect_request(lambda request: True):
+        await page.clock.fast_forward(6_000)
+    await site.check(page)
+
+
+async def test_the_theme_is_chosen_and_kept(site: Site) -> None:
+    page = await site.open("/", color_scheme="light")
+
+    async def ground() -> str:
+        return await page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    light = await ground()
+    await page.locator("#theme").click()
+    dark = await ground()
+    assert dark != light
+    await page.goto(f"{site.address}/tasks")
+    assert await ground() == dark
+    await site.check(page)
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "javascript:alert(1)"])
+async def test_names_run_nothing(site: Site, name: str) -> None:
+    await site.durable.create_queue(name)
+    spawned = await site.durable.spawn_by_name(name, {name: name}, unchecked=True, queue_name=name)
+    await site.durable.emit_event(name, name, queue_name=name)
+    page = await site.open("/")
+    for path in (*PAGES[:4], "/events", f"/tasks/{spawned.task_id}"):
+        await page.goto(site.address + path)
+        if path != "/failures":
+            assert name in await page.inner_text("body")
+        await site.check(page)
