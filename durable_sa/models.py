@@ -39,7 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0006"
+REVISION = "durable_0008"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -354,6 +354,56 @@ class TaskValueRow(Base):
         BigInteger(), server_default="1", comment="rises whenever the value is written"
     )
     updated_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class Stream(Base):
+    """A stream that a task writes: who may write it now, and what readers have to know besides the items."""
+
+    __tablename__ = "streams"
+    __table_args__ = (
+        PrimaryKeyConstraint("task_id", "name"),
+        CheckConstraint("octet_length(name) BETWEEN 1 AND 200", name="name"),
+    )
+
+    task_id: Mapped[uuid.UUID]
+    name: Mapped[str]
+    block_id: Mapped[uuid.UUID | None] = mapped_column(comment="the block that is open; null: none is")
+    step_key: Mapped[uuid.UUID] = mapped_column(
+        comment="of the step of the last block, or of the block in the task's body"
+    )
+    try_id: Mapped[uuid.UUID] = mapped_column(comment="the try of that step")
+    began_after: Mapped[int] = mapped_column(
+        BigInteger(), server_default="0", comment="the last position when that step began to write"
+    )
+    last_position: Mapped[int] = mapped_column(
+        BigInteger(), server_default="0", comment="of the last item, while no block is open"
+    )
+    reserved: Mapped[int] = mapped_column(
+        BigInteger(), server_default="0", comment="positions up to this may have been seen by readers"
+    )
+    restarts_after: Mapped[list[int] | None] = mapped_column(
+        ARRAY(BigInteger()), comment="of each restart, the last position that still counts"
+    )
+    restarts_through: Mapped[list[int] | None] = mapped_column(
+        ARRAY(BigInteger()), comment="of each restart, the last position that is superseded"
+    )
+    closed_at: Mapped[datetime | None] = mapped_column(comment="set: readers come to the end")
+    opened_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class StreamItems(Base):
+    """Items of a stream that were written together."""
+
+    __tablename__ = "stream_items"
+    __table_args__ = (PrimaryKeyConstraint("task_id", "name", "position"),)
+
+    task_id: Mapped[uuid.UUID]
+    name: Mapped[str]
+    position: Mapped[int] = mapped_column(BigInteger(), autoincrement=False, comment="of the last of the items")
+    step_key: Mapped[uuid.UUID]
+    try_id: Mapped[uuid.UUID]
+    items: Mapped[Any] = mapped_column(JSON(), comment="an array")
+    written_at: Mapped[datetime] = mapped_column(server_default=_now)
 
 
 class Schedule(Base):

@@ -13,6 +13,7 @@ NameKind = Literal[
     "event",
     "topic",
     "value",
+    "stream",
     "schedule",
     "worker",
     "header",
@@ -31,6 +32,7 @@ _RESERVED_PREFIX: Final[dict[str, str]] = {
     "event": "$",
     "topic": "$",
     "value": "$",
+    "stream": "$",
     "header": "durable::",
 }
 _CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -42,8 +44,8 @@ def validate_name(kind: NameKind, value: object, *, internal: bool = False) -> s
 
     A name has 1 to 200 bytes of UTF-8 (an idempotency or unique key up to 255), no control characters, and something
     else than blanks. Schedule names are made of ASCII letters, digits, `_` and `-`. `$` at the start of names of steps,
-    events, topics and values, and `durable::` at the start of header keys are reserved; `internal` lets them pass for
-    the engine's own.
+    events, topics, values and streams, and `durable::` at the start of header keys are reserved; `internal` lets them
+    pass for the engine's own.
 
     Raises:
         InvalidName: with the kind, the value and the rule it breaks.

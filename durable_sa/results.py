@@ -63,6 +63,22 @@ class Race(Generic[T_co]):
     """The message, the payload or the result of the child; None for a sleep."""
 
 
+@dataclass(frozen=True, slots=True)
+class StreamItem(Generic[T_co]):
+    """An item of a stream."""
+
+    position: int
+    """Where to go on: `read_stream(..., after=position)` begins behind it."""
+    value: T_co = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRestart:
+    """A notice to a reader that the items it has read after `position` are superseded; new ones follow."""
+
+    position: int
+
+
 AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
 """What names a task in calls about existing ones."""
 

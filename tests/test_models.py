@@ -149,7 +149,16 @@ def test_names_and_metadata_are_apart_from_the_applications() -> None:
     }
     assert str(Task.__table__) == "tasks"
     names = {"Queue", "TaskRow", "RunRow", "Checkpoint", "Event", "Wait", "Schedule", "WorkerRow", "EndedWorker"}
-    names |= {"LimitRow", "LimitKeyRow", "LimitTotalRow", "LimitArrivalRow", "Message", "TaskValueRow"}
+    names |= {
+        "LimitRow",
+        "LimitKeyRow",
+        "LimitTotalRow",
+        "LimitArrivalRow",
+        "Message",
+        "TaskValueRow",
+        "Stream",
+        "StreamItems",
+    }
     assert {mapper.class_.__name__ for mapper in models.Base.registry.mappers} == names
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
-from .. import Durable, SpawnOptions, TaskInfo
+from .. import Durable, SpawnOptions, StreamRestart, TaskInfo
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
 from ..statements import inspection, values
@@ -173,7 +174,9 @@ async def _latest(durable: Durable[Any], *, failed: bool) -> uuid.UUID:
     if failed:
         found: list[uuid.UUID] = [row.task_id for row in await durable.database.execute(inspection.LATEST_FAILED_TASK)]
     else:
-        found = [task.task_id for task in (await durable.list_tasks(limit=1)).items]
+        # The ids of a task and its subtasks, which begin with the same time, are in no order among each other.
+        newest = (await durable.list_tasks(limit=100)).items
+        found = [task.task_id for task in sorted(newest, key=lambda task: task.created_at, reverse=True)]
     if not found:
         fail("No task has failed." if failed else "There are no tasks.", FAILED)
     return found[0]
@@ -283,6 +286,41 @@ async def values_(
     if payloads:
         columns["value"] = "content"
     invocation.output.table(rows, columns, empty="The task has published no values.")
+
+
+@tasks.command(
+    "stream",
+    epilog=examples(
+        "durable tasks stream order-17 answer --payloads",
+        "durable tasks stream 0197c3a0-5c1e-7d1b-9a55-1d1e52a0b0aa answer --follow --payloads",
+    ),
+)
+@connected
+async def stream(
+    invocation: Invocation,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="STREAM", help="The name of the stream.", show_default=False)],
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the key.")
+    ] = None,
+    after: Annotated[int, typer.Option(help="Only items behind this position.", min=0)] = 0,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with the items that come, until the stream or the task ends.")
+    ] = False,
+    payloads: Annotated[bool, typer.Option("--payloads", help="Show the items, not only their positions.")] = False,
+) -> None:
+    """Print the items of a task's stream, one per line; with --json each is an object with its position."""
+    task_id = await resolve_one(invocation, task, queue_name)
+    reading = invocation.durable.read_stream(task_id, name, after=after, follow=follow)
+    async with aclosing(reading) as entries:
+        async for entry in entries:
+            if isinstance(entry, StreamRestart):
+                data: dict[str, Any] = {"restart": entry.position}
+                text = f"-- restart after {entry.position}"
+            else:
+                data = {"position": entry.position} | ({"value": entry.value} if payloads else {})
+                text = f"{entry.position}" + (f"  {to_json(entry.value).decode()}" if payloads else "")
+            invocation.output.say(text, **data)
 
 
 tasks.command("cancel", epilog=repairs.CANCEL_EXAMPLES)(repairs.cancel)

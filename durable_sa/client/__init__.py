@@ -34,7 +34,7 @@ from .reading import Reading
 from .registry import Registry
 from .results import Results
 from .schedules import Schedules
-from .values import PublishedValues
+from .streams import StreamReading
 
 if TYPE_CHECKING:
     from ..telemetry import Telemetry
@@ -50,7 +50,7 @@ BATCH_TIMEOUT = 2.0
 StateT = DefaultTypeVar("StateT", default=Any)
 
 
-class Durable(Registry, Results, PublishedValues, Reading, Bulk, Events, Queues, Schedules, Messages, Generic[StateT]):
+class Durable(Registry, Results, StreamReading, Reading, Bulk, Events, Queues, Schedules, Messages, Generic[StateT]):
     """Durable execution on an application's own Postgres.
 
     `bind` is an `AsyncEngine`, an `async_sessionmaker` or a URL, and is resolved when it is first needed: a process

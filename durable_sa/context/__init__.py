@@ -17,13 +17,16 @@ from .publishing import Publishing
 from .races import Races
 from .sleeps import Sleeps
 from .steps import Steps
+from .streams import Streams
 from .transactions import Transactions
 from .values import Values
 
 __all__ = ["TaskContext"]
 
 
-class TaskContext(Steps, Transactions, Children, Sleeps, Events, Messages, Races, Publishing, Values, TaskData[StateT]):
+class TaskContext(
+    Steps, Transactions, Children, Sleeps, Events, Messages, Races, Publishing, Streams, Values, TaskData[StateT]
+):
     """The running task, as passed to its function.
 
     Every method that waits may raise :class:`durable_sa.signals.ControlFlow`, which is no ``Exception``: the run is

@@ -234,5 +234,13 @@ def check_function(function: object, kind: str, name: str) -> None:
     raise TypeError(f"{kind} {name!r} takes a function and then its arguments, not {given}")
 
 
+def enclosing_step(path: tuple[int | str, ...]) -> uuid.UUID | None:
+    """Return the key of the innermost step or transaction that code in a branch belongs to; None in the task's body."""
+    for part in reversed(path):
+        if isinstance(part, str) and not part.startswith((CALLBACK, RACE)):
+            return uuid.UUID(part)
+    return None
+
+
 def _is_inside_step(path: tuple[int | str, ...]) -> bool:
     return any(isinstance(part, str) and not part.startswith((CALLBACK, RACE)) for part in path)

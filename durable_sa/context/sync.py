@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -9,7 +10,8 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
+from types import TracebackType
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 from sqlalchemy.orm import Session
 from typing_extensions import Unpack
@@ -19,6 +21,7 @@ from ..errors import InvalidState
 from ..options import SpawnOptions
 from ..results import AnyTaskId, Race, TaskHandle
 from ..serialization.annotations import is_coroutine_function
+from ..signals import ControlFlow
 from ..steps import plain_step
 from ..tasks import OfTask, Task
 from ..validation import Duration
@@ -26,6 +29,7 @@ from . import TaskContext
 from .data import StateT, TaskData
 from .logger import TaskLogger
 from .steps import Body
+from .streams import TaskStream
 from .thread import TaskThread, call_in_another_thread
 
 P = ParamSpec("P")
@@ -188,6 +192,10 @@ class SyncTaskContext(TaskData[StateT]):
         """As :meth:`durable_sa.TaskContext.publish`."""
         self._call(lambda: self.context.publish(name, value))
 
+    def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> SyncTaskStream[Any]:  # noqa: A002
+        """As :meth:`durable_sa.TaskContext.stream`, for a `with` block."""
+        return SyncTaskStream(self._call, self.context.stream(name, type, keep_open=keep_open))
+
     def heartbeat(self, duration: Duration | None = None) -> None:
         """As :meth:`durable_sa.TaskContext.heartbeat`."""
         if threading.get_ident() == self._own_thread.ident:
@@ -207,6 +215,29 @@ class SyncTaskContext(TaskData[StateT]):
     def uuid7(self) -> uuid.UUID:
         """As :meth:`durable_sa.TaskContext.uuid7`."""
         return self._call(self.context.uuid7)
+
+
+class SyncTaskStream(Generic[T]):
+    """A block in which a `def` task writes a stream, made by `ctx.stream`."""
+
+    def __init__(self, call: Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any], stream: TaskStream[T]) -> None:
+        self._call = call
+        self._stream = stream
+
+    def __enter__(self) -> Self:
+        self._call(self._stream.__aenter__)
+        return self
+
+    def write(self, item: T) -> None:
+        """As `write` of the block of an `async def` task."""
+        self._call(lambda: self._stream.write(item))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, ControlFlow | asyncio.CancelledError):
+            return  # the run has ended, and its blocks with it
+        self._call(lambda: self._stream.__aexit__(kind, error, traceback))
 
 
 async def run_in_thread(context: SyncTaskContext[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -27,9 +27,10 @@ from .host import RunHost
 from .journal import Entry, Journal
 from .lines import Lines
 from .publishing import Publications
+from .streaming import Block
 from .timeouts import AttemptLimit
 from .waits import PendingWait, Stored, WaitSpec
-from .writes import Kind, Values, Write
+from .writes import BlockValues, Kind, Values, Write
 
 if TYPE_CHECKING:
     from ..statements.claiming import ClaimedRun
@@ -67,6 +68,10 @@ class Run:
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
         self.lines = Lines()
         self._publications: Publications | None = None
+        self.open_streams: dict[str, Block | None] = {}
+        """The blocks of the streams that this run has open; None for one that is being opened."""
+        self.streamed: set[tuple[str, uuid.UUID]] = set()
+        """Names of streams with the tries of steps that have written them."""
         self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
@@ -178,6 +183,9 @@ class Run:
         if not self.over:
             self.over = True
             self.lines.release()
+            for block in self.open_streams.values():
+                if block is not None:
+                    block.abandon()
             self.host.run_ended(self.claimed)
 
     def _end(self, root: asyncio.Task[Any]) -> None:
@@ -367,6 +375,11 @@ class Run:
                 warn=self.warn,
             )
         self._publications.publish(name, text)
+
+    def stream_block(self, block_id: uuid.UUID, values: BlockValues, position: int) -> Block:
+        """Return a block that was opened, with the last position of its stream."""
+        writer, on_lost = self.host.writer, lambda: self.take_away(LeaseLost())
+        return Block(self.claimed, writer, block_id, values, position, on_lost=on_lost)
 
     async def fetch(self, entry: Entry, key: uuid.UUID) -> Entry:
         """Return a checkpoint with its value, which was too large to load with the others."""

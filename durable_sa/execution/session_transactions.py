@@ -72,7 +72,7 @@ async def run_session_transaction(
             return codec.decode(stored or "null", what)
         return result
 
-    return await repeated(run, attempt)
+    return await repeated(run, key, attempt)
 
 
 class _Transaction(Generic[T]):

@@ -71,10 +71,10 @@ async def run_transaction(
         finally:
             await _close(connection)
 
-    return await repeated(run, attempt)
+    return await repeated(run, key, attempt)
 
 
-async def repeated(run: Run, attempt: Callable[[bool], Awaitable[T]]) -> T:
+async def repeated(run: Run, key: uuid.UUID, attempt: Callable[[bool], Awaitable[T]]) -> T:
     """Attempt a transaction until it is committed, with results in ASCII once the database has refused another."""
     conflicts = lost = interruptions = 0
     ascii_only = False
@@ -96,6 +96,7 @@ async def repeated(run: Run, attempt: Callable[[bool], Awaitable[T]]) -> T:
                 raise
         # The next call of `fn` makes the same durable calls as this one, so their occurrences are counted from 0.
         run.branch().begin_anew()
+        run.steps[key] = run.steps[key][0], time.monotonic()
         await asyncio.sleep(backoff(conflicts + lost + interruptions))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Generic, NamedTuple, TypeAlias
@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
-from ..statements import checkpoints, messages, outcomes, suspending, values
+from ..statements import checkpoints, messages, outcomes, streams, suspending, values
 from ..statements.expressions import arrays
 from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -29,6 +29,10 @@ class Kind(Enum):
     MESSAGE = "message"
     RECEIPT = "receipt"
     PUBLICATION = "publication"
+    OPENING = "opening"
+    SUPERSESSION = "supersession"
+    ITEMS = "items"
+    CLOSING = "closing"
     WAITS = "waits"
     RACE = "race"
     SUSPENSION = "suspension"
@@ -40,7 +44,20 @@ class Kind(Enum):
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""
 
-KEYED = frozenset({Kind.CHECKPOINT, Kind.CHILD, Kind.EVENT, Kind.MESSAGE, Kind.RECEIPT, Kind.RACE})
+KEYED = frozenset(
+    {
+        Kind.CHECKPOINT,
+        Kind.CHILD,
+        Kind.EVENT,
+        Kind.MESSAGE,
+        Kind.RECEIPT,
+        Kind.RACE,
+        Kind.OPENING,
+        Kind.SUPERSESSION,
+        Kind.ITEMS,
+        Kind.CLOSING,
+    }
+)
 """Kinds that are stored under a key, once."""
 
 REFUSABLE = frozenset({Kind.CHILD, Kind.MESSAGE})
@@ -113,6 +130,42 @@ class PublicationValues(NamedTuple):
     """JSON texts by the names of values."""
 
 
+class BlockValues(NamedTuple):
+    """A block of a stream, whose id is the key of the write."""
+
+    name: str
+    step_key: uuid.UUID
+    try_id: uuid.UUID
+
+
+class ItemsValues(NamedTuple):
+    """A row of items of a stream."""
+
+    name: str
+    block_id: uuid.UUID
+    position: int
+    """Of the last item."""
+    step_key: uuid.UUID
+    try_id: uuid.UUID
+    items: str
+    """A JSON array."""
+    reservation: int | None
+    """The position up to which further ones are reserved."""
+
+
+class ClosingValues(NamedTuple):
+    """A block of a stream that was left."""
+
+    name: str
+    block_id: uuid.UUID
+    position: int
+    """Of the last item."""
+    ends: bool
+    """True if readers come to the end of the stream."""
+    checkpoint_key: uuid.UUID | None
+    """The key of the checkpoint to write."""
+
+
 class SuspensionValues(NamedTuple):
     waited: bool
     """True if waits of the task may be stored, which the statement deletes."""
@@ -149,6 +202,9 @@ Values: TypeAlias = (
     | ReceiptValues
     | RaceValues
     | PublicationValues
+    | BlockValues
+    | ItemsValues
+    | ClosingValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -205,6 +261,8 @@ def escape(write: Write) -> bool:
             escaped = present._replace(payload=in_ascii(text))
         case PublicationValues(published):
             escaped = PublicationValues({name: in_ascii(text) for name, text in published.items()})
+        case ItemsValues(items=text):
+            escaped = present._replace(items=in_ascii(text))
         case CompletionValues(output=text):
             escaped = present._replace(output=in_ascii(text))
         case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
@@ -277,6 +335,12 @@ def _publications(writes: list[Write[PublicationValues]]) -> tuple[Executable, d
     return values.PUBLISH, fenced | arrays(values.VALUE_COLUMNS, rows)
 
 
+def _streams(
+    statement: Executable, columns: Iterable[str], writes: list[Write[BlockValues | ItemsValues | ClosingValues]]
+) -> tuple[Executable, dict[str, Any]]:
+    return statement, arrays(columns, [(write.task_id, write.fence, write.key, *write.values) for write in writes])
+
+
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
     return suspending.REGISTER_WAITS, fenced | _wait_columns(writes)
@@ -332,6 +396,10 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.RECEIPT: _receipts,
     Kind.RACE: _races,
     Kind.PUBLICATION: _publications,
+    Kind.OPENING: lambda writes: _streams(streams.OPEN_STREAMS, streams.OPENING_COLUMNS, writes),
+    Kind.SUPERSESSION: lambda writes: _streams(streams.SUPERSEDE, streams.SUPERSESSION_COLUMNS, writes),
+    Kind.ITEMS: lambda writes: _streams(streams.WRITE_ITEMS, streams.ITEM_COLUMNS, writes),
+    Kind.CLOSING: lambda writes: _streams(streams.CLOSE_STREAMS, streams.CLOSING_COLUMNS, writes),
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
@@ -382,7 +450,9 @@ def results(kind: Kind, rows: Sequence[Row[Any]]) -> Mapping[Hashable, Any]:
             return dict.fromkeys(row.child_task_id for row in rows)
         case Kind.EVENT:
             return {(row.task_id, row.key): Stored("completed", row.value) for row in rows}
-        case Kind.MESSAGE:
+        case Kind.OPENING | Kind.ITEMS:
+            return {(row.task_id, row.key): row for row in rows}
+        case Kind.MESSAGE | Kind.SUPERSESSION | Kind.CLOSING:
             return {(row.task_id, row.key): None for row in rows}
         case Kind.RACE:
             return {(row.task_id, row.key): Stored("won" if row.found else "none", row.value) for row in rows}

@@ -23,6 +23,8 @@ PRODUCER: Final = {
     "events": "SELECT, INSERT",
     "messages": "SELECT, INSERT",
     "task_values": "SELECT",
+    "streams": "SELECT",
+    "stream_items": "SELECT",
     "limit_arrivals": "INSERT",
 }
 """Privileges of an application that spawns, emits, sends, cancels and reads results."""
@@ -36,6 +38,8 @@ WORKER: Final = {
     "events": "SELECT, INSERT, UPDATE, DELETE",
     "messages": "SELECT, INSERT, UPDATE, DELETE",
     "task_values": "SELECT, INSERT, UPDATE, DELETE",
+    "streams": "SELECT, INSERT, UPDATE, DELETE",
+    "stream_items": "SELECT, INSERT, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
     "ended_workers": "SELECT, INSERT, DELETE",

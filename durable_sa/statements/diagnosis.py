@@ -30,7 +30,20 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import aliased
 
-from ..models import Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait, WorkerRow
+from ..models import (
+    Checkpoint,
+    Event,
+    Message,
+    Queue,
+    RunRow,
+    Schedule,
+    Stream,
+    StreamItems,
+    TaskRow,
+    TaskValueRow,
+    Wait,
+    WorkerRow,
+)
 from .expressions import clamped_time, clock, constant, interval, long_steps
 from .waits import for_messages
 
@@ -260,6 +273,18 @@ ORPHANS = union_all(
         "value of a task that does not exist",
         TaskValueRow.task_id,
         select(TaskValueRow).where(~exists().where(TaskRow.task_id == TaskValueRow.task_id)),
+    ),
+    _orphan(
+        "stream of a task that does not exist",
+        Stream.task_id,
+        select(Stream).where(~exists().where(TaskRow.task_id == Stream.task_id)),
+    ),
+    _orphan(
+        "items of a stream that does not exist",
+        StreamItems.task_id,
+        select(StreamItems).where(
+            ~exists().where(Stream.task_id == StreamItems.task_id, Stream.name == StreamItems.name)
+        ),
     ),
     _orphan(
         "event of a queue that does not exist",

@@ -29,7 +29,20 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
-from ..models import RETENTION, Checkpoint, Event, Message, Queue, RunRow, Schedule, TaskRow, TaskValueRow, Wait
+from ..models import (
+    RETENTION,
+    Checkpoint,
+    Event,
+    Message,
+    Queue,
+    RunRow,
+    Schedule,
+    Stream,
+    StreamItems,
+    TaskRow,
+    TaskValueRow,
+    Wait,
+)
 from .expressions import array, clamped_time, clock, constant, interval, lock_timeout, statement_time
 from .fencing import materialized
 
@@ -152,6 +165,8 @@ DELETE_TASKS = (
         delete(RunRow).where(RunRow.task_id == _gone.c.task_id).cte("gone_runs"),
         delete(Message).where(Message.task_id == _gone.c.task_id).cte("gone_messages"),
         delete(TaskValueRow).where(TaskValueRow.task_id == _gone.c.task_id).cte("gone_values"),
+        delete(Stream).where(Stream.task_id == _gone.c.task_id).cte("gone_streams"),
+        delete(StreamItems).where(StreamItems.task_id == _gone.c.task_id).cte("gone_items"),
     )
 )
 """Delete ended tasks with all that belongs to them; those with an unfinished ancestor, a child or a waiter stay.
@@ -204,6 +219,8 @@ DELETE_QUEUE_TASKS = (
         delete(Wait).where(Wait.task_id == _some.c.task_id).cte("gone_waits"),
         delete(Message).where(Message.task_id == _some.c.task_id).cte("gone_messages"),
         delete(TaskValueRow).where(TaskValueRow.task_id == _some.c.task_id).cte("gone_values"),
+        delete(Stream).where(Stream.task_id == _some.c.task_id).cte("gone_streams"),
+        delete(StreamItems).where(StreamItems.task_id == _some.c.task_id).cte("gone_items"),
     )
 )
 """Delete a batch of a dropped queue's tasks, with all that belongs to them."""

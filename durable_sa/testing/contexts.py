@@ -23,11 +23,13 @@ from ..client import Durable
 from ..context import TaskContext
 from ..context.base import Call
 from ..context.races import Member
+from ..context.streams import TaskStream
 from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
 from ..execution.run import Run
 from ..execution.session_transactions import InThread
+from ..execution.streaming import ended
 from ..execution.transactions import refuse_awaitable
 from ..ids import new_id
 from ..options import SpawnOptions, encode_headers
@@ -213,6 +215,10 @@ class MemoryContext(TaskContext[Any], _Enterable):
         waits = {keyword: member.coroutine for keyword, member in members.items()}
         return await self._memory.decide(call.name, call.key, waits)
 
+    def stream(self, name: str, type: Any = None, *, keep_open: bool = False) -> TaskStream[Any]:  # noqa: A002
+        """Return a block whose items are found in `recorded.streams`."""
+        return MemoryStream(self._memory, super().stream(name, type, keep_open=keep_open))
+
     async def rand(self) -> float:
         """Return a random number in [0, 1), by the seed."""
         return await self._draw("$rand", codec_for(float), self._random.random)
@@ -225,6 +231,34 @@ class MemoryContext(TaskContext[Any], _Enterable):
         milliseconds = int(self._memory.now().timestamp() * 1000)
         bits = milliseconds << 80 | 0x7 << 76 | self._random.getrandbits(12) << 64
         return uuid.UUID(int=bits | 0b10 << 62 | self._random.getrandbits(62))
+
+
+class MemoryStream(TaskStream[Any]):
+    """A block of a stream in a unit test."""
+
+    def __init__(self, memory: MemoryRun, stream: TaskStream[Any]) -> None:
+        vars(self).update(vars(stream))
+        self._memory = memory
+
+    async def __aenter__(self) -> Self:
+        if self.name in self._memory.ended_streams:
+            raise ended(self.name)
+        self._open_in(self._memory.open_streams)
+        self._entered = True
+        self._memory.recorded.streams.setdefault(self.name, [])
+        return self
+
+    async def write(self, item: Any) -> None:
+        """Record an item."""
+        self._check_open()
+        what = f"an item of stream {self.name!r}"
+        self._memory.recorded.streams[self.name].append(UNTYPED.decode(self.codec.encode(item, what), what))
+
+    async def __aexit__(self, *_: object) -> None:
+        self._left = True
+        del self._memory.open_streams[self.name]
+        if not self.keep_open:
+            self._memory.ended_streams.add(self.name)
 
 
 class MemorySyncContext(SyncTaskContext[Any], _Enterable):

@@ -72,6 +72,8 @@ class Recorded:
     sent: list[SentMessage] = field(default_factory=list[SentMessage])
     published: dict[str, Any] = field(default_factory=dict[str, Any], repr=False)
     """The values of the task by name, as plain JSON."""
+    streams: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]], repr=False)
+    """The items of each stream, as plain JSON."""
 
 
 class _WouldWait(BaseException):
@@ -138,6 +140,8 @@ class MemoryRun:
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self
+        self.open_streams: dict[str, Any] = {}
+        self.ended_streams: set[str] = set()
         self._racing = False
         """True while the waits of a race are tried one after the other."""
         self._results = results

@@ -67,6 +67,8 @@ class Dispatcher:
                 self.announce(Hint().add_rows(rows))
             case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
                 pass
+            case Kind.OPENING | Kind.SUPERSESSION | Kind.ITEMS | Kind.CLOSING:
+                pass
 
     def announce(self, hint: Hint, *, everywhere: bool = False) -> None:
         """Note a hint for this worker, and send it to other workers unless this one has slots for all its tasks.

@@ -81,12 +81,45 @@ async def test_doctor_finds_messages_and_values_of_no_task_and_missed_ones(cli: 
         await connection.execute(
             text("INSERT INTO durable.task_values (task_id, name) VALUES (:task_id, 'a')"), {"task_id": missing}
         )
+        await connection.execute(
+            text(
+                "INSERT INTO durable.streams (task_id, name, step_key, try_id)"
+                " VALUES (:task_id, 'a', gen_random_uuid(), gen_random_uuid())"
+            ),
+            {"task_id": missing},
+        )
+        await connection.execute(
+            text(
+                "INSERT INTO durable.stream_items (task_id, name, position, step_key, try_id, items)"
+                " VALUES (:task_id, 'b', 1, gen_random_uuid(), gen_random_uuid(), '[1]')"
+            ),
+            {"task_id": spawned.task_id},
+        )
         await connection.execute(text("UPDATE durable.waits SET created_at = now() - interval '1 hour'"))
     report = (await cli("doctor", "--grace", "1s", "--json")).stdout
     assert f"message to a task that does not exist: {missing}" in report
     assert f"value of a task that does not exist: {missing}" in report
+    assert f"stream of a task that does not exist: {missing}" in report
+    assert f"items of a stream that does not exist: {spawned.task_id}" in report
     assert f"task {spawned.task_id} waits for race message 'a', but a message was sent" in report
     # A worker repairs the wait.
     async with durable.worker() as worker:
         worker.maintenance.look_at_everything()
         assert (await durable.wait_for_result(spawned, timeout=10)).output is None
+
+
+async def test_a_stream_is_printed_and_followed(cli: CommandLine, durable: Durable) -> None:
+    @durable.task
+    async def work(ctx: TaskContext) -> None:
+        async with ctx.stream("answer") as stream:
+            for word in ("a", "b"):
+                await stream.write(word)
+
+    async with durable.worker():
+        spawned = await durable.spawn(work)
+        followed = await cli("tasks", "stream", spawned.task_id, "answer", "--follow", "--payloads")
+    assert followed.stdout == '1  "a"\n2  "b"\n'
+    assert (await cli("tasks", "stream", spawned.task_id, "answer")).stdout == "1\n2\n"
+    printed = await cli("tasks", "stream", spawned.task_id, "answer", "--after", 1, "--payloads", "--json")
+    assert printed.json == {"position": 2, "value": "b"}
+    assert (await cli("tasks", "stream", spawned.task_id, "other")).stdout == ""

@@ -20,6 +20,8 @@ from durable_sa import (
     Spawn,
     TaskContext,
     TaskStatus,
+    current_context,
+    step,
     task,
 )
 from durable_sa.migrations.roles import OPERATOR, PRODUCER, ROLES, WORKER, grants
@@ -55,7 +57,21 @@ async def everything(ctx: TaskContext, number: int) -> int:
     await ctx.receive("note")
     await ctx.race("race", note=ctx.receive("note"), late=ctx.sleep_for("late", 60))
     await ctx.publish("number", number)
+    for part in ("first", "second"):
+        await ctx.step(part, stream, ctx.task_id)
     return await ctx.join(handle)
+
+
+@step(max_attempts=2)
+async def stream(task_id: UUID) -> None:
+    async with current_context().stream("stream", keep_open=True) as stream:
+        await stream.write(1)
+    if task_id not in tried:
+        tried.add(task_id)
+        raise ValueError
+
+
+tried: set[UUID] = set()
 
 
 async def note(session: AsyncSession) -> int:
@@ -158,6 +174,7 @@ async def produce(durable: Durable) -> None:
     asked = {"message_ids": [spawned.run_id], "receiver_ids": [spawned.task_id]}
     assert await durable.database.execute(messages.SENT, asked) == []
     assert await durable.get_value(spawned, "name") is None
+    assert [item async for item in durable.read_stream(spawned, "name", follow=False)] == []
     assert await durable.cancel_task(spawned) is TaskStatus.CANCELLED
     result = await durable.wait_for_result(spawned, timeout=20)
     assert result.status is TaskStatus.CANCELLED

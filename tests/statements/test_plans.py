@@ -26,6 +26,7 @@ from durable_sa.statements import (
     outcomes,
     queues,
     reading,
+    streams,
     suspending,
     values,
     waits,
@@ -52,6 +53,8 @@ ALTER TABLE durable.runs SET (autovacuum_enabled = false);
 ALTER TABLE durable.checkpoints SET (autovacuum_enabled = false);
 ALTER TABLE durable.waits SET (autovacuum_enabled = false);
 ALTER TABLE durable.messages SET (autovacuum_enabled = false);
+ALTER TABLE durable.streams SET (autovacuum_enabled = false);
+ALTER TABLE durable.stream_items SET (autovacuum_enabled = false);
 INSERT INTO durable.workers (worker_id, name, queue_names, claim_timeout, expires_at)
     VALUES ('{worker}', 'worker', '{{default}}', '120 s', now() + interval '1 day');
 INSERT INTO durable.tasks (
@@ -89,6 +92,11 @@ INSERT INTO durable.waits (task_id, key, kind, name, queue_name)
 INSERT INTO durable.messages (task_id, message_id, topic, payload)
     SELECT task_id, pg_temp.id(number), 'in', '1' FROM durable.tasks, generate_series(1, 2) AS number
     WHERE state IN ('sleeping', 'running');
+INSERT INTO durable.streams (task_id, name, block_id, step_key, try_id, last_position, reserved)
+    SELECT task_id, 'out', pg_temp.id(3), pg_temp.id(4), pg_temp.id(5), 2, 1000 FROM durable.tasks
+    WHERE state IN ('sleeping', 'running');
+INSERT INTO durable.stream_items (task_id, name, position, step_key, try_id, items)
+    SELECT task_id, name, number, step_key, try_id, '[1]' FROM durable.streams, generate_series(1, 2) AS number;
 """
 
 
@@ -131,6 +139,7 @@ def page(where: TaskFilter, order: Order = "newest", *, recent: bool = False) ->
 
 
 RUNS_HELD = {"task_ids": task_ids(RUNNING), "fences": [1] * BATCH}
+BLOCKS = {"step_keys": [task_id(4)] * BATCH, "try_ids": [task_id(6)] * BATCH}
 CASES = {
     "claim": claim((datetime(2024, 1, 1, tzinfo=UTC), uuid.UUID(int=0))),
     "claim without floor": claim(LANE_START),
@@ -262,6 +271,54 @@ CASES = {
         frozenset({"tasks_pkey"}),
         3_000,
     ),
+    "write items": Case(
+        streams.WRITE_ITEMS,
+        {
+            **RUNS_HELD,
+            "keys": [uuid.UUID(int=number) for number in range(BATCH)],
+            "names": ["out"] * BATCH,
+            "block_ids": [task_id(3)] * BATCH,
+            "positions": [3] * BATCH,
+            "step_keys": [task_id(4)] * BATCH,
+            "try_ids": [task_id(5)] * BATCH,
+            "items": ["[1]"] * BATCH,
+            "reservations": [2000] * BATCH,
+        },
+        frozenset({"tasks_pkey", "streams_pkey"}),
+        6_000,
+    ),
+    "open streams": Case(
+        streams.OPEN_STREAMS,
+        {**RUNS_HELD, "keys": [uuid.UUID(int=9)] * BATCH, "names": ["out"] * BATCH, **BLOCKS},
+        frozenset({"tasks_pkey", "streams_pkey"}),
+        6_000,
+    ),
+    "supersede": Case(
+        streams.SUPERSEDE,
+        {**RUNS_HELD, "keys": [task_id(3)] * BATCH, "names": ["out"] * BATCH, **BLOCKS},
+        frozenset({"tasks_pkey", "streams_pkey", "stream_items_pkey"}),
+        7_000,
+    ),
+    "close streams": Case(
+        streams.CLOSE_STREAMS,
+        {
+            **RUNS_HELD,
+            "keys": [uuid.UUID(int=9)] * BATCH,
+            "names": ["out"] * BATCH,
+            "block_ids": [task_id(3)] * BATCH,
+            "positions": [3] * BATCH,
+            "ends": [True] * BATCH,
+            "checkpoint_keys": [uuid.UUID(int=9)] * BATCH,
+        },
+        frozenset({"tasks_pkey", "streams_pkey"}),
+        7_000,
+    ),
+    "read streams": Case(
+        streams.READ_STREAMS,
+        {"task_ids": task_ids(RUNNING), "names": ["out"] * BATCH, "afters": [1] * BATCH},
+        frozenset({"tasks_pkey", "streams_pkey", "stream_items_pkey"}),
+        2_000,
+    ),
     "load checkpoints": Case(
         checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
     ),
@@ -309,6 +366,9 @@ LISTS = {
     "running": Case(page(TaskFilter(state="running")), {}, frozenset({"tasks_claim_idx"}), 5_000, 51),
     "longest running": Case(page(TaskFilter(), "running"), {}, frozenset({"tasks_claim_idx"}), 5_000, 51),
     "running for long": Case(page(TaskFilter(running_longer_than=3600)), {}, frozenset({"tasks_claim_idx"}), 5_000, 0),
+    "spawned long ago": Case(
+        page(TaskFilter(spawned_before=datetime(1960, 1, 1, tzinfo=UTC))), {}, frozenset({"tasks_pkey"}), 100, 0
+    ),
     "of a key": Case(page(TaskFilter(key="none")), {}, frozenset({"tasks_idempotency_idx"}), 100, 0),
     "of a parent": Case(page(TaskFilter(parent=task_id(0))), {}, frozenset({"tasks_parent_idx"}), 100, 0),
     "ended": Case(page(TaskFilter(ended_after=AFTER_ALL)), {}, frozenset({"tasks_finished_idx"}), 200, 0),

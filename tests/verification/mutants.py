@@ -25,6 +25,7 @@ LIMITS = "tests/worker/test_queue_limits.py::"
 SUSPECTS = "tests/worker/test_limited_suspects.py::"
 MACHINE = "tests/verification/test_state_machine.py"
 MESSAGES = "tests/verification/test_messages.py"
+STREAMS = "tests/context/test_streams.py"
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,30 @@ MUTANTS = (
             ),
         ),
         ("tests/context/test_follow_ups.py",),
+    ),
+    Mutant(
+        "streams written without their lock",
+        "statements/streams.py",
+        (("    .with_for_update(of=Stream, skip_locked=True, key_share=True),\n", ""),),
+        (f"{STREAMS}::test_what_a_lost_run_still_has_in_flight_is_found_or_refused",),
+    ),
+    Mutant(
+        "items of an earlier try that stay",
+        "statements/streams.py",
+        (("StreamItems.try_id != _block.c.try_ids", "StreamItems.try_id == StreamItems.step_key"),),
+        (STREAMS,),
+    ),
+    Mutant(
+        "readers who are not told of a restart",
+        "statements/streams.py",
+        (('restarts_after=func.array_append(_kept("after"), _lows.c.low)', 'restarts_after=_kept("after")'),),
+        (STREAMS,),
+    ),
+    Mutant(
+        "positions that are used twice",
+        "statements/streams.py",
+        (("else_=Stream.reserved)", "else_=Stream.last_position)"),),
+        (STREAMS,),
     ),
     Mutant(
         "hints before the commit",

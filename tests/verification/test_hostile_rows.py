@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from durable_sa import Durable, RetryStrategy, SerializationError, TaskContext, TaskStatus
+from durable_sa import Durable, RetryStrategy, SerializationError, StreamItem, TaskContext, TaskStatus
 
 from ..support import eventually
 
@@ -327,3 +327,54 @@ async def test_messages_that_cannot_be_read_fail_their_receivers_alone(
     with pytest.raises(SerializationError):
         await durable.get_value(good[0], "state", type=str)
     assert await durable.get_value(good[0], "state") == [1]
+
+
+HOSTILE_STREAMS = {
+    "all positions reserved": "reserved = 9223372036854775807, last_position = 9223372036854775807",
+    "positions before the first": "reserved = -9223372036854775808, last_position = -9223372036854775808",
+    "begun after the end": "began_after = 9223372036854775807",
+    "restarts without an end": "restarts_after = '{1,null,3}', restarts_through = '{}'",
+    "restarts to nowhere": "restarts_after = NULL, restarts_through = '{-1,9223372036854775807}'",
+    "of the end of time": "opened_at = 'infinity', closed_at = NULL",
+    "of another block": "block_id = gen_random_uuid()",
+}
+
+
+async def test_rows_of_streams_that_make_no_sense_stop_no_others(durable: Durable, engine: AsyncEngine) -> None:
+    @durable.task
+    async def work(ctx: TaskContext) -> None:
+        for part in ("first", "second"):
+            await ctx.step(part, lambda: write(ctx))
+            await ctx.receive("go on")
+        async with ctx.stream("stream") as stream:
+            await stream.write("last")
+
+    async def write(ctx: TaskContext) -> None:
+        async with ctx.stream("stream", keep_open=True) as stream:
+            await stream.write("item")
+
+    good = [await durable.spawn(work) for _ in range(5)]
+    bad = {what: await durable.spawn(work) for what in HOSTILE_STREAMS}
+    async with durable.worker(concurrency=20):
+        for step in range(2):
+            async with engine.connect() as connection:
+
+                async def waiting(connection: AsyncConnection = connection, step: int = step) -> bool:
+                    statement = text(
+                        "SELECT count(*) FROM durable.checkpoints WHERE kind = 'step' AND status = 'completed'"
+                    )
+                    return await connection.scalar(statement) == (step + 1) * (len(good) + len(bad))
+
+                await eventually(waiting)
+            async with engine.begin() as connection:
+                for what, change in HOSTILE_STREAMS.items():
+                    statement = text(f"UPDATE durable.streams SET {change} WHERE task_id = :task_id")
+                    await connection.execute(statement, {"task_id": bad[what].task_id})
+            for each in (*good, *bad.values()):
+                await durable.send(each, "go on")
+        for each in good:
+            assert (await durable.wait_for_result(each, timeout=10)).status is TaskStatus.COMPLETED
+            items = [entry async for entry in durable.read_stream(each, "stream")]
+            assert items == [StreamItem(1, "item"), StreamItem(2, "item"), StreamItem(3, "last")]
+        for what, each in bad.items():
+            assert (await durable.wait_for_result(each, timeout=10)).status is TaskStatus.COMPLETED, what

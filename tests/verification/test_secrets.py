@@ -43,6 +43,8 @@ async def everything(ctx: TaskContext, order: Order) -> str:
     await ctx.transaction("book", book, order.card)
     await ctx.emit_event(f"event-{ctx.task_id}", order.card)
     await ctx.publish("card", order.card)
+    async with ctx.stream("card") as stream:
+        await stream.write(order.card)
     await ctx.send(ctx.task_id, "card", order.card)
     await ctx.race("card", card=ctx.receive("card"), never=ctx.receive("never"))
     await ctx.sleep_for("nap", 0.01)
@@ -121,7 +123,15 @@ async def test_values_are_in_no_log_notification_statement_or_repr(
 
 
 @pytest.mark.parametrize(
-    "column", ["tasks.output", "tasks.error", "checkpoints.value", "messages.payload", "task_values.value"]
+    "column",
+    [
+        "tasks.output",
+        "tasks.error",
+        "checkpoints.value",
+        "messages.payload",
+        "task_values.value",
+        "stream_items.items",
+    ],
 )
 async def test_what_the_database_says_of_a_row_that_it_refuses_is_not_repeated(
     durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture, column: str

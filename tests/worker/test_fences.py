@@ -14,11 +14,14 @@ from durable_sa.database.channel import DedicatedConnection
 from durable_sa.execution.waits import WaitSpec
 from durable_sa.execution.writer import Writer
 from durable_sa.execution.writes import (
+    BlockValues,
     CheckpointValues,
     ChildValues,
+    ClosingValues,
     CompletionValues,
     EventValues,
     FailureValues,
+    ItemsValues,
     Kind,
     MessageValues,
     PublicationValues,
@@ -49,6 +52,9 @@ class Holder:
         self.durable = durable
         self.claimer = claimer
         self.task_id = task_id
+        self.block_id = new_id()
+        """Of an open stream, in which an earlier try has written something."""
+        self.position = 0
 
     def write(self, kind: Kind, told: Any, fence: int = 1) -> Write:
         key = new_id()
@@ -76,6 +82,13 @@ class Holder:
                 )
             case Kind.PUBLICATION:
                 values = PublicationValues({"name": "1"})
+            case Kind.OPENING | Kind.SUPERSESSION:
+                key, values = self.block_id, BlockValues("stream", self.block_id, self.block_id)
+            case Kind.ITEMS:
+                self.position += 1
+                values = ItemsValues("stream", self.block_id, self.position, self.block_id, new_id(), "[1]", None)
+            case Kind.CLOSING:
+                values = ClosingValues("stream", self.block_id, 1, ends=True, checkpoint_key=new_id())
             case Kind.WAITS | Kind.SUSPENSION:
                 waits = [
                     WaitSpec(key, "event", "name", "some", None, None, 60.0),
@@ -114,7 +127,10 @@ async def holder(durable: Durable) -> Holder:
     spawned = await durable.spawn(program.count, max_attempts=5)
     assert await claimer.claim(1, "count") == [spawned.task_id]
     await durable.send(spawned, "note", 1)
-    return Holder(durable, claimer, spawned.task_id)
+    holder = Holder(durable, claimer, spawned.task_id)
+    for kind in (Kind.OPENING, Kind.ITEMS):
+        assert await holder.send(kind) is None
+    return holder
 
 
 async def _complete(holder: Holder) -> None:
@@ -197,7 +213,17 @@ LOSSES: dict[str, Callable[[Holder], Awaitable[None]]] = {
 
 
 async def dump(sql: Rows) -> list[Any]:
-    tables = ("tasks", "runs", "checkpoints", "waits", "events", "messages", "task_values")
+    tables = (
+        "tasks",
+        "runs",
+        "checkpoints",
+        "waits",
+        "events",
+        "messages",
+        "task_values",
+        "streams",
+        "stream_items",
+    )
     return await sql(
         " UNION ALL ".join(f"SELECT '{table}', t::text FROM durable.{table} AS t" for table in tables)
         + " ORDER BY 1, 2"

@@ -256,7 +256,7 @@ def check(block: Block) -> None:
             bash = shutil.which("bash")
             assert bash is not None
             subprocess.run([bash, "-n"], input=block.text, text=True, check=True)
-        case "text" | "sql" | "pycon":
+        case "text" | "sql" | "pycon" | "javascript":
             pass
         case other:
             raise AssertionError(f"line {block.line}: what is done with {other!r}?")
