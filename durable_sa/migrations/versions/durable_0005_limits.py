@@ -116,8 +116,6 @@ def up(op: Operations, schema: str) -> None:
             comment="when the tasks that ran at limited_at had been counted; until then none is claimed",
         ),
     ]
-    for column in queue_columns:
-        op.add_column("queues", column, schema=named)
     task_columns: list[sa.Column[Any]] = [
         sa.Column("limit_key", sa.Text(), comment="empty: none, in a queue with limits"),
         sa.Column("weight", sa.SmallInteger(), comment="its share of a rate; null: 1"),
@@ -129,8 +127,11 @@ def up(op: Operations, schema: str) -> None:
         ),
         sa.Column("unique_key", sa.Text(), comment="of one unfinished task of the queue at most"),
     ]
+    # In the order in which spawns and claims lock them: another would be a deadlock, which lasts a second.
     for column in task_columns:
         op.add_column("tasks", column, schema=named)
+    for column in queue_columns:
+        op.add_column("queues", column, schema=named)
     op.add_column(
         "workers",
         sa.Column("knows_limits", sa.Boolean(), comment="null: of a version that claims without regard to limits"),
