@@ -39,7 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0008"
+REVISION = "durable_0007"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"

@@ -10,7 +10,7 @@ from alembic.operations import Operations
 
 from durable_sa.migrations import running
 
-revision = "durable_0008"
+revision = "durable_0007"
 down_revision = "durable_0006"
 branch_labels = None
 depends_on = None
