@@ -68,8 +68,9 @@ async def test_a_task_on_an_idle_worker_costs_a_claim_and_a_completion(durable: 
             statements.clear()
             await durable.wait_for_result(await durable.spawn(quick))
             claims += sum("open_lanes" in statement for statement in statements)
-        # A worker searches once per second for tasks that no hint has announced.
-        assert claims <= 24 + (time.monotonic() - began_at)
+        # A worker searches once per second for tasks that no hint has announced, and once more for a hint that comes
+        # during a claim, as some do on a busy machine. With two claims a task there are 40.
+        assert claims <= 30 + (time.monotonic() - began_at)
 
 
 @pytest.mark.slow
