@@ -174,7 +174,9 @@ async def _latest(durable: Durable[Any], *, failed: bool) -> uuid.UUID:
     if failed:
         found: list[uuid.UUID] = [row.task_id for row in await durable.database.execute(inspection.LATEST_FAILED_TASK)]
     else:
-        found = [task.task_id for task in (await durable.list_tasks(limit=1)).items]
+        # The ids of a task and its subtasks, which begin with the same time, are in no order among each other.
+        newest = (await durable.list_tasks(limit=100)).items
+        found = [task.task_id for task in sorted(newest, key=lambda task: task.created_at, reverse=True)]
     if not found:
         fail("No task has failed." if failed else "There are no tasks.", FAILED)
     return found[0]

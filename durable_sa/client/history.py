@@ -66,8 +66,8 @@ def entries(records: Records, *, payloads: bool) -> list[HistoryEntry]:
         number = 0 if moment is None else bisect_right(starts, moment)
         return replace(entry, attempt=begun[number - 1][1] if number else 0)
 
-    calls = chain(_recorded(records, payloads=payloads), _waiting(records), _in_progress(records))
-    return sorted(chain(attempts, map(placed, calls)), key=_moment)
+    calls = chain(_recorded(records, payloads=payloads), _waiting(records))
+    return sorted(chain(attempts, map(placed, calls), _in_progress(records)), key=_moment)
 
 
 def _moment(entry: HistoryEntry) -> tuple[datetime, bool]:
@@ -150,8 +150,11 @@ def _waiting(records: Records) -> Iterator[HistoryEntry]:
 
 
 def _in_progress(records: Records) -> Iterator[HistoryEntry]:
+    task = records.task
     for step in records.steps:
-        yield HistoryEntry("step", step.name, "running", 0, step.began_at, None)
+        # The worker reckons when it began, and may reckon it earlier than the attempt.
+        began_at = step.began_at if task.started_at is None else max(step.began_at, task.started_at)
+        yield HistoryEntry("step", step.name, "running", task.attempt, began_at, None)
 
 
 def _known(**details: Any) -> dict[str, Any]:

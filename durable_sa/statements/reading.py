@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 from sqlalchemy import (
@@ -25,6 +25,7 @@ from sqlalchemy import (
     cast,
     func,
     literal,
+    literal_column,
     null,
     or_,
     select,
@@ -50,8 +51,13 @@ Where = TaskFilter | Select[Any] | CompoundSelect[Any]
 RECENT: Final = 20_000
 """Number of tasks that are looked through, the newest first, before an index is used: 15 ms."""
 
+CLOCK_ERROR: Final = timedelta(days=1)
+"""Time by which a client's clock, whose time is in the ids, may be ahead of the database's: a wrong time zone's."""
+
 _UNSUCCESSFUL: Final = ("failed", "cancelled")
 _ENDED: Final = ("completed", *_UNSUCCESSFUL)
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Versions of tasks do not exist yet, so that no task matches a filter by them.
 _version: Any = cast(null(), Integer())
@@ -141,8 +147,7 @@ def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
     if unfinished:
         part = found.where(TaskRow.finished_at.is_(None), *conditions)
         if where.running_longer_than is not None or unfinished == [TaskStatus.RUNNING]:
-            # True of all claimed tasks.
-            part = part.where(TaskRow.available_at <= statement_time())
+            part = part.where(_has_been_due())
         parts.append(part)
     # One range of the index each.
     parts += [
@@ -152,13 +157,23 @@ def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
     return union_all(*parts) if len(parts) > 1 else parts[0] if parts else found.where(null().is_not(None))
 
 
+def _has_been_due() -> ColumnElement[bool]:
+    """Return a condition that is true of all running tasks, and that an index knows.
+
+    A range of two subqueries, because the planner takes it for a small part of the index. For a bound that it knows it
+    counts the finished tasks too, nearly all of which are past it, and reads the whole table instead.
+    """
+    beginning = select(literal_column("timestamptz '-infinity'", DateTime(timezone=True))).scalar_subquery()
+    return TaskRow.available_at.between(beginning, select(statement_time()).scalar_subquery())
+
+
 def _is_about_ends(where: TaskFilter) -> bool:
     return where.ended_after is not None or where.ended_before is not None
 
 
 def recent_page(where: TaskFilter, order: Order, after: Position | None, limit: int) -> TaskIds:
     """Select the ids of a page, as far as it is among the first `RECENT` tasks behind the position."""
-    read = select(TaskRow).where(*_behind(TaskRow.task_id, order, after))
+    read = select(TaskRow).where(*_behind(TaskRow.task_id, order, after), *_before(TaskRow.task_id, where))
     read = read.order_by(_by_id(TaskRow.task_id, order)).limit(_constant(RECENT))
     window = aliased(TaskRow, read.subquery("recent"))
     page = select(window.task_id).where(*matching(where, window)).order_by(_by_id(window.task_id, order))
@@ -173,7 +188,7 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
         found = by_index(where)
         if found is None:
             behind = _behind(TaskRow.task_id, order, after)
-            plain = select(TaskRow.task_id).where(*matching(where), *behind)
+            plain = select(TaskRow.task_id).where(*matching(where), *behind, *_before(TaskRow.task_id, where))
             return plain.order_by(_by_id(TaskRow.task_id, order)).limit(limit)
         # OFFSET keeps the planner from walking through all tasks in the order of their ids instead.
         every = select(found.subquery("match").c.task_id).offset(_constant(0)).subquery("every")
@@ -196,7 +211,7 @@ def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:
     running = select(TaskRow.task_id).where(
         TaskRow.queue_name.in_(select(Queue.queue_name)),
         TaskRow.finished_at.is_(None),
-        TaskRow.available_at <= statement_time(),
+        _has_been_due(),
         TaskRow.state == constant("running"),
         *conditions,
     )
@@ -207,6 +222,18 @@ def _behind(task_id: Any, order: Order, after: Position | None) -> list[ColumnEl
     if after is None:
         return []
     return [task_id > after[1] if order == "oldest" else task_id < after[1]]
+
+
+def _before(task_id: Any, where: TaskFilter) -> list[ColumnElement[bool]]:
+    """Return a bound of the ids for a bound of the time of the spawn, because an id begins with a time.
+
+    It is the time of the spawn, or for a subtask the earlier one of the task at its root.
+    """
+    if where.spawned_before is None:
+        return []
+    latest = where.spawned_before + CLOCK_ERROR
+    milliseconds = max(0, (latest - _EPOCH) // timedelta(milliseconds=1))
+    return [task_id < literal(uuid.UUID(int=milliseconds << 80), Uuid())]
 
 
 def _by_id(task_id: Any, order: Order) -> ColumnElement[Any]:

@@ -346,6 +346,8 @@ async def test_each_field_of_a_filter(durable: Durable) -> None:
         (TaskFilter(error_name="ConnectionError", state="pending"), set()),
         (TaskFilter(spawned_after=AGO, spawned_before=FAR), everything),
         (TaskFilter(spawned_after=FAR), set()),
+        (TaskFilter(spawned_before=datetime.now(UTC) + timedelta(minutes=5)), everything),
+        (TaskFilter(spawned_before=AGO), set()),
         (TaskFilter(ended_after=AGO), ended),
         (TaskFilter(ended_before=FAR, state="failed"), {failed.task_id}),
         (TaskFilter(ended_before=AGO), set()),

@@ -366,6 +366,9 @@ LISTS = {
     "running": Case(page(TaskFilter(state="running")), {}, frozenset({"tasks_claim_idx"}), 5_000, 51),
     "longest running": Case(page(TaskFilter(), "running"), {}, frozenset({"tasks_claim_idx"}), 5_000, 51),
     "running for long": Case(page(TaskFilter(running_longer_than=3600)), {}, frozenset({"tasks_claim_idx"}), 5_000, 0),
+    "spawned long ago": Case(
+        page(TaskFilter(spawned_before=datetime(1960, 1, 1, tzinfo=UTC))), {}, frozenset({"tasks_pkey"}), 100, 0
+    ),
     "of a key": Case(page(TaskFilter(key="none")), {}, frozenset({"tasks_idempotency_idx"}), 100, 0),
     "of a parent": Case(page(TaskFilter(parent=task_id(0))), {}, frozenset({"tasks_parent_idx"}), 100, 0),
     "ended": Case(page(TaskFilter(ended_after=AFTER_ALL)), {}, frozenset({"tasks_finished_idx"}), 200, 0),
