@@ -122,7 +122,7 @@ class Stage:
     def spawning(self, name: str, **options: Any) -> Steps[Any]:
         prepared = prepare(self.durable, self.task, None, options)  # type: ignore[arg-type]
         self.names[prepared.task_id] = name
-        return insert([prepared], Hint())  # type: ignore[return-value]
+        return insert([prepared], Hint(), set())  # type: ignore[return-value]
 
     async def rows(self, statement: Executable) -> list[Row[Any]]:
         return list((await self._connection.execute(statement)).all())

@@ -179,7 +179,7 @@ class Machine(RuleBasedStateMachine):
             "cancellation": CancellationPolicy(max_pending, max_running),
         }
         prepared = prepare(self.durable, name, number, options)
-        (outcome,) = self.drive(insert([prepared], Hint()))  # type: ignore[arg-type]
+        (outcome,) = self.drive(insert([prepared], Hint(), set()))  # type: ignore[arg-type]
         first = self.model.same_key(queue, key)
         if first is None:
             assert (outcome.task_id, outcome.created) == (prepared.task_id, True)
