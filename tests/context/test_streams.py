@@ -9,7 +9,6 @@ import pytest
 from pydantic import BaseModel
 from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from starlette.requests import Request
 
 from durable_sa import (
     Durable,
@@ -29,7 +28,6 @@ from durable_sa import (
 )
 from durable_sa.execution.streaming import BUFFER_BYTES
 from durable_sa.execution.writes import ItemsValues, Kind, Write, statement_of
-from durable_sa.integrations.starlette import server_sent_events, stream_response
 from durable_sa.models import Stream, StreamItems
 from durable_sa.statements.streams import WRITE_ITEMS
 from durable_sa.testing import task_context
@@ -501,41 +499,6 @@ async def test_streams_are_deleted_with_their_task(durable: Durable, engine: Asy
     async with engine.connect() as connection:
         for table in ("streams", "stream_items"):
             assert await connection.scalar(text(f"SELECT count(*) FROM durable.{table}")) == 0
-
-
-async def test_a_stream_is_served_as_server_sent_events(run: Runner) -> None:
-    @task
-    async def work(ctx: TaskContext) -> None:
-        async with ctx.stream("answer") as stream:
-            await stream.write("a\nb")
-            await stream.write({"c": 1})
-
-    spawned = await run.spawn(work)
-    events = b"".join([part async for part in server_sent_events(run.durable, spawned, "answer")])
-    assert events == b'id: 1\ndata: "a\\nb"\n\nid: 2\ndata: {"c":1}\n\nevent: end\ndata:\n\n'
-    for given, expected in (("1", b'id: 2\ndata: {"c":1}\n\n'), ("x", b'id: 1\ndata: "a\\nb"\n\n')):
-        scope = {"type": "http", "headers": [(b"last-event-id", given.encode())]}
-        response = await stream_response(run.durable, spawned, "answer", Request(scope))
-        assert response.media_type == "text/event-stream"
-        body = response.body_iterator
-        assert await anext(aiter(body)) == expected
-        await body.aclose()  # type: ignore[attr-defined]
-    with pytest.raises(TaskNotFound):
-        await stream_response(run.durable, uuid.uuid4(), "answer", Request({"type": "http", "headers": []}))
-
-
-async def test_a_quiet_stream_is_pinged_until_its_reader_leaves(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("durable_sa.integrations.starlette.PING_INTERVAL", 0.02)
-
-    @task
-    async def work(ctx: TaskContext) -> None:
-        await ctx.receive("never")
-
-    spawned = await run.spawn(work)
-    events = server_sent_events(run.durable, spawned, "answer")
-    assert [await anext(events) for _ in range(3)] == [b": ping\n\n"] * 3
-    await events.aclose()
-    assert not [task for task in asyncio.all_tasks() if "_next" in repr(task)]
 
 
 def test_a_sync_context_without_a_database_records_streams() -> None:
