@@ -526,12 +526,15 @@ async def test_a_statement_touches_little_of_large_tables(connection: Any, name:
 
 UNTIL_ANALYZED = {"the end of a window", "delete many"}
 """These read whole tables until autovacuum has analyzed what a bulk of inserts has brought."""
+OLD_UNTIL_ANALYZED = {14: {"all that failed", "some that failed"}}
+"""As do these on an earlier server."""
 
 
 @pytest.mark.parametrize("name", LISTS)
 async def test_a_list_reads_little_of_large_tables(connection: Any, name: str, request: pytest.FixtureRequest) -> None:
     case = LISTS[name]
-    if name in UNTIL_ANALYZED and "no statistics" in request.node.name:
+    unplanned = UNTIL_ANALYZED | OLD_UNTIL_ANALYZED.get(connection.get_server_version().major, set())
+    if name in unplanned and "no statistics" in request.node.name:
         return
     if name == "of a queue" and "generic" in request.node.name:
         # Where all tasks are of one queue, a plan for any queue reads all; the server does not choose it.
