@@ -89,6 +89,7 @@ async def test_of_ten_callers_one_migrates(empty_database: URL, separate: bool) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 async def test_a_migration_killed_at_any_statement_leaves_nothing(empty_database: URL, read_catalog: Catalog) -> None:
     engine = create_async_engine(empty_database, isolation_level="READ COMMITTED", poolclass=NullPool)
     watching = create_async_engine(empty_database)
