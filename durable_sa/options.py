@@ -56,8 +56,8 @@ class SpawnOptions(TypedDict, total=False):
     unique: str | None
     """A key that one unfinished task of the queue has at most, up to 255 bytes of UTF-8. Excludes `idempotency_key`."""
     on_conflict: OnConflict | None
-    """What to do if an unfinished task has the `unique` key. "return", if absent: return that task. "replace": give it
-    the new params and time, if it has not started. "cancel": cancel it, and spawn a new one."""
+    """The consequence if an unfinished task has the `unique` key. "return", if absent: return that task. "replace":
+    give it the new params and time, if it has not started. "cancel": cancel it, and spawn a new one."""
     max_delay: Duration | None
     """With `on_conflict="replace"`: the time from the first spawn on, in seconds or as a `timedelta`, past which no
     replacement delays the task."""

@@ -80,7 +80,7 @@ class StreamRestart:
 
 
 AnyTaskId: TypeAlias = UUID | SpawnResult[Any] | TaskHandle[Any]
-"""What names a task in calls about existing ones."""
+"""A task as calls about existing tasks take it: its id, its handle, or the result of its spawn."""
 
 
 @dataclass(frozen=True, slots=True)

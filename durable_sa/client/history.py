@@ -1,4 +1,4 @@
-"""What is stored of a task, as its history: entries in the order of their beginnings, with times and details."""
+"""The history of a task from its stored rows: entries in the order of their beginnings, with times and details."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar, cast, overload
 
 from ..concurrency.branches import RACE
-from ..errors import TaskTimeout
+from ..errors import TaskNotFound, TaskTimeout
 from ..execution.messages import Outgoing, outgoing, refusal
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, Kind, MessageValues, ReceiptValues
@@ -66,8 +66,8 @@ class Messages(ContextBase):
                     return
                 state = await reader.receiver(message.receiver_id)
                 error = refusal(message.receiver_id, None if state is None else state[1] or state[0])
-                if state is None:
-                    error.final = True  # type: ignore[attr-defined]
+                if isinstance(error, TaskNotFound):
+                    error.final = True
                 raise error
 
     @overload

@@ -25,7 +25,7 @@ ACTIONS: Final = frozenset({"cancel", "retry", "rewind", "fork", "send", "emit",
 
 @dataclass(frozen=True)
 class Access:
-    """What a user may see and do in the dashboard, as `auth` returns it for a request.
+    """The permissions of a user in the dashboard, as `auth` returns them for a request.
 
     Raises:
         InvalidConfiguration, InvalidName: a user without a name, an action that does not exist, a bad queue name.

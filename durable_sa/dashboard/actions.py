@@ -1,4 +1,4 @@
-"""What users may do: each action goes through the client, is logged, and is passed to the application's hooks."""
+"""The actions of users: each goes through the client, is logged, and is passed to the application's hooks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _SliceOver(Exception):  # noqa: N818 - no error
 
 @dataclass
 class Outcome:
-    """What an action has done."""
+    """The outcome of an action."""
 
     message: str
     task_ids: list[uuid.UUID] = field(default_factory=list[uuid.UUID])

@@ -1,4 +1,4 @@
-"""What a request asks for: filters in its query, and the fields of its form."""
+"""Filters in the query of a request, and the fields of its form."""
 
 from __future__ import annotations
 

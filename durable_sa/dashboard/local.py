@@ -1,4 +1,4 @@
-"""The dashboard for one user on this machine: whoever has the token of the URL that `durable dashboard` prints."""
+"""The dashboard for one user on this machine: access needs the token of the URL that `durable dashboard` prints."""
 
 from __future__ import annotations
 

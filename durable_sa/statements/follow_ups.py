@@ -54,7 +54,7 @@ STORED_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "follow_ups": JSON(),
     "max_payload_bytes": BigInteger(),
 }
-"""What is stored of a follow-up with the task that it follows."""
+"""The fields of a follow-up that are stored with the task that it follows."""
 
 _LIMITS = {
     name: int(MAX_DURATION) if isinstance(type_, Float) else 2**15 - 1 if isinstance(type_, SmallInteger) else 2**31 - 1

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Float,
     Integer,
+    Select,
     Text,
     bindparam,
     case,
@@ -96,29 +97,35 @@ _waiting = (
     .correlate(Event)
     .scalar_subquery()
 )
-_latest = (
-    select(
-        Event.name,
-        Event.queue_name,
-        clamped_time(Event.emitted_at),
-        clamped_time(Event.delivered_at),
-        _waiting.label("waiting"),
-    )
-    .where(Event.queue_name == Queue.queue_name, func.starts_with(Event.name, _prefix))
-    .order_by(Event.emitted_at.desc())
-    .limit(_wanted)
-    .correlate(Queue)
-    .lateral("latest")
-)
 
-EVENTS = (
-    select(_latest)
-    .select_from(Queue)
-    .join(_latest, true())
-    .where(or_(_queue_name.is_(None), Queue.queue_name == _queue_name))
-    .order_by(_latest.c.emitted_at.desc())
-    .limit(_wanted)
-)
+
+def newest_events(chosen: ColumnElement[bool], limit: Any) -> Select[Any]:
+    """Select the events of the chosen queues that were emitted last and whose names begin with `prefix`."""
+    latest = (
+        select(
+            Event.name,
+            Event.queue_name,
+            clamped_time(Event.emitted_at),
+            clamped_time(Event.delivered_at),
+            _waiting.label("waiting"),
+        )
+        .where(Event.queue_name == Queue.queue_name, func.starts_with(Event.name, _prefix))
+        .order_by(Event.emitted_at.desc())
+        .limit(limit)
+        .correlate(Queue)
+        .lateral("latest")
+    )
+    return (
+        select(latest)
+        .select_from(Queue)
+        .join(latest, true())
+        .where(chosen)
+        .order_by(latest.c.emitted_at.desc())
+        .limit(limit)
+    )
+
+
+EVENTS = newest_events(or_(_queue_name.is_(None), Queue.queue_name == _queue_name), _wanted)
 """The events that were emitted last, in a queue or in all, read from the index of each queue."""
 
 AWAITED_EVENTS = (

@@ -30,6 +30,7 @@ from sqlalchemy.sql.selectable import CompoundSelect
 from ..models import Event, Queue, Schedule, TaskRow, Wait, WorkerRow
 from ..results import TaskFilter
 from .expressions import array, as_text, clamped_time, clock, constant, interval, statement_time
+from .inspection import newest_events
 from .reading import Where, matching, some
 
 CAP: Final = 1_000
@@ -182,34 +183,7 @@ SCHEDULES = (
 """Schedules of the chosen queues, or all, with the status of the task that each has spawned last."""
 
 _prefix = bindparam("prefix", type_=Text())
-_waiting = (
-    select(func.count())
-    .where(Wait.queue_name == Event.queue_name, Wait.event_name == Event.name, Wait.event_name.is_not(None))
-    .correlate(Event)
-    .scalar_subquery()
-)
-_latest = (
-    select(
-        Event.name,
-        Event.queue_name,
-        clamped_time(Event.emitted_at),
-        clamped_time(Event.delivered_at),
-        _waiting.label("waiting"),
-    )
-    .where(Event.queue_name == Queue.queue_name, func.starts_with(Event.name, _prefix))
-    .order_by(Event.emitted_at.desc())
-    .limit(constant(_SHOWN))
-    .correlate(Queue)
-    .lateral("latest")
-)
-EVENTS = (
-    select(_latest)
-    .select_from(Queue)
-    .join(_latest, true())
-    .where(_any_of(Queue.queue_name))
-    .order_by(_latest.c.emitted_at.desc())
-    .limit(constant(_SHOWN))
-)
+EVENTS = newest_events(_any_of(Queue.queue_name), constant(_SHOWN))
 """The events of the chosen queues, or all, that were emitted last and whose names begin with `prefix`."""
 
 _some_waits = (
@@ -247,7 +221,7 @@ QUEUE_OF_TASK = (
     .join(TaskRow, TaskRow.queue_name == Queue.queue_name)
     .where(TaskRow.task_id == bindparam("task_id", type_=Uuid()))
 )
-"""Whether the queue of a task is paused, and how many live workers serve it."""
+"""The pause of the queue of a task, and the number of live workers that serve it."""
 
 AWAITED_BY_TASK = (
     select(Wait.queue_name, Wait.event_name)
