@@ -138,12 +138,13 @@ async def test_a_stopped_process_is_taken_over_and_writes_nothing_after_it_goes_
 
     await eventually(registered)
     assert await _dump(sql) == finished
-    assert len(ledger.entries("begin", pid=stopped.process.pid)) == began
-    # No step that was recorded has run again.
+    # One step may still begin, because the reply about the one before it may have lain in the stopped process' socket.
+    assert len(ledger.entries("begin", pid=stopped.process.pid)) <= began + 1
+    # No step that was recorded before the process stopped has run again.
     for number in range(8):
-        entries = ledger.entries("begin", step=number)
-        assert len(entries) == 1 or [entry["attempt"] for entry in entries] == [1, 2]
-    assert len(ledger.entries("begin")) <= 9
+        attempts = sorted(entry["attempt"] for entry in ledger.entries("begin", step=number))
+        assert attempts in ([1], [2], [1, 2])
+    assert len(ledger.entries("begin")) <= 10
 
     other.end()
     again = await durable.spawn(program.count)
