@@ -55,6 +55,8 @@ class Agenda:
         """Events were emitted, and tasks may wait for them."""
         self.receivers: set[uuid.UUID] = set()
         """Tasks that may have a stored wait and a message for it."""
+        self.waiting_for_mail: set[uuid.UUID] = set()
+        """Suspended tasks that have begun to wait for messages, of which some may have come before."""
         self.look_for_messages = False
         """Messages were sent, and not all of their receivers are known."""
         self.check_runs = False
@@ -149,6 +151,11 @@ class Agenda:
     def deliver_messages(self, task_ids: Iterable[uuid.UUID]) -> None:
         """Have messages delivered to these tasks, where they wait for them."""
         self.receivers.update(task_ids)
+        self.maintain.set()
+
+    def look_for_mail(self, task_ids: Iterable[uuid.UUID]) -> None:
+        """Have tasks that have begun to wait looked at: a message may have come before."""
+        self.waiting_for_mail.update(task_ids)
         self.maintain.set()
 
     def look_within(self, seconds: float) -> None:

@@ -57,7 +57,7 @@ class Dispatcher:
                 if waiting := {row.task_id for row in rows if kinds[row.task_id] - _NOT_TO_RESOLVE}:
                     agenda.resolve_waits(waiting)
                 if receiving := {row.task_id for row in rows if kinds[row.task_id] & MESSAGE_WAITS}:
-                    agenda.deliver_messages(receiving)
+                    agenda.look_for_mail(receiving)
                 self.announce(Hint().add_rows(rows))
             case Kind.EVENT:
                 agenda.deliver_events()

@@ -124,10 +124,7 @@ class Executor:
         """Load the journals, after resolving the waits that are over, and start."""
         task_ids = [item.task_id for item in claimed]
         try:
-            await self.reader.execute(waits.RESOLVE, {"task_ids": sorted(task_ids)})
-            # Waits are read first: one that another worker resolves in between is found twice, instead of not at all.
-            waiting = await self.reader.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids})
-            recorded = await self.reader.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
+            rows = await self._load(task_ids)
             wakers: Sequence[Row[Any]] = ()
             if self.telemetry is not None:
                 wakers = await self.reader.execute(waits.WAKERS, {"task_ids": task_ids})
@@ -139,12 +136,15 @@ class Executor:
                 run.refuse(error)
             return
         entries: dict[uuid.UUID, dict[uuid.UUID, Entry]] = {task_id: {} for task_id in task_ids}
-        for row in recorded:
-            entries[row.task_id][row.key] = Entry._make(row[2:])
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
-        for row in waiting:
+        racing: set[tuple[uuid.UUID, uuid.UUID]] = set()
+        for row in rows:
+            if not row.waiting:
+                entries[row.task_id][row.key] = Entry._make(row[2:8])
+                continue
             open_waits[row.task_id].append((row.key, row.due_at))
-        racing = {(row.task_id, row.key) for row in waiting if row.kind == "race message"}
+            if row.kind == "race message":
+                racing.add((row.task_id, row.key))
         links = {row.task_id: row.carriers for row in wakers}
         for item in claimed:
             reserved = self._slots.runs.get(item.key)
@@ -153,6 +153,16 @@ class Executor:
             racing_keys = {key for task_id, key in racing if task_id == item.task_id} if racing else ()
             journal = Journal(entries[item.task_id], open_waits[item.task_id], racing_keys)
             self._start(item, journal, links.get(item.task_id))
+
+    async def _load(self, task_ids: list[uuid.UUID]) -> list[Row[Any]]:
+        """Return the records and the waits of these tasks, once the waits that are over have been resolved."""
+        rows = list(await self.reader.execute(checkpoints.LOAD_JOURNALS, {"task_ids": task_ids}))
+        if waiting := {row.task_id for row in rows if row.waiting}:
+            parameters = {"task_ids": sorted(waiting)}
+            await self.reader.execute(waits.RESOLVE, parameters)
+            rows = [row for row in rows if row.task_id not in waiting]
+            rows += await self.reader.execute(checkpoints.LOAD_JOURNALS, parameters)
+        return rows
 
     def _start(self, item: ClaimedRun, journal: Journal, wakers: str | None = None) -> None:
         task = self._app.tasks[item.task_name]

@@ -71,6 +71,11 @@ class WakeUps:
         if locked:
             self._agenda.defer_receivers(locked, LOCKED_RETRY_DELAY)
 
+    async def look_for_mail(self, task_ids: list[uuid.UUID]) -> None:
+        """Have messages delivered that were sent before these tasks have begun to wait for them."""
+        rows = await self._connection.execute(messages.WITH_MAIL, {"task_ids": task_ids})
+        self._agenda.deliver_messages(row.task_id for row in rows)
+
     async def look_for_messages(self, age: float) -> None:
         """Deliver messages that are older than `age` seconds and that no worker has delivered, page by page."""
         passed = 0
