@@ -229,6 +229,7 @@ _page = (
 _stored_wait = (
     select(Wait.task_id, Wait.key, Wait.kind, Wait.due_at)
     .where(Wait.task_id == _resumed.c.task_ids)
+    .offset(constant(0))
     .correlate(_resumed)
     .lateral("stored_wait")
 )
@@ -261,6 +262,6 @@ LOAD_JOURNALS = union_all(
 """Read the journals of resumed runs: every key, with values up to `INLINE_BYTES` in total per task; and their waits.
 
 One snapshot shows a wait or the record of its outcome, never both or neither. The deadlines of waits are those set when
-they were stored. Lateral joins read task by task, because without statistics the planner reads the whole table for many
-ids at once.
+they were stored. Lateral joins read task by task (`OFFSET 0` keeps them so), because without statistics the planner
+reads the whole table for many ids at once.
 """

@@ -115,7 +115,12 @@ class Agenda:
         """
         if self.claim_when_freed:
             self.claim.set()
-        elif self._full_scan_timer is None:
+        else:
+            self.scan_soon()
+
+    def scan_soon(self) -> None:
+        """Have a full scan made when it is due."""
+        if self._full_scan_timer is None:
             delay = max(FULL_SCAN_DELAY, self.cursors.full_scan_in)
             self._full_scan_timer = asyncio.get_running_loop().call_later(delay, self._full_scan)
 

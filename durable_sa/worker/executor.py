@@ -200,6 +200,11 @@ class Executor:
         """True while the worker's lease holds by the local clock."""
         return self._registration.lease.valid
 
+    @property
+    def has_room(self) -> bool:
+        """True while most slots are free."""
+        return self._slots.mostly_free
+
     def lease_lost(self) -> None:
         """Register anew: the lease has ended by the local clock."""
         self._registration.lose()
@@ -349,6 +354,14 @@ class Executor:
         for run in list(self._slots.runs.values()):
             if task_ids is None or run.claimed.task_id in task_ids:
                 run.poll_soon()
+
+    def messages_came(self, task_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+        """Have the runs of these tasks that go on in a conversation look for messages. Return those that do."""
+        return {
+            run.claimed.task_id
+            for run in self._slots.runs.values()
+            if run.claimed.task_id in task_ids and run.message_came()
+        }
 
     def clock_moved(self, by: timedelta) -> None:
         """Adjust all runs to a change of the database's clock, which only tests make."""

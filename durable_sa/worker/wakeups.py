@@ -55,6 +55,10 @@ class WakeUps:
 
     async def deliver_messages(self, task_ids: list[uuid.UUID]) -> None:
         """Deliver messages to these tasks, where they wait for them."""
+        if looking := self._executor.messages_came(set(task_ids)):
+            task_ids = [task_id for task_id in task_ids if task_id not in looking]
+        if not task_ids:
+            return
         rows = await self._connection.execute(messages.DELIVER, {"task_ids": task_ids})
         self._dispatcher.announce(Hint().add_rows(rows))
         others = sorted(set(task_ids) - {row.task_id for row in rows})
