@@ -284,6 +284,7 @@ async def test_a_message_that_comes_while_a_task_suspends_is_received(
 
     monkeypatch.setattr(worker._writer_connection, "execute", late)
     monkeypatch.setattr(worker.maintenance._wakeups, "look_for_messages", blind)
+    monkeypatch.setattr(worker.maintenance, "_repair", blind)
     spawned = await run.spawn(collect, 1)
     assert (await run.wait(spawned)).output == [1]
     assert sent == [spawned.task_id]
