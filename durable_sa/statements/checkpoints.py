@@ -15,7 +15,6 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
-    false,
     func,
     null,
     select,
@@ -243,7 +242,6 @@ LOAD_JOURNALS = union_all(
         case((_page.c.size_so_far <= INLINE_BYTES, as_text(_page.c.value)), else_=null()).label("value"),
         _page.c.child_task_id,
         (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
-        false().label("waiting"),
         cast(null(), DateTime(timezone=True)).label("due_at"),
     ).select_from(_resumed.join(_page, true())),
     select(
@@ -254,14 +252,13 @@ LOAD_JOURNALS = union_all(
         null(),
         null(),
         null(),
-        false(),
-        true(),
+        null(),
         _stored_wait.c.due_at,
     ).select_from(_resumed.join(_stored_wait, true())),
 )
 """Read the journals of resumed runs: every key, with values up to `INLINE_BYTES` in total per task; and their waits.
 
-One snapshot shows a wait or the record of its outcome, never both or neither. The deadlines of waits are those set when
-they were stored. Lateral joins read task by task (`OFFSET 0` keeps them so), because without statistics the planner
-reads the whole table for many ids at once.
+The column `left_behind` is null for a wait. One snapshot shows it or the record of its outcome, never both or neither.
+The deadlines of waits are those set when they were stored. Lateral joins read task by task (`OFFSET 0` keeps them so),
+because without statistics the planner reads the whole table for many ids at once.
 """
