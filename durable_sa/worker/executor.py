@@ -158,9 +158,9 @@ class Executor:
             journal = Journal(entries[item.task_id], open_waits[item.task_id], racing_keys)
             self._start(item, journal, links.get(item.task_id))
 
-    async def _load(self, task_ids: list[uuid.UUID]) -> list[Row[Any]]:
+    async def _load(self, task_ids: list[uuid.UUID]) -> list[Any]:
         """Return the records and the waits of these tasks, once the waits that are over have been resolved."""
-        rows = list(await self.reader.execute(checkpoints.LOAD_JOURNALS, {"task_ids": task_ids}))
+        rows: list[Any] = list(await self.reader.execute(checkpoints.LOAD_JOURNALS, {"task_ids": task_ids}))
         if waiting := {row[0] for row in rows if row[_LEFT_BEHIND] is None}:
             parameters = {"task_ids": sorted(waiting)}
             await self.reader.execute(waits.RESOLVE, parameters)
