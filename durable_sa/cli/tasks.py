@@ -29,6 +29,7 @@ from .selection import (
     ErrorName,
     Filters,
     Key,
+    LimitKey,
     Name,
     Parent,
     Queue,
@@ -72,6 +73,7 @@ async def list_(
     name: Name = None,
     error: ErrorName = None,
     key: Key = None,
+    limit_key: LimitKey = None,
     parent: Parent = None,
     since: Since = None,
     until: Until = None,
@@ -89,7 +91,7 @@ async def list_(
 ) -> None:
     """List tasks, the newest first. If there are more than the limit, the command for the next page is on stderr."""
     times = (since, until, spawned_after, spawned_before, ended_after, ended_before, running_longer_than)
-    filters = Filters(queue_name, tuple(states or ()), name, error, key, parent, *times)
+    filters = Filters(queue_name, tuple(states or ()), name, error, key, limit_key, parent, *times)
     where = await filters.where(invocation)
     page = await invocation.durable.list_tasks(where, order=sort, limit=limit, after=after)
     if not page.items and after is None:
@@ -210,6 +212,8 @@ async def spawn(
         ),
     ] = None,
     key: Annotated[str | None, typer.Option(help="An idempotency key: one key spawns only one task.")] = None,
+    unique: Annotated[str | None, typer.Option(help="A key that only one unfinished task has.")] = None,
+    limit_key: Annotated[str | None, typer.Option(help="The key whose limits hold for the task.")] = None,
     delay: Annotated[
         timedelta | None,
         typer.Option(parser=duration, metavar="DURATION", help="Do not run the task before this time has passed."),
@@ -226,6 +230,8 @@ async def spawn(
     """
     options = SpawnOptions(
         idempotency_key=key,
+        unique=unique,
+        limit_key=limit_key,
         delay=delay,
         priority=priority,
         max_attempts=max_attempts,
