@@ -31,26 +31,37 @@ from datetime import datetime, timedelta
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, JsonValue, TypeAdapter
-from pydantic_ai import RunContext, ToolsetTool
-from pydantic_ai.agent import Agent, EventStreamHandler
-from pydantic_ai.capabilities.abstract import WrapRunHandler
-from pydantic_ai.durable_exec import (
-    JSON_CODEC,
-    BaseDurabilityCapability,
-    DurabilityEngineSpec,
-    DurableOperationId,
-    ExternalEventError,
-    ExternalEventWaiter,
-    JournalCallableOperationBackend,
-    RoleBasedOperationConfig,
-    ToolsetKind,
-    external_event_scope,
-)
-from pydantic_ai.messages import AgentStreamEvent
-from pydantic_ai.models import Model
-from pydantic_ai.run import AgentRunResult
+from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import to_json
+
+try:
+    from pydantic_ai import RunContext, ToolsetTool
+    from pydantic_ai.agent import Agent, EventStreamHandler
+    from pydantic_ai.capabilities.abstract import WrapRunHandler
+    from pydantic_ai.durable_exec import (
+        JSON_CODEC,
+        BaseDurabilityCapability,
+        DurabilityCodec,
+        DurabilityEngineSpec,
+        DurableOperationId,
+        ExternalEventError,
+        ExternalEventWaiter,
+        JournalCallableOperationBackend,
+        RoleBasedOperationConfig,
+        ToolsetCallToolId,
+        ToolsetKind,
+        ToolsetValidateToolArgumentsId,
+        external_event_scope,
+        record_durable_unit,
+        replay_scope,
+    )
+    from pydantic_ai.messages import AgentStreamEvent
+    from pydantic_ai.models import Model
+    from pydantic_ai.run import AgentRunResult
+except ImportError as error:
+    raise ImportError(
+        "pydantic-ai 2.68 or newer is not installed. Install it: pip install 'durable_sa[pydantic-ai]'", name=error.name
+    ) from error
 
 from ..context import TaskContext
 from ..current import context_or_none
@@ -68,6 +79,24 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(AgentStreamEvent)
 StepConfig = Mapping[str, Any]
 
 
+class _Codec(DurabilityCodec):
+    """The JSON form of results. Neither a value without one nor a record that no longer fits is met a second time."""
+
+    def dump(self, tp: Any, value: Any) -> Any:
+        return JSON_CODEC.dump(tp, value)
+
+    def load(self, tp: Any, payload: Any) -> Any:
+        try:
+            return JSON_CODEC.load(tp, payload)
+        except ValidationError as error:
+            # Its text and its cause would show what was recorded.
+            problem = error.errors(include_input=False, include_url=False)[0]
+            place = ".".join(str(part) for part in problem["loc"]) or "it"
+            raise SerializationError(
+                "The recorded result of a step of an agent", f"{place}: {problem['msg']}"
+            ) from None
+
+
 class DurableAgents(BaseDurabilityCapability[Any]):
     """A capability that makes the runs of an agent durable inside tasks; outside of tasks it changes nothing.
 
@@ -77,9 +106,9 @@ class DurableAgents(BaseDurabilityCapability[Any]):
     named after them.
 
     A model request is known by its messages, tools and settings, without the times and ids of the run, and a tool call
-    by its name and arguments: others are another step. `metadata={"durable_sa": {"max_attempts": 3, "timeout": 30}}` of
-    a tool sets the options of its step, and `{"durable_sa": False}` has it called without one; `model_options` are
-    those of model requests.
+    by its name and arguments: others are another step, by the task's `replay` rule.
+    `metadata={"durable_sa": {"max_attempts": 3, "timeout": 30}}` of a tool sets the options of its step, and
+    `{"durable_sa": False}` has it called without one; `model_options` are those of model requests.
 
     With `stream`, the events of the runs, as JSON, go to that stream of the task, which its end ends. Agents that run
     at the same time in one task need streams of their own.
@@ -89,7 +118,7 @@ class DurableAgents(BaseDurabilityCapability[Any]):
         engine_name="durable_sa",
         durable_unit_noun="step",
         durable_container_noun="task",
-        codec=JSON_CODEC,
+        codec=_Codec(),
         serialization_failure=lambda error: SerializationError(
             "The result of a step of an agent", f"has no JSON form ({type(error).__name__})"
         ),
@@ -123,6 +152,11 @@ class DurableAgents(BaseDurabilityCapability[Any]):
             raise InvalidState("The agent", "run in a `def` task", "Write the task as `async def`.")
         return isinstance(context, TaskContext)
 
+    @property
+    def has_wrap_run_event_stream(self) -> bool:
+        """True if the events of the run go to a stream, for which the model's answers are streamed."""
+        return self.stream is not None and self.in_durable_context
+
     async def get_run_start_time(self, run_id: str) -> datetime | None:
         """Return when the run was started first, for its time limit."""
         return await _context().now() if self.in_durable_context else None
@@ -131,7 +165,7 @@ class DurableAgents(BaseDurabilityCapability[Any]):
         """Let the run wait for input and pause as a task does."""
         if not self.in_durable_context:
             return await handler()
-        with external_event_scope(_Waiter(self.name)), Agent.using_sleep(_sleep):
+        with replay_scope(), external_event_scope(_Waiter(self.name)), Agent.using_sleep(_sleep):
             return await super().wrap_run(ctx, handler=handler)
 
     def get_durable_operation_backend(self) -> _Backend:
@@ -176,12 +210,22 @@ class _Backend(JournalCallableOperationBackend[StepConfig]):
         cache_key: tuple[object, ...],
         config: StepConfig,
     ) -> object:
+        executed = False
+
         @step(**config)
         async def unit(digest: str) -> Any:
+            nonlocal executed
+            executed = True
             return await body()
 
+        if isinstance(operation_id, ToolsetCallToolId | ToolsetValidateToolArgumentsId):
+            # The name and the arguments. A tool whose description was changed must not be called for a second time.
+            cache_key = cache_key[:2]
         text = json.dumps(_projected(cache_key), sort_keys=True, ensure_ascii=False)
-        return await _context().step(name, unit, blake2b(text.encode(errors="replace"), digest_size=16).hexdigest())
+        digest = blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
+        result = await _context().step(name, unit, digest)
+        record_durable_unit(executed=executed)
+        return result
 
 
 class _Waiter(ExternalEventWaiter):
@@ -239,8 +283,6 @@ def _projected(value: Any) -> Any:
         case RunContext():
             # What a request or call depends on is beside it.
             return None
-        case ToolsetTool():
-            return _projected(value.tool_def)
         case Mapping():
             return {str(key): _projected(item) for key, item in value.items()}
         case set() | frozenset():
