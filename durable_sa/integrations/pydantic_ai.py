@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -261,7 +261,7 @@ def _context() -> TaskContext[Any]:
     context = context_or_none()
     if not isinstance(context, TaskContext):
         raise InvalidState("The run of a durable agent", "continued outside of its task")
-    return context
+    return cast("TaskContext[Any]", context)
 
 
 def _checked(config: dict[str, Any], what: str) -> StepConfig:
@@ -284,11 +284,12 @@ def _projected(value: Any) -> Any:
             # What a request or call depends on is beside it.
             return None
         case Mapping():
-            return {str(key): _projected(item) for key, item in value.items()}
+            pairs = cast("Mapping[Any, Any]", value)
+            return {str(key): _projected(item) for key, item in pairs.items()}
         case set() | frozenset():
-            return sorted((_projected(item) for item in value), key=repr)
+            return sorted((_projected(item) for item in cast("Iterable[Any]", value)), key=repr)
         case list() | tuple():
-            return [_projected(item) for item in value]
+            return [_projected(item) for item in cast("Iterable[Any]", value)]
         case _ if is_dataclass(value) and not isinstance(value, type):
             own = type(value).__module__.partition(".")[0] == "pydantic_ai"
             names = (field.name for field in fields(value) if not (own and field.name in _OF_A_RUN))

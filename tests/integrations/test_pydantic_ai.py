@@ -380,12 +380,13 @@ async def test_a_result_without_a_json_form_fails_the_task_without_a_retry(durab
 
 
 async def test_an_answer_that_comes_too_late_is_a_refusal_to_the_model(durable: Durable) -> None:
-    agent = Agent(
-        words("refund"),
-        name="support",
-        capabilities=[DurableAgents(), RequestInput(lambda ctx, requests, token: None, timeout=timedelta(hours=1))],
-    )
-    agent.tool_plain(name="refund", requires_approval=True)(lambda: "refunded")
+    desk = Desk()
+    asking = RequestInput(desk.ask, name="approve", timeout=timedelta(hours=1))
+    agent = Agent(words("refund"), name="support", capabilities=[DurableAgents(), asking])
+
+    @agent.tool_plain(requires_approval=True)
+    def refund() -> str:
+        return "refunded"
 
     @durable.task
     async def answer(ctx: TaskContext) -> str:
@@ -396,7 +397,7 @@ async def test_an_answer_that_comes_too_late_is_a_refusal_to_the_model(durable: 
         await run_until_idle(durable)
         await clock.advance(timedelta(hours=1))
         await run_until_idle(durable)
-    output = (await durable.wait_for_result(spawned)).output
+    output = (await durable.wait_for_result(spawned)).output or ""
     assert "No answer came within 1:00:00." in output
     assert "refunded" not in output
 
@@ -420,7 +421,7 @@ async def test_a_task_with_an_agent_can_be_tested_in_memory() -> None:
     seen: list[Any] = []
 
     @agent.tool
-    def look(ctx: RunContext[None]) -> str:
+    def look(ctx: RunContext[object]) -> str:
         seen.append(ctx.tool_name)
         return "seen"
 
