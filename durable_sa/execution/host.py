@@ -30,6 +30,8 @@ class RunHost(Protocol):
     hooks: HookChain
     telemetry: Telemetry | None
     max_payload_bytes: int
+    keep_logs: int | None
+    """The level from which on lines of `ctx.logger` are kept."""
 
     @property
     def leased(self) -> bool:

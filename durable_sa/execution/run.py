@@ -25,6 +25,7 @@ from ..tasks import Task
 from . import outcomes
 from .host import RunHost
 from .journal import Entry, Journal
+from .kept_lines import KeptLines
 from .lines import Lines
 from .publishing import Publications
 from .streaming import Block
@@ -66,7 +67,8 @@ class Run:
         self.unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] = {}
         """Calls of the context that have not been awaited yet, each with its coroutine."""
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
-        self.lines = Lines()
+        self._kept_lines = None if host.keep_logs is None else self._keep_lines(host.keep_logs)
+        self.lines = Lines() if self._kept_lines is None else Lines(self._kept_lines.handle, self._kept_lines.level)
         self._publications: Publications | None = None
         self.open_streams: dict[str, Block | None] = {}
         """The blocks of the streams that this run has open; None for one that is being opened."""
@@ -183,6 +185,8 @@ class Run:
         if not self.over:
             self.over = True
             self.lines.release()
+            if self._kept_lines is not None:
+                self._kept_lines.finish(lost=isinstance(self.signal, LeaseLost))
             for block in self.open_streams.values():
                 if block is not None:
                     block.abandon()
@@ -375,6 +379,10 @@ class Run:
                 warn=self.warn,
             )
         self._publications.publish(name, text)
+
+    def _keep_lines(self, level: int) -> KeptLines:
+        writer, on_lost = self.host.writer, lambda: self.take_away(LeaseLost())
+        return KeptLines(self.claimed, writer, level, now=self.now, on_lost=on_lost, warn=self.warn)
 
     def stream_block(self, block_id: uuid.UUID, values: BlockValues, position: int) -> Block:
         """Return a block that was opened, with the last position of its stream."""

@@ -67,7 +67,7 @@ class Dispatcher:
                 self.announce(Hint().add_rows(rows))
             case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
                 pass
-            case Kind.OPENING | Kind.SUPERSESSION | Kind.ITEMS | Kind.CLOSING:
+            case Kind.OPENING | Kind.SUPERSESSION | Kind.ITEMS | Kind.CLOSING | Kind.LINES:
                 pass
 
     def announce(self, hint: Hint, *, everywhere: bool = False) -> None:

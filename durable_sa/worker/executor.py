@@ -72,6 +72,7 @@ class Executor:
         self.telemetry = app.telemetry
         self.hooks = app.hooks
         self.max_payload_bytes = app.max_payload_bytes
+        self.keep_logs = app.keep_logs
         self.state: Any = None
         """The value of `ctx.state`."""
         self._app = app

@@ -22,6 +22,7 @@ from durable_sa.statements import (
     claiming,
     fencing,
     history,
+    log_lines,
     messages,
     outcomes,
     queues,
@@ -285,6 +286,17 @@ CASES = {
             "reservations": [2000] * BATCH,
         },
         frozenset({"tasks_pkey", "streams_pkey"}),
+        6_000,
+    ),
+    "write lines": Case(
+        log_lines.WRITE_LINES,
+        {
+            **RUNS_HELD,
+            "keys": [uuid.UUID(int=number) for number in range(BATCH)],
+            "counts": [1] * BATCH,
+            "lines": ["[1]"] * BATCH,
+        },
+        frozenset({"tasks_pkey"}),
         6_000,
     ),
     "open streams": Case(

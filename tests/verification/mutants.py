@@ -261,6 +261,12 @@ MUTANTS = (
         (f"{STREAMS}::test_what_a_lost_run_still_has_in_flight_is_found_or_refused",),
     ),
     Mutant(
+        "lines that are written once more when their reply was lost",
+        "statements/log_lines.py",
+        (("        where=Stream.block_id.is_distinct_from(_opening.excluded.block_id),\n", ""),),
+        ("tests/context/test_kept_lines.py::test_a_row_is_written_once_and_under_the_fence_alone",),
+    ),
+    Mutant(
         "items of an earlier try that stay",
         "statements/streams.py",
         (("StreamItems.try_id != _block.c.try_ids", "StreamItems.try_id == StreamItems.step_key"),),
