@@ -38,6 +38,11 @@ class RunHost(Protocol):
         """True while the worker's lease holds by the local clock."""
         ...
 
+    @property
+    def has_room(self) -> bool:
+        """True while most slots are free."""
+        ...
+
     def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
         """Return the seconds in memory after which an attempt of a task fails, if there is a limit."""
 

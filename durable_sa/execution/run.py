@@ -23,6 +23,7 @@ from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
 from ..tasks import Task
 from . import outcomes
+from .conversation import Conversation
 from .host import RunHost
 from .journal import Entry, Journal
 from .kept_lines import KeptLines
@@ -86,6 +87,8 @@ class Run:
         """True if waits of the task may be stored."""
         self._signals_raised = 0
         self._loop = asyncio.get_running_loop()
+        self.conversation: Conversation | None = None
+        """The messages that come to the run, once it has sent or received one."""
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
         self.limit: AttemptLimit | None = None
@@ -400,6 +403,21 @@ class Run:
         claimed = self.claimed
         message = f"task %s (%s): {message}"
         logger.warning(message, claimed.task_id, claimed.task_name, *arguments, extra=claimed.log_fields)
+
+    def converse(self) -> None:
+        """Begin a conversation, with the first message that the run sends or receives."""
+        if self.conversation is None:
+            self.conversation = Conversation()
+
+    def message_came(self) -> bool:
+        """Note that a message may have come. Return whether nothing else is to be done, as the run has no stored waits.
+
+        Whenever it stores one, it or its worker looks for messages afterwards.
+        """
+        if self.conversation is None or not self._going_on():
+            return False
+        self.conversation.arrive()
+        return not self._waited
 
     async def park(self, wait: PendingWait) -> Stored:
         """Block on a durable wait. It is resolved here only while other branches keep the run from suspending."""

@@ -331,8 +331,11 @@ CASES = {
         frozenset({"tasks_pkey", "streams_pkey", "stream_items_pkey"}),
         2_000,
     ),
-    "load checkpoints": Case(
-        checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
+    "load journals": Case(
+        checkpoints.LOAD_JOURNALS,
+        {"task_ids": [*task_ids(RUNNING)[: BATCH // 2], *task_ids(WAITING)[: BATCH // 4]]},
+        frozenset({"checkpoints_pkey", "waits_pkey"}),
+        1_500,
     ),
     "statistics of queues": Case(
         queues.QUEUE_STATISTICS,
