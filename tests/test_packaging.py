@@ -46,7 +46,14 @@ def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
     assert {"durable_sa/py.typed", "durable_sa/cli/__init__.py"} <= names
     assert any(name.startswith("durable_sa/migrations/versions/durable_0001_") for name in names)
     assert headers["License-Expression"] == "Apache-2.0"
-    assert set(headers.get_all("Provides-Extra", [])) == {"embedded", "psycopg", "telemetry", "cli", "dashboard"}
+    assert set(headers.get_all("Provides-Extra", [])) == {
+        "embedded",
+        "psycopg",
+        "telemetry",
+        "pydantic-ai",
+        "cli",
+        "dashboard",
+    }
     assert "durable = durable_sa.cli:main" in scripts
 
 

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from ...client.history import decoded
 from ...statements import overview as statements
 from ..view import DAY, View
+from . import limits
 from .schedules import upcoming
 
 _OLD_SECONDS = 300.0
@@ -50,7 +51,7 @@ async def queues(view: View) -> dict[str, Any]:
 
 
 async def queue(view: View) -> dict[str, Any]:
-    """Load one queue with its workers and schedules."""
+    """Load one queue with its limits, workers and schedules."""
     name: str = view.path["queue_name"]
     if not view.access.sees_queue(name) or "\0" in name:
         raise HTTPException(404, f"There is no queue {name!r}.")
@@ -62,6 +63,7 @@ async def queue(view: View) -> dict[str, Any]:
     return {
         "queue_name": name,
         "queue": chosen,
+        **await limits.of_queue(view, name),
         "workers": None if live is None else [row for row in live if name in row["queue_names"]],
         "schedules": None if ticks is None else [row for row in upcoming(ticks) if row["queue_name"] == name],
     }

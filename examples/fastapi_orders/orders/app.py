@@ -10,9 +10,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from durable_sa import Durable, TaskRow, TaskStatus
+from durable_sa.dashboard import dashboard
 
 from .carrier import Carrier
 from .models import Order, Product
+from .operators import operator
 from .stock import release
 from .tasks import fulfil, payment_event
 
@@ -37,6 +39,7 @@ class OrderView(BaseModel):
 
 def create_app(sessions: async_sessionmaker[AsyncSession], durable: Durable[Carrier]) -> FastAPI:
     app = FastAPI(title="Orders")
+    app.mount("/durable", dashboard(durable, auth=operator))
 
     @app.put("/products/{sku}")
     async def put_product(sku: str, body: Stock) -> Stock:

@@ -4,3 +4,5 @@ import os
 
 DATABASE_URL = os.environ.get("BILLING_DATABASE_URL", "postgresql+psycopg://localhost/billing")
 TRIAL_DAYS = float(os.environ.get("BILLING_TRIAL_DAYS", "14"))
+OPERATOR_PASSWORD = os.environ.get("BILLING_OPERATOR_PASSWORD")
+"""What the dashboard asks for. Without it, no one may see it."""

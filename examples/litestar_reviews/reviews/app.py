@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 from litestar import Litestar, get, post, put
 from litestar.exceptions import ClientException, NotFoundException
+from litestar.handlers import asgi
 from litestar.params import FromPath, JSONBody
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from durable_sa import Durable
+from durable_sa.dashboard import dashboard
 
 from .mail import Mailer
 from .models import Article
+from .operators import operator
 from .tasks import Verdict, define_schedules, review, verdict_event
 
 
@@ -69,4 +72,5 @@ def create_app(sessions: async_sessionmaker[AsyncSession], durable: Durable[Mail
     async def define() -> None:
         await define_schedules(durable)
 
-    return Litestar([submit, show, decide], on_startup=[define], on_shutdown=[durable.close])
+    pages = asgi("/durable", is_mount=True, copy_scope=True)(dashboard(durable, auth=operator))
+    return Litestar([submit, show, decide, pages], on_startup=[define], on_shutdown=[durable.close])

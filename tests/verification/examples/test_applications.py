@@ -20,6 +20,7 @@ httpx = pytest.importorskip("httpx")
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 APPLICATIONS = ("fastapi_orders", "flask_billing", "litestar_reviews")
+PASSWORD = "a secret of tests"
 
 
 class Application:
@@ -111,11 +112,21 @@ def run(durable_server: TestServer, tmp_path: Path) -> Generator[Run]:
         yield run
 
 
+def has_a_dashboard(http: Any) -> None:
+    """Check that the dashboard is shown to the operator, and to no one else."""
+    assert http.get("/durable/tasks").status_code == 401
+    assert http.get("/durable/tasks", auth=("operator", "guessed")).status_code == 401
+    page = http.get("/durable/tasks", auth=("operator", PASSWORD))
+    assert page.status_code == 200, page.text
+    assert "<h1" in page.text
+
+
 def test_orders_with_fastapi_and_asyncpg(run: Run) -> None:
-    shop = run("fastapi_orders", "asyncpg")
+    shop = run("fastapi_orders", "asyncpg", ORDERS_OPERATOR_PASSWORD=PASSWORD)
     worker, _ = shop.start("durable_sa.cli", "worker", "orders.main:durable")
     with shop.serve("uvicorn", "orders.main:app", "--port", "0") as http:
         assert http.put("/products/lamp", json={"stock": 5}).status_code == 200
+        has_a_dashboard(http)
 
         def order(reference: str) -> str:
             body = {"reference": reference, "sku": "lamp", "quantity": 2}
@@ -151,11 +162,12 @@ def test_orders_with_fastapi_and_asyncpg(run: Run) -> None:
 
 
 def test_reviews_with_litestar_and_psycopg(run: Run) -> None:
-    desk = run("litestar_reviews", "psycopg")
+    desk = run("litestar_reviews", "psycopg", REVIEWS_OPERATOR_PASSWORD=PASSWORD)
     worker, log = desk.start("durable_sa.cli", "worker", "reviews.main:durable", "--concurrency", "5")
     with desk.serve("uvicorn", "reviews.main:app", "--port", "0") as http:
         response = http.post("/articles", json={"title": "Owls", "text": "Teh owl is is a bird."})
         assert response.status_code == 201, response.text
+        has_a_dashboard(http)
         article = f"/articles/{response.json()['id']}"
         until(lambda: http.get(article).json()["status"] == "reading")
         assert http.get(article).json()["findings"] == ["spelling: Teh", "repeated: is"]
@@ -169,9 +181,10 @@ def test_reviews_with_litestar_and_psycopg(run: Run) -> None:
 
 def test_billing_with_flask_and_synchronous_sessions(run: Run) -> None:
     pytest.importorskip("flask_sqlalchemy", reason="flask-sqlalchemy is not installed")
-    office = run("flask_billing", "psycopg", BILLING_TRIAL_DAYS="0")
+    office = run("flask_billing", "psycopg", BILLING_TRIAL_DAYS="0", BILLING_OPERATOR_PASSWORD=PASSWORD)
     worker, log = office.start("durable_sa.cli", "worker", "billing.worker:durable", "--concurrency", "5")
-    with office.serve("flask", "--app", "billing.app", "run", "--port", "0") as http:
+    with office.serve("flask", "--app", "billing.web", "run", "--port", "0") as http:
+        has_a_dashboard(http)
 
         def subscribe(card: str) -> str:
             response = http.post("/subscriptions", json={"customer": "ada", "card": card})
