@@ -76,6 +76,7 @@ SYSTEMS: Final = {
                     "memory",
                     "nap",
                     "messages",
+                    "streams",
                 }
             ),
             # Sleeping tasks are not counted: the growth workload has a million of them.
@@ -104,7 +105,19 @@ SYSTEMS: Final = {
             "dbos",
             ("dbos==3.4.0", "uvloop==0.23.0"),
             frozenset(
-                {"spawn", "session", "drain", "results", "steps", "events", "children", "memory", "nap", "messages"}
+                {
+                    "spawn",
+                    "session",
+                    "drain",
+                    "results",
+                    "steps",
+                    "events",
+                    "children",
+                    "memory",
+                    "nap",
+                    "messages",
+                    "streams",
+                }
             ),
             "SELECT count(*) FROM dbos.workflow_status WHERE status IN ('ENQUEUED', 'PENDING')",
             default={"loop": "asyncio"},

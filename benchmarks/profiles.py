@@ -34,6 +34,10 @@ class Profile:
     """Tasks that receive, and messages to each of them."""
     exchanges: int
     """Pairs of tasks that exchange a message."""
+    streamed: int
+    """Items of a stream that is written at full speed."""
+    spoken: int
+    """Items of a stream that is written at a steady pace."""
     idle_workers: tuple[int, ...]
     idle_seconds: float
     held: int
@@ -71,6 +75,8 @@ SMALL: Final = Profile(
     waiters=500,
     receivers=(20, 50),
     exchanges=20,
+    streamed=20_000,
+    spoken=200,
     idle_workers=(1, 4),
     idle_seconds=4,
     held=300,
@@ -102,6 +108,8 @@ FULL: Final = Profile(
     waiters=10_000,
     receivers=(100, 100),
     exchanges=100,
+    streamed=50_000,
+    spoken=1_000,
     idle_workers=(1, 10),
     idle_seconds=10,
     held=1_000,

@@ -73,6 +73,7 @@ class App:
         scopes: Sequence[scoped_session[Any]] = (),
         on_failure: FollowUp | None = None,
         on_cancel: FollowUp | None = None,
+        keep_logs: int | None = None,
     ) -> None:
         clients[next(_numbers)] = self
         self.tasks: dict[str, Task[Any, Any]] = {}
@@ -94,6 +95,8 @@ class App:
         self.on_failure = check_follow_up(on_failure, "on_failure")
         """The task that is spawned if one fails that has no other follow-up."""
         self.on_cancel = check_follow_up(on_cancel, "on_cancel")
+        self.keep_logs = None if keep_logs is None else integer(keep_logs, "keep_logs", minimum=0, maximum=1000)
+        """The level from which on lines of `ctx.logger` are kept in the task's stream `$log`; None keeps none."""
         self.limited_queues: set[str] = set()
         """Queues that are known to have limits, so that spawns into them need not find out."""
         self.hooks = hooks

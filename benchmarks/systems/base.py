@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 Params: TypeAlias = dict[str, Any]
@@ -91,7 +91,8 @@ class System(ABC):
     takes `steps` steps that return `size` characters each; `wait` takes `steps` steps and then waits for the event
     ``go``; `parent` spawns `children` tasks `child` and waits for them all; `hold` runs until `release`; `nap` sleeps
     for an hour; `collect` receives `count` messages; `ask` waits for a message, sends one to the task `other`, which is
-    an `answer`, and waits for its reply.
+    an `answer`, and waits for its reply; `tell` writes `count` items to a stream, with `pause` seconds between them.
+    Each item is the time at which it is written.
     """
 
     distribution: ClassVar[str]
@@ -149,6 +150,10 @@ class System(ABC):
 
     async def send(self, handle: Any, topic: str, payload: Any) -> None:
         """Send a message to a task."""
+        raise NotImplementedError
+
+    def read(self, handle: Any) -> AsyncIterator[float]:
+        """Read the items of the stream of a task `tell`, until it ends."""
         raise NotImplementedError
 
     def identify(self, handle: Any) -> str:
@@ -216,6 +221,19 @@ class System(ABC):
             await asyncio.sleep(pause)
             await self.send(ask, "go", True)
             await self.result(ask)
+
+    async def listen(self, count: int, pause: float) -> dict[str, Any]:
+        """Read the stream of a task `tell`; return the number of items, their delays, and the seconds of the whole."""
+        gc.collect()
+        handle = await self.spawn_one(0, "tell", {"count": count, "pause": pause})
+        written: list[float] = []
+        delays: list[float] = []
+        async for moment in self.read(handle):
+            written.append(moment)
+            delays.append(time.monotonic() - moment)
+        seconds = written[-1] + delays[-1] - written[0]
+        await self.result(handle)
+        return {"count": len(written), "delays": delays, "seconds": seconds}
 
     async def exchanged(self) -> list[float]:
         """Return the seconds between the question of each task `ask` and its answer."""

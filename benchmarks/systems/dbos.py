@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
@@ -110,6 +112,14 @@ class DbosSystem(System):
             await DBOS.recv_async("answer", timeout_seconds=PATIENCE)
             self.probe.answered(params["i"])
 
+        @DBOS.workflow(name="tell")
+        async def tell(params: Params) -> None:
+            for _ in range(params["count"]):
+                await DBOS.write_stream_async("items", time.monotonic())
+                if params["pause"]:
+                    await asyncio.sleep(params["pause"])
+            await DBOS.close_stream_async("items")
+
     async def install(self, url: str) -> None:
         await asyncio.to_thread(DBOS.migrate, url)
 
@@ -181,6 +191,11 @@ class DbosSystem(System):
 
     async def send(self, handle: Any, topic: str, payload: Any) -> None:
         await self._client.send_async(handle.workflow_id, payload, topic)
+
+    async def read(self, handle: Any) -> AsyncGenerator[float]:
+        poll = self._result_poll
+        async for item in self._client.read_stream_async(handle.workflow_id, "items", polling_interval_sec=poll):
+            yield item
 
     def identify(self, handle: Any) -> str:
         return str(handle.workflow_id)

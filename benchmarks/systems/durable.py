@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from sqlalchemy import event, text
@@ -126,7 +126,15 @@ class DurableSystem(System):
             await ctx.receive("answer")
             self.probe.answered(params["i"])
 
-        tasks = (noop, keyed, stamp, steps, wait, child, parent, hold, nap, collect, answer, ask)
+        @task
+        async def tell(ctx: TaskContext, params: Params) -> None:
+            async with ctx.stream("items") as stream:
+                for _ in range(params["count"]):
+                    await stream.write(time.monotonic())
+                    if params["pause"]:
+                        await asyncio.sleep(params["pause"])
+
+        tasks = (noop, keyed, stamp, steps, wait, child, parent, hold, nap, collect, answer, ask, tell)
         return {each.name: each for each in tasks}
 
     async def source(self) -> str:
@@ -211,6 +219,10 @@ class DurableSystem(System):
 
     async def send(self, handle: Any, topic: str, payload: Any) -> None:
         await self._durable.send(handle, topic, payload)
+
+    async def read(self, handle: Any) -> AsyncGenerator[float]:
+        async for item in self._durable.read_stream(handle, "items"):
+            yield item.value
 
     def identify(self, handle: Any) -> str:
         return str(handle.task_id)

@@ -1,4 +1,4 @@
-"""Messages: many to tasks that wait for them, and one each way between two tasks."""
+"""Messages: many to tasks that wait for them, one each way between two tasks; and streams of tasks to a reader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..bench import Bench
 from ..catalogue import System
 from ..profiles import Profile
 from ..results import percentile
-from .common import Case, Outcome, client, share, until, until_ended, working
+from .common import Case, Outcome, RunError, client, share, until, until_ended, working
 
 
 async def flood(bench: Bench, system: System, *, tasks: int, each: int) -> Outcome:
@@ -52,9 +52,30 @@ async def exchange(bench: Bench, system: System, *, pairs: int) -> Outcome:
     return Outcome({f"round trip p{part}": 1000 * percentile(times, part / 100) for part in (50, 99)}, pairs)
 
 
+async def stream(bench: Bench, system: System, *, items: int, pause: float) -> Outcome:
+    """Measure a stream to one reader in another process: with pauses the delays, without them the speed."""
+    count = items if pause else share(items, system)
+    settings = dict(system.quick)
+    loop = settings["loop"]
+    waits = {key: settings.pop(key) for key in ("result_poll",) if key in settings}
+    async with (
+        bench.server.database(system) as database,
+        client(bench, system, database, loop=loop, **waits) as reader,
+    ):
+        worker = await bench.driver(system, loop, 1)
+        async with working(worker, database, settings):
+            read = await reader.call("listen", count=count, pause=pause)
+    if read["count"] != count:
+        raise RunError(f"{read['count']} items of {count} were read")
+    delays = {f"delay p{part}": 1000 * percentile(read["delays"], part / 100) for part in (50, 99)}
+    return Outcome(delays if pause else {"throughput": count / read["seconds"], **delays}, count)
+
+
 def cases(profile: Profile) -> list[Case]:
     tasks, each = profile.receivers
     return [
         Case("messages", "messages to waiting tasks", "messages", partial(flood, tasks=tasks, each=each)),
         Case("messages", "between two idle tasks", "messages", partial(exchange, pairs=profile.exchanges)),
+        Case("streams", "at full speed", "streams", partial(stream, items=profile.streamed, pause=0)),
+        Case("streams", "100 items a second", "streams", partial(stream, items=profile.spoken, pause=0.01)),
     ]

@@ -50,7 +50,7 @@ class Output:
         """Print data as JSON, with times in ISO 8601 and durations in seconds."""
         print(to_json(data, indent=2, timedelta_mode="float").decode())  # noqa: T201
 
-    def say(self, message: str, **data: Any) -> None:
+    def say(self, message: str, /, **data: Any) -> None:
         """Print a sentence, or the data as JSON."""
         if self.as_json:
             self.json(data)

@@ -22,6 +22,7 @@ from .selection import (
     ErrorName,
     Filters,
     Key,
+    LimitKey,
     Name,
     Parent,
     Queue,
@@ -70,6 +71,7 @@ async def cancel(
     name: Name = None,
     error: ErrorName = None,
     key: Key = None,
+    limit_key: LimitKey = None,
     parent: Parent = None,
     since: Since = None,
     until: Until = None,
@@ -79,7 +81,17 @@ async def cancel(
 ) -> None:
     """Cancel tasks with their unfinished descendants. Ended tasks are not changed."""
     filters = Filters(
-        queue_name, tuple(states or ()), name, error, key, parent, since, until, spawned_after, spawned_before
+        queue_name,
+        tuple(states or ()),
+        name,
+        error,
+        key,
+        limit_key,
+        parent,
+        since,
+        until,
+        spawned_after,
+        spawned_before,
     )
     durable = invocation.durable
     action = Action(
@@ -103,6 +115,7 @@ async def retry(
     name: Name = None,
     error: ErrorName = None,
     key: Key = None,
+    limit_key: LimitKey = None,
     parent: Parent = None,
     since: Since = None,
     until: Until = None,
@@ -115,7 +128,7 @@ async def retry(
 ) -> None:
     """Retry failed or cancelled tasks. They keep their checkpoints; failures are counted from zero."""
     times = (since, until, spawned_after, spawned_before, ended_after, ended_before)
-    filters = Filters(queue_name, tuple(states or ()), name, error, key, parent, *times)
+    filters = Filters(queue_name, tuple(states or ()), name, error, key, limit_key, parent, *times)
     one = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)
     many = functools.partial(bulk.retry_batch, invocation.durable, max_attempts=max_attempts)
     action = Action("Retrying", "retried", _RETRIED, one, many, [TaskStatus.FAILED])
@@ -132,6 +145,7 @@ async def delete(
     name: Name = None,
     error: ErrorName = None,
     key: Key = None,
+    limit_key: LimitKey = None,
     parent: Parent = None,
     since: Since = None,
     until: Until = None,
@@ -143,7 +157,7 @@ async def delete(
 ) -> None:
     """Delete ended tasks with their history. Tasks that others still need are not deleted."""
     times = (since, until, spawned_after, spawned_before, ended_after, ended_before)
-    filters = Filters(queue_name, tuple(states or ()), name, error, key, parent, *times)
+    filters = Filters(queue_name, tuple(states or ()), name, error, key, limit_key, parent, *times)
 
     async def one(task_id: uuid.UUID) -> str:
         state = (await invocation.durable.get_task(task_id)).status
@@ -185,7 +199,10 @@ async def _do(
     """Act on the tasks that are named, perhaps with their queue, or on all that match; `filtered` asks for filters."""
     clear = not filters._replace(queue_name=None).anything if tasks and not every else every and not tasks
     if not clear or (every and filtered and not filters.anything):
-        fail("Name tasks, or give --all with --queue, --state, --name, --error, --key, --since or --until.", USAGE)
+        fail(
+            "Name tasks, or give --all with --queue, --state, --name, --error, --key, --limit-key, --since or --until.",
+            USAGE,
+        )
     if set(filters.states) - set(action.states):
         states = ", ".join(f"--state {state}" for state in action.states)
         fail(f"Only tasks in these states can be {action.done}: {states}.", USAGE)

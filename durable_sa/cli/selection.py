@@ -40,6 +40,7 @@ ErrorName = Annotated[
     typer.Option("--error", "-e", metavar="CLASS", help="Only tasks whose last failure is of this exception class."),
 ]
 Key = Annotated[str | None, typer.Option(help="Only tasks with this key.")]
+LimitKey = Annotated[str | None, typer.Option(help="Only tasks with this limit key.")]
 Parent = Annotated[str | None, typer.Option(metavar="TASK", help="Only subtasks of this task.")]
 
 
@@ -78,6 +79,7 @@ class Filters(NamedTuple):
     name: str | None = None
     error: str | None = None
     key: str | None = None
+    limit_key: str | None = None
     parent: str | None = None
     since: datetime | timedelta | None = None
     until: datetime | timedelta | None = None
@@ -110,6 +112,7 @@ class Filters(NamedTuple):
             queue_name=self.queue_name,
             state=self.states or None,
             key=self.key,
+            limit_key=self.limit_key,
             error_name=self.error,
             spawned_after=_moment(self.spawned_after),
             spawned_before=_moment(self.spawned_before),

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 from pydantic_core import from_json, to_json
 
-from .. import Durable, SpawnOptions, StreamRestart, TaskInfo
+from .. import Durable, SpawnOptions, StreamItem, StreamRestart, TaskInfo
 from ..client.wording import span
 from ..errors import TaskNotFound
 from ..models import DEFAULT_QUEUE
 from ..statements import inspection, values
+from ..statements.log_lines import LOG
 from ..statements.reading import Order
 from . import history, repairs
 from .arguments import duration, headers, json_value
@@ -28,6 +29,7 @@ from .selection import (
     ErrorName,
     Filters,
     Key,
+    LimitKey,
     Name,
     Parent,
     Queue,
@@ -71,6 +73,7 @@ async def list_(
     name: Name = None,
     error: ErrorName = None,
     key: Key = None,
+    limit_key: LimitKey = None,
     parent: Parent = None,
     since: Since = None,
     until: Until = None,
@@ -88,7 +91,7 @@ async def list_(
 ) -> None:
     """List tasks, the newest first. If there are more than the limit, the command for the next page is on stderr."""
     times = (since, until, spawned_after, spawned_before, ended_after, ended_before, running_longer_than)
-    filters = Filters(queue_name, tuple(states or ()), name, error, key, parent, *times)
+    filters = Filters(queue_name, tuple(states or ()), name, error, key, limit_key, parent, *times)
     where = await filters.where(invocation)
     page = await invocation.durable.list_tasks(where, order=sort, limit=limit, after=after)
     if not page.items and after is None:
@@ -209,6 +212,8 @@ async def spawn(
         ),
     ] = None,
     key: Annotated[str | None, typer.Option(help="An idempotency key: one key spawns only one task.")] = None,
+    unique: Annotated[str | None, typer.Option(help="A key that only one unfinished task has.")] = None,
+    limit_key: Annotated[str | None, typer.Option(help="The key whose limits hold for the task.")] = None,
     delay: Annotated[
         timedelta | None,
         typer.Option(parser=duration, metavar="DURATION", help="Do not run the task before this time has passed."),
@@ -225,6 +230,8 @@ async def spawn(
     """
     options = SpawnOptions(
         idempotency_key=key,
+        unique=unique,
+        limit_key=limit_key,
         delay=delay,
         priority=priority,
         max_attempts=max_attempts,
@@ -322,6 +329,28 @@ async def stream(
                 data = {"position": entry.position} | ({"value": entry.value} if payloads else {})
                 text = f"{entry.position}" + (f"  {to_json(entry.value).decode()}" if payloads else "")
             invocation.output.say(text, **data)
+
+
+@tasks.command("logs", epilog=examples("durable tasks logs order-17", "durable tasks logs order-17 --follow --json"))
+@connected
+async def logs(
+    invocation: Invocation,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The id of the task, or its key.", show_default=False)],
+    queue_name: Annotated[
+        str | None, typer.Option("--queue", "-q", autocompletion=complete_queues, help="The queue of the key.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with the lines that come, until the task ends.")
+    ] = False,
+) -> None:
+    """Print the lines that a task has logged with ctx.logger, if its client keeps them: Durable(keep_logs=...)."""
+    task_id = await resolve_one(invocation, task, queue_name)
+    async with aclosing(invocation.durable.read_stream(task_id, LOG, follow=follow)) as entries:
+        async for entry in entries:
+            if isinstance(entry, StreamItem):
+                line = entry.value
+                text = f"{line['time']} {line['level']:<8} {line['message']}"
+                invocation.output.say(text, position=entry.position, **line)
 
 
 tasks.command("cancel", epilog=repairs.CANCEL_EXAMPLES)(repairs.cancel)

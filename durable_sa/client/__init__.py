@@ -72,8 +72,9 @@ class Durable(Registry, Results, StreamReading, Reading, Bulk, Events, Queues, S
     warning is logged; with `replay="strict"` the task fails with `ReplayMismatch` before anything runs.
     Tasks fail with `LeaseLost` once `max_lost_workers` workers in a row were lost while they ran nothing but them.
     `on_failure` and `on_cancel` are tasks, or names of tasks, that are spawned with a :class:`durable_sa.TaskEnded` if
-    a task that this client spawned fails or is cancelled, and has no such task of its own. `tasks` are registered;
-    those of another client are `other.tasks`.
+    a task that this client spawned fails or is cancelled, and has no such task of its own. Lines of
+    `ctx.logger` of the level `keep_logs`, such as `logging.INFO`, or a higher one are kept as the task's stream
+    ``$log``. `tasks` are registered; those of another client are `other.tasks`.
 
     Raises:
         InvalidConfiguration, InvalidName: a setting that cannot work.
@@ -108,6 +109,7 @@ class Durable(Registry, Results, StreamReading, Reading, Bulk, Events, Queues, S
         max_lost_workers: int = MAX_LOST_WORKERS,
         on_failure: FollowUp | None = None,
         on_cancel: FollowUp | None = None,
+        keep_logs: int | None = None,
         tasks: Iterable[Task[Any, Any]] | Mapping[str, Task[Any, Any]] = (),
     ) -> None:
         hooks = tuple(hooks)
@@ -127,6 +129,7 @@ class Durable(Registry, Results, StreamReading, Reading, Bulk, Events, Queues, S
             max_lost_workers=max_lost_workers,
             on_failure=on_failure,
             on_cancel=on_cancel,
+            keep_logs=keep_logs,
         )
         self.state = state
         """The value of `ctx.state` without a lifespan."""

@@ -103,7 +103,7 @@ def insert(
 
     With a `lock_timeout`, such as "5ms", the script fails with 55P03 after it if an open transaction of another session
     has inserted one of the keys. `limited_queues` are those that are known to have limits. With a `channel`, the insert
-    of one task sends the hint by itself.
+    of one task sends the hint, what it holds before included.
     """
     outcomes: dict[uuid.UUID, Outcome] = {}
     for portion in portions or portioned(prepared):
@@ -194,12 +194,15 @@ def _resolve_conflict(item: Prepared, holder: SpawnResult[Any], hint: Hint) -> S
 def _insert_one(item: Prepared, hint: Hint, channel: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
     values = dict(zip(SPAWN_COLUMNS, item.values, strict=True))
     if channel is not None:
-        rows = yield spawning.SPAWN_AND_NOTIFY, {**values, "channel": channel}
+        carried = {"channel": channel, "carried": hint.encode() if hint else None}
+        rows = yield spawning.SPAWN_AND_NOTIFY, {**values, **carried}
     else:
         rows = yield spawning.SPAWN_ONE, values
     if not rows:
         return {}
-    if channel is None:
+    if channel is not None:
+        hint.clear()
+    else:
         hint.add_rows(rows)
         hint.limits |= item.kind.max_pending_seconds is not None
     return {item.task_id: spawn_result(item)}

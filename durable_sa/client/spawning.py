@@ -300,18 +300,19 @@ class Spawning(App):
         self, held: HeldConnection, prepared: list[Prepared], *, lock_timeout: str | None = None
     ) -> Sequence[SpawnResult[Any] | BaseException]:
         """Spawn tasks of callers that came at the same time with one statement, and an outcome each."""
-        hint, hints = Hint(), self._sender()
+        hints = self._sender()
         # A worker on this event loop that has slots for all of the tasks gets the hint without the database.
         here = next((worker for worker in list(self._workers) if worker.loop is hints.loop), None)
         alone = here is None and len(prepared) == 1 and lock_timeout is None
-        channel = hints.channel if alone and hints.quiet else None
+        carried = hints.take() if alone else None
+        channel = None if carried is None else hints.channel
+        hint = carried or Hint()
         script = inserting.insert(prepared, hint, self.limited_queues, lock_timeout=lock_timeout, channel=channel)
-        results = await drive_async(held.execute, script)
-        if channel is not None:
-            hints.sent()
-        if not (here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)):
-            hints.send(hint)
-        return results
+        try:
+            return await drive_async(held.execute, script)
+        finally:
+            if not (here is not None and here.offer(hint) and all(spawn.task_name in self.tasks for spawn in prepared)):
+                hints.send(hint)
 
 
 def _count(call: SpawnCall, prepared: Sequence[Prepared], results: list[SpawnResult[Any]]) -> list[SpawnResult[Any]]:

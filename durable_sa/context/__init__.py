@@ -51,9 +51,10 @@ class TaskContext(
         This one leaves out the lines before a call that is recorded. Lines in steps are always logged. Lines behind the
         last recorded call are logged once more by the attempt after a failure or a crash, and so are those behind the
         last call of a branch while others suspend the task. The logger is `durable_sa.tasks`; its records have the
-        attributes of :class:`durable_sa.logs.TaskFields`.
+        attributes of :class:`durable_sa.logs.TaskFields`. With `Durable(keep_logs=...)` lines are also kept, as
+        the task's stream ``$log``.
         """
-        return TaskLogger(self._claimed, self.log_line)
+        return TaskLogger(self._claimed, self.log_line, self._run.lines.lowest)
 
     @property
     def signal(self) -> ControlFlow | None:

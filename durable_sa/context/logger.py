@@ -20,10 +20,16 @@ else:
 class TaskLogger(Adapter):
     """The logger `durable_sa.tasks`, whose records have the fields of the task as attributes."""
 
-    def __init__(self, claimed: ClaimedRun, handle: Callable[[logging.LogRecord], None]) -> None:
+    def __init__(self, claimed: ClaimedRun, handle: Callable[[logging.LogRecord], None], lowest: int | None) -> None:
         super().__init__(LOGGER, {})
         self._claimed = claimed
         self._handle = handle
+        self.lowest = lowest
+        """The level from which on lines are kept; None if none are."""
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - a method of logging
+        """Return whether lines of the level are logged or kept."""
+        return (self.lowest is not None and level >= self.lowest) or super().isEnabledFor(level)
 
     def log(
         self,

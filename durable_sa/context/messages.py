@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar, cast, overload
 
 from ..concurrency.branches import RACE
 from ..errors import TaskNotFound, TaskTimeout
+from ..execution.conversation import PATIENCE
 from ..execution.messages import Outgoing, outgoing, refusal
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, Kind, MessageValues, ReceiptValues
@@ -55,6 +57,7 @@ class Messages(ContextBase):
         with self._observed("send", topic=call.name), run.branches.busy():
             checkpoint = CheckpointValues("send", call.name, "completed", None)
             values = MessageValues(checkpoint, *message)
+            run.converse()
             stored = await run.write(Kind.MESSAGE, call.key, values, size=len(message.payload))
             if stored is not None and stored.status == "refused":
                 reader = run.host.reader
@@ -107,13 +110,34 @@ class Messages(ContextBase):
             self._refuse_inside_step(call)
             with self._observed("receive", topic=call.name):
                 # With such a wait, there was no message when the run began, and one that comes resolves the wait.
-                if not run.journal.receives(call.key):
-                    stored = await self._receipt(call)
-                if stored is None:
+                if run.journal.receives(call.key):
                     stored = await self._park(call, timeout=timeout)
+                else:
+                    stored = await self._next_message(call, timeout)
         if stored.status == "timeout":
             raise run.timed_out(call.key, TaskTimeout(f"a message of topic {call.name!r}", timeout or 0.0))
         return codec.decode(stored.value or NULL, f"the message of topic {call.name!r}")
+
+    async def _next_message(self, call: Call, timeout: float | None) -> Stored:
+        """Receive a message that was sent before, or wait for one; in a conversation, at first without suspending."""
+        run = self._run
+        conversation = run.conversation
+        seen = 0 if conversation is None else conversation.arrivals
+        if (stored := await self._receipt(call)) is not None:
+            run.converse()
+            return stored
+        # The run holds its slot while it stays, so it only does where most are free.
+        if conversation is not None and run.host.has_room:
+            began = time.monotonic()
+            patience = PATIENCE if timeout is None else min(PATIENCE, timeout)
+            with run.branches.busy():
+                while await conversation.next_arrival(seen, patience - (time.monotonic() - began)):
+                    seen = conversation.arrivals
+                    if (stored := await self._receipt(call)) is not None:
+                        return stored
+            if timeout is not None:
+                timeout = max(0.0, timeout - (time.monotonic() - began))
+        return await self._park(call, timeout=timeout)
 
     async def _await_message(self, call: Call, timeout: float | None) -> Stored:
         """Wait in a race until there is a message, without receiving it."""

@@ -66,7 +66,9 @@ class SyncTaskContext(TaskData[StateT]):
     def logger(self) -> TaskLogger:
         """As :attr:`durable_sa.TaskContext.logger`."""
         branch = None if self.thread is None else self.thread.branch
-        return TaskLogger(self._claimed, lambda record: self.context.log_line(record, branch))
+        return TaskLogger(
+            self._claimed, lambda record: self.context.log_line(record, branch), self.context.logger.lowest
+        )
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self._calls is not None:

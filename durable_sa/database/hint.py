@@ -92,6 +92,13 @@ class Hint:
         self.messages |= other.messages
         self.add_receivers(other.receivers)
 
+    def clear(self) -> None:
+        """Remove all, because it has been sent."""
+        self.lanes.clear()
+        self.receivers.clear()
+        self.events = self.cancelled = self.limits = self.messages = False
+        self.tasks = 0
+
     def encode(self) -> str:
         """Encode the hint as a NOTIFY payload. With too many lanes to name it names none: workers then scan all."""
         lanes = [

@@ -1,9 +1,9 @@
-"""Sending of wake-up hints: after the commit, coalesced for 5 ms; a lone spawn after 5 quiet ms carries its own.
+"""Sending of wake-up hints: after the commit, at most every 10 ms; a lone spawn 5 ms after the last one carries all.
 
 A hint that is lost costs a poll interval and nothing else. It is sent after the commit and outside of the transaction,
 because transactions with a NOTIFY wait for each other to commit. Of tasks spawned in a row, a hint each would take as
-long as a spawn: so the hints of 5 ms after one is sent are merged into the next. If no hint was sent for 5 ms, there is
-nothing to merge with: a spawn without company then sends its hint in its own statement, which saves a round trip.
+long as a spawn: so the hints of 10 ms after one is sent are merged into the next. A spawn without company that comes
+after half of that time sends them and its own in its own statement, which saves the other statement.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -31,7 +32,7 @@ from .hint import Hint, channel_name
 logger = logging.getLogger("durable_sa")
 
 SPACING = 0.005
-"""Seconds between hints."""
+"""Seconds after a hint before a spawn may carry the next; twice as long before that is sent by itself."""
 DEADLINE = 5.0
 """Seconds after which a hint's connection is taken for dead; the next hint gets another."""
 
@@ -81,17 +82,16 @@ class HintSender:
         self._outbox = _Outbox()
         self._task: asyncio.Task[None] | None = None
         self._sending = _senders.get().sending
-        self._next_turn = 0.0
-        """When the next hint may be sent, on the monotonic clock."""
+        self._sent_at = -math.inf
+        """When the latest hint was sent, on the monotonic clock."""
 
-    @property
-    def quiet(self) -> bool:
-        """True if no hint was sent for 5 ms, and none is about to be."""
-        return self._task is None and time.monotonic() >= self._next_turn
-
-    def sent(self) -> None:
-        """Note that a hint has been sent just now, here or by a statement of its own."""
-        self._next_turn = time.monotonic() + SPACING
+    def take(self) -> Hint | None:
+        """Remove the hints that wait and return them, for a spawn to carry; None if the last was sent just now."""
+        now = time.monotonic()
+        if now < self._sent_at + SPACING:
+            return None
+        self._sent_at = now
+        return self._outbox.take()
 
     def send(self, hint: Hint, after: RootTransaction | None = None) -> None:
         """Send a hint soon, and not before the end of a transaction. To be called on the event loop."""
@@ -111,16 +111,18 @@ class HintSender:
     async def _drain(self) -> None:
         pause = _SHORTEST_PAUSE
         try:
-            while self._outbox:
-                if (early := self._next_turn - time.monotonic()) > 0:
+            # The sender lives as long as this task, and the next hint of its engine must know when this one was sent.
+            while (early := self._sent_at + 2 * SPACING - time.monotonic()) > 0 or self._outbox:
+                if early > 0:
                     await asyncio.sleep(early)
+                    continue
                 if not (hint := self._outbox.take()):
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
                 async with asyncio.timeout(DEADLINE), HeldConnection(self._database) as held:
                     await held.execute(NOTIFY, {"channel": self.channel, "payload": hint.encode()})
-                self.sent()
+                self._sent_at = time.monotonic()
         except Exception as error:  # noqa: BLE001 - a hint that is lost costs a poll interval
             self._outbox.clear()
             logger.debug("a wake-up hint could not be sent: %s", type(error).__name__)

@@ -30,10 +30,17 @@ class RunHost(Protocol):
     hooks: HookChain
     telemetry: Telemetry | None
     max_payload_bytes: int
+    keep_logs: int | None
+    """The level from which on lines of `ctx.logger` are kept."""
 
     @property
     def leased(self) -> bool:
         """True while the worker's lease holds by the local clock."""
+        ...
+
+    @property
+    def has_room(self) -> bool:
+        """True while most slots are free."""
         ...
 
     def attempt_timeout(self, task: Task[Any, Any]) -> float | None:

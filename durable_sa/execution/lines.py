@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from ..concurrency.branches import Branch
 
@@ -17,9 +18,12 @@ class Lines:
     next call. Lines before the first call of a branch share its fate with those of the branches that have created it.
     """
 
-    __slots__ = ("held",)
+    __slots__ = ("_handle", "held", "lowest")
 
-    def __init__(self) -> None:
+    def __init__(self, handle: Callable[[logging.LogRecord], None] = LOGGER.handle, lowest: int | None = None) -> None:
+        self._handle = handle
+        self.lowest = lowest
+        """The level from which on lines are taken, whatever the logger's own level is."""
         self.held: dict[tuple[int | str, ...], list[logging.LogRecord]] = {}
         """Lines by the path of their branch."""
 
@@ -30,7 +34,7 @@ class Lines:
         elif branch is not None and not branch.live:
             self.held.setdefault(branch.path, []).append(record)
             return
-        LOGGER.handle(record)
+        self._handle(record)
 
     def called(self, branch: Branch, *, recorded: bool) -> None:
         """Drop or log the lines before a call that a branch makes."""
@@ -40,7 +44,7 @@ class Lines:
             return
         lines = self.held.pop(branch.path, [])
         if not recorded:
-            _handle(lines)
+            self._handle_all(lines)
         elif first:
             for length in range(len(branch.path)):
                 self.held.pop(branch.path[:length], None)
@@ -48,10 +52,9 @@ class Lines:
     def release(self) -> None:
         """Log the lines that are still held back: the replay is over."""
         for lines in self.held.values():
-            _handle(lines)
+            self._handle_all(lines)
         self.held.clear()
 
-
-def _handle(lines: list[logging.LogRecord]) -> None:
-    for record in lines:
-        LOGGER.handle(record)
+    def _handle_all(self, lines: list[logging.LogRecord]) -> None:
+        for record in lines:
+            self._handle(record)

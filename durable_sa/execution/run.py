@@ -23,8 +23,10 @@ from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
 from ..tasks import Task
 from . import outcomes
+from .conversation import Conversation
 from .host import RunHost
 from .journal import Entry, Journal
+from .kept_lines import KeptLines
 from .lines import Lines
 from .publishing import Publications
 from .streaming import Block
@@ -66,7 +68,8 @@ class Run:
         self.unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] = {}
         """Calls of the context that have not been awaited yet, each with its coroutine."""
         self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
-        self.lines = Lines()
+        self._kept_lines = None if host.keep_logs is None else self._keep_lines(host.keep_logs)
+        self.lines = Lines() if self._kept_lines is None else Lines(self._kept_lines.handle, self._kept_lines.level)
         self._publications: Publications | None = None
         self.open_streams: dict[str, Block | None] = {}
         """The blocks of the streams that this run has open; None for one that is being opened."""
@@ -84,6 +87,8 @@ class Run:
         """True if waits of the task may be stored."""
         self._signals_raised = 0
         self._loop = asyncio.get_running_loop()
+        self.conversation: Conversation | None = None
+        """The messages that come to the run, once it has sent or received one."""
         self._register_timer: asyncio.TimerHandle | None = None
         self._poll_timer: asyncio.TimerHandle | None = None
         self.limit: AttemptLimit | None = None
@@ -183,6 +188,8 @@ class Run:
         if not self.over:
             self.over = True
             self.lines.release()
+            if self._kept_lines is not None:
+                self._kept_lines.finish(lost=isinstance(self.signal, LeaseLost))
             for block in self.open_streams.values():
                 if block is not None:
                     block.abandon()
@@ -376,6 +383,10 @@ class Run:
             )
         self._publications.publish(name, text)
 
+    def _keep_lines(self, level: int) -> KeptLines:
+        writer, on_lost = self.host.writer, lambda: self.take_away(LeaseLost())
+        return KeptLines(self.claimed, writer, level, now=self.now, on_lost=on_lost, warn=self.warn)
+
     def stream_block(self, block_id: uuid.UUID, values: BlockValues, position: int) -> Block:
         """Return a block that was opened, with the last position of its stream."""
         writer, on_lost = self.host.writer, lambda: self.take_away(LeaseLost())
@@ -392,6 +403,21 @@ class Run:
         claimed = self.claimed
         message = f"task %s (%s): {message}"
         logger.warning(message, claimed.task_id, claimed.task_name, *arguments, extra=claimed.log_fields)
+
+    def converse(self) -> None:
+        """Begin a conversation, with the first message that the run sends or receives."""
+        if self.conversation is None:
+            self.conversation = Conversation()
+
+    def message_came(self) -> bool:
+        """Note that a message may have come. Return whether nothing else is to be done, as the run has no stored waits.
+
+        Whenever it stores one, it or its worker looks for messages afterwards.
+        """
+        if self.conversation is None or not self._going_on():
+            return False
+        self.conversation.arrive()
+        return not self._waited
 
     async def park(self, wait: PendingWait) -> Stored:
         """Block on a durable wait. It is resolved here only while other branches keep the run from suspending."""

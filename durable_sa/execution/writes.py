@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from ..serialization.codec import in_ascii
 from ..signals import LeaseLost
-from ..statements import checkpoints, messages, outcomes, streams, suspending, values
+from ..statements import checkpoints, log_lines, messages, outcomes, streams, suspending, values
 from ..statements.expressions import arrays
 from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from .waits import Stored, WaitSpec
@@ -33,6 +33,7 @@ class Kind(Enum):
     SUPERSESSION = "supersession"
     ITEMS = "items"
     CLOSING = "closing"
+    LINES = "lines"
     WAITS = "waits"
     RACE = "race"
     SUSPENSION = "suspension"
@@ -166,6 +167,14 @@ class ClosingValues(NamedTuple):
     """The key of the checkpoint to write."""
 
 
+class LinesValues(NamedTuple):
+    """Lines that a task has logged."""
+
+    lines: str
+    """A JSON array."""
+    number: int
+
+
 class SuspensionValues(NamedTuple):
     waited: bool
     """True if waits of the task may be stored, which the statement deletes."""
@@ -205,6 +214,7 @@ Values: TypeAlias = (
     | BlockValues
     | ItemsValues
     | ClosingValues
+    | LinesValues
     | SuspensionValues
     | FailureValues
     | ReleaseValues
@@ -263,6 +273,8 @@ def escape(write: Write) -> bool:
             escaped = PublicationValues({name: in_ascii(text) for name, text in published.items()})
         case ItemsValues(items=text):
             escaped = present._replace(items=in_ascii(text))
+        case LinesValues(lines=text):
+            escaped = present._replace(lines=in_ascii(text))
         case CompletionValues(output=text):
             escaped = present._replace(output=in_ascii(text))
         case ChildValues(spawn=spawn) if spawn[_PARAMS] is not None:
@@ -341,6 +353,18 @@ def _streams(
     return statement, arrays(columns, [(write.task_id, write.fence, write.key, *write.values) for write in writes])
 
 
+def _lines(writes: list[Write[LinesValues]]) -> tuple[Executable, dict[str, Any]]:
+    rows: dict[uuid.UUID, tuple[Any, ...]] = {}
+    for write in writes:
+        row = (write.task_id, write.fence, write.key, write.values.number, write.values.lines)
+        if (earlier := rows.get(write.task_id)) is not None:
+            # The first row was delayed, because its task was locked by another transaction.
+            *_, key, number, lines = earlier
+            row = (*row[:2], key, number + write.values.number, f"{lines[:-1]},{write.values.lines[1:]}")
+        rows[write.task_id] = row
+    return log_lines.WRITE_LINES, arrays(log_lines.LINE_COLUMNS, rows.values())
+
+
 def _waits(writes: list[Write[None]]) -> tuple[Executable, dict[str, Any]]:
     fenced = arrays(("task_ids", "fences"), [(write.task_id, write.fence) for write in writes])
     return suspending.REGISTER_WAITS, fenced | _wait_columns(writes)
@@ -400,6 +424,7 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.SUPERSESSION: lambda writes: _streams(streams.SUPERSEDE, streams.SUPERSESSION_COLUMNS, writes),
     Kind.ITEMS: lambda writes: _streams(streams.WRITE_ITEMS, streams.ITEM_COLUMNS, writes),
     Kind.CLOSING: lambda writes: _streams(streams.CLOSE_STREAMS, streams.CLOSING_COLUMNS, writes),
+    Kind.LINES: _lines,
     Kind.WAITS: _waits,
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,

@@ -143,9 +143,9 @@ def describe(error: BaseException, run_id: uuid.UUID | None = None) -> Failure:
     if size > MAX_RAW_BYTES:
         raw, message = None, f"{message} (its data is longer than {MAX_RAW_BYTES} bytes as JSON and is not kept)"
     return Failure(
-        name=_clean(_class_name(error), MAX_MESSAGE_BYTES),
-        message=_clean(message, MAX_MESSAGE_BYTES),
-        traceback=_clean(_traceback(error), MAX_TRACEBACK_BYTES),
+        name=clean(_class_name(error), MAX_MESSAGE_BYTES),
+        message=clean(message, MAX_MESSAGE_BYTES),
+        traceback=clean(_traceback(error), MAX_TRACEBACK_BYTES),
         raw=raw,
         step=_step(error, run_id),
     )
@@ -294,7 +294,7 @@ def _frames_alone(error: BaseException, reason: str) -> str:
         return reason
 
 
-def _clean(text: str, limit: int) -> str:
+def clean(text: str, limit: int) -> str:
     """Return `text` as valid UTF-8 without NUL, without its middle if it is longer than `limit` bytes."""
     encoded = text.replace("\x00", "\\x00").encode(errors="backslashreplace")
     if len(encoded) > limit:

@@ -7,16 +7,20 @@ from typing import Any, Final
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    DateTime,
     Executable,
     Float,
     Text,
     Uuid,
     bindparam,
     case,
+    cast,
+    false,
     func,
     null,
     select,
     true,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import CTE, FromClause
@@ -24,7 +28,6 @@ from sqlalchemy.types import TypeEngine
 
 from ..models import Checkpoint, Event, TaskRow, Wait
 from .expressions import (
-    array,
     as_json,
     as_jsonb,
     as_text,
@@ -223,22 +226,42 @@ _page = (
     .correlate(_resumed)
     .lateral("page")
 )
-LOAD_CHECKPOINTS = select(
-    _page.c.task_id,
-    _page.c.key,
-    _page.c.kind,
-    _page.c.name,
-    _page.c.status,
-    case((_page.c.size_so_far <= INLINE_BYTES, as_text(_page.c.value)), else_=null()).label("value"),
-    _page.c.child_task_id,
-    (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
-).select_from(_resumed.join(_page, true()))
-"""Read the journals of resumed runs: every key, with values up to `INLINE_BYTES` in total per task.
-
-A lateral join reads task by task, because without statistics the planner reads the whole table for many ids at once.
-"""
-
-LOAD_WAITS = select(Wait.task_id, Wait.key, Wait.due_at, Wait.kind).where(
-    Wait.task_id == func.any(array("task_ids", Uuid()))
+_stored_wait = (
+    select(Wait.task_id, Wait.key, Wait.kind, Wait.due_at)
+    .where(Wait.task_id == _resumed.c.task_ids)
+    .offset(constant(0))
+    .correlate(_resumed)
+    .lateral("stored_wait")
 )
-"""Read the unresolved waits of resumed tasks. Their deadlines are those set when they were stored."""
+LOAD_JOURNALS = union_all(
+    select(
+        _page.c.task_id,
+        _page.c.key,
+        _page.c.kind,
+        _page.c.name,
+        _page.c.status,
+        case((_page.c.size_so_far <= INLINE_BYTES, as_text(_page.c.value)), else_=null()).label("value"),
+        _page.c.child_task_id,
+        (_page.c.size_so_far > INLINE_BYTES).label("left_behind"),
+        false().label("waiting"),
+        cast(null(), DateTime(timezone=True)).label("due_at"),
+    ).select_from(_resumed.join(_page, true())),
+    select(
+        _stored_wait.c.task_id,
+        _stored_wait.c.key,
+        _stored_wait.c.kind,
+        null(),
+        null(),
+        null(),
+        null(),
+        false(),
+        true(),
+        _stored_wait.c.due_at,
+    ).select_from(_resumed.join(_stored_wait, true())),
+)
+"""Read the journals of resumed runs: every key, with values up to `INLINE_BYTES` in total per task; and their waits.
+
+One snapshot shows a wait or the record of its outcome, never both or neither. The deadlines of waits are those set when
+they were stored. Lateral joins read task by task (`OFFSET 0` keeps them so), because without statistics the planner
+reads the whole table for many ids at once.
+"""

@@ -54,7 +54,7 @@ from .expressions import (
 )
 from .fencing import is_in, locked_rows, materialized
 from .spawning import arrivals, optional_lock_timeout
-from .waits import for_messages, resolving, waiters
+from .waits import for_messages, locked_waiters, resolving
 
 MESSAGE_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "message_ids": Uuid(),
@@ -370,10 +370,18 @@ RECORD_RACE = (
 `found` is false if the message that was to win does not exist any more; nothing is recorded then.
 """
 
+
+def _waiters(kind: str) -> CTE:
+    """Lock the tasks with a stored wait of a kind and a message for it."""
+    message = exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None))
+    return locked_waiters(exists().where(Wait.task_id == TaskRow.task_id, Wait.kind == constant(kind), message))
+
+
+_receiving_tasks = _waiters("message")
 _waits = materialized(
     "mail_waits",
-    select(Wait.task_id, Wait.key, Wait.name.label("topic"), Wait.due_at, Wait.created_at, waiters.c.state)
-    .join(waiters, waiters.c.task_id == Wait.task_id)
+    select(Wait.task_id, Wait.key, Wait.name.label("topic"), Wait.due_at, Wait.created_at, _receiving_tasks.c.state)
+    .join(_receiving_tasks, _receiving_tasks.c.task_id == Wait.task_id)
     .where(Wait.kind == constant("message"))
     .with_for_update(skip_locked=True, of=Wait),
 )
@@ -428,17 +436,13 @@ WITH_MAIL = (
 )
 """Which of these tasks have a stored wait and a message for it, and the kinds of these waits."""
 
+_racing_tasks = _waiters("race message")
 _woken = (
     update(TaskRow)
     .where(
-        TaskRow.task_id == waiters.c.task_id,
-        waiters.c.state == constant("sleeping"),
+        TaskRow.task_id == _racing_tasks.c.task_id,
+        _racing_tasks.c.state == constant("sleeping"),
         or_(TaskRow.available_at.is_(None), TaskRow.available_at > clock()),
-        exists().where(
-            Wait.task_id == TaskRow.task_id,
-            Wait.kind == constant("race message"),
-            exists().where(Message.task_id == Wait.task_id, Message.topic == Wait.name, Message.received_at.is_(None)),
-        ),
     )
     .values(
         available_at=clock(),

@@ -47,13 +47,18 @@ def for_messages(kind: InstrumentedAttribute[str]) -> ColumnElement[bool]:
     return or_(kind == constant("message"), kind == constant("race message"))
 
 
-waiters = materialized(
-    "waiters",
-    select(TaskRow.task_id, TaskRow.state)
-    .where(TaskRow.task_id == func.any(_task_ids), TaskRow.finished_at.is_(None))
-    .order_by(TaskRow.task_id)
-    .with_for_update(skip_locked=True, key_share=True),
-)
+def locked_waiters(*conditions: ColumnElement[bool]) -> CTE:
+    """Lock those of the tasks `task_ids` that meet the conditions. A claim passes over a task while it is locked."""
+    return materialized(
+        "waiters",
+        select(TaskRow.task_id, TaskRow.state)
+        .where(TaskRow.task_id == func.any(_task_ids), TaskRow.finished_at.is_(None), *conditions)
+        .order_by(TaskRow.task_id)
+        .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
+    )
+
+
+waiters = locked_waiters()
 _child = TaskRow.__table__.alias("child")
 _in_time = or_(Wait.due_at.is_(None), Wait.due_at > clock())
 _event_came = Event.name.is_not(None) & (or_(_in_time, Event.emitted_at <= Wait.due_at))

@@ -117,6 +117,7 @@ class MemoryRun:
     """None is the executor of the event loop."""
     hooks = HookChain()
     telemetry = None
+    conversation = None
 
     def __init__(
         self,
@@ -192,6 +193,9 @@ class MemoryRun:
             case _:
                 pass
         return None
+
+    def converse(self) -> None:
+        """Begin no conversation, because nothing comes while the run stays."""
 
     def publish(self, name: str, text: str) -> None:
         """Note a value of the task."""

@@ -55,6 +55,8 @@ class Agenda:
         """Events were emitted, and tasks may wait for them."""
         self.receivers: set[uuid.UUID] = set()
         """Tasks that may have a stored wait and a message for it."""
+        self.waiting_for_mail: set[uuid.UUID] = set()
+        """Suspended tasks that have begun to wait for messages, of which some may have come before."""
         self.look_for_messages = False
         """Messages were sent, and not all of their receivers are known."""
         self.check_runs = False
@@ -113,7 +115,12 @@ class Agenda:
         """
         if self.claim_when_freed:
             self.claim.set()
-        elif self._full_scan_timer is None:
+        else:
+            self.scan_soon()
+
+    def scan_soon(self) -> None:
+        """Have a full scan made when it is due."""
+        if self._full_scan_timer is None:
             delay = max(FULL_SCAN_DELAY, self.cursors.full_scan_in)
             self._full_scan_timer = asyncio.get_running_loop().call_later(delay, self._full_scan)
 
@@ -149,6 +156,11 @@ class Agenda:
     def deliver_messages(self, task_ids: Iterable[uuid.UUID]) -> None:
         """Have messages delivered to these tasks, where they wait for them."""
         self.receivers.update(task_ids)
+        self.maintain.set()
+
+    def look_for_mail(self, task_ids: Iterable[uuid.UUID]) -> None:
+        """Have tasks that have begun to wait looked at: a message may have come before."""
+        self.waiting_for_mail.update(task_ids)
         self.maintain.set()
 
     def look_within(self, seconds: float) -> None:

@@ -164,6 +164,9 @@ class Claimer:
         if not makes_room:
             claimed += await self._claim_ready(wanted, full_scan=full_scan)
         self._agenda.offered -= offered
+        if len(claimed) < min(offered, wanted):
+            # Some are due later, or claimed by others, or were locked when the claim passed.
+            self._agenda.scan_soon()
         if worker_id != self._registration.worker_id or not self._registration.lease.valid:
             return 0
         alone = makes_room or (not claimed and self._slots.empty)

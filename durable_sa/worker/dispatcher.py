@@ -57,7 +57,7 @@ class Dispatcher:
                 if waiting := {row.task_id for row in rows if kinds[row.task_id] - _NOT_TO_RESOLVE}:
                     agenda.resolve_waits(waiting)
                 if receiving := {row.task_id for row in rows if kinds[row.task_id] & MESSAGE_WAITS}:
-                    agenda.deliver_messages(receiving)
+                    agenda.look_for_mail(receiving)
                 self.announce(Hint().add_rows(rows))
             case Kind.EVENT:
                 agenda.deliver_events()
@@ -67,7 +67,7 @@ class Dispatcher:
                 self.announce(Hint().add_rows(rows))
             case Kind.CHECKPOINT | Kind.RECEIPT | Kind.RACE | Kind.PUBLICATION | Kind.WAITS:
                 pass
-            case Kind.OPENING | Kind.SUPERSESSION | Kind.ITEMS | Kind.CLOSING:
+            case Kind.OPENING | Kind.SUPERSESSION | Kind.ITEMS | Kind.CLOSING | Kind.LINES:
                 pass
 
     def announce(self, hint: Hint, *, everywhere: bool = False) -> None:
@@ -82,7 +82,6 @@ class Dispatcher:
         """Note a hint that comes from this process. Return False if other workers must be notified as well."""
         self._agenda.note(hint)
         self._agenda.offered += hint.tasks
-        free = self._slots.free
         if not hint.lanes and (hint.receivers or hint.messages) and not hint.cancelled:
             # Any worker delivers messages to tasks of any queue.
             return self._registration.active
@@ -91,8 +90,8 @@ class Dispatcher:
             and self._registration.active
             and not self._agenda.claim_when_written
             and all(queue_name in self._queue_names for queue_name, _ in hint.lanes)
-            and free >= self._agenda.offered
-            and free * 2 > self._slots.concurrency
+            and self._slots.free >= self._agenda.offered
+            and self._slots.mostly_free
         )
 
 

@@ -75,6 +75,7 @@ class Executor:
         self.minutes = minutes
         self.hooks = app.hooks
         self.max_payload_bytes = app.max_payload_bytes
+        self.keep_logs = app.keep_logs
         self.state: Any = None
         """The value of `ctx.state`."""
         self._app = app
@@ -127,10 +128,7 @@ class Executor:
         """Load the journals, after resolving the waits that are over, and start."""
         task_ids = [item.task_id for item in claimed]
         try:
-            await self.reader.execute(waits.RESOLVE, {"task_ids": sorted(task_ids)})
-            # Waits are read first: one that another worker resolves in between is found twice, instead of not at all.
-            waiting = await self.reader.execute(checkpoints.LOAD_WAITS, {"task_ids": task_ids})
-            recorded = await self.reader.execute(checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids})
+            rows = await self._load(task_ids)
             wakers: Sequence[Row[Any]] = ()
             if self.telemetry is not None:
                 wakers = await self.reader.execute(waits.WAKERS, {"task_ids": task_ids})
@@ -142,12 +140,15 @@ class Executor:
                 run.refuse(error)
             return
         entries: dict[uuid.UUID, dict[uuid.UUID, Entry]] = {task_id: {} for task_id in task_ids}
-        for row in recorded:
-            entries[row.task_id][row.key] = Entry._make(row[2:])
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
-        for row in waiting:
+        racing: set[tuple[uuid.UUID, uuid.UUID]] = set()
+        for row in rows:
+            if not row.waiting:
+                entries[row.task_id][row.key] = Entry._make(row[2:8])
+                continue
             open_waits[row.task_id].append((row.key, row.due_at))
-        racing = {(row.task_id, row.key) for row in waiting if row.kind == "race message"}
+            if row.kind == "race message":
+                racing.add((row.task_id, row.key))
         links = {row.task_id: row.carriers for row in wakers}
         for item in claimed:
             reserved = self._slots.runs.get(item.key)
@@ -156,6 +157,16 @@ class Executor:
             racing_keys = {key for task_id, key in racing if task_id == item.task_id} if racing else ()
             journal = Journal(entries[item.task_id], open_waits[item.task_id], racing_keys)
             self._start(item, journal, links.get(item.task_id))
+
+    async def _load(self, task_ids: list[uuid.UUID]) -> list[Row[Any]]:
+        """Return the records and the waits of these tasks, once the waits that are over have been resolved."""
+        rows = list(await self.reader.execute(checkpoints.LOAD_JOURNALS, {"task_ids": task_ids}))
+        if waiting := {row.task_id for row in rows if row.waiting}:
+            parameters = {"task_ids": sorted(waiting)}
+            await self.reader.execute(waits.RESOLVE, parameters)
+            rows = [row for row in rows if row.task_id not in waiting]
+            rows += await self.reader.execute(checkpoints.LOAD_JOURNALS, parameters)
+        return rows
 
     def _start(self, item: ClaimedRun, journal: Journal, wakers: str | None = None) -> None:
         task = self._app.tasks[item.task_name]
@@ -192,6 +203,11 @@ class Executor:
     def leased(self) -> bool:
         """True while the worker's lease holds by the local clock."""
         return self._registration.lease.valid
+
+    @property
+    def has_room(self) -> bool:
+        """True while most slots are free."""
+        return self._slots.mostly_free
 
     def lease_lost(self) -> None:
         """Register anew: the lease has ended by the local clock."""
@@ -348,6 +364,14 @@ class Executor:
         for run in list(self._slots.runs.values()):
             if task_ids is None or run.claimed.task_id in task_ids:
                 run.poll_soon()
+
+    def messages_came(self, task_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+        """Have the runs of these tasks that go on in a conversation look for messages. Return those that do."""
+        return {
+            run.claimed.task_id
+            for run in self._slots.runs.values()
+            if run.claimed.task_id in task_ids and run.message_came()
+        }
 
     def clock_moved(self, by: timedelta) -> None:
         """Adjust all runs to a change of the database's clock, which only tests make."""

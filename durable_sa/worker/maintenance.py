@@ -134,6 +134,8 @@ class Maintenance:
                 await self._wakeups.deliver_events()
             elif agenda.receivers:
                 await do_batch(agenda.receivers, self._wakeups.deliver_messages)
+            elif agenda.waiting_for_mail:
+                await do_batch(agenda.waiting_for_mail, self._wakeups.look_for_mail)
             elif agenda.look_for_messages:
                 agenda.look_for_messages = False
                 await self._wakeups.look_for_messages(0.0)

@@ -49,6 +49,11 @@ class Slots:
         return min(free, self._batch_size or free)
 
     @property
+    def mostly_free(self) -> bool:
+        """True while a claim may ask for more than half of the slots."""
+        return self.free * 2 > self.concurrency
+
+    @property
     def empty(self) -> bool:
         """True if no run is in progress, about to start, or to be written."""
         return not (self.taken or self.unwritten)

@@ -55,6 +55,10 @@ class WakeUps:
 
     async def deliver_messages(self, task_ids: list[uuid.UUID]) -> None:
         """Deliver messages to these tasks, where they wait for them."""
+        if looking := self._executor.messages_came(set(task_ids)):
+            task_ids = [task_id for task_id in task_ids if task_id not in looking]
+        if not task_ids:
+            return
         rows = await self._connection.execute(messages.DELIVER, {"task_ids": task_ids})
         self._dispatcher.announce(Hint().add_rows(rows))
         others = sorted(set(task_ids) - {row.task_id for row in rows})
@@ -70,6 +74,11 @@ class WakeUps:
         locked = {row.task_id for row in left if row.kind == "message"} - self._agenda.receivers
         if locked:
             self._agenda.defer_receivers(locked, LOCKED_RETRY_DELAY)
+
+    async def look_for_mail(self, task_ids: list[uuid.UUID]) -> None:
+        """Have messages delivered that were sent before these tasks have begun to wait for them."""
+        rows = await self._connection.execute(messages.WITH_MAIL, {"task_ids": task_ids})
+        self._agenda.deliver_messages(row.task_id for row in rows)
 
     async def look_for_messages(self, age: float) -> None:
         """Deliver messages that are older than `age` seconds and that no worker has delivered, page by page."""

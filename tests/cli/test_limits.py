@@ -104,3 +104,16 @@ async def test_the_doctor_names_a_task_that_waits_for_its_own_slot(
         result = await cli("doctor", "--grace", "0s")
     assert result.code == 1
     assert f"task {spawned.task_id} (parent) keeps a slot of the part without keys" in result.stdout
+
+
+async def test_tasks_are_spawned_and_found_by_their_limit_key(cli: CommandLine) -> None:
+    spawned = (await cli("tasks", "spawn", "ship", "--limit-key", "acme", "--unique", "order-7", "--json")).json
+    assert spawned["created"]
+    assert not (await cli("tasks", "spawn", "ship", "--limit-key", "acme", "--unique", "order-7", "--json")).json[
+        "created"
+    ]
+    await cli("tasks", "spawn", "ship", "--limit-key", "other")
+    (found,) = (await cli("tasks", "list", "--limit-key", "acme", "--json")).json
+    assert found["task_id"] == spawned["task_id"]
+    trial = await cli("tasks", "cancel", "--all", "--limit-key", "acme", "--dry-run")
+    assert trial.stdout.splitlines()[0] == spawned["task_id"]

@@ -1,9 +1,11 @@
 """`durable tasks send` and `durable tasks values`; what waits for a message in `show` and `doctor`."""
 
+import logging
 import uuid
 from typing import Any
 
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import Durable, TaskContext
 from tests.cli.support import CommandLine
@@ -123,3 +125,20 @@ async def test_a_stream_is_printed_and_followed(cli: CommandLine, durable: Durab
     printed = await cli("tasks", "stream", spawned.task_id, "answer", "--after", 1, "--payloads", "--json")
     assert printed.json == {"position": 2, "value": "b"}
     assert (await cli("tasks", "stream", spawned.task_id, "other")).stdout == ""
+
+
+async def test_lines_of_a_task_are_printed(cli: CommandLine, engine: AsyncEngine) -> None:
+    async with Durable(engine, keep_logs=logging.INFO) as durable:
+
+        @durable.task
+        async def work(ctx: TaskContext) -> None:
+            ctx.logger.warning("low on %s", "paper\x1b[31m")
+
+        async with durable.worker():
+            spawned = await durable.spawn(work, idempotency_key="order-7")
+            await durable.wait_for_result(spawned, timeout=10)
+    plain = await cli("tasks", "logs", "order-7")
+    assert " WARNING  low on paper" in plain.stdout
+    assert "\x1b" not in plain.stdout
+    line = (await cli("tasks", "logs", spawned.task_id, "--follow", "--json")).json
+    assert (line["position"], line["level"], line["attempt"]) == (1, "WARNING", 1)

@@ -26,10 +26,11 @@ from durable_sa import (
     TaskTimeout,
     task,
 )
+from durable_sa.context import messages as conversing
 from durable_sa.database.connections import HeldConnection
 from durable_sa.database.hint import MAX_RECEIVERS, Hint
 from durable_sa.models import Message
-from durable_sa.statements import messages
+from durable_sa.statements import messages, suspending
 from durable_sa.testing import run_until_idle, task_context, time_travel
 from tests.context.support import Crash, Rows, Runner, Tally
 from tests.support import eventually
@@ -217,6 +218,88 @@ async def test_a_task_may_send_to_itself(run: Runner) -> None:
         return [await ctx.receive("note"), await ctx.receive("note")]
 
     assert await run(work) == [{"a": [1]}, "second"]
+
+
+async def test_a_reply_that_comes_at_once_is_received_without_a_suspension(
+    run: Runner, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversing, "PATIENCE", 20.0)
+
+    @task
+    async def answer(ctx: TaskContext) -> None:
+        sender = uuid.UUID(await ctx.receive("question"))
+        await ctx.send(sender, "other", "unheard")
+        await ctx.send(sender, "answer", "yes")
+
+    @task
+    async def ask(ctx: TaskContext, other: uuid.UUID) -> Any:
+        tally.add("begun")
+        await ctx.send(other, "question", str(ctx.task_id))
+        return await ctx.receive("answer")
+
+    other = await run.spawn(answer)
+    await Rows(run.durable, other).until("sleeping")
+    asking = await run.spawn(ask, other.task_id)
+    assert (await run.wait(asking)).output == "yes"
+    assert tally == ["begun"]
+
+
+async def test_a_conversation_goes_on_no_longer_than_a_timeout(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversing, "PATIENCE", 60.0)
+
+    @task
+    async def work(ctx: TaskContext) -> str:
+        await ctx.send(ctx.task_id, "other")
+        try:
+            await ctx.receive("in", timeout=0.02)
+        except TaskTimeout as error:
+            return str(error)
+        return "received"
+
+    assert "longer than 0.02 s" in await run(work)
+
+
+async def test_a_message_that_comes_while_a_task_suspends_is_received(
+    run: Runner, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [worker] = run.durable.workers
+    execute = worker._writer_connection.execute
+    sent: list[uuid.UUID] = []
+
+    async def late(statement: Any, parameters: Any) -> Any:
+        if statement is suspending.SUSPEND and not sent:
+            sent.extend(parameters["task_ids"])
+            async with engine.begin() as connection:
+                await connection.execute(
+                    text(
+                        "INSERT INTO durable.messages (task_id, message_id, topic, payload)"
+                        " VALUES (:task_id, gen_random_uuid(), 'in', '1')"
+                    ),
+                    {"task_id": sent[0]},
+                )
+        return await execute(statement, parameters)
+
+    async def blind(*_: object) -> None:
+        """Find no messages whose hints were lost."""
+
+    monkeypatch.setattr(worker._writer_connection, "execute", late)
+    monkeypatch.setattr(worker.maintenance._wakeups, "look_for_messages", blind)
+    monkeypatch.setattr(worker.maintenance, "_repair", blind)
+    spawned = await run.spawn(collect, 1)
+    assert (await run.wait(spawned)).output == [1]
+    assert sent == [spawned.task_id]
+
+
+async def test_a_delivery_without_a_message_locks_nothing(run: Runner, engine: AsyncEngine) -> None:
+    spawned = await run.spawn(collect, 1)
+    await Rows(run.durable, spawned).until("sleeping")
+    async with HeldConnection(run.durable.database) as held, engine.connect() as connection:
+        for statement in (messages.DELIVER, messages.WAKE_RACING):
+            async with connection.begin():
+                await connection.execute(statement, {"task_ids": [spawned.task_id]})
+                # A claim passes over a task whose row is locked, and nothing would make it come back soon.
+                query = text("SELECT 1 FROM durable.tasks FOR UPDATE SKIP LOCKED")
+                assert len(await held.execute(query, {})) == 1
 
 
 async def test_what_cannot_be_sent_or_received_is_refused(run: Runner, engine: AsyncEngine) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from durable_sa import CancellationPolicy, Durable, QueueNotFound, task
+from durable_sa.database import notifier
 from durable_sa.database.hint import Hint
 from durable_sa.embedded import temporary_server
 from durable_sa.statements.notifying import NOTIFY
@@ -331,6 +332,51 @@ async def test_hints_of_spawns_in_a_row_are_merged(
     heard = Hint.decode(await hints.next())
     assert heard is not None
     assert heard.lanes == {("default", 5): at, ("default", 7): at}
+
+
+async def test_a_lone_spawn_carries_the_hints_that_wait(
+    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.database.notifier.NOTIFY", sa.text("SELECT 'no statement of its own'"))
+    durable.register(ship)
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    sender = notifier.sender(durable.database)
+    sender._outbox.put(Hint({("default", 5): at}), None)  # pyright: ignore[reportPrivateUsage]
+    await durable.spawn(ship, available_at=at, priority=7)
+    await hints.next()
+    heard = [lanes(payload) for payload in await hints.so_far()]
+    assert heard == [{("default", 7): at}, {("default", 5): at}]
+
+
+async def test_hints_that_a_refused_spawn_was_to_carry_are_sent_all_the_same(
+    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = notifier.sender(durable.database)
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    monkeypatch.setattr(sender, "take", lambda: Hint({("default", 5): at}))
+    durable.register(ship)
+    with pytest.raises(QueueNotFound):
+        await durable.spawn(ship, queue_name="nowhere")
+    assert Hint.decode(await hints.next()) == Hint({("default", 5): at}, tasks=1)
+
+
+@pytest.mark.slow
+async def test_an_engine_without_a_client_remembers_when_its_latest_hint_was_sent(
+    durable: Durable, hints: Hints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next transaction then waits for its turn, and shares a hint with those that follow."""
+    monkeypatch.setattr("durable_sa.database.notifier.SPACING", 1)
+    durable.register(ship)
+    app = create_async_engine(durable.engine.url)
+    for spawns in (1, 2):
+        hints.heard.clear()
+        for _ in range(spawns):
+            async with AsyncSession(app) as session, session.begin():
+                await durable.spawn_with(session, ship)
+        await hints.next()
+        assert len(await hints.so_far()) == 1
+        gc.collect()
+    await app.dispose()
 
 
 async def test_many_spawns_at_once_do_not_wait_in_line_for_their_hints(durable: Durable, hints: Hints) -> None:

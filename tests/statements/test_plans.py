@@ -22,6 +22,7 @@ from durable_sa.statements import (
     claiming,
     fencing,
     history,
+    log_lines,
     messages,
     outcomes,
     queues,
@@ -287,6 +288,17 @@ CASES = {
         frozenset({"tasks_pkey", "streams_pkey"}),
         6_000,
     ),
+    "write lines": Case(
+        log_lines.WRITE_LINES,
+        {
+            **RUNS_HELD,
+            "keys": [uuid.UUID(int=number) for number in range(BATCH)],
+            "counts": [1] * BATCH,
+            "lines": ["[1]"] * BATCH,
+        },
+        frozenset({"tasks_pkey"}),
+        6_000,
+    ),
     "open streams": Case(
         streams.OPEN_STREAMS,
         {**RUNS_HELD, "keys": [uuid.UUID(int=9)] * BATCH, "names": ["out"] * BATCH, **BLOCKS},
@@ -319,8 +331,11 @@ CASES = {
         frozenset({"tasks_pkey", "streams_pkey", "stream_items_pkey"}),
         2_000,
     ),
-    "load checkpoints": Case(
-        checkpoints.LOAD_CHECKPOINTS, {"task_ids": task_ids(RUNNING)}, frozenset({"checkpoints_pkey"}), 1_000
+    "load journals": Case(
+        checkpoints.LOAD_JOURNALS,
+        {"task_ids": [*task_ids(RUNNING)[: BATCH // 2], *task_ids(WAITING)[: BATCH // 4]]},
+        frozenset({"checkpoints_pkey", "waits_pkey"}),
+        1_500,
     ),
     "statistics of queues": Case(
         queues.QUEUE_STATISTICS,

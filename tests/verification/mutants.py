@@ -232,6 +232,29 @@ MUTANTS = (
         ("tests/context/test_messages.py", MESSAGES),
     ),
     Mutant(
+        "messages that come while a task suspends",
+        "worker/wakeups.py",
+        (("self._agenda.deliver_messages(row.task_id for row in rows)", "self._agenda.deliver_messages(())"),),
+        ("tests/context/test_messages.py::test_a_message_that_comes_while_a_task_suspends_is_received",),
+    ),
+    Mutant(
+        "a conversation that takes no note of messages",
+        "execution/run.py",
+        (("        self.conversation.arrive()\n", ""),),
+        ("tests/context/test_messages.py::test_a_reply_that_comes_at_once_is_received_without_a_suspension",),
+    ),
+    Mutant(
+        "deliveries that lock tasks without a message",
+        "statements/messages.py",
+        (
+            (
+                "return locked_waiters(exists().where(Wait.task_id == TaskRow.task_id, Wait.kind == constant(kind), message))",
+                "return locked_waiters()",
+            ),
+        ),
+        ("tests/context/test_messages.py::test_a_delivery_without_a_message_locks_nothing",),
+    ),
+    Mutant(
         "races whose losers go on waiting",
         "statements/messages.py",
         (
@@ -259,6 +282,12 @@ MUTANTS = (
         "statements/streams.py",
         (("    .with_for_update(of=Stream, skip_locked=True, key_share=True),\n", ""),),
         (f"{STREAMS}::test_what_a_lost_run_still_has_in_flight_is_found_or_refused",),
+    ),
+    Mutant(
+        "lines that are written once more when their reply was lost",
+        "statements/log_lines.py",
+        (("        where=Stream.block_id.is_distinct_from(_opening.excluded.block_id),\n", ""),),
+        ("tests/context/test_kept_lines.py::test_a_row_is_written_once_and_under_the_fence_alone",),
     ),
     Mutant(
         "items of an earlier try that stay",

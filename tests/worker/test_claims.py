@@ -609,7 +609,7 @@ async def test_a_timeout_that_another_worker_notes_while_a_run_is_loaded_is_not_
             if statement is waits.RESOLVE and not noted:
                 return []  # the other one has the row locked
             rows = await execute(statement, parameters)
-            if statement in (checkpoints.LOAD_CHECKPOINTS, checkpoints.LOAD_WAITS) and not noted:
+            if statement is checkpoints.LOAD_JOURNALS and not noted:
                 noted.append(True)
                 await durable.database.execute(waits.RESOLVE, {"task_ids": [spawned.task_id]})
             return rows
