@@ -51,6 +51,8 @@ class Minutes:
         self._registration = registration
         self._clock = clock
         self._failures = FailureLog("the count of ended tasks")
+        # The last write waits for the one that is in flight, which has taken counts and may fail.
+        self._writing = asyncio.Lock()
         self._counts: dict[_Key, _Count] = {}
         self._current: dict[tuple[str, str], _Count] = {}
         self._minute = self._end = datetime.min.replace(tzinfo=UTC)
@@ -97,14 +99,15 @@ class Minutes:
     async def try_to_write(self) -> None:
         """Write what has changed. What the database does not take is written the next time."""
         try:
-            await self.write()
-            self._failures.succeeded()
+            async with self._writing:
+                if await self._write():
+                    self._failures.succeeded()
         except Exception as error:  # noqa: BLE001 - logged below; tasks go on without charts
             if not is_transient(error):
                 self._failures.failed(error)
 
-    async def write(self) -> None:
-        """Write what has changed, and forget the minutes that are over."""
+    async def _write(self) -> bool:
+        """Write what has changed, and forget the minutes that are over. Return False if nothing has."""
         changed = [(key, count) for key, count in self._counts.items() if count.changed]
         for first in range(0, len(changed), BATCH):
             batch = changed[first : first + BATCH]
@@ -120,6 +123,7 @@ class Minutes:
         over = [key for key, count in self._counts.items() if not count.changed and key.minute != self._minute]
         for key in over:
             del self._counts[key]
+        return bool(changed)
 
 
 def _parameters(batch: list[tuple[_Key, _Count]]) -> dict[str, list[object]]:

@@ -38,7 +38,7 @@ async def waiting(ctx: TaskContext) -> None:
 
 @task("parent", max_attempts=1)
 async def parent(ctx: TaskContext) -> None:
-    await ctx.spawn("child", waiting)
+    await ctx.spawn("child", waiting, delay=3600)
     raise ValueError
 
 
