@@ -99,8 +99,8 @@ async def _chart(view: View, queue_name: str) -> dict[str, Any]:
     chosen = view.query.text("window") or charts.HOUR.name
     window = next((window for window in charts.WINDOWS if window.name == chosen), None)
     if window is None:
-        names = ", ".join(window.name for window in charts.WINDOWS)
-        raise HTTPException(400, f"There is no window {chosen[:80]!r}. There are {names}.")
+        known = ", ".join(window.name for window in charts.WINDOWS)
+        raise HTTPException(400, f"There is no window {chosen[:80]!r}. There are {known}.")
     task_name, since = view.query.text("task_name"), window.since(datetime.now(UTC))
     rows = await view.rows(
         "the chart", minutes.OF_QUEUE, queue_name=queue_name, task_name=task_name, since=since, seconds=window.seconds
