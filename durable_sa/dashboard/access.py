@@ -39,7 +39,8 @@ class Access:
     queues: Collection[str] | None = None
     """The queues whose tasks, events and schedules are shown; None for all."""
     payloads: bool = False
-    """Show params, headers, results, payloads of events and the values in errors."""
+    """Show params, headers, results, payloads of events and messages, published values, items of streams, lines of
+    logs, and the values in errors."""
     where: Where | None = None
     """The tasks that are shown: a `TaskFilter`, or a `select(TaskRow.task_id)`. Pages that are not about tasks are
     refused if it is set."""

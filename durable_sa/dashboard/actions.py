@@ -7,13 +7,15 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote
 
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from ..client.bulk import Act, Deletion, cancel_batch, retry_batch, run
-from .forms import FIELDS, Fields, query
+from .forms import FIELDS, Fields, limit_of, query, seconds
 from .pages.bulk import STATES, apt
 from .view import View
 
@@ -164,12 +166,55 @@ async def _delete_schedule(view: View, form: Fields) -> Outcome:
     return Outcome(f"Deleted schedule {name!r}.", done=1, back="/schedules")
 
 
-async def _emit(view: View, form: Fields) -> Outcome:
-    name, queue, text = form.required("name"), _queue(view, form), form.text("payload")
+def _payload(form: Fields) -> Any:
+    text = form.text("payload")
     try:
-        payload = None if text is None else from_json(text, allow_inf_nan=False)
+        return None if text is None else from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise HTTPException(400, f"The payload is not JSON: {error}.") from None
+
+
+async def _send(view: View, form: Fields) -> Outcome:
+    (task_id, *others), topic = form.ids("task_id"), form.required("topic")
+    if others:
+        raise HTTPException(400, "A message is sent to one task.")
+    await view.require_task(task_id)
+    await view.durable.send(task_id, topic, _payload(form))
+    return Outcome(f"Sent a message of topic {topic!r}.", [task_id], back=f"/tasks/{task_id}")
+
+
+async def _set_limit(view: View, form: Fields) -> Outcome:
+    queue, scope = _queue(view, form), form.text("scope") or "queue"
+    if scope not in ("queue", "per_key", "key"):
+        raise HTTPException(400, f"The scope is queue, per_key or key, not {scope[:80]!r}.")
+    key = form.required("key") if scope == "key" else None
+    limit = None if form.text("clear") is not None else limit_of(form)
+    await view.durable.set_limit(queue, limit, key=key, per_key=scope == "per_key")
+    whose = f"key {key!r} of queue {queue!r}" if key is not None else f"queue {queue!r}"
+    message = (
+        f"{'Removed' if limit is None else 'Set'} the limit of {'each key of ' if scope == 'per_key' else ''}{whose}."
+    )
+    return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}")
+
+
+async def _close_key(view: View, form: Fields) -> Outcome:
+    queue, key = _queue(view, form), form.required("key")
+    try:
+        until = datetime.now(UTC) + timedelta(seconds=seconds(form.required("for"), "for"))
+    except (OverflowError, ValueError):
+        raise HTTPException(400, "The duration is too long.") from None
+    await view.durable.close_limit_key(queue, key, until)
+    return Outcome(f"Closed key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
+
+
+async def _open_key(view: View, form: Fields) -> Outcome:
+    queue, key = _queue(view, form), form.required("key")
+    await view.durable.close_limit_key(queue, key, None)
+    return Outcome(f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
+
+
+async def _emit(view: View, form: Fields) -> Outcome:
+    name, queue, payload = form.required("name"), _queue(view, form), _payload(form)
     first = await view.durable.emit_event(name, payload, queue_name=queue)
     message = f"Emitted event {name!r}." if first else f"Event {name!r} was emitted before; nothing changed."
     back = f"/events?{query([('name', name), ('queue_name', queue)])}"
@@ -179,6 +224,10 @@ async def _emit(view: View, form: Fields) -> Outcome:
 ACTIONS: Final = (
     *(Action(f"/tasks/{action}", action, _tasks(action), about_tasks=True) for action in STATES),
     *(Action(f"/tasks/all/{action}", action, _all_tasks(action), about_tasks=True) for action in STATES),
+    Action("/tasks/send", "send", _send, about_tasks=True),
+    Action("/limits/set", "limit", _set_limit),
+    Action("/limits/close", "limit", _close_key),
+    Action("/limits/open", "limit", _open_key),
     Action("/queues/pause", "pause", _pause_queue),
     Action("/queues/resume", "pause", _resume_queue),
     Action("/schedules/pause", "pause", _pause_schedule),

@@ -6,13 +6,14 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ..errors import InvalidConfiguration
+from ..policies import Limit, Rate
 from ..results import TaskFilter
 
 MOST_BYTES: Final = 1024 * 1024
@@ -84,7 +85,7 @@ class Fields:
         if states := self.all("state"):
             values["state"] = states if len(states) > 1 else states[0]
         if (longer := self.text("running_longer_than")) is not None:
-            values["running_longer_than"] = _seconds(longer, "running_longer_than")
+            values["running_longer_than"] = seconds(longer, "running_longer_than")
         if (parent := self.text("parent")) is not None:
             values["parent"] = task_id(parent)
         if (version := self.text("version")) is not None:
@@ -135,7 +136,12 @@ def task_id(text: str) -> uuid.UUID:
         raise InvalidConfiguration("parent", f"{text[:80]!r} is not the id of a task") from None
 
 
-def _seconds(text: str, name: str) -> float:
+def seconds(text: str, name: str) -> float:
+    """Return the seconds of a text such as `90`, `15min`, `12h` or `7d`.
+
+    Raises:
+        InvalidConfiguration: it is no duration.
+    """
     if found := _SPAN.fullmatch(text):
         return float(int(found[1]) * _SECONDS[found[2]])
     try:
@@ -160,6 +166,33 @@ def moment(text: str | None, name: str) -> datetime | None:
         remedy = "Write 12h for twelve hours ago, or 2026-01-31T08:00Z."
         raise InvalidConfiguration(name, f"{text[:80]!r} is no time", remedy) from None
     return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+
+
+def limit_of(form: Fields) -> Limit:
+    """Return the limit that the fields `concurrency`, `rate` (such as `60/1min`), `burst` and `hold` describe.
+
+    Raises:
+        InvalidConfiguration: they describe none.
+    """
+    concurrency, rate, burst = form.text("concurrency"), form.text("rate"), form.text("burst")
+    starts = None
+    if rate is not None:
+        count, slash, per = (part.strip() for part in rate.partition("/"))
+        if not slash:
+            raise InvalidConfiguration("rate", f"{rate[:80]!r} is no rate", "Write 60/1min, 5/1s or 1000/1h.")
+        starts = Rate(_number(count, "rate"), seconds(per, "rate"), burst=_number(burst or "1", "burst"))
+    held = form.text("hold") or "run"
+    return Limit(
+        None if concurrency is None else _number(concurrency, "concurrency"),
+        starts,
+        cast("Literal['run', 'task']", held),
+    )
+
+
+def _number(text: str, name: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise InvalidConfiguration(name, f"{text[:80]!r} is no whole number")
+    return int(text)
 
 
 def query(pairs: Sequence[tuple[str, object]] | Mapping[str, object]) -> str:

@@ -60,10 +60,16 @@ class View:
         key = (None if queues is None else tuple(queues), *sorted(parameters.items())) if shared else None
 
         def work(connection: Connection) -> list[dict[str, Any]]:
-            return as_dicts(fetch(connection, self.durable.schema, statement, values))
+            return self.fetch(connection, statement, values)
 
         found = await self.sections.read(name, work, key=key)
         return None if found is None else [dict(row) for row in found]
+
+    def fetch(
+        self, connection: Connection, statement: Executable, parameters: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the rows of a statement on a connection of the page."""
+        return as_dicts(fetch(connection, self.durable.schema, statement, parameters))
 
     async def read(self, name: str, work: Callable[[Connection], T], *, statements: int = 1) -> T | None:
         """Return what a function reads with so many statements, or None if it takes too long."""

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.selectable import CompoundSelect
 
-from ..models import Event, Queue, Schedule, TaskRow, Wait, WorkerRow
+from ..models import Event, LimitRow, Queue, Schedule, TaskRow, Wait, WorkerRow
 from ..results import TaskFilter
 from .expressions import array, as_text, clamped_time, clock, constant, interval, statement_time
 from .inspection import newest_events
@@ -120,6 +120,26 @@ QUEUES = (
     .order_by(Queue.queue_name)
 )
 """The chosen queues, or all: numbers of tasks, those that ended within `age` seconds, and live workers."""
+
+LIMITS = (
+    select(
+        Queue.queue_name,
+        LimitRow.scope,
+        LimitRow.limit_key,
+        LimitRow.limited,
+        LimitRow.concurrency,
+        LimitRow.rate_count,
+        LimitRow.rate_seconds,
+        LimitRow.burst,
+        LimitRow.hold,
+        LimitRow.weight,
+    )
+    .outerjoin(LimitRow, LimitRow.queue_name == Queue.queue_name)
+    .where(Queue.limited_at.is_not(None), _any_of(Queue.queue_name))
+    .order_by(Queue.queue_name, LimitRow.scope.desc(), LimitRow.limit_key)
+    .limit(constant(CAP))
+)
+"""The limits of the chosen queues, or all; a queue that once had limits has at least one row."""
 
 _each_due = (
     select(TaskRow.claimed_by)

@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import Select, select, update
 
-from durable_sa import Durable, TaskContext, TaskFilter, TaskRow, task
+from durable_sa import Durable, Limit, TaskContext, TaskFilter, TaskRow, task
 from durable_sa.dashboard import Access
 from durable_sa.dashboard.access import ACTIONS as NAMES
 from durable_sa.dashboard.actions import ACTIONS
@@ -18,7 +18,8 @@ async def nothing(ctx: TaskContext) -> None:
 async def fill(durable: Durable) -> dict[str, str]:
     ids = {}
     for queue in ("default", "mail", "secret"):
-        await durable.create_queue(queue)
+        await durable.create_queue(queue, limit=Limit(concurrency=3))
+        await durable.set_limit(queue, Limit(concurrency=1), key=f"{queue}-key")
         durable.register(task(f"{queue}-task")(nothing))
         spawned = await durable.spawn_by_name(f"{queue}-task", unchecked=True, queue_name=queue)
         await durable.emit_event(f"{queue}-event", queue_name=queue)
@@ -56,6 +57,10 @@ async def test_queues_restrict_every_page_and_action(durable: Durable, queues: s
             ("/queues/pause", {"queue_name": "secret"}),
             ("/schedules/trigger", {"name": "secret-tick", "queue_name": "secret"}),
             ("/events/emit", {"name": "x", "queue_name": "secret"}),
+            ("/tasks/send", {"task_id": ids["secret"], "topic": "x"}),
+            ("/limits/set", {"queue_name": "secret", "concurrency": "1"}),
+            ("/limits/close", {"queue_name": "secret", "key": "x", "for": "1h"}),
+            ("/limits/open", {"queue_name": "secret", "key": "x"}),
         ):
             assert (await browser.act(path, **fields)).status_code == 404, path
         until = (await browser.data("/tasks/all?action=cancel"))["until"]
@@ -91,6 +96,7 @@ async def test_where_restricts_tasks_and_refuses_everything_else(
         assert "/queues/" not in page
         assert "/events" not in page
         assert (await browser.act("/tasks/cancel", task_id=str(other.task_id))).status_code == 404
+        assert (await browser.act("/tasks/send", task_id=str(other.task_id), topic="x")).status_code == 404
         until = (await browser.data("/tasks/all?action=cancel"))["until"]
         assert (await browser.act("/tasks/all/cancel", until=until)).json()["task_ids"] == [str(mine.task_id)]
     assert (await durable.get_task(other)).status == "pending"

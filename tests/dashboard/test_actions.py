@@ -112,6 +112,63 @@ async def test_each_action_is_done_logged_and_passed_on(
     assert "on_admin_action failed for emit of 'ada'" in caplog.text
 
 
+async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit: Audit) -> None:
+    async with serving(durable) as (browser, _):
+
+        async def act(path: str, status: int = 200, **fields: Any) -> str:
+            answer = await browser.act(path, **{"queue_name": "default", **fields})
+            assert answer.status_code == status, answer.text
+            return str(answer.json().get("message"))
+
+        async def states() -> list[tuple[str, str]]:
+            return [(key["limit_key"], key["state"]) for key in (await browser.data("/queues/default"))["limit_keys"]]
+
+        assert (await browser.data("/limits"))["queues"] == []
+        assert await states() == []
+        assert (
+            await act("/limits/set", concurrency="5", rate="60/1min", burst="10") == "Set the limit of queue 'default'."
+        )
+        await act("/limits/set", scope="per_key", concurrency="2", hold="task")
+        await act("/limits/set", scope="key", key="acme", rate="5/10")
+        (queue,) = (await browser.data("/limits"))["queues"]
+        assert [
+            (row["scope"], row["limit_key"], row["concurrency"], row["rate_count"], row["rate_seconds"], row["hold"])
+            for row in queue["policies"]
+        ] == [
+            ("queue", "", 5, 60, 60.0, "run"),
+            ("per_key", "", 2, None, None, "task"),
+            ("key", "acme", None, 5, 10.0, "run"),
+        ]
+        assert "60 in 1" in await browser.page("/queues/default")
+        assert "limited" in await browser.page("/")
+        await act("/limits/close", key="acme", **{"for": "10min"})
+        assert await states() == [("acme", "closed")]
+        assert (await durable.list_limit_keys("default"))[0].state == "closed"
+        assert (await browser.data("/limits"))["queues"][0]["keys"]["closed"] == 1
+        assert (await browser.data("/queues/default?limit_state=full"))["limit_keys"] == []
+        await browser.data("/queues/default?limit_state=x", 400)
+        await act("/limits/open", key="acme")
+        assert await states() == [("acme", "open")]
+        await act("/limits/set", scope="key", key="acme", clear="1")
+        await act("/limits/set", scope="per_key", clear="1")
+        await act("/limits/set", clear="1")
+        assert (await browser.data("/limits"))["queues"][0]["policies"] == []
+        for path, fields in (
+            ("/limits/set", {}),
+            ("/limits/set", {"scope": "all", "concurrency": "1"}),
+            ("/limits/set", {"scope": "key", "concurrency": "1"}),
+            ("/limits/set", {"concurrency": "x"}),
+            ("/limits/set", {"rate": "5"}),
+            ("/limits/set", {"rate": "5/x"}),
+            ("/limits/set", {"concurrency": "1", "hold": "x"}),
+            ("/limits/close", {"key": "acme", "for": "x"}),
+            ("/limits/close", {"key": "acme", "for": "999999999w"}),
+            ("/limits/close", {"for": "1h"}),
+        ):
+            await act(path, 400, **fields)
+    assert audit.seen == [("ada", "limit", [])] * 8
+
+
 async def test_a_page_returns_with_a_sentence_once(durable: Durable) -> None:
     spawned = await durable.spawn_by_name("anything", unchecked=True)
     async with serving(durable) as (browser, _):

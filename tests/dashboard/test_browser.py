@@ -23,7 +23,18 @@ playwright_api = pytest.importorskip("playwright.async_api", reason="Playwright 
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
-PAGES = ("/", "/tasks", "/failures", "/queues", "/queues/default", "/workers", "/schedules", "/events", "/doctor")
+PAGES = (
+    "/",
+    "/tasks",
+    "/failures",
+    "/queues",
+    "/queues/default",
+    "/limits",
+    "/workers",
+    "/schedules",
+    "/events",
+    "/doctor",
+)
 
 WATCH = """
 window.violations = [];
@@ -128,6 +139,41 @@ async def test_every_page_fits_and_breaks_no_policy(site: Site) -> None:
                 assert (title or "").endswith("Z")
             await site.check(page)
         await page.context.close()
+
+
+async def test_limits_and_messages_are_clicked(site: Site) -> None:
+    waiting = await fill(site.durable)
+    page = await site.open("/queues/default")
+    await page.get_by_text("Set a limit…").click()
+    await page.locator("select[name=scope]").select_option("key")
+    await page.get_by_label("Key, for one key").fill("acme")
+    await page.get_by_label("Tasks at once").fill("2")
+    await page.get_by_role("button", name="Set", exact=True).click()
+    await page.get_by_text("Set the limit of key 'acme' of queue 'default'.").wait_for()
+    row = page.locator("tr", has=page.get_by_text("acme", exact=True))
+    await row.get_by_text("Close…").click()
+    await row.get_by_label("For").fill("1h")
+    await row.get_by_role("button", name="Close", exact=True).click()
+    await page.get_by_text("Closed key 'acme' of queue 'default'.").wait_for()
+    await site.check(page)
+    await page.goto(f"{site.address}/limits")
+    await page.get_by_role("cell", name="key acme: 2 at once").wait_for()
+    await page.goto(f"{site.address}/queues/default?limit_state=closed")
+    await page.get_by_role("button", name="Open", exact=True).click()
+    await page.get_by_text("Opened key 'acme' of queue 'default'.").wait_for()
+    await page.get_by_role("link", name="Overview").click()
+    await page.get_by_role("link", name="limited").wait_for()
+    await page.goto(f"{site.address}/tasks/{waiting}")
+    await page.get_by_label("Topic").fill("note")
+    await page.get_by_label("Message, JSON").fill('{"text": "<b>hello</b>"}')
+    await page.get_by_role("button", name="Send", exact=True).click()
+    await page.get_by_text("Sent a message of topic 'note'.").wait_for()
+    await page.get_by_role("heading", name="Waiting messages").wait_for()
+    await page.get_by_text("<b>hello</b>").wait_for()
+    # What comes while the page is open appears by itself.
+    await site.durable.send(uuid.UUID(waiting), "later", None)
+    await page.get_by_role("cell", name="later").wait_for()
+    await site.check(page)
 
 
 async def test_actions_are_clicked(site: Site) -> None:

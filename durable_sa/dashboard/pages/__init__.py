@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 from ..view import View
-from . import bulk, doctor, events, failures, fleet, schedules, task, tasks
+from . import bulk, doctor, events, failures, fleet, limits, schedules, task, tasks
 
 Load = Callable[[View], Awaitable[dict[str, Any]]]
 
@@ -35,6 +35,7 @@ PAGES: Final = (
     Page("/failures", "Failures", "failures.html", failures.load, about_tasks=True),
     Page("/queues", "Queues", "queues.html", fleet.queues),
     Page("/queues/{queue_name:path}", "Queue", "queue.html", fleet.queue, in_menu=False),
+    Page("/limits", "Limits", "limits.html", limits.load),
     Page("/workers", "Workers", "workers.html", fleet.workers),
     Page("/schedules", "Schedules", "schedules.html", schedules.load),
     Page("/events", "Events", "events.html", events.load),

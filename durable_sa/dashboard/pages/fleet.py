@@ -12,6 +12,7 @@ from ...statements import minutes
 from ...statements import overview as statements
 from .. import charts
 from ..view import DAY, View
+from . import limits
 from .schedules import upcoming
 
 _OLD_SECONDS = 300.0
@@ -71,7 +72,7 @@ async def _throughput(view: View) -> dict[str, list[dict[str, Any]]] | None:
 
 
 async def queue(view: View) -> dict[str, Any]:
-    """Load one queue with its workers and schedules."""
+    """Load one queue with its limits, workers and schedules."""
     name: str = view.path["queue_name"]
     if not view.access.sees_queue(name) or "\0" in name:
         raise HTTPException(404, f"There is no queue {name!r}.")
@@ -85,6 +86,7 @@ async def queue(view: View) -> dict[str, Any]:
         "queue_name": name,
         "queue": chosen,
         "chart": chart,
+        **await limits.of_queue(view, name),
         "workers": None if live is None else [row for row in live if name in row["queue_names"]],
         "schedules": None if ticks is None else [row for row in upcoming(ticks) if row["queue_name"] == name],
     }

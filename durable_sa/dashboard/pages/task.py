@@ -17,6 +17,7 @@ from ..timeline import Scale
 from ..values import Values
 from ..view import View, task_data
 from ..words import reasons
+from .parts import load_parts
 
 PART: Final = 200
 """Entries of the history that are shown at once."""
@@ -65,6 +66,7 @@ async def load(view: View) -> dict[str, Any]:
     }
     if payloads:
         data["values"] = _values(task, values)
+    data |= await load_parts(view, task_id, values)
     chosen = _chosen(history or [], view.query.text("only"), view.query.text("text"))
     first = _first(view.query.text("from"), len(chosen))
     part = chosen[first : first + PART]
