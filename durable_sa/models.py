@@ -39,7 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0007"
+REVISION = "durable_0008"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -404,6 +404,29 @@ class StreamItems(Base):
     try_id: Mapped[uuid.UUID]
     items: Mapped[Any] = mapped_column(JSON(), comment="an array")
     written_at: Mapped[datetime] = mapped_column(server_default=_now)
+
+
+class TaskMinute(Base):
+    """The tasks of a name that ended in a minute, as one worker has counted them.
+
+    For charts, not for accounting: a worker that is lost takes the counts of its last seconds with it.
+    """
+
+    __tablename__ = "task_minutes"
+    # In the order in which charts read it and retention deletes it.
+    __table_args__ = (PrimaryKeyConstraint("queue_name", "minute", "task_name", "worker_id"),)
+
+    queue_name: Mapped[str]
+    minute: Mapped[datetime] = mapped_column(comment="its beginning")
+    task_name: Mapped[str]
+    worker_id: Mapped[uuid.UUID]
+    completed: Mapped[int] = mapped_column(BigInteger(), server_default="0")
+    failed: Mapped[int] = mapped_column(BigInteger(), server_default="0", comment="for good")
+    cancelled: Mapped[int] = mapped_column(BigInteger(), server_default="0")
+    milliseconds: Mapped[int] = mapped_column(
+        BigInteger(), server_default="0", comment="from the claims of the last runs to their ends, in total"
+    )
+    slowest: Mapped[int] = mapped_column(BigInteger(), server_default="0", comment="milliseconds of the longest")
 
 
 class Schedule(Base):

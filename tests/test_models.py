@@ -158,6 +158,7 @@ def test_names_and_metadata_are_apart_from_the_applications() -> None:
         "TaskValueRow",
         "Stream",
         "StreamItems",
+        "TaskMinute",
     }
     assert {mapper.class_.__name__ for mapper in models.Base.registry.mappers} == names
 

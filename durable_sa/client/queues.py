@@ -139,6 +139,8 @@ class Queues(Limits):
                 "dropped except for tasks that rows of the application refer to",
                 "Delete those rows, or give their foreign keys ondelete='SET NULL', and drop it once more.",
             ) from error
+        while await self.database.execute(queues.DELETE_QUEUE_MINUTES, {"queue_name": queue, "wanted": 1000}):
+            pass
         for statement in limiting.DROP_LIMITS:
             # Runs that ended meanwhile gave slots back.
             await self.database.execute(statement, {"queue_name": queue})

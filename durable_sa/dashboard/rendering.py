@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final, cast
@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic_core import to_json
 
+from . import charts
 from .forms import query
 from .values import pretty
 from .words import duration
@@ -107,13 +108,41 @@ def environment() -> Environment:
     )
     filters: dict[str, Any] = found.filters  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     filters.update(
-        time=_time, state=_state, number=_number, short=_short, duration=duration, pretty=_json, since=_since
+        time=_time,
+        state=_state,
+        number=_number,
+        short=_short,
+        duration=duration,
+        pretty=_json,
+        since=_since,
+        sparkline=_sparkline,
+        bars=_bars,
+        lines=_lines,
     )
     return found
 
 
 def _since(value: datetime | None, now: datetime) -> str:
     return "" if value is None else duration(abs((now - value).total_seconds()))
+
+
+def _sparkline(minutes: Sequence[Mapping[str, Any]]) -> charts.Bars:
+    """Return the bars of the last hour of a queue, from the minutes in which tasks ended."""
+    since = charts.HOUR.since(datetime.now(UTC))
+    completed, failed = [0] * charts.HOUR.periods, [0] * charts.HOUR.periods
+    for row in minutes:
+        at = int((row["minute"] - since).total_seconds() // charts.HOUR.seconds)
+        if 0 <= at < charts.HOUR.periods:
+            completed[at], failed[at] = row["completed"], row["failed"]
+    return charts.bars(completed, failed)
+
+
+def _bars(periods: Sequence[Mapping[str, Any]]) -> charts.Bars:
+    return charts.bars([row["completed"] for row in periods], [row["failed"] for row in periods])
+
+
+def _lines(periods: Sequence[Mapping[str, Any]], name: str, greatest: float) -> list[str]:
+    return charts.points([row[name] for row in periods], greatest)
 
 
 class Urls:
@@ -133,7 +162,11 @@ class Urls:
 
     def queue(self, name: str) -> str:
         """Return the path of a queue."""
-        return self(f"/queues/{quote(name, safe='')}")
+        return self(self.queue_path(name))
+
+    def queue_path(self, name: str) -> str:
+        """Return the path of a queue below the place of the dashboard."""
+        return f"/queues/{quote(name, safe='')}"
 
 
 def render(template: str, context: Mapping[str, Any]) -> bytes:

@@ -29,8 +29,8 @@ tables need. You can also write them by hand:
     def downgrade() -> None:
         durable.downgrade("base", since="durable_0006")
 
-and later `durable.upgrade("durable_0007", since="durable_0006")`, whose reverse is
-`durable.downgrade("durable_0006", since="durable_0007")`. `alembic check` fails while a call is due, and prints it: run
+and later `durable.upgrade("durable_0008", since="durable_0007")`, whose reverse is
+`durable.downgrade("durable_0007", since="durable_0008")`. `alembic check` fails while a call is due, and prints it: run
 it in CI. `--sql` works.
 
 If you have a hook already, call `durable.autogenerate(context, revision, directives)` first in it, or chain a

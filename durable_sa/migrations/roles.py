@@ -40,6 +40,7 @@ WORKER: Final = {
     "task_values": "SELECT, INSERT, UPDATE, DELETE",
     "streams": "SELECT, INSERT, UPDATE, DELETE",
     "stream_items": "SELECT, INSERT, DELETE",
+    "task_minutes": "SELECT, INSERT, UPDATE, DELETE",
     "schedules": "SELECT, UPDATE",
     "workers": "SELECT, INSERT, UPDATE, DELETE",
     "ended_workers": "SELECT, INSERT, DELETE",

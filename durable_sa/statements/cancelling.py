@@ -73,6 +73,7 @@ def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any
             TaskRow.parent_task_id,
             locked.c.state.label("was"),
             TaskRow.queue_name,
+            TaskRow.task_name,
             locked.c.limit_key,
             locked.c.slot,
         ),

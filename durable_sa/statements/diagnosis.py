@@ -39,6 +39,7 @@ from ..models import (
     Schedule,
     Stream,
     StreamItems,
+    TaskMinute,
     TaskRow,
     TaskValueRow,
     Wait,
@@ -290,6 +291,11 @@ ORPHANS = union_all(
         "event of a queue that does not exist",
         Event.name,
         select(Event).where(~exists().where(Queue.queue_name == Event.queue_name)),
+    ),
+    _orphan(
+        "count of a queue that does not exist",
+        TaskMinute.queue_name,
+        select(TaskMinute).where(~exists().where(Queue.queue_name == TaskMinute.queue_name)),
     ),
 )
 """Rows whose queue, task or parent does not exist or has ended."""

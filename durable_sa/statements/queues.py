@@ -39,6 +39,7 @@ from ..models import (
     Schedule,
     Stream,
     StreamItems,
+    TaskMinute,
     TaskRow,
     TaskValueRow,
     Wait,
@@ -229,6 +230,27 @@ DELETE_QUEUE_EVENTS = delete(Event).where(Event.queue_name == _queue_name)
 """Delete the events of a dropped queue."""
 
 
+def _delete_minutes(*conditions: ColumnElement[bool]) -> Any:
+    key = (TaskMinute.queue_name, TaskMinute.minute, TaskMinute.task_name, TaskMinute.worker_id)
+    found = materialized(
+        "found",
+        select(*key)
+        .where(TaskMinute.queue_name == _queue_name, *conditions)
+        .order_by(TaskMinute.minute)
+        .limit(_wanted)
+        .with_for_update(skip_locked=True, of=TaskMinute),
+    )
+    same = (column == found.c[column.key] for column in key)
+    return delete(TaskMinute).where(*same).returning(TaskMinute.minute)
+
+
+DELETE_MINUTES = _delete_minutes(TaskMinute.minute < statement_time() - interval(bindparam("age", type_=Float(53))))
+"""Delete a batch of what workers have counted of a queue's old minutes, the oldest first."""
+
+DELETE_QUEUE_MINUTES = _delete_minutes()
+"""Delete a batch of what workers have counted of a dropped queue."""
+
+
 def _oldest(moment: InstrumentedAttribute[Any], *conditions: ColumnElement[bool]) -> ColumnElement[Any]:
     """Read the smallest time, which is the first entry of an index."""
     return select(func.min(moment)).where(moment.is_not(None), *conditions).correlate(Queue).scalar_subquery()
@@ -249,16 +271,19 @@ _ages = materialized(
             )
         ).label("oldest_task"),
         _oldest(Event.emitted_at, Event.queue_name == Queue.queue_name).label("oldest_event"),
+        _oldest(TaskMinute.minute, TaskMinute.queue_name == Queue.queue_name).label("oldest_minute"),
     ),
 )
 _old_task = _ages.c.oldest_task < statement_time() - _ages.c.retention
 _old_event = _ages.c.oldest_event < statement_time() - _ages.c.event_retention
+_old_minute = _ages.c.oldest_minute < statement_time() - _ages.c.retention
 RETENTIONS = select(
     _ages.c.queue_name,
     func.extract("epoch", case((_old_task, _ages.c.retention))).label("retention"),
     func.extract("epoch", case((_old_event, _ages.c.event_retention))).label("event_retention"),
-).where(or_(_old_task, _old_event))
-"""Queues with tasks or events past their retention, in seconds; null for the kind that has none."""
+    func.extract("epoch", case((_old_minute, _ages.c.retention))).label("minute_retention"),
+).where(or_(_old_task, _old_event, _old_minute))
+"""Queues with tasks, events or counts past their retention, in seconds; null for the kind that has none."""
 
 _unfinished = (TaskRow.finished_at.is_(None), TaskRow.queue_name == Queue.queue_name)
 _unclaimed = TaskRow.claimed_by.is_(None)

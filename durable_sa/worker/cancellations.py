@@ -14,16 +14,20 @@ from ..database.hint import Hint
 from ..statements import cancelling
 from .agenda import Agenda
 from .dispatcher import Dispatcher
+from .minutes import Minutes
 from .wakeups import BATCH, LOCKED_PAUSE_RATIO, LOCKED_RETRY_DELAY
 
 
 class Cancellations:
     """Cancels tasks, in batches that skip the rows that other transactions hold locked."""
 
-    def __init__(self, connection: DedicatedConnection, agenda: Agenda, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, connection: DedicatedConnection, agenda: Agenda, dispatcher: Dispatcher, minutes: Minutes
+    ) -> None:
         self._connection = connection
         self._agenda = agenda
         self._dispatcher = dispatcher
+        self._minutes = minutes
 
     async def cascade(self, task_ids: list[uuid.UUID]) -> None:
         """Cancel all descendants of these tasks."""
@@ -54,6 +58,10 @@ class Cancellations:
                 return found
 
     def _follow_up(self, cancelled: Sequence[Row[Any]]) -> None:
+        for row in cancelled:
+            # The worker of a run counts its end, whoever has cancelled it.
+            if row.was != "running":
+                self._minutes.ended(row.queue_name, row.task_name, "cancelled")
         self._agenda.wake_parents(row.task_id for row in cancelled if row.parent_task_id is not None)
         # Those that run here are found by way of the agenda, to which the dispatcher adds the hint.
         hint = Hint(cancelled=any(row.was == "running" or row.slot is not None for row in cancelled))

@@ -42,6 +42,7 @@ from ..tasks import Task
 from .agenda import Agenda
 from .background import BackgroundTasks
 from .endings import Endings
+from .minutes import Minutes
 from .registration import Registration
 from .slots import Slots
 
@@ -65,6 +66,7 @@ class Executor:
         slots: Slots,
         writer: Writer,
         endings: Endings,
+        minutes: Minutes,
         *,
         on_task_ended: Callable[[uuid.UUID], None],
     ) -> None:
@@ -73,6 +75,7 @@ class Executor:
         self.clock = clock
         self.threads = StepThreads(max(slots.concurrency, 4))
         self.telemetry = app.telemetry
+        self.minutes = minutes
         self.hooks = app.hooks
         self.max_payload_bytes = app.max_payload_bytes
         self.keep_logs = app.keep_logs
@@ -252,6 +255,8 @@ class Executor:
         """Log and count the outcome of a run, which is committed or, if the run was lost, never will be."""
         if self._slots.written(claimed):
             self._agenda.claim.set()
+        if outcome in ("completed", "failed"):
+            self.minutes.ended(claimed.queue_name, claimed.task_name, outcome, claimed.now)
         if outcome in ("failed", "retried") and error is not None:
             self._log_failure(claimed, error, final=outcome == "failed")
             if outcome == "failed" and self.hooks.on_failed:
@@ -295,6 +300,8 @@ class Executor:
             self._log_loss(claimed, state)
 
     def _log_loss(self, claimed: ClaimedRun, state: str | None) -> None:
+        if state == "cancelled":
+            self.minutes.ended(claimed.queue_name, claimed.task_name, state)
         if state in ("cancelled", "deleted"):
             level, what = logging.INFO, f"was {state} while it ran"
         else:
@@ -319,6 +326,8 @@ class Executor:
             )
             if self.hooks.on_failed:
                 self._call_hooks(row, row.error)
+        for row in rows:
+            self.minutes.ended(row.queue_name, row.task_name, "failed")
         if self.telemetry is not None:
             for row in rows:
                 self.telemetry.ended(row.queue_name, row.task_name, "failed")

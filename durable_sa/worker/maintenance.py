@@ -81,7 +81,7 @@ class Maintenance:
         self._suspects = suspects
         self._listening = listening
         self._wakeups = WakeUps(connection, agenda, dispatcher, executor)
-        self._cancellations = Cancellations(connection, agenda, dispatcher)
+        self._cancellations = Cancellations(connection, agenda, dispatcher, executor.minutes)
         self._takeover = Takeover(connection, agenda, dispatcher, executor)
         self._firing = Firing(app, connection)
         self._retention = Retention(connection)

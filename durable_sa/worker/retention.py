@@ -1,4 +1,4 @@
-"""Deletion of ended tasks and of events that queues keep no longer, in bounded batches."""
+"""Deletion of ended tasks, of events and of counts that queues keep no longer, in bounded batches."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ class Retention:
                 deleted = await self._connection.execute(
                     queues.DELETE_EVENTS,
                     {"queue_name": queue.queue_name, "age": float(queue.event_retention), "wanted": PAGE},
+                )
+                more |= len(deleted) == PAGE
+            if queue.minute_retention is not None:
+                deleted = await self._connection.execute(
+                    queues.DELETE_MINUTES,
+                    {"queue_name": queue.queue_name, "age": float(queue.minute_retention), "wanted": PAGE},
                 )
                 more |= len(deleted) == PAGE
         return more

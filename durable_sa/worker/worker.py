@@ -38,6 +38,7 @@ from .executor import Executor
 from .health import HealthServer
 from .long_steps import LongSteps
 from .maintenance import Maintenance
+from .minutes import Minutes
 from .registration import Registration
 from .sampler import QueueSampler
 from .settings import Settings
@@ -136,6 +137,7 @@ class Worker:
             give_back=self.release_now,
             shutdown=self.shutdown,
         )
+        self._minutes = Minutes(self._shared_connection, self._registration, self._clock)
         self._executor = Executor(
             app,
             self._shared_connection,
@@ -146,6 +148,7 @@ class Worker:
             self._slots,
             self._writer,
             self._endings,
+            self._minutes,
             on_task_ended=on_task_ended,
         )
         self._suspects = Suspects(app, self._shared_connection, self._registration, self._agenda, self._slots)
@@ -310,6 +313,7 @@ class Worker:
         serve(self._writer.run_second, "durable:writer-second")
         serve(self.maintenance.run, "durable:maintenance", self._shared_connection)
         serve(self._long_steps.run, "durable:long-steps")
+        serve(self._minutes.run, "durable:minutes")
         if self._telemetry is not None:
             self._telemetry.watch(self)
             serve(self._sampler.run, "durable:samples")
@@ -451,6 +455,7 @@ class Worker:
         await self._drained()
         await self._writer.idle.wait()
         await reconnecting(self.maintenance.work)
+        await self._minutes.try_to_write()
         parameters = {"worker_id": self.worker_id}
         await reconnecting(lambda: self._shared_connection.execute(claiming.REMOVE_WORKER, parameters))
 

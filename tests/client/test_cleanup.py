@@ -357,7 +357,7 @@ async def test_tasks_that_are_still_needed_are_passed_over_a_few_pages_at_a_time
     )
     retention = Retention(durable.database)
     await retention.delete_expired()
-    assert len([statement for statement in statements if "DELETE" in statement]) == PAGES
+    assert len([statement for statement in statements if "DELETE FROM durable.tasks" in statement]) == PAGES
     assert await count(engine) == 10
     await retention.delete_expired()
     assert await count(engine) == 9

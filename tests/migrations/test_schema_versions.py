@@ -21,7 +21,7 @@ application = Durable()
 
 LATER = """
 revision = "durable_0009"
-down_revision = "durable_0007"
+down_revision = "durable_0008"
 {oldest}
 
 def up(op, schema):
@@ -42,7 +42,7 @@ def upgrade_library(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch:
     return lambda: monkeypatch.setattr(versions, "__path__", [*versions.__path__, str(tmp_path)])
 
 
-for_both = pytest.mark.parametrize("upgrade_library", ['oldest = "durable_0007"'], indirect=True)
+for_both = pytest.mark.parametrize("upgrade_library", ['oldest = "durable_0008"'], indirect=True)
 
 
 async def comment(engine: AsyncEngine, what: str) -> None:
@@ -66,8 +66,8 @@ async def test_tables_that_are_too_old_are_refused_with_the_lines_that_upgrade_t
     with pytest.raises(SchemaMismatch) as raised:
         await durable.start_worker()
     message = str(raised.value)
-    assert "are at revision durable_0007, and revision durable_0009 is needed" in message
-    assert 'durable.upgrade("durable_0009", since="durable_0007")' in message
+    assert "are at revision durable_0008, and revision durable_0009 is needed" in message
+    assert 'durable.upgrade("durable_0009", since="durable_0008")' in message
     assert "`alembic upgrade heads`" in message
     assert durable.workers == frozenset()
 
@@ -79,7 +79,7 @@ async def test_tables_that_are_too_old_are_refused_with_the_lines_that_upgrade_t
             revision["upgrade"]()
             assert current(connection) == "durable_0009"
             revision["downgrade"]()
-            assert current(connection) == "durable_0007"
+            assert current(connection) == "durable_0008"
             revision["upgrade"]()
 
     async with engine.begin() as connection:
@@ -94,10 +94,10 @@ async def test_tables_that_are_too_new_are_refused_with_the_ways_to_go(
     with pytest.raises(SchemaMismatch) as raised:
         await durable.start_worker()
     message = str(raised.value)
-    assert "are at revision durable_9999, and revision durable_0007 is needed" in message
+    assert "are at revision durable_9999, and revision durable_0008 is needed" in message
     assert "    pip install --upgrade durable_sa\n" in message
     assert "`alembic downgrade -1`" in message
-    assert "`alembic downgrade durable@durable_0007`" in message
+    assert "`alembic downgrade durable@durable_0008`" in message
     with pytest.raises(SchemaMismatch):
         await durable.migrate()
 
@@ -107,7 +107,7 @@ async def test_tables_that_are_too_new_are_refused_with_the_ways_to_go(
 
 
 async def test_a_migration_may_come_before_the_deployment(durable: Durable, engine: AsyncEngine) -> None:
-    await comment(engine, "durable_0009 (for durable_0007 and later)")
+    await comment(engine, "durable_0009 (for durable_0008 and later)")
     async with engine.connect() as connection:
         assert await connection.run_sync(current) == "durable_0009"
     # Those of before start anew on what the next version has made, and their own migration leaves it as it is.
@@ -125,7 +125,7 @@ async def test_a_revision_says_for_which_versions_it_is(
     assert head() == "durable_0009"
     await durable.migrate()
     monkeypatch.undo()
-    assert head() == "durable_0007"
+    assert head() == "durable_0008"
     await durable.check_schema()
     await run_a_task(durable)
 
@@ -143,7 +143,7 @@ async def test_older_tables_are_not_for_later_versions_whatever_they_say(
     durable: Durable, engine: AsyncEngine, upgrade_library: Upgrade
 ) -> None:
     upgrade_library()
-    await comment(engine, "durable_0007 (for durable_0007 and later)")
+    await comment(engine, "durable_0008 (for durable_0008 and later)")
     with pytest.raises(SchemaMismatch, match="durable_0009 is needed"):
         await durable.check_schema()
 

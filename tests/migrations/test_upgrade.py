@@ -18,7 +18,7 @@ from durable_sa.models import metadata
 from durable_sa.testing import run_until_idle
 
 LATER_TABLES = {"ended_workers", "limits", "limit_keys", "limit_totals", "limit_arrivals", "messages", "task_values"}
-LATER_TABLES |= {"streams", "stream_items"}
+LATER_TABLES |= {"streams", "stream_items", "task_minutes"}
 DUMP = Path(__file__).with_name("durable_0001.sql")
 
 

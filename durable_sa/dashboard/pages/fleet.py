@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from starlette.exceptions import HTTPException
 
 from ...client.history import decoded
+from ...statements import minutes
 from ...statements import overview as statements
+from .. import charts
 from ..view import DAY, View
 from . import limits
 from .schedules import upcoming
 
 _OLD_SECONDS = 300.0
+_NAMES = 100
+"""Names of tasks beside a chart."""
 
 
 async def overview(view: View) -> dict[str, Any]:
@@ -23,6 +28,7 @@ async def overview(view: View) -> dict[str, Any]:
     schedules = None if ticks is None else upcoming(ticks)
     return {
         "queues": found,
+        "throughput": await _throughput(view),
         "workers": live,
         "schedules": None if schedules is None else [row for row in schedules if row["next_tick_at"] is not None][:8],
         "attention": list(_attention(found or [], live or [])),
@@ -47,7 +53,22 @@ def _attention(queues: list[dict[str, Any]], workers: list[dict[str, Any]]) -> l
 
 async def queues(view: View) -> dict[str, Any]:
     """Load the queues."""
-    return {"queues": await view.rows("queues", statements.QUEUES, age=DAY)}
+    return {
+        "queues": await view.rows("queues", statements.QUEUES, age=DAY),
+        "throughput": await _throughput(view),
+    }
+
+
+async def _throughput(view: View) -> dict[str, list[dict[str, Any]]] | None:
+    """Load the numbers of tasks of each queue that ended in each minute of the last hour."""
+    since = charts.HOUR.since(datetime.now(UTC))
+    rows = await view.rows("the last hour", minutes.LATEST, since=since)
+    if rows is None:
+        return None
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.pop("queue_name"), []).append(row)
+    return {name: sorted(of_queue, key=lambda row: row["minute"]) for name, of_queue in found.items()}
 
 
 async def queue(view: View) -> dict[str, Any]:
@@ -59,13 +80,45 @@ async def queue(view: View) -> dict[str, Any]:
     chosen = next((row for row in found or () if row["queue_name"] == name), None)
     if chosen is None and found is not None:
         raise HTTPException(404, f"There is no queue {name!r}.")
+    chart = await _chart(view, name)
     live, ticks = await _workers(view), await view.rows("schedules", statements.SCHEDULES)
     return {
         "queue_name": name,
         "queue": chosen,
+        "chart": chart,
         **await limits.of_queue(view, name),
         "workers": None if live is None else [row for row in live if name in row["queue_names"]],
         "schedules": None if ticks is None else [row for row in upcoming(ticks) if row["queue_name"] == name],
+    }
+
+
+async def _chart(view: View, queue_name: str) -> dict[str, Any]:
+    """Load the tasks of a queue that ended in the periods of a window, `1h` unless another is chosen, and their names.
+
+    Raises:
+        HTTPException: 400, there is no such window.
+    """
+    chosen = view.query.text("window") or charts.HOUR.name
+    window = next((window for window in charts.WINDOWS if window.name == chosen), None)
+    if window is None:
+        known = ", ".join(window.name for window in charts.WINDOWS)
+        raise HTTPException(400, f"There is no window {chosen[:80]!r}. There are {known}.")
+    task_name, since = view.query.text("task_name"), window.since(datetime.now(UTC))
+    rows = await view.rows(
+        "the chart", minutes.OF_QUEUE, queue_name=queue_name, task_name=task_name, since=since, seconds=window.seconds
+    )
+    about = {"window": window.name, "seconds": window.seconds, "since": since, "task_name": task_name}
+    if rows is None:
+        return {**about, "periods": None, "tasks": None}
+    names = [
+        {"task_name": row["task_name"], **charts.numbers(row)}
+        for row in sorted(rows, key=lambda row: (-(row["completed"] + row["failed"]), row["task_name"] or ""))
+        if row["task_name"] is not None
+    ]
+    return {
+        **about,
+        "periods": charts.periods((row for row in rows if row["task_name"] is None), window, since),
+        "tasks": names[:_NAMES],
     }
 
 
