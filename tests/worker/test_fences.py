@@ -22,6 +22,7 @@ from durable_sa.execution.writes import (
     EventValues,
     FailureValues,
     ItemsValues,
+    LinesValues,
     Kind,
     MessageValues,
     PublicationValues,
@@ -87,6 +88,8 @@ class Holder:
             case Kind.ITEMS:
                 self.position += 1
                 values = ItemsValues("stream", self.block_id, self.position, self.block_id, new_id(), "[1]", None)
+            case Kind.LINES:
+                values = LinesValues('[{"message":"said"}]', 1)
             case Kind.CLOSING:
                 values = ClosingValues("stream", self.block_id, 1, ends=True, checkpoint_key=new_id())
             case Kind.WAITS | Kind.SUSPENSION:
