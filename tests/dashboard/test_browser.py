@@ -231,8 +231,10 @@ async def test_keys_move_select_and_open(site: Site) -> None:
     await page.keyboard.press("x")
     assert await current.locator("input").is_checked()
     await page.keyboard.press("?")
-    assert await page.locator("#keys").is_visible()
+    await page.locator("#keys").wait_for()
     await page.keyboard.press("Escape")
+    # Until it is closed, its button has the focus, and gets the next key.
+    await page.locator("#keys").wait_for(state="hidden")
     target = await current.get_attribute("data-href")
     await page.keyboard.press("Enter")
     await page.wait_for_url(f"**{target}")
