@@ -41,6 +41,7 @@ from durable_sa.worker.agenda import Agenda
 from durable_sa.worker.cursors import LANE_START
 from durable_sa.worker.dispatcher import Dispatcher
 from durable_sa.worker.maintenance import Maintenance
+from durable_sa.worker.minutes import Minutes
 from durable_sa.worker.retention import delete_tasks
 from durable_sa.worker.settings import Settings
 from durable_sa.worker.slots import Slots
@@ -126,11 +127,17 @@ class _Executor:
 
     busy = False
 
+    def __init__(self, minutes: Minutes) -> None:
+        self.minutes = minutes
+
     async def check(self) -> None: ...
 
     def poll(self) -> None: ...
 
     def failed_by_takeover(self, rows: Any) -> None: ...
+
+    def messages_came(self, task_ids: Any) -> set[uuid.UUID]:
+        return set()
 
 
 class _Retention:
@@ -168,7 +175,7 @@ class SimulatedWorker:
             clock,
             self.agenda,
             dispatcher,
-            cast("Any", _Executor()),
+            cast("Any", _Executor(Minutes(self._channel, registration, clock))),
             Suspects(durable, self._channel, registration, self.agenda, slots),
             listening=lambda: True,
             queue_names=settings.queue_names,
