@@ -51,6 +51,7 @@ async def connection(durable: Durable, database_url: URL) -> AsyncGenerator[Any]
 
 
 async def test_charts_and_deletions_read_their_window(connection: Any) -> None:
+    earlier = connection.get_server_version().major < 17
     for statistics in (False, True):
         if statistics:
             await connection.execute("ANALYZE durable.task_minutes")
@@ -61,6 +62,9 @@ async def test_charts_and_deletions_read_their_window(connection: Any) -> None:
                 found = list(nodes(plan))
                 about = (name, mode, statistics)
                 scanned = {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"}
+                if name == "delete those of a queue" and mode == "generic" and earlier:
+                    # PostgreSQL 14 scans until it has enough, as a third of the rows are the queue's.
+                    continue
                 assert "task_minutes" not in scanned, about
                 assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}, about
                 if statistics or not name.startswith("delete"):

@@ -587,10 +587,11 @@ _COMPLAINT = re.compile(
 )
 _PLANNED = re.compile(
     r"^20\d\d-\S+ \S+ \w+ durable_sa task \S+ "
-    r"(?:\(poisoned\) failed|\(\w+\) failed[^\n]*: (?:UserError: p|P)lanned).*?(?=^20\d\d-|\Z)",
+    r"(?:\(poisoned\) failed|\(\w+\) failed[^\n]*: (?:UserError: p|P)lanned"
+    r"|\(\w+\) failed in attempt [^\n]* canceling statement due to ).*?(?=^20\d\d-|\Z)",
     re.MULTILINE | re.DOTALL,
 )
-"""The record, with its traceback, of a failure that the workload plans."""
+"""The record, with its traceback, of a failure that the workload plans, or that a cancelled statement of its own is."""
 
 
 @invariant
