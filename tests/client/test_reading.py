@@ -298,8 +298,9 @@ async def test_a_step_in_progress_and_the_labels_of_workers(durable: Durable) ->
     assert (attempt.status, attempt.detail["worker"]) == ("completed", "packer")
     # Labels are kept for as long as the tasks.
     await durable.create_queue(retention=0.0)
-    async with durable.worker(worker_id="other"):
-        pass
+    async with durable.worker(worker_id="other") as other:
+        # asyncpg 0.30 leaves a connection open whose opening is cancelled.
+        await eventually(lambda: other._listening())
     async with durable.engine.connect() as connection:
         names = await connection.execute(text("SELECT name FROM durable.ended_workers"))
         assert [row.name for row in names] == ["other"]
