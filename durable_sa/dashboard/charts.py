@@ -73,14 +73,16 @@ def bars(completed: Sequence[int], failed: Sequence[int]) -> Bars:
     """Return the bars of periods."""
     above, below = max(completed, default=0), max(failed, default=0)
     most = above + below
-    least_below = LEAST if below else 0
-    line = HEIGHT if not most else min(HEIGHT - least_below, round(HEIGHT * above / most)) if above else 0
+    if not below:
+        line = HEIGHT
+    elif not above:
+        line = 0
+    else:
+        line = min(HEIGHT - LEAST, max(LEAST, round(HEIGHT * above / most)))
 
     def heights(of: Sequence[int], greatest: int, room: int) -> list[tuple[int, int]]:
         return [(at, min(room, max(LEAST, round(room * value / greatest)))) for at, value in enumerate(of) if value]
 
-    if above:
-        line = max(line, LEAST)
     return Bars(
         max(above, below),
         heights(completed, above, line),

@@ -141,6 +141,9 @@ LIMITS = (
 )
 """The limits of the chosen queues, or all; a queue that once had limits has at least one row."""
 
+LIMITS_OF_QUEUE = LIMITS.where(Queue.queue_name == bindparam("queue_name", type_=Text()))
+"""The same of one queue, which those of other queues do not cut off."""
+
 _each_due = (
     select(TaskRow.claimed_by)
     .where(_unfinished, _is_due)

@@ -1,4 +1,4 @@
-"""What belongs to a task besides its history, for its page: messages, values, streams and lines of its log."""
+"""The messages, values, streams and log lines of a task, for its page."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Cancellations:
 
     def _follow_up(self, cancelled: Sequence[Row[Any]]) -> None:
         for row in cancelled:
-            # The worker of a run counts its end, whoever has cancelled it.
+            # A running task is counted by the worker that runs it, because that one sees the end of each of its runs.
             if row.was != "running":
                 self._minutes.ended(row.queue_name, row.task_name, "cancelled")
         self._agenda.wake_parents(row.task_id for row in cancelled if row.parent_task_id is not None)

@@ -30,7 +30,7 @@ class _Key(NamedTuple):
 
 
 class _Count:
-    """What is known of one task in one minute."""
+    """The numbers of one task in one minute."""
 
     __slots__ = ("cancelled", "changed", "completed", "failed", "milliseconds", "slowest")
 

@@ -41,8 +41,7 @@ async def of_queue(view: View, name: str) -> dict[str, Any]:
     state = view.query.text("limit_state")
     if state is not None and state not in STATES:
         raise InvalidConfiguration("limit_state", f"{state[:80]!r} is none of {', '.join(STATES)}")
-    limits = await view.rows("limits", statements.LIMITS)
-    found = None if limits is None else [row for row in limits if row["queue_name"] == name]
+    found = await view.rows("limits", statements.LIMITS_OF_QUEUE, queue_name=name)
     if found is not None and not found:
         return {"limits": [], "limit_keys": [], "limit_state": state}
     keys = await view.rows("limit keys", limiting.LIST_KEYS, queue_name=name, state=state, most=MOST_KEYS)

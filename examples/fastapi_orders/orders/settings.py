@@ -4,4 +4,4 @@ import os
 
 DATABASE_URL = os.environ.get("ORDERS_DATABASE_URL", "postgresql+asyncpg://localhost/orders")
 OPERATOR_PASSWORD = os.environ.get("ORDERS_OPERATOR_PASSWORD")
-"""What the dashboard asks for. Without it, no one may see it."""
+"""The password of the dashboard's user. If it is not set, the dashboard refuses every request."""

@@ -5,4 +5,4 @@ import os
 DATABASE_URL = os.environ.get("REVIEWS_DATABASE_URL", "postgresql+psycopg://localhost/reviews")
 DURABLE_SCHEMA = "jobs"
 OPERATOR_PASSWORD = os.environ.get("REVIEWS_OPERATOR_PASSWORD")
-"""What the dashboard asks for. Without it, no one may see it."""
+"""The password of the dashboard's user. If it is not set, the dashboard refuses every request."""
