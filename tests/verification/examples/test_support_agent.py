@@ -28,6 +28,14 @@ ANSWER = "I have asked about it, and here is what I know. {} Is there anything e
 REFUNDED = ANSWER.format("500 cents of order 17 are refunded.")
 
 
+WATCH = """
+window.shown = [];
+const talk = document.getElementById("talk");
+const observer = new MutationObserver(() => window.shown.push(talk.lastChild.textContent));
+observer.observe(talk, { childList: true, subtree: true, characterData: true });
+"""
+
+
 class Browser:
     """What a browser shows of an answer while it comes: as agent/pages/chat.js does, in a thread."""
 
@@ -223,6 +231,7 @@ def test_the_pages_in_a_browser(shop: Shop) -> None:
 
         worker = shop.worker("stuck", claim_timeout=5)
         chat = opened("/")
+        chat.evaluate(WATCH)
         chat.get_by_label("Your question").fill(QUESTION)
         chat.get_by_role("button", name="Ask").click()
         desk = opened("/desk", http_credentials={"username": AUTH[0], "password": AUTH[1]})
@@ -233,8 +242,15 @@ def test_the_pages_in_a_browser(shop: Shop) -> None:
         worker.kill()
         shop.worker()
         chat.get_by_text(REFUNDED, exact=True).wait_for()
+        shown = chat.evaluate("window.shown")
         chat.reload()
         chat.get_by_text(REFUNDED, exact=True).wait_for()
         chromium.close()
+    # Half of the answer was taken back before the words of the whole one came, one after another.
+    whole = f"(A colleague looks at it.) {REFUNDED}"
+    assert [text for text in shown[:-1] if not whole.startswith(text)] == []
+    assert whole[: whole.index("about")] in shown
+    assert whole[: whole.index("it, and")] in shown
+    assert shown[-1] == REFUNDED
     assert problems == []
     assert shop.refunded() == 500
