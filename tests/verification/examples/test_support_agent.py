@@ -55,6 +55,8 @@ class Browser:
                 if not line:
                     self._take(fields)
                     fields = {}
+                    if self.ended:
+                        return
                 elif not line.startswith(":"):
                     name, _, value = line.partition(":")
                     fields[name] = value.strip()
