@@ -20,6 +20,9 @@ from .settings import MODEL
 EVENTS = "events"
 """The stream of a task that has the events of its agent: words, calls of tools, their results."""
 
+Number = Annotated[int, Field(gt=0, lt=2**31)]
+"""What fits into the columns; the model is told about anything else."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -36,14 +39,18 @@ async def ask(run: RunContext[Case], requests: DeferredToolRequests, token: str)
     This is a step, which a crash may repeat: the token stays the same, so each refund is on the desk once.
     """
     case = run.deps
-    refunds = [{**call.args_as_dict(), "call_id": call.tool_call_id} for call in requests.approvals]
+    refunds: list[dict[str, Any]] = []
+    for call in requests.approvals:
+        # As the model has written them: the types of the tool are checked, but a number may be a text.
+        args = call.args_as_dict()
+        refunds.append({"call_id": call.tool_call_id, "order_id": int(args["order_id"]), "cents": int(args["cents"])})
     async with case.sessions.begin() as session:
         for refund in sorted(refunds, key=lambda refund: refund["order_id"]):
             if reason := await refusal(session, case.customer, refund["order_id"], refund["cents"]):
                 return requests.build_results(
                     approvals={call.tool_call_id: ToolDenied(reason) for call in requests.approvals}
                 )
-        rows: list[dict[str, Any]] = [{**refund, "token": token, "turn_id": case.turn_id} for refund in refunds]
+        rows = [{**refund, "token": token, "turn_id": case.turn_id} for refund in refunds]
         await session.execute(insert(Refund).values(rows).on_conflict_do_nothing())
     return None
 
@@ -63,8 +70,9 @@ support = Agent(
 
 
 @support.tool
-async def find_order(run: RunContext[Case], order_id: int) -> str:
-    """Look up an order of the customer by its number. A step: it has no effect, so a second call would do no harm."""
+async def find_order(run: RunContext[Case], order_id: Number) -> str:
+    """Look up an order of the customer by its number."""
+    # A step: it has no effect, so a crash that repeats it does no harm.
     async with run.deps.sessions() as session:
         order = await session.get(Order, order_id)
     if order is None or order.customer != run.deps.customer:
@@ -73,8 +81,8 @@ async def find_order(run: RunContext[Case], order_id: int) -> str:
 
 
 @support.tool(requires_approval=True, metadata={"durable_sa": False})
-async def refund(run: RunContext[Case], order_id: int, cents: Annotated[int, Field(gt=0)]) -> str:
+async def refund(run: RunContext[Case], order_id: Number, cents: Number) -> str:
     """Refund an order, or a part of it, in cents. A colleague decides whether that is done."""
-    # No step but a transaction of the task: the payment and its checkpoint are one commit.
+    # Not a step but a transaction of the task: the payment and its checkpoint are one commit.
     paid: str = await current_context().transaction("refund", pay_back, run.deps.customer, order_id, cents)
     return paid

@@ -100,7 +100,7 @@ async def test_refunds_of_one_request_are_decided_one_by_one_and_impossible_ones
         results = [str(part.content) for part in parts if isinstance(part, ToolReturnPart)]
         calls = {0: [(17, 700), (18, 5)], 2: [(17, 300), (17, 400)]}.get(len(results), [])
         for index, (order, cents) in enumerate(calls):
-            args = f'{{"order_id": {order}, "cents": {cents}}}'
+            args = f'{{"order_id": "{order}", "cents": {cents}}}'
             yield {index: DeltaToolCall("refund", args, tool_call_id=f"{len(results)}-{index}")}
         if not calls:
             yield " ".join(results)
