@@ -6,7 +6,7 @@ Explanations name places and types, never values.
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -171,7 +171,8 @@ def check_types(value: object, decoded: object, *, lenient: bool, path: Path = (
 
 def _has_same_types(value: Any, decoded: Any) -> bool:
     """Return whether flat values of a dict, with texts as keys, have the same types: the most frequent params."""
-    for key, item in value.items():
+    items: Iterable[tuple[object, object]] = value.items()
+    for key, item in items:
         kind = type(item)
         if kind not in _FLAT or type(key) is not str or type(decoded.get(key)) is not kind:
             return False
