@@ -615,7 +615,7 @@ MUTANTS = (
         "a version of the snapshot that is read from the locked row",
         "statements/limits.py",
         (("k.ctid AS seen_at OFFSET 0)", "k.ctid AS seen_at)"),),
-        (f"{LIMITS}test_a_task_that_appears_while_a_claim_looks_is_not_stranded",),
+        (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
     ),
     Mutant(
         "a key that is not charged because it was changed after the snapshot",
