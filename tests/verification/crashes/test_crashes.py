@@ -63,6 +63,7 @@ async def crasher(database_url: URL, engine: AsyncEngine, tmp_path: Path) -> Asy
     await process.wait()
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("task", [crashing.work, crashing.plain_work], ids=["asynchronous", "plain"])
 async def test_killed_at_every_point_where_it_talks_to_the_database(
     durable: Durable, crasher: Crasher, tmp_path: Path, task: Task[int, Any]
