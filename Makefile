@@ -63,7 +63,7 @@ define install
 		echo 'Installing what $(1) needs into $(VENV): this takes a minute or two.' && \
 		$(PYTHON) -m venv '$(VENV)' && \
 		$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' && \
-		$(BIN)/python -m pip install --quiet --editable '.[embedded,psycopg,telemetry,cli,dashboard]' --group $(1); \
+		$(BIN)/python -m pip install --quiet --editable '.[embedded,psycopg,telemetry,pydantic-ai,cli,dashboard]' --group $(1); \
 	fi
 	@touch $@
 endef
