@@ -173,7 +173,8 @@ def search_tasks(
         InvalidConfiguration: as `list_tasks`.
     """
     where, order, limit, position = _checked(where, order, limit, after)
-    end = next((row.task_id for row in fetch(connection, schema, reading.search_end(where, order, position))), None)
+    ends = fetch(connection, schema, reading.search_end(where, order, position))
+    end = ends[0].task_id if len(ends) > 1 else None
     ids = reading.part_of_page(where, order, position, limit + 1, end)
     rows = fetch(connection, schema, reading.infos(ids, order))
     items = [info(row) for row in rows[:limit]]

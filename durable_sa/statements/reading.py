@@ -198,12 +198,12 @@ def part_of_page(where: Where, order: Order, after: Position | None, limit: int,
 
 
 def search_end(where: Where, order: Order, after: Position | None) -> TaskIds:
-    """Select the last id of the `SEARCHED` tasks behind a position, none if there are no more than these."""
+    """Select the last id of the `SEARCHED` tasks behind a position, and the next if there are more."""
     bounds = _behind(TaskRow.task_id, order, after)
     if isinstance(where, TaskFilter):
         bounds += _before(TaskRow.task_id, where)
     found = select(TaskRow.task_id).where(*bounds).order_by(_by_id(TaskRow.task_id, order))
-    return found.offset(_constant(SEARCHED - 1)).limit(_constant(1))
+    return found.offset(_constant(SEARCHED - 1)).limit(_constant(2))
 
 
 def page(where: Where, order: Order, after: Position | None, limit: int) -> TaskIds:
