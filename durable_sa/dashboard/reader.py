@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
-from sqlalchemy import Select, func, select, true
+from sqlalchemy import Executable, func, select, true
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -228,7 +228,7 @@ class Sections:
             await _leave(stack, error)
 
 
-def _limits(seconds: float) -> Select[Any]:
+def _limits(seconds: float) -> Executable:
     milliseconds = str(max(1, int(seconds * 1000)))
     setting = func.pg_catalog.set_config
     return select(

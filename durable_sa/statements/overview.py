@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     DateTime,
+    Executable,
     Float,
     Select,
     Text,
@@ -265,7 +266,7 @@ AWAITED_BY_TASK = (
 _PLACES = select(TaskRow.task_id, TaskRow.task_name, TaskRow.state)
 
 
-def latest_failures(where: Where, since: Any) -> Select[Any]:
+def latest_failures(where: Where, since: Any) -> Executable:
     """Select the latest failed tasks that match, each with its error, the latest first.
 
     `where` must be restricted to failed tasks since that time if it is a filter.
