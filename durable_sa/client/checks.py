@@ -29,6 +29,8 @@ class Check:
     statement: Executable
     problem: Callable[[Fields], str]
     remedy: str
+    reads_much: bool = False
+    """True if it reads all unfinished tasks, or whole tables: a second for some millions of tasks."""
 
 
 CHECKS = (
@@ -41,18 +43,21 @@ CHECKS = (
             + ("workers serve the queue" if row["served"] else "no worker serves the queue")
         ),
         "Start a worker that serves the queue and knows the task, or more: durable worker MODULE:DURABLE --queue QUEUE",
+        reads_much=True,
     ),
     Check(
         "waits",
         diagnosis.STUCK_WAITS,
         lambda row: f"task {row['task_id']} waits for {row['kind']} {row['awaited']!r}, but {row['reason']}",
         "Workers repair such waits within a minute. Check that one is running: durable workers",
+        reads_much=True,
     ),
     Check(
         "sleepers",
         diagnosis.SLEEPLESS,
         lambda row: f"task {row['task_id']} ({row['task_name']}) sleeps and waits for nothing",
         "This is a bug: please report it. To wake the task: durable tasks cancel TASK; durable tasks retry TASK",
+        reads_much=True,
     ),
     Check(
         "events",
@@ -76,6 +81,7 @@ CHECKS = (
             + ("which is unknown" if row["worker_name"] is None else f"whose lease ended {span(row['seconds'])} ago")
         ),
         "Workers of any queue take such runs over. Check that one is running: durable workers",
+        reads_much=True,
     ),
     Check(
         "steps",
@@ -91,6 +97,7 @@ CHECKS = (
         diagnosis.INCONSISTENT,
         lambda row: f"task {row['task_id']} ({row['task_name']}) is {row['state']}, which contradicts its lease",
         "Unless rows were changed by hand, this is a bug: please report it.",
+        reads_much=True,
     ),
     Check(
         "schedules",
@@ -144,6 +151,7 @@ CHECKS = (
         diagnosis.ORPHANS,
         lambda row: f"{row['what']}: {row['id']}",
         "Unless rows were deleted by hand, this is a bug: please report it.",
+        reads_much=True,
     ),
 )
 

@@ -162,6 +162,27 @@ def _task(connection: Connection, schema: str, task_id: uuid.UUID, *, payloads: 
     return rows[0]
 
 
+def search_tasks(
+    connection: Connection, schema: str, where: Where, order: Order, limit: int, after: str | None
+) -> tuple[Page[TaskInfo], bool]:
+    """Return a page of tasks as far as it is among the next `reading.SEARCHED`, and whether there are none behind them.
+
+    If there are, `next` of a page that is not full is the end of what was searched. It is for the orders by ids.
+
+    Raises:
+        InvalidConfiguration: as `list_tasks`.
+    """
+    where, order, limit, position = _checked(where, order, limit, after)
+    ends = fetch(connection, schema, reading.search_end(where, order, position))
+    end = ends[0].task_id if len(ends) > 1 else None
+    ids = reading.part_of_page(where, order, position, limit + 1, end)
+    rows = fetch(connection, schema, reading.infos(ids, order))
+    items = [info(row) for row in rows[:limit]]
+    if len(rows) > limit:
+        return Page(items, _place(items[-1], order)), True
+    return Page(items, None if end is None else str(end)), end is None
+
+
 def read_history(
     connection: Connection, schema: str, task_id: uuid.UUID, *, payloads: bool = False
 ) -> list[HistoryEntry]:

@@ -141,7 +141,7 @@ class Dashboard:
         access = _access(request)
         if not may_see(access, page):
             raise HTTPException(403, "This page is about more than the tasks that you may see.")
-        refreshing = request.headers.get("hx-request") == "true"
+        refreshing = page.live and request.headers.get("hx-request") == "true"
         async with self.reader.sections(refreshing=refreshing) as sections:
             view = View(self.durable, access, query_of(request), request.path_params, sections, self._redact)
             data = await page.load(view)

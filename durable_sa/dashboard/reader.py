@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
-from sqlalchemy import func, select, true
+from sqlalchemy import Executable, func, select, true
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -100,6 +100,7 @@ class Sections:
         self._sent = 0
         self._stack: AsyncExitStack | None = None
         self._connection: AsyncConnection | None = None
+        self._limit = 0.0
         self.most_late = MOST_LATE
         self.late: list[str] = []
         """The names of sections that took too long."""
@@ -115,22 +116,29 @@ class Sections:
             self._connections.count_refresh(self._sent - USUAL)
 
     async def read(
-        self, name: str, work: Callable[[Connection], T], *, key: Hashable = None, statements: int = 1
+        self,
+        name: str,
+        work: Callable[[Connection], T],
+        *,
+        key: Hashable = None,
+        statements: int = 1,
+        within: float | None = None,
     ) -> T | None:
         """Return what a function reads, or None if it takes too long.
 
         Pages that refresh themselves share what was read under the same `key`, which must say whatever it depends on.
-        `statements` are those that the function executes.
+        `statements` are those that the function executes. With `within`, each of them may take so many seconds, and a
+        page that cannot have it so soon goes on without, as if there were no such section; it has no `key`.
 
         Raises:
             TooBusy: the page refreshes itself, and all of them have read enough for now.
         """
-        if len(self.late) >= self.most_late:
+        if within is None and len(self.late) >= self.most_late:
             self.late.append(name)
             return None
-        if key is None:
+        if key is None or within is not None:
             self._take_turn(statements)
-            return await self._run(name, work)
+            return await self._run(name, work, within)
         shared = self._connections.shared
         known = shared.get((name, key))
         if self._refreshing and known is not None and time.monotonic() - known[0] < FRESH:
@@ -170,17 +178,18 @@ class Sections:
         self._has_turn = True
         self._sent += statements
 
-    async def _run(self, name: str, work: Callable[[Connection], T]) -> T | None:
+    async def _run(self, name: str, work: Callable[[Connection], T], within: float | None = None) -> T | None:
+        limit = self._timeout if within is None else min(within, self._timeout)
         try:
             was_open = self._connection is not None
             try:
-                return await (await self._open()).run_sync(work)
+                return await (await self._open(limit)).run_sync(work)
             except DBAPIError as error:
                 await self._release(error)
                 # A connection that the pool had kept may be dead.
                 if was_open or not (is_conflict(error) or is_mixed_up(error)):
                     raise
-                return await (await self._open()).run_sync(work)
+                return await (await self._open(limit)).run_sync(work)
         except TimeoutError:
             self.late.append(name)
             return None
@@ -189,12 +198,16 @@ class Sections:
             if sqlstate(error) != _QUERY_CANCELED:
                 await self._connections.database.explain(error)
                 raise
-            self.late.append(name)
+            if within is None:
+                self.late.append(name)
             return None
 
-    async def _open(self) -> AsyncConnection:
-        """Return the connection of the page, in a read-only transaction with limits."""
+    async def _open(self, limit: float) -> AsyncConnection:
+        """Return the connection of the page, in a read-only transaction whose statements may take `limit` seconds."""
         if self._connection is not None:
+            if limit != self._limit:
+                await self._connection.execute(_limits(limit))
+                self._limit = limit
             return self._connection
         stack = AsyncExitStack()
         async with asyncio.timeout(CONNECTION_TIMEOUT):
@@ -202,25 +215,27 @@ class Sections:
         stack.callback(self._connections.free.release)
         try:
             connection = await stack.enter_async_context(self._connections.database.transaction(explained=False))
-            milliseconds = str(int(self._timeout * 1000))
-            setting = func.pg_catalog.set_config
-            await connection.execute(
-                select(
-                    setting("transaction_read_only", "on", true()),
-                    setting("statement_timeout", milliseconds, true()),
-                    setting("lock_timeout", milliseconds, true()),
-                )
-            )
+            await connection.execute(_limits(limit))
         except BaseException as error:
             await _leave(stack, error)
             raise
-        self._stack, self._connection = stack, connection
+        self._stack, self._connection, self._limit = stack, connection, limit
         return connection
 
     async def _release(self, error: BaseException | None = None) -> None:
         stack, self._stack, self._connection = self._stack, None, None
         if stack is not None:
             await _leave(stack, error)
+
+
+def _limits(seconds: float) -> Executable:
+    milliseconds = str(max(1, int(seconds * 1000)))
+    setting = func.pg_catalog.set_config
+    return select(
+        setting("transaction_read_only", "on", true()),
+        setting("statement_timeout", milliseconds, true()),
+        setting("lock_timeout", milliseconds, true()),
+    )
 
 
 async def _leave(stack: AsyncExitStack, error: BaseException | None) -> None:

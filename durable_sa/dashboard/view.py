@@ -49,7 +49,14 @@ class View:
     redact: Redact | None
 
     async def rows(
-        self, name: str, statement: Executable, /, *, shared: bool = True, **parameters: Any
+        self,
+        name: str,
+        statement: Executable,
+        /,
+        *,
+        shared: bool = True,
+        within: float | None = None,
+        **parameters: Any,
     ) -> list[dict[str, Any]] | None:
         """Return the rows of a statement that is restricted to the user's queues, or None if it takes too long.
 
@@ -62,7 +69,7 @@ class View:
         def work(connection: Connection) -> list[dict[str, Any]]:
             return self.fetch(connection, statement, values)
 
-        found = await self.sections.read(name, work, key=key)
+        found = await self.sections.read(name, work, key=key, within=within)
         return None if found is None else [dict(row) for row in found]
 
     def fetch(
@@ -71,9 +78,11 @@ class View:
         """Return the rows of a statement on a connection of the page."""
         return as_dicts(fetch(connection, self.durable.schema, statement, parameters))
 
-    async def read(self, name: str, work: Callable[[Connection], T], *, statements: int = 1) -> T | None:
+    async def read(
+        self, name: str, work: Callable[[Connection], T], *, statements: int = 1, within: float | None = None
+    ) -> T | None:
         """Return what a function reads with so many statements, or None if it takes too long."""
-        return await self.sections.read(name, work, statements=statements)
+        return await self.sections.read(name, work, statements=statements, within=within)
 
     async def visible(self, task_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Place]:
         """Return the names and states of those of these tasks that the user may see."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     DateTime,
+    Executable,
     Float,
     Select,
     Text,
@@ -48,6 +49,8 @@ _SHOWN: Final = 100
 _chosen = array("queue_names", Text())
 _unfinished = and_(TaskRow.finished_at.is_(None), TaskRow.queue_name == Queue.queue_name)
 _is_due = TaskRow.available_at <= statement_time()
+_claimed = (TaskRow.priority, TaskRow.available_at, TaskRow.task_id)
+"""The order of claims, which is that of an index."""
 
 
 def _any_of(column: Any) -> ColumnElement[bool]:
@@ -58,7 +61,7 @@ def _any_of(column: Any) -> ColumnElement[bool]:
 _due = (
     select(TaskRow.claimed_by, TaskRow.available_at)
     .where(_unfinished, _is_due)
-    .order_by(TaskRow.priority, TaskRow.available_at, TaskRow.task_id)
+    .order_by(*_claimed)
     .limit(constant(DUE))
     .correlate(Queue)
     .subquery("due")
@@ -75,9 +78,14 @@ _now = (
 )
 
 
-def _capped(*conditions: ColumnElement[bool]) -> ColumnElement[int]:
-    found = select(constant(1)).select_from(TaskRow).where(*conditions).limit(constant(CAP + 1)).correlate(Queue)
-    return select(func.count()).select_from(found.subquery()).scalar_subquery()
+def _capped(*conditions: ColumnElement[bool], order: Sequence[Any]) -> ColumnElement[int]:
+    """Count tasks up to `CAP` and one more, in the order of an index.
+
+    Without an order the planner may expect to find so many soon by reading the table, and reads all of it for each
+    queue that has fewer.
+    """
+    found = select(constant(1)).select_from(TaskRow).where(*conditions).order_by(*order).limit(constant(CAP + 1))
+    return select(func.count()).select_from(found.correlate(Queue).subquery()).scalar_subquery()
 
 
 def _ended(outcome: str) -> ColumnElement[int]:
@@ -86,6 +94,7 @@ def _ended(outcome: str) -> ColumnElement[int]:
         TaskRow.queue_name == Queue.queue_name,
         TaskRow.outcome == constant(outcome),
         TaskRow.finished_at >= statement_time() - interval(bindparam("age", type_=Float(53))),
+        order=[TaskRow.finished_at],
     )
 
 
@@ -103,8 +112,8 @@ QUEUES = (
         _now.c.running,
         _now.c.capped,
         func.extract("epoch", statement_time() - _now.c.oldest_at).label("oldest_ready_seconds"),
-        _capped(_unfinished, TaskRow.available_at > statement_time()).label("scheduled"),
-        _capped(_unfinished, TaskRow.available_at.is_(None)).label("waiting"),
+        _capped(_unfinished, TaskRow.available_at > statement_time(), order=_claimed).label("scheduled"),
+        _capped(_unfinished, TaskRow.available_at.is_(None), order=_claimed).label("waiting"),
         _ended("completed").label("completed"),
         _ended("failed").label("failed"),
         select(func.count())
@@ -147,7 +156,7 @@ LIMITS_OF_QUEUE = LIMITS.where(Queue.queue_name == bindparam("queue_name", type_
 _each_due = (
     select(TaskRow.claimed_by)
     .where(_unfinished, _is_due)
-    .order_by(TaskRow.priority, TaskRow.available_at, TaskRow.task_id)
+    .order_by(*_claimed)
     .limit(constant(DUE))
     .correlate(Queue)
     .lateral("each_due")
@@ -257,22 +266,14 @@ AWAITED_BY_TASK = (
 _PLACES = select(TaskRow.task_id, TaskRow.task_name, TaskRow.state)
 
 
-def latest_failures(where: Where, since: Any) -> Select[Any]:
+def latest_failures(where: Where, since: Any) -> Executable:
     """Select the latest failed tasks that match, each with its error, the latest first.
 
     `where` must be restricted to failed tasks since that time if it is a filter.
     """
     conditions = matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
-    found = (
-        select(
-            TaskRow.task_id,
-            TaskRow.task_name,
-            clamped_time(TaskRow.finished_at),
-            # The server cannot take apart JSON whose texts contain NUL.
-            case((func.octet_length(as_text(TaskRow.error)) <= constant(LONGEST_ERROR), as_text(TaskRow.error))).label(
-                "error"
-            ),
-        )
+    of_queue = (
+        select(TaskRow.task_id, TaskRow.finished_at)
         .where(
             TaskRow.queue_name == Queue.queue_name,
             TaskRow.finished_at.is_not(None),
@@ -283,14 +284,29 @@ def latest_failures(where: Where, since: Any) -> Select[Any]:
         .order_by(TaskRow.finished_at.desc())
         .limit(constant(FAILURES))
         .correlate(Queue)
-        .lateral("found")
+        .lateral("of_queue")
     )
-    return (
-        select(found)
+    latest = (
+        select(of_queue.c.task_id)
         .select_from(Queue)
-        .join(found, true())
-        .order_by(found.c.finished_at.desc())
+        .join(of_queue, true())
+        .order_by(of_queue.c.finished_at.desc())
         .limit(constant(FAILURES))
+        .subquery("latest")
+    )
+    # Errors are long, and read of those that are shown alone.
+    return (
+        select(
+            TaskRow.task_id,
+            TaskRow.task_name,
+            clamped_time(TaskRow.finished_at),
+            # The server cannot take apart JSON whose texts contain NUL.
+            case((func.octet_length(as_text(TaskRow.error)) <= constant(LONGEST_ERROR), as_text(TaskRow.error))).label(
+                "error"
+            ),
+        )
+        .join(latest, latest.c.task_id == TaskRow.task_id)
+        .order_by(TaskRow.finished_at.desc())
     )
 
 

@@ -52,6 +52,9 @@ Where = TaskFilter | Select[Any] | CompoundSelect[Any]
 RECENT: Final = 20_000
 """Number of tasks that are looked through, the newest first, before an index is used: 15 ms."""
 
+SEARCHED: Final = 50_000
+"""Number of tasks that are looked through at once where all would take too long: 40 ms."""
+
 CLOCK_ERROR: Final = timedelta(days=1)
 """Time by which a client's clock, whose time is in the ids, may be ahead of the database's: a wrong time zone's."""
 
@@ -174,13 +177,33 @@ def _is_about_ends(where: TaskFilter) -> bool:
     return where.ended_after is not None or where.ended_before is not None
 
 
-def recent_page(where: TaskFilter, order: Order, after: Position | None, limit: int) -> TaskIds:
-    """Select the ids of a page, as far as it is among the first `RECENT` tasks behind the position."""
+def recent_page(where: TaskFilter, order: Order, after: Position | None, limit: int, searched: int = RECENT) -> TaskIds:
+    """Select the ids of a page, as far as it is among the first `searched` tasks behind the position."""
     read = select(TaskRow).where(*_behind(TaskRow.task_id, order, after), *_before(TaskRow.task_id, where))
-    read = read.order_by(_by_id(TaskRow.task_id, order)).limit(_constant(RECENT))
+    read = read.order_by(_by_id(TaskRow.task_id, order)).limit(_constant(searched))
     window = aliased(TaskRow, read.subquery("recent"))
     page = select(window.task_id).where(*matching(where, window)).order_by(_by_id(window.task_id, order))
     return page.limit(limit)
+
+
+def part_of_page(where: Where, order: Order, after: Position | None, limit: int, end: uuid.UUID | None) -> TaskIds:
+    """Select the ids of a page, as far as it is between the position and `end`, at which :func:`search_end` is."""
+    if isinstance(where, TaskFilter):
+        return recent_page(where, order, after, limit, SEARCHED)
+    task_id = where.subquery("chosen").c[0]
+    bounds = _behind(task_id, order, after)
+    if end is not None:
+        bounds.append(task_id <= literal(end, Uuid()) if order == "oldest" else task_id >= literal(end, Uuid()))
+    return select(task_id.label("task_id")).where(*bounds).distinct().order_by(_by_id(task_id, order)).limit(limit)
+
+
+def search_end(where: Where, order: Order, after: Position | None) -> TaskIds:
+    """Select the last id of the `SEARCHED` tasks behind a position, and the next if there are more."""
+    bounds = _behind(TaskRow.task_id, order, after)
+    if isinstance(where, TaskFilter):
+        bounds += _before(TaskRow.task_id, where)
+    found = select(TaskRow.task_id).where(*bounds).order_by(_by_id(TaskRow.task_id, order))
+    return found.offset(_constant(SEARCHED - 1)).limit(_constant(2))
 
 
 def page(where: Where, order: Order, after: Position | None, limit: int) -> TaskIds:

@@ -5,6 +5,7 @@ import uuid
 
 import pytest
 
+from durable_sa.dashboard.pages import doctor
 from tests.dashboard.chromium import Site, fill
 
 pytestmark = pytest.mark.slow
@@ -174,6 +175,14 @@ async def test_what_is_typed_and_opened_stays(site: Site) -> None:
     assert await area.is_visible()
     assert await area.input_value() == "[1"
     assert await page.evaluate("document.activeElement.name") == "payload"
+    await site.check(page)
+
+
+async def test_slow_checks_come_by_themselves(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ALL_QUICK", -1.0)
+    page = await site.open("/doctor")
+    await page.get_by_text("No problem was found.").wait_for()
+    assert await page.locator(".state.late").count() == 0
     await site.check(page)
 
 

@@ -7,33 +7,54 @@ from typing import Any, Final, cast
 
 from sqlalchemy.engine import Connection
 
+from ...client.reading import search_tasks
 from ...errors import InvalidConfiguration
 from ...results import Page, TaskInfo, TaskStatus
-from ...statements.reading import Order
+from ...statements.reading import SEARCHED, Order
 from ..forms import FIELDS, query
 from ..view import Redirect, View, task_data
 
 PAGE: Final = 50
+QUICK: Final = 0.06
+"""Seconds within which the tasks that match are looked for among all; if it takes longer, among a part of them."""
 
 
 async def load(view: View) -> dict[str, Any]:
-    """Load a page of tasks. `find` is an id or a key, as it is typed into the box for searching."""
+    """Load a page of tasks. `find` is an id or a key, as it is typed into the box for searching.
+
+    Some filters are known to no index, so that all tasks would have to be read. Then the page is of those among the
+    next `SEARCHED` that match, and says so; with `search=all` it takes its time, with `search=part` it does not try.
+    """
     fields = view.query
     if (wanted := fields.text("find")) is not None:
         raise Redirect(_place(wanted))
     where = view.access.tasks(fields.filter())
     order = cast("Order", fields.text("order") or "newest")
-    after, limit = fields.text("after"), _limit(fields.text("limit"))
+    after, limit, search = fields.text("after"), _limit(fields.text("limit")), fields.text("search")
 
-    def work(connection: Connection) -> Page[TaskInfo]:
+    def among_all(connection: Connection) -> Page[TaskInfo]:
         return view.durable.list_tasks_with(connection, where, order=order, limit=limit, after=after)
 
-    page = await view.read("tasks", work, statements=2)
+    def among_some(connection: Connection) -> tuple[Page[TaskInfo], bool]:
+        return search_tasks(connection, view.durable.schema, where, order, limit, after)
+
+    page, is_part = None, False
+    if order == "running" or search == "all":
+        page = await view.read("tasks", among_all, statements=2)
+    else:
+        if search != "part":
+            page = await view.read("tasks", among_all, statements=2, within=QUICK)
+        found = None
+        if page is None and not view.sections.late:
+            found = await view.read("tasks", among_some, statements=2)
+        if found is not None:
+            page, is_part = found[0], not found[1]
     filters = fields.only(FIELDS)
     following = None if page is None or page.next is None else page.next
     return {
         "tasks": None if page is None else [task_data(task) for task in page.items],
         "next": following,
+        "searched": SEARCHED if is_part else None,
         "order": order,
         "filters": _by_name(filters),
         "states": list(TaskStatus),
