@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
 import sys
@@ -204,6 +205,10 @@ async def _run(durable: Durable[Any], options: WorkerOptions, link: Supervision 
             await durable.check_schema()
         with exit_on_package_errors():
             settings = Settings.resolve(options, durable.queue_name)
+            # Modules stay until the process ends: frozen, they are not searched for garbage each time, which takes a
+            # quarter of the CPU of short tasks.
+            gc.collect()
+            gc.freeze()
             await durable._run_worker(settings, True, link)  # pyright: ignore[reportPrivateUsage]
     # Nothing is left to do: what keeps the process now is code of the application.
     Watchdog(list).expect_end_within(ENDING_TIMEOUT)

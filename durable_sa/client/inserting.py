@@ -36,6 +36,12 @@ class Portion(list[Prepared]):
     """Tasks that are inserted by one statement."""
 
     @functools.cached_property
+    def is_plain(self) -> bool:
+        """True if they are of one kind and without idempotency keys."""
+        kind = self[0].kind if self else None
+        return all((item.kind is kind or item.kind == kind) and item.idempotency_key is None for item in self)
+
+    @functools.cached_property
     def results(self) -> dict[uuid.UUID, SpawnResult[Any]]:
         """The results of those that are inserted, by id."""
         return {item.task_id: spawn_result(item) for item in self}
@@ -209,7 +215,7 @@ def _insert_one(item: Prepared, hint: Hint, channel: str | None) -> Script[dict[
 
 
 def _insert_many(items: Portion, hint: Hint, lock_timeout: str | None) -> Script[dict[uuid.UUID, SpawnResult[Any]]]:
-    if _are_same_kind(items):
+    if items.is_plain:
         try:
             lanes = yield spawning.SPAWN_SAME_KIND, same_kind_params(items)
         except IntegrityError as error:
@@ -227,7 +233,8 @@ def _insert_many(items: Portion, hint: Hint, lock_timeout: str | None) -> Script
         else:
             inserted.update((task_id, results[task_id]) for task_id in lane.task_ids)
         hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
-    hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in inserted for item in items)
+    of_each_kind = items[:1] if items.is_plain and inserted is results else items
+    hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in inserted for item in of_each_kind)
     return inserted
 
 
@@ -270,14 +277,7 @@ def is_atomic(portions: Sequence[Portion]) -> bool:
 
     They are of one kind and without keys, and their queue exists or does not.
     """
-    return (
-        len(portions) == 1
-        and _are_same_kind(portions[0])
-        and len({item.limits is None for item in portions[0]}) == 1
-        and all(item.limits is None or item.limits.unique_key is None for item in portions[0])
-    )
-
-
-def _are_same_kind(prepared: Sequence[Prepared]) -> bool:
-    kind = prepared[0].kind if prepared else None
-    return all((item.kind is kind or item.kind == kind) and item.idempotency_key is None for item in prepared)
+    if len(portions) != 1 or not portions[0].is_plain:
+        return False
+    limits = [item.limits for item in portions[0] if item.limits is not None]
+    return not limits or (len(limits) == len(portions[0]) and all(each.unique_key is None for each in limits))

@@ -65,23 +65,20 @@ class Run:
         self.branches = BranchTree(on_quiescent=self._suspend)
         self.children: dict[uuid.UUID, Any] = {}
         """The tasks of the children that were spawned in this run; None for one that is not registered here."""
-        self.unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] = {}
-        """Calls of the context that have not been awaited yet, each with its coroutine."""
-        self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
+        # Most runs have none of the next ones, and the garbage collector works by the number of objects that are made.
+        self._unawaited: dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]] | None = None
+        self._pauses: dict[asyncio.Future[None], asyncio.TimerHandle] | None = None
         self._kept_lines = None if host.keep_logs is None else self._keep_lines(host.keep_logs)
-        self.lines = Lines() if self._kept_lines is None else Lines(self._kept_lines.handle, self._kept_lines.level)
+        self._lines: Lines | None = None
+        self._open_streams: dict[str, Block | None] | None = None
         self._publications: Publications | None = None
-        self.open_streams: dict[str, Block | None] = {}
-        """The blocks of the streams that this run has open; None for one that is being opened."""
-        self.streamed: set[tuple[str, uuid.UUID]] = set()
-        """Names of streams with the tries of steps that have written them."""
         self.steps: dict[uuid.UUID, tuple[str, float]] = {}
         """The steps and transactions in progress by their keys: the name, and the start on the monotonic clock."""
         self.signal: ControlFlow | None = None
         self.over = False
         self.mismatch: ReplayMismatch | None = None
         """The error that fails the run even if the task's code catches it."""
-        self._timeouts: list[tuple[uuid.UUID, TaskTimeout, asyncio.Task[Any] | None]] = []
+        self._timeouts: tuple[tuple[uuid.UUID, TaskTimeout, asyncio.Task[Any] | None], ...] = ()
         """Keys of waits that have timed out, with the error, and the asyncio task in which it was raised."""
         self._waited = journal.waiting
         """True if waits of the task may be stored."""
@@ -93,6 +90,33 @@ class Run:
         self._poll_timer: asyncio.TimerHandle | None = None
         self.limit: AttemptLimit | None = None
         """The time that is left to the attempt, if the task has a timeout."""
+
+    @property
+    def unawaited(self) -> dict[uuid.UUID, tuple[Any, Coroutine[Any, Any, Any]]]:
+        """The calls of the context that have not been awaited yet, each with its coroutine."""
+        if self._unawaited is None:
+            self._unawaited = {}
+        return self._unawaited
+
+    @property
+    def lines(self) -> Lines:
+        """The lines that the task has logged."""
+        if self._lines is None:
+            kept = self._kept_lines
+            self._lines = Lines() if kept is None else Lines(kept.handle, kept.level)
+        return self._lines
+
+    @property
+    def open_streams(self) -> dict[str, Block | None]:
+        """The blocks of the streams that this run has open; None for one that is being opened."""
+        if self._open_streams is None:
+            self._open_streams = {}
+        return self._open_streams
+
+    @functools.cached_property
+    def streamed(self) -> set[tuple[str, uuid.UUID]]:
+        """Names of streams with the tries of steps that have written them."""
+        return set()
 
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code, whose outcome is written when it ends."""
@@ -187,10 +211,11 @@ class Run:
     def _mark_over(self) -> None:
         if not self.over:
             self.over = True
-            self.lines.release()
+            if self._lines is not None:
+                self._lines.release()
             if self._kept_lines is not None:
                 self._kept_lines.finish(lost=isinstance(self.signal, LeaseLost))
-            for block in self.open_streams.values():
+            for block in () if self._open_streams is None else self._open_streams.values():
                 if block is not None:
                     block.abandon()
             self.host.run_ended(self.claimed)
@@ -210,7 +235,7 @@ class Run:
                 error = error.__cause__
             self._fail(error)
             return
-        if forgotten := self._drop_unawaited():
+        if self._unawaited and (forgotten := self._drop_unawaited()):
             self._fail(
                 InvalidState(
                     f"The call of {', '.join(forgotten[:10])}",
@@ -233,11 +258,11 @@ class Run:
         A coroutine that was cancelled or closed before it began counts as awaited, as it does for Python.
         """
         forgotten: list[str] = []
-        for call, coroutine in self.unawaited.values():
+        for call, coroutine in (self._unawaited or {}).values():
             if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
                 coroutine.close()  # otherwise Python warns as well
                 forgotten.append(f"{call.kind} {call.name!r}")
-        self.unawaited.clear()
+        self._unawaited = None
         return forgotten
 
     def _fail(self, error: BaseException) -> None:
@@ -251,12 +276,12 @@ class Run:
 
     def timed_out(self, key: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
         """Note the error of a wait, for its record to be deleted if the error fails the run. Returns the error."""
-        self._timeouts.append((key, error, asyncio.current_task()))
+        self._timeouts += ((key, error, asyncio.current_task()),)
         return error
 
     def keep_timeouts(self, keys: Collection[uuid.UUID]) -> None:
         """Keep the records of waits that have timed out, whatever fails the run: a race is decided once."""
-        self._timeouts = [timeout for timeout in self._timeouts if timeout[0] not in keys]
+        self._timeouts = tuple(timeout for timeout in self._timeouts if timeout[0] not in keys)
 
     def hold_back(self, keys: Collection[uuid.UUID], *, stored: bool) -> None:
         """Take the waits of these keys for stored, or for not stored, so that they are not stored, or are.
@@ -434,11 +459,12 @@ class Run:
     async def pause(self, seconds: float) -> None:
         """Wait in memory, by a clock that `clock_moved` moves."""
         over: asyncio.Future[None] = self._loop.create_future()
-        self._pauses[over] = self._loop.call_later(seconds, _end_pause, over)
+        pauses = self._pauses = {} if self._pauses is None else self._pauses
+        pauses[over] = self._loop.call_later(seconds, _end_pause, over)
         try:
             await over
         finally:
-            self._pauses.pop(over).cancel()
+            pauses.pop(over).cancel()
 
     def _stop_timers(self) -> None:
         for timer in (self._register_timer, self._poll_timer):
@@ -516,9 +542,10 @@ class Run:
         """Count waits from an earlier time, because the database's clock was moved forward by so many seconds."""
         for wait in self.pending.values():
             wait.called_at -= by
-        for over, timer in self._pauses.items():
+        pauses = self._pauses or {}
+        for over, timer in pauses.items():
             timer.cancel()
-            self._pauses[over] = self._loop.call_at(timer.when() - by, _end_pause, over)
+            pauses[over] = self._loop.call_at(timer.when() - by, _end_pause, over)
         self.poll_soon()
 
 

@@ -127,8 +127,11 @@ WITH opened AS MATERIALIZED (
   ) r
 ), room AS MATERIALIZED (
   SELECT k.limit_key, k.version, k.running, k.tat, k.closed_until, k.ready_at, k.served,
-    CASE WHEN k.floor_of = :floor_of AND :floors THEN k.floor_at END AS floor_at
+    CASE WHEN k.floor_of = :floor_of AND :floors THEN k.floor_at END AS floor_at,
+    k.ctid AS locked_at, seen.seen_at, seen.version = k.version AS fresh
   FROM {limit_keys} k
+  -- Of the version in the snapshot: a subquery is not computed anew for the newer one that is locked.
+  CROSS JOIN LATERAL (SELECT k.version, k.ctid AS seen_at OFFSET 0) seen
   WHERE k.queue_name = :queue_name AND [of_keys]
     -- In a full queue those go on that hold a slot, and nothing else.
     AND (NOT (SELECT whole_full FROM budget) OR k.limit_key = ANY (ARRAY(
@@ -137,7 +140,7 @@ WITH opened AS MATERIALIZED (
         AND x.claimed_by IS NULL AND (SELECT whole_full FROM budget))))
   ORDER BY k.ready_at, k.limit_key
   LIMIT [most_keys]
-  FOR NO KEY UPDATE SKIP LOCKED
+  FOR NO KEY UPDATE OF k SKIP LOCKED
 ), policy AS MATERIALIZED (
   SELECT r.*, own.weight,
     CASE WHEN r.limit_key = '' THEN NULL WHEN own.limited THEN own.concurrency ELSE b.concurrency END AS concurrency,
@@ -172,7 +175,7 @@ WITH opened AS MATERIALIZED (
       - p.kept_starts END AS tokens
   ) t
 ), resumed AS MATERIALIZED (
-  SELECT t.limit_key, n.task_id, n.available_at, n.place,
+  SELECT t.limit_key, t.ready_at, t.slots AS free_slots, t.tokens, t.burst, n.task_id, n.available_at, n.place,
     CASE WHEN n.slot IS NULL THEN 1 ELSE 0 END AS slots,
     CASE WHEN n.state = 'pending' THEN n.weight ELSE 0 END AS starts
   FROM turns t CROSS JOIN LATERAL (
@@ -189,7 +192,7 @@ WITH opened AS MATERIALIZED (
       FOR NO KEY UPDATE SKIP LOCKED) i LIMIT t.wanted) l) n
   WHERE NOT t.closed
 ), heads AS MATERIALIZED (
-  SELECT t.limit_key, n.task_id, n.available_at, n.place,
+  SELECT t.limit_key, t.ready_at, t.slots AS free_slots, t.tokens, t.burst, n.task_id, n.available_at, n.place,
     CASE WHEN n.slot IS NULL THEN 1 ELSE 0 END AS slots,
     CASE WHEN n.state = 'pending' THEN n.weight ELSE 0 END AS starts
   FROM turns t CROSS JOIN LATERAL (
@@ -209,12 +212,11 @@ WITH opened AS MATERIALIZED (
       LIMIT t.turn) l) n
   WHERE t.turn > 0
 ), summed AS MATERIALIZED (
-  SELECT c.limit_key, c.task_id, c.available_at, c.lane, c.place, c.slots, c.starts, t.ready_at,
-    (c.slots = 0 OR t.slots IS NULL OR sum(c.slots) OVER upto <= t.slots)
-    AND (c.starts = 0 OR t.tokens IS NULL
-      OR t.tokens - (sum(c.starts) OVER upto - c.starts) >= least(c.starts, t.burst)) AS admitted
+  SELECT c.limit_key, c.task_id, c.available_at, c.lane, c.place, c.slots, c.starts, c.ready_at,
+    (c.slots = 0 OR c.free_slots IS NULL OR sum(c.slots) OVER upto <= c.free_slots)
+    AND (c.starts = 0 OR c.tokens IS NULL
+      OR c.tokens - (sum(c.starts) OVER upto - c.starts) >= least(c.starts, c.burst)) AS admitted
   FROM (SELECT 0 AS lane, * FROM resumed UNION ALL SELECT 1, * FROM heads) c
-  JOIN turns t ON t.limit_key = c.limit_key
   WINDOW upto AS (PARTITION BY c.limit_key ORDER BY c.lane, c.place)
 ), in_turn AS MATERIALIZED (
   -- One that has to wait is not overtaken within its key.
@@ -241,7 +243,7 @@ WITH opened AS MATERIALIZED (
         WHEN max_running_time > interval '36525 days' THEN interval '36525 days'
         ELSE max_running_time END
       ELSE cancel_at END,
-    slot = (SELECT t.hold FROM turns t WHERE t.limit_key = {tasks}.limit_key),
+    slot = CASE WHEN limit_key IN (SELECT t.limit_key FROM turns t WHERE t.hold = 'task') THEN 'task' ELSE 'run' END,
     resumes_at = NULL
   WHERE task_id = ANY (ARRAY(SELECT task_id FROM picked))
   RETURNING task_id, run_id, queue_name, priority, available_at, task_name, params::text AS params,
@@ -251,21 +253,20 @@ WITH opened AS MATERIALIZED (
     count(*) FILTER (WHERE p.lane = 1)::integer AS heads,
     max(c.available_at) FILTER (WHERE p.lane = 1) AS last_at
   FROM claimed c JOIN picked p ON p.task_id = c.task_id GROUP BY c.limit_key
-), blocked AS MATERIALIZED (
-  -- The weight of the first that has to wait for tokens.
-  SELECT DISTINCT ON (s.limit_key) s.limit_key, s.starts FROM in_turn s
-  WHERE NOT s.admits AND s.lane = 1 ORDER BY s.limit_key, s.place
+), looked_at AS MATERIALIZED (
+  SELECT i.limit_key, count(*) FILTER (WHERE i.lane = 1) AS found, count(*) FILTER (WHERE i.admits) AS admitted,
+    -- The weight of the first that has to wait for tokens.
+    (array_agg(i.starts ORDER BY i.place) FILTER (WHERE NOT i.admits AND i.lane = 1))[1] AS next_weight
+  FROM in_turn i GROUP BY i.limit_key
 ), changes AS MATERIALIZED (
   SELECT t.*, coalesce(c.tasks, 0) AS n, t.running + coalesce(c.slots, 0) AS new_running,
     CASE WHEN t.every IS NULL OR coalesce(c.starts, 0) = 0 THEN t.tat
       ELSE greatest(t.tat, {now}) + t.every * c.starts END AS new_tat,
-    t.version = (
-      SELECT s.version FROM {limit_keys} s WHERE s.queue_name = :queue_name AND s.limit_key = t.limit_key) AS fresh,
-    (SELECT count(*) FROM heads h WHERE h.limit_key = t.limit_key) AS found,
-    t.whole_full OR (SELECT count(*) FROM in_turn i WHERE i.limit_key = t.limit_key AND i.admits)
-      > coalesce(c.tasks, 0) AS held_up,
-    coalesce(c.heads, 0) AS heads, c.last_at, coalesce(k.starts, 1) AS next_weight
-  FROM turns t LEFT JOIN counted c ON c.limit_key = t.limit_key LEFT JOIN blocked k ON k.limit_key = t.limit_key
+    coalesce(l.found, 0) AS found,
+    t.whole_full OR coalesce(l.admitted, 0) > coalesce(c.tasks, 0) AS held_up,
+    coalesce(c.heads, 0) AS heads, c.last_at, coalesce(l.next_weight, 1) AS next_weight
+  -- Full joins, because the planner cannot make nested loops of them, for which it expects few enough keys.
+  FROM turns t FULL JOIN counted c ON c.limit_key = t.limit_key FULL JOIN looked_at l ON l.limit_key = t.limit_key
 ), states AS MATERIALIZED (
   SELECT c.*,
     c.concurrency IS NOT NULL AND c.new_running >= c.concurrency AS is_full,
@@ -312,29 +313,13 @@ WITH opened AS MATERIALIZED (
       ELSE greatest(n.token_at, {now}) END) AS next_at
   FROM nexts n
 ), charged AS (
-  UPDATE {limit_keys} k SET (running, tat, version, ready_at, served, floor_at, floor_of, used_at) = (
-    SELECT s.new_running, s.new_tat, s.version + 1,
-      CASE [next_look]
-        WHEN s.closed THEN s.closed_until
-        WHEN NOT s.fresh AND (s.is_drained OR s.is_full) THEN {now}
-        -- It has its turn, but the queue has no room: it keeps its place.
-        WHEN s.held_up AND s.n = 0 THEN s.ready_at
-        WHEN s.held_up THEN {now}
-        WHEN s.next_at > {now} OR s.next_at IS NULL THEN s.next_at
-        -- This worker cannot take them: others may know their names, or have them locked.
-        WHEN s.n = 0 THEN {now} + interval '0.1 s' * (0.5 + random())
-        -- The next turns are its own, too, until it has had as many as its weight.
-        WHEN s.served + s.n < s.weight THEN s.ready_at
-        ELSE {now} END,
-      CASE WHEN s.served + s.n < s.weight AND NOT s.is_drained THEN s.served + s.n ELSE 0 END,
-      CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found
-        THEN CASE WHEN k.floor_of = :floor_of THEN greatest(k.floor_at, s.last_at) ELSE s.last_at END
-        ELSE k.floor_at END,
-      CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found THEN :floor_of
-        ELSE k.floor_of END,
-      {clock}
-    FROM due s WHERE s.limit_key = k.limit_key)
-  WHERE k.queue_name = :queue_name AND k.limit_key = ANY (ARRAY(SELECT limit_key FROM due))
+  -- By the place of the row: under a held snapshot, the key has as many index entries as it has had versions.
+  UPDATE {limit_keys} k SET [changes] FROM due s WHERE k.ctid = s.seen_at AND s.seen_at = s.locked_at
+), charged_later AS (
+  -- Of a row that was changed after the snapshot, the update finds the newest version from the one in the snapshot.
+  UPDATE {limit_keys} k SET [changes] FROM due s
+  WHERE EXISTS (SELECT FROM due WHERE seen_at <> locked_at) AND s.seen_at <> s.locked_at AND s.limit_key = k.limit_key
+    AND k.queue_name = :queue_name AND k.limit_key = ANY (ARRAY(SELECT limit_key FROM due WHERE seen_at <> locked_at))
 ), charged_whole AS (
   UPDATE {limit_totals} t SET running = t.running + (SELECT coalesce(sum(slots), 0) FROM counted),
     tat = CASE WHEN b.whole_interval IS NULL OR (SELECT coalesce(sum(starts), 0) FROM counted) = 0 THEN t.tat
@@ -344,6 +329,29 @@ WITH opened AS MATERIALIZED (
 )
 SELECT * FROM claimed
 """
+
+_CHANGES: Final = """(running, tat, version, ready_at, served, floor_at, floor_of, used_at) = (
+    s.new_running, s.new_tat, s.version + 1,
+    CASE [next_look]
+      WHEN s.closed THEN s.closed_until
+      WHEN NOT s.fresh AND (s.is_drained OR s.is_full) THEN {now}
+      -- It has its turn, but the queue has no room: it keeps its place.
+      WHEN s.held_up AND s.n = 0 THEN s.ready_at
+      WHEN s.held_up THEN {now}
+      WHEN s.next_at > {now} OR s.next_at IS NULL THEN s.next_at
+      -- This worker cannot take them: others may know their names, or have them locked.
+      WHEN s.n = 0 THEN {now} + interval '0.1 s' * (0.5 + random())
+      -- The next turns are its own, too, until it has had as many as its weight.
+      WHEN s.served + s.n < s.weight THEN s.ready_at
+      ELSE {now} END,
+    CASE WHEN s.served + s.n < s.weight AND NOT s.is_drained THEN s.served + s.n ELSE 0 END,
+    CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found
+      THEN CASE WHEN k.floor_of = :floor_of THEN greatest(k.floor_at, s.last_at) ELSE s.last_at END
+      ELSE k.floor_at END,
+    CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found THEN :floor_of
+      ELSE k.floor_of END,
+    {clock})"""
+"""What a claim writes to the row of a key."""
 
 _ADMITTED: Final = """coalesce((
       SELECT coalesce(k.closed_until <= {now}, true)
@@ -359,7 +367,7 @@ _ADMITTED: Final = """coalesce((
 
 
 def _claim(parts: dict[str, str]) -> Sql:
-    text = _CLAIM
+    text = _CLAIM.replace("[changes]", _CHANGES)
     for name, part in parts.items():
         text = text.replace(f"[{name}]", part)
     return Sql(

@@ -70,8 +70,9 @@ class Slots:
 
     def free_slot(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose code has ended."""
-        self.unwritten.add(claimed.key)
-        self.runs.pop(claimed.key, None)
+        key = claimed.key
+        self.unwritten.add(key)
+        self.runs.pop(key, None)
         self._update_idle()
 
     def written(self, claimed: ClaimedRun) -> bool:

@@ -75,6 +75,9 @@ async def test_a_claim_reads_the_heads_of_the_keys_that_it_serves(
                 assert scan["Node Type"] in ("Index Scan", "Index Only Scan", "Bitmap Heap Scan"), scan
         indexes = {scan["Index Name"] for scan in found if scan["Relation Name"] == "tasks" and "Index Name" in scan}
         assert "tasks_claim_idx" not in indexes
+        # A key is looked up once, in the index of what is ready: in that of the keys it has an entry for each version.
+        of_keys = [scan for scan in found if scan["Relation Name"] == "limit_keys" and scan["Actual Loops"]]
+        assert {scan.get("Index Name", scan["Node Type"]) for scan in of_keys} == {"limit_keys_ready_idx", "Tid Scan"}
         claimed = await connection.fetchval("SELECT count(*) FROM durable.tasks WHERE state = 'running'")
         assert claimed == 19
     finally:

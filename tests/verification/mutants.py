@@ -586,7 +586,7 @@ MUTANTS = (
     Mutant(
         "a key that is parked although a drain came in between",
         "statements/limits.py",
-        (("        WHEN NOT s.fresh AND (s.is_drained OR s.is_full) THEN {now}\n", ""),),
+        (("      WHEN NOT s.fresh AND (s.is_drained OR s.is_full) THEN {now}\n", ""),),
         (f"{LIMITS}test_a_task_that_appears_while_a_claim_looks_is_not_stranded",),
     ),
     Mutant(
@@ -609,6 +609,18 @@ MUTANTS = (
                 "SELECT k.limit_key, k.version, (SELECT s.running FROM {limit_keys} s WHERE s.queue_name = k.queue_name AND s.limit_key = k.limit_key) AS running, k.tat,",
             ),
         ),
+        (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
+    ),
+    Mutant(
+        "a version of the snapshot that is read from the locked row",
+        "statements/limits.py",
+        (("k.ctid AS seen_at OFFSET 0)", "k.ctid AS seen_at)"),),
+        (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
+    ),
+    Mutant(
+        "a key that is not charged because it was changed after the snapshot",
+        "statements/limits.py",
+        (("WHERE EXISTS (SELECT FROM due WHERE seen_at <> locked_at) AND", "WHERE false AND"),),
         (f"{LIMITS}test_a_claim_counts_what_was_claimed_after_its_snapshot",),
     ),
     Mutant(
