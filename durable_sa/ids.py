@@ -18,10 +18,15 @@ import uuid_utils
 _FAMILY_BYTES: Final = 4
 
 
+_make: Callable[[bytes], uuid.UUID] | None = None
+
+
 def _uuid(raw: bytes) -> uuid.UUID:
-    # The class is looked up, because a process without asyncpg is not to import it for this.
-    make: Callable[[bytes], uuid.UUID] | None = getattr(sys.modules.get("asyncpg.pgproto.pgproto"), "UUID", None)
-    return uuid.UUID(bytes=raw) if make is None else make(raw)
+    global _make  # noqa: PLW0603 - looked up until it is found
+    if _make is None:
+        # The class is looked up, because a process without asyncpg is not to import it for this.
+        _make = getattr(sys.modules.get("asyncpg.pgproto.pgproto"), "UUID", None)
+    return uuid.UUID(bytes=raw) if _make is None else _make(raw)
 
 
 def new_id() -> uuid.UUID:
