@@ -12,7 +12,7 @@ from .errors import InvalidConfiguration, InvalidCron
 from .names import validate_name
 from .options import Replay, TaskOptions, check_limit_key, check_replay
 from .policies import CancellationPolicy, RetryStrategy
-from .schedules.cron import EVERY, next_tick
+from .schedules import cron
 from .serialization.annotations import is_coroutine_function, local_types, plain_function
 from .tasks import DeclaredSchedule, FollowUp, LimitKey, Task, check_follow_up
 from .validation import Duration, seconds
@@ -155,8 +155,8 @@ def _declared(schedule: str | None, timezone: str, every: Duration | None) -> De
         return None
     if schedule is not None and every is not None:
         raise InvalidConfiguration("schedule and every", "both are given", "Give one of them.")
-    expression = schedule if every is None else f"{EVERY}{seconds(every, 'every', minimum=1):.15g}"
-    if next_tick(cast(str, expression), timezone, datetime.now(UTC)) is None:
+    expression = schedule if every is None else f"{cron.EVERY}{seconds(every, 'every', minimum=1):.15g}"
+    if cron.next_tick(cast(str, expression), timezone, datetime.now(UTC)) is None:
         raise InvalidCron(expression, "it never comes true")
     return DeclaredSchedule(cast(str, expression), timezone)
 

@@ -76,15 +76,18 @@ SPAWNING = """
 def test_a_process_that_only_spawns_loads_neither_a_worker_nor_another_driver(database_url: URL) -> None:
     url = database_url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     modules = loaded(SPAWNING, APPLICATION_URL=url)
-    unused = ["worker", "telemetry", "migrations", "embedded", "testing", "cli", "execution.writer", "execution.reader"]
-    assert not below(modules, "asyncpg", "alembic", "opentelemetry", *(f"durable_sa.{name}" for name in unused))
+    unused = ["worker", "telemetry", "migrations", "embedded", "testing", "cli", "dashboard"]
+    unused += ["execution.writer", "execution.reader", "execution.transactions", "execution.session_transactions"]
+    unused += ["database.channel", "database.deletion", "schedules.cron"]
+    others = ["asyncpg", "alembic", "opentelemetry", "typer", "cronsim"]
+    assert not below(modules, *others, *(f"durable_sa.{name}" for name in unused))
     assert below(modules, "durable_sa.statements") == {
         "durable_sa.statements",
         "durable_sa.statements.expressions",
         "durable_sa.statements.notifying",
         "durable_sa.statements.spawning",
     }
-    assert below(modules, "durable_sa.schedules") == {"durable_sa.schedules", "durable_sa.schedules.cron"}
+    assert below(modules, "durable_sa.schedules") == {"durable_sa.schedules"}
 
 
 def test_the_plugin_costs_a_run_without_its_fixtures_nothing() -> None:

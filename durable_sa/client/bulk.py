@@ -18,7 +18,6 @@ from sqlalchemy import Executable
 
 from ..app import App
 from ..database.connections import Database
-from ..database.deletion import delete_ended
 from ..database.hint import Hint
 from ..database.scripts import Script, perform, read
 from ..database_errors import backoff
@@ -239,6 +238,9 @@ class Deletion:
         """Tasks that could not be deleted, and whose children may be in the next batch."""
 
     async def __call__(self, task_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+        # Imported late, with the connections of workers that it needs, because most processes delete nothing.
+        from ..database.deletion import delete_ended
+
         done: list[uuid.UUID] = []
         left = self._left.union(task_ids)
         while left and (deleted := await delete_ended(self._app.database, sorted(left))):

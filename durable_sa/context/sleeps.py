@@ -6,11 +6,9 @@ from collections.abc import Coroutine
 from datetime import datetime
 
 from ..execution.waits import PendingWait
-from ..serialization.codec import Codec, codec_for
+from ..serialization.codec import codec_for
 from ..validation import Duration, seconds, timestamp
 from .base import NULL, Call, ContextBase
-
-_PLAIN_TIME: Codec[datetime] = codec_for(datetime)
 
 
 class Sleeps(ContextBase):
@@ -41,7 +39,7 @@ class Sleeps(ContextBase):
         run = self._run
         entry = await self._recall(call)
         if entry is not None:
-            due_at, delay = _PLAIN_TIME.decode(entry.value or NULL, "a wake time"), None
+            due_at, delay = codec_for(datetime).decode(entry.value or NULL, "a wake time"), None
         await run.enter()
         if delay == 0 or (due_at is not None and due_at <= run.now()):
             return

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from ..database.failover import timeline_of
 from ..errors import ReplayMismatch
-from ..execution.session_transactions import InThread, run_session_transaction
-from ..execution.transactions import run_transaction
 from ..ids import is_part
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
@@ -23,6 +21,9 @@ from ..signals import ControlFlow
 from ..steps import result_codec
 from .base import NULL, Call, ContextBase, check_function
 from .steps import invoke
+
+if TYPE_CHECKING:
+    from ..execution.session_transactions import InThread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -116,6 +117,10 @@ class Transactions(ContextBase):
         kwargs: dict[str, Any],
         in_thread: InThread | None,
     ) -> Any:
+        # Imported late, because only workers execute transactions.
+        from ..execution.session_transactions import run_session_transaction
+        from ..execution.transactions import run_transaction
+
         run, database = self._run, self._app.database
         sessions = None if is_coroutine_function(fn) else self._app.sync_database
         if sessions is None:

@@ -14,8 +14,6 @@ from .base import NULL, Call, ContextBase
 
 T = TypeVar("T")
 
-_PLAIN_TIME: Codec[datetime] = codec_for(datetime)
-
 
 class Values(ContextBase):
     """The part of a context that draws values."""
@@ -34,7 +32,7 @@ class Values(ContextBase):
 
     def now(self) -> Coroutine[object, None, datetime]:
         """Return the time by the database's clock, in UTC, drawn once."""
-        return self._draw("$now", _PLAIN_TIME, self._run.now)
+        return self._draw("$now", codec_for(datetime), self._run.now)
 
     def uuid7(self) -> Coroutine[object, None, uuid.UUID]:
         """Return a UUIDv7, drawn once."""
