@@ -20,7 +20,7 @@ async def load(view: View) -> dict[str, Any]:
     """Run the checks.
 
     Some read all unfinished tasks, or whole tables. The page is opened with those that end soon, and then loaded once
-    more with `thorough=1`, which gives each of them the time of a section.
+    more with `thorough=1`, where each of them may take the time of a section.
     """
     thorough = view.query.text("thorough") is not None
     view.sections.most_late = _MOST_LATE
