@@ -267,7 +267,7 @@ _PLACES = select(TaskRow.task_id, TaskRow.task_name, TaskRow.state)
 
 
 def latest_failures(where: Where, since: Any) -> Executable:
-    """Select the latest failed tasks that match, each with its error, the latest first.
+    """Select the latest failed tasks of the chosen queues that match, each with its error, the latest first.
 
     `where` must be restricted to failed tasks since that time if it is a filter.
     """
@@ -290,6 +290,7 @@ def latest_failures(where: Where, since: Any) -> Executable:
         select(of_queue.c.task_id)
         .select_from(Queue)
         .join(of_queue, true())
+        .where(_any_of(Queue.queue_name))
         .order_by(of_queue.c.finished_at.desc())
         .limit(constant(FAILURES))
         .subquery("latest")

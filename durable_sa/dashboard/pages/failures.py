@@ -32,7 +32,8 @@ async def load(view: View) -> dict[str, Any]:
         queue_name=view.query.text("queue_name"),
         error_name=view.query.text("error_name"),
     )
-    where = view.access.tasks(chosen)
+    # The statement is one of the user's queues already, and a filter alone is looked up by the index of each queue.
+    where = chosen if view.access.where is None else view.access.tasks(chosen)
     payloads = view.access.payloads
     rows = await view.rows("failures", statements.latest_failures(where, since), shared=False)
 
