@@ -459,7 +459,8 @@ MUTANTS = (
         (
             (
                 (
-                    '            due_at, delay = _PLAIN_TIME.decode(entry.value or NULL, "a wake time"), None\n'
+                    "            due_at, delay = codec_for(datetime)"
+                    '.decode(entry.value or NULL, "a wake time"), None\n'
                     "        await run.enter()\n        if delay == 0"
                 ),
                 "            pass\n        await run.enter()\n        if delay == 0",
