@@ -18,15 +18,15 @@ import uuid_utils
 _FAMILY_BYTES: Final = 4
 
 
-_make: Callable[[bytes], uuid.UUID] | None = None
+_make_uuid: Callable[[bytes], uuid.UUID] | None = None
 
 
 def _uuid(raw: bytes) -> uuid.UUID:
-    global _make  # noqa: PLW0603 - looked up until it is found
-    if _make is None:
+    global _make_uuid  # noqa: PLW0603 - looked up until it is found
+    if _make_uuid is None:
         # The class is looked up, because a process without asyncpg is not to import it for this.
-        _make = getattr(sys.modules.get("asyncpg.pgproto.pgproto"), "UUID", None)
-    return uuid.UUID(bytes=raw) if _make is None else _make(raw)
+        _make_uuid = getattr(sys.modules.get("asyncpg.pgproto.pgproto"), "UUID", None)
+    return uuid.UUID(bytes=raw) if _make_uuid is None else _make_uuid(raw)
 
 
 def new_id() -> uuid.UUID:

@@ -233,6 +233,7 @@ def _insert_many(items: Portion, hint: Hint, lock_timeout: str | None) -> Script
         else:
             inserted.update((task_id, results[task_id]) for task_id in lane.task_ids)
         hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
+    # One of each kind will do, because they have the time limit in common.
     of_each_kind = items[:1] if items.is_plain and inserted is results else items
     hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in inserted for item in of_each_kind)
     return inserted

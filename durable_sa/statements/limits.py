@@ -351,7 +351,7 @@ _CHANGES: Final = """(running, tat, version, ready_at, served, floor_at, floor_o
     CASE WHEN [keeps] AND s.heads > 0 AND cardinality(:priorities) = 1 AND s.heads = s.found THEN :floor_of
       ELSE k.floor_of END,
     {clock})"""
-"""What a claim writes to the row of a key."""
+"""The columns of a key that a claim changes, with their new values."""
 
 _ADMITTED: Final = """coalesce((
       SELECT coalesce(k.closed_until <= {now}, true)

@@ -66,7 +66,7 @@ async def test_it_runs_tasks_until_it_is_told_to_stop(durable: Durable, url: str
 
 @pytest.mark.slow
 async def test_modules_are_not_searched_for_garbage(durable: Durable, url: str, app: Path) -> None:
-    """What a full collection goes through is a small part of what was imported."""
+    """A full collection walks through less than a quarter of the objects that the imports have made."""
     code = "return int(len(gc.get_objects()) < gc.get_freeze_count() / 4)"
     source = (app / "app.py").read_text().replace("return 42", code)
     (app / "app.py").write_text(f"import gc\n{source}")

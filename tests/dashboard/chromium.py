@@ -77,7 +77,6 @@ async def serving_in_chromium(durable: Durable) -> AsyncGenerator[Site]:
     app = dashboard(durable, auth=lambda _: Access("ada", actions=ACTIONS, payloads=True))
     config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="off")
     server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     socket = config.bind_socket()
     serving = asyncio.create_task(server._serve([socket]))
     try:

@@ -43,7 +43,7 @@ async def test_a_part_is_searched_at_a_time(
             after, pages = data["next"], pages + 1
         assert found == (wanted if order == "oldest" else wanted[::-1])
         assert pages > 3
-        # Whoever wants it has all searched.
+        # All tasks are searched on request.
         data = await browser.data(f"/tasks?task_name=rare&search=all&order={order}")
         assert [task["task_id"] for task in data["tasks"]] == found
         assert data["searched"] is None
@@ -64,7 +64,7 @@ async def test_what_takes_long_among_all_is_searched_in_part(durable: Durable, m
         assert (data["tasks"], data["searched"], data["late"]) == ([], 2, [])
         data = await browser.data(f"/tasks?task_name=rare&search=part&after={data['next']}")
         assert [task["task_name"] for task in data["tasks"]] == ["rare"]
-        # All that there are were searched.
+        # No task is left to search.
         assert (data["searched"], data["next"]) == (None, None)
         app.reader.statement_timeout = 0.1
         assert (await browser.data("/tasks?search=all"))["late"] == ["tasks"]

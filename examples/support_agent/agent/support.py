@@ -21,7 +21,7 @@ EVENTS = "events"
 """The stream of a task that has the events of its agent: words, calls of tools, their results."""
 
 Number = Annotated[int, Field(gt=0, lt=2**31)]
-"""What fits into the columns; the model is told about anything else."""
+"""An integer that fits into the columns; for any other, pydantic-ai asks the model to correct its call."""
 
 
 @dataclass(frozen=True)

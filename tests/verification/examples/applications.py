@@ -1,4 +1,4 @@
-"""An example application as somebody would run it: `alembic`, a web server and workers, driven over HTTP."""
+"""An example application, run as its README says: `alembic`, a web server and workers, driven over HTTP."""
 
 import os
 import re
@@ -76,7 +76,7 @@ class Application:
 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> Any:
-    """What the condition gives once it is true."""
+    """Return the value of the condition once it is true, within 30 seconds and while the process lives."""
     deadline = time.monotonic() + 30
     while not (value := condition()):
         said = "" if log is None else log.read_text()

@@ -1,4 +1,4 @@
-"""The example applications as somebody would run them: `alembic`, a web server and a worker, driven over HTTP."""
+"""The example applications, run as their READMEs say: `alembic`, a web server and a worker, driven over HTTP."""
 
 import os
 import signal
