@@ -108,6 +108,22 @@ async def discard(connection: AsyncConnection) -> None:
     await asyncio.wait([task])
 
 
+async def connected(connecting: Awaitable[AsyncConnection]) -> AsyncConnection:
+    """Await a new connection, which is closed if the caller is cancelled meanwhile.
+
+    SQLAlchemy before 2.1.9 drops a connection whose set-up is cancelled, and its socket stays open until it is collected.
+    """
+    with detached():
+        task = asyncio.ensure_future(connecting)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=CLOSING_TIMEOUT)
+        if not task.cancel() and not task.cancelled() and task.exception() is None:
+            await discard(task.result())
+        raise
+
+
 @asynccontextmanager
 async def begun(connection: AsyncConnection) -> AsyncGenerator[AsyncTransaction]:
     """Begin a transaction, which ends with the block: by a commit, or after an exception by a bounded rollback."""

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..database_errors import backoff, reason
 from ..statements.notifying import NOTIFY
-from .closing import CLOSING_TIMEOUT, discard, dispose
+from .closing import CLOSING_TIMEOUT, connected, discard, dispose
 from .connections import Database, HeldConnection
 from .engines import direct_engine
 from .hint import channel_name
@@ -51,7 +51,7 @@ class Listener:
             engine = self._database.private() if self._url is None else direct_engine(self._url)
             try:
                 async with asyncio.timeout(CONNECT_DEADLINE):
-                    connection = await engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+                    connection = await connected(engine.execution_options(isolation_level="AUTOCOMMIT").connect())
                 try:
                     await self._listen(connection)
                 finally:

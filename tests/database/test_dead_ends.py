@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -118,3 +119,36 @@ async def test_the_socket_is_closed(proxy: Proxy, database_url: URL, driver: str
     proxy.clinging = True
     await held.close()
     await eventually(lambda: proxy.left == 1, within=5)
+
+
+async def test_a_connection_whose_set_up_is_cancelled_is_closed(database_url: URL, driver: str) -> None:
+    """As when a worker is shut down before its listener has connected."""
+    engine = create_async_engine(database_url.set(drivername=driver))
+    made: list[Any] = []
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def set_up(connection: Any, _: object) -> None:
+        made.append(connection.driver_connection)
+        connection.run_async(lambda _: asyncio.sleep(0.1))
+
+    connecting = asyncio.create_task(closing.connected(engine.connect()))
+    await eventually(lambda: bool(made))
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    (connection,) = made
+    assert connection.is_closed() if driver.endswith("asyncpg") else connection.closed
+    await engine.dispose()
+
+
+async def test_connecting_to_a_dead_end_is_cancelled_in_bounded_time(
+    proxy: Proxy, database_url: URL, driver: str
+) -> None:
+    proxy.stall()
+    engine = create_async_engine(through(proxy, database_url, driver))
+    connecting = asyncio.create_task(closing.connected(engine.connect()))
+    await eventually(lambda: proxy.waiting > 0)
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(connecting, 5)
+    await engine.dispose()
