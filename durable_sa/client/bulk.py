@@ -144,7 +144,7 @@ def _is_apt(state: TaskStatus, *, ended: bool) -> bool:
 
 
 def _cancel_many(task_ids: Sequence[uuid.UUID], hint: Hint) -> Script[list[uuid.UUID]]:
-    rows = yield cancelling.CANCEL_MANY, {"task_ids": task_ids}
+    rows = yield cancelling.cancel_many(), {"task_ids": task_ids}
     yield from after_cancel(hint, rows)
     return [row.task_id for row in rows]
 

@@ -215,7 +215,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
     """Return the script that cancels a task and, generation by generation, its unfinished descendants."""
 
     def script(hint: Hint) -> Script[TaskStatus]:
-        rows = yield cancelling.CANCEL, {"target_id": task_id}
+        rows = yield cancelling.cancel(), {"target_id": task_id}
         if not rows:
             rows = yield cancelling.TASK_STATE, {"target_id": task_id}
             if not rows:
@@ -227,7 +227,7 @@ def cancel(task_id: uuid.UUID) -> Callable[[Hint], Script[TaskStatus]]:
             if not rows:
                 break
             rows = yield (
-                cancelling.CANCEL_DESCENDANTS,
+                cancelling.cancel_descendants(),
                 {"task_ids": [row.task_id for row in rows], "origin": task_id},
             )
             cancelled.extend(rows)

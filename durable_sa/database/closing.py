@@ -111,7 +111,7 @@ async def discard(connection: AsyncConnection) -> None:
 async def connected(connecting: Awaitable[AsyncConnection]) -> AsyncConnection:
     """Await a new connection, which is closed if the caller is cancelled meanwhile.
 
-    SQLAlchemy before 2.1.9 drops a connection whose set-up is cancelled, and its socket stays open until it is collected.
+    SQLAlchemy before 2.1.9 drops a connection whose set-up is cancelled, with its socket open.
     """
     with detached():
         task = asyncio.ensure_future(connecting)

@@ -403,8 +403,7 @@ def _failures(writes: list[Write[FailureValues]]) -> tuple[Executable, dict[str,
     names = ("task_ids", "fences", "errors", "retryable", "next_run_ids", "waited", "delays", "puts_off")
     parameters = arrays(names, rows)
     timeouts = [(write.task_id, key) for write in writes for key in write.values.timeouts]
-    statement = outcomes.FAIL_LIMITED if _limited(writes) else outcomes.FAIL
-    return statement, parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
+    return outcomes.fail(limited=_limited(writes)), parameters | arrays(("timed_out_ids", "timed_out_keys"), timeouts)
 
 
 def _wait_columns(writes: Sequence[Write]) -> dict[str, list[Any]]:
@@ -429,7 +428,7 @@ _STATEMENTS: dict[Kind, Callable[[list[Write]], tuple[Executable, dict[str, Any]
     Kind.SUSPENSION: _suspensions,
     Kind.FAILURE: _failures,
     Kind.RELEASE: lambda writes: _outcomes(
-        outcomes.RELEASE_LIMITED if _limited(writes) else outcomes.RELEASE, ("errors", "next_run_ids"), writes
+        outcomes.release(limited=_limited(writes)), ("errors", "next_run_ids"), writes
     ),
     Kind.COMPLETION: lambda writes: _outcomes(
         outcomes.COMPLETE_LIMITED if _limited(writes) else outcomes.COMPLETE, ("outputs", "waited"), writes

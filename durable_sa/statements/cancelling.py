@@ -1,7 +1,11 @@
-"""Cancels tasks with their descendants, and retries failed or cancelled ones."""
+"""Cancels tasks with their descendants, and retries failed or cancelled ones.
+
+The statements that cancel are the largest of all, and are built when they are first executed.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from sqlalchemy import (
@@ -37,7 +41,7 @@ _task_id = bindparam("target_id", type_=Uuid())
 _UNSUCCESSFUL = (constant("failed"), constant("cancelled"))
 
 
-def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Any:
+def _cancel(locked: CTE, cancelled_by: Any, *, skip_locked: bool = False) -> Executable:
     """Cancel the tasks in `locked`, with the error in its column `reason`, if there is that column.
 
     With `skip_locked`, waits that another transaction has locked are left in place: maintenance deletes them later.
@@ -93,17 +97,22 @@ def _unfinished(*conditions: Any, skip_locked: bool) -> CTE:
     )
 
 
-CANCEL = _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
-"""Cancel one task, waiting for the lock on its row. Returns no row if the task has ended."""
+@functools.cache
+def cancel() -> Executable:
+    """Cancel one task, waiting for the lock on its row. Returns no row if the task has ended."""
+    return _cancel(_unfinished(TaskRow.task_id == _task_id, skip_locked=False), null())
+
 
 _childs_parent = aliased(TaskRow, name="any_child").parent_task_id
 _childless = ~exists().where(_childs_parent == TaskRow.task_id)
-CANCEL_MANY = _cancel(
-    _unfinished(TaskRow.task_id == func.any(array("task_ids", Uuid())), _childless, skip_locked=True),
-    null(),
-    skip_locked=True,
-)
-"""Cancel those of many tasks that have no children; rows locked by other transactions are passed over."""
+
+
+@functools.cache
+def cancel_many() -> Executable:
+    """Cancel those of many tasks that have no children; rows locked by other transactions are passed over."""
+    unfinished = _unfinished(TaskRow.task_id == func.any(array("task_ids", Uuid())), _childless, skip_locked=True)
+    return _cancel(unfinished, null(), skip_locked=True)
+
 
 _parent = aliased(TaskRow, name="parent")
 _descendant = (
@@ -138,24 +147,31 @@ fence is unchanged since.
 
 _targets = array("task_ids", Uuid())
 _origin = bindparam("origin", type_=Uuid())
-_still_ended = materialized(
-    "still_ended",
-    select(TaskRow.task_id)
-    .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNSUCCESSFUL))
-    .with_for_update(skip_locked=True, key_share=True),
-)
-CANCEL_DESCENDANTS = _cancel(_unfinished(TaskRow.task_id == func.any(_targets), skip_locked=False), _origin)
-"""Cancel a batch of descendants inside the caller's transaction, waiting for locks."""
 
-CASCADE = _cancel(
-    _unfinished(TaskRow.task_id == func.any(_targets), exists(select(_still_ended.c.task_id)), skip_locked=True),
-    _origin,
-    skip_locked=True,
-)
-"""Cancel a batch of descendants in a transaction of its own; rows locked by other transactions are left for later.
 
-Nothing is cancelled if the origin was retried in the meantime: its descendants continue with it.
-"""
+@functools.cache
+def cancel_descendants() -> Executable:
+    """Cancel a batch of descendants inside the caller's transaction, waiting for locks."""
+    return _cancel(_unfinished(TaskRow.task_id == func.any(_targets), skip_locked=False), _origin)
+
+
+@functools.cache
+def cascade() -> Executable:
+    """Cancel a batch of descendants in a transaction of its own; rows locked by other transactions are left for later.
+
+    Nothing is cancelled if the origin was retried in the meantime: its descendants continue with it.
+    """
+    still_ended = materialized(
+        "still_ended",
+        select(TaskRow.task_id)
+        .where(TaskRow.task_id == _origin, TaskRow.outcome.in_(_UNSUCCESSFUL))
+        .with_for_update(skip_locked=True, key_share=True),
+    )
+    is_ended = exists(select(still_ended.c.task_id))
+    return _cancel(
+        _unfinished(TaskRow.task_id == func.any(_targets), is_ended, skip_locked=True), _origin, skip_locked=True
+    )
+
 
 _line = (
     select(
@@ -190,31 +206,34 @@ INCOMPLETE_CASCADES = (
 )
 """Failed or cancelled tasks that still have unfinished descendants, because a crash interrupted the cascade."""
 
-_limit_error = func.json_build_object(
-    constant("name"),
-    constant("CancellationPolicy"),
-    constant("message"),
-    case(
-        (TaskRow.first_started_at.is_(None), constant("max_pending_time was over before the first start")),
-        else_=constant("max_running_time was over"),
-    ),
-)
-_overdue = materialized(
-    "locked",
-    select(
-        *ENDING,
-        *LIMIT_COLUMNS,
-        TaskRow.parent_task_id,
-        _limit_error.label("reason"),
-    )
-    .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None), TaskRow.cancel_at <= clock())
-    .order_by(TaskRow.task_id)
-    .limit(bindparam("wanted", type_=Integer()))
-    .with_for_update(skip_locked=True, key_share=True),
-)
 
-CANCEL_OVERDUE = _cancel(_overdue, null(), skip_locked=True)
-"""Cancel a batch of tasks past their pending or running time limit."""
+@functools.cache
+def cancel_overdue() -> Executable:
+    """Cancel a batch of tasks past their pending or running time limit."""
+    error = func.json_build_object(
+        constant("name"),
+        constant("CancellationPolicy"),
+        constant("message"),
+        case(
+            (TaskRow.first_started_at.is_(None), constant("max_pending_time was over before the first start")),
+            else_=constant("max_running_time was over"),
+        ),
+    )
+    overdue = materialized(
+        "locked",
+        select(
+            *ENDING,
+            *LIMIT_COLUMNS,
+            TaskRow.parent_task_id,
+            error.label("reason"),
+        )
+        .where(TaskRow.finished_at.is_(None), TaskRow.cancel_at.is_not(None), TaskRow.cancel_at <= clock())
+        .order_by(TaskRow.task_id)
+        .limit(bindparam("wanted", type_=Integer()))
+        .with_for_update(skip_locked=True, key_share=True),
+    )
+    return _cancel(overdue, null(), skip_locked=True)
+
 
 TASK_STATE = select(TaskRow.task_id, TaskRow.state).where(TaskRow.task_id == _task_id)
 """The state of a task."""

@@ -5,6 +5,7 @@ Incrementing the fence is part of each, so nothing that the run sends afterwards
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -155,7 +156,18 @@ _jittered = case(
 _delay = func.least(_jittered, _max_backoff)
 
 
-def _fail(*, limited: bool) -> Executable:
+@functools.cache
+def fail(*, limited: bool) -> Executable:
+    """Record failures of user code: schedule the next attempt, or end the task as failed.
+
+    The next attempt begins after the delay that the failure names, or else the policy's.
+
+    Recorded timeouts that are the failure are deleted, so that the next attempt waits anew. A failure that
+    `puts_off` is none of the task's: it is attempted after the delay in any case, and nothing is counted.
+
+    `limited` is for tasks with limit keys. It gives their slots back, unless they are kept until the end of the task,
+    and a failure that puts a task off closes its key for as long.
+    """
     failed = rows(
         "fail",
         task_ids=Uuid(),
@@ -241,23 +253,12 @@ def _kept_slot(locked: CTE, again: ColumnElement[bool], next_time: ColumnElement
     return {"slot": case((kept, locked.c.slot)), "resumes_at": case((kept, next_time))}
 
 
-FAIL = _fail(limited=False)
-"""Record failures of user code: schedule the next attempt, or end the task as failed.
+@functools.cache
+def release(*, limited: bool) -> Executable:
+    """Release runs at shutdown: claimable at once, and not counted as failures.
 
-The next attempt begins after the delay that the failure names, or else the policy's.
-
-Recorded timeouts that are the failure are deleted, so that the next attempt waits anew. A failure that
-`puts_off` is none of the task's: it is attempted after the delay in any case, and nothing is counted.
-"""
-
-FAIL_LIMITED = _fail(limited=True)
-"""`FAIL` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task.
-
-A failure that puts a task off closes its key for as long.
-"""
-
-
-def _release(*, limited: bool) -> Executable:
+    `limited` is for tasks with limit keys, and gives their slots back, unless they are kept until the end of the task.
+    """
     released = rows("given", task_ids=Uuid(), fences=BigInteger(), errors=Text(), next_run_ids=Uuid())
     locked = locked_rows(released, limited=limited)
     ended = record_attempts(locked, constant("failed"), as_json(locked.c.errors))
@@ -288,105 +289,101 @@ def _release(*, limited: bool) -> Executable:
     return select(row).add_cte(ended, given_back)
 
 
-RELEASE = _release(limited=False)
-"""Release runs at shutdown: claimable at once, and not counted as failures."""
+@functools.cache
+def take_over() -> Executable:
+    """Take runs over from lost workers: a new attempt, not counted as a failure.
 
-RELEASE_LIMITED = _release(limited=True)
-"""`RELEASE` for tasks with limit keys, whose slots it gives back, unless they are kept until the end of the task."""
-
-_taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
-_locked = materialized(
-    "locked",
-    select(
-        TaskRow.task_id,
-        TaskRow.run_id,
-        TaskRow.attempt,
-        TaskRow.claimed_by,
-        TaskRow.started_at,
-        TaskRow.lease_losses,
-        func.coalesce(TaskRow.max_lost_workers, constant(MAX_LOST_WORKERS)).label("max_lost_workers"),
-        *LIMIT_COLUMNS,
-        _taken.c.next_run_ids,
-        array("worker_ids", Uuid()).label("worker_ids"),
+    A suspect fails at its `max_lost_workers`-th loss in a row.
+    """
+    taken = rows("taken", task_ids=Uuid(), next_run_ids=Uuid())
+    locked = materialized(
+        "locked",
+        select(
+            TaskRow.task_id,
+            TaskRow.run_id,
+            TaskRow.attempt,
+            TaskRow.claimed_by,
+            TaskRow.started_at,
+            TaskRow.lease_losses,
+            func.coalesce(TaskRow.max_lost_workers, constant(MAX_LOST_WORKERS)).label("max_lost_workers"),
+            *LIMIT_COLUMNS,
+            taken.c.next_run_ids,
+            array("worker_ids", Uuid()).label("worker_ids"),
+        )
+        .join(taken, TaskRow.task_id == taken.c.task_ids)
+        .where(TaskRow.claimed_by == func.any(array("worker_ids", Uuid())), TaskRow.finished_at.is_(None))
+        .order_by(TaskRow.task_id)
+        .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
     )
-    .join(_taken, TaskRow.task_id == _taken.c.task_ids)
-    .where(TaskRow.claimed_by == func.any(array("worker_ids", Uuid())), TaskRow.finished_at.is_(None))
-    .order_by(TaskRow.task_id)
-    .with_for_update(skip_locked=True, key_share=True, of=TaskRow),
-)
-# A number beyond counting, set by hand, would overflow and fail the whole batch.
-_losses = func.least(_locked.c.lease_losses, constant(2**31 - 2)) + constant(1)
-# A suspect is only claimed alone, so those after the first two were lost while they ran nothing else.
-_lost_alone = _losses - constant(SUSPECT_AFTER)
-_given_up = _lost_alone >= _locked.c.max_lost_workers
-_lost = func.json_build_object(
-    constant("name"),
-    constant("LeaseLost"),
-    constant("message"),
-    func.concat(
-        constant("worker "),
-        cast(_locked.c.claimed_by, Text()),
-        constant(" fell silent while it ran attempt "),
-        _locked.c.attempt,
-        case(
-            (
-                _lost_alone > constant(0),
-                func.concat(
-                    constant(" alone (loss "),
-                    _lost_alone,
-                    constant(" of "),
-                    _locked.c.max_lost_workers,
-                    constant(" in a row)"),
-                ),
-            )
+    # A number beyond counting, set by hand, would overflow and fail the whole batch.
+    losses = func.least(locked.c.lease_losses, constant(2**31 - 2)) + constant(1)
+    # A suspect is only claimed alone, so those after the first two were lost while they ran nothing else.
+    lost_alone = losses - constant(SUSPECT_AFTER)
+    given_up = lost_alone >= locked.c.max_lost_workers
+    lost = func.json_build_object(
+        constant("name"),
+        constant("LeaseLost"),
+        constant("message"),
+        func.concat(
+            constant("worker "),
+            cast(locked.c.claimed_by, Text()),
+            constant(" fell silent while it ran attempt "),
+            locked.c.attempt,
+            case(
+                (
+                    lost_alone > constant(0),
+                    func.concat(
+                        constant(" alone (loss "),
+                        lost_alone,
+                        constant(" of "),
+                        locked.c.max_lost_workers,
+                        constant(" in a row)"),
+                    ),
+                )
+            ),
         ),
-    ),
-)
-_ended = record_attempts(_locked, constant("failed"), _lost)
-_forgotten = delete_unlocked_waits(_locked, _given_up)
+    )
+    ended = record_attempts(locked, constant("failed"), lost)
+    forgotten = delete_unlocked_waits(locked, given_up)
 
-_kept = ~_given_up & (_locked.c.slot == constant("task"))
-TAKE_OVER = ending(
-    update(TaskRow)
-    .where(TaskRow.task_id == _locked.c.task_id)
-    .values(
-        state=case((_given_up, constant("failed")), else_=constant("pending")),
-        outcome=case((_given_up, constant("failed")), else_=null()),
-        finished_at=case((_given_up, clock()), else_=null()),
-        error=case((_given_up, _lost), else_=TaskRow.error),
-        available_at=case((_given_up, TaskRow.available_at), else_=clock()),
-        run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),
-        lease_losses=_losses,
-        claimed_by=null(),
-        fence=next_fence(TaskRow.fence),
-        slot=case((_kept, _locked.c.slot)),
-        resumes_at=case((_kept, clock())),
-    ),
-    (
-        TaskRow.task_id,
-        TaskRow.queue_name,
-        TaskRow.task_name,
-        TaskRow.priority,
-        TaskRow.available_at,
-        TaskRow.parent_task_id,
-        TaskRow.state,
-        TaskRow.lease_losses,
-        case((_given_up, as_text(TaskRow.params))).label("params"),
-        case((_given_up, as_text(TaskRow.error))).label("error"),
-        _locked.c.limit_key,
-        (_locked.c.slot.is_not(None) & ~_kept).label("gives_back"),
-    ),
-    _ended,
-    _forgotten,
-    after=lambda taken_over: (
-        give_back(
-            taken_over,
-            returned=taken_over.c.gives_back,
-            available_at=case((taken_over.c.state == constant("pending"), taken_over.c.available_at)),
+    kept = ~given_up & (locked.c.slot == constant("task"))
+    return ending(
+        update(TaskRow)
+        .where(TaskRow.task_id == locked.c.task_id)
+        .values(
+            state=case((given_up, constant("failed")), else_=constant("pending")),
+            outcome=case((given_up, constant("failed")), else_=null()),
+            finished_at=case((given_up, clock()), else_=null()),
+            error=case((given_up, lost), else_=TaskRow.error),
+            available_at=case((given_up, TaskRow.available_at), else_=clock()),
+            run_id=case((given_up, TaskRow.run_id), else_=locked.c.next_run_ids),
+            lease_losses=losses,
+            claimed_by=null(),
+            fence=next_fence(TaskRow.fence),
+            slot=case((kept, locked.c.slot)),
+            resumes_at=case((kept, clock())),
         ),
-    ),
-)
-"""Take runs over from lost workers: a new attempt, not counted as a failure.
-
-A suspect fails at its `max_lost_workers`-th loss in a row.
-"""
+        (
+            TaskRow.task_id,
+            TaskRow.queue_name,
+            TaskRow.task_name,
+            TaskRow.priority,
+            TaskRow.available_at,
+            TaskRow.parent_task_id,
+            TaskRow.state,
+            TaskRow.lease_losses,
+            case((given_up, as_text(TaskRow.params))).label("params"),
+            case((given_up, as_text(TaskRow.error))).label("error"),
+            locked.c.limit_key,
+            (locked.c.slot.is_not(None) & ~kept).label("gives_back"),
+        ),
+        ended,
+        forgotten,
+        after=lambda taken_over: (
+            give_back(
+                taken_over,
+                returned=taken_over.c.gives_back,
+                available_at=case((taken_over.c.state == constant("pending"), taken_over.c.available_at)),
+            ),
+        ),
+    )

@@ -320,6 +320,6 @@ def _cancel_descendants(task_id: uuid.UUID) -> Script[None]:
         rows = yield cancelling.DESCENDANTS, {"ancestor_ids": [task_id], "wanted": CASCADE_BATCH, "passed": 0}
         if not rows:
             return
-        rows = yield cancelling.CANCEL_DESCENDANTS, {"task_ids": [row.task_id for row in rows], "origin": task_id}
+        rows = yield cancelling.cancel_descendants(), {"task_ids": [row.task_id for row in rows], "origin": task_id}
         if not rows:
             return

@@ -37,7 +37,7 @@ class Cancellations:
                 cancelling.DESCENDANTS, {"ancestor_ids": [origin], "wanted": BATCH, "passed": passed}
             ):
                 cancelled = await self._connection.execute(
-                    cancelling.CASCADE, {"task_ids": [row.task_id for row in rows], "origin": origin}
+                    cancelling.cascade(), {"task_ids": [row.task_id for row in rows], "origin": origin}
                 )
                 self._follow_up(cancelled)
                 passed += len(rows) - len(cancelled)
@@ -50,7 +50,7 @@ class Cancellations:
         """Cancel tasks that have passed a limit of their policy. Return True if there were any."""
         found = False
         while True:
-            rows = await self._connection.execute(cancelling.CANCEL_OVERDUE, {"wanted": BATCH})
+            rows = await self._connection.execute(cancelling.cancel_overdue(), {"wanted": BATCH})
             self._follow_up(rows)
             self._agenda.cascade(row.task_id for row in rows)
             found = found or bool(rows)

@@ -74,7 +74,7 @@ class Takeover:
         if not task_ids:
             return 0
         rows = await self._connection.execute(
-            outcomes.TAKE_OVER,
+            outcomes.take_over(),
             {"task_ids": task_ids, "next_run_ids": [new_id() for _ in task_ids], "worker_ids": worker_ids},
         )
         if rows:

@@ -216,9 +216,9 @@ async def test_a_task_that_is_given_up_with_its_workers_has_a_follow_up(client: 
             {"lost": lost, "task_id": spawned.task_id},
         )
     parameters = {"task_ids": [spawned.task_id], "next_run_ids": [uuid.uuid4()], "worker_ids": [lost]}
-    [row] = await client.database.execute(outcomes.TAKE_OVER, parameters)
+    [row] = await client.database.execute(outcomes.take_over(), parameters)
     assert (row.state, row.follow_up_queue) == ("failed", "default")
-    assert await client.database.execute(outcomes.TAKE_OVER, parameters) == []
+    assert await client.database.execute(outcomes.take_over(), parameters) == []
     await run_until_idle(client)
     [failure] = ended
     assert failure.error is not None
@@ -241,7 +241,7 @@ async def test_a_failure_whose_reply_was_lost_has_one_follow_up(
 
     async def silent(self: DedicatedConnection, statement: Any, parameters: Any = None) -> Any:
         rows = await execute(self, statement, parameters)
-        if statement is outcomes.FAIL and not lost:
+        if statement is outcomes.fail(limited=False) and not lost:
             lost.append(True)
             raise ConnectionError
         return rows

@@ -211,7 +211,7 @@ CASES = {
         7_000,
     ),
     "fail": Case(
-        outcomes.FAIL,
+        outcomes.fail(limited=False),
         {
             **RUNS_HELD,
             "errors": ["{}"] * BATCH,
@@ -413,7 +413,7 @@ LISTS = {
         reading.some(TaskFilter(state="failed"), 10_001), {}, frozenset({"tasks_finished_idx"}), 200, 0
     ),
     "cancel many": Case(
-        cancelling.CANCEL_MANY,
+        cancelling.cancel_many(),
         {"task_ids": task_ids(READY)},
         frozenset({"tasks_pkey", "tasks_parent_idx"}),
         8_000,

@@ -271,8 +271,8 @@ MUTANTS = (
         "statements/outcomes.py",
         (
             (
-                '        state=case((_given_up, constant("failed")), else_=constant("pending")),\n        outcome=case((_given_up, constant("failed")), else_=null()),\n        finished_at',
-                '        state=case((_given_up, constant("failed")), else_=constant("pending")),\n        outcome=case((_given_up, constant("failed")), else_=null()),\n        follow_ups=null(),\n        finished_at',
+                '            state=case((given_up, constant("failed")), else_=constant("pending")),\n            outcome=case((given_up, constant("failed")), else_=null()),\n            finished_at',
+                '            state=case((given_up, constant("failed")), else_=constant("pending")),\n            outcome=case((given_up, constant("failed")), else_=null()),\n            follow_ups=null(),\n            finished_at',
             ),
         ),
         ("tests/context/test_follow_ups.py",),
@@ -434,7 +434,7 @@ MUTANTS = (
         "statements/cancelling.py",
         (
             ("        _parent.outcome.in_(_UNSUCCESSFUL),\n", ""),
-            ("exists(select(_still_ended.c.task_id)), ", ""),
+            ("func.any(_targets), is_ended, ", "func.any(_targets), "),
         ),
         (f"{RACES}test_retry_and_the_cascade_of_its_end",),
     ),
@@ -523,10 +523,10 @@ MUTANTS = (
         "statements/outcomes.py",
         (
             (
-                "        run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),\n",
+                "            run_id=case((given_up, TaskRow.run_id), else_=locked.c.next_run_ids),\n",
                 (
-                    "        run_id=case((_given_up, TaskRow.run_id), else_=_locked.c.next_run_ids),\n"
-                    "        failures=TaskRow.failures + constant(1),\n"
+                    "            run_id=case((given_up, TaskRow.run_id), else_=locked.c.next_run_ids),\n"
+                    "            failures=TaskRow.failures + constant(1),\n"
                 ),
             ),
         ),

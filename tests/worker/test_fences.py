@@ -176,7 +176,7 @@ async def _take_over(holder: Holder) -> None:
     async with holder.durable.database.transaction() as connection:
         await connection.exec_driver_sql("UPDATE durable.workers SET lost_at = clock_timestamp()")
     rows = await holder.durable.database.execute(
-        outcomes.TAKE_OVER,
+        outcomes.take_over(),
         {"task_ids": [holder.task_id], "next_run_ids": [new_id()], "worker_ids": [holder.claimer.worker_id]},
     )
     assert len(rows) == 1
