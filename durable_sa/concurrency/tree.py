@@ -34,6 +34,7 @@ class BranchTree:
         "_context",
         "_grace",
         "_loop",
+        "_on_done",
         "_on_quiescent",
         "_quiescence",
         "_root",
@@ -57,6 +58,7 @@ class BranchTree:
         """True once the run is being unwound, so that the code to retrieve exceptions is cancelled."""
         self._closed = False
         self._on_quiescent: Callable[[], object] = on_quiescent
+        self._on_done: Callable[[asyncio.Task[Any]], object] = _ignore
         self._grace = grace
         self._context = contextvars.copy_context()
         self._quiescence: Quiescence | None = None
@@ -83,9 +85,17 @@ class BranchTree:
         return {task for task in self._tasks if not task.done()}
 
     def start(
-        self, coro: Coroutine[Any, Any, T], *, context: contextvars.Context | None = None, name: str | None = None
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        context: contextvars.Context | None = None,
+        name: str | None = None,
+        on_done: Callable[[asyncio.Task[T]], object] | None = None,
     ) -> asyncio.Task[T]:
         """Start the root, in `context` or a copy of the current one.
+
+        `on_done` is called with the root when it has ended, unless the run was unwound before. A callback of the task
+        itself would cost one more turn of the event loop.
 
         Raises:
             InvalidState: the event loop has lost the task factory.
@@ -93,6 +103,8 @@ class BranchTree:
         context = contextvars.copy_context() if context is None else context
         branch = Branch(self, ())
         context.run(current.set, branch)
+        if on_done is not None:
+            self._on_done = on_done
         directly: Any = getattr(self._loop.get_task_factory(), "create_root", None)
         if directly is not None:
             task: asyncio.Task[T] = directly(self._loop, coro, name=name, context=context)
@@ -152,7 +164,7 @@ class BranchTree:
             for task in self.tasks:
                 task.cancel()
         self._closed = True
-        self._root = None
+        self._root, self._on_done = None, _ignore
         for task in live:
             del self._tasks[task], branch_of[task]
             # Without these two, asyncio logs the task when it is collected, and awaits it when the event loop ends.
@@ -190,7 +202,8 @@ class BranchTree:
     def _task_done(self, task: AnyTask) -> None:
         self._tasks.pop(task, None)
         branch_of.pop(task, None)
-        if task is self._root:
+        is_root = task is self._root
+        if is_root:
             self._root = None
             self._stop_watching()
         self._closed = self._root is None and not self._tasks
@@ -202,9 +215,12 @@ class BranchTree:
             self._unretrieved.add(task)
         if self._quiescence is not None:
             self._quiescence.look()
+        if is_root:
+            on_done, self._on_done = self._on_done, _ignore
+            on_done(task)
 
 
-def _ignore() -> None:
+def _ignore(*_: object) -> None:
     """Take the place of a callback, which would keep an ended run alive."""
 
 

@@ -24,3 +24,7 @@ class LocalClock:
     def now(self) -> datetime:
         """Return the database's time, or a little before."""
         return self._time + timedelta(seconds=time.monotonic() - self._set_at)
+
+    def seconds_since(self, moment: datetime) -> float:
+        """Return the seconds that have passed since a time of the database, or a little less."""
+        return (self._time - moment).total_seconds() + time.monotonic() - self._set_at

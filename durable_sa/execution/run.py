@@ -125,10 +125,10 @@ class Run:
             writer = self.host.writer
             self.limit = limit = AttemptLimit(timeout, self.claimed, self.journal, writer, lambda: self.signal)
             body = limit.within(body)
-        root = self.branches.start(body, context=context, name=f"durable:{self.claimed.task_name}")
+        name = f"durable:{self.claimed.task_name}"
+        root = self.branches.start(body, context=context, name=name, on_done=self._root_done)
         if limit is not None:
             limit.start(root)
-        root.add_done_callback(self._root_done)
 
     def refuse(self, error: BaseException) -> None:
         """Fail the run without starting it."""

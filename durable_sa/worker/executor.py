@@ -107,6 +107,7 @@ class Executor:
 
     def start(self, claimed: list[ClaimedRun]) -> None:
         """Start runs: the first ones of their tasks at once, the others when their journals have been loaded."""
+        task_factory.ensure(self._loop)
         resumed: list[ClaimedRun] = []
         for item in claimed:
             if item.fresh:
@@ -153,6 +154,7 @@ class Executor:
             if row.kind == "race message":
                 racing.add((row.task_id, row.key))
         links = {row.task_id: row.carriers for row in wakers}
+        task_factory.ensure(self._loop)
         for item in claimed:
             reserved = self._slots.runs.get(item.key)
             if reserved is None or reserved.signal is not None or reserved.over:
@@ -191,7 +193,6 @@ class Executor:
             body = functools.partial(run_in_thread, sync_context, task.function, arguments)
         hooks = self.hooks.around_task
         start = functools.partial(around_task, hooks, context, item.task_name, body) if hooks else body
-        task_factory.ensure(self._loop)
         run.start(
             start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
             inner,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from ..database.channel import DedicatedConnection
@@ -18,8 +18,7 @@ WRITE_INTERVAL: Final = 10.0
 BATCH: Final = 1000
 """Counts in one write."""
 
-_MINUTE: Final = timedelta(minutes=1)
-_MILLISECOND: Final = timedelta(milliseconds=1)
+_MINUTE: Final = 60.0
 
 
 class _Key(NamedTuple):
@@ -55,14 +54,14 @@ class Minutes:
         self._writing = asyncio.Lock()
         self._counts: dict[_Key, _Count] = {}
         self._current: dict[tuple[str, str], _Count] = {}
-        self._minute = self._end = datetime.min.replace(tzinfo=UTC)
+        self._minute = datetime.min.replace(tzinfo=UTC)
         self._worker_id = registration.worker_id
 
     def ended(self, queue_name: str, task_name: str, outcome: str, began: datetime | None = None) -> None:
         """Count a task that has completed, failed or been cancelled, with its run since `began`."""
-        now = self._clock.now()
-        if not self._minute <= now < self._end or self._worker_id is not self._registration.worker_id:
-            self._turn(now)
+        passed = self._clock.seconds_since(self._minute)
+        if not 0.0 <= passed < _MINUTE or self._worker_id is not self._registration.worker_id:
+            passed = self._turn()
         count = self._current.get((queue_name, task_name))
         if count is None:
             count = self._begin(queue_name, task_name)
@@ -73,17 +72,19 @@ class Minutes:
         else:
             count.cancelled += 1
         if began is not None:
-            milliseconds = max(0.0, (now - began) / _MILLISECOND)
-            count.milliseconds += milliseconds
-            count.slowest = max(count.slowest, milliseconds)
+            milliseconds = 1000.0 * (passed - (began - self._minute).total_seconds())
+            if milliseconds > 0.0:
+                count.milliseconds += milliseconds
+                if milliseconds > count.slowest:
+                    count.slowest = milliseconds
         count.changed = True
 
-    def _turn(self, now: datetime) -> None:
-        """Begin a minute."""
-        self._minute = now.replace(second=0, microsecond=0)
-        self._end = self._minute + _MINUTE
+    def _turn(self) -> float:
+        """Begin a minute, and return the seconds of it that have passed."""
+        self._minute = self._clock.now().replace(second=0, microsecond=0)
         self._worker_id = self._registration.worker_id
         self._current = {}
+        return self._clock.seconds_since(self._minute)
 
     def _begin(self, queue_name: str, task_name: str) -> _Count:
         key = _Key(self._minute, self._worker_id, queue_name, task_name)
