@@ -94,8 +94,8 @@ class BranchTree:
     ) -> asyncio.Task[T]:
         """Start the root, in `context` or a copy of the current one.
 
-        `on_done` is called with the root when it has ended, unless the run was unwound before. A callback of the task
-        itself would cost one more turn of the event loop.
+        `on_done` is called with the root when it has ended, unless the run was unwound before. It costs less than a
+        callback of the task, which the event loop would schedule separately.
 
         Raises:
             InvalidState: the event loop has lost the task factory.
