@@ -1,7 +1,12 @@
 """SQLAlchemy takes a parameter that is named as a column of an UPDATE or INSERT for a value to set."""
 
 import importlib
+import inspect
+import itertools
 import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
@@ -9,12 +14,23 @@ from sqlalchemy.sql import ClauseElement
 
 from durable_sa import statements
 
+
+def found_in(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """The statements of a module: its constants, and what its cached functions build."""
+    for name in dir(module):
+        value = getattr(module, name)
+        if name.isupper() and isinstance(value, ClauseElement):
+            yield name, value
+        elif hasattr(value, "cache_info") and value.__module__ == module.__name__:
+            options = list(inspect.signature(value).parameters)
+            for chosen in itertools.product((False, True), repeat=len(options)):
+                yield f"{name}{chosen}", value(**dict(zip(options, chosen, strict=True)))
+
+
 STATEMENTS = {
-    f"{found.name}.{name}": getattr(module, name)
-    for found in pkgutil.iter_modules(statements.__path__)
-    for module in [importlib.import_module(f"{statements.__name__}.{found.name}")]
-    for name in dir(module)
-    if name.isupper() and isinstance(getattr(module, name), ClauseElement)
+    f"{each.name}.{name}": statement
+    for each in pkgutil.iter_modules(statements.__path__)
+    for name, statement in found_in(importlib.import_module(f"{statements.__name__}.{each.name}"))
 }
 
 
