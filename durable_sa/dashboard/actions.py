@@ -197,8 +197,12 @@ async def _set_limit(view: View, form: Fields) -> Outcome:
     return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}")
 
 
+def _key(form: Fields) -> str:
+    return form.exact("key") or form.required("key")
+
+
 async def _close_key(view: View, form: Fields) -> Outcome:
-    queue, key = _queue(view, form), form.required("key")
+    queue, key = _queue(view, form), _key(form)
     try:
         until = datetime.now(UTC) + timedelta(seconds=seconds(form.required("for"), "for"))
     except (OverflowError, ValueError):
@@ -208,7 +212,7 @@ async def _close_key(view: View, form: Fields) -> Outcome:
 
 
 async def _open_key(view: View, form: Fields) -> Outcome:
-    queue, key = _queue(view, form), form.required("key")
+    queue, key = _queue(view, form), _key(form)
     await view.durable.close_limit_key(queue, key, None)
     return Outcome(f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
 

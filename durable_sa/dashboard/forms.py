@@ -33,7 +33,8 @@ class Fields:
     """The fields of a query or a form. Those without a value count as absent."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._pairs = [(name, value.strip()) for name, value in pairs if value.strip()]
+        self._given = [(name, value) for name, value in pairs if value.strip()]
+        self._pairs = [(name, value.strip()) for name, value in self._given]
         if any("\0" in value for _, value in self._pairs):
             # The server's texts cannot contain it, so that nothing could be found.
             raise HTTPException(400, "A value contains NUL.")
@@ -41,6 +42,10 @@ class Fields:
     def text(self, name: str) -> str | None:
         """Return the last value of a field, or None."""
         return next((value for key, value in reversed(self._pairs) if key == name), None)
+
+    def exact(self, name: str) -> str | None:
+        """Return the last value of a field with the blanks around it, or None: a name that was not typed."""
+        return next((value for key, value in reversed(self._given) if key == name), None)
 
     def required(self, name: str) -> str:
         """Return the value of a field.

@@ -37,13 +37,33 @@ async def load(view: View) -> dict[str, Any]:
 
 
 async def of_queue(view: View, name: str) -> dict[str, Any]:
-    """Load the policies of one queue, and its keys in the `limit_state` of the query, or all."""
-    state = view.query.text("limit_state")
+    """Load the policies of one queue, and a page of its keys: those behind `limit_after`, in the `limit_state`, or all.
+
+    With `limit_key`, only that key.
+    """
+    state, key, after = view.query.text("limit_state"), view.query.text("limit_key"), view.query.exact("limit_after")
     if state is not None and state not in STATES:
         raise InvalidConfiguration("limit_state", f"{state[:80]!r} is none of {', '.join(STATES)}")
+    if key is not None:
+        state = after = None
+    chosen = {"limit_state": state, "limit_key": key, "limit_after": after, "limit_next": None}
     found = await view.rows("limits", statements.LIMITS_OF_QUEUE, queue_name=name)
     if found is not None and not found:
-        return {"limits": [], "limit_keys": [], "limit_state": state}
-    keys = await view.rows("limit keys", limiting.LIST_KEYS, queue_name=name, state=state, most=MOST_KEYS)
+        return {"limits": [], "limit_keys": [], **chosen}
+    keys = await view.rows(
+        "limit keys",
+        limiting.LIST_KEYS,
+        queue_name=name,
+        state=state,
+        first=key or after or "",
+        after=after,
+        most=1 if key is not None else MOST_KEYS + 1,
+    )
+    if keys is not None:
+        if key is not None:
+            keys = [row for row in keys if row["limit_key"] == key]
+        elif len(keys) > MOST_KEYS:
+            keys = keys[:MOST_KEYS]
+            chosen["limit_next"] = keys[-1]["limit_key"]
     policies = None if found is None else [row for row in found if row["scope"] is not None]
-    return {"limits": policies, "limit_keys": keys, "limit_state": state}
+    return {"limits": policies, "limit_keys": keys, **chosen}
