@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from ..client.bulk import Act, Deletion, cancel_batch, retry_batch, run
-from .forms import FIELDS, Fields, limit_of, query, seconds
+from .forms import FIELDS, Fields, limit_of, query, seconds, whole
 from .pages.bulk import STATES, apt
 from .view import View
 
@@ -188,12 +188,17 @@ async def _set_limit(view: View, form: Fields) -> Outcome:
     if scope not in ("queue", "per_key", "key"):
         raise HTTPException(400, f"The scope is queue, per_key or key, not {scope[:80]!r}.")
     key = form.required("key") if scope == "key" else None
-    limit = None if form.text("clear") is not None else limit_of(form)
-    await view.durable.set_limit(queue, limit, key=key, per_key=scope == "per_key")
+    weight, removed = whole(form, "weight"), form.text("clear") is not None
+    without = weight is not None and form.text("concurrency") is None and form.text("rate") is None
+    limit = None if removed or without else limit_of(form)
+    await view.durable.set_limit(queue, limit, key=key, per_key=scope == "per_key", weight=weight)
     whose = f"key {key!r} of queue {queue!r}" if key is not None else f"queue {queue!r}"
-    message = (
-        f"{'Removed' if limit is None else 'Set'} the limit of {'each key of ' if scope == 'per_key' else ''}{whose}."
-    )
+    if weight is not None and limit is None:
+        message = f"Set the weight of {whose}, which has the limit of each key."
+    else:
+        parts = "limit" if weight is None else "limit and the weight"
+        each = "each key of " if scope == "per_key" else ""
+        message = f"{'Removed' if limit is None else 'Set'} the {parts} of {each}{whose}."
     return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}")
 
 
@@ -225,6 +230,15 @@ async def _emit(view: View, form: Fields) -> Outcome:
     return Outcome(message, done=int(first), back=back)
 
 
+async def _replace(view: View, form: Fields) -> Outcome:
+    name, queue = form.exact("name") or form.required("name"), _queue(view, form)
+    # Nothing is no payload here: it would replace the one that there is by null.
+    form.required("payload")
+    await view.durable.replace_event(name, _payload(form), queue)
+    back = f"/events?{query([('name', name), ('queue_name', queue)])}"
+    return Outcome(f"Replaced the payload of event {name!r}.", done=1, back=back)
+
+
 ACTIONS: Final = (
     *(Action(f"/tasks/{action}", action, _tasks(action), about_tasks=True) for action in STATES),
     *(Action(f"/tasks/all/{action}", action, _all_tasks(action), about_tasks=True) for action in STATES),
@@ -239,6 +253,7 @@ ACTIONS: Final = (
     Action("/schedules/trigger", "trigger", _trigger_schedule),
     Action("/schedules/delete", "delete", _delete_schedule),
     Action("/events/emit", "emit", _emit),
+    Action("/events/replace", "emit", _replace),
 )
 """All paths that change something. Each is a POST; its buttons are shown to those who may press them."""
 

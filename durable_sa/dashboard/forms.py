@@ -179,7 +179,7 @@ def limit_of(form: Fields) -> Limit:
     Raises:
         InvalidConfiguration: they describe none.
     """
-    concurrency, rate, burst = form.text("concurrency"), form.text("rate"), form.text("burst")
+    rate, burst = form.text("rate"), form.text("burst")
     starts = None
     if rate is not None:
         count, slash, per = (part.strip() for part in rate.partition("/"))
@@ -188,10 +188,20 @@ def limit_of(form: Fields) -> Limit:
         starts = Rate(_number(count, "rate"), seconds(per, "rate"), burst=_number(burst or "1", "burst"))
     held = form.text("hold") or "run"
     return Limit(
-        None if concurrency is None else _number(concurrency, "concurrency"),
+        whole(form, "concurrency"),
         starts,
         cast("Literal['run', 'task']", held),
     )
+
+
+def whole(form: Fields, name: str) -> int | None:
+    """Return the whole number in a field, or None.
+
+    Raises:
+        InvalidConfiguration: it is no whole number.
+    """
+    text = form.text(name)
+    return None if text is None else _number(text, name)
 
 
 def _number(text: str, name: str) -> int:

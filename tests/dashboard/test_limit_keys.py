@@ -3,12 +3,15 @@
 import re
 from datetime import UTC, datetime, timedelta
 from html import unescape
+from uuid import UUID
 
+import pytest
 from sqlalchemy import text
 
-from durable_sa import Durable, Limit
+from durable_sa import Durable, Limit, Rate, TaskContext, TaskFilter, task
 from durable_sa.dashboard import Access
 from tests.dashboard.support import Browser, serving
+from tests.support import eventually
 
 KEYS = """
 INSERT INTO durable.limit_keys (queue_name, limit_key, running)
@@ -16,6 +19,11 @@ INSERT INTO durable.limit_keys (queue_name, limit_key, running)
 """
 NEXT = re.compile(r'<a rel="next" href="([^"]+)">Next keys</a>')
 NAMES = re.compile(r'<tr id="key-\d+">\s*<td data-label="Key" class="lead"><bdi class="name">([^<]*)</bdi>')
+
+
+@task("hold")
+async def hold(ctx: TaskContext) -> None:
+    await ctx.await_event("never")
 
 
 async def fill(durable: Durable) -> None:
@@ -95,3 +103,50 @@ async def test_blanks_around_a_key_are_part_of_it(durable: Durable, browser: Bro
     listed = [info.key for info in await durable.list_limit_keys("default")]
     data = await browser.data(f"/queues/default?limit_after={listed[0]}")
     assert [row["limit_key"] for row in data["limit_keys"]] == listed[1:]
+
+
+async def start(durable: Durable, number: int, key: str | None = None) -> None:
+    """Let a worker begin so many tasks, which then wait."""
+    for _ in range(number):
+        await durable.spawn(hold, limit_key=key)
+
+    async def asleep() -> bool:
+        return len((await durable.list_tasks(TaskFilter(state="sleeping"))).items) == number
+
+    await eventually(asleep)
+
+
+async def reason(browser: Browser, task_id: UUID) -> tuple[str, bool]:
+    (found,) = (await browser.data(f"/tasks/{task_id}"))["reasons"]
+    return found["text"], found["until"] is not None
+
+
+async def test_a_task_says_which_limit_it_waits_for(durable: Durable, browser: Browser) -> None:
+    durable.register(hold)
+    await durable.set_limit("default", Limit(concurrency=2, hold="task"), per_key=True)
+    async with durable.worker():
+        await start(durable, 2, "acme")
+        task_id = (await durable.spawn(hold, limit_key="acme")).task_id
+        assert await reason(browser, task_id) == ("due, waits for a slot of key 'acme': 2 of 2 are taken", False)
+        # How many slots other tasks hold is not for those who may see only some.
+        async with serving(durable, Access("eve", where=TaskFilter(task_name="hold"))) as (other, _):
+            assert await reason(other, task_id) == ("due, waits for a slot of key 'acme'", False)
+        await durable.close_limit_key("default", "acme", datetime.now(UTC) + timedelta(hours=1))
+        assert await reason(browser, task_id) == ("due, but key 'acme' is closed", True)
+        assert "Due, but key &#39;acme&#39; is closed" in await browser.page(f"/tasks/{task_id}")
+        await durable.set_limit("default", Limit(concurrency=2))
+        await durable.set_limit("default", Limit(concurrency=9, hold="task"), per_key=True)
+        await durable.close_limit_key("default", "acme", None)
+        assert await reason(browser, task_id) == ("due, waits for a slot of queue 'default': 2 of 2 are taken", False)
+
+
+@pytest.mark.parametrize("of_key", [True, False])
+async def test_a_task_says_which_rate_it_waits_for(durable: Durable, browser: Browser, of_key: bool) -> None:
+    durable.register(hold)
+    await durable.set_limit("default", Limit(rate=Rate(1, per=3600)), per_key=of_key)
+    key = "acme" if of_key else None
+    async with durable.worker():
+        await start(durable, 1, key)
+        task_id = (await durable.spawn(hold, limit_key=key)).task_id
+        name = "key 'acme'" if of_key else "queue 'default'"
+        assert await reason(browser, task_id) == (f"due, waits for the rate of {name}", True)
