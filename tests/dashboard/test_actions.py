@@ -177,6 +177,7 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
         )
         assert await policy("acme") == (None, 4)
         assert "weight 4" in await browser.page("/limits")
+        assert "7 at once" not in await browser.page("/limits")
         assert await act("/limits/set", scope="key", key="acme", clear="1") == (
             "Removed the limit of key 'acme' of queue 'default'."
         )

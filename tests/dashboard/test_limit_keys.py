@@ -77,6 +77,7 @@ async def test_a_key_is_found_by_its_name(durable: Durable, browser: Browser) ->
     page = await browser.page("/queues/default?limit_key=key-77")
     assert NAMES.findall(page) == ["key-77"]
     assert "All keys" in page
+    assert '<span class="state full"><i aria-hidden="true">■</i>full</span>' in page
     # A part of a name is none.
     assert (await browser.data("/queues/default?limit_key=key-"))["limit_keys"] == []
     page = await browser.page("/queues/default?limit_key=nobody")
