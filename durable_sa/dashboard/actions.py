@@ -41,6 +41,8 @@ class Outcome:
     """False for an action on many tasks that has not come to its end."""
     back: str = "/"
     """The page to show, unless the form names one."""
+    limit_key: str | None = None
+    """The limit key that was changed, for the log."""
 
     @property
     def number(self) -> int:
@@ -199,7 +201,7 @@ async def _set_limit(view: View, form: Fields) -> Outcome:
         parts = "limit" if weight is None else "limit and the weight"
         each = "each key of " if scope == "per_key" else ""
         message = f"{'Removed' if limit is None else 'Set'} the {parts} of {each}{whose}."
-    return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}")
+    return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key)
 
 
 def _key(form: Fields) -> str:
@@ -213,13 +215,17 @@ async def _close_key(view: View, form: Fields) -> Outcome:
     except (OverflowError, ValueError):
         raise HTTPException(400, "The duration is too long.") from None
     await view.durable.close_limit_key(queue, key, until)
-    return Outcome(f"Closed key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
+    return Outcome(
+        f"Closed key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key
+    )
 
 
 async def _open_key(view: View, form: Fields) -> Outcome:
     queue, key = _queue(view, form), _key(form)
     await view.durable.close_limit_key(queue, key, None)
-    return Outcome(f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
+    return Outcome(
+        f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key
+    )
 
 
 async def _emit(view: View, form: Fields) -> Outcome:
@@ -260,12 +266,15 @@ ACTIONS: Final = (
 
 def report(view: View, action: Action, outcome: Outcome, form: Fields) -> None:
     """Log an action that was done, and call the application's hooks. An error of a hook is logged."""
-    target = form.text("name") or form.text("queue_name") or ""
+    named = form.text("name") or form.text("queue_name")
+    target = "" if named is None else repr(named)
+    if outcome.limit_key is not None:
+        target = f"key {outcome.limit_key!r} of {target}"
     logger.info(
         "dashboard: %r did %s on %s",
         view.access.user,
         action.path.lstrip("/"),
-        repr(target) if target else ", ".join(map(str, outcome.task_ids[:10])) or "nothing",
+        target or ", ".join(map(str, outcome.task_ids[:10])) or "nothing",
         extra={"durable_task_ids": outcome.task_ids},
     )
     for hook in view.durable.hooks.on_admin_action:

@@ -127,7 +127,10 @@ async def test_each_action_is_done_logged_and_passed_on(
     assert "on_admin_action failed for emit of 'ada'" in caplog.text
 
 
-async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit: Audit) -> None:
+async def test_limits_are_set_and_keys_closed_and_opened(
+    durable: Durable, audit: Audit, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     async with serving(durable) as (browser, _):
 
         async def act(path: str, status: int = 200, **fields: Any) -> str:
@@ -145,7 +148,8 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
         assert (await browser.data("/limits"))["queues"] == []
         assert await states() == []
         assert (
-            await act("/limits/set", concurrency="5", rate="60/1min", burst="10") == "Set the limit of queue 'default'."
+            await act("/limits/set", concurrency="5", rate="60/1min", burst="10", key="ignored")
+            == "Set the limit of queue 'default'."
         )
         await act("/limits/set", scope="per_key", concurrency="2", hold="task")
         await act("/limits/set", scope="key", key="acme", rate="5/10")
@@ -205,6 +209,10 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
         ):
             await act(path, 400, **fields)
     assert audit.seen == [("ada", "limit", [])] * 10
+    logged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dashboard: ")]
+    assert len(logged) == 10
+    assert logged[0] == "dashboard: 'ada' did limits/set on 'default'"
+    assert logged[3] == "dashboard: 'ada' did limits/close on key 'acme' of 'default'"
 
 
 async def test_a_page_returns_with_a_sentence_once(durable: Durable) -> None:
