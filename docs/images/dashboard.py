@@ -1,5 +1,7 @@
 """Take the screenshots of the dashboard: `python docs/images/dashboard.py` writes dashboard-*.png.
 
+With names of pages, as in `python docs/images/dashboard.py limits talk`, only theirs.
+
 It needs the `embedded` and `dashboard` extras, Playwright, and a Chromium that is installed (`CHROMIUM` names another
 than /usr/bin/chromium). `python docs/images/dashboard.py --serve` shows the same pages at http://127.0.0.1:8765/.
 """
@@ -7,8 +9,10 @@ than /usr/bin/chromium). `python docs/images/dashboard.py --serve` shows the sam
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,30 @@ import uvicorn
 from playwright.async_api import Browser, async_playwright
 from sqlalchemy import text
 
-from durable_sa import Durable, RetryStrategy, TaskContext
+from durable_sa import (
+    Durable,
+    Limit,
+    Rate,
+    RetryStrategy,
+    TaskContext,
+    TaskFilter,
+)
 from durable_sa.dashboard import Access, dashboard
 from durable_sa.embedded import temporary_server
 
 HERE = Path(__file__).parent
 PORT = 8765
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-ACTIONS = {"cancel", "retry", "emit", "pause", "trigger", "delete"}
+ACTIONS = {
+    "cancel",
+    "retry",
+    "send",
+    "emit",
+    "pause",
+    "trigger",
+    "limit",
+    "delete",
+}
 
 tasks = Durable()
 
@@ -95,6 +115,44 @@ async def watch_inbox(ctx: TaskContext) -> None:
     await ctx.step("listen", asyncio.sleep, 3600)
 
 
+@tasks.task(queue_name="llm")
+async def answer_question(ctx: TaskContext, question: str) -> str:
+    ctx.logger.info("searching the handbook")
+    await ctx.step("search", write_letter, 1)
+    await ctx.publish("progress", {"step": "drafting", "of": 3, "done": 1})
+    async with ctx.stream("draft") as stream:
+        for word in f"An answer to: {question}".split():
+            await stream.write(word)
+    ctx.logger.info("a draft of %d characters", len(question) + 14)
+    await ctx.receive("review")
+    return question
+
+
+async def ask(durable: Durable[Any]) -> None:
+    """Ask questions of tenants, whose limits differ."""
+    each = Limit(concurrency=2, hold="task")
+    await durable.create_queue(
+        "llm", limit=Limit(concurrency=200), limit_per_key=each
+    )
+    own = Limit(concurrency=8, hold="task")
+    await durable.set_limit("llm", own, key="initech", weight=3)
+    slow = Limit(4, Rate(2, per=3600, burst=2), hold="task")
+    await durable.set_limit("llm", slow, key="umbrella")
+    for tenant, number in (
+        ("acme", 6),
+        ("globex", 3),
+        ("initech", 5),
+        ("umbrella", 4),
+        ("wayne", 1),
+    ):
+        for about in range(number):
+            await durable.spawn(
+                answer_question,
+                f"How do I cancel order {1200 + about}?",
+                limit_key=tenant,
+            )
+
+
 async def fill(durable: Durable[Any]) -> None:
     """Run tasks of all kinds, and let them seem to have begun at different times."""
     await durable.migrate()
@@ -138,9 +196,12 @@ async def fill(durable: Durable[Any]) -> None:
     for count in (4, 6, 12):
         await durable.spawn(send_newsletter, count)
     await durable.spawn(watch_inbox)
-    queues = ["default", "bank", "imports", "mail"]
+    await ask(durable)
+    until = datetime.now(UTC) + timedelta(minutes=40)
+    await durable.close_limit_key("llm", "globex", until)
+    queues = ["default", "bank", "imports", "mail", "llm"]
     await durable.start_worker(
-        queue_names=queues, concurrency=8, worker_id="web-1:4121"
+        queue_names=queues, concurrency=16, worker_id="web-1:4121"
     )
     await durable.start_worker(
         queue_names=queues[:1], concurrency=8, worker_id="web-2:4388"
@@ -148,6 +209,11 @@ async def fill(durable: Durable[Any]) -> None:
     for number in range(9):
         await durable.emit_event(f"picked:{1000 + number}")
     await asyncio.sleep(3)
+    asking = TaskFilter(queue_name="llm", state="sleeping")
+    for question in (await durable.list_tasks(asking)).items:
+        await durable.send(
+            question.task_id, "note", {"from": "ada", "text": "be brief"}
+        )
     await durable.spawn(
         fulfil_order, 1100, delay=7200, idempotency_key="order-1100"
     )
@@ -224,7 +290,10 @@ PAGES = {
     "task": "/tasks?task_name=fulfil_order&state=sleeping",
     "task-done": "/tasks?task_name=fulfil_order&state=completed",
     "task-failed": "/tasks?task_name=settle_account&state=failed",
+    "talk": "/tasks?task_name=answer_question&state=sleeping",
+    "limited": "/tasks?limit_key=acme&state=pending",
     "queue": "/queues/archive",
+    "limits": "/queues/llm",
     "charts": "/queues/default",
     "charts-day": "/queues/bank?window=24h",
     "schedules": "/schedules",
@@ -237,7 +306,10 @@ SHIPPED = {
     ("task-done", 1600, "light"),
     ("task-failed", 1600, "dark"),
     ("task", 360, "light"),
+    ("talk", 1600, "light"),
+    ("limits", 1600, "light"),
 }
+OF_TASKS = {"task", "task-done", "task-failed", "talk", "limited"}
 
 
 async def take(
@@ -251,7 +323,7 @@ async def take(
     )
     page = await context.new_page()
     await page.goto(f"http://127.0.0.1:{PORT}{path}")
-    if name.startswith("task") and name != "tasks":
+    if name in OF_TASKS:
         await page.locator("td.lead a").first.click()
         await page.wait_for_url("**/tasks/*-*")
     await page.wait_for_timeout(150)
@@ -263,8 +335,11 @@ async def take(
 
 async def main() -> None:
     every = "--all" in sys.argv
+    named = PAGES.keys() & set(sys.argv[1:])
     with temporary_server() as postgres:
-        async with Durable(postgres.url(), tasks=tasks.tasks) as durable:
+        async with Durable(
+            postgres.url(), tasks=tasks.tasks, keep_logs=logging.INFO
+        ) as durable:
             await fill(durable)
             app = dashboard(
                 durable,
@@ -285,6 +360,8 @@ async def main() -> None:
                         executable_path=CHROMIUM
                     )
                     for name, path in PAGES.items():
+                        if named and name not in named:
+                            continue
                         for width in (360, 800, 1600):
                             for theme in ("light", "dark"):
                                 if every or (name, width, theme) in SHIPPED:

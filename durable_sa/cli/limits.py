@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal, cast
 
@@ -45,11 +46,16 @@ async def _list(
     queue: Queue,
     state: Annotated[str | None, typer.Option(help="Only keys that are open, full, throttled or closed.")] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", help="Number of keys.")] = 50,
+    after: Annotated[str | None, typer.Option(metavar="KEY", help="Only keys behind this one, by name.")] = None,
 ) -> None:
     """List the keys of a queue, with the slots that their tasks hold, and the tasks that wait (up to 1000)."""
-    keys = await invocation.durable.list_limit_keys(queue, state=cast("LimitKeyState | None", state), limit=limit)
+    keys = await invocation.durable.list_limit_keys(
+        queue, state=cast("LimitKeyState | None", state), limit=limit, after=after
+    )
     rows = [dataclasses.asdict(info) for info in keys]
     invocation.output.table(rows, _COLUMNS, empty="No keys.")
+    if len(keys) == limit:
+        invocation.output.note(f"There may be more keys: --after {shlex.quote(keys[-1].key or '')}")
 
 
 limits.command("list", epilog=examples("durable limits list llm", "durable limits list llm --state closed --json"))(

@@ -97,22 +97,27 @@ class Limits(App):
         self._wake(queue)
 
     async def list_limit_keys(
-        self, queue_name: str, *, state: LimitKeyState | None = None, limit: int = 50
+        self, queue_name: str, *, state: LimitKeyState | None = None, limit: int = 50, after: str | None = None
     ) -> list[LimitKeyInfo]:
         """Return the keys of a queue, by name: those in `state`, or all. At most `limit` of them.
 
-        Keys that nothing has used for a minute are left out, unless they have a limit or a weight of their own.
+        With `after`, only keys behind that one: the last of a page leads to the next. An empty text is the place behind
+        the tasks without a key, which come first. Keys that nothing has used for a minute are left out, unless they
+        have a limit or a weight of their own.
 
         Raises:
             QueueNotFound: there is no such queue.
             InvalidConfiguration: there is no such state.
+            InvalidName: `after` cannot be a key.
         """
         queue = validate_name("queue", queue_name)
         if state is not None and state not in get_args(LimitKeyState):
             raise InvalidConfiguration("state", f"{state!r:.40} is none of {', '.join(get_args(LimitKeyState))}")
         most = integer(limit, "limit", minimum=1, maximum=100_000)
+        position = check_limit_key(after) if after else after
         await self.require_queue(queue)
-        rows = await self.database.execute(limiting.LIST_KEYS, {"queue_name": queue, "state": state, "most": most})
+        parameters = {"queue_name": queue, "state": state, "first": position or "", "after": position, "most": most}
+        rows = await self.database.execute(limiting.LIST_KEYS, parameters)
         return [LimitKeyInfo(row.limit_key or None, row.state, row.running, row.waiting, row.opens_at) for row in rows]
 
     async def count_limit_keys(self, queue_names: Collection[str]) -> dict[str, dict[LimitKeyState, int]]:

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from ..client.bulk import Act, Deletion, cancel_batch, retry_batch, run
-from .forms import FIELDS, Fields, limit_of, query, seconds
+from .forms import FIELDS, Fields, limit_of, query, seconds, whole
 from .pages.bulk import STATES, apt
 from .view import View
 
@@ -41,6 +41,8 @@ class Outcome:
     """False for an action on many tasks that has not come to its end."""
     back: str = "/"
     """The page to show, unless the form names one."""
+    limit_key: str | None = None
+    """The limit key that was changed, for the log."""
 
     @property
     def number(self) -> int:
@@ -188,29 +190,42 @@ async def _set_limit(view: View, form: Fields) -> Outcome:
     if scope not in ("queue", "per_key", "key"):
         raise HTTPException(400, f"The scope is queue, per_key or key, not {scope[:80]!r}.")
     key = form.required("key") if scope == "key" else None
-    limit = None if form.text("clear") is not None else limit_of(form)
-    await view.durable.set_limit(queue, limit, key=key, per_key=scope == "per_key")
+    weight, removed = whole(form, "weight"), form.text("clear") is not None
+    without = weight is not None and form.text("concurrency") is None and form.text("rate") is None
+    limit = None if removed or without else limit_of(form)
+    await view.durable.set_limit(queue, limit, key=key, per_key=scope == "per_key", weight=weight)
     whose = f"key {key!r} of queue {queue!r}" if key is not None else f"queue {queue!r}"
-    message = (
-        f"{'Removed' if limit is None else 'Set'} the limit of {'each key of ' if scope == 'per_key' else ''}{whose}."
-    )
-    return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}")
+    if weight is not None and limit is None:
+        message = f"Set the weight of {whose}, which has the limit of each key."
+    else:
+        parts = "limit" if weight is None else "limit and the weight"
+        each = "each key of " if scope == "per_key" else ""
+        message = f"{'Removed' if limit is None else 'Set'} the {parts} of {each}{whose}."
+    return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key)
+
+
+def _key(form: Fields) -> str:
+    return form.exact("key") or form.required("key")
 
 
 async def _close_key(view: View, form: Fields) -> Outcome:
-    queue, key = _queue(view, form), form.required("key")
+    queue, key = _queue(view, form), _key(form)
     try:
         until = datetime.now(UTC) + timedelta(seconds=seconds(form.required("for"), "for"))
     except (OverflowError, ValueError):
         raise HTTPException(400, "The duration is too long.") from None
     await view.durable.close_limit_key(queue, key, until)
-    return Outcome(f"Closed key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
+    return Outcome(
+        f"Closed key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key
+    )
 
 
 async def _open_key(view: View, form: Fields) -> Outcome:
-    queue, key = _queue(view, form), form.required("key")
+    queue, key = _queue(view, form), _key(form)
     await view.durable.close_limit_key(queue, key, None)
-    return Outcome(f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}")
+    return Outcome(
+        f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key
+    )
 
 
 async def _emit(view: View, form: Fields) -> Outcome:
@@ -219,6 +234,15 @@ async def _emit(view: View, form: Fields) -> Outcome:
     message = f"Emitted event {name!r}." if first else f"Event {name!r} was emitted before; nothing changed."
     back = f"/events?{query([('name', name), ('queue_name', queue)])}"
     return Outcome(message, done=int(first), back=back)
+
+
+async def _replace(view: View, form: Fields) -> Outcome:
+    name, queue = form.exact("name") or form.required("name"), _queue(view, form)
+    # Nothing is no payload here: it would replace the one that there is by null.
+    form.required("payload")
+    await view.durable.replace_event(name, _payload(form), queue)
+    back = f"/events?{query([('name', name), ('queue_name', queue)])}"
+    return Outcome(f"Replaced the payload of event {name!r}.", done=1, back=back)
 
 
 ACTIONS: Final = (
@@ -235,18 +259,22 @@ ACTIONS: Final = (
     Action("/schedules/trigger", "trigger", _trigger_schedule),
     Action("/schedules/delete", "delete", _delete_schedule),
     Action("/events/emit", "emit", _emit),
+    Action("/events/replace", "emit", _replace),
 )
 """All paths that change something. Each is a POST; its buttons are shown to those who may press them."""
 
 
 def report(view: View, action: Action, outcome: Outcome, form: Fields) -> None:
     """Log an action that was done, and call the application's hooks. An error of a hook is logged."""
-    target = form.text("name") or form.text("queue_name") or ""
+    named = form.text("name") or form.text("queue_name")
+    target = "" if named is None else repr(named)
+    if outcome.limit_key is not None:
+        target = f"key {outcome.limit_key!r} of {target}"
     logger.info(
         "dashboard: %r did %s on %s",
         view.access.user,
         action.path.lstrip("/"),
-        repr(target) if target else ", ".join(map(str, outcome.task_ids[:10])) or "nothing",
+        target or ", ".join(map(str, outcome.task_ids[:10])) or "nothing",
         extra={"durable_task_ids": outcome.task_ids},
     )
     for hook in view.durable.hooks.on_admin_action:

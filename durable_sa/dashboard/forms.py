@@ -33,7 +33,8 @@ class Fields:
     """The fields of a query or a form. Those without a value count as absent."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._pairs = [(name, value.strip()) for name, value in pairs if value.strip()]
+        self._given = [(name, value) for name, value in pairs if value.strip()]
+        self._pairs = [(name, value.strip()) for name, value in self._given]
         if any("\0" in value for _, value in self._pairs):
             # The server's texts cannot contain it, so that nothing could be found.
             raise HTTPException(400, "A value contains NUL.")
@@ -41,6 +42,10 @@ class Fields:
     def text(self, name: str) -> str | None:
         """Return the last value of a field, or None."""
         return next((value for key, value in reversed(self._pairs) if key == name), None)
+
+    def exact(self, name: str) -> str | None:
+        """Return the last value of a field with the blanks around it, or None: a name that was not typed."""
+        return next((value for key, value in reversed(self._given) if key == name), None)
 
     def required(self, name: str) -> str:
         """Return the value of a field.
@@ -174,7 +179,7 @@ def limit_of(form: Fields) -> Limit:
     Raises:
         InvalidConfiguration: they describe none.
     """
-    concurrency, rate, burst = form.text("concurrency"), form.text("rate"), form.text("burst")
+    rate, burst = form.text("rate"), form.text("burst")
     starts = None
     if rate is not None:
         count, slash, per = (part.strip() for part in rate.partition("/"))
@@ -183,10 +188,20 @@ def limit_of(form: Fields) -> Limit:
         starts = Rate(_number(count, "rate"), seconds(per, "rate"), burst=_number(burst or "1", "burst"))
     held = form.text("hold") or "run"
     return Limit(
-        None if concurrency is None else _number(concurrency, "concurrency"),
+        whole(form, "concurrency"),
         starts,
         cast("Literal['run', 'task']", held),
     )
+
+
+def whole(form: Fields, name: str) -> int | None:
+    """Return the whole number in a field, or None.
+
+    Raises:
+        InvalidConfiguration: it is no whole number.
+    """
+    text = form.text(name)
+    return None if text is None else _number(text, name)
 
 
 def _number(text: str, name: str) -> int:

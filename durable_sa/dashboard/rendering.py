@@ -39,6 +39,9 @@ _SYMBOLS: Final = {
     "late": "◐",
     "paused": "‖",
     "open": "●",
+    "full": "■",
+    "throttled": "◐",
+    "closed": "⊘",
 }
 
 
@@ -63,10 +66,10 @@ def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def _time(value: datetime | None) -> Markup:
-    """Return a time in UTC, which the browser turns into that of its place."""
-    if value is None:
-        return Markup("")
+def _time(value: object) -> object:
+    """Return a time in UTC, which the browser turns into that of its place; anything else is shown as it is."""
+    if not isinstance(value, datetime):
+        return value
     at = value.astimezone(UTC)
     return Markup('<time datetime="{}">{}</time>').format(
         at.isoformat(timespec="milliseconds"), f"{at:%Y-%m-%d %H:%M:%S}Z"

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from ..client.wording import span
-from ..results import HistoryEntry, TaskInfo, TaskStatus
+from ..results import HistoryEntry, LimitKeyState, TaskInfo, TaskStatus
 
 _DAYS: Final = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _DAY_NAMES: Final = {name[:3].lower(): number for number, name in enumerate(_DAYS[:7])}
@@ -37,10 +37,41 @@ class Reason(NamedTuple):
     """The subtask that it waits for."""
 
 
+class Limited(NamedTuple):
+    """The state of a limit key, or of a queue with a limit."""
+
+    name: str
+    """Such as `key 'acme'`."""
+    state: LimitKeyState
+    opens_at: datetime | None = None
+    slots: tuple[int, int] | None = None
+    """How many slots are taken, of how many; None if that is not shown."""
+
+    def reason(self, since: datetime | None) -> Reason | None:
+        """Return why no task of it starts, None if one may."""
+        match self.state:
+            case "closed":
+                return Reason(f"due, but {self.name} is closed", since, self.opens_at)
+            case "full":
+                taken = "" if self.slots is None else f": {self.slots[0]:,} of {self.slots[1]:,} are taken"
+                return Reason(f"due, waits for a slot of {self.name}{taken}", since)
+            case "throttled":
+                return Reason(f"due, waits for the rate of {self.name}", since, self.opens_at)
+            case "open":
+                return None
+
+
 def reasons(
-    task: TaskInfo, history: Sequence[HistoryEntry], queue: dict[str, Any] | None, now: datetime
+    task: TaskInfo,
+    history: Sequence[HistoryEntry],
+    queue: dict[str, Any] | None,
+    now: datetime,
+    limits: Sequence[Limited] = (),
 ) -> list[Reason]:
-    """Return what an unfinished task waits for, in words. `queue` has its `paused_at` and its live `workers`."""
+    """Return what an unfinished task waits for, in words.
+
+    `queue` has its `paused_at` and its live `workers`, `limits` the states of the task's limit key and of its queue.
+    """
     match task.status:
         case TaskStatus.RUNNING:
             running = Reason(f"runs on worker {task.worker or '(unknown)'}", since=task.started_at)
@@ -49,7 +80,7 @@ def reasons(
         case TaskStatus.SLEEPING:
             return [_waiting(entry) for entry in history if _is_wait(entry)] or [Reason(task.waits_for or "a wake-up")]
         case TaskStatus.PENDING:
-            return [_pending(task, queue, now)]
+            return [_pending(task, queue, now, limits)]
         case _:
             return []
 
@@ -70,7 +101,7 @@ def _waiting(entry: HistoryEntry) -> Reason:
     return Reason(f"waits for {entry.kind} {entry.name!r}", since, until)
 
 
-def _pending(task: TaskInfo, queue: dict[str, Any] | None, now: datetime) -> Reason:
+def _pending(task: TaskInfo, queue: dict[str, Any] | None, now: datetime, limits: Sequence[Limited]) -> Reason:
     at = task.available_at
     if queue is not None and queue["paused_at"] is not None:
         return Reason(f"queue {task.queue_name!r} is paused", since=queue["paused_at"])
@@ -80,8 +111,10 @@ def _pending(task: TaskInfo, queue: dict[str, Any] | None, now: datetime) -> Rea
         return Reason("waits for its time", since=task.created_at, until=at)
     if queue is not None and not queue["workers"]:
         return Reason(f"due, but no worker serves queue {task.queue_name!r}", since=at)
-    if task.limit_key is not None:
-        return Reason(f"due, waits for a slot of key {task.limit_key!r}, or of a worker", since=at)
+    if (limited := next((found for one in limits if (found := one.reason(at)) is not None), None)) is not None:
+        return limited
+    if limits and task.limit_key is not None:
+        return Reason(f"due, waits for the turn of key {task.limit_key!r}, or a free slot of a worker", since=at)
     return Reason("due, waits for a free slot of a worker", since=at)
 
 

@@ -251,9 +251,18 @@ ON CONFLICT (queue_name, limit_key) DO UPDATE SET closed_until = excluded.closed
 LIST_KEYS = Sql(
     """
 WITH keys AS MATERIALIZED (
-  SELECT k.limit_key FROM {limit_keys} k WHERE k.queue_name = :queue_name
-  UNION SELECT l.limit_key FROM {limits} l WHERE l.queue_name = :queue_name AND l.scope = 'key'
-  UNION SELECT n.limit_key FROM {limit_arrivals} n WHERE n.queue_name = :queue_name
+  (SELECT k.limit_key FROM {limit_keys} k
+   WHERE k.queue_name = :queue_name AND k.limit_key >= :first AND k.limit_key IS DISTINCT FROM :after
+   ORDER BY k.limit_key LIMIT CASE WHEN :state::text IS NULL THEN :most END)
+  UNION
+  (SELECT l.limit_key FROM {limits} l
+   WHERE l.queue_name = :queue_name AND l.scope = 'key' AND l.limit_key >= :first
+     AND l.limit_key IS DISTINCT FROM :after
+   ORDER BY l.limit_key LIMIT CASE WHEN :state::text IS NULL THEN :most END)
+  UNION
+  (SELECT DISTINCT n.limit_key FROM {limit_arrivals} n
+   WHERE n.queue_name = :queue_name AND n.limit_key >= :first AND n.limit_key IS DISTINCT FROM :after
+   ORDER BY n.limit_key LIMIT CASE WHEN :state::text IS NULL THEN :most END)
 ), states AS MATERIALIZED (
   SELECT s.limit_key, k.running, k.tat, p.*,
     greatest(k.closed_until, a.closed_until) AS closed_until, coalesce(k.running, 0) + coalesce(a.slots, 0) AS held,
@@ -278,7 +287,7 @@ WITH keys AS MATERIALIZED (
     WHEN s.token_at > {now} THEN 'throttled' ELSE 'open' END AS state
   FROM states s
 )
-SELECT n.limit_key, n.state, greatest(n.held, 0)::integer AS running,
+SELECT n.limit_key, n.state, greatest(n.held, 0)::integer AS running, n.concurrency,
   (SELECT count(*) FROM (
     SELECT FROM {tasks} x
     WHERE x.queue_name = :queue_name AND x.finished_at IS NULL AND x.limit_key IS NOT NULL
@@ -291,9 +300,14 @@ ORDER BY n.limit_key LIMIT :most
 """,
     queue_name=Text(),
     state=Text(),
+    first=Text(),
+    after=Text(),
     most=Integer(),
 )
-"""The keys of a queue with their states."""
+"""The keys of a queue with their states, by name: from `first` on, without `after`.
+
+Keys of any state are read only as far as they are returned; those in one state are searched among all from `first` on.
+"""
 
 COUNT_KEYS = Sql(
     """

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.selectable import CompoundSelect
 
-from ..models import Event, LimitRow, Queue, Schedule, TaskRow, Wait, WorkerRow
+from ..models import Event, LimitRow, LimitTotalRow, Queue, Schedule, TaskRow, Wait, WorkerRow
 from ..results import TaskFilter
 from .expressions import array, as_text, clamped_time, clock, constant, interval, statement_time
 from .inspection import newest_events
@@ -249,11 +249,19 @@ QUEUE_OF_TASK = (
         .correlate(Queue)
         .scalar_subquery()
         .label("workers"),
+        Queue.limited_at.is_not(None).label("limited"),
+        LimitRow.concurrency,
+        LimitTotalRow.running,
+        clamped_time(
+            LimitTotalRow.tat - interval(func.extract("epoch", LimitRow.rate_interval) * (LimitRow.burst - 1))
+        ).label("opens_at"),
     )
     .join(TaskRow, TaskRow.queue_name == Queue.queue_name)
+    .outerjoin(LimitRow, and_(LimitRow.queue_name == Queue.queue_name, LimitRow.scope == constant("queue")))
+    .outerjoin(LimitTotalRow, LimitTotalRow.queue_name == Queue.queue_name)
     .where(TaskRow.task_id == bindparam("task_id", type_=Uuid()))
 )
-"""The pause of the queue of a task, and the number of live workers that serve it."""
+"""The pause of the queue of a task, the number of live workers that serve it, and the state of its own limit."""
 
 AWAITED_BY_TASK = (
     select(Wait.queue_name, Wait.event_name)

@@ -28,6 +28,12 @@ async def test_limits_are_set_and_keys_listed_closed_and_opened(cli: CommandLine
     assert (await cli("limits", "close", "default", "acme", "--for", "1h")).code == 0
     (row,) = (await cli("limits", "list", "default", "--state", "closed", "--json")).json
     assert (row["key"], row["state"], row["waiting"]) == ("acme", "closed", 1)
+    await durable.spawn(work, limit_key="b 2")
+    first = await cli("limits", "list", "default", "--limit", "1")
+    assert ("b 2" in first.stdout, "--after acme" in first.stderr) == (False, True)
+    second = await cli("limits", "list", "default", "--limit", "1", "--after", "acme")
+    assert ("b 2" in second.stdout, "--after 'b 2'" in second.stderr) == (True, True)
+    assert "No keys." in (await cli("limits", "list", "default", "--after", "b 2")).stdout
     assert (await cli("limits", "open", "default", "acme")).code == 0
     assert "No keys." in (await cli("limits", "list", "default", "--state", "closed")).stdout
     assert (await cli("limits", "set", "default", "--key", "acme", "--weight", "3")).code == 0

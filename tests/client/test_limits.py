@@ -176,6 +176,10 @@ async def test_arguments_of_limits_that_do_not_go_together_are_refused(client: D
         await client.close_limit_key("q", "a", datetime(2030, 1, 1))
     with pytest.raises(InvalidConfiguration, match="open, full, throttled, closed"):
         await client.list_limit_keys("q", state="busy")  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfiguration, match="must be a str"):
+        await client.list_limit_keys("q", after=7)  # type: ignore[arg-type]
+    with pytest.raises(InvalidName):
+        await client.list_limit_keys("q", after="a\0")
     for call in (
         client.set_limit("nowhere", Limit(concurrency=1)),
         client.set_limit("nowhere", None),
@@ -258,6 +262,11 @@ async def test_keys_come_from_the_params_from_the_spawn_and_from_schedules(
         LimitKeyInfo("acme", "open", 0, 1, None),
     ]
     assert len(await client.list_limit_keys("q", limit=3)) == 3
+    assert await client.list_limit_keys("q", limit=1) == infos[:1]
+    assert await client.list_limit_keys("q", after="", limit=2) == infos[1:3]
+    assert await client.list_limit_keys("q", after=infos[2].key) == infos[3:]
+    assert await client.list_limit_keys("q", state="open", after=infos[2].key, limit=1) == infos[3:4]
+    assert await client.list_limit_keys("q", after=infos[-1].key) == []
 
 
 async def test_children_have_keys(client: Durable, engine: AsyncEngine) -> None:

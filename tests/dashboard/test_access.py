@@ -57,6 +57,7 @@ async def test_queues_restrict_every_page_and_action(durable: Durable, queues: s
             ("/queues/pause", {"queue_name": "secret"}),
             ("/schedules/trigger", {"name": "secret-tick", "queue_name": "secret"}),
             ("/events/emit", {"name": "x", "queue_name": "secret"}),
+            ("/events/replace", {"name": "secret-event", "queue_name": "secret", "payload": "1"}),
             ("/tasks/send", {"task_id": ids["secret"], "topic": "x"}),
             ("/limits/set", {"queue_name": "secret", "concurrency": "1"}),
             ("/limits/close", {"queue_name": "secret", "key": "x", "for": "1h"}),

@@ -86,7 +86,21 @@ async def test_each_action_is_done_logged_and_passed_on(
         assert await durable.list_schedules() == []
         assert (await act("/events/emit", name="paid", queue_name="default", payload='{"n": 1}'))["done"] == 1
         assert (await act("/events/emit", name="paid", queue_name="default"))["done"] == 0
-        assert (await browser.data("/events?name=paid&queue_name=default"))["event"]["payload"] == {"n": 1}
+        paid = "/events?name=paid&queue_name=default"
+        assert (await browser.data(paid))["event"]["payload"] == {"n": 1}
+        assert "/events/replace" in await browser.page(paid)
+        assert await act("/events/replace", name="paid", queue_name="default", payload='{"n": 2}') == {
+            "message": "Replaced the payload of event 'paid'.",
+            "done": 1,
+            "skipped": 0,
+            "complete": True,
+            "task_ids": [],
+        }
+        assert (await browser.data(paid))["event"]["payload"] == {"n": 2}
+        for status, fields in ((400, {}), (400, {"payload": "{"}), (409, {"name": "unknown", "payload": "1"})):
+            wrong = await browser.act("/events/replace", **{"name": "paid", "queue_name": "default", **fields})
+            assert wrong.status_code == status, wrong.text
+        assert (await browser.data(paid))["event"]["payload"] == {"n": 2}
         await end(durable, "failed", TaskRow.task_id == task_id)
         await act("/tasks/delete", task_id=str(task_id))
         await browser.data(f"/tasks/{task_id}", 404)
@@ -102,6 +116,7 @@ async def test_each_action_is_done_logged_and_passed_on(
         ("ada", "delete", []),
         ("ada", "emit", []),
         ("ada", "emit", []),
+        ("ada", "emit", []),
         ("ada", "delete", [task_id]),
     ]
     logged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dashboard: ")]
@@ -112,7 +127,10 @@ async def test_each_action_is_done_logged_and_passed_on(
     assert "on_admin_action failed for emit of 'ada'" in caplog.text
 
 
-async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit: Audit) -> None:
+async def test_limits_are_set_and_keys_closed_and_opened(
+    durable: Durable, audit: Audit, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     async with serving(durable) as (browser, _):
 
         async def act(path: str, status: int = 200, **fields: Any) -> str:
@@ -123,10 +141,15 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
         async def states() -> list[tuple[str, str]]:
             return [(key["limit_key"], key["state"]) for key in (await browser.data("/queues/default"))["limit_keys"]]
 
+        async def policy(key: str) -> tuple[int | None, int | None]:
+            (found,) = [row for row in (await browser.data("/queues/default"))["limits"] if row["limit_key"] == key]
+            return found["concurrency"], found["weight"]
+
         assert (await browser.data("/limits"))["queues"] == []
         assert await states() == []
         assert (
-            await act("/limits/set", concurrency="5", rate="60/1min", burst="10") == "Set the limit of queue 'default'."
+            await act("/limits/set", concurrency="5", rate="60/1min", burst="10", key="ignored")
+            == "Set the limit of queue 'default'."
         )
         await act("/limits/set", scope="per_key", concurrency="2", hold="task")
         await act("/limits/set", scope="key", key="acme", rate="5/10")
@@ -149,7 +172,22 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
         await browser.data("/queues/default?limit_state=x", 400)
         await act("/limits/open", key="acme")
         assert await states() == [("acme", "open")]
-        await act("/limits/set", scope="key", key="acme", clear="1")
+        assert await act("/limits/set", scope="key", key="acme", concurrency="7", weight="3") == (
+            "Set the limit and the weight of key 'acme' of queue 'default'."
+        )
+        assert await policy("acme") == (7, 3)
+        assert await act("/limits/set", scope="key", key="acme", weight="4") == (
+            "Set the weight of key 'acme' of queue 'default', which has the limit of each key."
+        )
+        assert await policy("acme") == (None, 4)
+        assert "weight 4" in await browser.page("/limits")
+        assert "7 at once" not in await browser.page("/limits")
+        assert await act("/limits/set", scope="key", key="acme", clear="1") == (
+            "Removed the limit of key 'acme' of queue 'default'."
+        )
+        assert await policy("acme") == (None, 4)
+        async with durable.engine.begin() as connection:
+            await connection.execute(text("DELETE FROM durable.limits WHERE scope = 'key'"))
         await act("/limits/set", scope="per_key", clear="1")
         await act("/limits/set", clear="1")
         assert (await browser.data("/limits"))["queues"][0]["policies"] == []
@@ -159,6 +197,10 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
             ("/limits/set", {"scope": "key", "concurrency": "1"}),
             ("/limits/set", {"concurrency": "x"}),
             ("/limits/set", {"rate": "5"}),
+            ("/limits/set", {"weight": "3"}),
+            ("/limits/set", {"scope": "per_key", "concurrency": "1", "weight": "3"}),
+            ("/limits/set", {"scope": "key", "key": "acme", "weight": "0"}),
+            ("/limits/set", {"scope": "key", "key": "acme", "weight": "x"}),
             ("/limits/set", {"rate": "5/x"}),
             ("/limits/set", {"concurrency": "1", "hold": "x"}),
             ("/limits/close", {"key": "acme", "for": "x"}),
@@ -166,7 +208,11 @@ async def test_limits_are_set_and_keys_closed_and_opened(durable: Durable, audit
             ("/limits/close", {"for": "1h"}),
         ):
             await act(path, 400, **fields)
-    assert audit.seen == [("ada", "limit", [])] * 8
+    assert audit.seen == [("ada", "limit", [])] * 10
+    logged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dashboard: ")]
+    assert len(logged) == 10
+    assert logged[0] == "dashboard: 'ada' did limits/set on 'default'"
+    assert logged[3] == "dashboard: 'ada' did limits/close on key 'acme' of 'default'"
 
 
 async def test_a_page_returns_with_a_sentence_once(durable: Durable) -> None:

@@ -45,14 +45,16 @@ SELECT pg_temp.id(500000 + number), 'limited', 'work', 'pending', pg_temp.id(num
     'key-' || number, now() FROM generate_series(1, 5000) AS number;
 INSERT INTO durable.limits (queue_name, scope, limited, concurrency) VALUES ('limited', 'per_key', true, 2);
 INSERT INTO durable.limit_keys (queue_name, limit_key, running) SELECT 'limited', 'key-' || number, number % 3
-    FROM generate_series(1, 5000) AS number;
+    FROM generate_series(1, 50000) AS number;
+INSERT INTO durable.limits (queue_name, scope, limit_key, limited, concurrency)
+    SELECT 'limited', 'key', 'key-' || number, true, 3 FROM generate_series(1, 50000, 50) AS number;
 INSERT INTO durable.task_minutes (queue_name, minute, task_name, worker_id, completed)
     SELECT 'default', date_trunc('minute', now()) - number * interval '1 min', 'work', '{worker}', 1
     FROM generate_series(0, 50000) AS number;
 INSERT INTO durable.task_values (task_id, name, value)
     SELECT pg_temp.id(number), 'progress', '1' FROM generate_series(1, 50000) AS number;
 """
-LARGE = tables.LARGE | {"streams", "stream_items", "task_values", "task_minutes"}
+LARGE = tables.LARGE | {"streams", "stream_items", "task_values", "task_minutes", "limit_keys"}
 MOST_BLOCKS = 25_000
 READ = {
     # Waits are read up to a number, and compared with these events, which are only five times as many.
@@ -63,7 +65,11 @@ READ = {
     "/tasks?task_name=unknown&queue_name=default&state=completed": {"tasks"},
     "/tasks?limit_key=key-7": {"tasks"},
     # The page is opened without the checks that read all unfinished tasks, if these take long.
-    "/doctor": {"tasks", "waits"},
+    "/doctor": {"tasks", "waits", "limit_keys"},
+    # Keys in one state are searched among all of their queue, and counted by their states.
+    "/queues/limited?limit_state=full": {"limit_keys"},
+    "/queues/limited?limit_state=full&limit_after=key-3": {"limit_keys"},
+    "/limits": {"limit_keys"},
 }
 """The tables that a page reads, although they are large."""
 
@@ -102,6 +108,8 @@ PATHS = (
         for one in (
             ENDED,
             WITH_CHILDREN,
+            # It is due, and under limits.
+            task_id(500_077),
             *(task_id(many[0]) for many in (FAILED, tables.SLEEPING, tables.WAITING, tables.RUNNING)),
         )
     ),
@@ -110,7 +118,11 @@ PATHS = (
     "/queues",
     "/queues/default",
     "/queues/default?window=7d&task_name=work",
+    "/queues/limited",
+    "/queues/limited?limit_after=key-3",
+    "/queues/limited?limit_key=key-77",
     "/queues/limited?limit_state=full",
+    "/queues/limited?limit_state=full&limit_after=key-3",
     "/limits",
     "/workers",
     "/schedules",

@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import text
@@ -59,6 +60,7 @@ async def test_each_has_a_section(engine: AsyncEngine) -> None:
         assert (kept_open["name"], kept_open["position"], kept_open["ended"]) == ("open", 1, False)
         (line,) = data["log"]["lines"]
         assert (line["level"], line["message"]) == ("INFO", f"part {SECRET}")
+        assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta()
         page = await browser.page(f"/tasks/{task_id}")
         for title in ("Waiting messages", "Published values", "Streams", "Log"):
             assert f">{title}</h2>" in page

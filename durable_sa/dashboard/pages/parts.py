@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -61,7 +62,18 @@ def _lines(row: dict[str, Any], values: Values) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         return []
     lines = [cast("dict[str, Any]", line) for line in cast("list[object]", found) if isinstance(line, dict)]
-    return [{name: line.get(name) for name in ("time", "level", "message", "attempt")} for line in lines]
+    return [
+        {"time": _time(line.get("time")), **{name: line.get(name) for name in ("level", "message", "attempt")}}
+        for line in lines
+    ]
+
+
+def _time(value: object) -> object:
+    """Return the time of a line, or what `redact` has made of it."""
+    try:
+        return datetime.fromisoformat(value).astimezone(UTC) if isinstance(value, str) else value
+    except (ValueError, OverflowError):
+        return value
 
 
 def _list(row: dict[str, Any]) -> list[Any] | None:

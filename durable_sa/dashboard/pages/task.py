@@ -17,6 +17,7 @@ from ..timeline import Scale
 from ..values import Values
 from ..view import View, task_data
 from ..words import reasons
+from . import limits
 from .parts import load_parts
 
 PART: Final = 200
@@ -48,7 +49,8 @@ async def load(view: View) -> dict[str, Any]:
     if task.finished_at is None:
         rows = await view.rows("queue", statements.QUEUE_OF_TASK, shared=False, task_id=task_id)
         queue = rows[0] if rows else None
-    why = reasons(task, history or [], queue, now)
+    limited = await limits.of_task(view, task, queue, now) if queue is not None else []
+    why = reasons(task, history or [], queue, now, limited)
     related = [entry.detail["task_id"] for entry in history or () if "task_id" in entry.detail]
     parent = [] if task.parent_task_id is None else [task.parent_task_id]
     visible = await view.visible([*related, *parent])
