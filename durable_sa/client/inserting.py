@@ -1,4 +1,7 @@
-"""Scripts that insert tasks."""
+"""Scripts that insert tasks: `spawn` all or none of them, `insert` each that can be.
+
+Most calls end in `_insert_one` or `_insert_many`. The rest is for keys that are taken, limits, and lost replies.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +172,7 @@ def _insert_limited(
     rows = yield spawning.SPAWN_LIMITED, {**values, "lock_timeout": lock_timeout}
     hint.add_rows(rows)
     created = {row.task_id for row in rows}
-    hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in created for item in items)
+    hint.timers |= any(item.kind.max_pending_seconds is not None and item.task_id in created for item in items)
     return {item.task_id: spawn_result(item) for item in items if item.task_id in created}
 
 
@@ -210,7 +213,7 @@ def _insert_one(item: Prepared, hint: Hint, channel: str | None) -> Script[dict[
         hint.clear()
     else:
         hint.add_rows(rows)
-        hint.limits |= item.kind.max_pending_seconds is not None
+        hint.timers |= item.kind.max_pending_seconds is not None
     return {item.task_id: spawn_result(item)}
 
 
@@ -235,7 +238,7 @@ def _insert_many(items: Portion, hint: Hint, lock_timeout: str | None) -> Script
         hint.add(lane.queue_name, lane.priority, lane.available_at, tasks=lane.tasks)
     # One of each kind will do, because they have the time limit in common.
     of_each_kind = items[:1] if items.is_plain and inserted is results else items
-    hint.limits |= any(item.kind.max_pending_seconds is not None and item.task_id in inserted for item in of_each_kind)
+    hint.timers |= any(item.kind.max_pending_seconds is not None and item.task_id in inserted for item in of_each_kind)
     return inserted
 
 

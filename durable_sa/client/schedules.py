@@ -187,7 +187,7 @@ class Schedules(Spawning):
         """
         queue_name = self._queue(queue_name)
         await store.pause(self.database, queue_name, validate_name("schedule", name), paused=False)
-        self._sender().send(Hint(limits=True))
+        self._sender().send(Hint(timers=True))
 
     async def trigger_schedule(self, name: str, *, queue_name: str | None = None) -> SpawnResult[Any]:
         """Spawn the task of a schedule of a queue, by default the client's, now, independently of its ticks.

@@ -39,8 +39,8 @@ class Hint:
     """True if events were emitted."""
     cancelled: bool = False
     """True if tasks that were running have been cancelled or deleted."""
-    limits: bool = False
-    """True if there are new limits on time: deadlines of tasks, ticks of schedules."""
+    timers: bool = False
+    """True if something new is due at a given time: a deadline of a task, a tick of a schedule."""
     receivers: set[uuid.UUID] = field(default_factory=set[uuid.UUID])
     """Tasks to which messages were sent."""
     messages: bool = False
@@ -49,7 +49,7 @@ class Hint:
     """The number of tasks in the lanes. Known only in the process that made the hint; it is not sent."""
 
     def __bool__(self) -> bool:
-        return bool(self.lanes) or self.events or self.cancelled or self.limits or bool(self.receivers) or self.messages
+        return bool(self.lanes) or self.events or self.cancelled or self.timers or bool(self.receivers) or self.messages
 
     def add_receivers(self, task_ids: Iterable[uuid.UUID]) -> Hint:
         """Add tasks to which messages were sent."""
@@ -88,7 +88,7 @@ class Hint:
         self.tasks = tasks
         self.events |= other.events
         self.cancelled |= other.cancelled
-        self.limits |= other.limits
+        self.timers |= other.timers
         self.messages |= other.messages
         self.add_receivers(other.receivers)
 
@@ -96,7 +96,7 @@ class Hint:
         """Remove all, because it has been sent."""
         self.lanes.clear()
         self.receivers.clear()
-        self.events = self.cancelled = self.limits = self.messages = False
+        self.events = self.cancelled = self.timers = self.messages = False
         self.tasks = 0
 
     def encode(self) -> str:
@@ -105,7 +105,7 @@ class Hint:
             [queue_name, priority, int((available_at - _EPOCH).total_seconds() * 1_000_000)]
             for (queue_name, priority), available_at in self.lanes.items()
         ]
-        flags: list[object] = [int(self.events), int(self.cancelled), int(self.limits)]
+        flags: list[object] = [int(self.events), int(self.cancelled), int(self.timers)]
         # Only where there are messages, because workers of earlier versions take a longer payload for an unknown one.
         if self.receivers or self.messages:
             flags += [[task_id.hex for task_id in self.receivers], int(self.messages)]
@@ -118,10 +118,10 @@ class Hint:
     def decode(cls, payload: str) -> Hint | None:
         """Decode a payload; None if all lanes are worth a look, or the payload is not one of ours."""
         try:
-            lanes, events, cancelled, limits, *more = json.loads(payload)
+            lanes, events, cancelled, timers, *more = json.loads(payload)
             if lanes is None:
                 return None
-            hint = cls(events=bool(events), cancelled=bool(cancelled), limits=bool(limits))
+            hint = cls(events=bool(events), cancelled=bool(cancelled), timers=bool(timers))
             if more:
                 receivers, messages = more
                 hint.messages = bool(messages)

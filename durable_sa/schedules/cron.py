@@ -62,8 +62,9 @@ def ticks(expression: str, timezone: str, after: datetime) -> Iterator[datetime]
     if expression.startswith(EVERY):
         yield from _every(expression, after)
         return
-    _walk(expression, _wall(after, local))
-    names_the_hour = not expression.split()[-4].startswith("*")
+    _walk(expression, _wall(after, local))  # raises if the expression cannot be read
+    hour = expression.split()[-4]  # from the end, because seconds may come first
+    names_the_hour = not hour.startswith("*")
     yield from (_named if names_the_hour else _steady)(expression, local, after)
 
 

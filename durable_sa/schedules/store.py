@@ -164,7 +164,7 @@ def create(
             yield from _refuse_jobs_by_name(identity, app.schema)
             yield from pgcron.put_job(app.schema, name, cron_expression, prepared)
             yield from pgcron.activate_job(job, active=stored[0].paused_at is None)
-        hint.limits = True
+        hint.timers = True
 
     return script
 

@@ -210,7 +210,10 @@ def _claim(condition: ColumnElement[bool], wanted: ColumnElement[int]) -> Execut
 
 
 CLAIM = _claim(~_is_suspect, _wanted)
-"""Claim up to `wanted` ready tasks: the central statement of the engine, explained in the module's docstring."""
+"""Claim up to `wanted` ready tasks: the central statement of the engine, explained in the module's docstring.
+
+docs/hot-statements.md has it as the server receives it.
+"""
 
 CLAIM_SUSPECT = _claim(_is_suspect, constant(1))
 """Claim one suspect, for a worker that runs nothing else."""

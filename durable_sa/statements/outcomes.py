@@ -115,7 +115,10 @@ COMPLETION_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
 }
 
 COMPLETE = _complete(rows("done", **COMPLETION_COLUMNS), length("task_ids", Uuid()))
-"""Store results. Tasks are found by id and fence only: with a condition on the state the planner scans an index."""
+"""Store results. Tasks are found by id and fence only: with a condition on the state the planner scans an index.
+
+docs/hot-statements.md has it as the server receives it.
+"""
 
 COMPLETE_ONE = _complete(one_row("done", **COMPLETION_COLUMNS), constant(1))
 """`COMPLETE` for a single result."""
@@ -132,6 +135,8 @@ def _within(number: InstrumentedAttribute[float], least: float, most: float) -> 
     return func.least(func.greatest(number, least), most, type_=Float(53))
 
 
+# The delay is min(base_delay * factor ** failures, max_backoff), spread by the jitter and at most max_backoff then;
+# that of a fixed strategy is base_delay, spread. The failures are those before this one.
 _base_delay = _within(TaskRow.retry_base_delay, 0.0, MAX_DURATION)
 _max_backoff = _within(TaskRow.retry_max_backoff, 0.0, MAX_DURATION)
 _factor = _within(TaskRow.retry_factor, 1.0, 1000.0)

@@ -84,7 +84,7 @@ class Agenda:
             self.maintain.set()
             if self.limited.queues:
                 self.keys_changed()
-        if hint.limits:
+        if hint.timers:
             self.look_within(0.0)
 
     def receive(self, payload: str) -> None:

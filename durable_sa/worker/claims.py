@@ -83,13 +83,14 @@ class Claimer:
         self._loop = asyncio.get_running_loop()
         self._capped = False
         """The last claim was bounded by `queue_concurrency`, so more tasks may be ready."""
-        self._commit_unknown_until = 0.0
+        self._unreported_until = 0.0
         self._next_adoption = 0.0
 
-    @property
-    def _wanted(self) -> int:
-        """How many tasks the next claim asks for."""
-        # Results that wait to be written hold no slot, so claims wait for them once there are too many.
+    def _count_wanted(self) -> int:
+        """Return how many tasks the next claim asks for; none until the writer calls, if too many results pile up.
+
+        Results that wait to be written hold no slot, so they would pile up without a limit.
+        """
         self._agenda.claim_when_written = self._writer.backlog > 2 * self._settings.concurrency + 100
         if self._agenda.claim_when_written:
             return 0
@@ -104,14 +105,14 @@ class Claimer:
         retry = RetryPauses("claim", self._stopping, self._registration.outage)
         while not self._stopping.is_set():
             try:
-                if self._wanted <= 0 or not self._registration.lease.valid:
+                if self._count_wanted() <= 0 or not self._registration.lease.valid:
                     agenda.claim_when_freed = True
                     await self._wait(1.0)
                     continue
                 agenda.claim.clear()
-                if self._commit_unknown and time.monotonic() >= self._next_adoption:
-                    await self._adopt()
-                if (wanted := self._wanted) <= 0:
+                if self._may_be_unreported and time.monotonic() >= self._next_adoption:
+                    await self._adopt_unreported()
+                if (wanted := self._count_wanted()) <= 0:
                     continue
                 more = await self._claim(wanted) >= wanted
                 retry.reset()
@@ -119,7 +120,7 @@ class Claimer:
                 if not more and not agenda.claim.is_set():
                     await self._wait(self._pause)
             except Exception as error:  # noqa: BLE001 - the retry logs it
-                self.suspect_unknown_commit()
+                self.expect_unreported()
                 await retry.pause(error)
 
     @property
@@ -279,7 +280,7 @@ class Claimer:
             self._clock.set(claimed[0].now)
         if worker_id != self._registration.worker_id or not self._registration.lease.valid:
             # The lease ended while the claim was in flight: the workers that take over find these runs, too.
-            self.suspect_unknown_commit()
+            self.expect_unreported()
             return []
         for item in claimed:
             if item.cancel_at is not None:
@@ -297,18 +298,18 @@ class Claimer:
             self._executor.start_reserved()
         except Exception:
             logger.exception("starting runs failed")
-            self.suspect_unknown_commit()
+            self.expect_unreported()
 
     @property
-    def _commit_unknown(self) -> bool:
-        return time.monotonic() < self._commit_unknown_until
+    def _may_be_unreported(self) -> bool:
+        return time.monotonic() < self._unreported_until
 
-    def suspect_unknown_commit(self) -> None:
+    def expect_unreported(self) -> None:
         """Look for runs of a claim whose reply was lost: it may have been committed, or may still be."""
-        self._commit_unknown_until = time.monotonic() + UNKNOWN_COMMIT_TIMEOUT
+        self._unreported_until = time.monotonic() + UNKNOWN_COMMIT_TIMEOUT
         self._next_adoption = 0.0
 
-    async def _adopt(self) -> None:
+    async def _adopt_unreported(self) -> None:
         """Start this worker's runs of a claim whose reply was lost: no other worker does while the lease holds."""
         held = self._slots.unsettled()
         self._next_adoption = time.monotonic() + UNKNOWN_COMMIT_INTERVAL

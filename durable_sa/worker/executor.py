@@ -48,12 +48,18 @@ from .slots import Slots
 
 logger = logging.getLogger("durable_sa")
 
-_LEFT_BEHIND = 7
-"""The column of `LOAD_JOURNALS` that is null for waits. Columns are read by number, which takes half of the time."""
+_OVERSIZED = 7
+"""The column of `LOAD_JOURNALS` that says if a value was too large to load, and is null for waits.
+
+Columns are read by number, which takes half of the time.
+"""
 
 
 class Executor:
-    """Runs claimed tasks. It is the host of its runs (`RunHost`): what they need of the worker, they find here."""
+    """Runs claimed tasks: `start` takes them, `_start` makes the call of each function, `Run.start` begins it.
+
+    It is the host of its runs (`RunHost`): what they need of the worker, they find here.
+    """
 
     def __init__(
         self,
@@ -147,7 +153,7 @@ class Executor:
         open_waits: dict[uuid.UUID, list[tuple[uuid.UUID, Any]]] = {task_id: [] for task_id in task_ids}
         racing: set[tuple[uuid.UUID, uuid.UUID]] = set()
         for row in rows:
-            if row[_LEFT_BEHIND] is not None:
+            if row[_OVERSIZED] is not None:
                 entries[row[0]][row[1]] = Entry._make(row[2:8])
                 continue
             open_waits[row.task_id].append((row.key, row.due_at))
@@ -166,7 +172,7 @@ class Executor:
     async def _load(self, task_ids: list[uuid.UUID]) -> list[Any]:
         """Return the records and the waits of these tasks, once the waits that are over have been resolved."""
         rows: list[Any] = list(await self.reader.execute(checkpoints.LOAD_JOURNALS, {"task_ids": task_ids}))
-        if waiting := {row[0] for row in rows if row[_LEFT_BEHIND] is None}:
+        if waiting := {row[0] for row in rows if row[_OVERSIZED] is None}:
             parameters = {"task_ids": sorted(waiting)}
             await self.reader.execute(waits.RESOLVE, parameters)
             rows = [row for row in rows if row.task_id not in waiting]

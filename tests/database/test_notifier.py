@@ -323,7 +323,7 @@ async def test_hints_of_spawns_in_a_row_are_merged(
     at = datetime(2100, 1, 1, tzinfo=UTC)
     limited = CancellationPolicy(max_pending_time=60)
     await durable.spawn(ship, available_at=at, priority=3, cancellation=limited)
-    assert Hint.decode(await hints.next()) == Hint({("default", 3): at}, limits=True, tasks=1)
+    assert Hint.decode(await hints.next()) == Hint({("default", 3): at}, timers=True, tasks=1)
     hints.heard.clear()
     for priority in (5, 5, 7):
         await durable.spawn(ship, available_at=at, priority=priority)

@@ -1,5 +1,6 @@
 """Which revision a database is at, and what is said where it is another one than needed."""
 
+import re
 import textwrap
 
 import pytest
@@ -26,6 +27,14 @@ async def test_without_tables_there_is_no_revision(empty_engine: AsyncEngine) ->
         await connection.run_sync(migrate)
         assert await connection.run_sync(current) == head()
         assert await connection.run_sync(current, "elsewhere") is None
+
+
+def test_the_documented_calls_are_those_of_the_newest_revision() -> None:
+    documentation = migrations.__doc__ or ""
+    assert f'    durable.upgrade("{head()}")\n' in documentation
+    assert f'durable.downgrade("base", since="{head()}")' in documentation
+    after = f"durable_{int(head().removeprefix('durable_')) + 1:04}"
+    assert set(re.findall(r"durable_\d{4}", documentation)) == {head(), after}
 
 
 async def test_any_role_may_ask(empty_engine: AsyncEngine) -> None:

@@ -481,7 +481,7 @@ async def test_a_heartbeat_on_its_way_does_not_bring_a_lost_lease_back(
 
     async def stop_slowly(heartbeat: Heartbeat) -> None:
         heartbeat._lease.renewed(time.monotonic())
-        worker._claimer.suspect_unknown_commit()
+        worker._claimer.expect_unreported()
         worker._agenda.claim.set()
         await asyncio.sleep(0.5)
         await stop(heartbeat)

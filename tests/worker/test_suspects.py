@@ -292,7 +292,7 @@ async def test_a_suspect_whose_claim_was_not_answered_is_given_back_if_others_ru
             worker=worker.worker_id,
             task_id=suspect.task_id,
         )
-        worker._claimer.suspect_unknown_commit()
+        worker._claimer.expect_unreported()
         worker._agenda.claim.set()
 
         async def given_back() -> bool:
