@@ -141,12 +141,17 @@ async def start_probes(
     """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
-            async with asyncio.timeout(_TIMEOUT):
-                request = await reader.readuntil(b"\r\n\r\n")
-            writer.write(await _answer(request, {b"/live": live, b"/ready": ready}))
-            await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(_TIMEOUT):
+                    request = await reader.readuntil(b"\r\n\r\n")
+                writer.write(await _answer(request, {b"/live": live, b"/ready": ready}))
+                writer.close()
+                async with asyncio.timeout(_TIMEOUT):
+                    await writer.wait_closed()
+        finally:
+            # A request may be on its way when the worker ends, and the event loop is closed right after.
+            writer.transport.abort()
 
     return await asyncio.start_server(answer, host, port, limit=_MAX_REQUEST_BYTES, reuse_address=True)
 

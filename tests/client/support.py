@@ -172,22 +172,27 @@ class Gate:
         # Until Python 3.12 the server did not wait for connections; now it would for those that come at this moment.
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        socket = self._target.query.get("host")
-        if socket is not None:
-            port = self._target.query.get("port", "5432")
-            there = await asyncio.open_unix_connection(f"{socket}/.s.PGSQL.{port}")
-        else:
-            there = await asyncio.open_connection(self._target.host, self._target.port)
-        losing = asyncio.Event()
-        self._connections |= {writer, there[1]}
-        await asyncio.gather(
-            self._forward(reader, there[1], losing, asks=True),
-            self._forward(there[0], writer, losing, asks=False),
-            return_exceptions=True,
-        )
-        for each in (writer, there[1]):
-            self._connections.discard(each)
-            each.transport.abort()
+        connections = {writer}
+        try:
+            socket = self._target.query.get("host")
+            if socket is not None:
+                port = self._target.query.get("port", "5432")
+                there = await asyncio.open_unix_connection(f"{socket}/.s.PGSQL.{port}")
+            else:
+                there = await asyncio.open_connection(self._target.host, self._target.port)
+            connections.add(there[1])
+            self._connections |= connections
+            losing = asyncio.Event()
+            await asyncio.gather(
+                self._forward(reader, there[1], losing, asks=True),
+                self._forward(there[0], writer, losing, asks=False),
+                return_exceptions=True,
+            )
+        finally:
+            # Also when the test has ended while a client was just connecting.
+            self._connections -= connections
+            for each in connections:
+                each.transport.abort()
 
     async def _forward(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, losing: asyncio.Event, *, asks: bool

@@ -1,6 +1,7 @@
 """Probes: what a worker says of itself, also when its event loop says nothing any more."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -75,6 +76,19 @@ async def test_a_worker_that_is_well_says_so(durable: Durable) -> None:
         port = worker.health_port
     with pytest.raises(OSError, match="refused"):
         await ask(port, "/live")
+
+
+async def test_a_request_that_is_on_its_way_when_the_worker_ends_is_cut_off(durable: Durable) -> None:
+    async with durable.worker(health_port=0) as worker:
+        reader, writer = await asyncio.open_connection("127.0.0.1", worker.health_port)
+        writer.write(b"GET /li")
+        assert worker.health_port is not None
+        # The server accepts in order, so it has that one, too.
+        await ask(worker.health_port, "/live")
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    writer.close()
 
 
 async def test_without_a_port_nothing_is_served(durable: Durable) -> None:
