@@ -12,6 +12,7 @@ import asyncpg  # type: ignore[import-untyped]
 import pytest
 from sqlalchemy import URL, select, text
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.sql import ClauseElement
 
 from durable_sa import Durable, TaskContext, TaskFilter, TaskRow
@@ -607,3 +608,13 @@ async def test_plans_do_not_outlive_the_size_of_the_tables(
         assert await rows_read() == before
     finally:
         await channel.close()
+
+
+@pytest.mark.parametrize("name", ["complete", "fail", "suspend"])
+async def test_a_plan_for_empty_tables_compares_no_run_with_each_task(engine: AsyncEngine, name: str) -> None:
+    """It is kept for the first second of a worker, while the tables may grow."""
+    connection = await asyncpg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False))
+    await connection.execute("SET plan_cache_mode = force_generic_plan")
+    found = list(nodes(await explained(connection, CASES[name])))
+    await connection.close()
+    assert not [node for node in found if "fences" in node.get("Join Filter", "")]
