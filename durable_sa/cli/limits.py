@@ -46,7 +46,7 @@ async def _list(
     queue: Queue,
     state: Annotated[str | None, typer.Option(help="Only keys that are open, full, throttled or closed.")] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", help="Number of keys.")] = 50,
-    after: Annotated[str | None, typer.Option(metavar="KEY", help="Only keys behind this one, by name.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="KEY", help="Only keys whose names come after this one.")] = None,
 ) -> None:
     """List the keys of a queue, with the slots that their tasks hold, and the tasks that wait (up to 1000)."""
     keys = await invocation.durable.list_limit_keys(

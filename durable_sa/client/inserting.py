@@ -1,4 +1,4 @@
-"""Scripts that insert tasks: `spawn` all or none of them, `insert` each that can be.
+"""Scripts that insert tasks: `spawn` inserts all of them or none, `insert` those that can be inserted.
 
 Most calls end in `_insert_one` or `_insert_many`. The rest is for keys that are taken, limits, and lost replies.
 """

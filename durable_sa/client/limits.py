@@ -101,9 +101,9 @@ class Limits(App):
     ) -> list[LimitKeyInfo]:
         """Return the keys of a queue, by name: those in `state`, or all. At most `limit` of them.
 
-        With `after`, only keys behind that one: the last of a page leads to the next. An empty text is the place behind
-        the tasks without a key, which come first. Keys that nothing has used for a minute are left out, unless they
-        have a limit or a weight of their own.
+        With `after`, only keys whose names come after that one, such as the last key of the page before. The tasks
+        without a key come first, and an empty text leaves them out. Keys that nothing has used for a minute are left
+        out as well, unless they have a limit or a weight of their own.
 
         Raises:
             QueueNotFound: there is no such queue.

@@ -34,6 +34,12 @@ class Blocked(Enum):
     """Anything else: a timer, a socket, a thread, a task that is not of the run."""
 
 
+def retrieve_exception(future: AnyFuture) -> None:
+    """Keep asyncio from logging that the exception of `future`, which is done, was never retrieved."""
+    if not future.cancelled():
+        future.exception()
+
+
 def _codes(*functions: object) -> frozenset[CodeType]:
     return frozenset(code for function in functions if (code := getattr(function, "__code__", None)) is not None)
 

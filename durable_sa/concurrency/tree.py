@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from ..errors import InvalidState
 from . import blocking
-from .blocking import AnyFuture, AnyTask
+from .blocking import AnyTask, retrieve_exception
 from .branches import SET_FACTORY_BEFORE, Branch, branch_of, current, current_branch, entered
 from .suspension import TURNS, Quiescence
 
@@ -148,7 +148,7 @@ class BranchTree:
         self._stop_watching()
         if self._root is not None:
             for task in self._unretrieved or ():
-                _retrieve_exception(task)
+                retrieve_exception(task)
         self._unretrieved, self._suppress_exceptions = None, True
         self._suppress_outcomes()
         deadline = self._loop.time() + grace
@@ -190,7 +190,7 @@ class BranchTree:
     def _suppress_outcomes(self) -> None:
         """Keep asyncio from logging the futures that `gather` and `shield` have made of the tasks."""
         for outcome in blocking.outcomes(self._tasks):
-            outcome.add_done_callback(_retrieve_exception)
+            outcome.add_done_callback(retrieve_exception)
 
     async def _let_cancellation_spread(self) -> None:
         """Let the event loop turn as often as a cancellation may take to get to the tasks below."""
@@ -208,7 +208,7 @@ class BranchTree:
             self._stop_watching()
         self._closed = self._root is None and not self._tasks
         if self._suppress_exceptions:
-            _retrieve_exception(task)
+            retrieve_exception(task)
         elif getattr(task, "_log_traceback", False):
             if self._unretrieved is None:
                 self._unretrieved = weakref.WeakSet()
@@ -222,9 +222,3 @@ class BranchTree:
 
 def _ignore(*_: object) -> None:
     """Take the place of a callback, which would keep an ended run alive."""
-
-
-def _retrieve_exception(future: AnyFuture) -> None:
-    """Keep asyncio from logging that the exception of `future`, which is done, was never retrieved."""
-    if not future.cancelled():
-        future.exception()

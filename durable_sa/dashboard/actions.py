@@ -191,8 +191,8 @@ async def _set_limit(view: View, form: Fields) -> Outcome:
         raise HTTPException(400, f"The scope is queue, per_key or key, not {scope[:80]!r}.")
     key = form.required("key") if scope == "key" else None
     weight, removed = whole(form, "weight"), form.text("clear") is not None
-    without = weight is not None and form.text("concurrency") is None and form.text("rate") is None
-    limit = None if removed or without else limit_of(form)
+    weight_alone = weight is not None and form.text("concurrency") is None and form.text("rate") is None
+    limit = None if removed or weight_alone else limit_of(form)
     await view.durable.set_limit(queue, limit, key=key, per_key=scope == "per_key", weight=weight)
     whose = f"key {key!r} of queue {queue!r}" if key is not None else f"queue {queue!r}"
     if weight is not None and limit is None:
@@ -238,7 +238,7 @@ async def _emit(view: View, form: Fields) -> Outcome:
 
 async def _replace(view: View, form: Fields) -> Outcome:
     name, queue = form.exact("name") or form.required("name"), _queue(view, form)
-    # Nothing is no payload here: it would replace the one that there is by null.
+    # An empty field is refused, because it would replace the payload by null.
     form.required("payload")
     await view.durable.replace_event(name, _payload(form), queue)
     back = f"/events?{query([('name', name), ('queue_name', queue)])}"

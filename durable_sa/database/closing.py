@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncTransaction
 from sqlalchemy.pool import Pool
 
+from ..concurrency.blocking import retrieve_exception
 from ..concurrency.branches import detached
 from . import private
 
@@ -104,7 +105,7 @@ async def discard(connection: AsyncConnection) -> None:
     loop = asyncio.get_running_loop()
     with detached():
         task = loop.create_task(_bounded(close, functools.partial(tear_down, driver_of(connection))))
-    task.add_done_callback(_retrieve)
+    task.add_done_callback(retrieve_exception)
     await asyncio.wait([task])
 
 
@@ -119,16 +120,10 @@ async def connected(connecting: Awaitable[AsyncConnection]) -> AsyncConnection:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task], timeout=CLOSING_TIMEOUT)
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve_exception)
         if not task.cancel() and not task.cancelled() and task.exception() is None:
             await discard(task.result())
         raise
-
-
-def _retrieve(done: asyncio.Future[Any]) -> None:
-    """Keep asyncio from logging that an exception was never retrieved."""
-    if not done.cancelled():
-        done.exception()
 
 
 @asynccontextmanager

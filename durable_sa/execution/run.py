@@ -120,9 +120,8 @@ class Run:
 
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code, whose outcome is written when it ends."""
-        limit, task = None, self.task
-        timed = task.timeout is not None or task.hard_timeout is not None
-        if timed and (timeout := self.host.attempt_timeout(task)) is not None:
+        limit: AttemptLimit | None = None
+        if (timeout := self.host.attempt_timeout(self.task)) is not None:
             writer = self.host.writer
             self.limit = limit = AttemptLimit(timeout, self.claimed, self.journal, writer, lambda: self.signal)
             body = limit.within(body)

@@ -41,9 +41,6 @@ class Kind(Enum):
     RELEASE = "release"
     COMPLETION = "completion"
 
-    # Kinds are keys for every write, and Enum computes a hash in Python.
-    __hash__ = object.__hash__
-
 
 CONTENDED = frozenset({Kind.CHILD, Kind.EVENT, Kind.MESSAGE})
 """Kinds that may meet an insert of the same key in a transaction that is still open."""

@@ -87,9 +87,10 @@ class Claimer:
         self._next_adoption = 0.0
 
     def _count_wanted(self) -> int:
-        """Return how many tasks the next claim asks for; none until the writer calls, if too many results pile up.
+        """Return how many tasks the next claim asks for.
 
-        Results that wait to be written hold no slot, so they would pile up without a limit.
+        Results that wait to be written hold no slot, so they would pile up without a limit. While there are too many,
+        the next claim asks for none, and the writer wakes it when they are written.
         """
         self._agenda.claim_when_written = self._writer.backlog > 2 * self._settings.concurrency + 100
         if self._agenda.claim_when_written:

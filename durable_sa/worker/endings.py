@@ -55,8 +55,6 @@ class Endings:
         self.threads = AbandonedThreads(settings.concurrency, self._end_with_threads)
         self._hard_timeouts = None if supervision is None else HardTimeouts(supervision, self._end_with_overdue)
         self._warned = False
-        self.watches_runs = self._hard_timeouts is not None or max_memory is not None
-        """True if the end of a run may be the end of the worker, or of a watch."""
 
     def attempt_timeout(self, task: Task[Any, Any]) -> float | None:
         """Return the `timeout` of a task, or a `hard_timeout` that is shorter and that no watcher enforces."""
@@ -72,10 +70,10 @@ class Endings:
             )
         return hard if timeout is None else min(hard, timeout)
 
-    def run_begins(self, run: Run, hard_timeout: float) -> None:
-        """Watch a run of a task that has a `hard_timeout`."""
-        if self._hard_timeouts is not None:
-            self._hard_timeouts.began(run, hard_timeout)
+    def run_begins(self, run: Run) -> None:
+        """Watch a run, if its task has a `hard_timeout`."""
+        if run.task.hard_timeout is not None and self._hard_timeouts is not None:
+            self._hard_timeouts.began(run, run.task.hard_timeout)
 
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Take note of the end of a run."""

@@ -203,8 +203,7 @@ class Executor:
             start() if self.telemetry is None else self.telemetry.execute(item, wakers, lambda: run.signal, start),
             inner,
         )
-        if task.hard_timeout is not None:
-            self._endings.run_begins(run, task.hard_timeout)
+        self._endings.run_begins(run)
 
     def task(self, name: str) -> Task[Any, Any] | None:
         """Return the task that is registered under a name, if there is one."""
@@ -249,8 +248,7 @@ class Executor:
     def run_ended(self, claimed: ClaimedRun) -> None:
         """Free the slot of a run whose code has ended; its outcome is still to be written."""
         self._slots.free_slot(claimed)
-        if self._endings.watches_runs:
-            self._endings.run_ended(claimed)
+        self._endings.run_ended(claimed)
         if not self._freeing:
             # In the next turn of the event loop, so that the outcome is sent first.
             self._freeing = True

@@ -150,7 +150,7 @@ async def start_probes(
                 async with asyncio.timeout(_TIMEOUT):
                     await writer.wait_closed()
         finally:
-            # A request may be on its way when the worker ends, and the event loop is closed right after.
+            # The worker may have ended before the answer was sent, and then closes the event loop at once.
             writer.transport.abort()
 
     return await asyncio.start_server(answer, host, port, limit=_MAX_REQUEST_BYTES, reuse_address=True)

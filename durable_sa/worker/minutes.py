@@ -19,6 +19,7 @@ BATCH: Final = 1000
 """Counts in one write."""
 
 _MINUTE: Final = 60.0
+"""Seconds."""
 
 
 class _Key(NamedTuple):

@@ -189,7 +189,7 @@ class Gate:
                 return_exceptions=True,
             )
         finally:
-            # Also when the test has ended while a client was just connecting.
+            # The event loop of a test cancels this if the test ends while a client connects.
             self._connections -= connections
             for each in connections:
                 each.transport.abort()

@@ -80,13 +80,13 @@ async def test_a_key_is_found_by_its_name(durable: Durable, browser: Browser) ->
     assert '<span class="state full"><i aria-hidden="true">■</i>full</span>' in page
     # A part of a name is none.
     assert (await browser.data("/queues/default?limit_key=key-"))["limit_keys"] == []
-    page = await browser.page("/queues/default?limit_key=nobody")
-    assert 'Nothing has used key <bdi class="name">nobody</bdi>' in page
+    page = await browser.page("/queues/default?limit_key=unused")
+    assert 'Nothing has used key <bdi class="name">unused</bdi>' in page
     # It can be closed all the same, by those who may.
-    assert 'name="key" value="nobody"' in page
+    assert 'name="key" value="unused"' in page
     async with serving(durable, Access("eve")) as (other, _):
-        page = await other.page("/queues/default?limit_key=nobody")
-        assert 'Nothing has used key <bdi class="name">nobody</bdi>' in page
+        page = await other.page("/queues/default?limit_key=unused")
+        assert 'Nothing has used key <bdi class="name">unused</bdi>' in page
         assert 'name="key"' not in page
 
 

@@ -121,19 +121,24 @@ async def test_the_socket_is_closed(proxy: Proxy, database_url: URL, driver: str
     await eventually(lambda: proxy.left == 1, within=5)
 
 
-async def test_a_connection_whose_set_up_is_cancelled_is_closed(database_url: URL, driver: str) -> None:
+async def test_a_connection_whose_set_up_is_cancelled_is_closed(
+    database_url: URL, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when a worker is shut down before its listener has connected."""
+    monkeypatch.setattr(closing, "CLOSING_TIMEOUT", 10.0)
     engine = create_async_engine(database_url.set(drivername=driver))
     made: list[Any] = []
+    cancelled = asyncio.Event()
 
     @sa.event.listens_for(engine.sync_engine, "connect")
     def set_up(connection: Any, _: object) -> None:
         made.append(connection.driver_connection)
-        connection.run_async(lambda _: asyncio.sleep(0.1))
+        connection.run_async(lambda _: cancelled.wait())
 
     connecting = asyncio.create_task(closing.connected(engine.connect()))
     await eventually(lambda: bool(made))
     connecting.cancel()
+    cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await connecting
     (connection,) = made

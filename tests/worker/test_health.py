@@ -78,12 +78,12 @@ async def test_a_worker_that_is_well_says_so(durable: Durable) -> None:
         await ask(port, "/live")
 
 
-async def test_a_request_that_is_on_its_way_when_the_worker_ends_is_cut_off(durable: Durable) -> None:
+async def test_a_request_that_is_incomplete_when_the_worker_ends_is_cut_off(durable: Durable) -> None:
     async with durable.worker(health_port=0) as worker:
         reader, writer = await asyncio.open_connection("127.0.0.1", worker.health_port)
         writer.write(b"GET /li")
         assert worker.health_port is not None
-        # The server accepts in order, so it has that one, too.
+        # The server accepts connections in their order, so it has accepted the first one by now.
         await ask(worker.health_port, "/live")
     async with asyncio.timeout(10):
         with contextlib.suppress(ConnectionResetError):

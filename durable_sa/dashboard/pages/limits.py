@@ -39,7 +39,7 @@ async def load(view: View) -> dict[str, Any]:
 
 
 async def of_queue(view: View, name: str) -> dict[str, Any]:
-    """Load the policies of one queue, and a page of its keys: those behind `limit_after`, in the `limit_state`, or all.
+    """Load the policies of one queue, and a page of its keys: those after `limit_after`, in the `limit_state`, or all.
 
     With `limit_key`, only that key.
     """
