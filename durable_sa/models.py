@@ -38,7 +38,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "durable"
 DEFAULT_QUEUE = "default"
-REVISION = "durable_0008"
+REVISION = "durable_0009"
 OLDEST = "durable_0001"
 """The oldest revision whose versions of the package work with these tables."""
 RETENTION = "30 days"
@@ -272,6 +272,7 @@ class Checkpoint(Base):
     )
     created_at: Mapped[datetime] = mapped_column(server_default=_now)
     duration: Mapped[float | None] = mapped_column(REAL(), comment="seconds that a step, a try or a wait took")
+    arguments: Mapped[str | None] = mapped_column(comment="the beginning of those of a step or transaction, as JSON")
 
 
 class Event(Base):
@@ -483,7 +484,7 @@ class WorkerRow(Base):
     expires_at: Mapped[datetime]
     lost_at: Mapped[datetime | None] = mapped_column(comment="when another worker found it silent")
     long_steps: Mapped[list[dict[str, Any]] | None] = mapped_column(
-        JSON(), comment="steps that have run for more than a second: task_id, step, started_at"
+        JSON(), comment="steps that have run for more than a second: task_id, step, arguments, started_at"
     )
     knows_limits: Mapped[bool | None] = mapped_column(comment="null: of a version that claims without regard to limits")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import HistoryEntry, TaskErrorInfo, TaskInfo
 from ..client.history import WITHOUT_MESSAGE
-from ..client.wording import span
+from ..client.wording import call_text, span
 from ..policies import SUSPECT_AFTER
 from .output import Output, clean, shown
 from .timeline import Moment, entries
@@ -56,6 +56,8 @@ def _attempt(entry: HistoryEntry) -> Iterator[Moment]:
         yield Moment(entry.began_at, f"attempt {number} starts", worker, attempt=number)
     if entry.ended_at is not None:
         detail = "" if error is None else _brief(error_text(error))
+        if error is not None and "arguments" in entry.detail:
+            detail += f" in step {error.step!r}{_arguments(entry)}"
         yield Moment(
             entry.ended_at, f"attempt {number} {entry.status}", detail, attempt=number, failed=error is not None
         )
@@ -66,7 +68,7 @@ def _call(entry: HistoryEntry) -> Iterator[Moment]:
     if at is None or (entry.status in ("running", "waiting") and entry.kind not in ("child", "sleep")):
         return
     took = None if entry.duration is None else entry.duration.total_seconds()
-    name = f" {entry.name!r}" if entry.name else ""
+    name = f" {entry.name!r}{_arguments(entry)}" if entry.name else ""
     if entry.kind == "try":
         step, error = f" of step{name}" if name else " of a step", entry.detail.get("error")
         detail = "" if error is None else _brief(error_text(error))
@@ -110,7 +112,10 @@ def print_history(
     running = [entry for entry in history if entry.kind == "step" and entry.status == "running"]
     if running:
         output.heading("steps in progress")
-        rows = [{"step": entry.name, "started_at": entry.began_at, "duration": _since(entry)} for entry in running]
+        rows = [
+            {"step": entry.name + _arguments(entry), "started_at": entry.began_at, "duration": _since(entry)}
+            for entry in running
+        ]
         output.print_table(rows, {"step": "step", "started_at": "since", "duration": "for"})
     waits = [entry for entry in history if entry.status == "waiting" and entry.kind not in ("attempt", "child")]
     if waits:
@@ -133,6 +138,10 @@ def print_timeline(moments: Sequence[Moment], output: Output, *, everything: boo
     """Print moments as a table; many of them are grouped unless `everything` is wanted."""
     rows = [entry.row() for entry in entries(moments, everything=everything)]
     output.print_table(rows, {"at": "time", "took": "took", "what": "what happened", "detail": "detail"})
+
+
+def _arguments(entry: HistoryEntry) -> str:
+    return clean(call_text(entry.detail["arguments"])) if "arguments" in entry.detail else ""
 
 
 def _since(entry: HistoryEntry) -> str:

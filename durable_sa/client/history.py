@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from sqlalchemy import Row
 
 from ..results import HistoryEntry, TaskErrorInfo
+from ..serialization.arguments import arguments_of
 from ..serialization.stored_redaction import message_of, traceback_of
 
 WITHOUT_MESSAGE = "(its message is data)"
@@ -38,6 +39,8 @@ class StoredError(NamedTuple):
 
     info: TaskErrorInfo
     traceback: str | None
+    arguments: Mapping[str, Any] | None
+    """Those of the step."""
 
 
 def stored_error(text: str | None, *, payloads: bool) -> StoredError | None:
@@ -46,13 +49,15 @@ def stored_error(text: str | None, *, payloads: bool) -> StoredError | None:
         return None
     fields = _object(text)
     name, message, raw = str(fields.get("name", "?")), str(fields.get("message", "")), fields.get("raw")
-    step, traceback = fields.get("step"), fields.get("traceback")
+    step, traceback, arguments = fields.get("step"), fields.get("traceback"), fields.get("arguments")
     traceback = traceback if isinstance(traceback, str) and traceback else None
     if not payloads:
         shown = message_of(name, message, has_data=raw is not None)
         error = f"{name} {WITHOUT_MESSAGE}" if shown is None else f"{name}: {shown}" if shown else name
-        message, traceback, raw = WITHOUT_MESSAGE if shown is None else shown, traceback_of(traceback, error), None
-    return StoredError(TaskErrorInfo(name, message, raw, step if isinstance(step, str) else None), traceback)
+        message, traceback = WITHOUT_MESSAGE if shown is None else shown, traceback_of(traceback, error)
+        raw = arguments = None
+    info = TaskErrorInfo(name, message, raw, step if isinstance(step, str) else None)
+    return StoredError(info, traceback, arguments_of(arguments))
 
 
 def entries(records: Records, *, payloads: bool) -> list[HistoryEntry]:
@@ -83,6 +88,7 @@ def _attempts(records: Records, *, payloads: bool) -> Iterator[HistoryEntry]:
             worker=run.worker or run.worker_id,
             error=error and error.info,
             traceback=error and error.traceback,
+            arguments=error and error.arguments,
         )
         yield HistoryEntry("attempt", "", run.state, run.attempt, run.started_at, run.finished_at, detail)
     task = records.task
@@ -120,10 +126,10 @@ def _call(checkpoint: Row[Any], now: datetime, *, payloads: bool) -> HistoryEntr
     if (kind, name) == ("value", "$try"):
         fields = _object(checkpoint.value)
         error = stored_error(checkpoint.value, payloads=payloads) if fields else None
-        return HistoryEntry(
-            "try", str(fields.get("step") or ""), "failed", 0, began_at, ended_at, _known(error=error and error.info)
-        )
-    detail = _known(**{"message_id" if kind == "message" else "task_id": checkpoint.child_task_id})
+        known = _known(error=error and error.info, arguments=error and error.arguments)
+        return HistoryEntry("try", str(fields.get("step") or ""), "failed", 0, began_at, ended_at, known)
+    related = "message_id" if kind == "message" else "task_id"
+    detail = _known(**{related: checkpoint.child_task_id, "arguments": arguments_of(checkpoint.arguments)})
     if kind == "race":
         detail["winner"] = decoded(checkpoint.value)
     elif payloads and checkpoint.value is not None:
@@ -154,7 +160,8 @@ def _in_progress(records: Records) -> Iterator[HistoryEntry]:
     for step in records.steps:
         # The worker reckons when it began, and may reckon it earlier than the attempt.
         began_at = step.began_at if task.started_at is None else max(step.began_at, task.started_at)
-        yield HistoryEntry("step", step.name, "running", task.attempt, began_at, None)
+        known = _known(arguments=arguments_of(step.arguments))
+        yield HistoryEntry("step", step.name, "running", task.attempt, began_at, None, known)
 
 
 def _known(**details: Any) -> dict[str, Any]:

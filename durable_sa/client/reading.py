@@ -200,7 +200,7 @@ def read_history(
             (history.CHECKPOINTS, {"with_payloads": payloads}),
             (history.WAITS, {}),
             (history.CHILDREN, {}),
-            (history.STEPS_IN_PROGRESS, {}),
+            (history.STEPS_IN_PROGRESS, {"with_payloads": payloads}),
         )
     )
     return entries(Records(task, runs, checkpoints, waits, children, steps), payloads=payloads)

@@ -1,6 +1,9 @@
-"""Durations as people read them, on the command line and in the dashboard."""
+"""Durations and calls as people read them, on the command line and in the dashboard."""
 
 from __future__ import annotations
+
+import json
+from typing import cast
 
 
 def span(seconds: float | None) -> str:
@@ -17,3 +20,18 @@ def span(seconds: float | None) -> str:
         if len(parts) == 2 or (parts and not count):
             break
     return " ".join(parts)
+
+
+def call_text(arguments: object) -> str:
+    """Format the arguments of a step as in a call, such as `(17, currency="EUR")`; others, redacted, as JSON."""
+    match arguments:
+        case {"args": list(args), "kwargs": dict(kwargs), "cut": cut}:
+            given = [_json(value) for value in cast(list[object], args)]
+            given += [f"{name}={_json(value)}" for name, value in cast(dict[str, object], kwargs).items()]
+            return f"({', '.join([*given, '...'] if cut else given)})"
+        case _:
+            return f"({_json(arguments)})"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -24,6 +24,7 @@ from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
+from ..serialization.arguments import summary
 from ..serialization.codec import Codec, check_size
 from ..signals import Suspended
 
@@ -43,6 +44,8 @@ class Call(NamedTuple):
     kind: str
     name: str
     key: uuid.UUID
+    arguments: str | None = None
+    """The beginning of a step's or transaction's arguments as JSON."""
 
 
 class ContextBase:
@@ -71,7 +74,7 @@ class ContextBase:
         journal = self._run.journal
         if not (branch.live or (journal.empty and not self._run.lines.held)):
             self._run.lines.called(branch, recorded=journal.knows(key))
-        return Call(kind, name, key)
+        return Call(kind, name, key, summary(arguments) if arguments else None)
 
     def log_line(self, record: logging.LogRecord, branch: Branch | None = None) -> None:
         """Log a record of the calling code, in `branch` if that is given, unless an earlier run has logged it."""
@@ -144,7 +147,7 @@ class ContextBase:
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         with self._run.branches.busy():
-            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration)
+            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration, call.arguments)
             stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if is_part(call.key):
             self._keep_part(call, text if stored is None else stored.value or NULL)

@@ -152,7 +152,7 @@ def _source(run: Run, block_key: uuid.UUID, step: uuid.UUID | None) -> tuple[uui
     """Return the key of the step that writes, and an id of its try. A block in the task's body is a step of its own."""
     if step is None or step not in run.steps:
         return step or block_key, new_id()
-    identity = f"{run.claimed.fence}:{run.steps[step][1]!r}".encode()
+    identity = f"{run.claimed.fence}:{run.steps[step].began!r}".encode()
     return step, uuid.UUID(bytes=hashlib.blake2b(identity, digest_size=16).digest())
 
 

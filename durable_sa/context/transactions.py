@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from ..database.failover import timeline_of
 from ..errors import ReplayMismatch
+from ..execution.run import StepInProgress
 from ..ids import is_part
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.canonical import encode_arguments
@@ -91,7 +92,7 @@ class Transactions(ContextBase):
             if (entry := await self._recall(call)) is not None:
                 return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
             warned = self._check_replay(call)
-            run.steps[call.key] = call.name, time.monotonic()
+            run.steps[call.key] = StepInProgress(call.name, call.arguments, time.monotonic())
             try:
                 with run.branches.busy(), run.branches.scope(str(call.key)):
                     value = await self._execute_transaction(call, codec, fn, args, kwargs, in_thread)
@@ -105,7 +106,7 @@ class Transactions(ContextBase):
         except BaseException as error:
             if not issubclass(type(error), ReplayMismatch | ControlFlow):
                 await self._note_failure(call)
-            mark_step(error, run.claimed.run_id, call.name, inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, call.arguments, inner=is_part(call.key))
             raise
 
     async def _execute_transaction(

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic_core import to_json
 
+from ..client.wording import call_text
 from . import charts
 from .forms import query
 from .values import pretty
@@ -116,6 +117,7 @@ def environment() -> Environment:
         number=_number,
         short=_short,
         duration=duration,
+        call=call_text,
         pretty=_json,
         since=_since,
         sparkline=_sparkline,

@@ -99,7 +99,7 @@ class _Transaction(Generic[T]):
         self._codec = codec
         self._fn = fn
         self._ascii_only = ascii_only
-        self._began = run.steps[key][1]
+        self._step = run.steps[key]
 
     def execute(self) -> T | _Ended:
         """Begin the transaction, call the function, and commit; all in the calling thread."""
@@ -150,7 +150,8 @@ class _Transaction(Generic[T]):
                     "key": self._key,
                     "name": self._name,
                     "value": text,
-                    "duration": time.monotonic() - self._began,
+                    "duration": time.monotonic() - self._step.began,
+                    "arguments": self._step.arguments,
                 },
             ):
                 return _Ended.RECORDED

@@ -96,7 +96,7 @@ async def repeated(run: Run, key: uuid.UUID, attempt: Callable[[bool], Awaitable
                 raise
         # The next call of `fn` makes the same durable calls as this one, so their occurrences are counted from 0.
         run.branch().begin_anew()
-        run.steps[key] = run.steps[key][0], time.monotonic()
+        run.steps[key] = run.steps[key]._replace(began=time.monotonic())
         await asyncio.sleep(backoff(conflicts + lost + interruptions))
 
 
@@ -135,6 +135,7 @@ async def _attempt(
             if not locked:
                 run.take_away(LeaseLost())
                 raise LeaseLost
+            step = run.steps[key]
             written = await database.execute_on(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
@@ -143,7 +144,8 @@ async def _attempt(
                     "key": key,
                     "name": name,
                     "value": text,
-                    "duration": time.monotonic() - run.steps[key][1],
+                    "duration": time.monotonic() - step.began,
+                    "arguments": step.arguments,
                 },
             )
         except Exception as error:

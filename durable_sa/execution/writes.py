@@ -81,6 +81,8 @@ class CheckpointValues(NamedTuple):
     child_task_id: uuid.UUID | None = None
     duration: float | None = None
     """Seconds that the call took."""
+    arguments: str | None = None
+    """The beginning of a step's or transaction's arguments as JSON."""
 
 
 class ChildValues(NamedTuple):

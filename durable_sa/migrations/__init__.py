@@ -24,13 +24,13 @@ tables need. You can also write them by hand:
     from durable_sa import migrations as durable
 
     def upgrade() -> None:
-        durable.upgrade("durable_0008")
+        durable.upgrade("durable_0009")
 
     def downgrade() -> None:
-        durable.downgrade("base", since="durable_0008")
+        durable.downgrade("base", since="durable_0009")
 
-and later `durable.upgrade("durable_0009", since="durable_0008")`, whose reverse is
-`durable.downgrade("durable_0008", since="durable_0009")`. `alembic check` fails while a call is due, and prints it: run
+and later `durable.upgrade("durable_0010", since="durable_0009")`, whose reverse is
+`durable.downgrade("durable_0009", since="durable_0010")`. `alembic check` fails while a call is due, and prints it: run
 it in CI. `--sql` works.
 
 If you have a hook already, call `durable.autogenerate(context, revision, directives)` first in it, or chain a
@@ -61,7 +61,7 @@ While one of durable's revisions is due, `alembic check` reports `Target databas
 revision that was not run yet; compare `alembic heads` with `alembic current`.
 
 With a label, `branch_labels = ("app",)` in your first revision, that is `--head app@head`. A revision with foreign keys
-to durable's tables declares which of durable's revisions it needs: `--depends-on durable_0008`.
+to durable's tables declares which of durable's revisions it needs: `--depends-on durable_0009`.
 
 Without Alembic's files
 -----------------------
@@ -78,7 +78,7 @@ Either way
   (with `target_metadata=[Base.metadata, durable_sa.models.metadata]`), as long as this module is imported: in `env.py`,
   or by a revision.
 - To use another schema than `durable`, write `context.configure(..., durable_schema="jobs")` in `env.py`, for generated
-  calls and for the branch; in calls, `durable.upgrade("durable_0008", schema="jobs")`. The schema is created if it does
+  calls and for the branch; in calls, `durable.upgrade("durable_0009", schema="jobs")`. The schema is created if it does
   not exist; for a role that may not create schemas it has to exist. Foreign keys of your models then refer to a copy,
   `tasks = TaskRow.__table__.to_metadata(Base.metadata, schema="jobs")`.
 - A downgrade to `base` drops the tables with their data. It keeps the schema and the grants on it.

@@ -17,7 +17,7 @@ from ..errors import SerializationError
 from .fidelity import is_mapped, is_mapping, is_row, is_set
 
 _BYTES: Final = (bytes, bytearray, memoryview)
-_NONE: Final = "[[],{}]"
+NO_ARGUMENTS: Final = "[[],{}]"
 _Encoder: TypeAlias = Callable[[object, int], Iterable[str]]
 
 
@@ -37,7 +37,7 @@ def encode_arguments(args: Sequence[object], kwargs: Mapping[str, object], what:
             iterator, a secret, NaN, text with a lone surrogate, or anything that contains one.
     """
     if not args and not kwargs:
-        return _NONE
+        return NO_ARGUMENTS
     try:
         return _canonical([args, kwargs])
     except _Refused as refused:

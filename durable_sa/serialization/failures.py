@@ -66,6 +66,8 @@ class Failure(TypedDict):
     """The data of a `UserError`, the task's or a child's, as plain JSON; None for other exceptions and beyond 1 MiB."""
     step: str | None
     """The step or transaction in which it arose; None for an exception of the task's own code."""
+    arguments: str | None
+    """The beginning of that step's arguments as JSON."""
 
 
 class StoredFailure(NamedTuple):
@@ -122,13 +124,13 @@ def put_off(error: BaseException) -> float | None:
     return max(RateLimited.delay_of(leaf) for leaf in leaves)
 
 
-def mark_step(error: BaseException, run_id: uuid.UUID, step: str, *, inner: bool) -> None:
+def mark_step(error: BaseException, run_id: uuid.UUID, step: str, arguments: str | None, *, inner: bool) -> None:
     """Remember at an exception the step of a run in which it arose. A step inside of another one (`inner`) counts."""
     try:
         # By the base class, because an exception may have methods of its own for its attributes.
         mark = BaseException.__getattribute__(error, "__dict__").get(_STEP_MARK)
-        if inner or mark is None or mark[0] != run_id or not mark[2]:
-            BaseException.__setattr__(error, _STEP_MARK, (run_id, step, inner))
+        if inner or mark is None or mark[0] != run_id or not mark[1]:
+            BaseException.__setattr__(error, _STEP_MARK, (run_id, inner, step, arguments))
     except Exception:  # noqa: BLE001, S110 - it is still a failure, only without the name of its step
         pass
 
@@ -140,6 +142,7 @@ def describe(error: BaseException, run_id: uuid.UUID | None = None) -> Failure:
     """
     message = _message(error)
     raw, size = _raw(error)
+    step, arguments = _step(error, run_id)
     if size > MAX_RAW_BYTES:
         raw, message = None, f"{message} (its data is longer than {MAX_RAW_BYTES} bytes as JSON and is not kept)"
     return Failure(
@@ -147,7 +150,8 @@ def describe(error: BaseException, run_id: uuid.UUID | None = None) -> Failure:
         message=clean(message, MAX_MESSAGE_BYTES),
         traceback=clean(_traceback(error), MAX_TRACEBACK_BYTES),
         raw=raw,
-        step=_step(error, run_id),
+        step=step,
+        arguments=arguments,
     )
 
 
@@ -171,16 +175,16 @@ def by_class_alone(error: BaseException, reason: str) -> str:
     """Return an encoded error with no more than the class, and the reason for that, in ASCII."""
     name = ascii(_class_name(error)[:200])[1:-1]
     message = f"<its text is not stored: {ascii(reason[:200])[1:-1]}>"
-    return to_json(Failure(name=name, message=message, traceback="", raw=None, step=None)).decode()
+    return to_json(Failure(name=name, message=message, traceback="", raw=None, step=None, arguments=None)).decode()
 
 
-def encode_try(step_name: str, error: BaseException) -> str:
+def encode_try(step: str, arguments: str | None, error: BaseException) -> str:
     """Return the record of a step's failed try as JSON text: its step, and its error without traceback. Never raises.
 
     It is ASCII, so that a database of any encoding can store it.
     """
     failure = describe(error)
-    return json.dumps({"step": step_name, "name": failure["name"], "message": failure["message"]})
+    return json.dumps({"step": step, "arguments": arguments, "name": failure["name"], "message": failure["message"]})
 
 
 def stored_failure(text: str, what: str) -> StoredFailure:
@@ -232,8 +236,8 @@ def _raw(error: BaseException) -> tuple[Any, int]:
     return None, 0
 
 
-def _step(error: BaseException, run_id: uuid.UUID | None) -> str | None:
-    """Return the step of the run that has raised an exception, one of its members, or what it was raised `from`."""
+def _step(error: BaseException, run_id: uuid.UUID | None) -> tuple[str | None, str | None]:
+    """Return the step of the run that has raised an exception, one of its members, or its cause, and its arguments."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while run_id is not None and cause is not None and id(cause) not in seen:
@@ -241,9 +245,9 @@ def _step(error: BaseException, run_id: uuid.UUID | None) -> str | None:
         for inner in with_members(cause):
             mark = BaseException.__getattribute__(inner, "__dict__").get(_STEP_MARK)
             if mark is not None and mark[0] == run_id:
-                return cast(str, mark[1])
+                return cast(tuple[str, str | None], mark[2:])
         cause = BaseException.__getattribute__(cause, "__cause__")
-    return None
+    return None, None
 
 
 def _class_name(error: BaseException) -> str:

@@ -52,6 +52,7 @@ CHECKPOINT_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     "values": Text(),
     "child_ids": Uuid(),
     "durations": Float(53),
+    "arguments": Text(),
 }
 """The arrays of a checkpoint write: one element per checkpoint."""
 
@@ -61,7 +62,18 @@ def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
     return (
         insert(Checkpoint)
         .from_select(
-            ["task_id", "key", "kind", "name", "status", "value", "child_task_id", "created_at", "duration"],
+            [
+                "task_id",
+                "key",
+                "kind",
+                "name",
+                "status",
+                "value",
+                "child_task_id",
+                "created_at",
+                "duration",
+                "arguments",
+            ],
             select(
                 c.task_ids,
                 c["keys"],
@@ -72,6 +84,7 @@ def _insert_checkpoints(source: FromClause, locked: CTE) -> CTE:
                 c.child_ids,
                 clock(),
                 c.durations,
+                c.arguments,
             ).where(is_in(c.task_ids, locked)),
         )
         .on_conflict_do_nothing()
@@ -198,6 +211,7 @@ RECORD_IN_TRANSACTION = (
         value=as_json(bindparam("value", type_=Text())),
         created_at=clock(),
         duration=bindparam("duration", type_=Float(53)),
+        arguments=bindparam("arguments", type_=Text()),
     )
     .on_conflict_do_nothing()
     .returning(Checkpoint.key)

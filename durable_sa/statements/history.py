@@ -51,6 +51,7 @@ CHECKPOINTS = (
         Checkpoint.child_task_id,
         clamped_time(Checkpoint.created_at),
         Checkpoint.duration,
+        case((_with_payloads, Checkpoint.arguments)).label("arguments"),
         case((or_(_with_payloads, _is_public), as_text(Checkpoint.value))).label("value"),
     )
     .where(Checkpoint.task_id == _task_id, Checkpoint.name != constant("$time"))
@@ -77,6 +78,7 @@ _long = long_steps()
 STEPS_IN_PROGRESS = (
     select(
         _long.c.value["step"].as_string().label("name"),
+        case((_with_payloads, _long.c.value["arguments"].as_string())).label("arguments"),
         cast(_long.c.value["started_at"].as_string(), DateTime(timezone=True)).label("began_at"),
     )
     .select_from(WorkerRow)

@@ -16,6 +16,7 @@ from ..execution.hooks import HookChain
 from ..execution.journal import EMPTY_JOURNAL
 from ..execution.lines import Lines
 from ..execution.reader import EmittedEvent, JoinTarget
+from ..execution.run import StepInProgress
 from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind, MessageValues, ReceiptValues, Values
 from ..options import SpawnOptions
@@ -137,7 +138,7 @@ class MemoryRun:
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
         self.unawaited: dict[uuid.UUID, object] = {}
         self.lines = Lines()
-        self.steps: dict[uuid.UUID, tuple[str, float]] = {}
+        self.steps: dict[uuid.UUID, StepInProgress] = {}
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self

@@ -69,18 +69,19 @@ class LongSteps:
         now = time.monotonic()
         found = sorted(
             (
-                (began, name, (run_key, step_key, began))
+                ((run_key, step_key, step.began), step)
                 for run_key, run in self._slots.runs.items()
-                for step_key, (name, began) in run.steps.items()
-                if now - began >= LONG_AFTER
+                for step_key, step in run.steps.items()
+                if now - step.began >= LONG_AFTER
             ),
-            key=lambda each: each[0],
+            key=lambda each: each[1].began,
         )
         steps: dict[_Step, dict[str, Any]] = {}
-        for began, name, step in found[:MAX_SHOWN]:
-            steps[step] = written.get(step) or {
-                "task_id": step[0][0],
-                "step": name,
-                "started_at": self._clock.now() - timedelta(seconds=now - began),
+        for key, step in found[:MAX_SHOWN]:
+            steps[key] = written.get(key) or {
+                "task_id": key[0][0],
+                "step": step.name,
+                "arguments": step.arguments,
+                "started_at": self._clock.now() - timedelta(seconds=now - step.began),
             }
         return steps

@@ -90,6 +90,8 @@ async def test_attempts_tries_and_errors_without_values(cli: CommandLine, durabl
     assert any("in check" in line for line in trace)
     assert '    return Payment.model_validate({"amount": amount})' in trace
     assert f"input_value='{SECRET}'" in whole
+    assert whole.count(f"""\ttry of step 'charge'("{SECRET}") failed\t""") == 6
+    assert whole.count(f""" in step 'check'("{SECRET}")\n""") == 2
     assert "input_value=..." in shown
     assert [entry["attempt"] for entry in data["history"]] == sorted(entry["attempt"] for entry in data["history"])
     assert data["task"]["parent_task_id"] == str(parent_id)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import select, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from durable_sa import (
     Durable,
@@ -25,6 +25,7 @@ from durable_sa import (
     UserError,
     step,
 )
+from durable_sa.client.wording import call_text
 from tests.client.support import Application, Order, with_some_callers
 from tests.support import eventually
 
@@ -136,7 +137,7 @@ async def wait_for_ever(ctx: TaskContext) -> None:
 
 
 @step(max_attempts=2, retry_strategy=RetryStrategy.none())
-async def nothing() -> None: ...
+async def nothing(*_: object) -> None: ...
 
 
 async def test_messages_and_races(durable: Durable) -> None:
@@ -217,8 +218,44 @@ async def test_the_history_of_a_task_that_has_failed_twice(durable: Durable) -> 
     assert SECRET not in str((task, history))
     whole = await durable.get_history(spawned, payloads=True)
     assert f"input_value='{SECRET}'" in whole[0].detail["error"].message
-    assert whole[1].detail["value"] is None
+    assert whole[1].detail == {"value": None}
+    secret = {"args": [SECRET], "kwargs": {}, "cut": False}
+    assert [entry.detail.get("arguments") for entry in whole if entry.kind != "step"] == [secret] * 6
     assert f"input_value='{SECRET}'" in str((await durable.get_task(spawned, payloads=True)).error)
+
+
+async def test_the_arguments_of_steps_and_transactions(durable: Durable) -> None:
+    async def write(session: AsyncSession, number: int) -> None: ...
+
+    async def charge(amount: int, *, currency: str = "EUR") -> int:
+        return amount
+
+    async def retrying(session: AsyncSession, secret: str) -> None:
+        raise ConnectionError("the disk is away")
+
+    @durable.task(max_attempts=1)
+    async def order(ctx: TaskContext) -> None:
+        await ctx.step("charge", charge, 17, currency="NOK")
+        await ctx.step("charge", charge, 18)
+        await ctx.transaction("write", write, 5)
+        await ctx.step("large", nothing, "x" * 1000)
+        await ctx.transaction("retrying", retrying, SECRET)
+
+    async with durable.worker():
+        spawned = await durable.spawn(order)
+        await durable.wait_for_result(spawned, timeout=20)
+    assert not any("arguments" in entry.detail for entry in await durable.get_history(spawned))
+    found = [
+        (entry.kind, entry.name, call_text(entry.detail["arguments"]))
+        for entry in await durable.get_history(spawned, payloads=True)
+    ]
+    assert found == [
+        ("attempt", "", f'("{SECRET}")'),
+        ("step", "charge", '(17, currency="NOK")'),
+        ("step", "charge", "(18)"),
+        ("transaction", "write", "(5)"),
+        ("step", "large", f'("{"x" * 197}", ...)'),
+    ]
 
 
 async def test_data_of_a_user_error_is_a_value(durable: Durable) -> None:

@@ -156,7 +156,8 @@ async def test_other_params_on_replay_give_the_first_child_and_warn(run: Runner,
         spawned = await run.spawn(work)
         assert (await run.wait(spawned)).output == 2000
     assert len(await Rows(run.durable, spawned).children()) == 1
-    [warning] = warnings(caplog)
+    # Once for each replay: a child that is slow to end suspends the attempt.
+    [warning] = set(warnings(caplog))
     assert "'child'" in warning
     assert "other params" in warning
     assert "1000" not in warning

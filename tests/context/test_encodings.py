@@ -35,7 +35,7 @@ async def test_whatever_a_run_writes_is_stored_in_a_database_of_another_encoding
     async def smile(value: str) -> str:
         return value + SMILE
 
-    async def write(session: AsyncSession) -> str:
+    async def write(session: AsyncSession, value: str) -> str:
         await session.execute(text("SELECT 1"))
         return SMILE
 
@@ -53,7 +53,7 @@ async def test_whatever_a_run_writes_is_stored_in_a_database_of_another_encoding
 
     @task("work")
     async def work(ctx: TaskContext) -> list[Any]:
-        found = [await ctx.step("smile", smile, SMILE), await ctx.transaction("write", write)]
+        found = [await ctx.step("smile", smile, SMILE), await ctx.transaction("write", write, SMILE)]
         await ctx.emit_event("smiled", SMILE)
         found += [await ctx.await_event("smiled"), await ctx.join(await ctx.spawn("child", child, SMILE))]
         if ctx.attempt == 1:

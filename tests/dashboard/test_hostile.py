@@ -101,10 +101,15 @@ async def test_values_that_no_page_could_show_leave_it_intact(durable: Durable) 
         for number, value in enumerate((r'"\ud800 \u0000 \u202e"', deep, '"<script>alert(1)</script>"', "1e400")):
             await connection.execute(
                 text(
-                    "INSERT INTO durable.checkpoints (task_id, key, kind, name, value) "
-                    "VALUES (:task_id, gen_random_uuid(), 'step', :name, CAST(:value AS json))"
+                    "INSERT INTO durable.checkpoints (task_id, key, kind, name, value, arguments) "
+                    "VALUES (:task_id, gen_random_uuid(), 'step', :name, CAST(:value AS json), :arguments)"
                 ),
-                {"task_id": spawned.task_id, "name": f"step-{number}", "value": value},
+                {
+                    "task_id": spawned.task_id,
+                    "name": f"step-{number}",
+                    "value": value,
+                    "arguments": f"[[{value}],{{}}]",
+                },
             )
     async with serving(durable) as (browser, _):
         page = await browser.page(f"/tasks/{spawned.task_id}")
@@ -180,6 +185,7 @@ async def test_payloads_are_nowhere_without_permission(durable: Durable) -> None
     assert {
         ("ask", ("params", "card")),
         ("ask", ("step", "read-card")),
+        ("ask", ("step", "read-card", "arguments", "args", 0)),
         ("", ("event", "approved", "card")),
     } <= paths_seen
 

@@ -131,15 +131,15 @@ def test_in_the_history_of_the_application(
     application: Application, durable_server: TestServer, read_catalog: Catalog, migrated: list[str]
 ) -> None:
     add_hook(application)
-    assert 'durable.upgrade("durable_0008")' in application.alembic("check", fails=True)
+    assert 'durable.upgrade("durable_0009")' in application.alembic("check", fails=True)
 
     application.alembic(*command("revision", "durable tables"))
     revision = (application.directory / application.latest).read_text()
     assert revision.count(IMPORT) == 1
     upgrade, downgrade = revision.split("def downgrade()")
-    assert upgrade.index('durable.upgrade("durable_0008")') < upgrade.index("op.create_table('a_orders'")
+    assert upgrade.index('durable.upgrade("durable_0009")') < upgrade.index("op.create_table('a_orders'")
     assert downgrade.index("op.drop_table('a_orders')") < downgrade.index(
-        'durable.downgrade("base", since="durable_0008")'
+        'durable.downgrade("base", since="durable_0009")'
     )
     assert revision.count("_table(") == 4  # the application's own two, made and dropped
 
@@ -175,7 +175,7 @@ def test_as_a_branch(application: Application, read_catalog: Catalog, migrated: 
     assert on(application.url, read_catalog) == migrated
     application.alembic(*command("revision", "orders"))
     revision = (application.directory / application.latest).read_text()
-    assert "durable_0008" in revision
+    assert "durable_0009" in revision
     assert revision.count("_table(") == 4
     application.replace(application.latest, r"^branch_labels(.*)= None", r"branch_labels\1= ('app',)")
     application.alembic("upgrade", "heads")
@@ -214,7 +214,7 @@ def test_autogenerate_leaves_durables_tables_alone(application: Application, bra
         # Without a word in env.py.
         add_branch(application)
         application.alembic("upgrade", "heads")
-        arguments = ["--head", "base", "--version-path", "alembic/versions", "--depends-on", "durable_0008"]
+        arguments = ["--head", "base", "--version-path", "alembic/versions", "--depends-on", "durable_0009"]
     else:
         add_hook(application)
     add_option(application, "include_schemas=True")
@@ -251,7 +251,7 @@ def test_after_an_upgrade_of_the_library(application: Application, read_catalog:
 
     later = application.directory / "later"
     later.mkdir()
-    (later / "durable_0009_later.py").write_text(LATER)
+    (later / "durable_0010_later.py").write_text(LATER)
     application.paste(
         "alembic/env.py",
         IMPORT,
@@ -259,14 +259,14 @@ def test_after_an_upgrade_of_the_library(application: Application, read_catalog:
         documented=False,
     )
     upgrade, downgrade = (
-        'durable.upgrade("durable_0009", since="durable_0008")',
-        'durable.downgrade("durable_0008", since="durable_0009")',
+        'durable.upgrade("durable_0010", since="durable_0009")',
+        'durable.downgrade("durable_0009", since="durable_0010")',
     )
     assert upgrade in application.alembic("check", fails=True)
     revision = application.revision("-m", "durable tables once more")
     assert revision.index(upgrade) < revision.index("def downgrade()") < revision.index(downgrade)
     application.alembic("upgrade", "head")
-    assert on(application.url, current) == "durable_0009"
+    assert on(application.url, current) == "durable_0010"
     assert "later" in tables(application.url, "durable")
     assert "No new upgrade operations" in application.alembic("check")
 
@@ -276,15 +276,15 @@ def test_after_an_upgrade_of_the_library(application: Application, read_catalog:
     # Both revisions on an empty database, and from a script.
     script = application.alembic("upgrade", "head", "--sql")
     assert script.index(
-        "COMMENT ON TABLE durable.queues IS 'schema version: durable_0008 (for durable_0001 and later)'"
+        "COMMENT ON TABLE durable.queues IS 'schema version: durable_0009 (for durable_0001 and later)'"
     ) < script.index("CREATE TABLE durable.later")
     application.alembic("upgrade", "head")
-    assert on(application.url, current) == "durable_0009"
+    assert on(application.url, current) == "durable_0010"
 
 
 LATER = """
-revision = "durable_0009"
-down_revision = "durable_0008"
+revision = "durable_0010"
+down_revision = "durable_0009"
 
 def up(op, schema):
     op.create_table("later", schema=schema)
@@ -313,13 +313,13 @@ def test_another_schema(application: Application, read_catalog: Catalog, migrate
         add_branch(application)
         application.alembic("upgrade", "heads")
         revision = application.revision(
-            "-m", "first", "--head", "base", "--version-path", "alembic/versions", "--depends-on", "durable_0008"
+            "-m", "first", "--head", "base", "--version-path", "alembic/versions", "--depends-on", "durable_0009"
         )
     else:
         add_hook(application)
         revision = application.revision("-m", "first")
-        assert 'durable.upgrade("durable_0008", schema="my \\"jobs\\"")' in revision
-        assert 'durable.downgrade("base", since="durable_0008", schema="my \\"jobs\\"")' in revision
+        assert 'durable.upgrade("durable_0009", schema="my \\"jobs\\"")' in revision
+        assert 'durable.downgrade("base", since="durable_0009", schema="my \\"jobs\\"")' in revision
     assert revision.count("_table(") == 4
     application.alembic("upgrade", "heads")
     assert on(application.url, lambda connection: read_catalog(connection, schema)) == migrated
@@ -356,7 +356,7 @@ def test_a_hook_of_the_application_goes_on(application: Application, hook: str) 
     add_option(application, f"process_revision_directives={hook}")
     revision = application.revision("-m", "first")
     assert revision.count("SELECT 1") == 2
-    assert 'durable.upgrade("durable_0008")' in revision
+    assert 'durable.upgrade("durable_0009")' in revision
     application.alembic("upgrade", "head")
     first = application.latest
     application.alembic("revision", "--autogenerate", "-m", "nothing")
@@ -397,7 +397,7 @@ def test_after_an_upgrade_of_the_library_as_a_branch(application: Application) -
 
     later = application.directory / "later"
     later.mkdir()
-    (later / "durable_0009_later.py").write_text(f"{LATER}\n{LATER_IN_A_BRANCH}")
+    (later / "durable_0010_later.py").write_text(f"{LATER}\n{LATER_IN_A_BRANCH}")
     application.replace("alembic.ini", r"(\s+)(durable_sa:migrations/versions)$", rf"\1\2\1{later}")
     application.paste(
         "alembic/env.py",
@@ -406,13 +406,13 @@ def test_after_an_upgrade_of_the_library_as_a_branch(application: Application) -
         documented=False,
     )
     assert "Target database is not up to date" in application.alembic("check", fails=True)
-    assert "durable_0009" in application.alembic("heads")
+    assert "durable_0010" in application.alembic("heads")
     application.alembic("upgrade", "heads")
-    assert on(application.url, current) == "durable_0009"
+    assert on(application.url, current) == "durable_0010"
     assert "later" in tables(application.url, "durable")
     # As a worker of the version before says where it finds these tables.
-    application.alembic("downgrade", "durable@durable_0008")
-    assert on(application.url, current) == "durable_0008"
+    application.alembic("downgrade", "durable@durable_0009")
+    assert on(application.url, current) == "durable_0009"
 
 
 LATER_IN_A_BRANCH = """

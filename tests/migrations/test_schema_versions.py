@@ -20,8 +20,8 @@ from tests.cli.support import CommandLine
 application = Durable()
 
 LATER = """
-revision = "durable_0009"
-down_revision = "durable_0008"
+revision = "durable_0010"
+down_revision = "durable_0009"
 {oldest}
 
 def up(op, schema):
@@ -37,12 +37,12 @@ Upgrade = Callable[[], None]
 @pytest.fixture
 def upgrade_library(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upgrade:
     """Install a version of the package with one revision more."""
-    (tmp_path / "durable_0009_later.py").write_text(LATER.format(oldest=getattr(request, "param", "")))
-    monkeypatch.delitem(sys.modules, f"{versions.__name__}.durable_0009_later", raising=False)
+    (tmp_path / "durable_0010_later.py").write_text(LATER.format(oldest=getattr(request, "param", "")))
+    monkeypatch.delitem(sys.modules, f"{versions.__name__}.durable_0010_later", raising=False)
     return lambda: monkeypatch.setattr(versions, "__path__", [*versions.__path__, str(tmp_path)])
 
 
-for_both = pytest.mark.parametrize("upgrade_library", ['oldest = "durable_0008"'], indirect=True)
+for_both = pytest.mark.parametrize("upgrade_library", ['oldest = "durable_0009"'], indirect=True)
 
 
 async def comment(engine: AsyncEngine, what: str) -> None:
@@ -66,8 +66,8 @@ async def test_tables_that_are_too_old_are_refused_with_the_lines_that_upgrade_t
     with pytest.raises(SchemaMismatch) as raised:
         await durable.start_worker()
     message = str(raised.value)
-    assert "are at revision durable_0008, and revision durable_0009 is needed" in message
-    assert 'durable.upgrade("durable_0009", since="durable_0008")' in message
+    assert "are at revision durable_0009, and revision durable_0010 is needed" in message
+    assert 'durable.upgrade("durable_0010", since="durable_0009")' in message
     assert "`alembic upgrade heads`" in message
     assert durable.workers == frozenset()
 
@@ -77,9 +77,9 @@ async def test_tables_that_are_too_old_are_refused_with_the_lines_that_upgrade_t
         exec(textwrap.dedent("\n".join(lines)), revision)
         with Operations.context(MigrationContext.configure(connection)):
             revision["upgrade"]()
-            assert current(connection) == "durable_0009"
+            assert current(connection) == "durable_0010"
             revision["downgrade"]()
-            assert current(connection) == "durable_0008"
+            assert current(connection) == "durable_0009"
             revision["upgrade"]()
 
     async with engine.begin() as connection:
@@ -94,10 +94,10 @@ async def test_tables_that_are_too_new_are_refused_with_the_ways_to_go(
     with pytest.raises(SchemaMismatch) as raised:
         await durable.start_worker()
     message = str(raised.value)
-    assert "are at revision durable_9999, and revision durable_0008 is needed" in message
+    assert "are at revision durable_9999, and revision durable_0009 is needed" in message
     assert "    pip install --upgrade durable_sa\n" in message
     assert "`alembic downgrade -1`" in message
-    assert "`alembic downgrade durable@durable_0008`" in message
+    assert "`alembic downgrade durable@durable_0009`" in message
     with pytest.raises(SchemaMismatch):
         await durable.migrate()
 
@@ -107,14 +107,14 @@ async def test_tables_that_are_too_new_are_refused_with_the_ways_to_go(
 
 
 async def test_a_migration_may_come_before_the_deployment(durable: Durable, engine: AsyncEngine) -> None:
-    await comment(engine, "durable_0009 (for durable_0008 and later)")
+    await comment(engine, "durable_0010 (for durable_0009 and later)")
     async with engine.connect() as connection:
-        assert await connection.run_sync(current) == "durable_0009"
+        assert await connection.run_sync(current) == "durable_0010"
     # Those of before start anew on what the next version has made, and their own migration leaves it as it is.
     await run_a_task(durable)
     await durable.migrate()
     async with engine.connect() as connection:
-        assert await connection.run_sync(current) == "durable_0009"
+        assert await connection.run_sync(current) == "durable_0010"
 
 
 @for_both
@@ -122,15 +122,15 @@ async def test_a_revision_says_for_which_versions_it_is(
     durable: Durable, upgrade_library: Upgrade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upgrade_library()
-    assert head() == "durable_0009"
+    assert head() == "durable_0010"
     await durable.migrate()
     monkeypatch.undo()
-    assert head() == "durable_0008"
+    assert head() == "durable_0009"
     await durable.check_schema()
     await run_a_task(durable)
 
 
-@pytest.mark.parametrize("oldest", ["durable_0009", "durable_9998", ""])
+@pytest.mark.parametrize("oldest", ["durable_0010", "durable_9998", ""])
 async def test_newer_tables_that_are_for_later_versions_are_refused(
     durable: Durable, engine: AsyncEngine, oldest: str
 ) -> None:
@@ -143,8 +143,8 @@ async def test_older_tables_are_not_for_later_versions_whatever_they_say(
     durable: Durable, engine: AsyncEngine, upgrade_library: Upgrade
 ) -> None:
     upgrade_library()
-    await comment(engine, "durable_0008 (for durable_0008 and later)")
-    with pytest.raises(SchemaMismatch, match="durable_0009 is needed"):
+    await comment(engine, "durable_0009 (for durable_0009 and later)")
+    with pytest.raises(SchemaMismatch, match="durable_0010 is needed"):
         await durable.check_schema()
 
 

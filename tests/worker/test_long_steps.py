@@ -90,6 +90,10 @@ async def test_steps_of_every_kind_are_shown_until_they_end(durable: Durable, sh
             [(str(first.task_id), name) for name in ("charge", "charge", "book", "in a thread")]
             + [(str(second.task_id), "plain")]
         )
+        charges = [row["arguments"] for row in rows if row["step"] == "charge"]
+        assert sorted(charges) == ["[[1],{}]", "[[2],{}]"]
+        in_progress = [entry for entry in await durable.get_history(first, payloads=True) if entry.name == "charge"]
+        assert sorted(entry.detail["arguments"]["args"] for entry in in_progress) == [[1], [2]]
         for row in rows:
             assert before - timedelta(seconds=1) < datetime.fromisoformat(row["started_at"]) <= datetime.now(UTC)
         # Nothing changes, and nothing is written.

@@ -136,6 +136,10 @@ def _entry(entry: HistoryEntry, visible: Mapping[Any, Any], values: Values, scal
         data.update(task_id=related, task_name=visible[related].task_name)
     if entry.kind == "child" and related not in visible:
         data.update(name="", status="")
+    if "arguments" in detail:
+        # Under the step, also those of an attempt's failure, so that `redact` finds them at one place.
+        step = entry.name or (error.step if isinstance(error, TaskErrorInfo) else None) or ""
+        data["arguments"] = values.prepare("step", detail["arguments"], step, "arguments")
     if "value" in detail:
         data["value"] = values.prepare("step", detail["value"], entry.name)
     bar = scale.bar(entry)

@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    durable.upgrade("durable_0008")
+    durable.upgrade("durable_0009")
     op.add_column("orders", sa.Column("task_id", sa.Uuid(), nullable=True))
     op.create_index(op.f("orders_task_id_idx"), "orders", ["task_id"], unique=False)
     op.create_foreign_key(
@@ -29,4 +29,4 @@ def downgrade() -> None:
     op.drop_constraint(op.f("orders_task_id_fkey"), "orders", type_="foreignkey")
     op.drop_index(op.f("orders_task_id_idx"), table_name="orders")
     op.drop_column("orders", "task_id")
-    durable.downgrade("base", since="durable_0008")
+    durable.downgrade("base", since="durable_0009")

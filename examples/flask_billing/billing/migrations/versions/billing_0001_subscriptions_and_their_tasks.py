@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    durable.upgrade("durable_0008")
+    durable.upgrade("durable_0009")
     op.create_table(
         "subscriptions",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -44,4 +44,4 @@ def downgrade() -> None:
     op.drop_table("invoices")
     op.drop_index(op.f("ix_subscriptions_task_id"), table_name="subscriptions")
     op.drop_table("subscriptions")
-    durable.downgrade("base", since="durable_0008")
+    durable.downgrade("base", since="durable_0009")

@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    durable.upgrade("durable_0008", schema="jobs")
+    durable.upgrade("durable_0009", schema="jobs")
     op.create_table(
         "articles",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -27,4 +27,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("articles")
-    durable.downgrade("base", since="durable_0008", schema="jobs")
+    durable.downgrade("base", since="durable_0009", schema="jobs")

@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    durable.upgrade("durable_0008")
+    durable.upgrade("durable_0009")
     op.create_table(
         "orders",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -57,4 +57,4 @@ def downgrade() -> None:
     op.drop_table("refunds")
     op.drop_table("turns")
     op.drop_table("orders")
-    durable.downgrade("base", since="durable_0008")
+    durable.downgrade("base", since="durable_0009")
