@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 
 def span(seconds: float | None) -> str:
@@ -25,10 +26,11 @@ def span(seconds: float | None) -> str:
 def call_text(arguments: object) -> str:
     """Format the arguments of a step as in a call, such as `(17, currency="EUR")`; others, redacted, as JSON."""
     match arguments:
-        case {"args": list(args), "kwargs": dict(kwargs), "cut": cut}:
-            given = [_json(value) for value in cast(list[object], args)]
-            given += [f"{name}={_json(value)}" for name, value in cast(dict[str, object], kwargs).items()]
-            return f"({', '.join([*given, '...'] if cut else given)})"
+        case {"args": list(), "kwargs": dict(), "cut": bool()}:
+            given = cast("Mapping[str, Any]", arguments)
+            shown = [_json(value) for value in given["args"]]
+            shown += [f"{name}={_json(value)}" for name, value in given["kwargs"].items()]
+            return f"({', '.join([*shown, '...'] if given['cut'] else shown)})"
         case _:
             return f"({_json(arguments)})"
 

@@ -37,9 +37,8 @@ def arguments_of(summary: object) -> dict[str, Any] | None:
         except ValueError:
             return None
     match stored:
-        case [list(args), dict(kwargs)]:
-            return {"args": cast(list[Any], args), "kwargs": cast(dict[str, Any], kwargs), "cut": cut}
-        case [list(args)]:
-            return {"args": cast(list[Any], args), "kwargs": {}, "cut": cut}
+        case [list(), dict()] | [list()]:
+            kept = cast("list[Any]", stored)
+            return {"args": kept[0], "kwargs": kept[1] if len(kept) > 1 else {}, "cut": cut}
         case _:
             return None
