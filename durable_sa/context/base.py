@@ -12,11 +12,12 @@ import logging
 import uuid
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..app import App
 from ..concurrency.branches import CALLBACK, RACE, Branch
 from ..errors import InvalidState, ReplayMismatch
+from ..execution.calls import Call
 from ..execution.hooks import around_step
 from ..execution.journal import Entry
 from ..execution.run import Run
@@ -36,16 +37,6 @@ T = TypeVar("T")
 NULL = "null"
 _NO_KEY = uuid.UUID(int=0)
 _UNOBSERVED = nullcontext()
-
-
-class Call(NamedTuple):
-    """One durable call of a task, identified by a key that is the same in every replay."""
-
-    kind: str
-    name: str
-    key: uuid.UUID
-    arguments: str | None = None
-    """The beginning of a step's or transaction's arguments as JSON."""
 
 
 class ContextBase:
@@ -74,7 +65,7 @@ class ContextBase:
         journal = self._run.journal
         if not (branch.live or (journal.empty and not self._run.lines.held)):
             self._run.lines.called(branch, recorded=journal.knows(key))
-        return Call(kind, name, key, summary(arguments) if arguments else None)
+        return Call(kind, name, key, arguments)
 
     def log_line(self, record: logging.LogRecord, branch: Branch | None = None) -> None:
         """Log a record of the calling code, in `branch` if that is given, unless an earlier run has logged it."""
@@ -147,7 +138,7 @@ class ContextBase:
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         with self._run.branches.busy():
-            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration, call.arguments)
+            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration, summary(call.arguments))
             stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if is_part(call.key):
             self._keep_part(call, text if stored is None else stored.value or NULL)

@@ -17,6 +17,7 @@ from ..errors import (
     TaskNotFound,
     TaskTimeout,
 )
+from ..execution.calls import Call
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, ChildValues, Kind
 from ..ids import child_id, digest
@@ -25,7 +26,7 @@ from ..serialization.codec import UNTYPED
 from ..serialization.failures import stored_failure
 from ..spawns import SpawnCall, prepare
 from ..validation import Duration, seconds
-from .base import NULL, Call, ContextBase
+from .base import NULL, ContextBase
 
 if TYPE_CHECKING:
     from ..options import SpawnOptions

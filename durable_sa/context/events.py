@@ -6,13 +6,14 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar, overload
 
 from ..errors import SerializationError, TaskTimeout
+from ..execution.calls import Call
 from ..execution.waits import Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind
 from ..ids import step_key
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, Codec, check_size, codec_for
 from ..validation import Duration, seconds
-from .base import NULL, Call, ContextBase
+from .base import NULL, ContextBase
 
 T = TypeVar("T")
 

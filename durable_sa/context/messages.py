@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 
 from ..concurrency.branches import RACE
 from ..errors import TaskNotFound, TaskTimeout
+from ..execution.calls import Call
 from ..execution.conversation import PATIENCE
 from ..execution.messages import Outgoing, outgoing, refusal
 from ..execution.waits import Stored
@@ -16,7 +17,7 @@ from ..names import validate_name
 from ..results import AnyTaskId
 from ..serialization.codec import UNTYPED, Codec, codec_for
 from ..validation import Duration, seconds
-from .base import NULL, Call, ContextBase
+from .base import NULL, ContextBase
 
 T = TypeVar("T")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
+from ..execution.calls import Call
 from ..ids import new_id
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, check_size
-from .base import Call, ContextBase
+from .base import ContextBase
 
 
 class Publishing(ContextBase):

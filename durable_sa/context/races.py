@@ -8,10 +8,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple, cast
 
 from ..errors import InvalidConfiguration, InvalidState
+from ..execution.calls import Call
 from ..execution.writes import CheckpointValues, Kind, RaceValues
 from ..results import Race
 from ..serialization.codec import UNTYPED
-from .base import NULL, Call, ContextBase
+from .base import NULL, ContextBase
 from .messages import Available
 
 _WAITS = frozenset({"event", "message", "join", "sleep"})

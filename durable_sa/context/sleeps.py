@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from datetime import datetime
 
+from ..execution.calls import Call
 from ..execution.waits import PendingWait
 from ..serialization.codec import codec_for
 from ..validation import Duration, seconds, timestamp
-from .base import NULL, Call, ContextBase
+from .base import NULL, ContextBase
 
 
 class Sleeps(ContextBase):

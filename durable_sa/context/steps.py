@@ -13,14 +13,15 @@ from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from ..errors import TaskTimeout
-from ..execution.run import StepInProgress
+from ..execution.calls import Call
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
+from ..serialization.arguments import summary
 from ..serialization.canonical import encode_arguments
 from ..serialization.failures import encode_try, is_retryable, mark_step, put_off, retry_delay
 from ..steps import StepOptions, plain_step, result_codec
-from .base import NULL, Call, check_function
+from .base import NULL, check_function
 from .sleeps import Sleeps
 
 P = ParamSpec("P")
@@ -88,7 +89,7 @@ class Steps(Sleeps):
             while True:
                 await run.enter()
                 began = time.monotonic()
-                run.steps[call.key] = StepInProgress(call.name, call.arguments, began)
+                run.steps[call.key] = call, began
                 try:
                     try:
                         with run.branches.busy(), run.branches.scope(str(call.key)):
@@ -108,10 +109,10 @@ class Steps(Sleeps):
                     return value
         except asyncio.CancelledError as error:
             await self._note_failure(call)
-            mark_step(error, run.claimed.run_id, call.name, call.arguments, inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, summary(call.arguments), inner=is_part(call.key))
             raise
         except BaseException as error:
-            mark_step(error, run.claimed.run_id, call.name, call.arguments, inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, summary(call.arguments), inner=is_part(call.key))
             raise
 
     async def _attempt(
@@ -150,7 +151,9 @@ class Steps(Sleeps):
         if options.max_attempts == 1 or strategy.kind == "none" or asks or not is_retryable(error):
             await self._note_failure(call)
             return False
-        await self._record_try(self._try(call, tries - 1), encode_try(call.name, call.arguments, error), duration)
+        await self._record_try(
+            self._try(call, tries - 1), encode_try(call.name, summary(call.arguments), error), duration
+        )
         failures = tries % options.max_attempts
         if failures == 0:
             return False

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast, overload
 
 from ..errors import InvalidState
+from ..execution.calls import Call
 from ..execution.journal import Entry
 from ..execution.run import Run
 from ..execution.streaming import Block, ended
@@ -17,7 +18,7 @@ from ..ids import new_id
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, Codec, check_size, codec_for
 from ..signals import LeaseLost
-from .base import Call, ContextBase, enclosing_step
+from .base import ContextBase, enclosing_step
 
 T = TypeVar("T")
 
@@ -152,7 +153,7 @@ def _source(run: Run, block_key: uuid.UUID, step: uuid.UUID | None) -> tuple[uui
     """Return the key of the step that writes, and an id of its try. A block in the task's body is a step of its own."""
     if step is None or step not in run.steps:
         return step or block_key, new_id()
-    identity = f"{run.claimed.fence}:{run.steps[step].began!r}".encode()
+    identity = f"{run.claimed.fence}:{run.steps[step][1]!r}".encode()
     return step, uuid.UUID(bytes=hashlib.blake2b(identity, digest_size=16).digest())
 
 

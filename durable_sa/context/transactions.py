@@ -12,15 +12,16 @@ from sqlalchemy.orm import Session
 
 from ..database.failover import timeline_of
 from ..errors import ReplayMismatch
-from ..execution.run import StepInProgress
+from ..execution.calls import Call
 from ..ids import is_part
 from ..serialization.annotations import is_coroutine_function
+from ..serialization.arguments import summary
 from ..serialization.canonical import encode_arguments
 from ..serialization.codec import Codec
 from ..serialization.failures import mark_step
 from ..signals import ControlFlow
 from ..steps import result_codec
-from .base import NULL, Call, ContextBase, check_function
+from .base import NULL, ContextBase, check_function
 from .steps import invoke
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Transactions(ContextBase):
             if (entry := await self._recall(call)) is not None:
                 return codec.decode(entry.value or NULL, f"the result of transaction {call.name!r}")
             warned = self._check_replay(call)
-            run.steps[call.key] = StepInProgress(call.name, call.arguments, time.monotonic())
+            run.steps[call.key] = call, time.monotonic()
             try:
                 with run.branches.busy(), run.branches.scope(str(call.key)):
                     value = await self._execute_transaction(call, codec, fn, args, kwargs, in_thread)
@@ -106,7 +107,7 @@ class Transactions(ContextBase):
         except BaseException as error:
             if not issubclass(type(error), ReplayMismatch | ControlFlow):
                 await self._note_failure(call)
-            mark_step(error, run.claimed.run_id, call.name, call.arguments, inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, summary(call.arguments), inner=is_part(call.key))
             raise
 
     async def _execute_transaction(

@@ -8,9 +8,10 @@ from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import TypeVar
 
+from ..execution.calls import Call
 from ..ids import new_id
 from ..serialization.codec import Codec, codec_for
-from .base import NULL, Call, ContextBase
+from .base import NULL, ContextBase
 
 T = TypeVar("T")
 

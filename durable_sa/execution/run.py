@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Collection, Coroutine, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..concurrency.branches import Branch, current_branch
 from ..concurrency.task_factory import BranchExit
@@ -23,6 +23,7 @@ from ..serialization.failures import with_members
 from ..signals import ControlFlow, LeaseLost, Suspended
 from ..tasks import Task
 from . import outcomes
+from .calls import Call
 from .conversation import Conversation
 from .host import RunHost
 from .journal import Entry, Journal
@@ -49,16 +50,6 @@ LONGEST_POLL_DELAY = 1.0
 SHORTEST_POLL_DELAY = 0.005
 
 
-class StepInProgress(NamedTuple):
-    """A step or transaction that is being executed."""
-
-    name: str
-    arguments: str | None
-    """The beginning of its arguments as JSON."""
-    began: float
-    """The start on the monotonic clock."""
-
-
 class Run:
     """The execution of one claimed run."""
 
@@ -82,8 +73,8 @@ class Run:
         self._lines: Lines | None = None
         self._open_streams: dict[str, Block | None] | None = None
         self._publications: Publications | None = None
-        self.steps: dict[uuid.UUID, StepInProgress] = {}
-        """The steps and transactions in progress by their keys."""
+        self.steps: dict[uuid.UUID, tuple[Call, float]] = {}
+        """The steps and transactions in progress by their keys, with their starts on the monotonic clock."""
         self.signal: ControlFlow | None = None
         self.over = False
         self.mismatch: ReplayMismatch | None = None

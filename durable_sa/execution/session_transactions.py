@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from ..database.failover import Timeline
 from ..database.synchronous import SyncDatabase
 from ..database_errors import UNTRANSLATABLE, is_lost, is_mixed_up, is_transient, sqlstate
+from ..serialization.arguments import summary
 from ..serialization.codec import Codec, check_size, in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints
@@ -99,7 +100,7 @@ class _Transaction(Generic[T]):
         self._codec = codec
         self._fn = fn
         self._ascii_only = ascii_only
-        self._step = run.steps[key]
+        self._call, self._began = run.steps[key]
 
     def execute(self) -> T | _Ended:
         """Begin the transaction, call the function, and commit; all in the calling thread."""
@@ -150,8 +151,8 @@ class _Transaction(Generic[T]):
                     "key": self._key,
                     "name": self._name,
                     "value": text,
-                    "duration": time.monotonic() - self._step.began,
-                    "arguments": self._step.arguments,
+                    "duration": time.monotonic() - self._began,
+                    "arguments": summary(self._call.arguments),
                 },
             ):
                 return _Ended.RECORDED

@@ -28,6 +28,7 @@ from ..database_errors import (
 )
 from ..errors import SerializationError
 from ..serialization.annotations import is_coroutine_function
+from ..serialization.arguments import summary
 from ..serialization.codec import Codec, check_size, in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints
@@ -96,7 +97,7 @@ async def repeated(run: Run, key: uuid.UUID, attempt: Callable[[bool], Awaitable
                 raise
         # The next call of `fn` makes the same durable calls as this one, so their occurrences are counted from 0.
         run.branch().begin_anew()
-        run.steps[key] = run.steps[key]._replace(began=time.monotonic())
+        run.steps[key] = run.steps[key][0], time.monotonic()
         await asyncio.sleep(backoff(conflicts + lost + interruptions))
 
 
@@ -135,7 +136,7 @@ async def _attempt(
             if not locked:
                 run.take_away(LeaseLost())
                 raise LeaseLost
-            step = run.steps[key]
+            call, began = run.steps[key]
             written = await database.execute_on(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,
@@ -144,8 +145,8 @@ async def _attempt(
                     "key": key,
                     "name": name,
                     "value": text,
-                    "duration": time.monotonic() - step.began,
-                    "arguments": step.arguments,
+                    "duration": time.monotonic() - began,
+                    "arguments": summary(call.arguments),
                 },
             )
         except Exception as error:

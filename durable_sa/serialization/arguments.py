@@ -17,7 +17,7 @@ def summary(arguments: str) -> str | None:
 
     It is ASCII, so that a database of any encoding can store it.
     """
-    return None if arguments == NO_ARGUMENTS else in_ascii(arguments[:KEPT_CHARACTERS])
+    return in_ascii(arguments[:KEPT_CHARACTERS]) if arguments and arguments != NO_ARGUMENTS else None
 
 
 def arguments_of(summary: object) -> dict[str, Any] | None:

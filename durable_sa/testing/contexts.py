@@ -21,12 +21,12 @@ from typing_extensions import Unpack
 
 from ..client import Durable
 from ..context import TaskContext
-from ..context.base import Call
 from ..context.races import Member
 from ..context.streams import TaskStream
 from ..context.sync import SyncTaskContext
 from ..current import running
 from ..errors import InvalidState
+from ..execution.calls import Call
 from ..execution.run import Run
 from ..execution.session_transactions import InThread
 from ..execution.streaming import ended

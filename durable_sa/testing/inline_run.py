@@ -17,12 +17,12 @@ from sqlalchemy.orm import Session
 from ..app import App
 from ..client.events import emit
 from ..context import TaskContext
-from ..context.base import Call
 from ..database import direct
 from ..database.hint import Hint
 from ..database.rendering import Translations
 from ..database.scripts import Script, drive
 from ..errors import TaskTimeout
+from ..execution.calls import Call
 from ..execution.hooks import HookChain
 from ..execution.journal import Entry, Journal
 from ..execution.messages import Outgoing

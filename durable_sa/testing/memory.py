@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from ..concurrency.branches import Branch
 from ..errors import ChildCancelled, InvalidState, TaskTimeout
+from ..execution.calls import Call
 from ..execution.hooks import HookChain
 from ..execution.journal import EMPTY_JOURNAL
 from ..execution.lines import Lines
 from ..execution.reader import EmittedEvent, JoinTarget
-from ..execution.run import StepInProgress
 from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, EventValues, Kind, MessageValues, ReceiptValues, Values
 from ..options import SpawnOptions
@@ -138,7 +138,7 @@ class MemoryRun:
         self.children: dict[uuid.UUID, Task[Any, Any] | None] = {}
         self.unawaited: dict[uuid.UUID, object] = {}
         self.lines = Lines()
-        self.steps: dict[uuid.UUID, StepInProgress] = {}
+        self.steps: dict[uuid.UUID, tuple[Call, float]] = {}
         self.branches = _Branches()
         self.branch = self.branches.current
         self.host = self.reader = self

@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database_errors import is_transient, without_values
+from ..serialization.arguments import summary
 from ..statements import claiming
 from .registration import Registration
 from .slots import RunKey, Slots
@@ -69,19 +70,19 @@ class LongSteps:
         now = time.monotonic()
         found = sorted(
             (
-                ((run_key, step_key, step.began), step)
+                (began, call, (run_key, step_key, began))
                 for run_key, run in self._slots.runs.items()
-                for step_key, step in run.steps.items()
-                if now - step.began >= LONG_AFTER
+                for step_key, (call, began) in run.steps.items()
+                if now - began >= LONG_AFTER
             ),
-            key=lambda each: each[1].began,
+            key=lambda each: each[0],
         )
         steps: dict[_Step, dict[str, Any]] = {}
-        for key, step in found[:MAX_SHOWN]:
-            steps[key] = written.get(key) or {
-                "task_id": key[0][0],
-                "step": step.name,
-                "arguments": step.arguments,
-                "started_at": self._clock.now() - timedelta(seconds=now - step.began),
+        for began, call, step in found[:MAX_SHOWN]:
+            steps[step] = written.get(step) or {
+                "task_id": step[0][0],
+                "step": call.name,
+                "arguments": summary(call.arguments),
+                "started_at": self._clock.now() - timedelta(seconds=now - began),
             }
         return steps

@@ -1,0 +1,16 @@
+"""The durable calls of a task."""
+
+from __future__ import annotations
+
+import uuid
+from typing import NamedTuple
+
+
+class Call(NamedTuple):
+    """One durable call of a task, identified by a key that is the same in every replay."""
+
+    kind: str
+    name: str
+    key: uuid.UUID
+    arguments: str = ""
+    """As far as they are part of the key; those of a step or transaction as canonical JSON."""
