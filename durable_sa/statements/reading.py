@@ -211,7 +211,7 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
     if order == "running":
         return _running_page(where, after, limit)
     if isinstance(where, TaskFilter):
-        found = by_index(where)
+        found = None if _ended_by(where) else by_index(where)
         if found is None:
             behind = _behind(TaskRow.task_id, order, after)
             plain = select(TaskRow.task_id).where(*matching(where), *behind, *_before(TaskRow.task_id, where))
@@ -223,6 +223,13 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
     behind = _behind(TaskRow.task_id, order, after)
     chosen = select(TaskRow.task_id).where(TaskRow.task_id.in_(where), *behind)
     return chosen.order_by(_by_id(TaskRow.task_id, order)).limit(limit)
+
+
+def _ended_by(where: TaskFilter) -> bool:
+    """Return whether a filter matches most tasks before a time: an index would read them all, for the first of them."""
+    bounded = where.ended_after is not None or where.queue_name is not None
+    completed = not where.states or TaskStatus.COMPLETED in where.states
+    return where.ended_before is not None and not bounded and completed
 
 
 def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:
@@ -251,13 +258,14 @@ def _behind(task_id: Any, order: Order, after: Position | None) -> list[ColumnEl
 
 
 def _before(task_id: Any, where: TaskFilter) -> list[ColumnElement[bool]]:
-    """Return a bound of the ids for a bound of the time of the spawn, because an id begins with a time.
+    """Return a bound of the ids for a bound of the time of the spawn or the end, because an id begins with a time.
 
     It is the time of the spawn, or for a subtask the earlier one of the task at its root.
     """
-    if where.spawned_before is None:
+    bounds = [bound for bound in (where.spawned_before, where.ended_before) if bound is not None]
+    if not bounds:
         return []
-    latest = where.spawned_before + CLOCK_ERROR
+    latest = min(bounds) + CLOCK_ERROR
     milliseconds = max(0, (latest - _EPOCH) // timedelta(milliseconds=1))
     return [task_id < literal(uuid.UUID(int=milliseconds << 80), Uuid())]
 

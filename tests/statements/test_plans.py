@@ -385,6 +385,12 @@ LISTS = {
     "spawned long ago": Case(
         page(TaskFilter(spawned_before=datetime(1960, 1, 1, tzinfo=UTC))), {}, frozenset({"tasks_pkey"}), 100, 0
     ),
+    "ended long ago": Case(
+        page(TaskFilter(ended_before=datetime(1960, 1, 1, tzinfo=UTC))), {}, frozenset({"tasks_pkey"}), 100, 0
+    ),
+    "ended before now": Case(
+        page(TaskFilter(state="completed", ended_before=AFTER_ALL)), {}, frozenset({"tasks_pkey"}), 5_000, 51
+    ),
     "of a key": Case(page(TaskFilter(key="none")), {}, frozenset({"tasks_idempotency_idx"}), 100, 0),
     "of a parent": Case(page(TaskFilter(parent=task_id(0))), {}, frozenset({"tasks_parent_idx"}), 100, 0),
     "ended": Case(page(TaskFilter(ended_after=AFTER_ALL)), {}, frozenset({"tasks_finished_idx"}), 200, 0),
