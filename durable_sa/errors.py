@@ -12,10 +12,10 @@ DurableError
 ├── IdempotencyConflict (ValueError)
 ├── SchemaMismatch (RuntimeError)
 └── TaskError                         raised in task code
-    ├── UserError
-    ├── Retry
+    ├── UserError                         ┐
+    ├── Retry                             │ raised by the task's own code
+    ├── RateLimited                       ┘
     ├── TaskTimeout (TimeoutError)
-    ├── RateLimited
     ├── ReplayMismatch
     ├── ChildFailed
     ├── ChildCancelled

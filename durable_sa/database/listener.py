@@ -31,6 +31,8 @@ LONGEST_PAUSE = 15.0
 """Seconds between tries to connect, at most."""
 UNDELIVERED_PAUSE = 60.0
 """Seconds until the next try if LISTEN has no effect."""
+EVERYTHING = ""
+"""In place of a payload: hints may have been missed, so everything may be due."""
 
 
 class Listener:
@@ -42,7 +44,8 @@ class Listener:
         self._channel = channel_name(database.schema)
         self._on_payload = on_payload
         self.working = False
-        self._said = False
+        """True while hints arrive; the worker polls more often otherwise."""
+        self._warned = False
 
     async def run(self) -> None:
         """Listen until cancelled."""
@@ -57,7 +60,7 @@ class Listener:
                 finally:
                     await discard(connection)
             except _NotDelivered:
-                self._say(
+                self._warn(
                     "LISTEN has no effect here (a connection pooler in transaction mode?): polling instead; "
                     "give the worker a listen_url that leads around it"
                     if self._url is None
@@ -65,7 +68,7 @@ class Listener:
                 )
                 pause = UNDELIVERED_PAUSE
             except Exception as error:  # noqa: BLE001 - the worker polls without it
-                self._say(f"LISTEN is interrupted ({reason(error)}): polling until it works again")
+                self._warn(f"LISTEN is interrupted ({reason(error)}): polling until it works again")
                 failures = 0 if self.working else failures + 1
                 pause = backoff(failures, base=1.0, most=LONGEST_PAUSE)
             finally:
@@ -73,13 +76,13 @@ class Listener:
                 await asyncio.shield(dispose(engine))
             if worked:
                 # Hints may have been lost since, and the worker has to poll from now on.
-                self._on_payload("")
+                self._on_payload(EVERYTHING)
             await asyncio.sleep(pause)
 
-    def _say(self, message: str) -> None:
-        if not self._said:
+    def _warn(self, message: str) -> None:
+        if not self._warned:
             logger.warning(message)
-            self._said = True
+            self._warned = True
 
     async def _listen(self, connection: AsyncConnection) -> NoReturn:
         """Listen until the connection is lost."""
@@ -95,41 +98,15 @@ class Listener:
             elif not payload.startswith("probe:"):
                 self._on_payload(payload)
 
-        reading: asyncio.Task[None] | None = None
-
         def lose(_: Any) -> None:
             lost.set()
             arrived.set()  # A lost connection does not bring the probe.
 
+        reading: asyncio.Task[None] | None = None
         if hasattr(driver, "add_listener"):
-
-            def received(_: Any, __: int, ___: str, payload: Any) -> None:
-                receive(str(payload))
-
-            driver.add_termination_listener(lose)
-            # asyncpg prepares the statement, and a pooler keeps both parts together in a transaction only.
-            transaction: AbstractAsyncContextManager[Any] = driver.transaction()
-            async with asyncio.timeout(CONNECT_DEADLINE):
-                async with transaction:
-                    await driver.add_listener(self._channel, received)
-                # pg_stat_activity shows the latest statement: with this one, what the connection is for.
-                await driver.execute(f'LISTEN "{self._channel}"')
+            await self._subscribe_asyncpg(driver, receive, lose)
         else:
-            async with asyncio.timeout(CONNECT_DEADLINE):
-                await driver.execute(f'LISTEN "{self._channel}"')
-
-            async def read() -> None:
-                async for notification in driver.notifies():
-                    receive(notification.payload)
-
-            reading = asyncio.create_task(read(), name="durable:notifies")
-
-            def ended(done: asyncio.Task[None]) -> None:
-                if not done.cancelled():
-                    done.exception()
-                lose(done)
-
-            reading.add_done_callback(ended)
+            reading = await self._subscribe_psycopg(driver, receive, lose)
         try:
             await self._probe(probe)
             try:
@@ -139,8 +116,8 @@ class Listener:
                 raise _NotDelivered from None
             if not lost.is_set():
                 self.working = True
-                self._said = False
-                self._on_payload("")
+                self._warned = False
+                self._on_payload(EVERYTHING)
             while not lost.is_set():
                 try:
                     async with asyncio.timeout(CHECK_INTERVAL):
@@ -159,6 +136,41 @@ class Listener:
             if reading is not None:
                 reading.cancel()
                 await asyncio.wait([reading], timeout=CLOSING_TIMEOUT)
+
+    async def _subscribe_asyncpg(
+        self, driver: Any, receive: Callable[[str], None], lose: Callable[[Any], None]
+    ) -> None:
+        def received(_: Any, __: int, ___: str, payload: Any) -> None:
+            receive(str(payload))
+
+        driver.add_termination_listener(lose)
+        # asyncpg prepares the statement, and a pooler keeps both parts together in a transaction only.
+        transaction: AbstractAsyncContextManager[Any] = driver.transaction()
+        async with asyncio.timeout(CONNECT_DEADLINE):
+            async with transaction:
+                await driver.add_listener(self._channel, received)
+            # pg_stat_activity shows the latest statement: with this one, what the connection is for.
+            await driver.execute(f'LISTEN "{self._channel}"')
+
+    async def _subscribe_psycopg(
+        self, driver: Any, receive: Callable[[str], None], lose: Callable[[Any], None]
+    ) -> asyncio.Task[None]:
+        """Return a task that reads the notifications until the connection is lost."""
+        async with asyncio.timeout(CONNECT_DEADLINE):
+            await driver.execute(f'LISTEN "{self._channel}"')
+
+        async def read() -> None:
+            async for notification in driver.notifies():
+                receive(notification.payload)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            if not done.cancelled():
+                done.exception()
+            lose(done)
+
+        reading = asyncio.create_task(read(), name="durable:notifies")
+        reading.add_done_callback(ended)
+        return reading
 
     async def _probe(self, payload: str) -> None:
         """Send a probe to this listener as hints are sent, but not over the application's connections."""

@@ -106,6 +106,10 @@ def run_spawned(
 def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = None) -> Any:
     """Run the tasks that the open transaction has spawned, inside it, and return them as they are then.
 
+        order = place_order(session, "lamp")  # spawns a task
+        (task,) = run_spawned(session)
+        assert task.status == "completed"
+
     With an asynchronous session this is a coroutine. Steps, transactions and retries are those of a worker, the hooks
     of the client are around them, and subtasks, events, messages, values and follow-ups are rows of the transaction;
     `ctx.transaction` works in a savepoint of the session. Sleeps, delays and the pauses between attempts are skipped.

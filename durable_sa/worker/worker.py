@@ -98,6 +98,7 @@ class Worker:
         self._stopped = asyncio.Event()
         self._shutdown_task: asyncio.Task[None] | None = None
         self._health: HealthServer | None = None
+        # Three, so that the claims, the writes of runs and all else do not wait for each other.
         self._claims_connection = DedicatedConnection(database)
         self._writer_connection = DedicatedConnection(database)
         self._shared_connection = DedicatedConnection(database)
@@ -185,31 +186,6 @@ class Worker:
         self._succession = Succession(settings, self._shared_connection, self._agenda, self._executor, self._stopping)
         self._next_more = 0.0
         self._enabling: set[str] = set()
-
-    def _more_ready(self, queue_name: str) -> None:
-        """Notify other workers, now and then, that keys of a queue may be ready for which this one has no slots."""
-        if self.loop.time() >= self._next_more:
-            self._next_more = self.loop.time() + MORE_INTERVAL
-            hint = Hint()
-            hint.add(queue_name, 0, self._clock.now())
-            self._hints.send(hint)
-
-    def _enable_limits(self, queue_name: str) -> None:
-        """Have a queue's tasks claimed key by key: one has a key, or the client that set its limits did not finish."""
-        if queue_name not in self._enabling:
-            self._enabling.add(queue_name)
-            self._background.start_task(self._enable(queue_name), "durable:enable-limits")
-
-    async def _enable(self, queue_name: str) -> None:
-        pause = 0.0
-        try:
-            await limit_setup.enable(self._app.database, queue_name)
-            self._agenda.limited.add([queue_name])
-            self._agenda.scan_all()
-        except (DurableError, SQLAlchemyError, OSError) as error:
-            pause = ENABLE_RETRY_DELAY
-            logger.warning("tasks of queue %s are not claimed by their limit keys yet: %s", queue_name, reason(error))
-        self.loop.call_later(pause, self._enabling.discard, queue_name)
 
     def __repr__(self) -> str:
         return f"<Worker {self.settings.name} on {', '.join(self.queue_names)}>"
@@ -377,6 +353,31 @@ class Worker:
 
     def _listening(self) -> bool:
         return self._listener is not None and self._listener.working
+
+    def _more_ready(self, queue_name: str) -> None:
+        """Notify other workers, now and then, that keys of a queue may be ready for which this one has no slots."""
+        if self.loop.time() >= self._next_more:
+            self._next_more = self.loop.time() + MORE_INTERVAL
+            hint = Hint()
+            hint.add(queue_name, 0, self._clock.now())
+            self._hints.send(hint)
+
+    def _enable_limits(self, queue_name: str) -> None:
+        """Have a queue's tasks claimed key by key: one has a key, or the client that set its limits did not finish."""
+        if queue_name not in self._enabling:
+            self._enabling.add(queue_name)
+            self._background.start_task(self._enable(queue_name), "durable:enable-limits")
+
+    async def _enable(self, queue_name: str) -> None:
+        pause = 0.0
+        try:
+            await limit_setup.enable(self._app.database, queue_name)
+            self._agenda.limited.add([queue_name])
+            self._agenda.scan_all()
+        except (DurableError, SQLAlchemyError, OSError) as error:
+            pause = ENABLE_RETRY_DELAY
+            logger.warning("tasks of queue %s are not claimed by their limit keys yet: %s", queue_name, reason(error))
+        self.loop.call_later(pause, self._enabling.discard, queue_name)
 
     async def shutdown(self) -> None:
         """Stop claiming, let runs end for up to `shutdown_timeout` seconds, give the others back, and unregister.
