@@ -18,6 +18,8 @@ from ..view import View
 _FRAME: Final = re.compile(r'^\s*File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>[^\n]+)$', re.MULTILINE)
 _LIBRARY: Final = re.compile(r"[/\\](?:site-packages|dist-packages|lib[/\\]python3[^/\\]*|durable_sa)[/\\]|^<")
 _MESSAGE: Final = 240
+GROUPS: Final = 100
+"""Groups that are shown, the largest; the rest is counted."""
 WINDOW: Final = "24h"
 
 
@@ -40,8 +42,11 @@ async def load(view: View) -> dict[str, Any]:
     def message(row: dict[str, Any], error: StoredError | None) -> str:
         return _message(view, row, error) if payloads else _without_values(error)
 
+    groups = None if rows is None else grouped(rows, message)
+    others = [group["count"] for group in (groups or [])[GROUPS:]]
     return {
-        "groups": None if rows is None else grouped(rows, message),
+        "groups": groups and groups[:GROUPS],
+        "others": {"groups": len(others), "failures": sum(others)},
         "capped": rows is not None and len(rows) >= statements.FAILURES,
         "most": statements.FAILURES,
         "ended_after": since_text,
