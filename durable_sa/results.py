@@ -260,7 +260,7 @@ class HistoryEntry:
     """More about it, as far as it is known: `error` (a `TaskErrorInfo`), `traceback` and `worker` of an attempt;
     `task_id` and `task_name` of a subtask; `message_id` of a message; `winner` of a race; `until` of a wait. If
     payloads were asked for, `value`, and the `arguments` of a step, a transaction, a failed try, or the step in which
-    an attempt failed: a dict of `args`, `kwargs`, and `cut`, which is True if they are longer than the 200 characters
+    an attempt failed: a dict of `args`, `kwargs`, and `cut`, which is True if they are longer than the 100 characters
     that are kept."""
 
     @property

@@ -254,7 +254,7 @@ async def test_the_arguments_of_steps_and_transactions(durable: Durable) -> None
         ("step", "charge", '(17, currency="NOK")'),
         ("step", "charge", "(18)"),
         ("transaction", "write", "(5)"),
-        ("step", "large", f'("{"x" * 197}", ...)'),
+        ("step", "large", f'("{"x" * 97}", ...)'),
     ]
 
 
