@@ -95,7 +95,7 @@ async def list_(
     where = await filters.where(invocation)
     page = await invocation.durable.list_tasks(where, order=sort, limit=limit, after=after)
     if not page.items and after is None:
-        await filters.check_name(invocation)
+        await filters.check_name(invocation, every_task=sort != "running")
     columns = dict(_COLUMNS)
     rows = [history.row(task) for task in page.items]
     if running_longer_than is not None or sort == "running":

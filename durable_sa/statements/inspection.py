@@ -27,6 +27,7 @@ from sqlalchemy import (
 
 from ..models import Event, Queue, Schedule, TaskRow, Wait, WorkerRow
 from .expressions import as_text, clamped_time, clock, constant, interval
+from .reading import has_been_due
 
 _with_payloads = bindparam("with_payloads", type_=Boolean())
 
@@ -51,7 +52,12 @@ LATEST_FAILED_TASK = (
 
 _held = (
     select(TaskRow.claimed_by, func.count().label("running"))
-    .where(TaskRow.finished_at.is_(None), TaskRow.claimed_by.is_not(None))
+    .where(
+        TaskRow.queue_name.in_(select(Queue.queue_name)),
+        TaskRow.finished_at.is_(None),
+        TaskRow.claimed_by.is_not(None),
+        has_been_due(),
+    )
     .group_by(TaskRow.claimed_by)
     .subquery("held")
 )

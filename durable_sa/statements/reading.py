@@ -153,7 +153,7 @@ def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
     if unfinished:
         part = found.where(TaskRow.finished_at.is_(None), *conditions)
         if where.running_longer_than is not None or unfinished == [TaskStatus.RUNNING]:
-            part = part.where(_has_been_due())
+            part = part.where(has_been_due())
         parts.append(part)
     # One range of the index each.
     parts += [
@@ -163,7 +163,7 @@ def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
     return union_all(*parts) if len(parts) > 1 else parts[0] if parts else found.where(null().is_not(None))
 
 
-def _has_been_due() -> ColumnElement[bool]:
+def has_been_due() -> ColumnElement[bool]:
     """Return a condition that is true of all running tasks, and that an index knows.
 
     A range of two subqueries, because the planner takes it for a small part of the index. For a bound that it knows it
@@ -244,7 +244,7 @@ def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:
     running = select(TaskRow.task_id).where(
         TaskRow.queue_name.in_(select(Queue.queue_name)),
         TaskRow.finished_at.is_(None),
-        _has_been_due(),
+        has_been_due(),
         TaskRow.state == constant("running"),
         *conditions,
     )

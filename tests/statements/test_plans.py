@@ -23,6 +23,7 @@ from durable_sa.statements import (
     claiming,
     fencing,
     history,
+    inspection,
     log_lines,
     messages,
     outcomes,
@@ -391,6 +392,7 @@ LISTS = {
     "ended before now": Case(
         page(TaskFilter(state="completed", ended_before=AFTER_ALL)), {}, frozenset({"tasks_pkey"}), 5_000, 51
     ),
+    "the workers": Case(inspection.WORKERS, {}, frozenset({"tasks_claim_idx"}), 5_000, 1),
     "of a key": Case(page(TaskFilter(key="none")), {}, frozenset({"tasks_idempotency_idx"}), 100, 0),
     "of a parent": Case(page(TaskFilter(parent=task_id(0))), {}, frozenset({"tasks_parent_idx"}), 100, 0),
     "ended": Case(page(TaskFilter(ended_after=AFTER_ALL)), {}, frozenset({"tasks_finished_idx"}), 200, 0),
@@ -546,7 +548,7 @@ async def test_a_statement_touches_little_of_large_tables(connection: Any, name:
     assert wasted <= 2 * len(RUNNING)
 
 
-UNTIL_ANALYZED = {"the end of a window", "delete many"}
+UNTIL_ANALYZED = {"the end of a window", "delete many", "ended before now"}
 """These read whole tables until autovacuum has analyzed what a bulk of inserts has brought."""
 ON_EARLIER_SERVERS = {("all that failed", "no statistics"), ("some that failed", "no statistics"), ("ended", "generic")}
 """Lists that read whole tables before PostgreSQL 18, with what is known to the planner when they do."""

@@ -17,6 +17,8 @@ from ..view import Redirect, View, task_data
 PAGE: Final = 50
 QUICK: Final = 0.06
 """Seconds within which the tasks that match are looked for among all; if it takes longer, among a part of them."""
+BOUNDED: Final = 0.5
+"""The same if only tasks before a time match: those of the day after it, most of them in vain, come first."""
 
 
 async def load(view: View) -> dict[str, Any]:
@@ -43,7 +45,8 @@ async def load(view: View) -> dict[str, Any]:
         page = await view.read("tasks", among_all, statements=2)
     else:
         if search != "part":
-            page = await view.read("tasks", among_all, statements=2, within=QUICK)
+            bounded = fields.text("spawned_before") or fields.text("ended_before")
+            page = await view.read("tasks", among_all, statements=2, within=BOUNDED if bounded else QUICK)
         found = None
         if page is None and not view.sections.late:
             found = await view.read("tasks", among_some, statements=2)
