@@ -152,7 +152,7 @@ def test_too_much_data_is_dropped_and_said() -> None:
 def test_whatever_the_text_it_is_stored_within_its_limits(text: str, size: int) -> None:
     encoded = encode_error(ValueError(text * 20_000 * size + text))
     failure = from_json(encoded)
-    assert set(failure) == {"name", "message", "traceback", "raw", "step"}
+    assert set(failure) == {"name", "message", "traceback", "raw", "step", "arguments"}
     assert "\x00" not in failure["message"] + failure["traceback"]
     assert len(failure["message"].encode()) <= MAX_MESSAGE_BYTES
     assert len(failure["traceback"].encode()) <= MAX_TRACEBACK_BYTES
