@@ -293,7 +293,7 @@ class SimulatedWorker:
         key = step_key("transaction", name, "", (), 0)
         rows = yield (
             checkpoints.RECORD_IN_TRANSACTION,
-            {"task_id": task_id, "key": key, "name": name, "value": "1", "duration": 0.0},
+            {"task_id": task_id, "key": key, "name": name, "value": "1", "duration": 0.0, "arguments": None},
         )
         return bool(rows)
 
