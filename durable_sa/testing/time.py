@@ -103,11 +103,11 @@ class Clock:
         await self._hold(self._durable.workers, _LEASE + by)
         self._offset += by
         await self._hold(self._durable.workers, _LEASE)
-        self._notify_workers(by)
+        await self._notify_workers(by)
 
     async def _return(self) -> None:
         workers = self._durable.workers
-        self._notify_workers(-self._offset)
+        await self._notify_workers(-self._offset)
         # A search for lost workers that is in flight still uses the later time.
         await asyncio.gather(*(worker.answered() for worker in workers))
         for worker in workers:
@@ -119,9 +119,10 @@ class Clock:
             parameters = {"worker_ids": worker_ids, "claim_timeout": time.total_seconds()}
             await self._durable.database.execute(_HOLD, parameters)
 
-    def _notify_workers(self, by: timedelta) -> None:
+    async def _notify_workers(self, by: timedelta) -> None:
+        now = await self.now()
         for worker in self._durable.workers:
-            worker.clock_moved(by)
+            worker.clock_moved(now, by)
 
     def _rewrite(
         self, connection: object, cursor: object, statement: str, parameters: Any, context: object, many: bool

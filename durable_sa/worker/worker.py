@@ -8,7 +8,7 @@ import logging
 import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -492,9 +492,10 @@ class Worker:
         """Note a hint that comes from this process. Return False if other workers must be notified as well."""
         return self._dispatcher.offer(hint)
 
-    def clock_moved(self, by: timedelta) -> None:
+    def clock_moved(self, now: datetime, by: timedelta) -> None:
         """Adjust to a change of the database's clock, which only tests make: look at everything that may be due now."""
-        self._clock.set(self._clock.now() + by)
+        # Not moved by that time, because a look or a heartbeat may have returned the later time already.
+        self._clock.set(now)
         self._executor.clock_moved(by)
         self.maintenance.look_at_everything()
         self._agenda.scan_all()

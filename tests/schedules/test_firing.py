@@ -104,7 +104,7 @@ async def test_each_tick_has_one_task_however_many_workers_there_are(
         for minute in range(5):
             await clock.move_to(first + timedelta(minutes=minute, seconds=30))
             for worker in workers:
-                worker.clock_moved(timedelta())
+                worker.clock_moved(worker._clock.now(), timedelta())
 
             async def enough(wanted: int = minute + 1) -> bool:
                 return len(await ticks(sql)) >= wanted

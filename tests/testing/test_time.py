@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -25,6 +26,7 @@ from durable_sa import (
 from durable_sa.execution import run
 from durable_sa.models import WorkerRow
 from durable_sa.testing import Clock, run_until_idle, time_travel
+from durable_sa.worker.worker import Worker
 
 from ..support import eventually
 
@@ -83,6 +85,23 @@ async def sleeping(durable: Durable, spawned: object) -> None:
         return result.status is TaskStatus.SLEEPING
 
     await eventually(asleep)
+
+
+async def test_a_worker_that_sees_the_later_time_first_moves_its_clock_once(
+    durable: Durable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = Clock._hold
+
+    async def hold_and_look(self: Clock, workers: AbstractSet[Worker], time: timedelta) -> None:
+        await hold(self, workers, time)
+        for worker in workers:
+            worker.maintenance.look_at_everything()
+            await worker.maintenance.work()
+
+    async with durable.worker() as worker, time_travel(durable) as clock:
+        monkeypatch.setattr(Clock, "_hold", hold_and_look)
+        await clock.advance(WEEK)
+        assert abs(worker._clock.now() - await clock.now()) < timedelta(minutes=1)
 
 
 async def test_a_week_passes_in_a_moment_for_a_running_worker(durable: Durable) -> None:
@@ -272,7 +291,7 @@ async def lost(durable: Durable) -> list[str]:
 
     async def crashed_is_found() -> list[str]:
         for worker in durable.workers:
-            worker.clock_moved(timedelta())
+            worker.clock_moved(worker._clock.now(), timedelta())
         names = await found()
         return names if "crashed" in names else []
 
