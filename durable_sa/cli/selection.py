@@ -142,16 +142,16 @@ class Filters(NamedTuple):
     async def check_name(self, invocation: Invocation, *, every_task: bool = False) -> None:
         """Refuse the name of a task that no task has; called if nothing matches, because it may read all tasks.
 
-        `every_task` says that nothing but these filters has kept tasks from matching.
+        `every_task` says that all tasks were searched by these filters alone.
 
         Raises:
             typer.Exit: there is none.
         """
         if self.name is None or self.name in invocation.durable.tasks:
             return
-        nothing_found = every_task and self == Filters(name=self.name)
+        searched = every_task and self == Filters(name=self.name)
         named = TaskFilter(task_name=self.name)
-        if not nothing_found and (await invocation.durable.list_tasks(named, limit=1)).items:
+        if not searched and (await invocation.durable.list_tasks(named, limit=1)).items:
             return
         recent = sorted(row[0] for row in await invocation.durable.database.execute(inspection.RECENT_TASK_NAMES))
         similar = difflib.get_close_matches(self.name, recent, _SHOWN) or recent

@@ -25,7 +25,6 @@ from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
-from ..serialization.arguments import summary
 from ..serialization.codec import Codec, check_size
 from ..signals import Suspended
 
@@ -138,7 +137,7 @@ class ContextBase:
         text, value = codec.round_trip(result, what)
         check_size(text, self._run.host.max_payload_bytes, what)
         with self._run.branches.busy():
-            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration, summary(call.arguments))
+            values = CheckpointValues(call.kind, call.name, "completed", text, None, duration, call.summary)
             stored = await self._run.write(Kind.CHECKPOINT, call.key, values, size=len(text))
         if is_part(call.key):
             self._keep_part(call, text if stored is None else stored.value or NULL)

@@ -17,7 +17,6 @@ from ..execution.calls import Call
 from ..ids import is_part, step_key
 from ..policies import RetryStrategy
 from ..serialization.annotations import is_coroutine_function
-from ..serialization.arguments import summary
 from ..serialization.canonical import encode_arguments
 from ..serialization.failures import encode_try, is_retryable, mark_step, put_off, retry_delay
 from ..steps import StepOptions, plain_step, result_codec
@@ -109,10 +108,10 @@ class Steps(Sleeps):
                     return value
         except asyncio.CancelledError as error:
             await self._note_failure(call)
-            mark_step(error, run.claimed.run_id, call.name, summary(call.arguments), inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, call.summary, inner=is_part(call.key))
             raise
         except BaseException as error:
-            mark_step(error, run.claimed.run_id, call.name, summary(call.arguments), inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, call.summary, inner=is_part(call.key))
             raise
 
     async def _attempt(
@@ -151,9 +150,7 @@ class Steps(Sleeps):
         if options.max_attempts == 1 or strategy.kind == "none" or asks or not is_retryable(error):
             await self._note_failure(call)
             return False
-        await self._record_try(
-            self._try(call, tries - 1), encode_try(call.name, summary(call.arguments), error), duration
-        )
+        await self._record_try(self._try(call, tries - 1), encode_try(call.name, call.summary, error), duration)
         failures = tries % options.max_attempts
         if failures == 0:
             return False

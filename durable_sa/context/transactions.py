@@ -15,7 +15,6 @@ from ..errors import ReplayMismatch
 from ..execution.calls import Call
 from ..ids import is_part
 from ..serialization.annotations import is_coroutine_function
-from ..serialization.arguments import summary
 from ..serialization.canonical import encode_arguments
 from ..serialization.codec import Codec
 from ..serialization.failures import mark_step
@@ -107,7 +106,7 @@ class Transactions(ContextBase):
         except BaseException as error:
             if not issubclass(type(error), ReplayMismatch | ControlFlow):
                 await self._note_failure(call)
-            mark_step(error, run.claimed.run_id, call.name, summary(call.arguments), inner=is_part(call.key))
+            mark_step(error, run.claimed.run_id, call.name, call.summary, inner=is_part(call.key))
             raise
 
     async def _execute_transaction(

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from ..concurrency.blocking import retrieve_exception
 from ..database_errors import backoff, reason
 from ..statements.notifying import NOTIFY
 from .closing import CLOSING_TIMEOUT, connected, discard, dispose
@@ -164,8 +165,7 @@ class Listener:
                 receive(notification.payload)
 
         def ended(done: asyncio.Task[None]) -> None:
-            if not done.cancelled():
-                done.exception()
+            retrieve_exception(done)
             lose(done)
 
         reading = asyncio.create_task(read(), name="durable:notifies")

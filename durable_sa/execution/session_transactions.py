@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 from ..database.failover import Timeline
 from ..database.synchronous import SyncDatabase
 from ..database_errors import UNTRANSLATABLE, is_lost, is_mixed_up, is_transient, sqlstate
-from ..serialization.arguments import summary
 from ..serialization.codec import Codec, check_size, in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints
@@ -152,7 +151,7 @@ class _Transaction(Generic[T]):
                     "name": self._name,
                     "value": text,
                     "duration": time.monotonic() - self._began,
-                    "arguments": summary(self._call.arguments),
+                    "arguments": self._call.summary,
                 },
             ):
                 return _Ended.RECORDED

@@ -28,7 +28,6 @@ from ..database_errors import (
 )
 from ..errors import SerializationError
 from ..serialization.annotations import is_coroutine_function
-from ..serialization.arguments import summary
 from ..serialization.codec import Codec, check_size, in_ascii
 from ..signals import LeaseLost
 from ..statements import checkpoints
@@ -146,7 +145,7 @@ async def _attempt(
                     "name": name,
                     "value": text,
                     "duration": time.monotonic() - began,
-                    "arguments": summary(call.arguments),
+                    "arguments": call.summary,
                 },
             )
         except Exception as error:

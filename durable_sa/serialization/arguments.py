@@ -10,7 +10,7 @@ from .canonical import NO_ARGUMENTS
 from .codec import in_ascii
 
 KEPT_CHARACTERS: Final = 100
-"""Each costs a byte of each checkpoint, which has 120 bytes without arguments."""
+"""Each costs at least a byte of each checkpoint, which has 120 bytes without arguments."""
 
 
 def summary(arguments: str) -> str | None:

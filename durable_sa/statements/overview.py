@@ -130,6 +130,9 @@ QUEUES = (
 )
 """The chosen queues, or all: numbers of tasks, those that ended within `age` seconds, and live workers."""
 
+QUEUE = QUEUES.where(Queue.queue_name == bindparam("queue_name", type_=Text()))
+"""The same of one queue, so that the tasks of others are not counted."""
+
 LIMITS = (
     select(
         Queue.queue_name,

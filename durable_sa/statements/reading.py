@@ -126,8 +126,11 @@ def _any_queue(where: TaskFilter) -> list[ColumnElement[bool]]:
     return [] if where.queue_name is not None else [TaskRow.queue_name.in_(select(Queue.queue_name))]
 
 
-def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
-    """Select the ids of all matching tasks, in no order, by an index; None if no index knows the filter."""
+def by_index(where: TaskFilter, *, first: bool = False) -> TaskIds | CompoundSelect[uuid.UUID] | None:
+    """Select the ids of all matching tasks, in no order, by an index; None if no index knows the filter.
+
+    With `first`, for a page, also None if the index would return most tasks that ended before a time.
+    """
     conditions = matching(where)
     found: TaskIds = select(TaskRow.task_id)
     if where.parent is not None:
@@ -146,7 +149,8 @@ def by_index(where: TaskFilter) -> TaskIds | CompoundSelect[uuid.UUID] | None:
     ended = [] if where.running_longer_than is not None else [state for state in states if state.finished]
     if where.error_name is not None:
         ended = [state for state in ended if state is not TaskStatus.COMPLETED]
-    known = where.queue_name is not None or where.running_longer_than is not None or _is_about_ends(where)
+    about_ends = where.ended_after is not None if first else _is_about_ends(where)
+    known = where.queue_name is not None or where.running_longer_than is not None or about_ends
     if TaskStatus.COMPLETED in ended and not known:
         return None
     parts: list[TaskIds] = []
@@ -211,7 +215,7 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
     if order == "running":
         return _running_page(where, after, limit)
     if isinstance(where, TaskFilter):
-        found = None if _ended_by(where) else by_index(where)
+        found = by_index(where, first=True)
         if found is None:
             behind = _behind(TaskRow.task_id, order, after)
             plain = select(TaskRow.task_id).where(*matching(where), *behind, *_before(TaskRow.task_id, where))
@@ -223,13 +227,6 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
     behind = _behind(TaskRow.task_id, order, after)
     chosen = select(TaskRow.task_id).where(TaskRow.task_id.in_(where), *behind)
     return chosen.order_by(_by_id(TaskRow.task_id, order)).limit(limit)
-
-
-def _ended_by(where: TaskFilter) -> bool:
-    """Return whether a filter matches most tasks before a time: an index would read them all, for the first of them."""
-    bounded = where.ended_after is not None or where.queue_name is not None
-    completed = not where.states or TaskStatus.COMPLETED in where.states
-    return where.ended_before is not None and not bounded and completed
 
 
 def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:

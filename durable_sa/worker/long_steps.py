@@ -14,7 +14,6 @@ from pydantic_core import to_json
 from ..database.channel import DedicatedConnection
 from ..database.clock import LocalClock
 from ..database_errors import is_transient, without_values
-from ..serialization.arguments import summary
 from ..statements import claiming
 from .registration import Registration
 from .slots import RunKey, Slots
@@ -82,7 +81,7 @@ class LongSteps:
             steps[step] = written.get(step) or {
                 "task_id": step[0][0],
                 "step": call.name,
-                "arguments": summary(call.arguments),
+                "arguments": call.summary,
                 "started_at": self._clock.now() - timedelta(seconds=now - began),
             }
         return steps

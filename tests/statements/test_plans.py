@@ -392,6 +392,12 @@ LISTS = {
     "ended before now": Case(
         page(TaskFilter(state="completed", ended_before=AFTER_ALL)), {}, frozenset({"tasks_pkey"}), 5_000, 51
     ),
+    "of a parent, ended before now": Case(
+        page(TaskFilter(parent=task_id(0), ended_before=AFTER_ALL)), {}, frozenset({"tasks_parent_idx"}), 100, 0
+    ),
+    "of a key, ended before now": Case(
+        page(TaskFilter(key="none", ended_before=AFTER_ALL)), {}, frozenset({"tasks_idempotency_idx"}), 100, 0
+    ),
     "the workers": Case(inspection.WORKERS, {}, frozenset({"tasks_claim_idx"}), 5_000, 1),
     "of a key": Case(page(TaskFilter(key="none")), {}, frozenset({"tasks_idempotency_idx"}), 100, 0),
     "of a parent": Case(page(TaskFilter(parent=task_id(0))), {}, frozenset({"tasks_parent_idx"}), 100, 0),

@@ -76,7 +76,7 @@ async def queue(view: View) -> dict[str, Any]:
     name: str = view.path["queue_name"]
     if not view.access.sees_queue(name) or "\0" in name:
         raise HTTPException(404, f"There is no queue {name!r}.")
-    found = await view.rows("queues", statements.QUEUES, age=DAY, queue_names=(name,))
+    found = await view.rows("queues", statements.QUEUE, age=DAY, queue_name=name)
     chosen = next((row for row in found or () if row["queue_name"] == name), None)
     if chosen is None and found is not None:
         raise HTTPException(404, f"There is no queue {name!r}.")

@@ -18,7 +18,7 @@ PAGE: Final = 50
 QUICK: Final = 0.06
 """Seconds within which the tasks that match are looked for among all; if it takes longer, among a part of them."""
 BOUNDED: Final = 0.5
-"""The same if only tasks before a time match: those of the day after it, most of them in vain, come first."""
+"""The same for tasks before a time: those of the next day are read first, because a client's clock may be ahead."""
 
 
 async def load(view: View) -> dict[str, Any]:
