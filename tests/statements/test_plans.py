@@ -392,11 +392,8 @@ LISTS = {
     "ended before now": Case(
         page(TaskFilter(state="completed", ended_before=AFTER_ALL)), {}, frozenset({"tasks_pkey"}), 5_000, 51
     ),
-    "of a parent, ended before now": Case(
-        page(TaskFilter(parent=task_id(0), ended_before=AFTER_ALL)), {}, frozenset({"tasks_parent_idx"}), 100, 0
-    ),
-    "of a key, ended before now": Case(
-        page(TaskFilter(key="none", ended_before=AFTER_ALL)), {}, frozenset({"tasks_idempotency_idx"}), 100, 0
+    "of an error, ended before now": Case(
+        page(TaskFilter(error_name="OSError", ended_before=AFTER_ALL)), {}, frozenset({"tasks_finished_idx"}), 200, 0
     ),
     "the workers": Case(inspection.WORKERS, {}, frozenset({"tasks_claim_idx"}), 5_000, 1),
     "of a key": Case(page(TaskFilter(key="none")), {}, frozenset({"tasks_idempotency_idx"}), 100, 0),
