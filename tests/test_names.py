@@ -10,7 +10,7 @@ from durable_sa.errors import InvalidName
 from durable_sa.names import NameKind, validate_name
 
 kinds = st.sampled_from(get_args(NameKind))
-reserved = {"step": "$", "event": "$", "header": "durable::"}
+reserved = {"step": "$", "event": "$", "topic": "$", "value": "$", "stream": "$", "header": "durable::"}
 
 
 def allowed(kind: str, name: str) -> bool:
@@ -28,7 +28,13 @@ def allowed(kind: str, name: str) -> bool:
 
 
 @given(
-    kinds, st.text() | st.text(" \u3000a") | st.text("ab_-1", min_size=1) | st.text("aé🐍", min_size=40, max_size=300)
+    kinds,
+    st.text()
+    | st.text(" \u3000a")
+    | st.text("ab_-1", min_size=1)
+    | st.text("$a", min_size=1, max_size=2)
+    | st.text("ab").map("durable::{}".format)
+    | st.text("aé🐍", min_size=40, max_size=300),
 )
 def test_the_rules(kind: NameKind, name: str) -> None:
     if allowed(kind, name):
@@ -55,6 +61,9 @@ def test_the_rules(kind: NameKind, name: str) -> None:
         ("idempotency key", "k" * 256, "The idempotency key 'kkk"),
         ("step", "$now", "names that start with '$' are reserved"),
         ("event", "$now", "names that start with '$' are reserved"),
+        ("topic", "$now", "names that start with '$' are reserved"),
+        ("value", "$now", "names that start with '$' are reserved"),
+        ("stream", "$now", "names that start with '$' are reserved"),
         ("header", "durable::x", "names that start with 'durable::' are reserved"),
         ("schedule", "a b", "only A-Z, a-z, 0-9, '_' and '-' are allowed"),
         ("schedule", "nightly\n", "control character U+000A"),
