@@ -356,18 +356,19 @@ class Executor:
 
     async def check(self) -> None:
         """Cancel the runs that this worker does not own any more."""
-        held = list(self._slots.runs.items())
+        held = list(self._slots.runs)
         if not held:
             return
         rows = await self._connection.execute(
             claiming.LOST_RUNS,
-            {"task_ids": [key[0] for key, _ in held], "fences": [key[1] for key, _ in held]},
+            {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]},
         )
-        states = {(row.task_id, row.fence): row.state for row in rows}
-        for key, run in held:
-            if key in states and not run.over:
-                cancelled = states[key] in ("cancelled", None)
-                run.take_away(TaskCancelled() if cancelled else LeaseLost())
+        for row in rows:
+            # Those that hold a slot now: a run takes the place of the one that stood for it while its journal was
+            # being loaded, and may have written its outcome since.
+            run = self._slots.runs.get((row.task_id, row.fence))
+            if run is not None:
+                run.take_away(TaskCancelled() if row.state in ("cancelled", None) else LeaseLost())
 
     def poll(self, task_ids: Collection[uuid.UUID] | None = None) -> None:
         """Have all runs, or those of these tasks, look whether their waits have been resolved."""

@@ -528,6 +528,12 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(child)
 
 
+def touched(plan: dict[str, Any]) -> int:
+    """How many blocks a statement has read."""
+    blocks: int = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+    return blocks
+
+
 def done(plan: dict[str, Any]) -> int:
     """How many rows a statement gives, or tells the number of."""
     if plan["Node Type"] == "Aggregate":
@@ -545,7 +551,7 @@ async def test_a_statement_touches_little_of_large_tables(connection: Any, name:
     scanned = {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"}
     assert not scanned & LARGE
     assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
-    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
+    assert touched(plan) < case.blocks
     filters = ("Rows Removed by Filter", "Rows Removed by Join Filter")
     wasted = sum(node.get(each, 0) * node["Actual Loops"] for node in found for each in filters)
     assert wasted <= 2 * len(RUNNING)
@@ -569,11 +575,14 @@ async def test_a_list_reads_little_of_large_tables(connection: Any, name: str, r
         # Where all tasks are of one queue, a plan for any queue reads all; the server does not choose it.
         return
     plan = await explained(connection, case)
+    if touched(plan) >= case.blocks:
+        # Once more: what the server reads of its catalogs, anew after the DDL of tests beside this one, counts, too.
+        plan = await explained(connection, case)
     found = list(nodes(plan))
     assert plan["Actual Rows"] == case.rows
     assert not {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"} & LARGE
     assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
-    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
+    assert touched(plan) < case.blocks
 
 
 @pytest.mark.slow

@@ -3,15 +3,17 @@
 import asyncio
 import logging
 import time
+import uuid
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Executable, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from durable_sa import Durable, RetryStrategy, TaskContext, task
 from durable_sa.models import TaskRow
+from durable_sa.statements import claiming
 
 from ..support import eventually
 
@@ -53,6 +55,35 @@ async def test_a_retry_is_a_warning_and_a_final_failure_an_error_with_message_an
         assert __file__ in report
         assert record.__dict__["task_name"] == "fails"
     assert "unobtainium" not in caplog.text
+
+
+async def test_a_run_that_ends_during_a_look_for_lost_runs_is_not_said_to_be_lost(
+    durable: Durable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable.register(fails)
+    loading, looking = asyncio.Event(), asyncio.Event()
+    async with durable.worker() as worker:
+        executor = worker._executor
+        load, execute = executor._load, executor._connection.execute
+
+        async def load_late(task_ids: list[uuid.UUID]) -> list[Any]:
+            loading.set()
+            await looking.wait()
+            return await load(task_ids)
+
+        async def look_late(statement: Executable, parameters: Any = None) -> Any:
+            if statement is claiming.LOST_RUNS and loading.is_set():
+                # The second attempt holds its slot, and its journal is being loaded. It has ended before the look.
+                looking.set()
+                await durable.wait_for_result(spawned, timeout=20)
+            return await execute(statement, parameters)
+
+        monkeypatch.setattr(executor, "_load", load_late)
+        monkeypatch.setattr(executor._connection, "execute", look_late)
+        spawned = await durable.spawn(fails, "unobtainium")
+        await loading.wait()
+        await executor.check()
+    assert [record.levelname for record in lines(caplog, str(spawned.task_id))] == ["WARNING", "ERROR"]
 
 
 @pytest.mark.slow
