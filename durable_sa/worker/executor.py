@@ -364,8 +364,8 @@ class Executor:
             {"task_ids": [task_id for task_id, _ in held], "fences": [fence for _, fence in held]},
         )
         for row in rows:
-            # Those that hold a slot now: a run takes the place of the one that stood for it while its journal was
-            # being loaded, and may have written its outcome since.
+            # The run that holds the slot now. The one that held it before the query may have been a placeholder, which
+            # the started run has replaced; if that run has ended since, its own outcome has changed the fence.
             run = self._slots.runs.get((row.task_id, row.fence))
             if run is not None:
                 run.take_away(TaskCancelled() if row.state in ("cancelled", None) else LeaseLost())

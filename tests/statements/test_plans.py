@@ -513,6 +513,9 @@ async def explained(connection: Any, case: Case) -> dict[str, Any]:
     written = ", ".join(literal(parameters[name]) for name in compiled.positiontup or ())
     transaction = connection.transaction()
     await transaction.start()
+    # The plan stays as it is, and the leader executes its parallel part: parallel workers read the catalogs anew, two of
+    # them 138 blocks, which EXPLAIN counts if they begin before the leader has ended.
+    await connection.execute("SET LOCAL max_parallel_workers = 0")
     await connection.execute(f"PREPARE statement AS {compiled}")
     arguments = f"({written})" if written else ""
     plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement{arguments}")
@@ -526,12 +529,6 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield plan
     for child in plan.get("Plans", ()):
         yield from nodes(child)
-
-
-def touched(plan: dict[str, Any]) -> int:
-    """How many blocks a statement has read."""
-    blocks: int = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
-    return blocks
 
 
 def done(plan: dict[str, Any]) -> int:
@@ -551,7 +548,7 @@ async def test_a_statement_touches_little_of_large_tables(connection: Any, name:
     scanned = {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"}
     assert not scanned & LARGE
     assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
-    assert touched(plan) < case.blocks
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
     filters = ("Rows Removed by Filter", "Rows Removed by Join Filter")
     wasted = sum(node.get(each, 0) * node["Actual Loops"] for node in found for each in filters)
     assert wasted <= 2 * len(RUNNING)
@@ -575,14 +572,11 @@ async def test_a_list_reads_little_of_large_tables(connection: Any, name: str, r
         # Where all tasks are of one queue, a plan for any queue reads all; the server does not choose it.
         return
     plan = await explained(connection, case)
-    if touched(plan) >= case.blocks:
-        # Once more: what the server reads of its catalogs, anew after the DDL of tests beside this one, counts, too.
-        plan = await explained(connection, case)
     found = list(nodes(plan))
     assert plan["Actual Rows"] == case.rows
     assert not {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"} & LARGE
     assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
-    assert touched(plan) < case.blocks
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
 
 
 @pytest.mark.slow
