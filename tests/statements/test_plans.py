@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import AsyncGenerator, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
@@ -46,6 +48,7 @@ READY = range(250_201, 251_201)
 
 WORKER = uuid.UUID(int=7)
 BATCH = 100
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "reading.md"
 LARGE = {"tasks", "runs", "checkpoints", "waits", "events", "messages"}
 
 FILL = """
@@ -576,6 +579,38 @@ async def test_a_list_reads_little_of_large_tables(connection: Any, name: str, r
     assert plan["Actual Rows"] == case.rows
     assert not {node["Relation Name"] for node in found if node["Node Type"] == "Seq Scan"} & LARGE
     assert case.indexes <= {node["Index Name"] for node in found if "Index Name" in node}
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
+
+
+OF_INDEXES = {
+    "tasks_name_idx": TaskFilter("other"),
+    "tasks_created_at_idx": TaskFilter(spawned_after=AFTER_ALL),
+    "tasks_limit_key_idx": TaskFilter(limit_key="none"),
+    "tasks_error_idx": TaskFilter(error_name="OSError"),
+}
+"""The indexes that the guide on reading offers, and lists that need them."""
+
+
+@pytest.mark.parametrize("state", [None, "failed", "pending"])
+@pytest.mark.parametrize("index", OF_INDEXES)
+async def test_lists_use_the_indexes_of_the_guide(large_database: str, index: str, state: str | None) -> None:
+    (created,) = re.findall(r"```sql\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    where = OF_INDEXES[index]
+    if state is not None:
+        where = replace(where, state=state)
+    if index == "tasks_limit_key_idx" and state == "pending":
+        index = "tasks_limit_idx"  # the engine's own, of unfinished tasks
+    case = Case(page(where), {}, frozenset({index}), 200, 0)
+    connection = await asyncpg.connect(large_database)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute(created.replace("CONCURRENTLY ", ""))
+    await connection.execute("ANALYZE durable.tasks")
+    plan = await explained(connection, case)
+    await transaction.rollback()
+    await connection.close()
+    assert plan["Actual Rows"] == case.rows
+    assert case.indexes <= {node["Index Name"] for node in nodes(plan) if "Index Name" in node}
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < case.blocks
 
 
