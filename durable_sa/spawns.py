@@ -207,7 +207,8 @@ def prepare(
     Raises:
         TypeError: it is not a task, or there is no such option.
         TaskNotRegistered: no task of that name is registered, unless `unchecked`.
-        InvalidTaskParams: params that do not fit the task, unless `unchecked`, or have no JSON form.
+        InvalidTaskParams: params that do not fit the task, unless `unchecked`.
+        InvalidTaskParams, SerializationError: params that have no JSON form.
         PayloadTooLarge: params beyond the limit.
         InvalidConfiguration, InvalidName, SerializationError: an option that breaks a rule.
     """

@@ -80,10 +80,10 @@ def spawn(
 def spawn_looking_first(
     prepared: Sequence[Prepared], hint: Hint, limited_queues: set[str]
 ) -> Script[list[SpawnResult[Any]]]:
-    """Insert tasks as `spawn` does where each statement commits by itself, and a deleted task might have been run.
+    """Insert tasks as `spawn` does, where each statement commits by itself.
 
-    So the reasons to refuse a task are looked for before. A reason that comes up between that and the insert still
-    deletes tasks.
+    There, a task might run before `spawn` deletes it, so the reasons to refuse a task are looked for first. A reason
+    that arises between that and the insert still deletes tasks.
     """
     keyed: dict[tuple[str, str], Prepared] = {}
     position = 0

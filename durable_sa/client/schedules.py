@@ -56,7 +56,8 @@ class Schedules(Spawning):
 
         Raises:
             InvalidCron: an expression that cannot be parsed, or has no tick.
-            InvalidName, InvalidTaskParams, InvalidConfiguration, TaskNotRegistered: as for a spawn.
+            InvalidTaskParams, SerializationError, PayloadTooLarge: params that do not fit or cannot be stored.
+            InvalidName, InvalidConfiguration, TaskNotRegistered: as for a spawn.
             QueueNotFound: there is no such queue.
         """
         script = store.create(

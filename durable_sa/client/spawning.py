@@ -56,7 +56,7 @@ class Spawning(App):
         """Enqueue a task, in a transaction of its own.
 
         Raises:
-            InvalidTaskParams, PayloadTooLarge: params that do not fit.
+            InvalidTaskParams, SerializationError, PayloadTooLarge: params that do not fit or cannot be stored.
             InvalidConfiguration, InvalidName: an option that cannot work.
             QueueNotFound: there is no such queue.
             IdempotencyConflict: the idempotency key belongs to a task of another name or with other params.
@@ -75,6 +75,7 @@ class Spawning(App):
         Raises:
             TaskNotRegistered, InvalidTaskParams: no task of that name is registered here, or the params do not fit, and
                 `unchecked` is not set.
+            DurableError: the other errors of :meth:`spawn`.
         """
         with SpawnCall(self) as call:
             return await self._spawn(prepare(self, name, params, options, unchecked=unchecked, call=call), call)
@@ -153,7 +154,11 @@ class Spawning(App):
         unchecked: bool = False,
         **options: Unpack[SpawnOptions],
     ) -> Any:
-        """Enqueue a task by its name as :meth:`spawn_with` does."""
+        """Enqueue a task by its name as :meth:`spawn_with` does.
+
+        Raises:
+            DurableError: the same errors as :meth:`spawn_by_name`; the transaction is then still usable.
+        """
         return self._spawn_one_with(
             session, functools.partial(prepare, self, name, params, options, unchecked=unchecked)
         )
@@ -197,6 +202,9 @@ class Spawning(App):
         """Enqueue many tasks as :meth:`spawn_many` does, in the caller's transaction.
 
         An `AUTOCOMMIT` connection has no transaction: there, all items are checked before the first is inserted.
+
+        Raises:
+            DurableError: the same errors as :meth:`spawn_many`; the transaction is then still usable.
         """
         return self._spawn_with(session, functools.partial(self._prepare_many, items))
 

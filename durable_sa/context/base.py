@@ -149,12 +149,12 @@ class ContextBase:
         return (self._run.replay or self._app.replay) == "strict"
 
     def _check_replay(self, call: Call) -> bool:
-        """Return whether a step or transaction that is not recorded is so with other arguments, after a warning.
+        """Return True, after a warning, if a step or transaction without a record is recorded with other arguments.
 
-        A call that failed in an earlier run is not recorded although those after it are.
+        A call whose failure is recorded is no such case: it has no result, whatever is recorded after it.
 
         Raises:
-            ReplayMismatch: it is, and the task is strict.
+            ReplayMismatch: it is recorded with other arguments, and the task is strict.
         """
         run = self._run
         if is_part(call.key) or not run.journal.passes_over(call.key):

@@ -57,7 +57,7 @@ class Children(ContextBase):
         cancelled; if it completes, the child continues. A replay with other params returns the first child.
 
         Raises:
-            InvalidTaskParams: the params do not fit the task.
+            InvalidTaskParams, SerializationError, PayloadTooLarge: params that do not fit or cannot be stored.
             InvalidConfiguration, InvalidName: an option is out of range.
             IdempotencyConflict: the idempotency key belongs to a task that is not this child.
             QueueNotFound: there is no such queue; this task is then not retried.

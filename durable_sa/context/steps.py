@@ -146,7 +146,8 @@ class Steps(Sleeps):
             True if the step is to be tried once more.
         """
         strategy = self._strategy(options)
-        asks = retry_delay(error) is not None or put_off(error) is not None  # and that is for a retry of the task
+        # Such an error asks for a retry of the task, not of the step.
+        asks = retry_delay(error) is not None or put_off(error) is not None
         if options.max_attempts == 1 or strategy.kind == "none" or asks or not is_retryable(error):
             await self._note_failure(call)
             return False

@@ -1,8 +1,8 @@
 """Scripts of statements, and their two drivers: one for synchronous connections, one for asynchronous ones.
 
 A script is written once and runs in the caller's transaction, whichever of SQLAlchemy's six executors holds that, in a
-transaction of its own, or in autocommit. The driver throws an error of a statement into the script, which raises it
-unless it knows better.
+transaction of its own, or in autocommit. The driver throws the error of a statement into the script, which handles it
+or lets it pass.
 """
 
 from __future__ import annotations

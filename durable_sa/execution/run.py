@@ -285,9 +285,10 @@ class Run:
         self._timeouts = tuple(timeout for timeout in self._timeouts if timeout[0] not in keys)
 
     def hold_back(self, keys: Collection[uuid.UUID], *, stored: bool) -> None:
-        """Take the waits of these keys for stored, or for not stored, so that they are not stored, or are.
+        """Mark the waits of these keys as stored, so that no statement stores them, or as not stored.
 
-        While a race is being recorded, whose statement deletes the waits of the losers, no other may store them.
+        While a race is being recorded, no other statement may store its waits, because the race's own statement deletes
+        those of the losers.
         """
         for wait in self.pending.values():
             if wait.key in keys:
@@ -436,9 +437,10 @@ class Run:
             self.conversation = Conversation()
 
     def message_came(self) -> bool:
-        """Note that a message may have come. Return whether nothing else is to be done, as the run has no stored waits.
+        """Note that a message may have come. Return True if its worker has nothing more to do for it.
 
-        Whenever it stores one, it or its worker looks for messages afterwards.
+        That is so while the run goes on and has stored no waits: after each wait that is stored, the run or its worker
+        looks for messages anyway.
         """
         if self.conversation is None or not self._going_on():
             return False

@@ -1,8 +1,10 @@
 """Group commit: the writes of all runs of a worker go out in batches, one statement for each kind of write.
 
-A write goes out at once if the writer is idle. Writes that arrive while a statement is in flight form the next batch;
-no write waits for a timer or for more writes. Each write carries its run's fence, and its outcome is reported after the
-commit has returned. Any write may be repeated: after a lost reply, the repetition finds what was stored.
+A write goes out at once if the writer is idle. Writes that arrive while a statement is in flight form the next batch.
+No write waits for more writes. A write waits for a timer only after a try that has written nothing: another transaction
+held its row locked, or the database refused it or did not answer. Each write carries its run's fence, and its outcome
+is reported after the commit has returned. Any write may be repeated: after a lost reply, the repetition finds what was
+stored.
 
 Runs that wait for their checkpoints do nothing meanwhile. If all of them were in one batch, the worker's process and
 the server would work in turns. So a large batch of checkpoints is split between two connections: while one half is

@@ -10,12 +10,15 @@ key to a task neither blocks nor is blocked. The outer limit stops the scan when
 lanes are not opened.
 
 Claiming a task changes ``state``, ``claimed_by``, ``fence`` and ``attempt``. None of these is in an index, neither as a
-key nor in a predicate, so the update is heap-only, which makes it three times faster. The price is that a claimed task
-stays in the index until it ends, and that dead index entries stay until vacuum removes them, which it cannot do while
-any snapshot is open. A claim from the start of the index would read all of them each time. Therefore the worker keeps a
-cursor for each lane: the position up to which the lane was claimed, where the next claim starts. Tasks behind the
-cursor (a transaction that committed late, a retry, a task that was locked by another transaction) are found by a full
-scan, a claim without cursors, from time to time, and by hints, which move the cursor back.
+key nor in a predicate, so the update is heap-only, which makes it three times faster. Only the first claim of a task
+with a time limit is not, because it also changes ``cancel_at``, which is indexed.
+
+The price is that a claimed task stays in the index until it ends, and that dead index entries stay until vacuum removes
+them, which it cannot do while any snapshot is open. A claim from the start of the index would read all of them each
+time. Therefore the worker keeps a cursor for each lane: the position up to which the lane was claimed, where the next
+claim starts. Tasks behind the cursor (a transaction that committed late, a retry, a task that was locked by another
+transaction) are found by a full scan, a claim without cursors, from time to time, and by hints, which move the cursor
+back.
 
 A task that has lost `SUSPECT_AFTER` workers in a row is a suspect: perhaps it ends their processes. A claim passes over
 suspects. A worker that holds no run and finds no other task claims one alone; a worker that is busy for long makes room

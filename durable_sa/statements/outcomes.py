@@ -1,6 +1,7 @@
-"""The outcomes of a run: completed, failed, released or taken over. Each is one fenced statement for many runs.
+"""The outcomes of a run: completed, failed, released or taken over. Each is one statement for many runs.
 
-Incrementing the fence is part of each, so nothing that the run sends afterwards has any effect.
+The first three are written under the fence of the run. A takeover finds runs by the lost worker that holds them. Each
+raises the fence, so nothing that the run sends afterwards has any effect.
 """
 
 from __future__ import annotations

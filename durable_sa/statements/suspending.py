@@ -1,4 +1,4 @@
-"""Suspends runs: sleeps, and waits for events and children."""
+"""Suspends runs: stores their sleeps, and their waits for events, children and messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _due(locked: CTE) -> CTE:
 
 
 def _stored(due: CTE) -> tuple[CTE, CTE]:
-    """Store the wake times of sleeps as checkpoints, and waits for events and children as waits."""
+    """Store the wake times of sleeps as checkpoints, and waits for events, children and messages as waits."""
     sleeps = (
         insert(Checkpoint)
         .from_select(

@@ -42,7 +42,7 @@ orders = Table("orders", metadata, Column("id", Integer, primary_key=True))
 @pytest.fixture(scope="session")
 def durable_migrate():
     def migrate(url: URL) -> None:  # often: alembic.command.upgrade(config, "head")
-        engine = create_engine(url.set(drivername="postgresql+psycopg2"))
+        engine = create_engine(url.set(drivername="postgresql+psycopg"))
         with engine.begin() as connection:
             migrations.migrate(connection)
             metadata.create_all(connection)
@@ -71,7 +71,7 @@ durable = Durable()
 
 @pytest.fixture(scope="session")
 def engine(durable_shared_database_url):
-    engine = create_engine(durable_shared_database_url.set(drivername="postgresql+psycopg2"))
+    engine = create_engine(durable_shared_database_url.set(drivername="postgresql+psycopg"))
     yield engine
     engine.dispose()
 

@@ -26,6 +26,14 @@ def test_env_py_has_revisions_written(monkeypatch: pytest.MonkeyPatch) -> None:
     context.configure.assert_called_once_with(process_revision_directives=migrations.autogenerate)
 
 
+def test_the_worker_is_started_on_a_module_that_has_tasks() -> None:
+    client = snippets.file(PAGE, "shop/durable.py")
+    assert "task" not in client
+    workers = [line for line in snippets.durable_commands(list(snippets.blocks(PAGE))) if " worker " in line]
+    assert workers
+    assert all("shop.durable:" not in line for line in workers)
+
+
 async def test_the_revision_makes_the_tables_and_removes_them(durable_server: TestServer) -> None:
     revision: dict[str, Any] = {}
     exec(snippets.file(PAGE, "alembic/versions/0001_durable_tables.py"), revision)

@@ -50,6 +50,11 @@ def test_its_commands_and_their_options_exist() -> None:
         snippets.check_durable_command(line)
 
 
+def test_its_commands_have_their_database_named() -> None:
+    (deployed,) = [block.text for block in BLOCKS if "durable migrate" in block.text]
+    assert deployed.startswith("export DURABLE_DATABASE_URL=")
+
+
 def test_it_is_short_enough_to_be_read() -> None:
     assert len(README.read_text().splitlines()) <= 250
 
