@@ -223,6 +223,46 @@ async def _one() -> int:
     return 1
 
 
+@pytest.mark.parametrize(("size", "overflow"), [(3, 0), (4, 0)])
+async def test_a_transaction_that_finds_no_connection_says_what_to_raise(
+    database_url: URL, durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture, size: int, overflow: int
+) -> None:
+    await create_bookings(engine)
+    async with named(database_url, "victim", pool_size=size, max_overflow=overflow, pool_timeout=0.1) as victim:
+
+        @victim.task
+        async def booking(ctx: TaskContext) -> int:
+            return await ctx.transaction("book", _book)
+
+        async with victim.worker(concurrency=5):
+            started = [line for line in caplog.messages if "no room for ctx.transaction" in line]
+            assert started == (
+                []
+                if size > 3
+                else [
+                    "the pool has 3 connections, which the worker keeps, and no room for ctx.transaction; raise "
+                    "pool_size or max_overflow"
+                ]
+            )
+            held = None if size == 3 else await victim.engine.connect()
+            for _ in range(3):
+                spawned = await durable.spawn(booking)
+
+            async def warnings() -> list[str]:
+                return [line for line in caplog.messages if line.startswith("transactions wait for a connection")]
+
+            found = await eventually(warnings)
+            assert found == [
+                f"transactions wait for a connection: the pool of {size} connections has none left, and the worker "
+                "keeps three of them; raise pool_size or max_overflow"
+            ]
+            if held is None:
+                await durable.cancel_task(spawned)
+            else:
+                await held.close()
+                assert (await durable.wait_for_result(spawned, timeout=15)).output == 1
+
+
 @pytest.mark.slow
 async def test_an_engine_without_a_pool_does(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows
