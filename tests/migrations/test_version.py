@@ -81,6 +81,10 @@ async def test_the_lines_name_another_schema(empty_engine: AsyncEngine) -> None:
             await connection.run_sync(check, 'my "durable"')
     assert f'durable.upgrade("{head()}", schema="my \\"durable\\"")' in str(raised.value)
     assert f'durable.downgrade("base", since="{head()}", schema="my \\"durable\\"")' in str(raised.value)
+        with pytest.raises(SchemaMismatch) as raised:
+            await connection.run_sync(check, "jobs")
+    assert 'durable_schema="jobs"' in str(raised.value)
+    assert "`durable migrate --schema jobs`" in str(raised.value)
 
 
 async def test_tables_of_a_newer_version_are_refused(empty_engine: AsyncEngine) -> None:
