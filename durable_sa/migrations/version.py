@@ -133,7 +133,8 @@ A newer version of durable_sa migrated them. Install that version here too:
 Or downgrade with that version: `alembic downgrade -1` if the latest revision of your application upgraded them, \
 `alembic downgrade durable@{required}` if durable's revisions are a branch of your history."""
     return f"""\
-{configured}Run `alembic revision --autogenerate`, or paste this into a revision of your application, and `alembic upgrade head`:
+{configured}Run `alembic revision --autogenerate`, or paste this into a revision of your application, and \
+`alembic upgrade head`:
 
     from durable_sa import migrations as durable
 
@@ -143,4 +144,5 @@ Or downgrade with that version: `alembic downgrade -1` if the latest revision of
     def downgrade() -> None:
         {downgrade_call(since, required, schema)}
 
-If durable's revisions are a branch of your history, run `alembic upgrade heads`; without Alembic, `durable migrate{option}`."""
+If durable's revisions are a branch of your history, run `alembic upgrade heads`; without Alembic, \
+`durable migrate{option}`."""

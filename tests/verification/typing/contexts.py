@@ -81,6 +81,7 @@ async def in_a_task(ctx: TaskContext[State], plain: TaskContext) -> None:
     perhaps: Params | None = await ctx.await_event("e", type=Params | None)
     either: dict[str, Params] | list[int] = await ctx.await_event("e", type=dict[str, Params] | list[int])
     perhaps = await ctx.receive(letter, type=Params | None)
+    assert perhaps or either
     assert_type(await ctx.await_event("e", type=dict[str, Params]), dict[str, Params])
     assert_type(await ctx.emit_event("e", {"a": 1}), bool)
     assert_type(await ctx.now(), datetime)
@@ -154,6 +155,7 @@ def in_a_blocking_task(ctx: SyncTaskContext[State]) -> None:
     assert_type(ctx.transaction("book", book_in_any, 1), int)
     perhaps: Params | None = ctx.await_event("e", type=Params | None)
     perhaps = ctx.receive("t", type=Params | None)
+    assert perhaps
 
     ctx.transaction("book", book_blocking)  # type: ignore[call-overload]
     ctx.transaction("book", book_in_shop_blocking, "1")  # type: ignore[call-overload]
