@@ -154,7 +154,7 @@ def check_types(value: object, decoded: object, *, lenient: bool, path: Path = (
             if key in decoded:
                 check_types(item, decoded[key], lenient=lenient, path=(*path, key))
     elif is_row(value) and is_row(decoded):
-        if kind is deque and decoded_kind is deque and value.maxlen != decoded.maxlen:
+        if kind is decoded_kind is deque and getattr(value, "maxlen", None) != getattr(decoded, "maxlen", None):
             raise Unfaithful(path, "a deque would come back without its maxlen, make one without, or a list")
         kinds = list(map(type, value))
         if not (_FLAT.issuperset(kinds) and kinds == list(map(type, decoded))):

@@ -698,9 +698,7 @@ class Days(BaseModel):
     days: set[str | date]
 
 
-class Member(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class Member(BaseModel, frozen=True):
     name: str
     note: str = Field(default="", exclude=True)
 

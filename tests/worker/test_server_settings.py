@@ -241,8 +241,7 @@ async def test_a_transaction_that_finds_no_connection_says_what_to_raise(
             )
             assert (narrow in caplog.messages) == (size == 3)
             held = None if size == 3 else await victim.engine.connect()
-            for _ in range(3):
-                spawned = await durable.spawn(booking)
+            spawned = [await durable.spawn(booking) for _ in range(3)]
 
             async def warnings() -> list[str]:
                 return [line for line in caplog.messages if line.startswith("transactions wait for a connection")]
@@ -253,10 +252,12 @@ async def test_a_transaction_that_finds_no_connection_says_what_to_raise(
             )
             assert await eventually(warnings) == [exhausted]
             if held is None:
-                await durable.cancel_task(spawned)
+                for spawn in spawned:
+                    await durable.cancel_task(spawn)
             else:
                 await held.close()
-                assert (await durable.wait_for_result(spawned, timeout=15)).output == 1
+                for spawn in spawned:
+                    assert (await durable.wait_for_result(spawn, timeout=15)).output == 1
 
 
 @pytest.mark.slow
