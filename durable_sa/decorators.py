@@ -6,14 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast, get_origin, overload
 
-from .errors import InvalidConfiguration, InvalidCron
+from .errors import InvalidConfiguration, InvalidCron, SerializationError
 from .names import validate_name
 from .options import Replay, TaskOptions, check_limit_key, check_replay
 from .policies import CancellationPolicy, RetryStrategy
 from .schedules import cron
-from .serialization.annotations import is_coroutine_function, local_types, plain_function
+from .serialization.annotations import is_coroutine_function, local_types, plain_function, resolve
 from .tasks import DeclaredSchedule, FollowUp, LimitKey, Task, check_follow_up
 from .validation import Duration, seconds
 
@@ -29,6 +29,7 @@ AsyncFunctionWithoutParams: TypeAlias = "Callable[[TaskContext[Any]], Coroutine[
 SyncFunction: TypeAlias = "Callable[[SyncTaskContext[Any], ParamsT], OutputT]"
 SyncFunctionWithoutParams: TypeAlias = "Callable[[SyncTaskContext[Any]], OutputT]"
 
+_CONTEXTS = f"{__package__}.context"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -120,7 +121,8 @@ def task(
     with a :class:`durable_sa.TaskEnded` as params. They are fixed when this task is spawned.
 
     Raises:
-        TypeError: if the function takes something else, or is a generator or a class.
+        TypeError: if the function takes something else, or the context of the other kind of function, or is a
+            generator or a class.
         InvalidName, InvalidConfiguration: for a name or an option that cannot work.
         InvalidCron: for a `schedule` that cannot be read, or never fires.
     """
@@ -175,14 +177,16 @@ def _make(
         raise TypeError(f"Task {_label(plain)} is a generator; a task returns its output once")
     if name is None and (name := getattr(function, "__name__", None)) is None:
         raise TypeError(f"{function!r} has no name of its own, give it one: task('name')(...)")
+    is_async, params_name, names = is_coroutine_function(function), _params_name(function), local_types(function)
+    _check_context(function, is_async, names)
     return Task(
         name=validate_name("task", name),
         function=function,
-        is_async=is_coroutine_function(function),
-        params_name=_params_name(function),
+        is_async=is_async,
+        params_name=params_name,
         options=options,
         no_retry_on=no_retry_on,
-        local_types=local_types(function),
+        local_types=names,
         **further,
     )
 
@@ -204,6 +208,23 @@ def _params_name(function: Callable[..., Any]) -> str | None:
             "several values, decorate a function rather than a method, and use functools.wraps in your own decorators."
         )
     return positional[1].name if len(positional) == 2 else None
+
+
+def _check_context(function: Callable[..., Any], is_async: bool, local_names: dict[str, object]) -> None:
+    """Refuse an `async def` that takes a `SyncTaskContext`, and a `def` that takes a `TaskContext`."""
+    right, wrong = ("TaskContext", "SyncTaskContext") if is_async else ("SyncTaskContext", "TaskContext")
+    try:
+        declared = resolve(function, next(iter(inspect.signature(function).parameters)), local_names)
+    except SerializationError:  # it is imported for type checkers only
+        return
+    context = get_origin(declared) or declared
+    if not isinstance(context, type) or context.__name__ != wrong or not context.__module__.startswith(_CONTEXTS):
+        return
+    given, other = ("an `async def`", "a `def`") if is_async else ("a `def`", "an `async def`")
+    raise TypeError(
+        f"Task {_label(function)} is {given} and takes a {wrong}, which only {other} gets. Take a {right}, or make it "
+        f"{other}."
+    )
 
 
 def _exceptions(option: str, classes: Iterable[type[BaseException]]) -> tuple[type[BaseException], ...]:

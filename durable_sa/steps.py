@@ -25,6 +25,8 @@ from .validation import Duration, instance, integer, seconds
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+AsyncSessionT = TypeVar("AsyncSessionT", bound=AsyncSession)
+SessionT = TypeVar("SessionT", bound=Session)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +176,20 @@ class TransactionDecorator(Protocol):
     def __call__(self, function: Callable[Concatenate[AsyncSession, P], R], /) -> Transaction[P, R]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[Session, P], R], /) -> Transaction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[AsyncSessionT, P], R], /) -> Transaction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[SessionT, P], R], /) -> Transaction[P, R]: ...
 
 
 @overload
 def transaction(name: Callable[Concatenate[AsyncSession, P], R], /) -> Transaction[P, R]: ...
 @overload
 def transaction(name: Callable[Concatenate[Session, P], R], /) -> Transaction[P, R]: ...
+@overload
+def transaction(name: Callable[Concatenate[AsyncSessionT, P], R], /) -> Transaction[P, R]: ...
+@overload
+def transaction(name: Callable[Concatenate[SessionT, P], R], /) -> Transaction[P, R]: ...
 @overload
 def transaction(name: str | None = None) -> TransactionDecorator: ...
 def transaction(name: str | Callable[..., Any] | None = None) -> Any:

@@ -6,12 +6,14 @@ import functools
 import gc
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import pytest
 from pydantic import AfterValidator, BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
+from durable_sa import context
+from durable_sa.context.sync import SyncTaskContext
 from durable_sa.decorators import task
 from durable_sa.errors import InvalidConfiguration, InvalidName, InvalidTaskParams, SerializationError
 from durable_sa.options import TaskOptions
@@ -405,6 +407,20 @@ async def async_generator(ctx: Any) -> AsyncIterator[int]:
 def test_what_is_no_task_is_refused_when_it_is_decorated(function: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         task("name")(function)
+
+
+def test_the_context_of_the_other_kind_of_function_is_refused() -> None:
+    async def awaits(ctx: SyncTaskContext[Any]) -> None: ...
+
+    def blocks(ctx: context.TaskContext, params: int) -> None: ...
+
+    def later(ctx: TaskContext) -> None: ...
+
+    with pytest.raises(TypeError, match=r"awaits is an `async def` and takes a SyncTaskContext, which only a `def`"):
+        task("awaits")(awaits)
+    with pytest.raises(TypeError, match=r"Take a SyncTaskContext, or make it an `async def`\."):
+        task("blocks")(cast(Any, blocks))
+    assert task("later")(cast(Any, later)).params_name is None
 
 
 def test_keywords_with_defaults_are_left_alone() -> None:

@@ -370,7 +370,9 @@ def table_of_errors(page: str) -> Iterator[str]:
         )
         retried = (
             ""
-            if error.__subclasses__()
+            if error in (errors.DurableError, errors.TaskError)
+            else "yes; no, if a context raises it"
+            if hasattr(error, "final")
             else "yes"
             if is_retryable(error.__new__(error))
             else "no"

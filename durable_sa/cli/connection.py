@@ -84,19 +84,26 @@ def has_own_database(durable: Durable[Any]) -> bool:
     return durable._bind is not None  # pyright: ignore[reportPrivateUsage]
 
 
-def require_database(durable: Durable[Any]) -> None:
-    """Refuse to act on a database that was not named.
+def require_database(durable: Durable[Any], app: str | None = None) -> None:
+    """Refuse to act on a database that was not named, by an application neither if `app` is given.
 
     Raises:
         InvalidConfiguration: the client would start the embedded server by itself.
     """
-    if not has_own_database(durable) and not os.environ.get(VARIABLE):
+    if has_own_database(durable) or os.environ.get(VARIABLE):
+        return
+    if app is not None:
         raise InvalidConfiguration(
-            "database",
-            "none is named",
-            f"Set {VARIABLE}=postgresql://user:password@host/database, or give --app MODULE:DURABLE for the database "
-            "of your application, or --embedded for the embedded server.",
+            app,
+            "it names no database",
+            f"Pass it a URL, or set {VARIABLE}, or give --embedded for the embedded server.",
         )
+    raise InvalidConfiguration(
+        "database",
+        "none is named",
+        f"Set {VARIABLE}=postgresql://user:password@host/database, or give --app MODULE:DURABLE for the database "
+        "of your application, or --embedded for the embedded server.",
+    )
 
 
 def description(durable: Durable[Any]) -> str:

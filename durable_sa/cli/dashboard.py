@@ -51,7 +51,7 @@ def dashboard(
         fail("Name the Durable of your application once, for example: durable dashboard app.tasks:durable", USAGE)
     with exit_on_package_errors():
         durable = Source(url=url, app=target or app, embedded=embedded, schema=schema).client()
-        require_database(durable)
+        require_database(durable, target or app)
         make_console(stderr=True).print(f"database: {description(durable)}", soft_wrap=True)
     with exit_on_errors(durable), contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(durable, port, write=write, payloads=payloads))

@@ -43,11 +43,11 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 class Invocation:
     """The client and the output of a command."""
 
-    def __init__(self, durable: Durable[Any], output: Output, *, has_app: bool = False) -> None:
+    def __init__(self, durable: Durable[Any], output: Output, *, app: str | None = None) -> None:
         self.durable = durable
         self.output = output
-        self.has_app = has_app
-        """True if the client is that of an application, with its tasks."""
+        self.app = app
+        """The MODULE:DURABLE of which the client is, with its tasks; None if it was made for the command."""
 
     def announce(self) -> None:
         """Say on stderr which database the command speaks to.
@@ -55,7 +55,7 @@ class Invocation:
         Raises:
             InvalidConfiguration: none was named.
         """
-        require_database(self.durable)
+        require_database(self.durable, self.app)
         self.output.note(f"database: {description(self.durable)}")
 
 
@@ -90,7 +90,7 @@ def _command(
 
         async def main(durable: Durable[Any]) -> None:
             async with durable:
-                invocation = Invocation(durable, Output(as_json=as_json), has_app=source.app is not None)
+                invocation = Invocation(durable, Output(as_json=as_json), app=source.app)
                 if announced:
                     invocation.announce()
                 await perform(functools.partial(function, invocation, **arguments), invocation, watch)

@@ -239,7 +239,7 @@ async def spawn(
     )
     if queue_name is not None:
         options["queue_name"] = queue_name
-    spawned = await invocation.durable.spawn_by_name(name, params, unchecked=not invocation.has_app, **options)
+    spawned = await invocation.durable.spawn_by_name(name, params, unchecked=invocation.app is None, **options)
     message = f"Task {spawned.task_id} spawned." if spawned.created else f"Task {spawned.task_id} already has that key."
     invocation.output.say(message, task_id=spawned.task_id, run_id=spawned.run_id, created=spawned.created)
 

@@ -189,7 +189,7 @@ def worker(
     # Errors of the application itself keep their traceback.
     with exit_on_package_errors():
         durable = Source(app=target or app, embedded=embedded).client()
-        require_database(durable)
+        require_database(durable, target or app)
         make_console(stderr=True).print(f"database: {description(durable)}", soft_wrap=True)
     if not durable.tasks:
         logger.warning(

@@ -50,7 +50,7 @@ class StreamReading(PublishedValues):
     ) -> AsyncGenerator[StreamItem[T] | StreamRestart]: ...
     @overload
     def read_stream(
-        self, task: AnyTaskId, name: str, *, after: int = 0, type: None = None, follow: bool = True
+        self, task: AnyTaskId, name: str, *, after: int = 0, type: Any = None, follow: bool = True
     ) -> AsyncGenerator[StreamItem[Any] | StreamRestart]: ...
     def read_stream(
         self,

@@ -39,7 +39,7 @@ class PublishedValues(Tasks):
     @overload
     async def get_value(self, task: AnyTaskId, name: str, *, type: type[T]) -> T | None: ...
     @overload
-    async def get_value(self, task: AnyTaskId, name: str, *, type: None = None) -> Any: ...
+    async def get_value(self, task: AnyTaskId, name: str, *, type: Any = None) -> Any: ...
     async def get_value(self, task: AnyTaskId, name: str, *, type: Any = None) -> Any:  # noqa: A002
         """Return the value that a task has published last under a name, None if none; readable after its end, too.
 
@@ -69,7 +69,7 @@ class PublishedValues(Tasks):
         task: AnyTaskId,
         name: str,
         *,
-        type: None = None,
+        type: Any = None,
     ) -> Coroutine[Any, Any, Any]: ...
     @overload
     def get_value_with(
@@ -77,7 +77,7 @@ class PublishedValues(Tasks):
     ) -> T | None: ...
     @overload
     def get_value_with(
-        self, session: Session | scoped_session[Any] | Connection, task: AnyTaskId, name: str, *, type: None = None
+        self, session: Session | scoped_session[Any] | Connection, task: AnyTaskId, name: str, *, type: Any = None
     ) -> Any: ...
     def get_value_with(
         self,
@@ -100,7 +100,7 @@ class PublishedValues(Tasks):
     @overload
     def watch_value(self, task: AnyTaskId, name: str, *, type: type[T]) -> AsyncGenerator[T]: ...
     @overload
-    def watch_value(self, task: AnyTaskId, name: str, *, type: None = None) -> AsyncGenerator[Any]: ...
+    def watch_value(self, task: AnyTaskId, name: str, *, type: Any = None) -> AsyncGenerator[Any]: ...
     async def watch_value(
         self,
         task: AnyTaskId,

@@ -34,6 +34,7 @@ from .thread import TaskThread, call_in_another_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
+SessionT = TypeVar("SessionT", bound=Session)
 ParamsT = TypeVar("ParamsT")
 
 
@@ -109,12 +110,17 @@ class SyncTaskContext(TaskData[StateT]):
         with running(self.context):
             return await make()
 
+    @overload
     def transaction(
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    ) -> T: ...
+    @overload
+    def transaction(
+        self, name: str, fn: Callable[Concatenate[SessionT, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`durable_sa.TaskContext.transaction`; `fn` is called with a `Session`, in this thread."""
-        result: T = self._call(lambda: self.context.transaction_by(self._execute, name, fn, args, kwargs))
-        return result
+        return self._call(lambda: self.context.transaction_by(self._execute, name, fn, args, kwargs))
 
     @overload
     def spawn(
@@ -149,7 +155,7 @@ class SyncTaskContext(TaskData[StateT]):
     @overload
     def await_event(self, name: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
     @overload
-    def await_event(self, name: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
+    def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any: ...
     def await_event(self, name: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """As :meth:`durable_sa.TaskContext.await_event`."""
         return self._call(lambda: self.context.await_event(name, timeout=timeout, type=type))
@@ -165,7 +171,7 @@ class SyncTaskContext(TaskData[StateT]):
     @overload
     def receive(self, topic: str, *, timeout: Duration | None = None, type: type[T]) -> T: ...
     @overload
-    def receive(self, topic: str, *, timeout: Duration | None = None, type: None = None) -> Any: ...
+    def receive(self, topic: str, *, timeout: Duration | None = None, type: Any = None) -> Any: ...
     def receive(self, topic: str, *, timeout: Duration | None = None, type: Any = None) -> Any:  # noqa: A002
         """As :meth:`durable_sa.TaskContext.receive`."""
         return self._call(lambda: self.context.receive(topic, timeout=timeout, type=type))

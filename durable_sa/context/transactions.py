@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+AsyncSessionT = TypeVar("AsyncSessionT", bound=AsyncSession)
+SessionT = TypeVar("SessionT", bound=Session)
 
 
 class Transactions(ContextBase):
@@ -47,6 +49,19 @@ class Transactions(ContextBase):
     @overload
     async def transaction(
         self, name: str, fn: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def transaction(
+        self,
+        name: str,
+        fn: Callable[Concatenate[AsyncSessionT, P], Coroutine[Any, Any, T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T: ...
+    @overload
+    async def transaction(
+        self, name: str, fn: Callable[Concatenate[SessionT, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T: ...
 
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -14,13 +15,15 @@ from typing import Any, Self, cast
 from sqlalchemy import Executable, Row
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from ..database_errors import (
     CACHED_PLAN_STATES,
     MISSING_TABLE_STATES,
     POOLER_STATES,
+    REMINDER_INTERVAL,
     is_about_connection,
     is_conflict,
     is_lost,
@@ -90,6 +93,8 @@ class Database:
         self.engine, self.sessionmaker, self.owned = resolve_bind(bind)
         self._used_by: tuple[Pool, asyncio.AbstractEventLoop] | None = None
         """The pool, and the event loop that was last found to be the one of its connections."""
+        self._next_warning = 0.0
+        """The time from which on it is logged again that the pool has no connection left."""
         self.options: dict[str, Any] = {}
         if schema != SCHEMA:
             applications: dict[str, Any] = self.engine.get_execution_options().get("schema_translate_map") or {}
@@ -308,9 +313,14 @@ class Database:
     async def transactional(self) -> AsyncConnection:
         """Take a connection for a transaction, at the isolation of the application's engine.
 
-        If that is autocommit, which knows no transactions, at read committed.
+        If that is autocommit, which knows no transactions, at read committed. Logs once a minute that the pool has no
+        connection left.
         """
-        connection = await self.checkout()
+        try:
+            connection = await self.checkout()
+        except PoolTimeout:
+            self._warn_of_exhaustion()
+            raise
         try:
             await self._locate(connection)
             options = dict(self.options)
@@ -320,6 +330,15 @@ class Database:
         except BaseException:
             await discard(connection)
             raise
+
+    def _warn_of_exhaustion(self) -> None:
+        if time.monotonic() >= self._next_warning:
+            self._next_warning = time.monotonic() + REMINDER_INTERVAL
+            logger.warning(
+                "transactions wait for a connection: the pool of %s connections has none left, and the worker keeps "
+                "three of them; raise pool_size or max_overflow",
+                capacity(self._pool),
+            )
 
     async def _locate(self, connection: AsyncConnection) -> None:
         """Find out which server a connection leads to, even if the application has begun a transaction at checkout."""
@@ -447,6 +466,13 @@ class HeldConnection:
             await discard(connection)
             return
         await give_back(connection)
+
+
+def capacity(pool: Pool) -> int | None:
+    """Return the number of connections that a pool has at most; None without a limit."""
+    if not isinstance(pool, QueuePool) or pool._max_overflow < 0:  # pyright: ignore[reportPrivateUsage]
+        return None
+    return pool.size() + pool._max_overflow  # pyright: ignore[reportPrivateUsage]
 
 
 def is_worth_another(error: BaseException) -> bool:

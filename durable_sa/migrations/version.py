@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from typing import Final
 
 from alembic.operations import Operations
@@ -119,6 +120,10 @@ def _literal(value: str) -> str:
 
 def _remedy(installed: str | None, required: str, schema: str) -> str:
     since = installed or BASE
+    option = configured = ""
+    if schema != SCHEMA:
+        option = f" --schema {shlex.quote(schema)}"
+        configured = f"Write `context.configure(..., durable_schema={_literal(schema)})` in `env.py`. "
     if not is_known(since):
         return f"""\
 A newer version of durable_sa migrated them. Install that version here too:
@@ -128,7 +133,8 @@ A newer version of durable_sa migrated them. Install that version here too:
 Or downgrade with that version: `alembic downgrade -1` if the latest revision of your application upgraded them, \
 `alembic downgrade durable@{required}` if durable's revisions are a branch of your history."""
     return f"""\
-Run `alembic revision --autogenerate`, or paste this into a revision of your application, and `alembic upgrade head`:
+{configured}Run `alembic revision --autogenerate`, or paste this into a revision of your application, and \
+`alembic upgrade head`:
 
     from durable_sa import migrations as durable
 
@@ -138,4 +144,5 @@ Run `alembic revision --autogenerate`, or paste this into a revision of your app
     def downgrade() -> None:
         {downgrade_call(since, required, schema)}
 
-If durable's revisions are a branch of your history, run `alembic upgrade heads`; without Alembic, `durable migrate`."""
+If durable's revisions are a branch of your history, run `alembic upgrade heads`; without Alembic, \
+`durable migrate{option}`."""

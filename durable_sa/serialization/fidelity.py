@@ -5,6 +5,7 @@ Explanations name places and types, never values.
 
 import dataclasses
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -106,8 +107,13 @@ def compare(
     if is_mapping(value) and is_mapping(decoded):
         _compare_entries(value, decoded, lenient, whole, complete, path)
     elif is_set(value):
-        for item in value:
-            _refuse_unstorable(item, None, path)
+        if is_set(decoded):
+            _compare_members(value, decoded, lenient, whole, complete, path)
+        elif not lenient:
+            raise Unfaithful(path, came_back)
+        else:
+            for item in value:
+                _refuse_unstorable(item, None, path)
     elif is_row(value) and is_row(decoded):
         if len(value) != len(decoded):
             raise Unfaithful(path, came_back + " of another length")
@@ -148,6 +154,8 @@ def check_types(value: object, decoded: object, *, lenient: bool, path: Path = (
             if key in decoded:
                 check_types(item, decoded[key], lenient=lenient, path=(*path, key))
     elif is_row(value) and is_row(decoded):
+        if kind is decoded_kind is deque and getattr(value, "maxlen", None) != getattr(decoded, "maxlen", None):
+            raise Unfaithful(path, "a deque would come back without its maxlen, make one without, or a list")
         kinds = list(map(type, value))
         if not (_FLAT.issuperset(kinds) and kinds == list(map(type, decoded))):
             for position, (item, decoded_item) in enumerate(zip(value, decoded, strict=False)):
@@ -210,6 +218,23 @@ def _compare_entries(
         compare(item, decoded[key], lenient=lenient, whole=whole, complete=complete, path=(*path, key))
 
 
+def _compare_members(
+    value: AbstractSet[object],
+    decoded: AbstractSet[object],
+    lenient: bool,
+    whole: bool,
+    complete: bool,
+    path: Path,
+) -> None:
+    changed = sorted((item for item in value if item not in decoded), key=_json_form)
+    others = sorted((item for item in decoded if item not in value), key=_json_form)
+    # Sets have no order, but a member that was changed has the same JSON as what it is decoded as.
+    for item, other in zip(changed, others, strict=False):
+        compare(item, other, lenient=lenient, whole=whole, complete=complete, path=path)
+    if len(value) != len(decoded):
+        raise Unfaithful(path, f"{_a(value)} would come back with another number of members")
+
+
 def _compare_private(value: object, decoded: object, path: Path) -> None:
     if isinstance(value, BaseModel) and isinstance(decoded, BaseModel):
         private, decoded_private = value.__pydantic_private__ or {}, decoded.__pydantic_private__ or {}
@@ -230,6 +255,8 @@ def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:
         raise Unfaithful(path, reason)
     if isinstance(value, bytes | bytearray | memoryview) and not isinstance(decoded, bytes | bytearray):
         raise Unfaithful(path, "bytes have no JSON form of their own, annotate them as bytes")
+    if isinstance(value, re.Pattern) and isinstance(decoded, re.Pattern):
+        raise Unfaithful(path, "the flags of a pattern are not stored, write them into it: (?i) for re.IGNORECASE")
 
 
 def _fields(value: object, *, whole: bool = False) -> dict[str, Any] | None:
@@ -249,6 +276,14 @@ def _children(value: object) -> Iterator[tuple[object, object]]:
         yield from enumerate(value)
     elif (fields := _fields(value)) is not None:
         yield from fields.items()
+
+
+def _json_form(value: object) -> bytes:
+    """Return the JSON of a value that has one by itself, without an annotation."""
+    try:
+        return to_json(value)
+    except Exception:  # noqa: BLE001 - serializers are user code
+        return b""
 
 
 def _encodes(value: object) -> bool:

@@ -19,6 +19,7 @@ from ..concurrency import branches, task_factory
 from ..concurrency.blocking import AnyTask
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
+from ..database.connections import capacity
 from ..database.hint import Hint
 from ..database.listener import Listener
 from ..database.notifier import sender
@@ -332,6 +333,13 @@ class Worker:
             raise InvalidConfiguration(
                 "bind", "a worker needs three pooled connections", "Raise pool_size or max_overflow."
             ) from error
+        limit = capacity(self._app.database.engine.sync_engine.pool)
+        if limit is not None and limit <= len(self._connections):
+            logger.warning(
+                "the pool has %d connections, which the worker keeps, and no room for ctx.transaction; raise pool_size "
+                "or max_overflow",
+                limit,
+            )
 
     async def _disconnect(self) -> None:
         await asyncio.gather(*(connection.close() for connection in self._connections))

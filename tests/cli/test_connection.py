@@ -23,9 +23,8 @@ COMMANDS = [
     ["migrate"],
     ["cleanup", "--older-than", "1d"],
     ["roles", "--producer", "web", "--apply"],
-    ["tasks", "list", "--app", "unbound:durable"],
-    ["worker", "unbound:durable"],
 ]
+UNBOUND = [["migrate", "--app", "unbound:durable"], ["worker", "unbound:durable"], ["dashboard", "unbound:durable"]]
 
 
 @pytest.fixture
@@ -53,6 +52,17 @@ def test_without_a_database_a_command_refuses_and_says_what_to_set(
     assert result.stderr.startswith("error: database: none is named. Set DURABLE_DATABASE_URL=postgresql://")
     assert "--embedded" in result.stderr
     assert "--app MODULE:DURABLE" in result.stderr
+
+
+@pytest.mark.parametrize("command", UNBOUND, ids=" ".join)
+def test_an_application_without_a_database_is_named(
+    command: list[str], app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_sa.embedded.server", lambda: pytest.fail("the embedded server is started"))
+    result = CommandLine("").run(*command)
+    assert (result.code, result.stdout, result.database) == (2, "", "")
+    assert result.stderr.startswith("error: unbound:durable: it names no database. Pass it a URL, or set DURABLE_")
+    assert "MODULE:DURABLE" not in result.stderr
 
 
 def test_a_script_of_grants_needs_no_database() -> None:

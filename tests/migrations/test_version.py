@@ -79,8 +79,12 @@ async def test_the_lines_name_another_schema(empty_engine: AsyncEngine) -> None:
     async with empty_engine.begin() as connection:
         with pytest.raises(SchemaMismatch) as raised:
             await connection.run_sync(check, 'my "durable"')
+        with pytest.raises(SchemaMismatch) as plainly:
+            await connection.run_sync(check, "jobs")
     assert f'durable.upgrade("{head()}", schema="my \\"durable\\"")' in str(raised.value)
     assert f'durable.downgrade("base", since="{head()}", schema="my \\"durable\\"")' in str(raised.value)
+    assert 'durable_schema="jobs"' in str(plainly.value)
+    assert "`durable migrate --schema jobs`" in str(plainly.value)
 
 
 async def test_tables_of_a_newer_version_are_refused(empty_engine: AsyncEngine) -> None:

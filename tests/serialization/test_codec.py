@@ -2,6 +2,7 @@ import dataclasses
 import enum
 import inspect
 import math
+import re
 import uuid
 from collections import deque
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
@@ -688,6 +689,20 @@ def test_private_attributes_that_a_model_stores_itself_come_back() -> None:
     assert codec_for(Restored).round_trip(value, "It")[1]._state == 5
 
 
+@dataclasses.dataclass(frozen=True)
+class Day:
+    day: str | date
+
+
+class Days(BaseModel):
+    days: set[str | date]
+
+
+class Member(BaseModel, frozen=True):
+    name: str
+    note: str = Field(default="", exclude=True)
+
+
 @dataclasses.dataclass
 class Loose:
     numbers: Any
@@ -710,6 +725,17 @@ class Loose:
         (bool | str, 1, ""),
         (date | str, "2024-01-01", ""),
         (list[date | str], ["x", "2024-01-01"], r"at \[1\]: "),
+        (set[str | date], {date(2024, 1, 1)}, ""),
+        (set[date | str], {"2024-01-01"}, ""),
+        (frozenset[str | Decimal], frozenset({Decimal(1)}), ""),
+        (set[str | datetime], {datetime(2024, 1, 1)}, ""),
+        (set[str | timedelta], {timedelta(1)}, ""),
+        (set[tuple[str | date, int]], {(date(2024, 1, 1), 1)}, r"at \[0\]: "),
+        (set[Day], {Day(date(2024, 1, 1))}, "at day: "),
+        (Days, Days(days={date(2024, 1, 1)}), "at days: "),
+        (list[int] | set[int], {3}, ""),
+        (list[int] | frozenset[int], frozenset({3}), ""),
+        (list[int], {3}, ""),
     ],
     ids=repr,
 )
@@ -723,3 +749,21 @@ def test_values_that_would_be_taken_for_others_are_refused(annotation: Any, valu
 def test_numbers_and_texts_that_mean_the_same_are_not_refused() -> None:
     for annotation, value in ((float, 5), (list[float], [1, 2.5]), (Name, "a"), (Any, [True, Level.LOW]), (bool, True)):
         assert codec_for(annotation).round_trip(value, "It")[1] == value
+
+
+def test_members_of_sets_may_change_as_other_values_may() -> None:
+    members = {Member(name=name, note=name) for name in "abc"}
+    assert codec_for(set[Member]).round_trip(members, "It")[1] == {Member(name=name) for name in "abc"}
+    with pytest.raises(SerializationError, match="a value of type set would come back with another number of members"):
+        codec_for(set[Member]).encode({Member(name="a", note=note) for note in "ab"}, "It")
+    assert codec_for(Any).round_trip({date(2024, 1, 1)}, "It")[1] == ["2024-01-01"]
+    assert codec_for(dict[str, Any]).round_trip({"a": {3}}, "It")[1] == {"a": [3]}
+
+
+def test_what_json_does_not_say_of_a_pattern_or_deque_is_refused() -> None:
+    assert codec_for(re.Pattern).round_trip(re.compile("(?i)a"), "It")[1].flags & re.IGNORECASE
+    assert codec_for(deque[int]).round_trip(deque([1]), "It")[1] == deque([1])
+    with pytest.raises(SerializationError, match="the flags of a pattern are not stored, write them into it"):
+        codec_for(re.Pattern).encode(re.compile("a", re.IGNORECASE), "It")
+    with pytest.raises(SerializationError, match=r"at \[0\]: a deque would come back without its maxlen"):
+        codec_for(list[deque[int]]).encode([deque([1], maxlen=3)], "It")

@@ -223,6 +223,43 @@ async def _one() -> int:
     return 1
 
 
+@pytest.mark.parametrize(("size", "overflow"), [(3, 0), (4, 0)])
+async def test_a_transaction_that_finds_no_connection_says_what_to_raise(
+    database_url: URL, durable: Durable, engine: AsyncEngine, caplog: pytest.LogCaptureFixture, size: int, overflow: int
+) -> None:
+    await create_bookings(engine)
+    async with named(database_url, "victim", pool_size=size, max_overflow=overflow, pool_timeout=0.1) as victim:
+
+        @victim.task
+        async def booking(ctx: TaskContext) -> int:
+            return await ctx.transaction("book", _book)
+
+        async with victim.worker(concurrency=5):
+            narrow = (
+                "the pool has 3 connections, which the worker keeps, and no room for ctx.transaction; raise pool_size "
+                "or max_overflow"
+            )
+            assert (narrow in caplog.messages) == (size == 3)
+            held = None if size == 3 else await victim.engine.connect()
+            spawned = [await durable.spawn(booking) for _ in range(3)]
+
+            async def warnings() -> list[str]:
+                return [line for line in caplog.messages if line.startswith("transactions wait for a connection")]
+
+            exhausted = (
+                f"transactions wait for a connection: the pool of {size} connections has none left, and the worker "
+                "keeps three of them; raise pool_size or max_overflow"
+            )
+            assert await eventually(warnings) == [exhausted]
+            if held is None:
+                for spawn in spawned:
+                    await durable.cancel_task(spawn)
+            else:
+                await held.close()
+                for spawn in spawned:
+                    assert (await durable.wait_for_result(spawn, timeout=15)).output == 1
+
+
 @pytest.mark.slow
 async def test_an_engine_without_a_pool_does(
     database_url: URL, engine: AsyncEngine, durable: Durable, sql: Rows

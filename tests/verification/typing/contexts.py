@@ -4,7 +4,7 @@
 import asyncio
 from collections.abc import Awaitable
 from datetime import datetime, timedelta
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -35,6 +35,26 @@ def book_blocking(session: Session, order: int) -> int:
     return 1
 
 
+class ShopSession(AsyncSession):
+    pass
+
+
+class BlockingShopSession(Session):
+    pass
+
+
+async def book_in_shop(session: ShopSession, order: int) -> str:
+    return ""
+
+
+def book_in_shop_blocking(session: BlockingShopSession, order: int) -> int:
+    return 1
+
+
+def book_in_any(session: Session | AsyncSession, order: int) -> int:
+    return 1
+
+
 async def in_a_task(ctx: TaskContext[State], plain: TaskContext) -> None:
     assert_type(ctx.state, State)
     assert_type(plain.state, Any)
@@ -45,6 +65,10 @@ async def in_a_task(ctx: TaskContext[State], plain: TaskContext) -> None:
     assert_type(await ctx.transaction("book", book, 1, twice=True), str)
     assert_type(await ctx.transaction("book", book_blocking, 1), int)
 
+    assert_type(await ctx.transaction("book", book_in_shop, 1), str)
+    assert_type(await ctx.transaction("book", book_in_shop_blocking, 1), int)
+    assert_type(await ctx.transaction("book", book_in_any, 1), int)
+
     handle = await ctx.spawn("bare", bare, Params(query="x"), priority=1)
     assert_type(handle, TaskHandle[Result])
     assert_type(await ctx.spawn("none", without_params), TaskHandle[int])
@@ -53,6 +77,12 @@ async def in_a_task(ctx: TaskContext[State], plain: TaskContext) -> None:
     assert_type(await ctx.join(handle, timeout=5), Result)
     assert_type(await ctx.await_event("e", type=Params, timeout=timedelta(days=1)), Params)
     assert_type(await ctx.await_event("e"), Any)
+    letter: Literal["a", "b"] = await ctx.await_event("e", type=Literal["a", "b"])
+    perhaps: Params | None = await ctx.await_event("e", type=Params | None)
+    either: dict[str, Params] | list[int] = await ctx.await_event("e", type=dict[str, Params] | list[int])
+    perhaps = await ctx.receive(letter, type=Params | None)
+    assert perhaps or either
+    assert_type(await ctx.await_event("e", type=dict[str, Params]), dict[str, Params])
     assert_type(await ctx.emit_event("e", {"a": 1}), bool)
     assert_type(await ctx.now(), datetime)
     assert_type(await ctx.uuid7(), UUID)
@@ -90,6 +120,8 @@ async def in_a_task(ctx: TaskContext[State], plain: TaskContext) -> None:
     await ctx.transaction("book", book)  # type: ignore[call-overload]
     await ctx.transaction("book", book, "1")  # type: ignore[call-overload]
     await ctx.transaction("fetch", fetch, "x")  # type: ignore[call-overload]
+    await ctx.transaction("book", book_in_shop, "1")  # type: ignore[call-overload]
+    await ctx.transaction("parse", parse, b"")  # type: ignore[call-overload]
     await ctx.spawn("bare", bare)  # type: ignore[arg-type]
     await ctx.spawn("bare", bare, "x")  # type: ignore[arg-type]
     await ctx.join(UUID(int=1))  # type: ignore[arg-type]
@@ -119,11 +151,27 @@ def in_a_blocking_task(ctx: SyncTaskContext[State]) -> None:
     assert_type(ctx.join(handle), Result)
     assert_type(ctx.await_event("e", type=int), int)
     assert_type(ctx.now(), datetime)
+    assert_type(ctx.transaction("book", book_in_shop_blocking, 1), int)
+    assert_type(ctx.transaction("book", book_in_any, 1), int)
+    perhaps: Params | None = ctx.await_event("e", type=Params | None)
+    perhaps = ctx.receive("t", type=Params | None)
+    assert perhaps
 
-    ctx.transaction("book", book_blocking)  # type: ignore[call-arg]
+    ctx.transaction("book", book_blocking)  # type: ignore[call-overload]
+    ctx.transaction("book", book_in_shop_blocking, "1")  # type: ignore[call-overload]
+    ctx.transaction("parse", parse)  # type: ignore[call-overload]
     ctx.spawn("bare", bare)  # type: ignore[arg-type]
 
 
 def clients(durable: Durable[State], anything: Durable) -> None:
     assert_type(durable.state, State | None)
     assert_type(anything.state, Any | None)
+
+
+async def reading(durable: Durable[State], handle: TaskHandle[int]) -> None:
+    assert_type(await durable.get_value(handle, "v", type=Params), Params | None)
+    letter: Literal["a", "b"] | None = await durable.get_value(handle, "v", type=Literal["a", "b"])
+    async for letter in durable.watch_value(handle, "v", type=Literal["a", "b"]):
+        assert letter
+    async for item in durable.read_stream(handle, "s", type=Literal["a", "b"]):
+        assert item is not None

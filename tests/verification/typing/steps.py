@@ -5,7 +5,10 @@ from collections.abc import Coroutine
 from datetime import timedelta
 from typing import Any, assert_type
 
-from durable_sa import RetryStrategy, TaskContext, step
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from durable_sa import RetryStrategy, TaskContext, step, transaction
 
 
 @step
@@ -42,3 +45,51 @@ async def through_the_context(ctx: TaskContext) -> None:
     assert_type(await ctx.step("charge", charge, 1, currency="USD"), float)
     assert_type(await ctx.step("ship", ship, 1), str)
     await ctx.step("charge", charge, "1")  # type: ignore[call-overload]
+
+
+class ShopSession(AsyncSession):
+    pass
+
+
+class BlockingShopSession(Session):
+    pass
+
+
+@transaction
+async def book(session: ShopSession, order: int) -> str:
+    return ""
+
+
+@transaction("book-it")
+async def book_by_name(session: ShopSession, order: int) -> str:
+    return ""
+
+
+@transaction
+def book_blocking(session: BlockingShopSession, order: int) -> int:
+    return 1
+
+
+@transaction
+async def book_plainly(session: AsyncSession, order: int) -> str:
+    return ""
+
+
+@transaction
+def book_in_any(session: Session | AsyncSession, order: int) -> int:
+    return 1
+
+
+@transaction  # type: ignore[arg-type]
+def without_a_session(order: int) -> None: ...
+
+
+async def transactions(session: ShopSession, blocking: BlockingShopSession) -> None:
+    assert_type(await book(1), str)
+    assert_type(await book(session, 1), str)
+    assert_type(await book_by_name(1), str)
+    assert_type(await book_plainly(1), str)
+    assert_type(book_blocking(1), int)
+    assert_type(book_in_any(1), int)
+    assert_type(book_blocking(blocking, 1), int)
+    await book("1")  # type: ignore[call-overload]
