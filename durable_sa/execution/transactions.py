@@ -155,7 +155,7 @@ async def _attempt(
         if written:
             return value
         if locked:
-            # An earlier attempt was committed although its reply was lost, so its result counts, and this one is undone.
+            # An earlier attempt was committed although its reply was lost: its result counts, and this one is undone.
             await transaction.rollback()
     if not locked:
         end_cancelled(run)

@@ -597,9 +597,9 @@ async def test_a_task_that_restarts_itself_fails(database_url: URL, engine: Asyn
     async def restarts(ctx: TaskContext) -> None:
         await ctx.transaction("restart", work)
 
-    async with Durable(database_url.set(drivername=f"postgresql+{driver}"), tasks=[restarts]) as durable:
-        async with durable.worker():
-            result = await durable.wait_for_result(await durable.spawn(restarts), timeout=10)
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with Durable(url, tasks=[restarts]) as durable, durable.worker():
+        result = await durable.wait_for_result(await durable.spawn(restarts), timeout=10)
     assert result.error is not None
     assert (result.status, result.error.name) == ("failed", "InvalidState")
     assert await entries(engine) == []
