@@ -216,7 +216,7 @@ def set_socket_options(sock: Any, options: Mapping[str, int], what: str = "bind"
         if option and options.get(name, 0) > 0 and hasattr(socket, option):
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), options[name])
-            except (OSError, OverflowError) as error:
+            except (OSError, OverflowError, TypeError) as error:
                 raise InvalidConfiguration(
                     what, f"the system refuses {name}={options[name]}", "Use another value, or remove the parameter."
                 ) from error

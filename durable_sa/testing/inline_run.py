@@ -363,7 +363,7 @@ def scoped_hooks(app: App, session: Session | AsyncSession) -> HookChain:
         with ExitStack() as stack:
             # The sessions of Flask-SQLAlchemy have no scope outside of an application context.
             with suppress(RuntimeError):
-                stack.enter_context(app.scoped(Session()))
+                stack.enter_context(app.scoped(Session(), hold=False))
             yield
 
     @contextmanager
