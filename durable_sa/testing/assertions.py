@@ -13,7 +13,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from ..app import App, clients
+from ..app import clients
+from ..client import Durable
 from ..database.scripts import SessionOrConnection
 from ..errors import DurableError
 from ..models import SCHEMA, TaskRow
@@ -90,11 +91,13 @@ def connection_of(session: Session | scoped_session[Any]) -> Connection:
 
 @overload
 def spawned(
-    session: AsyncSession | async_scoped_session[Any] | AsyncConnection, *, durable: App | None = None
+    session: AsyncSession | async_scoped_session[Any] | AsyncConnection, *, durable: Durable[Any] | None = None
 ) -> Coroutine[Any, Any, list[TaskInfo]]: ...
 @overload
-def spawned(session: Session | scoped_session[Any] | Connection, *, durable: App | None = None) -> list[TaskInfo]: ...
-def spawned(session: SessionOrConnection, *, durable: App | None = None) -> Any:
+def spawned(
+    session: Session | scoped_session[Any] | Connection, *, durable: Durable[Any] | None = None
+) -> list[TaskInfo]: ...
+def spawned(session: SessionOrConnection, *, durable: Durable[Any] | None = None) -> Any:
     """Return the tasks that the open transaction of a session or connection has spawned, in their order.
 
     With an asynchronous one this is a coroutine. Tasks that were committed before are not among them. A client with a
@@ -103,8 +106,10 @@ def spawned(session: SessionOrConnection, *, durable: App | None = None) -> Any:
     return within(session, lambda connection: [task_info(row) for row in _rows(connection, durable)])
 
 
-def _rows(connection: Connection, durable: App | None) -> Sequence[Row[Any]]:
-    options = {} if durable is None else {"schema_translate_map": {SCHEMA: durable.schema}}
+def _rows(connection: Connection, durable: Durable[Any] | None) -> Sequence[Row[Any]]:
+    options: dict[str, Any] = {}
+    if durable is not None and durable.schema != SCHEMA:
+        options["schema_translate_map"] = {SCHEMA: durable.schema}
     return connection.execute(SPAWNED, execution_options=options).all()
 
 
@@ -114,7 +119,7 @@ def assert_spawned(
     task: Task[Any, Any] | str,
     params: Any = ...,
     *,
-    durable: App | None = None,
+    durable: Durable[Any] | None = None,
     **options: Any,
 ) -> Coroutine[Any, Any, TaskInfo]: ...
 @overload
@@ -123,7 +128,7 @@ def assert_spawned(
     task: Task[Any, Any] | str,
     params: Any = ...,
     *,
-    durable: App | None = None,
+    durable: Durable[Any] | None = None,
     **options: Any,
 ) -> TaskInfo: ...
 def assert_spawned(
@@ -131,7 +136,7 @@ def assert_spawned(
     task: Task[Any, Any] | str,
     params: Any = _ANY,
     *,
-    durable: App | None = None,
+    durable: Durable[Any] | None = None,
     **options: Any,
 ) -> Any:
     """Assert that the open transaction has spawned a task, and return it.
@@ -164,7 +169,9 @@ def assert_spawned(
 class _Expected:
     """A task that a test expects to be spawned."""
 
-    def __init__(self, task: Task[Any, Any] | str, params: Any, options: dict[str, Any], durable: App | None) -> None:
+    def __init__(
+        self, task: Task[Any, Any] | str, params: Any, options: dict[str, Any], durable: Durable[Any] | None
+    ) -> None:
         self._name = task if isinstance(task, str) else task.name
         self._options = options
         self._any_params = params is _ANY
@@ -207,7 +214,7 @@ class _Expected:
         return first == second
 
 
-def _task_of(name: str, durable: App | None) -> Task[Any, Any] | None:
+def _task_of(name: str, durable: Durable[Any] | None) -> Task[Any, Any] | None:
     """Return the task of a name, of the client or of the first one of the process that knows it."""
     apps = [app for _, app in sorted(clients.items())] if durable is None else [durable]
     return next((app.tasks[name] for app in apps if name in app.tasks), None)
