@@ -23,7 +23,7 @@ _SOCKET: Final[dict[str, str]] = {
     "tcp_user_timeout": "TCP_USER_TIMEOUT",
 }
 """The name of the socket option of each of libpq's parameters."""
-_CERTIFICATES: Final = (
+_CERTIFICATES: Final[tuple[str, ...]] = (
     *("sslrootcert", "sslcert", "sslkey", "sslcrl", "sslpassword"),
     *("ssl_min_protocol_version", "ssl_max_protocol_version"),
 )
