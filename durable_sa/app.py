@@ -151,13 +151,16 @@ class App:
         return self._sync_database[1]
 
     @contextmanager
-    def scoped(self, session: Session) -> Generator[None]:
-        """Make a session that of the scoped sessions of hooks and `sync_bind`, in the scope of the caller."""
+    def scoped(self, session: Session, *, hold: bool = True) -> Generator[None]:
+        """Make a session that of the scoped sessions of hooks and `sync_bind`, in the scope of the caller.
+
+        With `hold` it is theirs in the scopes that the code inside enters, too.
+        """
         given = self._sync_bind if self._sync_bind is not None else self._bind
         scopes = {*self._scopes, *([given] if isinstance(given, scoped_session) else [])}
         with ExitStack() as stack:
             for scope in scopes:
-                stack.enter_context(session_scoped(scope, session))
+                stack.enter_context(session_scoped(scope, session, hold=hold))
             yield
 
     def check_scopes(self) -> None:

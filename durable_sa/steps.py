@@ -160,7 +160,7 @@ class Transaction(Generic[P, R_co]):
             raise InvalidState(
                 f"Transaction {self.name!r}",
                 "called without a session, outside of a task's own code",
-                "Call it from a task, or pass a session first.",
+                "Call it from a task (in a test inside `with task_context() as ctx:`), or pass a session first.",
             )
         return context.transaction(self.name, self.function, *args, **kwargs)
 

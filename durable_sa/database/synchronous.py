@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Final, NoReturn, TypeAlias, cast
 
 from sqlalchemy import Executable, Row, create_engine, event
@@ -12,6 +14,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
 
 from ..database_errors import UNDEFINED_TABLE, sqlstate
 from ..errors import InvalidConfiguration
@@ -115,19 +118,61 @@ class SyncDatabase:
             self._owned.dispose()
 
 
+class _HeldRegistry(ScopedRegistry[Any]):
+    """The registry of a scoped session, which holds a session for the code of a block, whatever scope that enters.
+
+    Flask-SQLAlchemy has a scope for each application context. In one that the function of a transaction enters, it
+    would make another session, whose writes nothing commits.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self, former: ScopedRegistry[Any]) -> None:
+        super().__init__(former.createfunc, former.scopefunc)
+        self.registry = former.registry
+        self._held: ContextVar[tuple[Any, Session] | None] = ContextVar("durable_sa_session", default=None)
+
+    @contextmanager
+    def holding(self, session: Session) -> Generator[None]:
+        token = self._held.set((self.scopefunc(), session))
+        try:
+            yield
+        finally:
+            self._held.reset(token)
+
+    def _of_outer_scope(self) -> Session | None:
+        held = self._held.get()
+        return None if held is None or held[0] == self.scopefunc() else held[1]
+
+    def __call__(self) -> Any:
+        held = self._of_outer_scope()
+        return super().__call__() if held is None else held
+
+    def has(self) -> bool:
+        # False in an inner scope, whose end removes its session: the one held is not its own.
+        return self._of_outer_scope() is None and super().has()
+
+
+_registry_lock = threading.Lock()
+
+
 @contextmanager
-def session_scoped(scope: scoped_session[Any], session: Session) -> Generator[None]:
-    """Make a session that of a scoped session, in the scope of the caller, for the block."""
+def session_scoped(scope: scoped_session[Any], session: Session, *, hold: bool = True) -> Generator[None]:
+    """Make a session that of a scoped session for the block, in the caller's scope, and with `hold` in inner ones."""
+    with _registry_lock:
+        if hold and type(scope.registry) is ScopedRegistry:  # not of threads, each of which is one scope
+            scope.registry = _HeldRegistry(scope.registry)
     registry = scope.registry
-    former = registry() if registry.has() else None
-    registry.set(session)
-    try:
-        yield
-    finally:
-        if former is None:
-            registry.clear()
-        else:
-            registry.set(former)
+    with registry.holding(session) if hold and isinstance(registry, _HeldRegistry) else nullcontext():
+        former = registry() if registry.has() else None
+        registry.set(session)
+        try:
+            yield
+        finally:
+            if former is None:
+                registry.clear()
+            else:
+                registry.set(former)
 
 
 def resolve_sync_bind(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
+import re
 import socket
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -22,10 +23,33 @@ _SOCKET: Final[dict[str, str]] = {
     "tcp_user_timeout": "TCP_USER_TIMEOUT",
 }
 """The name of the socket option of each of libpq's parameters."""
+_CERTIFICATES: Final[tuple[str, ...]] = (
+    *("sslrootcert", "sslcert", "sslkey", "sslcrl", "sslpassword"),
+    *("ssl_min_protocol_version", "ssl_max_protocol_version"),
+)
+"""libpq's parameters that asyncpg takes in the URL of its own alone."""
+_UNKNOWN: Final[dict[str, str]] = {
+    "channel_binding": "disable prefer",
+    "gssencmode": "disable prefer",
+    "gssdelegation": "0",
+    "hostaddr": "",
+    "load_balance_hosts": "disable",
+    "max_protocol_version": "3.0",
+    "min_protocol_version": "3.0",
+    "replication": "false off no 0",
+    "require_auth": "",
+    "requirepeer": "",
+    "sslcertmode": "allow",
+    "sslcompression": "0",
+    "sslcrldir": "",
+    "sslnegotiation": "postgres",
+    "sslsni": "1",
+}
+"""libpq's parameters that asyncpg does not have, each with the values for which none is needed."""
 _TRANSLATED: Final = frozenset(
     {
         *("application_name", "fallback_application_name", "options", "connect_timeout", "client_encoding", "pooler"),
-        *("channel_binding", "gssencmode", *_SOCKET),
+        *(*_CERTIFICATES, *_UNKNOWN, *_SOCKET),
     }
 )
 
@@ -137,17 +161,27 @@ def _for_asyncpg(query: dict[str, Any], arguments: dict[str, Any], what: str) ->
         raise InvalidConfiguration(
             what, f"asyncpg speaks UTF-8, not client_encoding={encoding}", "Remove the parameter, or use psycopg."
         )
-    for name in ("channel_binding", "gssencmode"):
-        if query.pop(name, "prefer") == "require":
-            raise InvalidConfiguration(what, f"asyncpg has no {name}", "Remove the parameter, or use psycopg.")
+    for name in _UNKNOWN.keys() & query:
+        if (value := query.pop(name)) not in ("", *_UNKNOWN[name].split()):
+            raise InvalidConfiguration(what, f"asyncpg has no {name}={value}", "Remove the parameter, or use psycopg.")
+    if certificates := {name: query.pop(name) for name in _CERTIFICATES if name in query}:
+        if certificates.get("sslrootcert") == "system":
+            raise InvalidConfiguration(
+                what, "asyncpg has no sslrootcert=system", "Name the system's file of certificates, or use psycopg."
+            )
+        arguments["dsn"] = f"postgresql://?{urlencode(certificates)}"
     found = {name: _number(query, name, what) for name in _SOCKET}
-    return {name: value for name, value in found.items() if value is not None}
+    options = {name: value for name, value in found.items() if value is not None}
+    with socket.socket() as sock:
+        set_socket_options(sock, options, what)
+    return options
 
 
 def _settings(options: str, what: str) -> dict[str, str]:
     """Parse libpq's `options`, which are those of the server's command line: `-c name=value` and `--name=value`."""
     settings: dict[str, str] = {}
-    words = iter(shlex.split(options))
+    # Words end at blanks, and only a backslash takes a blank, or another backslash, for a character of the word.
+    words = iter(re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|\S)+", options))
     for word in words:
         assignment = next(words, "") if word == "-c" else word.removeprefix("--" if word[:2] == "--" else "-c")
         name, equals, value = assignment.partition("=")
@@ -169,14 +203,23 @@ def _number(query: dict[str, Any], name: str, what: str) -> int | None:
         raise InvalidConfiguration(what, f"{name}={value} is not a number") from None
 
 
-def set_socket_options(sock: Any, options: Mapping[str, int]) -> None:
-    """Set libpq's parameters of a TCP socket, as far as the platform has them; a value of 0 is the system's."""
+def set_socket_options(sock: Any, options: Mapping[str, int], what: str = "bind") -> None:
+    """Set libpq's parameters of a TCP socket, as far as the platform has them; a value of 0 is the system's.
+
+    Raises:
+        InvalidConfiguration: the system refuses a value.
+    """
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, options.get("keepalives", 1))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, options.get("keepalives", 1) != 0)
     for name, option in _SOCKET.items():
         if option and options.get(name, 0) > 0 and hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), options[name])
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), options[name])
+            except (OSError, OverflowError, TypeError) as error:
+                raise InvalidConfiguration(
+                    what, f"the system refuses {name}={options[name]}", "Use another value, or remove the parameter."
+                ) from error
 
 
 def default_bind() -> str | URL:

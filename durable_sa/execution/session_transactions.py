@@ -17,11 +17,10 @@ from ..database.failover import Timeline
 from ..database.synchronous import SyncDatabase
 from ..database_errors import UNTRANSLATABLE, is_lost, is_mixed_up, is_transient, sqlstate
 from ..serialization.codec import Codec, check_size, in_ascii
-from ..signals import LeaseLost
 from ..statements import checkpoints
 from .guards import guarded
 from .run import Run
-from .transactions import Interrupted, Untranslatable, refuse_awaitable, repeated
+from .transactions import Interrupted, Untranslatable, end_cancelled, lose, refuse_awaitable, repeated
 
 T = TypeVar("T")
 
@@ -30,10 +29,12 @@ InThread: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class _Ended(Enum):
-    """The reason why an attempt was rolled back although its function has returned."""
+    """The reason why an attempt has no checkpoint although its function has returned."""
 
     LOST = auto()
     """The run has lost its task."""
+    CANCELLED = auto()
+    """The transaction has cancelled the task. It alone is committed, all others are rolled back."""
     RECORDED = auto()
     """An earlier attempt was committed although its reply was lost."""
     ABANDONED = auto()
@@ -65,8 +66,9 @@ async def run_session_transaction(
             transaction.abandoned = True
             raise
         if result is _Ended.LOST:
-            run.take_away(LeaseLost())
-            raise LeaseLost
+            await lose(run, name)
+        if result is _Ended.CANCELLED:
+            end_cancelled(run)
         if isinstance(result, _Ended):
             stored = await run.host.reader.checkpoint(run.claimed.task_id, key)
             return codec.decode(stored or "null", what)
@@ -129,19 +131,18 @@ class _Transaction(Generic[T]):
         ended = self._record(connection, in_ascii(text) if self._ascii_only else text)
         if self.abandoned:
             ended = _Ended.ABANDONED
-        if ended is not None:
-            return ended
-        session.commit()
-        return value
+        if ended is None or ended is _Ended.CANCELLED:
+            session.commit()
+        return value if ended is None else ended
 
     def _record(self, connection: Connection, text: str) -> _Ended | None:
-        """Take the fence and write the checkpoint; return why the transaction is not to be committed, if so."""
+        """Take the fence and write the checkpoint; return why it is not written, if so."""
         claimed = self._run.claimed
+        fenced = {"task_id": claimed.task_id, "fence": claimed.fence}
         try:
-            if not self._database.execute(
-                connection, checkpoints.LOCK_UNDER_FENCE, {"task_id": claimed.task_id, "fence": claimed.fence}
-            ):
-                return _Ended.LOST
+            if not self._database.execute(connection, checkpoints.LOCK_UNDER_FENCE, fenced):
+                cancelled = self._database.execute(connection, checkpoints.CANCELLED_IN_TRANSACTION, fenced)
+                return _Ended.CANCELLED if cancelled else _Ended.LOST
             if not self._database.execute(
                 connection,
                 checkpoints.RECORD_IN_TRANSACTION,

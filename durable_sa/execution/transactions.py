@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,10 +26,10 @@ from ..database_errors import (
     retrying,
     sqlstate,
 )
-from ..errors import SerializationError
+from ..errors import InvalidState, SerializationError
 from ..serialization.annotations import is_coroutine_function
 from ..serialization.codec import Codec, check_size, in_ascii
-from ..signals import LeaseLost
+from ..signals import LeaseLost, TaskCancelled
 from ..statements import checkpoints
 from .guards import guarded
 from .run import Run
@@ -113,6 +113,8 @@ async def _attempt(
     ascii_only: bool,
 ) -> T:
     what = f"the result of transaction {name!r}"
+    fenced = {"task_id": run.claimed.task_id, "fence": run.claimed.fence}
+    written: Any = None
     async with _transaction(connection) as transaction:
         session = database.session(connection)
         async with _guarded(session, connection, name):
@@ -127,27 +129,23 @@ async def _attempt(
         if ascii_only:
             text = in_ascii(text)
         try:
-            locked = await database.execute_on(
-                connection,
-                checkpoints.LOCK_UNDER_FENCE,
-                {"task_id": run.claimed.task_id, "fence": run.claimed.fence},
-            )
-            if not locked:
-                run.take_away(LeaseLost())
-                raise LeaseLost
-            call, began = run.steps[key]
-            written = await database.execute_on(
-                connection,
-                checkpoints.RECORD_IN_TRANSACTION,
-                {
-                    "task_id": run.claimed.task_id,
-                    "key": key,
-                    "name": name,
-                    "value": text,
-                    "duration": time.monotonic() - began,
-                    "arguments": call.summary,
-                },
-            )
+            locked = await database.execute_on(connection, checkpoints.LOCK_UNDER_FENCE, fenced)
+            if locked:
+                call, began = run.steps[key]
+                written = await database.execute_on(
+                    connection,
+                    checkpoints.RECORD_IN_TRANSACTION,
+                    {
+                        "task_id": run.claimed.task_id,
+                        "key": key,
+                        "name": name,
+                        "value": text,
+                        "duration": time.monotonic() - began,
+                        "arguments": call.summary,
+                    },
+                )
+            elif not await database.execute_on(connection, checkpoints.CANCELLED_IN_TRANSACTION, fenced):
+                await lose(run, name)
         except Exception as error:
             if is_transient(error):
                 raise Interrupted from error
@@ -156,10 +154,36 @@ async def _attempt(
             raise
         if written:
             return value
-        # An earlier attempt was committed although its reply was lost, so its result counts, and this one is undone.
-        await transaction.rollback()
+        if locked:
+            # An earlier attempt was committed although its reply was lost: its result counts, and this one is undone.
+            await transaction.rollback()
+    if not locked:
+        end_cancelled(run)
     stored = await run.host.reader.checkpoint(run.claimed.task_id, key)
     return codec.decode(stored or "null", what)
+
+
+def end_cancelled(run: Run) -> NoReturn:
+    """End a run whose transaction has cancelled its own task, and is committed."""
+    run.take_away(TaskCancelled())
+    raise TaskCancelled
+
+
+async def lose(run: Run, name: str) -> NoReturn:
+    """End a run whose transaction does not find the task under the fence.
+
+    Raises:
+        LeaseLost: the run has lost its task.
+        InvalidState: it has not, so the transaction itself has changed the task, for no other worker to take over.
+    """
+    if await run.host.reader.ownership(run.claimed.key) is None:
+        raise InvalidState(
+            f"Task {run.claimed.task_id}",
+            f"restarted by its own transaction {name!r}",
+            "Spawn another task instead; a task may cancel itself, and no more.",
+        )
+    run.take_away(LeaseLost())
+    raise LeaseLost
 
 
 def refuse_awaitable(result: object, what: str) -> None:

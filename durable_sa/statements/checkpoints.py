@@ -15,7 +15,9 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    false,
     func,
+    literal_column,
     null,
     select,
     true,
@@ -200,6 +202,21 @@ LOCK_UNDER_FENCE = (
     .with_for_update(key_share=True)
 )
 """Lock a task under a run's fence until the transaction ends; later statements see what was committed before."""
+
+_cancelled = TaskRow.__table__.alias("cancelled_task")
+# The row that a transaction sees is its own as long as its writer is in progress, also one of its savepoints.
+_writer: ColumnElement[Any] = literal_column(
+    "(((pg_current_xact_id()::text::bigint >> 32) << 32) + cancelled_task.xmin::text::bigint)::text::xid8"
+)
+CANCELLED_IN_TRANSACTION = select(_cancelled.c.task_id).where(
+    _cancelled.c.task_id == bindparam("task_id", type_=Uuid()),
+    _cancelled.c.fence == bindparam("fence", type_=BigInteger()) + constant(1),
+    case(
+        (_cancelled.c.state == constant("cancelled"), func.pg_xact_status(_writer) == constant("in progress")),
+        else_=false(),
+    ),
+)
+"""Look, where a task is not found under a run's fence, if it is because this transaction has cancelled it."""
 
 RECORD_IN_TRANSACTION = (
     insert(Checkpoint)

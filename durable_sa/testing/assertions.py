@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar, cast, overload
 
@@ -12,12 +13,16 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
+from ..app import clients
+from ..client import Durable
 from ..database.scripts import SessionOrConnection
-from ..models import TaskRow
-from ..policies import CancellationPolicy, RetryStrategy
+from ..errors import DurableError
+from ..models import SCHEMA, TaskRow
+from ..options import SpawnOptions
+from ..policies import MAX_LOST_WORKERS, CancellationPolicy, RetryStrategy
 from ..results import TaskErrorInfo, TaskInfo, TaskStatus
 from ..serialization.canonical import encode_arguments
-from ..serialization.codec import UNTYPED
+from ..serialization.codec import UNTYPED, Codec
 from ..serialization.failures import stored_failure
 from ..statements.expressions import as_text
 from ..tasks import Task
@@ -28,6 +33,10 @@ __all__ = ["assert_spawned", "spawned"]
 T = TypeVar("T")
 
 _ANY: Final[Any] = object()
+_NULL: Final = "null"
+_NOT_STORED: Final = ("on_conflict", "max_delay")
+_WITH_DEFAULT: Final = ("max_attempts", "retry_strategy", "max_lost_workers", "queue_name", "priority", "weight")
+"""Options of which each task has a value, its own or the client's if the spawn names none."""
 _DELAY_TOLERANCE: Final = timedelta(seconds=1)
 """Difference of two times that one statement takes from the clock, at most."""
 
@@ -64,7 +73,12 @@ def within(executor: SessionOrConnection, function: Callable[[Connection], T]) -
         return function(executor)
     if isinstance(executor, Session | scoped_session):  # pyright: ignore[reportUnnecessaryIsInstance]
         return function(connection_of(executor))
-    raise TypeError(
+    raise not_an_executor(executor)
+
+
+def not_an_executor(executor: object) -> TypeError:
+    """Return the error about what is neither a session nor a connection."""
+    return TypeError(
         "expected a Session, scoped_session, Connection, AsyncSession, async_scoped_session or AsyncConnection, "
         f"not {type(executor).__name__}"
     )
@@ -77,16 +91,26 @@ def connection_of(session: Session | scoped_session[Any]) -> Connection:
 
 @overload
 def spawned(
-    session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+    session: AsyncSession | async_scoped_session[Any] | AsyncConnection, *, durable: Durable[Any] | None = None
 ) -> Coroutine[Any, Any, list[TaskInfo]]: ...
 @overload
-def spawned(session: Session | scoped_session[Any] | Connection) -> list[TaskInfo]: ...
-def spawned(session: SessionOrConnection) -> Any:
+def spawned(
+    session: Session | scoped_session[Any] | Connection, *, durable: Durable[Any] | None = None
+) -> list[TaskInfo]: ...
+def spawned(session: SessionOrConnection, *, durable: Durable[Any] | None = None) -> Any:
     """Return the tasks that the open transaction of a session or connection has spawned, in their order.
 
-    With an asynchronous one this is a coroutine. Tasks that were committed before are not among them.
+    With an asynchronous one this is a coroutine. Tasks that were committed before are not among them. A client with a
+    `schema` of its own is passed as `durable`.
     """
-    return within(session, lambda connection: [task_info(row) for row in connection.execute(SPAWNED)])
+    return within(session, lambda connection: [task_info(row) for row in _rows(connection, durable)])
+
+
+def _rows(connection: Connection, durable: Durable[Any] | None) -> Sequence[Row[Any]]:
+    options: dict[str, Any] = {}
+    if durable is not None and durable.schema != SCHEMA:
+        options["schema_translate_map"] = {SCHEMA: durable.schema}
+    return connection.execute(SPAWNED, execution_options=options).all()
 
 
 @overload
@@ -94,6 +118,8 @@ def assert_spawned(
     session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
     task: Task[Any, Any] | str,
     params: Any = ...,
+    *,
+    durable: Durable[Any] | None = None,
     **options: Any,
 ) -> Coroutine[Any, Any, TaskInfo]: ...
 @overload
@@ -101,22 +127,37 @@ def assert_spawned(
     session: Session | scoped_session[Any] | Connection,
     task: Task[Any, Any] | str,
     params: Any = ...,
+    *,
+    durable: Durable[Any] | None = None,
     **options: Any,
 ) -> TaskInfo: ...
-def assert_spawned(session: SessionOrConnection, task: Task[Any, Any] | str, params: Any = _ANY, **options: Any) -> Any:
+def assert_spawned(
+    session: SessionOrConnection,
+    task: Task[Any, Any] | str,
+    params: Any = _ANY,
+    *,
+    durable: Durable[Any] | None = None,
+    **options: Any,
+) -> Any:
     """Assert that the open transaction has spawned a task, and return it.
 
     With an asynchronous session this is a coroutine. `params` are compared as the task encodes them. The options are
-    those of a spawn; what is not named matches anything. Headers that are named must be among those of the task.
+    those of a spawn; what is not named matches anything. Headers that are named must be among those of the task. None
+    stands for no value, as in `idempotency_key=None`; it matches anything where the task or the client has a value.
+    `on_conflict` and `max_delay` match anything, because a task does not show them. A client with a `schema` of its own
+    is passed as `durable`.
 
     Raises:
         AssertionError: it has not; the message lists the tasks that it has spawned.
-        TypeError: there is no such option.
+        TypeError: there is no such option, or `task` is neither a task nor a name.
     """
-    expected = _Expected(task, params, options)
+    if not isinstance(task, Task | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        shown = getattr(task, "__name__", type(task).__name__)
+        raise TypeError(f"assert_spawned() takes a task, made by @task, or the name of one, not {shown}")
+    expected = _Expected(task, params, options, durable)
 
     def look(connection: Connection) -> TaskInfo:
-        rows = connection.execute(SPAWNED).all()
+        rows = _rows(connection, durable)
         for row in rows:
             if expected.matches(row):
                 return task_info(row)
@@ -128,17 +169,27 @@ def assert_spawned(session: SessionOrConnection, task: Task[Any, Any] | str, par
 class _Expected:
     """A task that a test expects to be spawned."""
 
-    def __init__(self, task: Task[Any, Any] | str, params: Any, options: dict[str, Any]) -> None:
-        self._task = task
+    def __init__(
+        self, task: Task[Any, Any] | str, params: Any, options: dict[str, Any], durable: Durable[Any] | None
+    ) -> None:
         self._name = task if isinstance(task, str) else task.name
         self._options = options
         self._any_params = params is _ANY
+        self._codec: Codec[Any] = UNTYPED
         if not self._any_params:
-            text = UNTYPED.encode(params, "params") if isinstance(task, str) else task.encode_params(params)
-            self._params = None if params is None and isinstance(task, str) else text
-        known = {"retry_strategy", "cancellation", "delay", "headers", "unique", *_task.c.keys()}
+            found = _task_of(task, durable) if isinstance(task, str) else task
+            self._params = self._encoded(found, params, by_name=isinstance(task, str))
+        known = {*SpawnOptions.__annotations__, *_task.c.keys()}
         if unknown := options.keys() - known:
             raise TypeError(f"assert_spawned() got an unexpected keyword argument {min(unknown)!r}")
+
+    def _encoded(self, task: Task[Any, Any] | None, params: Any, *, by_name: bool) -> str:
+        if task is not None:
+            with suppress(*((DurableError,) if by_name else ())):  # plain JSON, as it may be given by name
+                text = task.encode_params(params) or _NULL
+                self._codec = task.params_codec if task.takes_params else UNTYPED
+                return text
+        return UNTYPED.encode(params, "params")
 
     def __str__(self) -> str:
         shown = [repr(self._name)]
@@ -155,22 +206,29 @@ class _Expected:
         return all(_has_option(row, name, value) for name, value in self._options.items())
 
     def _has_params(self, stored: str | None) -> bool:
-        if stored is None or self._params is None:
-            return stored is self._params
+        if stored is None or _NULL in (stored, self._params):
+            return (stored or _NULL) == self._params
         # By meaning: members of a set may be in another order.
-        codec = UNTYPED if isinstance(self._task, str) else self._task.params_codec
-        texts = (codec.decode(text, "params") for text in (stored, self._params))
+        texts = (self._codec.decode(text, "params") for text in (stored, self._params))
         first, second = (encode_arguments([value], {}, "params") for value in texts)
         return first == second
 
 
+def _task_of(name: str, durable: Durable[Any] | None) -> Task[Any, Any] | None:
+    """Return the task of a name, of the client or of the first one of the process that knows it."""
+    apps = [app for _, app in sorted(clients.items())] if durable is None else [durable]
+    return next((app.tasks[name] for app in apps if name in app.tasks), None)
+
+
 def _has_option(row: Row[Any], name: str, value: Any) -> bool:
+    if name in _NOT_STORED or (value is None and name in _WITH_DEFAULT):
+        return True
     match name:
         case "headers":
             return dict(value or {}).items() <= _headers(row).items()
-        case "delay":
+        case "delay" | "available_at" if name == "delay" or value is None:
             begins: datetime | None = row.available_at
-            delay = timedelta(seconds=seconds(value, "delay"))
+            delay = timedelta(seconds=0.0 if value is None else seconds(value, "delay"))
             return begins is not None and abs(begins - row.created_at - delay) <= _DELAY_TOLERANCE
         case "retry_strategy":
             stored = RetryStrategy(
@@ -189,6 +247,8 @@ def _has_option(row: Row[Any], name: str, value: Any) -> bool:
             return bool(row.unique_key == value)
         case "limit_key":
             return bool((row.limit_key or None) == value)
+        case "max_lost_workers":
+            return bool((MAX_LOST_WORKERS if row.max_lost_workers is None else row.max_lost_workers) == value)
         case "weight":
             return bool((1 if row.weight is None else row.weight) == value)
         case _:

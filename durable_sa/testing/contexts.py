@@ -39,7 +39,7 @@ from ..serialization.codec import UNTYPED, codec_for
 from ..statements.claiming import ClaimedRun
 from ..steps import result_codec
 from ..tasks import Task
-from ..validation import timestamp
+from ..validation import Duration, timestamp
 from .memory import MemoryRun, Recorded, SentMessage, Slept, SpawnedChild
 
 __all__ = [
@@ -302,6 +302,10 @@ class MemorySyncContext(SyncTaskContext[Any], _Enterable):
 
         self._bodies.put(run)
         return await asyncio.wrap_future(outcome)
+
+    def heartbeat(self, duration: Duration | None = None) -> None:
+        """Check that the task goes on, as :meth:`durable_sa.TaskContext.heartbeat`."""
+        self._call(lambda: self.context.heartbeat(duration))
 
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a transaction as :meth:`durable_sa.SyncTaskContext.transaction`, in this thread, where the session is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,6 +126,11 @@ async def run_until_idle(
     parameters = {"queue_names": list(worker.settings.queue_names), "task_names": list(durable.tasks)}
     pause = _FIRST_PAUSE
     try:
+        if any(task.schedule is not None for task in durable.tasks.values()):
+            # A schedule that is not stored yet may be due.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await worker.maintenance.looked.wait()
         while busy := await durable.database.execute(BUSY, parameters):
             if asyncio.get_running_loop().time() >= deadline:
                 worker.release_now()

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Boolean, Integer, Row, Text, Uuid, bindparam, case, func, null, update
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, RootTransaction
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
@@ -28,13 +29,13 @@ from ..execution.journal import Entry
 from ..execution.waits import PendingWait
 from ..models import SCHEMA, TaskRow
 from ..results import TaskInfo
-from ..serialization.failures import encode_error, is_retryable, put_off, with_members
+from ..serialization.failures import encode_error, is_retryable, put_off, retry_delay, with_members
 from ..statements import cancelling, scheduling
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import as_json, clock, constant
 from ..statements.follow_ups import ending
 from ..tasks import Task
-from .assertions import SPAWNED, task_info
+from .assertions import SPAWNED, not_an_executor, task_info
 from .contexts import MemorySyncContext
 from .inline_messages import next_message
 from .inline_run import (
@@ -68,10 +69,12 @@ BEGIN = (
         started_at=clock(),
     )
 )
-SUSPEND = update(TaskRow).where(_target).values(state=constant("sleeping"), available_at=null())
+# Also a task that was cancelled while it ran has ended.
+_unended = _target & TaskRow.outcome.is_(None)
+SUSPEND = update(TaskRow).where(_unended).values(state=constant("sleeping"), available_at=null())
 COMPLETE = (
     update(TaskRow)
-    .where(_target)
+    .where(_unended)
     .values(
         state=constant("completed"),
         outcome=constant("completed"),
@@ -82,7 +85,7 @@ COMPLETE = (
 )
 FAIL = ending(
     update(TaskRow)
-    .where(_target)
+    .where(_unended)
     .values(
         state=case((bindparam("final", type_=Boolean()), constant("failed")), else_=constant("pending")),
         outcome=case((bindparam("final", type_=Boolean()), constant("failed"))),
@@ -116,10 +119,14 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
     The timeout of a wait ends it once nothing else can run; without one, a task that waits for what does not come stays
     `sleeping`. The test's rollback undoes all of it, and no further connection is opened.
 
+    A later call in the same transaction continues the tasks that were suspended, from their steps. Timeouts and
+    cancellation policies of tasks have no effect.
+
     The tasks run one after the other, `async def` tasks in an event loop of their own if the session is synchronous.
     `ctx.state` is the client's `state`. Without a client, it is the first one of the process that knows the task.
 
     Raises:
+        TypeError: it is neither a session nor a connection.
         TaskNotRegistered: no client knows one of the tasks.
         InvalidConfiguration: several clients know it, each with a task of its own.
     """
@@ -131,8 +138,10 @@ def run_spawned(session: SessionOrConnection, durable: Durable[Any] | None = Non
             inner = AsyncSession(session, join_transaction_mode="rollback_only", expire_on_commit=False)
         case Connection():
             inner = Session(session, join_transaction_mode="rollback_only")
-        case _:
+        case Session() | AsyncSession():
             inner = session
+        case _:
+            raise not_an_executor(session)
     runner = _Runner(inner, durable)
     if isinstance(inner, AsyncSession):
         return runner.run()
@@ -161,6 +170,25 @@ class _Progress:
     attempt: int = 0
 
 
+@dataclass
+class _Story:
+    """What the tasks of a transaction have done so far, for later calls in it."""
+
+    progress: dict[uuid.UUID, _Progress] = field(default_factory=dict[uuid.UUID, _Progress])
+    now: datetime | None = None
+
+    def of(self, row: Row[Any]) -> _Progress:
+        """Return the progress of a task, which begins anew if a savepoint was rolled back since."""
+        known = self.progress.get(row.task_id)
+        if known is None or known.attempt != row.attempt:
+            known = self.progress[row.task_id] = _Progress()
+        return known
+
+
+_stories: WeakKeyDictionary[RootTransaction, _Story] = WeakKeyDictionary()
+"""By the transaction, so that they end with it."""
+
+
 class _Runner:
     """Runs the tasks of a transaction until no more can run."""
 
@@ -168,12 +196,12 @@ class _Runner:
         self._session = session
         self._durable = durable
         self._transaction = OpenTransaction(session, SCHEMA if durable is None else durable.schema)
-        self._progress: dict[uuid.UUID, _Progress] = {}
-        self._now: datetime | None = None
+        self._story = _Story()
 
     async def run(self) -> list[TaskInfo]:
+        self._story = _stories.setdefault(await self._transaction.root(), self._story)
         while (row := await self._next()) is not None:
-            await self._run(row, self._progress.setdefault(row.task_id, _Progress()))
+            await self._run(row, self._story.of(row))
         return [task_info(row) for row in await self._rows()]
 
     async def _rows(self) -> Sequence[Row[Any]]:
@@ -184,8 +212,8 @@ class _Runner:
         rows = [row for row in await self._rows() if row.outcome is None]
         suspended: list[tuple[datetime, PendingWait, Row[Any]]] = []
         for row in rows:
-            progress = self._progress.get(row.task_id)
-            if progress is None or not progress.waiting:
+            progress = self._story.of(row)
+            if not progress.waiting:
                 return row
             for wait in progress.waiting:
                 if await self._is_over(row, wait):
@@ -195,7 +223,7 @@ class _Runner:
         if not suspended:
             return None
         _, wait, row = min(suspended, key=lambda item: item[0])
-        self._progress[row.task_id].timed_out.add(wait.key)
+        self._story.of(row).timed_out.add(wait.key)
         return row
 
     async def _is_over(self, row: Row[Any], wait: PendingWait) -> bool:
@@ -215,7 +243,7 @@ class _Runner:
         progress.waiting = ()
         await self._transaction.execute(BEGIN, {"target_id": row.task_id, "attempts": progress.attempt})
         now: datetime = (await self._transaction.execute(scheduling.DATABASE_TIME, {}))[0].now
-        now = self._now = now if self._now is None else max(now, self._now)
+        now = self._story.now = now if self._story.now is None else max(now, self._story.now)
         claimed = ClaimedRun(
             task_id=row.task_id,
             run_id=row.run_id,
@@ -242,7 +270,7 @@ class _Runner:
                 raise run.mismatch
             encoded = task.output_codec.encode(output, f"the output of task {task.name!r}")
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+            if isinstance(error, KeyboardInterrupt) or self._is_cancelled(error):
                 raise
             if run.signal is None:
                 await self._fail(row, task, run, progress, error)
@@ -253,7 +281,14 @@ class _Runner:
             # Code that catches the signal changes nothing.
             progress.waiting = run.waiting
             await self._transaction.execute(SUSPEND, {"target_id": row.task_id})
-        self._now = max(now, run.now())
+        self._story.now = max(now, run.now())
+
+    def _is_cancelled(self, error: BaseException) -> bool:
+        """Return whether it is the test that is cancelled, and not the task that has raised the error by itself."""
+        if not isinstance(error, asyncio.CancelledError) or not isinstance(self._session, AsyncSession):
+            return False
+        current = asyncio.current_task()
+        return current is not None and current.cancelling() > 0
 
     async def _execute(self, context: InlineContext, task: Task[Any, Any], params: str | None) -> Any:
         arguments = (task.decode_params(params),) if task.takes_params else ()
@@ -287,7 +322,10 @@ class _Runner:
                 # The next attempt waits anew.
                 progress.records.pop(key, None)
                 progress.timed_out.discard(key)
-        final = not is_retryable(error, task.no_retry_on, task.retry_on) or row.failures + 1 >= row.max_attempts
+        retryable = is_retryable(error, task.no_retry_on, task.retry_on)
+        if row.retry_kind == "none" and retry_delay(error) is None:
+            retryable = False
+        final = not retryable or row.failures + 1 >= row.max_attempts
         if is_put_off := put_off(error) is not None:
             final = False
             if progress.attempt >= MOST_PUT_OFF:
@@ -296,8 +334,7 @@ class _Runner:
                 ) from error
         encoded = encode_error(error, row.run_id)
         values = {"final": final, "put_off": is_put_off, "encoded": encoded}
-        await self._transaction.execute(FAIL, {"target_id": row.task_id, **values})
-        if final:
+        if await self._transaction.execute(FAIL, {"target_id": row.task_id, **values}) and final:
             hooks = run.hooks.on_failed
             task_failed(hooks, row.task_id, row.task_name, row.queue_name, row.params, encoded)
             await self._transaction.perform(_cancel_descendants(row.task_id))

@@ -11,11 +11,13 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Executable, Row, Text, Uuid, bindparam, select
+from sqlalchemy.engine import RootTransaction
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from ..app import App
 from ..client.events import emit
+from ..concurrency.threads import in_event_loop
 from ..context import TaskContext
 from ..database import direct
 from ..database.hint import Hint
@@ -43,13 +45,14 @@ from ..models import SCHEMA, Event, TaskRow
 from ..options import SpawnOptions
 from ..results import Race, TaskHandle
 from ..serialization.codec import UNTYPED
-from ..signals import Suspended
+from ..signals import Suspended, TaskCancelled
 from ..statements import spawning
 from ..statements.claiming import ClaimedRun
 from ..statements.expressions import arrays, as_text
 from ..statements.spawning import LIMITED_SPAWN_COLUMNS
 from ..steps import result_codec
 from ..tasks import Task
+from ..validation import Duration, seconds
 from . import inline_messages
 from .assertions import connection_of
 from .contexts import MemoryContext, MemorySyncContext
@@ -99,6 +102,14 @@ class OpenTransaction:
 
         return await self.perform(script())
 
+    async def root(self) -> RootTransaction:
+        """Return the transaction itself, outside of all savepoints."""
+
+        def found(session: Session) -> RootTransaction:
+            return cast(RootTransaction, connection_of(session).get_transaction())
+
+        return await self.session.run_sync(found) if isinstance(self.session, AsyncSession) else found(self.session)
+
     async def select(self, statement: Executable) -> Sequence[Row[Any]]:
         """Return the rows of a statement of SQLAlchemy, converted to its types."""
 
@@ -141,7 +152,11 @@ class InlineRun(MemoryRun):
         raise AssertionError("children are tasks of the transaction")
 
     async def enter(self) -> None:
-        """Refuse calls of branches that go on after the suspension."""
+        """Refuse calls of a task that was cancelled, and of branches that go on after the suspension."""
+        if self.signal is None:
+            this = await join_target(self._transaction, self.claimed.task_id)
+            if this is None or this.outcome is not None:
+                self.signal = TaskCancelled()
         if self.signal is not None:
             raise self.signal
 
@@ -157,7 +172,9 @@ class InlineRun(MemoryRun):
                 values_by_column = arrays(LIMITED_SPAWN_COLUMNS, [spawn])
                 parameters = {**values_by_column, "lock_timeout": None}
                 if not await self._transaction.execute(spawning.SPAWN_LIMITED, parameters):
-                    return Stored("refused", None)
+                    child = await join_target(self._transaction, cast(uuid.UUID, checkpoint.child_task_id))
+                    if child is None:
+                        return Stored("refused", None)
                 self._record(key, checkpoint)
             case EventValues(checkpoint=checkpoint, event_name=name, payload=payload):
                 script = emit(self.claimed.queue_name, name, payload)(Hint())
@@ -309,6 +326,13 @@ class InlineSyncContext(MemorySyncContext):
         finally:
             self._bodies = outer
 
+    def heartbeat(self, duration: Duration | None = None) -> None:
+        """Check that the task goes on. In a transaction this is the thread of the event loop, which cannot wait."""
+        if not in_event_loop():
+            super().heartbeat(duration)
+        elif duration is not None:
+            seconds(duration, "duration")
+
     def transaction(self, name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a transaction on the event loop, where the session is."""
         return self._call(lambda: self._memory.transaction(name, fn, *args, **kwargs))
@@ -339,7 +363,7 @@ def scoped_hooks(app: App, session: Session | AsyncSession) -> HookChain:
         with ExitStack() as stack:
             # The sessions of Flask-SQLAlchemy have no scope outside of an application context.
             with suppress(RuntimeError):
-                stack.enter_context(app.scoped(Session()))
+                stack.enter_context(app.scoped(Session(), hold=False))
             yield
 
     @contextmanager

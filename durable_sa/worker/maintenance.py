@@ -88,6 +88,8 @@ class Maintenance:
         self._declarations = Declarations(app, connection, queue_names)
         self._next_repair = time.monotonic() + REPAIR_INTERVAL
         self._next_retention = time.monotonic() + RETENTION_INTERVAL
+        self.looked = asyncio.Event()
+        """Set once the first look is over, which has stored the schedules that tasks declare."""
         self.repaired = 0
         """Missed wake-ups that were repaired since the start."""
 
@@ -189,6 +191,7 @@ class Maintenance:
             due.append(look.next_tick_at)
         due_in = [(moment - look.now) / timedelta(seconds=1) + 0.005 for moment in due]
         agenda.look_at = min(agenda.look_at, self._next_retention, *(now + seconds for seconds in due_in))
+        self.looked.set()
 
     async def _repair(self) -> None:
         """Find what should have been done when it was committed: by a worker that was lost just then."""

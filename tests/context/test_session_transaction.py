@@ -526,3 +526,80 @@ async def test_an_engine_that_cannot_be_copied_is_used_itself(database_url: URL,
         assert await Runner(durable)(looped) is True
     assert await entries(engine) == ["x"]
     await own.dispose()
+
+
+def _cancel(durable: Durable, session: Any, ctx: Any) -> None:
+    with session.begin_nested():
+        durable.cancel_task_with(session, ctx.task_id)
+
+
+def _cancel_parent(durable: Durable, session: Any, ctx: Any) -> None:
+    durable.cancel_task_with(session, ctx.headers["parent"])
+
+
+def _respawn(durable: Durable, session: Any, ctx: Any) -> None:
+    durable.spawn_with(session, durable.tasks["stops"], unique="poll", on_conflict="cancel", delay=3600)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("kind", ["def", "async def", "async function"])
+@pytest.mark.parametrize("end", [_cancel, _cancel_parent, _respawn])
+async def test_a_task_that_cancels_itself_is_cancelled(
+    database_url: URL, engine: AsyncEngine, driver: str, kind: str, end: Any
+):
+    parents: list[Any] = []
+
+    def work(session: Session) -> None:
+        session.add(Entry(text="cancelled"))
+        end(durable, session, current_context())
+
+    async def work_async(session: AsyncSession) -> None:
+        await session.run_sync(work)
+
+    @task
+    async def stops(ctx: TaskContext) -> str:
+        await ctx.transaction("stop", work_async if kind == "async function" else work)
+        return "not reached"
+
+    @task("stops")
+    def stops_too(ctx: SyncTaskContext) -> str:
+        ctx.transaction("stop", work)
+        return "not reached"
+
+    stopping: Any = stops_too if kind == "def" else stops
+
+    @task
+    async def parent(ctx: TaskContext) -> None:
+        parents.append(await ctx.spawn("child", stopping, headers={"parent": str(ctx.task_id)}))
+        await ctx.join(parents[0])
+
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with Durable(url, tasks=[stopping, parent]) as durable, durable.worker():
+        if end is _cancel_parent:
+            assert (await durable.wait_for_result(await durable.spawn(parent), timeout=10)).status == "cancelled"
+            spawned = parents[0]
+        else:
+            spawned = await durable.spawn(stopping, unique="poll")
+        assert (await durable.wait_for_result(spawned, timeout=10)).status == "cancelled"
+        assert await entries(engine) == ["cancelled"]
+        others = [item for item in (await durable.list_tasks()).items if item.status == "pending"]
+        assert len(others) == (end is _respawn)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_task_that_restarts_itself_fails(database_url: URL, engine: AsyncEngine, driver: str):
+    def work(session: Session) -> None:
+        session.add(Entry(text="restarted"))
+        durable.cancel_task_with(session, current_context().task_id)
+        durable.retry_task_with(session, current_context().task_id)
+
+    @task
+    async def restarts(ctx: TaskContext) -> None:
+        await ctx.transaction("restart", work)
+
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with Durable(url, tasks=[restarts]) as durable, durable.worker():
+        result = await durable.wait_for_result(await durable.spawn(restarts), timeout=10)
+    assert result.error is not None
+    assert (result.status, result.error.name) == ("failed", "InvalidState")
+    assert await entries(engine) == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from durable_sa import Durable, TaskContext, task
 from durable_sa.database import private
@@ -87,8 +89,39 @@ async def test_a_client_works_with_it(durable: Durable, database_url: URL, drive
         ("channel_binding=require", "asyncpg has no channel_binding"),
         ("connect_timeout=soon", "connect_timeout=soon is not a number"),
         ("options=-x", "options has '-x'"),
+        ("require_auth=scram-sha-256", "asyncpg has no require_auth=scram-sha-256"),
+        ("sslnegotiation=direct", "asyncpg has no sslnegotiation=direct"),
+        ("hostaddr=127.0.0.1", "asyncpg has no hostaddr=127.0.0.1"),
+        ("sslrootcert=system", "asyncpg has no sslrootcert=system"),
+        ("keepalives_idle=100000000", "the system refuses keepalives_idle=100000000"),
+        ("keepalives_idle=100000000000", "the system refuses keepalives_idle=100000000000"),
     ],
 )
 def test_what_a_driver_cannot_do_is_refused(query: str, said: str) -> None:
     with pytest.raises(InvalidConfiguration, match=said):
         dial(resolve_url(f"postgresql://somewhere/shop?{query}"))
+
+
+def test_defaults_of_libpq_are_left_out() -> None:
+    found = dial(resolve_url("postgresql://somewhere/shop?sslsni=1&sslcompression=0&load_balance_hosts=disable"))
+    assert (dict(found.url.query), found.connect_args) == ({}, {})
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_options_are_split_as_libpq_does(durable: Durable, database_url: URL, driver: str) -> None:
+    url = with_query(database_url, driver, options=r"-c application_name=it's\ \"7\\8\" -c lock_timeout=4321")
+    async with Durable(url) as client, client.engine.connect() as connection:
+        names = ("application_name", "lock_timeout")
+        shown = [(await connection.execute(sa.text(f"SHOW {name}"))).scalar() for name in names]
+        assert shown == ['it\'s "7\\8"', "4321ms"]
+
+
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslcrl"])
+async def test_certificates_are_read_from_their_files(database_url: URL, tmp_path: Path, name: str) -> None:
+    query = {"sslmode": "verify-full" if name == "sslrootcert" else "require", name: str(tmp_path / "missing & gone")}
+    found = dial(resolve_url(with_query(database_url, "asyncpg", **query)))
+    engine = create_async_engine(found.url, connect_args=found.connect_args)
+    with pytest.raises(FileNotFoundError):
+        async with engine.connect():
+            pass
+    await engine.dispose()

@@ -102,6 +102,34 @@ async def test_the_session_is_that_of_the_transaction(shop: Shop, database_url: 
     assert len(shop.ended) >= 8
 
 
+async def test_it_is_so_in_a_context_that_its_code_enters(shop: Shop, database_url: URL):
+    def place(session: Session, item: str) -> None:
+        for number in range(2):
+            with shop.app.app_context():
+                assert shop.db.session() is session
+                shop.db.session.add(shop.Order(item=f"{item}{number}"))
+        assert shop.db.session() is session
+
+    @task
+    def work(ctx: SyncTaskContext, item: str) -> None:
+        ctx.transaction("place", place, item)
+        with shop.app.app_context():
+            shop.db.session.add(shop.Order(item="not committed"))
+
+    async with client(shop, database_url, tasks=[work]) as durable, durable.worker():
+        run = Runner(durable)
+        for spawned_task in [await run.spawn(work, item) for item in "ab"]:
+            assert (await run.wait(spawned_task)).status == "completed"
+    assert sorted(shop.items()) == ["a0", "a1", "b0", "b1"]
+    with shop.app.app_context():
+        durable.spawn_with(shop.db.session, work, "c")
+        (ran,) = run_spawned(shop.db.session, durable)
+        assert ran.status == "completed"
+        assert {"c0", "c1"} < set(shop.db.session.scalars(select(shop.Order.item)))
+        shop.db.session.rollback()
+    assert len(shop.items()) == 4
+
+
 async def test_commit_inside_is_refused(shop: Shop, database_url: URL):
     def commits(session: Session) -> None:
         shop.db.session.add(shop.Order(item="x"))

@@ -127,3 +127,14 @@ async def test_it_serves_all_queues_unless_told_which(durable: Durable) -> None:
     assert await status(durable, here) == "pending"
     await run_until_idle(durable)
     assert await status(durable, here) == await status(durable, west) == "completed"
+
+
+async def test_declared_schedules_are_stored(durable: Durable) -> None:
+    @durable.task(schedule="0 3 * * *")
+    async def nightly(ctx: TaskContext) -> None:
+        pass
+
+    for _ in range(10):
+        await run_until_idle(durable)
+        (found,) = await durable.list_schedules()
+        await durable.delete_schedule(found.name)

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ from durable_sa import (
     Limit,
     Rate,
     RateLimited,
+    Retry,
     RetryStrategy,
     SyncTaskContext,
     TaskContext,
@@ -31,6 +33,9 @@ from durable_sa import (
     TaskStatus,
     TaskTimeout,
     UserError,
+    current_context,
+    heartbeat,
+    migrations,
     step,
     task,
 )
@@ -486,3 +491,167 @@ async def test_messages_values_races_and_follow_ups(
     assert (ended["helper"].status, ended["helper"].attempt) == ("completed", 2)
     assert ended["alert"].output == ["ends badly", 3, "nobody"]
     assert [each.task_id for each in failed] == [ended["ends badly"].task_id]
+
+
+async def test_options_are_those_of_a_spawn(own: Durable, session: Session):
+    options: dict[str, Any] = {"unique": "k", "on_conflict": "replace", "max_delay": 60, "max_lost_workers": 5}
+    own.spawn_with(session, square, 3, **options)
+    assert_spawned(session, square, 3, **options)
+    nothing = dict.fromkeys(("max_attempts", "retry_strategy", "max_lost_workers", "queue_name", "priority", "weight"))
+    assert_spawned(session, square, 3, **nothing, delay=None, limit_key=None, available_at=None)
+    with pytest.raises(AssertionError):
+        assert_spawned(session, square, max_lost_workers=4)
+    with pytest.raises(TypeError, match=r"takes a task, made by @task, or the name of one, not note"):
+        assert_spawned(session, note)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+@dataclass
+class Size:
+    width: int
+    height: int = 1
+
+
+async def test_params_by_name_are_those_of_the_task(own: Durable, session: Session):
+    @task("measure")
+    async def measure(ctx: TaskContext, size: Size | None) -> None:
+        pass
+
+    own.register(measure)
+    own.spawn_with(session, measure, Size(2))
+    own.spawn_with(session, measure, None)
+    own.spawn_by_name_with(session, "elsewhere", None, unchecked=True)
+    assert assert_spawned(session, "measure", Size(2), durable=own).params == {"width": 2, "height": 1}
+    assert assert_spawned(session, "measure", {"width": 2, "height": 1}).params is not None
+    assert assert_spawned(session, "measure", None).params is None
+    assert_spawned(session, "elsewhere", None)
+    with pytest.raises(AssertionError):
+        assert_spawned(session, "measure", Size(3))
+
+
+async def test_a_client_with_a_schema_of_its_own(engine_of_tests: Engine):
+    other = Durable(tasks=[square], schema="other")
+    with engine_of_tests.connect() as connection, connection.begin() as transaction:
+        migrations.migrate(connection, schema="other")
+        session = Session(connection, join_transaction_mode="create_savepoint")
+        other.spawn_with(session, square, 3)
+        assert spawned(session) == []
+        assert [info.params for info in spawned(session, durable=other)] == [3]
+        assert assert_spawned(session, square, 3, durable=other)
+        assert [info.output for info in run_spawned(session, other)] == [9]
+        session.close()
+        transaction.rollback()
+
+
+@pytest.mark.parametrize("wrong", [create_engine("postgresql+psycopg:///"), sessionmaker(), None])
+def test_what_is_neither_a_session_nor_a_connection_is_refused(wrong: Any):
+    with pytest.raises(TypeError, match=r"expected a Session, .*, not "):
+        run_spawned(wrong)
+
+
+async def test_a_later_call_continues_where_a_task_was(own: Durable, session: Session):
+    @task("parts")
+    async def parts(ctx: TaskContext) -> str:
+        await ctx.step("first", lambda: calls.append("first"))
+        await ctx.transaction("second", lambda _: calls.append("second"))
+        child = await ctx.spawn("child", square, 3)
+        await ctx.sleep_for("a week", timedelta(days=7))
+        slept = await ctx.now()
+        await ctx.await_event("paid")
+        assert await ctx.now() >= slept
+        return f"{await ctx.join(child)} in attempt {ctx.attempt}"
+
+    own.register(parts)
+    own.spawn_with(session, parts)
+    assert [info.status for info in run_spawned(session, own)] == ["sleeping", "completed"]
+    own.spawn_with(session, payer)
+    assert [info.output for info in run_spawned(session, own)] == ["9 in attempt 1", 9, None]
+    assert calls == ["first", "second"]
+
+
+def test_a_savepoint_that_is_rolled_back_takes_the_progress_with_it(own: Durable, session: Session):
+    own.spawn_with(session, waiter, None)
+    with session.begin_nested() as savepoint:
+        assert [info.status for info in run_spawned(session, own)] == ["sleeping"]
+        savepoint.rollback()
+    own.emit_event_with(session, "paid", "five")
+    assert [(info.output, info.attempt) for info in run_spawned(session, own)] == [("five", 1)]
+
+
+def test_a_task_without_retries_fails_at_once(own: Durable, session: Session):
+    @task("once", retry_strategy=RetryStrategy.none())
+    async def once(ctx: TaskContext, again: bool) -> int:
+        if ctx.attempt == 1:
+            raise Retry(after=60) if again else LookupError
+        return ctx.attempt
+
+    own.register(once)
+    own.spawn_with(session, once, False)
+    own.spawn_with(session, once, True)
+    assert [(info.status, info.attempt) for info in run_spawned(session, own)] == [("failed", 1), ("completed", 2)]
+
+
+@pytest.mark.parametrize("ending", ["return", "raise", "wait", "catch"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_task_that_was_cancelled_stays_so(
+    own: Durable, session: Session, async_session: AsyncSession, ending: str, asynchronous: bool
+):
+    def cancel(session: Session, task_id: uuid.UUID) -> None:
+        own.cancel_task_with(session, task_id)
+
+    @task("cancels")
+    async def cancels(ctx: TaskContext) -> None:
+        await ctx.transaction("cancel", cancel, ctx.task_id)
+        if ending == "return":
+            return
+        if ending == "raise":
+            raise LookupError
+        if ending == "wait":
+            await ctx.await_event("never")
+        try:
+            await ctx.step("after", lambda: calls.append("after"))
+        except BaseException:  # noqa: BLE001
+            await ctx.step("and after", lambda: calls.append("and after"))
+
+    own.register(cancels)
+    if asynchronous:
+        await own.spawn_with(async_session, cancels)
+        ran = await run_spawned(async_session, own)
+    else:
+        own.spawn_with(session, cancels)
+        ran = run_spawned(session, own)
+    assert [(info.status, info.error) for info in ran] == [("cancelled", None)]
+    assert calls == []
+
+
+async def test_a_cancelled_error_is_a_failure(own: Durable, session: Session, async_session: AsyncSession):
+    @task("gives up", max_attempts=2)
+    async def gives_up(ctx: TaskContext) -> None:
+        raise asyncio.CancelledError
+
+    own.register(gives_up)
+    own.spawn_with(session, gives_up)
+    await own.spawn_with(async_session, gives_up)
+    for (ran,) in (run_spawned(session, own), await run_spawned(async_session, own)):
+        assert ran.error is not None
+        assert (ran.status, ran.attempt, ran.error.name) == ("failed", 2, "CancelledError")
+
+
+async def test_heartbeats_of_a_def_task(own: Durable, session: Session, async_session: AsyncSession):
+    def beat(_: Any = None) -> None:
+        heartbeat()
+        current_context().heartbeat(5)
+
+    @task("beats")
+    def beats(ctx: SyncTaskContext) -> str:
+        beat()
+        ctx.step("step", beat)
+        ctx.transaction("transaction", beat)
+        return "goes on"
+
+    own.register(beats)
+    own.spawn_with(session, beats)
+    await own.spawn_with(async_session, beats)
+    assert [info.output for info in run_spawned(session, own)] == ["goes on"]
+    assert [info.output for info in await run_spawned(async_session, own)] == ["goes on"]
+    with task_context(sync=True, session=session) as ctx:
+        assert beats(ctx) == "goes on"

@@ -493,11 +493,11 @@ MUTANTS = (
         (
             (
                 (
-                    "            written = await database.execute_on(\n"
-                    "                connection,\n"
-                    "                checkpoints.RECORD_IN_TRANSACTION,"
+                    "                written = await database.execute_on(\n"
+                    "                    connection,\n"
+                    "                    checkpoints.RECORD_IN_TRANSACTION,"
                 ),
-                "            written = await _apart(\n                database,",
+                "                written = await _apart(\n                    database,",
             ),
             (
                 "class Interrupted(Exception)",
