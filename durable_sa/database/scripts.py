@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from ..concurrency.branches import detached
-from ..errors import DurableError
 from ..database_errors import UNDEFINED_TABLE, backoff, is_conflict, is_lost, is_mixed_up, retrying, sqlstate
+from ..errors import DurableError
 from ..models import SCHEMA, TaskRow
 from ..statements import maintenance
 from . import direct

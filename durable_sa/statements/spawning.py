@@ -343,7 +343,7 @@ COUNT_READY = select(func.count()).where(
     or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > clock()),
     ~exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None)),
 )
-"""Count the tasks of a queue that a worker could claim at this moment."""
+"""Count the tasks of a queue that are due and that no worker has, whatever their limits."""
 
 _new_time = func.least(
     func.coalesce(
