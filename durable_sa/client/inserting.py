@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
@@ -80,6 +80,7 @@ def spawn(
 
 def spawn_within(prepared: Sequence[Prepared], hint: Hint, limited_queues: set[str]) -> Script[list[SpawnResult[Any]]]:
     """Insert tasks as `spawn` does, in the caller's transaction; other tasks are as before if one is refused."""
+    script: Callable[[Hint], Script[list[SpawnResult[Any]]]]
     script = functools.partial(spawn, prepared, limited_queues=limited_queues)
     if any(item.limits is not None and item.limits.on_conflict != "return" for item in prepared):
         script = undone_by_errors(script)

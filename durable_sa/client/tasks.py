@@ -304,9 +304,9 @@ def _put_back(
     fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}
     if fallen:
         restored = sorted(row.task_id for row in fallen)
-        parameters = {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]}
+        next_run_ids = [new_id() for _ in restored]
         with _refusing_taken_keys(f"A descendant of task {task_id}"):
-            rows = yield cancelling.RETRY_DESCENDANTS, parameters
+            rows = yield cancelling.RETRY_DESCENDANTS, {"task_ids": restored, "next_run_ids": next_run_ids}
         hint.add_rows(rows)
     return [task_id, *(row.task_id for row in fallen)]
 

@@ -225,7 +225,7 @@ SHORTEN_WAITS = Sql(
     """
 WITH found AS MATERIALIZED (
   -- All of them, because a claim in flight may be about to use the rate.
-  SELECT k.limit_key, k.tat, {now} + p.rate_interval * p.burst AS latest FROM {limit_keys} k
+  SELECT k.limit_key, k.tat, p.rate_interval * p.burst AS most FROM {limit_keys} k
   CROSS JOIN LATERAL (
     SELECT l.scope, l.rate_interval, l.burst FROM {limits} l
     WHERE l.queue_name = k.queue_name AND k.limit_key <> ''
@@ -236,8 +236,8 @@ WITH found AS MATERIALIZED (
     AND CASE WHEN :limit_key::text IS NULL THEN p.scope = 'per_key' ELSE k.limit_key = :limit_key END
   ORDER BY k.queue_name, k.limit_key FOR NO KEY UPDATE OF k
 )
-UPDATE {limit_keys} k SET tat = f.latest FROM found f
-WHERE k.queue_name = :queue_name AND k.limit_key = f.limit_key AND f.tat > f.latest
+UPDATE {limit_keys} k SET tat = {clock} + f.most FROM found f
+WHERE k.queue_name = :queue_name AND k.limit_key = f.limit_key AND f.tat > {clock} + f.most
 """,
     queue_name=Text(),
     limit_key=Text(),
@@ -246,7 +246,7 @@ WHERE k.queue_name = :queue_name AND k.limit_key = f.limit_key AND f.tat > f.lat
 
 SHORTEN_WAIT_OF_ALL = Sql(
     """
-UPDATE {limit_totals} t SET tat = least(t.tat, {now} + l.rate_interval * l.burst)
+UPDATE {limit_totals} t SET tat = least(t.tat, {clock} + l.rate_interval * l.burst)
 FROM {limits} l
 WHERE t.queue_name = :queue_name AND l.queue_name = :queue_name AND l.scope = 'queue' AND l.limit_key = ''
 """,

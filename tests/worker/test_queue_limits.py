@@ -389,7 +389,7 @@ async def test_a_changed_rate_holds_at_once(client: Durable, sql: Rows, per_key:
     async with client.worker(concurrency=5):
         await client.wait_for_result(await client.spawn(quick, "a"), timeout=5)
         second = await client.spawn(quick, "a")
-        # A start of more than the bucket is paid for, whoever sets the same rate once more.
+        # The same rate, set once more, changes nothing.
         before = await sql("SELECT tat FROM durable.limit_keys UNION ALL SELECT tat FROM durable.limit_totals")
         await client.set_limit("q", hourly, per_key=per_key)
         assert await sql("SELECT tat FROM durable.limit_keys UNION ALL SELECT tat FROM durable.limit_totals") == before
