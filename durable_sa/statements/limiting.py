@@ -173,7 +173,7 @@ LOCK_LIMIT = Sql(
     scope=Text(),
     limit_key=Text(),
 )
-"""Lock a limit, and read what is to be known of it before it changes."""
+"""Lock a limit, and read its parts as they are before the change."""
 
 DELETE_LIMIT = Sql(
     "DELETE FROM {limits} WHERE queue_name = :queue_name AND scope = :scope AND limit_key = :limit_key",
@@ -242,7 +242,7 @@ WHERE k.queue_name = :queue_name AND k.limit_key = f.limit_key AND f.tat > {cloc
     queue_name=Text(),
     limit_key=Text(),
 )
-"""Let keys wait as long as an empty bucket of their new rate has to, at most: not by the rate that they had before."""
+"""Let keys wait no longer than for the next start at their new rate, as the old one may have been slower."""
 
 SHORTEN_WAIT_OF_ALL = Sql(
     """
@@ -252,7 +252,7 @@ WHERE t.queue_name = :queue_name AND l.queue_name = :queue_name AND l.scope = 'q
 """,
     queue_name=Text(),
 )
-"""Do the same for the rate of a queue as a whole."""
+"""Let a queue wait no longer than for the next start at its new rate."""
 
 WAKE_KEYS = Sql(
     """
