@@ -211,26 +211,33 @@ class InvalidState(DurableError, RuntimeError):
 class IdempotencyConflict(DurableError, ValueError):
     """Raised when an idempotency key was already used in the queue, for another task name or other params.
 
-    Also when an unfinished task of another name has a unique key.
+    Also when an unfinished task of another name has a unique key, and when any task has the key of a child.
     """
 
-    def __init__(self, key: str, queue_name: str, task_id: UUID, *, unique: bool = False) -> None:
+    def __init__(
+        self, key: str, queue_name: str, task_id: UUID, *, unique: bool = False, by_child: bool = False
+    ) -> None:
         self.key = key
         self.queue_name = queue_name
         self.task_id = task_id
         self.unique = unique
         """True if it is a unique key."""
+        self.by_child = by_child
+        """True if a task was to spawn a child with the key."""
         super().__init__(key, queue_name, task_id)
 
     def __str__(self) -> str:
-        if self.unique:
+        kind, task = ("unique", "the unfinished task") if self.unique else ("idempotency", "task")
+        owner = f"The {kind} key {_shown(self.key)} belongs to {task} {self.task_id} in queue {_shown(self.queue_name)}"
+        if self.by_child:
             return (
-                f"The unique key {_shown(self.key)} belongs to the unfinished task {self.task_id} in queue "
-                f"{_shown(self.queue_name)}, whose name differs. Use another key for different work."
+                f"{owner}, and a child cannot be a task that exists already. "
+                "Use another key, or spawn with the client in a step instead."
             )
+        if self.unique:
+            return f"{owner}, whose name differs. Use another key for different work."
         return (
-            f"The idempotency key {_shown(self.key)} belongs to task {self.task_id} in queue "
-            f"{_shown(self.queue_name)}, whose name or params differ. "
+            f"{owner}, whose name or params differ. "
             "Use another key for different work, or spawn with the name and params of that task."
         )
 

@@ -60,7 +60,7 @@ class SpawnOptions(TypedDict, total=False):
     give it the new params and time, if it has not started. "cancel": cancel it, and spawn a new one."""
     max_delay: Duration | None
     """With `on_conflict="replace"`: the time from the first spawn on, in seconds or as a `timedelta`, past which no
-    replacement delays the task."""
+    `delay` puts the task off, nor the time of a replacement."""
 
 
 class WorkerOptions(TypedDict, total=False):
@@ -185,6 +185,10 @@ def resolve_spawn_options(
     available_at, delay = spawn.get("available_at"), spawn.get("delay")
     if available_at is not None and delay is not None:
         raise InvalidConfiguration("available_at and delay", "both are given", "Give one of them.")
+    delay = None if delay is None else seconds(delay, "delay")
+    limits = _limit_options(spawn) if spawn.keys() & _LIMIT_OPTIONS else None
+    if delay is not None and limits is not None and limits.max_delay is not None:
+        delay = min(delay, limits.max_delay)
     key, priority = spawn.get("idempotency_key"), spawn.get("priority")
     return ResolvedSpawn(
         max_attempts=_first("max_attempts", own.max_attempts, task.max_attempts, defaults.max_attempts),
@@ -194,10 +198,10 @@ def resolve_spawn_options(
         headers=encode_headers(spawn.get("headers"), internal_headers),
         idempotency_key=None if key is None else validate_name("idempotency key", key),
         available_at=None if available_at is None else timestamp(available_at, "available_at"),
-        delay=None if delay is None else seconds(delay, "delay"),
+        delay=delay,
         priority=0 if priority is None else integer(priority, "priority", minimum=-(2**15), maximum=2**15 - 1),
         max_lost_workers=None if max_lost_workers == MAX_LOST_WORKERS else max_lost_workers,
-        limits=_limit_options(spawn) if spawn.keys() & _LIMIT_OPTIONS else None,
+        limits=limits,
     )
 
 

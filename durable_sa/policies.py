@@ -126,6 +126,8 @@ class CancellationPolicy:
 MAX_CONCURRENCY: Final = 1_000_000_000
 MAX_RATE: Final = 1_000_000
 """Most starts that a rate counts, and the largest burst."""
+_LONGEST_INTERVAL: Final = 5 * 365.25 * 86400
+"""Seconds between starts. After the heaviest, which counts as a thousand, the next is due within the times of dates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,8 @@ class Rate:
     """A rate of starts: in any window of `w` seconds at most `burst` and `w * count / per` of them, rounded down.
 
     Raises:
-        InvalidConfiguration: for a field outside its range, or more than a million starts a second.
+        InvalidConfiguration: for a field outside its range, more than a million starts a second, or less than one in
+            five years.
     """
 
     count: int
@@ -149,6 +152,10 @@ class Rate:
         object.__setattr__(self, "burst", integer(self.burst, "burst", minimum=1, maximum=MAX_RATE))
         if self.interval < 1e-6:
             raise InvalidConfiguration("Rate", f"{self.count} in {self.per:g} seconds is more than a million a second")
+        if self.interval > _LONGEST_INTERVAL:
+            raise InvalidConfiguration(
+                "Rate", f"{self.count} in {self.per:g} seconds is less than one in five years", "Give a faster rate."
+            )
         if self.interval * self.burst > MAX_DURATION:
             raise InvalidConfiguration("Rate", f"a burst of {self.burst} takes more than 100 years to refill")
 

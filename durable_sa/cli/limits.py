@@ -30,7 +30,7 @@ Queue = Annotated[str, typer.Argument(metavar="QUEUE", autocompletion=complete_q
 Key = Annotated[str, typer.Argument(metavar="KEY", show_default=False)]
 
 _COLUMNS = {"key": "key", "state": "state", "running": "running", "waiting": "waiting", "opens_at": "opens at"}
-_RATE = re.compile(r"(\d+)\s*/\s*(.*)")
+_RATE = re.compile(r"(\d+)\s*/\s*(.+)")
 
 
 def _rate(text: str) -> tuple[int, timedelta]:
@@ -121,7 +121,10 @@ async def close(
     """Let no task of a key start, or go on after a sleep. Running tasks go on."""
     if (span is None) == (until is None) or isinstance(until, timedelta):
         fail("Give --for DURATION or --until TIME.", USAGE)
-    opens_at = until if span is None else datetime.now(UTC) + span
+    try:
+        opens_at = until if span is None else datetime.now(UTC) + span
+    except OverflowError:
+        fail("--for ends after the year 9999. Give a shorter time.", USAGE)
     await invocation.durable.close_limit_key(queue, key, opens_at)
     shown = "" if opens_at is None else opens_at.isoformat(timespec="seconds")
     invocation.output.say(f"Key {key!r} of queue {queue!r} closed until {shown}.", queue_name=queue, key=key)

@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import functools
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 
 from ..database.hint import Hint
-from ..database.scripts import Script
+from ..database.scripts import Script, undone_by_errors
 from ..database_errors import UNIQUE_VIOLATION, sqlstate
 from ..errors import DurableError, InvalidState, TaskNotFound
 from ..results import SpawnResult
@@ -30,7 +30,8 @@ SPAWN_BATCH = 1000
 SPAWN_BATCH_CHARACTERS = 16 * 1024 * 1024
 """Characters of params in one statement; Postgres takes messages of up to 1 GiB."""
 _TRIES = 5
-"""Inserts of a task whose idempotency key is taken and free by turns."""
+"""Inserts of a task whose key is taken and free by turns."""
+_CONTENDED = "contended; spawn again"
 
 Outcome = SpawnResult[Any] | DurableError
 
@@ -75,6 +76,15 @@ def spawn(
                 yield spawning.WITHDRAW, {"task_ids": inserted}
             raise at_position(outcome, position) if len(prepared) > 1 else outcome
     return results
+
+
+def spawn_within(prepared: Sequence[Prepared], hint: Hint, limited_queues: set[str]) -> Script[list[SpawnResult[Any]]]:
+    """Insert tasks as `spawn` does, in the caller's transaction; other tasks are as before if one is refused."""
+    script: Callable[[Hint], Script[list[SpawnResult[Any]]]]
+    script = functools.partial(spawn, prepared, limited_queues=limited_queues)
+    if any(item.limits is not None and item.limits.on_conflict != "return" for item in prepared):
+        script = undone_by_errors(script)
+    return script(hint)
 
 
 def spawn_looking_first(
@@ -146,10 +156,16 @@ def _insert(
         limited_queues.update(
             item.queue_name for item in missing for row in rows if row.wanted_id == item.task_id and row.queue_limited
         )
+        holders: list[tuple[Prepared, SpawnResult[Any]]] = []
         for item in missing:
             outcome = resolve_missing(item, rows)
             if isinstance(outcome, SpawnResult) and not outcome.created and item.limits is not None:
-                outcome = yield from _resolve_conflict(item, outcome, hint)
+                holders.append((item, outcome))
+            elif outcome is not None:
+                outcomes[item.task_id] = outcome
+        # In the order of their ids, in which tasks are locked, so that two such calls cannot deadlock.
+        for item, holder in sorted(holders, key=lambda each: each[1].task_id):
+            outcome = yield from _resolve_conflict(item, holder, hint)
             if outcome is not None:
                 outcomes[item.task_id] = outcome
         # The task that had the key of any other item has been deleted or ended since, so the next insert succeeds.
@@ -162,7 +178,12 @@ def _insert(
             return
     for item in missing:
         key = item.idempotency_key if item.limits is None else item.limits.unique_key or item.idempotency_key
-        outcomes[item.task_id] = InvalidState(f"The key {key!r}", "contended; spawn again")
+        outcomes[item.task_id] = InvalidState(f"The key {key!r}", _CONTENDED)
+
+
+def is_contended(error: BaseException) -> bool:
+    """Return whether a key was taken at each of several tries, by one task after the other."""
+    return isinstance(error, InvalidState) and error.state == _CONTENDED
 
 
 def _insert_limited(
@@ -193,9 +214,12 @@ def _resolve_conflict(item: Prepared, holder: SpawnResult[Any], hint: Hint) -> S
             "new_time": item.kind.available_at,
             "delay": item.kind.delay_seconds,
             "longest_delay": limits.max_delay,
+            "new_limit_key": limits.limit_key,
+            "new_weight": limits.weight,
         },
     )
     hint.add_rows(rows)
+    hint.timers |= any(row.cancel_at is not None for row in rows)
     # One that has started is left alone.
     return holder
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, get_args
 
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..app import App
 from ..database.hint import Hint
 from ..database.notifier import sender
-from ..database.scripts import Script, drive_async
+from ..database.scripts import Script, drive_async, perform
 from ..errors import InvalidConfiguration, InvalidState, QueueNotFound
 from ..names import validate_name
 from ..options import check_limit_key
@@ -91,8 +92,7 @@ class Limits(App):
         queue, name = validate_name("queue", queue_name), check_limit_key(key)
         moment = None if until is None else timestamp(until, "until")
         await limit_setup.enable(self.database, queue)
-        parameters = {"queue_name": queue, "limit_key": name, "until": moment}
-        await self.database.execute(limiting.CLOSE_KEY, parameters)
+        await perform(self.database, lambda _: _close_key(queue, name, moment))
         self.limited_queues.add(queue)
         self._wake(queue)
 
@@ -209,6 +209,12 @@ def require_limits(queue_name: str, limits: Mapping[str, Limit | None]) -> Scrip
             )
 
 
+def _close_key(queue_name: str, key: str, until: datetime | None) -> Script[None]:
+    identity = {"queue_name": queue_name, "limit_key": key}
+    yield limiting.FORGET_CLOSINGS, identity
+    yield limiting.CLOSE_KEY, {**identity, "until": until}
+
+
 def put_limit(
     queue_name: str, scope: str, limit: Limit | None, key: str = "", weight: int | None = None
 ) -> Script[None]:
@@ -225,9 +231,27 @@ def put_limit(
         yield limiting.PUT_LIMIT, {**identity, **_columns(limit), "weight": weight}
     if scope == "queue":
         yield limiting.DELETE_TOTAL if limit is None else limiting.COUNT_TOTAL, {"queue_name": queue_name}
-    if rows and rows[0].hold == "task" and (limit is None or limit.hold == "run"):
+    # A key without a limit of its own has that of each key.
+    shared = (yield limiting.READ_LIMIT, {"queue_name": queue_name, "scope": "per_key"}) if scope == "key" else ()
+    before, after = _policy(rows) or _policy(shared), _columns(limit) if limit is not None else _policy(shared)
+    if before is not None and before["hold"] == "task" and (after is None or after["hold"] == "run"):
         yield limiting.RELEASE_KEPT, {"queue_name": queue_name}
-    yield limiting.WAKE_KEYS, {"queue_name": queue_name, "limit_key": key if scope == "key" else None}
+    keys = {"queue_name": queue_name, "limit_key": key if scope == "key" else None}
+    if after is not None and (before is None or any(before[name] != after[name] for name in _RATE)):
+        yield (
+            (limiting.SHORTEN_WAIT_OF_ALL, {"queue_name": queue_name})
+            if scope == "queue"
+            else (limiting.SHORTEN_WAITS, keys)
+        )
+    yield limiting.WAKE_KEYS, keys
+
+
+_RATE: Final = ("rate_interval", "burst")
+
+
+def _policy(rows: Sequence[Row[Any]]) -> dict[str, Any] | None:
+    """Return the columns of a stored limit that changes are compared by; None if there is no limit."""
+    return {name: getattr(rows[0], name) for name in (*_RATE, "hold")} if rows and rows[0].limited else None
 
 
 def _columns(limit: Limit | None) -> dict[str, Any]:

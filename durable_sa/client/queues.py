@@ -203,8 +203,9 @@ class Queues(Limits):
             self._sender().send(hint)
 
     async def count_unclaimed_ready_tasks(self, queue_name: str | None = None) -> int:
-        """Count the tasks of a queue that a worker could claim at this moment; 0 if it is paused or does not exist.
+        """Count the tasks of a queue that are due and that no worker has; 0 if it is paused or does not exist.
 
+        Tasks that have to wait for a limit, because their key or queue is full, throttled or closed, are counted, too.
         It counts rows: ask every few seconds, not with every request.
         """
         queue = self._queue(queue_name)

@@ -176,10 +176,10 @@ class Spawning(App):
             with detached():
                 computing = asyncio.ensure_future(inserting.compute_results(portions))
             try:
-                results = await run(
-                    self.database,
-                    functools.partial(inserting.spawn, prepared, limited_queues=self.limited_queues, portions=portions),
+                spawning = functools.partial(
+                    inserting.spawn, prepared, limited_queues=self.limited_queues, portions=portions
                 )
+                results = await _insisting(lambda: run(self.database, spawning))
             finally:
                 computing.cancel()
             return _count(call, prepared, results)
@@ -224,13 +224,12 @@ class Spawning(App):
             with call:
                 return _count(call, prepared, (yield from script))
 
+        in_autocommit = inserting.spawn_looking_first if len(prepared) > 1 else inserting.spawn
         return perform_within(
             session,
             self.schema,
-            lambda hint: observed(inserting.spawn(prepared, hint, self.limited_queues)),
-            in_autocommit=(lambda hint: observed(inserting.spawn_looking_first(prepared, hint, self.limited_queues)))
-            if len(prepared) > 1
-            else None,
+            lambda hint: observed(inserting.spawn_within(prepared, hint, self.limited_queues)),
+            in_autocommit=lambda hint: observed(in_autocommit(prepared, hint, self.limited_queues)),
         )
 
     def _prepare_many(
@@ -279,11 +278,11 @@ class Spawning(App):
         if limits is not None and limits.on_conflict == "cancel":
             # The old task is cancelled if and only if the new one is inserted.
             spawning = functools.partial(inserting.spawn, [prepared], limited_queues=self.limited_queues)
-            (result,) = await perform(self.database, spawning)
+            (result,) = await _insisting(lambda: perform(self.database, spawning))
         elif prepared.idempotency_key is None and (limits is None or limits.unique_key is None):
             result = await self._spawns(prepared)
         else:
-            result = await retrying(lambda: self._keyed_spawns(prepared), when=_is_locked, most=LONGEST_LOCKED_PAUSE)
+            result = await _insisting(lambda: self._keyed_spawns(prepared))
         if result.created:
             call.created(prepared)
         return result
@@ -333,6 +332,13 @@ def _count(call: SpawnCall, prepared: Sequence[Prepared], results: list[SpawnRes
 
 async def _first(results: Awaitable[list[SpawnResult[Any]]]) -> SpawnResult[Any]:
     return (await results)[0]
+
+
+async def _insisting(spawn: Callable[[], Awaitable[T]]) -> T:
+    """Spawn, and retry as long as other transactions have the keys, or take them each time."""
+    return await retrying(
+        spawn, when=lambda error: _is_locked(error) or inserting.is_contended(error), most=LONGEST_LOCKED_PAUSE
+    )
 
 
 def _is_locked(error: BaseException) -> bool:

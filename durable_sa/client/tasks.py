@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, overload
 
 from sqlalchemy import Row
@@ -20,7 +20,7 @@ from ..concurrency.loops import PerLoop
 from ..database.batches import Batch, with_connection
 from ..database.connections import HeldConnection
 from ..database.hint import Hint
-from ..database.scripts import Script, SessionOrConnection, perform, perform_within
+from ..database.scripts import Script, SessionOrConnection, perform, perform_within, undone_by_errors
 from ..database_errors import UNIQUE_VIOLATION, is_transient, sqlstate
 from ..errors import InvalidState, TaskNotFound
 from ..ids import new_id
@@ -84,7 +84,8 @@ class Tasks(App):
 
         Raises:
             TaskNotFound: there is no such task.
-            InvalidState: it has not ended, or it has completed.
+            InvalidState: it has not ended, or it has completed, or another unfinished task has the unique key of it or
+                of one that is put back with it.
         """
         return await perform(self.database, retry(_id_of(task_id), max_attempts))
 
@@ -111,8 +112,13 @@ class Tasks(App):
         *,
         max_attempts: int | None = None,
     ) -> Any:
-        """Put a task back as :meth:`retry_task` does, in the caller's transaction."""
-        return perform_within(session, self.schema, retry(_id_of(task_id), max_attempts))
+        """Put a task back as :meth:`retry_task` does, in the caller's transaction.
+
+        Raises:
+            DurableError: the same errors as :meth:`retry_task`; the transaction is then still usable.
+        """
+        script = retry(_id_of(task_id), max_attempts)
+        return perform_within(session, self.schema, undone_by_errors(script), in_autocommit=script)
 
     @overload
     async def get_task_result(self, task: SpawnResult[T] | TaskHandle[T]) -> TaskPollResult[T] | None: ...
@@ -290,30 +296,34 @@ def _put_back(
     hint: Hint, task_id: uuid.UUID, run_id: uuid.UUID, max_attempts: int | None, cancelled_by: uuid.UUID | None
 ) -> Script[list[uuid.UUID]]:
     """Put one ended task back, with the descendants that its end had cancelled. Return the ids of all."""
-    try:
-        rows = yield (
-            cancelling.RETRY,
-            {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts},
-        )
-    except IntegrityError as error:
-        if sqlstate(error) != UNIQUE_VIOLATION:
-            raise
-        raise InvalidState(
-            f"Task {task_id}",
-            "without its unique key, which another unfinished task of the queue has",
-            "Retry it once that task has ended, or cancel that task.",
-        ) from error
+    parameters = {"target_id": task_id, "next_run_id": run_id, "new_max_attempts": max_attempts}
+    with _refusing_taken_keys(f"Task {task_id}"):
+        rows = yield cancelling.RETRY, parameters
     hint.add_rows(rows)
     origins = [task_id] if cancelled_by is None else [task_id, cancelled_by]
     fallen = yield cancelling.CASCADE_CANCELLED, {"target_id": task_id, "origins": origins}
     if fallen:
         restored = sorted(row.task_id for row in fallen)
-        rows = yield (
-            cancelling.RETRY_DESCENDANTS,
-            {"task_ids": restored, "next_run_ids": [new_id() for _ in restored]},
-        )
+        next_run_ids = [new_id() for _ in restored]
+        with _refusing_taken_keys(f"A descendant of task {task_id}"):
+            rows = yield cancelling.RETRY_DESCENDANTS, {"task_ids": restored, "next_run_ids": next_run_ids}
         hint.add_rows(rows)
     return [task_id, *(row.task_id for row in fallen)]
+
+
+@contextmanager
+def _refusing_taken_keys(what: str) -> Generator[None]:
+    """Raise `InvalidState` if the statement finds a unique key taken."""
+    try:
+        yield
+    except IntegrityError as error:
+        if sqlstate(error) != UNIQUE_VIOLATION:
+            raise
+        raise InvalidState(
+            what,
+            "without its unique key, which another unfinished task of the queue has",
+            "Retry it once that task has ended, or cancel that task.",
+        ) from error
 
 
 def _standing(row: Row[Any] | None) -> str:

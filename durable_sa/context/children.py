@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -24,7 +23,8 @@ from ..ids import child_id, digest
 from ..results import SpawnResult, TaskHandle
 from ..serialization.codec import UNTYPED
 from ..serialization.failures import stored_failure
-from ..spawns import SpawnCall, prepare
+from ..spawns import Prepared, SpawnCall, lookup_params, prepare
+from ..statements import spawning as spawn_statements
 from ..validation import Duration, seconds
 from .base import NULL, ContextBase
 
@@ -59,7 +59,8 @@ class Children(ContextBase):
         Raises:
             InvalidTaskParams, SerializationError, PayloadTooLarge: params that do not fit or cannot be stored.
             InvalidConfiguration, InvalidName: an option is out of range.
-            IdempotencyConflict: the idempotency key belongs to a task that is not this child.
+            IdempotencyConflict: the idempotency key, or the unique key, belongs to a task that is not this child; this
+                task is then not retried.
             QueueNotFound: there is no such queue; this task is then not retried.
         """
         call = self._call("spawn", name)
@@ -103,9 +104,10 @@ class Children(ContextBase):
                 checkpoint = CheckpointValues("spawn", call.name, "completed", fingerprint, child)
                 values = ChildValues(checkpoint, prepared.all_values)
                 with run.branches.busy():
-                    stored = await run.write(Kind.CHILD, call.key, values, size=len(prepared.params or ""))
-                if stored is not None and stored.status == "refused":
-                    await self._explain_refusal(options, child)
+                    while (
+                        stored := await run.write(Kind.CHILD, call.key, values, size=len(prepared.params or ""))
+                    ) is not None and stored.status == "refused":
+                        await self._explain_refusal(prepared)
                 if stored is None:
                     spawning.created(prepared)
         if entry is not None and entry.value is not None and entry.value != fingerprint:
@@ -113,16 +115,18 @@ class Children(ContextBase):
         run.children[child] = self._app.tasks.get(prepared.task_name)
         return TaskHandle(child)
 
-    async def _explain_refusal(self, options: SpawnOptions, child: uuid.UUID) -> None:
-        queue_name = options.get("queue_name") or self._run.claimed.queue_name
-        try:
-            await self._app.require_queue(queue_name)
-        except QueueNotFound as error:
+    async def _explain_refusal(self, prepared: Prepared) -> None:
+        """Raise the reason why a child was not inserted, unless there is none any more."""
+        rows = await self._app.database.execute(spawn_statements.EXPLAIN_SPAWN, lookup_params([prepared]))
+        if not rows[0].queue_exists:
+            error = QueueNotFound(prepared.queue_name)
             error.final = True
-            raise
-        unique = options.get("unique")
-        key = options.get("idempotency_key") if unique is None else unique
-        raise IdempotencyConflict(str(key), queue_name, child, unique=unique is not None)
+            raise error
+        unique = None if prepared.limits is None else prepared.limits.unique_key
+        key = prepared.idempotency_key if unique is None else unique
+        if rows[0].task_id is not None:
+            holder = rows[0].task_id
+            raise IdempotencyConflict(str(key), prepared.queue_name, holder, unique=unique is not None, by_child=True)
 
     def join(self, handle: TaskHandle[T], *, timeout: Duration | None = None) -> Coroutine[object, None, T]:
         """Return the result of a child; suspends until the child has ended.

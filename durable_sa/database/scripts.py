@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from ..concurrency.branches import detached
 from ..database_errors import UNDEFINED_TABLE, backoff, is_conflict, is_lost, is_mixed_up, retrying, sqlstate
+from ..errors import DurableError
 from ..models import SCHEMA, TaskRow
 from ..statements import maintenance
 from . import direct
@@ -74,6 +75,26 @@ async def drive_async(
     except StopIteration as end:
         value: T = end.value
         return value
+
+
+def undone_by_errors(script: Callable[[Hint], Script[T]]) -> Callable[[Hint], Script[T]]:
+    """Return a script for the caller's transaction, which a `DurableError` of the script leaves as it was, and usable.
+
+    The connection must have a transaction, as one in autocommit has not.
+    """
+
+    def within_savepoint(hint: Hint) -> Script[T]:
+        yield maintenance.SAVEPOINT, {}
+        try:
+            result = yield from script(hint)
+        except DurableError:
+            yield maintenance.ROLLBACK_TO_SAVEPOINT, {}
+            yield maintenance.RELEASE_SAVEPOINT, {}
+            raise
+        yield maintenance.RELEASE_SAVEPOINT, {}
+        return result
+
+    return within_savepoint
 
 
 def perform_within(

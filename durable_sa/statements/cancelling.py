@@ -29,12 +29,12 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.selectable import CTE, FromClause
 
-from ..models import Checkpoint, Queue, TaskRow, Wait
+from ..models import Checkpoint, TaskRow, Wait
 from .expressions import array, clamped_limit, clock, constant, next_fence, rows
 from .fencing import ENDING, LIMIT_COLUMNS, give_back, materialized
 from .follow_ups import ending
 from .outcomes import delete_unlocked_waits, record_attempts
-from .spawning import arrivals
+from .spawning import arrivals, empty_limit_key
 
 # Not named `task_id`, because in an UPDATE SQLAlchemy takes a parameter named like a column for a value to set.
 _task_id = bindparam("target_id", type_=Uuid())
@@ -257,13 +257,7 @@ _reset: dict[str, Any] = {
     "slot": null(),
     "resumes_at": null(),
     # A task that ended before its queue had limits has no key.
-    "limit_key": func.coalesce(
-        TaskRow.limit_key,
-        select(constant(""))
-        .where(Queue.queue_name == TaskRow.queue_name, Queue.limited_at.is_not(None))
-        .correlate(TaskRow)
-        .scalar_subquery(),
-    ),
+    "limit_key": func.coalesce(TaskRow.limit_key, empty_limit_key()),
 }
 
 

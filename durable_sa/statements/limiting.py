@@ -167,13 +167,13 @@ READ_LIMIT = Sql(
 """Read a limit of a queue, or of each of its keys."""
 
 LOCK_LIMIT = Sql(
-    "SELECT l.weight, l.hold FROM {limits} l"
+    "SELECT l.weight, l.limited, l.hold, l.rate_interval, l.burst FROM {limits} l"
     " WHERE l.queue_name = :queue_name AND l.scope = :scope AND l.limit_key = :limit_key FOR UPDATE",
     queue_name=Text(),
     scope=Text(),
     limit_key=Text(),
 )
-"""Lock a limit, and read the weight of its key."""
+"""Lock a limit, and read its parts as they are before the change."""
 
 DELETE_LIMIT = Sql(
     "DELETE FROM {limits} WHERE queue_name = :queue_name AND scope = :scope AND limit_key = :limit_key",
@@ -221,6 +221,39 @@ SELECT queue_name, limit_key, -count(*) FROM given_back GROUP BY queue_name, lim
 )
 """Give back the slots that suspended tasks hold under a limit that let them keep them, and does no more."""
 
+SHORTEN_WAITS = Sql(
+    """
+WITH found AS MATERIALIZED (
+  -- All of them, because a claim in flight may be about to use the rate.
+  SELECT k.limit_key, k.tat, p.rate_interval * p.burst AS most FROM {limit_keys} k
+  CROSS JOIN LATERAL (
+    SELECT l.scope, l.rate_interval, l.burst FROM {limits} l
+    WHERE l.queue_name = k.queue_name AND k.limit_key <> ''
+      AND (l.scope = 'per_key' OR l.scope = 'key' AND l.limited AND l.limit_key = k.limit_key)
+    ORDER BY l.scope LIMIT 1) p
+  WHERE k.queue_name = :queue_name
+    -- Keys with a limit of their own have another rate than that of each key.
+    AND CASE WHEN :limit_key::text IS NULL THEN p.scope = 'per_key' ELSE k.limit_key = :limit_key END
+  ORDER BY k.queue_name, k.limit_key FOR NO KEY UPDATE OF k
+)
+UPDATE {limit_keys} k SET tat = {clock} + f.most FROM found f
+WHERE k.queue_name = :queue_name AND k.limit_key = f.limit_key AND f.tat > {clock} + f.most
+""",
+    queue_name=Text(),
+    limit_key=Text(),
+)
+"""Let keys wait no longer than for the next start at their new rate, as the old one may have been slower."""
+
+SHORTEN_WAIT_OF_ALL = Sql(
+    """
+UPDATE {limit_totals} t SET tat = least(t.tat, {clock} + l.rate_interval * l.burst)
+FROM {limits} l
+WHERE t.queue_name = :queue_name AND l.queue_name = :queue_name AND l.scope = 'queue' AND l.limit_key = ''
+""",
+    queue_name=Text(),
+)
+"""Let a queue wait no longer than for the next start at its new rate."""
+
 WAKE_KEYS = Sql(
     """
 INSERT INTO {limit_arrivals} (queue_name, limit_key, available_at)
@@ -233,6 +266,21 @@ WHERE k.queue_name = :queue_name AND (:limit_key::text IS NULL OR k.limit_key = 
 """Have claims look at the keys of a queue, or at one, because their limits have changed.
 
 At all of them: a claim in flight, which does not see the change, may be about to park a key that is ready now.
+"""
+
+FORGET_CLOSINGS = Sql(
+    """
+UPDATE {limit_arrivals} SET closed_until = NULL WHERE queue_name = :queue_name AND arrival_id = ANY (ARRAY(
+  SELECT n.arrival_id FROM {limit_arrivals} n
+  WHERE n.queue_name = :queue_name AND n.limit_key = :limit_key AND n.closed_until IS NOT NULL
+  ORDER BY n.arrival_id FOR UPDATE))
+""",
+    queue_name=Text(),
+    limit_key=Text(),
+)
+"""Let arrivals of a key that wait to be added close it no more, before :data:`CLOSE_KEY` in the same transaction.
+
+It waits for a drain that has taken such an arrival, and locks no key before, for which the drain may wait.
 """
 
 CLOSE_KEY = Sql(

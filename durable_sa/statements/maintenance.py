@@ -1,4 +1,4 @@
-"""The one query that tells maintenance what is due, and the status of a transaction."""
+"""The one query that tells maintenance what is due, the status of a transaction, and savepoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from sqlalchemy import Text, Uuid, bindparam, cast, exists, func, literal_column
 
 from ..models import Event, Message, Schedule, TaskRow, WorkerRow
 from .expressions import clock, constant, statement_time
+from .sql import Sql
 
 _fired = (Schedule.paused_at.is_(None), Schedule.backend == constant("worker"))
 
@@ -40,3 +41,7 @@ TRANSACTION_STATUS = select(
     func.pg_xact_status(bindparam("transaction_id", type_=Text()).op("::")(literal_column("xid8"))).label("status")
 )
 """The status of a transaction: committed, aborted or in progress."""
+
+SAVEPOINT = Sql("SAVEPOINT durable_script")
+ROLLBACK_TO_SAVEPOINT = Sql("ROLLBACK TO SAVEPOINT durable_script")
+RELEASE_SAVEPOINT = Sql("RELEASE SAVEPOINT durable_script")

@@ -38,6 +38,7 @@ from .expressions import (
     as_json,
     as_jsonb,
     as_text,
+    clamped_limit,
     clock,
     constant,
     interval,
@@ -143,7 +144,8 @@ def insert_tasks(source: FromClause, *, new: bool = False) -> Insert:
     if new:
         return insert(TaskRow).from_select(list(values), selected)
     if "position" in source.c:
-        selected = selected.order_by(t.queue_name, t.idempotency_key)
+        keys = (t.idempotency_key, t.unique_key) if "limited" in source.c else (t.idempotency_key,)
+        selected = selected.order_by(t.queue_name, *keys)
     return insert(TaskRow).from_select(list(values), selected).on_conflict_do_nothing()
 
 
@@ -176,6 +178,16 @@ def arrivals(spawned: FromClause) -> CTE:
             ),
         )
         .cte("arrivals")
+    )
+
+
+def empty_limit_key() -> ColumnElement[Any]:
+    """Return the key of a stored task that has none: the empty one if its queue has limits."""
+    return (
+        select(constant(""))
+        .where(Queue.queue_name == TaskRow.queue_name, Queue.limited_at.is_not(None))
+        .correlate(TaskRow)
+        .scalar_subquery()
     )
 
 
@@ -331,23 +343,31 @@ COUNT_READY = select(func.count()).where(
     or_(TaskRow.cancel_at.is_(None), TaskRow.cancel_at > clock()),
     ~exists().where(Queue.queue_name == TaskRow.queue_name, Queue.paused_at.is_not(None)),
 )
-"""Count the tasks of a queue that a worker could claim at this moment."""
+"""Count the tasks of a queue that are due and that no worker has, whatever their limits."""
 
-_new_time = clock() + interval(func.coalesce(bindparam("delay", type_=Float(53)), 0.0))
+_new_time = func.least(
+    func.coalesce(
+        bindparam("new_time", type_=DateTime(timezone=True)),
+        clock() + interval(func.coalesce(bindparam("delay", type_=Float(53)), 0.0)),
+    ),
+    TaskRow.created_at + interval(bindparam("longest_delay", type_=Float(53))),
+)
 _replaced = (
     update(TaskRow)
     .where(
         TaskRow.task_id == bindparam("target_id", type_=Uuid()),
         TaskRow.finished_at.is_(None),
+        # A retry clears the time of the first start, and keeps the number of attempts.
         TaskRow.first_started_at.is_(None),
+        TaskRow.attempt == constant(0),
         TaskRow.claimed_by.is_(None),
     )
     .values(
         params=as_json(bindparam("new_params", type_=Text())),
-        available_at=func.least(
-            func.coalesce(bindparam("new_time", type_=DateTime(timezone=True)), _new_time),
-            TaskRow.created_at + interval(bindparam("longest_delay", type_=Float(53))),
-        ),
+        available_at=_new_time,
+        cancel_at=_new_time + clamped_limit(TaskRow.max_pending_time),
+        limit_key=func.coalesce(bindparam("new_limit_key", type_=Text()), empty_limit_key()),
+        weight=bindparam("new_weight", type_=SmallInteger()),
     )
     .returning(
         TaskRow.task_id,
@@ -356,9 +376,10 @@ _replaced = (
         TaskRow.queue_name,
         TaskRow.priority,
         TaskRow.available_at,
+        TaskRow.cancel_at,
         TaskRow.limit_key,
     )
     .cte("replaced")
 )
 REPLACE_UNSTARTED = select(_replaced).add_cte(arrivals(_replaced))
-"""Give a task that has not started new params and another time. Returns no row if it has started meanwhile."""
+"""Give a task that has not started new params, another time and limit key. Returns no row if it has started."""

@@ -65,7 +65,9 @@ async def test_limits_that_make_no_sense_are_refused(cli: CommandLine, durable: 
         ("set", "default", "--none", "--concurrency", "2"),
         ("set", "default", "--concurrency", "2", "--burst", "3"),
         ("set", "default", "--rate", "often"),
+        ("set", "default", "--rate", "60/"),
         ("close", "default", "acme"),
+        ("close", "default", "acme", "--for", "99999999w"),
     ):
         assert (await cli("limits", *arguments)).code == 2, arguments
     assert (await cli("limits", "set", "nowhere", "--concurrency", "1")).code == 1

@@ -20,6 +20,7 @@ from durable_sa import (
     CancellationPolicy,
     Durable,
     IdempotencyConflict,
+    InvalidState,
     InvalidTaskParams,
     QueueNotFound,
     RetryStrategy,
@@ -205,6 +206,52 @@ async def test_a_refused_item_of_many_leaves_nothing_behind(
     assert again.task_id == first.task_id
     assert await task_ids(engine) == [first.task_id]
     assert await count(engine, "orders") == 1
+
+
+@with_some_callers
+async def test_a_refused_item_of_many_leaves_the_tasks_that_had_its_unique_keys(
+    application: Application, client: Durable, durable: Durable, engine: AsyncEngine
+) -> None:
+    cancelled = await durable.spawn(ship, {"order": 1}, unique="a", delay=60)
+    replaced = await durable.spawn(ship, {"order": 1}, unique="b", delay=60)
+    items = [
+        Spawn(ship, {"order": 2}, unique="a", on_conflict="cancel"),
+        Spawn(ship, {"order": 2}, unique="b", on_conflict="replace"),
+        Spawn(bill, queue_name="nowhere"),
+    ]
+    async with application.caller() as caller:
+        await caller.insert("book")
+        with pytest.raises(QueueNotFound):
+            await caller.call(client.spawn_many_with, items)
+        await caller.commit()
+    for task_id in (cancelled.task_id, replaced.task_id):
+        row = await read(engine, task_id)
+        assert (row.state, row.params) == ("pending", {"order": 1})
+    assert (await count(engine), await count(engine, "orders")) == (2, 1)
+    async with application.caller() as caller:
+        first, second = await caller.call(client.spawn_many_with, items[:2])
+        await caller.commit()
+    assert (first.created, second.task_id, await count(engine)) == (True, replaced.task_id, 3)
+
+
+@with_some_callers
+async def test_a_refused_retry_leaves_the_transaction_usable(
+    application: Application, client: Durable, durable: Durable, engine: AsyncEngine
+) -> None:
+    old = await durable.spawn(ship, {"order": 1}, unique="a")
+    await durable.cancel_task(old)
+    holder = await durable.spawn(ship, {"order": 2}, unique="a")
+    async with application.caller() as caller:
+        await caller.insert("book")
+        with pytest.raises(InvalidState, match="without its unique key"):
+            await caller.call(client.retry_task_with, old)
+        await caller.commit()
+    assert await count(engine, "orders") == 1
+    await durable.cancel_task(holder)
+    async with application.caller() as caller:
+        await caller.call(client.retry_task_with, old)
+        await caller.commit()
+    assert (await read(engine, old.task_id)).state == "pending"
 
 
 @with_sessions

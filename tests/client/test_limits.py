@@ -3,15 +3,16 @@
 import asyncio
 import math
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import select, text
+from sqlalchemy import delete, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import (
+    CancellationPolicy,
     Durable,
     IdempotencyConflict,
     InvalidConfiguration,
@@ -24,10 +25,12 @@ from durable_sa import (
     RateLimited,
     Spawn,
     TaskContext,
+    TaskFilter,
     TaskRow,
     TaskStatus,
     task,
 )
+from durable_sa.client import inserting
 from durable_sa.models import LimitArrivalRow, LimitRow
 from durable_sa.testing import run_until_idle
 
@@ -104,6 +107,7 @@ async def rows(engine: AsyncEngine, statement: Any) -> list[Any]:
         lambda: Rate(10**9, per=1),
         lambda: Rate(1, per=1, burst=0),
         lambda: Rate(1000, per=timedelta(microseconds=1)),
+        lambda: Rate(1, per=timedelta(days=3653)),
         lambda: RateLimited(0),
         lambda: RateLimited(-1),
         lambda: RateLimited(math.nan),
@@ -368,6 +372,126 @@ async def test_a_started_task_is_not_replaced(client: Durable, engine: AsyncEngi
     await client.emit_event("go")
     await run_until_idle(client)
     assert (await client.wait_for_result(first, timeout=5)).output == "one"
+
+
+async def test_a_task_that_was_retried_is_not_replaced(client: Durable) -> None:
+    await client.create_queue("q")
+    first = await client.spawn(patient, "one", unique="k")
+    await run_until_idle(client)
+    await client.cancel_task(first)
+    await client.retry_task(first)
+    await client.spawn(patient, "two", unique="k", on_conflict="replace")
+    await client.emit_event("go")
+    await run_until_idle(client)
+    assert (await client.wait_for_result(first, timeout=5)).output == "one"
+
+
+async def test_a_replaced_task_has_the_limit_key_and_the_weight_of_its_params(
+    client: Durable, engine: AsyncEngine
+) -> None:
+    await client.create_queue("q", limit_per_key=Limit(concurrency=1))
+    options: dict[str, Any] = {"unique": "k", "on_conflict": "replace"}
+    first = await client.spawn(answer, Question(tenant="a"), delay=60, weight=7, **options)
+    await client.close_limit_key("q", "a", datetime(2999, 1, 1, tzinfo=UTC))
+    async with client.worker(concurrency=2):
+        await client.spawn(answer, Question(tenant="b", text="two"), **options)
+        assert (await client.wait_for_result(first, timeout=20)).output == "two"
+    (row,) = await rows(engine, select(TaskRow.limit_key, TaskRow.weight))
+    assert tuple(row) == ("b", None)
+    await client.spawn(note, "three", limit_key="c", delay=60, **options)
+    await client.spawn(note, "four", **options)
+    assert [row.limit_key for row in await rows(engine, select(TaskRow.limit_key).order_by(TaskRow.task_id))][1:] == [
+        ""
+    ]
+
+
+async def test_a_replaced_task_may_be_pending_from_its_new_time_on(client: Durable, engine: AsyncEngine) -> None:
+    await client.create_queue("q")
+    policy = CancellationPolicy(max_pending_time=5)
+    for delay in (10, 100):
+        await client.spawn(note, "a", unique="k", on_conflict="replace", delay=delay, cancellation=policy)
+    (row,) = await rows(engine, select(TaskRow.available_at, TaskRow.cancel_at, TaskRow.created_at))
+    assert row.available_at - row.created_at >= timedelta(seconds=100)
+    assert abs(row.cancel_at - row.available_at - timedelta(seconds=5)) < timedelta(seconds=1)
+
+
+async def test_the_first_delay_is_bounded_as_well(client: Durable, engine: AsyncEngine) -> None:
+    await client.create_queue("q")
+    await client.spawn(note, "a", unique="k", on_conflict="replace", delay=10, max_delay=5)
+    (row,) = await rows(engine, select(TaskRow.available_at, TaskRow.created_at))
+    assert row.available_at - row.created_at == timedelta(seconds=5)
+
+
+async def test_a_contended_key_is_tried_until_it_is_had(client: Durable, monkeypatch: pytest.MonkeyPatch) -> None:
+    await client.create_queue("q")
+    old = await client.spawn(note, "old", unique="k", delay=60)
+    # One try finds the key taken, and has no second one to insert the task.
+    monkeypatch.setattr(inserting, "_TRIES", 1)
+    spawning = asyncio.create_task(client.spawn(note, "new", unique="k", on_conflict="cancel"))
+    many = asyncio.create_task(client.spawn_many([Spawn(note, "new", unique="k", on_conflict="cancel")] * 2))
+    await asyncio.sleep(0.2)
+    assert not spawning.done()
+    assert not many.done()
+    assert (await client.get_task_result(old)).status is TaskStatus.PENDING
+    monkeypatch.undo()
+    assert (await spawning).created
+    assert all(result.created for result in await many)
+
+
+async def test_calls_with_the_same_unique_keys_in_another_order_do_not_deadlock(
+    client: Durable, engine: AsyncEngine
+) -> None:
+    await client.create_queue("q")
+    items = [Spawn(note, "x", unique=f"k{number}") for number in range(900)]
+
+    async def spawn(items: list[Spawn[Any]]) -> None:
+        async with engine.begin() as connection:
+            await client.spawn_many_with(connection, items)
+
+    for _ in range(3):
+        await asyncio.gather(spawn(items), spawn(items[::-1]))
+        assert len(await rows(engine, select(TaskRow.task_id))) == 900
+        async with engine.begin() as connection:
+            await connection.execute(delete(TaskRow))
+
+
+async def test_a_descendant_whose_unique_key_is_taken_is_not_retried(client: Durable) -> None:
+    await client.create_queue("q")
+
+    @client.task
+    async def delegating(ctx: TaskContext) -> None:
+        await ctx.spawn("child", patient, "one", unique="k")
+        await ctx.await_event("go")
+
+    old, other = await client.spawn(delegating), await client.spawn(patient, "other")
+    await run_until_idle(client)
+    await client.cancel_task(old)
+    await client.cancel_task(other)
+    holder = await client.spawn(patient, "two", unique="k")
+    with pytest.raises(InvalidState, match=f"A descendant of task {old.task_id} is without its unique key"):
+        await client.retry_task(old)
+    result = await client.retry_tasks(TaskFilter(state="cancelled"))
+    assert (result.matched, result.done) == (3, 1)
+    await client.cancel_task(holder)
+    assert await client.retry_task(old) is TaskStatus.PENDING
+
+
+async def test_a_child_cannot_be_the_task_that_has_its_unique_key(client: Durable) -> None:
+    await client.create_queue("q")
+
+    @client.task(max_attempts=1)
+    async def delegating(ctx: TaskContext) -> None:
+        await ctx.spawn("child", note, "one", unique="k")
+
+    holder = await client.spawn(note, "one", unique="k", delay=60)
+    failed = await client.spawn(delegating)
+    async with client.worker():
+        error = (await client.wait_for_result(failed, timeout=20)).error
+    assert error is not None
+    assert error.name == "IdempotencyConflict"
+    assert (
+        f"the unfinished task {holder.task_id} in queue 'q', and a child cannot be a task that exists" in error.message
+    )
 
 
 async def test_the_old_task_is_cancelled(client: Durable, engine: AsyncEngine) -> None:

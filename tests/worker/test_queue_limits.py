@@ -366,6 +366,67 @@ async def test_a_key_is_closed_and_opened_by_hand(client: Durable) -> None:
         await client.wait_for_result(first, timeout=5)
 
 
+async def test_an_opened_key_is_not_closed_by_a_refused_call_that_is_not_counted_yet(
+    client: Durable, sql: Rows
+) -> None:
+    await client.create_queue("q")
+    await client.close_limit_key("q", "a", None)
+    await sql(
+        "INSERT INTO durable.limit_arrivals (queue_name, limit_key, slots, closed_until)"
+        " VALUES ('q', 'a', 0, now() + interval '1 hour'), ('q', 'b', 0, now() + interval '1 hour')"
+    )
+    await client.close_limit_key("q", "a", None)
+    first = await client.spawn(quick, "a")
+    async with client.worker(concurrency=5):
+        await client.wait_for_result(first, timeout=5)
+        assert [info.key for info in await client.list_limit_keys("q", state="closed")] == ["b"]
+
+
+@pytest.mark.parametrize("per_key", [True, False])
+async def test_a_changed_rate_holds_at_once(client: Durable, sql: Rows, per_key: bool) -> None:
+    hourly = Limit(rate=Rate(1, per=3600))
+    await client.create_queue("q", **({"limit_per_key": hourly} if per_key else {"limit": hourly}))
+    async with client.worker(concurrency=5):
+        await client.wait_for_result(await client.spawn(quick, "a"), timeout=5)
+        second = await client.spawn(quick, "a")
+        # The same rate, set once more, changes nothing.
+        before = await sql("SELECT tat FROM durable.limit_keys UNION ALL SELECT tat FROM durable.limit_totals")
+        await client.set_limit("q", hourly, per_key=per_key)
+        assert await sql("SELECT tat FROM durable.limit_keys UNION ALL SELECT tat FROM durable.limit_totals") == before
+        await client.set_limit("q", Limit(rate=Rate(100, per=1)), per_key=per_key)
+        await client.wait_for_result(second, timeout=5)
+
+
+async def test_the_rate_of_a_key_and_of_each_key_are_its_own(client: Durable, sql: Rows) -> None:
+    hourly, fast = Limit(rate=Rate(1, per=3600)), Limit(rate=Rate(100, per=1))
+    await client.create_queue("q", limit_per_key=hourly)
+    await client.set_limit("q", hourly, key="own")
+    async with client.worker(concurrency=5):
+        for spawned in [await client.spawn(quick, key) for key in ("a", "own")]:
+            await client.wait_for_result(spawned, timeout=5)
+        first, waiting = [await client.spawn(quick, key) for key in ("a", "own")]
+        await client.set_limit("q", fast, per_key=True)
+        await client.wait_for_result(first, timeout=5)
+        assert [info.key for info in await client.list_limit_keys("q", state="throttled")] == ["own"]
+        await client.set_limit("q", None, key="own")
+        await client.wait_for_result(waiting, timeout=5)
+
+
+async def test_a_keys_own_limit_releases_what_sleepers_hold(client: Durable, sql: Rows) -> None:
+    await client.create_queue("q", limit_per_key=Limit(concurrency=1, hold="task"))
+    sleepers = [await client.spawn(nap, key) for key in ("a", "b")]
+    async with client.worker(concurrency=10):
+        await eventually(lambda: _states(sql, sleeping=2))
+        await client.set_limit("q", Limit(concurrency=1), key="a")
+        await client.wait_for_result(await client.spawn(quick, "a"), timeout=5)
+        assert await held(sql) == {"b": 1}
+        await client.emit_event("woken", queue_name="q")
+        release.set()
+        for sleeper in sleepers:
+            await client.wait_for_result(sleeper, timeout=5)
+    assert await held(sql) == {}
+
+
 async def test_tasks_from_before_the_limit_obey_it(client: Durable, sql: Rows) -> None:
     await client.create_queue("q")
     await client.spawn_many([(hold, None)] * 6)
