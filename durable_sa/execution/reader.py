@@ -12,7 +12,7 @@ from sqlalchemy import Executable, Row
 from ..database.batches import Batch, always
 from ..database.channel import DedicatedConnection
 from ..database_errors import retrying
-from ..statements import checkpoints, claiming, messages, waits
+from ..statements import checkpoints, claiming, messages, streams, waits
 from .waits import Stored
 
 
@@ -115,6 +115,11 @@ class Reader:
         """Return whether a message was sent before."""
         parameters = {"receiver_ids": [receiver_id], "message_ids": [message_id]}
         return bool(await self.execute(messages.SENT, parameters))
+
+    async def overtaken(self, task_id: uuid.UUID, name: str, step_key: uuid.UUID, position: int) -> bool:
+        """Return whether other steps have gone on with a stream since a step had written up to a position."""
+        parameters = {"task_ids": [task_id], "names": [name], "step_keys": [step_key], "positions": [position]}
+        return bool(await self.execute(streams.OVERTAKEN, parameters))
 
     async def _with_message(self, items: list[tuple[uuid.UUID, str]]) -> list[bool]:
         parameters = {"task_ids": [task_id for task_id, _ in items], "topics": [topic for _, topic in items]}
