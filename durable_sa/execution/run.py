@@ -407,17 +407,21 @@ class Run:
         return await future
 
     def publish(self, name: str, text: str) -> None:
-        """Have a value of the task written, unless the calling branch repeats what an earlier run has done."""
-        if not (self.branch().live or self.journal.used_up):
-            return
+        """Have a value of the task written, unless the calling branch repeats what an earlier run has written."""
+        replays = not (self.branch().live or self.journal.used_up)
         if self._publications is None:
             self._publications = Publications(
                 self.claimed,
                 self.host.writer,
                 on_lost=lambda: self.take_away(LeaseLost()),
                 warn=self.warn,
+                follows_loss=lambda: self.host.reader.follows_loss(self.claimed.task_id),
+                start_task=self.host.start_task,
             )
-        self._publications.publish(name, text)
+        if replays:
+            self._publications.replay(name, text)
+        else:
+            self._publications.publish(name, text)
 
     def _keep_lines(self, level: int) -> KeptLines:
         writer, on_lost = self.host.writer, lambda: self.take_away(LeaseLost())
