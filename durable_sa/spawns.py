@@ -321,6 +321,9 @@ def _stored_follow_up(follow_up: FollowUp, defaults: TaskOptions, max_payload_by
     }
     # Without a queue of its own, it goes to that of the task it follows.
     stored |= {"queue_name": options.queue_name, "max_payload_bytes": max_payload_bytes}
+    if isinstance(follow_up, Task) and isinstance(follow_up.limit_key, str):
+        # A function cannot be called by the statement that inserts the follow-up.
+        stored["limit_key"] = follow_up.limit_key
     return UNTYPED.encode(stored, "a follow-up")
 
 

@@ -7,6 +7,7 @@ both `Coroutine[Any, Any, T]` and coroutines of `async def`, mypy takes all of i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import uuid
@@ -25,7 +26,7 @@ from ..execution.waits import PendingWait, Stored
 from ..execution.writes import CheckpointValues, Kind
 from ..ids import is_part, step_key
 from ..names import validate_name
-from ..serialization.codec import Codec, check_size
+from ..serialization.codec import UNTYPED, Codec, check_size
 from ..signals import Suspended
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NULL = "null"
+STREAM_MARK = "$stream"
 _NO_KEY = uuid.UUID(int=0)
 _UNOBSERVED = nullcontext()
 
@@ -189,6 +191,23 @@ class ContextBase:
     def _try(self, call: Call, number: int) -> Call:
         return Call("value", "$try", step_key("try", str(call.key), "", (), number, part=True))
 
+    async def _note_streams(self, key: uuid.UUID, error: BaseException) -> None:
+        """Record how far the streams were that a step, or a block in the body, has written before it has failed.
+
+        The record tells a replay of code that has caught the error from the retry of a step that was interrupted. An
+        error that fails the run deletes it, as it deletes the records of timeouts, whose status it has for that.
+        """
+        run = self._run
+        names = run.stream_positions.get(key)
+        if not names or run.signal is not None or not isinstance(error, Exception | asyncio.CancelledError):
+            return
+        ends = {name: max(of.get(name, 0) for of in run.stream_positions.values()) for name in names}
+        mark, text = stream_mark(key), UNTYPED.encode(ends, "the positions of streams")
+        run.timed_out(mark.key, error)
+        with run.branches.busy():
+            await run.write(Kind.CHECKPOINT, mark.key, CheckpointValues(mark.kind, mark.name, "timeout", text))
+        self._keep_part(mark, text)
+
     def _keep_part(self, call: Call, text: str) -> None:
         self._parts[call.key] = Entry(call.kind, call.name, "completed", text)
 
@@ -225,6 +244,11 @@ def check_function(function: object, kind: str, name: str) -> None:
         function.close()  # otherwise Python warns that it was never awaited
         given = f"the result of a call (a {given})"
     raise TypeError(f"{kind} {name!r} takes a function and then its arguments, not {given}")
+
+
+def stream_mark(key: uuid.UUID) -> Call:
+    """Return the call under which it is recorded that the step, or block, of a key has failed."""
+    return Call("value", STREAM_MARK, step_key("streamed", str(key), "", (), 0, part=True))
 
 
 def enclosing_step(path: tuple[int | str, ...]) -> uuid.UUID | None:

@@ -21,7 +21,8 @@ class Publishing(ContextBase):
         """Publish a value of the task, which replaces the one of that name; clients read it with `get_value`.
 
         It is written in the background: at once, or with others a quarter of a second after the last write, and always
-        before the task suspends or ends. Nothing is recorded, and a replay publishes nothing. May be called in steps.
+        before the task suspends or ends. Nothing is recorded, and a replay publishes nothing, except for the last value
+        if the worker of the run before was lost. May be called in steps.
 
         Raises:
             InvalidName, SerializationError, PayloadTooLarge: a name or value that cannot be stored.

@@ -54,14 +54,17 @@ class Races(ContextBase):
             InvalidState: the call is made inside a step or transaction.
             TypeError: something else than a wait of this task takes part.
         """
-        made = {key: self._made(wait) for key, wait in waits.items()}
+        made: dict[str, Any] = {}
         try:
+            for key, wait in waits.items():
+                made[key] = self._made(wait)
             members = {key: self._member(key, coroutine) for key, coroutine in made.items()}
             if not members:
                 raise InvalidConfiguration("race", f"{name!r} has no waits", "Pass them as keywords.")
             call = self._call("race", name)
         except BaseException:
-            for coroutine in made.values():
+            # Also the coroutines that were passed and not reached, behind a function that has raised.
+            for coroutine in (waits | made).values():
                 self._withdraw(coroutine)
             raise
         return self._begun(call, self._race(call, members))

@@ -108,9 +108,11 @@ class Steps(Sleeps):
                     return value
         except asyncio.CancelledError as error:
             await self._note_failure(call)
+            await self._note_streams(call.key, error)
             mark_step(error, run.claimed.run_id, call.name, call.summary, inner=is_part(call.key))
             raise
         except BaseException as error:
+            await self._note_streams(call.key, error)
             mark_step(error, run.claimed.run_id, call.name, call.summary, inner=is_part(call.key))
             raise
 

@@ -18,7 +18,7 @@ from ..ids import new_id
 from ..names import validate_name
 from ..serialization.codec import UNTYPED, Codec, check_size, codec_for
 from ..signals import LeaseLost
-from .base import ContextBase, enclosing_step
+from .base import ContextBase, enclosing_step, stream_mark
 
 T = TypeVar("T")
 
@@ -35,17 +35,21 @@ class TaskStream(Generic[T]):
         keep_open: bool,
         begin: Callable[[], Call],
         recall: Callable[[Call], Awaitable[Entry | None]],
+        overtaken: Callable[[uuid.UUID], Awaitable[bool]],
+        note_failure: Callable[[uuid.UUID, BaseException], Awaitable[None]],
     ) -> None:
         self._run = run
         self._begin = begin
         """Draws the key of the block."""
         self._recall = recall
+        self._overtaken = overtaken
+        self._note_failure = note_failure
         self.name = name
         self.codec = codec
         self.keep_open = keep_open
         self._entered = self._left = False
         self._block: Block | None = None
-        """None before the block is entered, and in the replay of one that was left."""
+        """None before the block is entered, and in the replay of one that was left or overtaken."""
         self._key: uuid.UUID | None = None
         """The key of the checkpoint of a block in the task's body; None in a step."""
 
@@ -57,7 +61,7 @@ class TaskStream(Generic[T]):
         step = enclosing_step(run.branch().path)
         recorded = step is None and await self._recall(call) is not None
         self._entered = True
-        if recorded:
+        if recorded or await self._overtaken(step or call.key):
             return self
         await run.enter()
         self._open_in(run.open_streams)
@@ -116,12 +120,15 @@ class TaskStream(Generic[T]):
             if run.signal is not None or (error is not None and not isinstance(error, Exception)):
                 # It was cut off; the next try supersedes what it has written.
                 block.abandon()
-                return
-            with run.branches.busy():
-                await block.flush()
-                if error is None:
-                    values = block.closing(ends=not self.keep_open, key=self._key)
-                    await run.write(Kind.CLOSING, self._key or new_id(), values)
+            else:
+                with run.branches.busy():
+                    await block.flush()
+                    if error is None:
+                        values = block.closing(ends=not self.keep_open, key=self._key)
+                        await run.write(Kind.CLOSING, self._key or new_id(), values)
+            block.note_position(run.stream_positions)
+            if error is not None and self._key is not None:
+                await self._note_failure(self._key, error)
         except LeaseLost:
             block.abandon()
             run.take_away(LeaseLost())
@@ -146,6 +153,7 @@ async def _open(run: Run, values: BlockValues) -> Block:
         if opened.last_position > 0:
             await run.write(Kind.SUPERSESSION, block_id, values)
         run.streamed.add((values.name, values.try_id))
+    block.note_position(run.stream_positions)
     return block
 
 
@@ -176,8 +184,9 @@ class Streams(ContextBase):
 
         Items are gathered for about 50 ms or 32 KiB. Leaving the block ends the stream, unless it is `keep_open`, which
         a later block, of another step too, goes on with. In a step, the items of a try that failed or was cut off are
-        superseded by those of the next; a block in the task's body counts as a step of its own. A crash of the server
-        may lose the last items of a block that was not left.
+        superseded by those of the next; a block in the task's body counts as a step of its own. If the task catches the
+        error of a step or block and goes on with the stream in another one, the items stay, and replays write nothing
+        there. A crash of the server may lose the last items of a block that was not left.
 
         Raises:
             InvalidName: a name that breaks the rules.
@@ -191,4 +200,21 @@ class Streams(ContextBase):
             keep_open=keep_open,
             begin=lambda: self._call("stream", name),
             recall=self._recall,
+            overtaken=lambda key: self._overtaken(key, name),
+            note_failure=self._note_streams,
         )
+
+    async def _overtaken(self, key: uuid.UUID, name: str) -> bool:
+        """Return whether a step, or block, has failed before, and the task has gone on with the stream in another one.
+
+        What it writes in a replay would come behind the items of that other one, or behind the end.
+        """
+        run = self._run
+        entry = await self._recall(stream_mark(key))
+        if entry is None:
+            return False
+        position = cast("dict[str, int]", UNTYPED.decode(entry.value or "{}", f"the end of stream {name!r}")).get(name)
+        if position is None:
+            return False
+        with run.branches.busy():
+            return await run.host.reader.overtaken(run.claimed.task_id, name, key, position)

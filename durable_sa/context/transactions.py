@@ -121,6 +121,7 @@ class Transactions(ContextBase):
         except BaseException as error:
             if not issubclass(type(error), ReplayMismatch | ControlFlow):
                 await self._note_failure(call)
+                await self._note_streams(call.key, error)
             mark_step(error, run.claimed.run_id, call.name, call.summary, inner=is_part(call.key))
             raise
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..database_errors import without_values
@@ -23,13 +23,25 @@ class Publications:
     """The values of one run that are to be written: the first at once, those of the next 0.25 seconds together."""
 
     def __init__(
-        self, claimed: ClaimedRun, writer: Writer, *, on_lost: Callable[[], None], warn: Callable[..., None]
+        self,
+        claimed: ClaimedRun,
+        writer: Writer,
+        *,
+        on_lost: Callable[[], None],
+        warn: Callable[..., None],
+        follows_loss: Callable[[], Awaitable[bool]],
+        start_task: Callable[[Coroutine[Any, Any, None], str], object],
     ) -> None:
+        """`follows_loss` returns whether the run before was lost, with the values that it had not written."""
         self._claimed = claimed
         self._writer = writer
         self._on_lost = on_lost
         self._warn = warn
+        self._follows_loss = follows_loss
+        self._start_task = start_task
         self._loop = asyncio.get_running_loop()
+        self._replayed: dict[str, str] = {}
+        """The last values that the replay has published; an earlier run has written them, unless it was lost."""
         self._unsent: dict[str, str] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._sending: asyncio.Future[None] | None = None
@@ -39,15 +51,35 @@ class Publications:
     @property
     def pending(self) -> bool:
         """True if values are not written yet."""
-        return bool(self._unsent) or self._sending is not None
+        return bool(self._unsent or self._replayed) or self._sending is not None
 
     def publish(self, name: str, text: str) -> None:
         """Have a value written soon."""
+        self._replayed.pop(name, None)
         self._unsent[name] = text
         self._schedule()
 
+    def replay(self, name: str, text: str) -> None:
+        """Keep a value that an earlier run has published, to write it if that run was lost before it did."""
+        if not self._replayed:
+            self._loop.call_later(INTERVAL, self._start_restoring)
+        self._replayed[name] = text
+
+    def _start_restoring(self) -> None:
+        if self._replayed:
+            self._start_task(self._restore(), "durable:restore-values")
+
+    async def _restore(self) -> None:
+        lost = await self._follows_loss()
+        replayed, self._replayed = self._replayed, {}
+        if lost and replayed:
+            self._unsent = replayed | self._unsent
+            self._schedule()
+
     async def flush(self) -> None:
         """Write what is not written yet, and wait for that."""
+        if self._replayed:
+            await self._restore()
         while self.pending:
             if self._sending is None:
                 self._send()
@@ -57,6 +89,7 @@ class Publications:
     def drop(self) -> None:
         """Leave out what is not sent yet, because the run was lost."""
         self._unsent.clear()
+        self._replayed.clear()
         self._cancel_timer()
 
     def _schedule(self) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import Executable, Row
 from ..database.batches import Batch, always
 from ..database.channel import DedicatedConnection
 from ..database_errors import retrying
-from ..statements import checkpoints, claiming, messages, waits
+from ..statements import checkpoints, claiming, messages, streams, values, waits
 from .waits import Stored
 
 
@@ -49,6 +49,8 @@ class Reader:
         """The state and the outcome of a task to which a message could not be sent; None if there is no such task."""
         self.with_message: Batch[tuple[uuid.UUID, str], bool] = Batch(always(self._with_message))
         """True if there is a message to a task of a topic."""
+        self.follows_loss: Batch[uuid.UUID, bool] = Batch(always(self._follow_loss))
+        """True if the last run of a task before the current one was lost with its worker."""
         self._resolve: Batch[uuid.UUID, None] = Batch(always(self._resolve_waits))
         self._deliver: Batch[uuid.UUID, None] = Batch(always(self._deliver_messages))
 
@@ -115,6 +117,15 @@ class Reader:
         """Return whether a message was sent before."""
         parameters = {"receiver_ids": [receiver_id], "message_ids": [message_id]}
         return bool(await self.execute(messages.SENT, parameters))
+
+    async def overtaken(self, task_id: uuid.UUID, name: str, step_key: uuid.UUID, position: int) -> bool:
+        """Return whether other steps have gone on with a stream since a step had written up to a position."""
+        parameters = {"task_ids": [task_id], "names": [name], "step_keys": [step_key], "positions": [position]}
+        return bool(await self.execute(streams.OVERTAKEN, parameters))
+
+    async def _follow_loss(self, task_ids: list[uuid.UUID]) -> list[bool]:
+        found = {row.task_id for row in await self.execute(values.FOLLOW_LOSS, {"task_ids": task_ids})}
+        return [task_id in found for task_id in task_ids]
 
     async def _with_message(self, items: list[tuple[uuid.UUID, str]]) -> list[bool]:
         parameters = {"task_ids": [task_id for task_id, _ in items], "topics": [topic for _, topic in items]}

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Collection, Coroutine, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..concurrency.branches import Branch, current_branch
 from ..concurrency.task_factory import BranchExit
@@ -37,6 +37,8 @@ from .writes import BlockValues, Kind, Values, Write
 
 if TYPE_CHECKING:
     from ..statements.claiming import ClaimedRun
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 logger = logging.getLogger("durable_sa")
 
@@ -79,8 +81,11 @@ class Run:
         self.over = False
         self.mismatch: ReplayMismatch | None = None
         """The error that fails the run even if the task's code catches it."""
-        self._timeouts: tuple[tuple[uuid.UUID, TaskTimeout, asyncio.Task[Any] | None], ...] = ()
-        """Keys of waits that have timed out, with the error, and the asyncio task in which it was raised."""
+        self._timeouts: tuple[tuple[uuid.UUID, BaseException, asyncio.Task[Any] | None], ...] = ()
+        """Keys of waits that have timed out, with the error, and the asyncio task in which it was raised.
+
+        Also those of steps that have failed while they wrote streams.
+        """
         self._waited = journal.waiting
         """True if waits of the task may be stored."""
         self._signals_raised = 0
@@ -118,6 +123,11 @@ class Run:
     def streamed(self) -> set[tuple[str, uuid.UUID]]:
         """Names of streams with the tries of steps that have written them."""
         return set()
+
+    @functools.cached_property
+    def stream_positions(self) -> dict[uuid.UUID, dict[str, int]]:
+        """By the key of each step or block that has written streams: their names, with the last positions."""
+        return {}
 
     def start(self, body: Coroutine[Any, Any, Any], context: contextvars.Context) -> None:
         """Start user code, whose outcome is written when it ends."""
@@ -275,7 +285,7 @@ class Run:
         """The task's own rule for steps that are recorded with other arguments."""
         return self.task.replay
 
-    def timed_out(self, key: uuid.UUID, error: TaskTimeout) -> TaskTimeout:
+    def timed_out(self, key: uuid.UUID, error: ErrorT) -> ErrorT:
         """Note the error of a wait, for its record to be deleted if the error fails the run. Returns the error."""
         self._timeouts += ((key, error, asyncio.current_task()),)
         return error
@@ -398,17 +408,21 @@ class Run:
         return await future
 
     def publish(self, name: str, text: str) -> None:
-        """Have a value of the task written, unless the calling branch repeats what an earlier run has done."""
-        if not (self.branch().live or self.journal.used_up):
-            return
+        """Have a value of the task written, unless the calling branch repeats what an earlier run has written."""
+        replays = not (self.branch().live or self.journal.used_up)
         if self._publications is None:
             self._publications = Publications(
                 self.claimed,
                 self.host.writer,
                 on_lost=lambda: self.take_away(LeaseLost()),
                 warn=self.warn,
+                follows_loss=lambda: self.host.reader.follows_loss(self.claimed.task_id),
+                start_task=self.host.start_task,
             )
-        self._publications.publish(name, text)
+        if replays:
+            self._publications.replay(name, text)
+        else:
+            self._publications.publish(name, text)
 
     def _keep_lines(self, level: int) -> KeptLines:
         writer, on_lost = self.host.writer, lambda: self.take_away(LeaseLost())

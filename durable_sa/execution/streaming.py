@@ -102,6 +102,10 @@ class Block:
         self._cancel_timer()
         self._gathered.clear()
 
+    def note_position(self, positions: dict[uuid.UUID, dict[str, int]]) -> None:
+        """Note the last position of the stream for the step that writes."""
+        positions.setdefault(self._values.step_key, {})[self._values.name] = self.position
+
     def closing(self, *, ends: bool, key: uuid.UUID | None) -> ClosingValues:
         """Return what leaves the block, once all of it is written."""
         return ClosingValues(self._values.name, self.block_id, self.position, ends, key)

@@ -24,6 +24,7 @@ It needs the extra `pydantic-ai`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -79,11 +80,17 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(AgentStreamEvent)
 StepConfig = Mapping[str, Any]
 
 
+@functools.cache
+def _adapter(tp: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(tp)
+
+
 class _Codec(DurabilityCodec):
     """The JSON form of results. Neither a value without one nor a record that no longer fits is met a second time."""
 
     def dump(self, tp: Any, value: Any) -> Any:
-        return JSON_CODEC.dump(tp, value)
+        # Warnings would show the value, for instance of a result that is neither text nor JSON.
+        return _adapter(tp).dump_python(value, mode="json", warnings=False)
 
     def load(self, tp: Any, payload: Any) -> Any:
         try:

@@ -254,7 +254,11 @@ def _refuse_unstorable(value: object, decoded: object, path: Path) -> None:
         )
         raise Unfaithful(path, reason)
     if isinstance(value, bytes | bytearray | memoryview) and not isinstance(decoded, bytes | bytearray):
-        raise Unfaithful(path, "bytes have no JSON form of their own, annotate them as bytes")
+        raise Unfaithful(
+            path,
+            "bytes have no JSON form of their own, annotate them as bytes, or make text of them with base64 where"
+            " nothing is annotated, as in messages and published values",
+        )
     if isinstance(value, re.Pattern) and isinstance(decoded, re.Pattern):
         raise Unfaithful(path, "the flags of a pattern are not stored, write them into it: (?i) for re.IGNORECASE")
 
@@ -300,7 +304,10 @@ def _why_not(value: object) -> str:
     if is_mapped(value):
         return "belongs to a session, pass its primary key"
     if isinstance(value, bytes):
-        return "is not UTF-8, annotate it as bytes or set ser_json_bytes and val_json_bytes to 'base64' in its model"
+        return (
+            "is not UTF-8, annotate it as bytes, set ser_json_bytes and val_json_bytes to 'base64' in its model, or"
+            " make text of it with base64 where nothing is annotated, as in messages and published values"
+        )
     if _fields(value) is not None:
         return "has a serializer that failed"
     return "has no JSON form"

@@ -32,6 +32,7 @@ from sqlalchemy.sql.selectable import CTE
 from sqlalchemy.types import TypeEngine
 
 from ..models import Queue, TaskRow
+from ..names import MAX_NAME_BYTES
 from ..validation import MAX_DURATION
 from .expressions import as_text, constant
 from .fencing import materialized
@@ -53,6 +54,7 @@ STORED_COLUMNS: Final[dict[str, TypeEngine[Any]]] = {
     **{name: type_ for name, type_ in SPAWN_COLUMNS.items() if name not in DERIVED},
     "follow_ups": JSON(),
     "max_payload_bytes": BigInteger(),
+    "limit_key": Text(),
 }
 """The fields of a follow-up that are stored with the task that it follows."""
 
@@ -149,7 +151,7 @@ def _following(changed: CTE) -> CTE:
         "parent_task_id": cast(null(), Uuid()),
         "follow_ups": as_text(f.c.follow_ups),
         "idempotency_key": cast(null(), Text()),
-        "limit_key": cast(null(), Text()),
+        "limit_key": case((func.octet_length(f.c.limit_key) <= constant(MAX_NAME_BYTES), f.c.limit_key)),
         "weight": cast(null(), SmallInteger()),
         "unique_key": cast(null(), Text()),
     }

@@ -54,7 +54,7 @@ CHECKPOINTS = (
         case((_with_payloads, Checkpoint.arguments)).label("arguments"),
         case((or_(_with_payloads, _is_public), as_text(Checkpoint.value))).label("value"),
     )
-    .where(Checkpoint.task_id == _task_id, Checkpoint.name != constant("$time"))
+    .where(Checkpoint.task_id == _task_id, Checkpoint.name.not_in((constant("$time"), constant("$stream"))))
     .order_by(Checkpoint.created_at)
 )
 """The checkpoints of a task. The values of sleeps are their ends, those of tries their errors, of races the winners."""

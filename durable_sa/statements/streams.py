@@ -23,6 +23,7 @@ from sqlalchemy import (
     case,
     column,
     delete,
+    exists,
     func,
     literal_column,
     or_,
@@ -325,6 +326,24 @@ CLOSE_STREAMS = (
     .add_cte(_closed, _recorded)
 )
 """Leave blocks; where that `ends` a stream, readers come to the end."""
+
+_step = rows("step", task_ids=Uuid(), names=Text(), step_keys=Uuid(), positions=BigInteger())
+_is_ended = exists().where(
+    Stream.task_id == _step.c.task_ids,
+    Stream.name == _step.c.names,
+    Stream.step_key != _step.c.step_keys,
+    Stream.closed_at.is_not(None),
+)
+_has_later = exists().where(
+    StreamItems.task_id == _step.c.task_ids,
+    StreamItems.name == _step.c.names,
+    StreamItems.position > _step.c.positions,
+    StreamItems.step_key != _step.c.step_keys,
+    Checkpoint.task_id == StreamItems.task_id,
+    Checkpoint.key == StreamItems.step_key,
+)
+OVERTAKEN = select(_step.c.task_ids.label("task_id")).where(or_(_is_ended, _has_later))
+"""The steps whose streams others have ended, or have written behind a position and are recorded."""
 
 _asked = rows("asked", task_ids=Uuid(), names=Text(), afters=BigInteger())
 _next = (

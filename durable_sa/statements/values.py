@@ -38,6 +38,12 @@ _published = (
 PUBLISH = select(_published.c.task_id).distinct()
 """Write the values of runs, which replace those of before."""
 
+_run = rows("run", task_ids=Uuid())
+FOLLOW_LOSS = (
+    select(TaskRow.task_id).join(_run, TaskRow.task_id == _run.c.task_ids).where(TaskRow.lease_losses > constant(0))
+)
+"""The tasks whose last run was lost with its worker."""
+
 _asked = rows("asked", task_ids=Uuid(), names=Text())
 GET_VALUES = (
     select(

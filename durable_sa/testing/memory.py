@@ -144,6 +144,7 @@ class MemoryRun:
         self.host = self.reader = self
         self.open_streams: dict[str, Any] = {}
         self.ended_streams: set[str] = set()
+        self.stream_positions: dict[uuid.UUID, dict[str, int]] = {}
         self._racing = False
         """True while the waits of a race are tried one after the other."""
         self._results = results

@@ -175,6 +175,28 @@ async def test_a_queue_with_limits_runs_its_follow_ups_and_what_waits_for_messag
         assert (await connection.scalars(keys)).all() == [""] * 3
 
 
+async def test_a_follow_up_has_the_limit_key_of_its_task(durable: Durable) -> None:
+    @durable.task(limit_key="acme")
+    async def follow(ctx: TaskContext, failure: TaskEnded) -> None: ...
+
+    @durable.task(limit_key=lambda failure: "acme")
+    async def compute(ctx: TaskContext, failure: TaskEnded) -> None: ...
+
+    @durable.task(on_failure=follow, on_cancel=compute, max_attempts=1)
+    async def broken(ctx: TaskContext) -> None:
+        raise Crash
+
+    await durable.set_limit("default", Limit(concurrency=1), per_key=True)
+    await durable.spawn(broken)
+    await durable.cancel_task(await durable.spawn(broken))
+    await run_until_idle(durable)
+    async with durable.engine.connect() as connection:
+        rows = await connection.execute(
+            select(TaskRow.task_name, TaskRow.limit_key, TaskRow.state).where(TaskRow.task_name != "broken")
+        )
+        assert sorted(rows.all()) == [("compute", "", "completed"), ("follow", "acme", "completed")]
+
+
 async def test_a_time_limit_and_a_cascade_have_follow_ups(client: Durable) -> None:
     @client.task(on_failure="alert")
     async def parent(ctx: TaskContext) -> None:
@@ -337,7 +359,16 @@ async def test_a_follow_up_goes_to_the_queue_of_its_task_if_its_own_does_not_exi
 async def test_what_is_stored_by_hand_is_passed_over(client: Durable) -> None:
     spawned = []
     named = '"task_name": "failed_task", "max_attempts"'
-    for stored in ("[]", "5", '{"cancelled": 5}', '{"cancelled": {}}', "null", f'{{"cancelled": {{{named}: "many"}}}}'):
+    keyed = f'{{"cancelled": {{"limit_key": "{"x" * 100_000}"}}}}'
+    for stored in (
+        "[]",
+        "5",
+        '{"cancelled": 5}',
+        '{"cancelled": {}}',
+        "null",
+        f'{{"cancelled": {{{named}: "many"}}}}',
+        keyed,
+    ):
         spawned.append(await client.spawn(work, 1))
         async with client.engine.begin() as connection:
             await connection.execute(

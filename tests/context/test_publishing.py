@@ -23,7 +23,8 @@ from durable_sa import (
     task,
 )
 from durable_sa.testing import task_context
-from tests.context.support import Crash, Rows, Runner
+from tests.context.support import Crash, Rows, Runner, Tally
+from tests.support import eventually
 
 
 class Progress(BaseModel):
@@ -201,6 +202,41 @@ async def test_a_run_that_lost_its_task_publishes_nothing_more(run: Runner) -> N
     lost.set()
     assert (await run.wait(spawned)).output is not None
     assert await run.durable.get_value(spawned, "attempt") is None
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_value_that_a_lost_run_has_not_written_is_written_after_the_replay(
+    run: Runner, engine: AsyncEngine, ends: bool
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @task
+    async def work(ctx: TaskContext) -> None:
+        await ctx.publish("state", "one")
+        await ctx.step("first", Tally().add, 1)
+        await ctx.publish("state", "two")
+        await ctx.step("second", Tally().add, 2)
+        if not begun.is_set():
+            begun.set()
+            await asyncio.sleep(60)
+        if not ends:
+            await go_on.wait()
+
+    spawned, rows = await run.spawn(work), Rows(run.durable, 0)
+    rows.task_id = spawned.task_id
+    await begun.wait()
+    await eventually(lambda: run.durable.get_value(spawned, "state"))
+    await eventually(lambda: rows.checkpoints("second"))
+    async with engine.begin() as connection:
+        await connection.execute(text("UPDATE durable.tasks SET lease_losses = 1"))
+        await connection.execute(text("DELETE FROM durable.task_values"))
+    await rows.take_over()
+    if not ends:
+        assert await eventually(lambda: run.durable.get_value(spawned, "state")) == "two"
+        go_on.set()
+    await run.wait(spawned)
+    assert await run.durable.get_value(spawned, "state") == "two"
+    assert await versions(engine, spawned) == {"state": 1}
 
 
 async def test_values_are_deleted_with_their_task(durable: Durable, engine: AsyncEngine) -> None:

@@ -212,6 +212,21 @@ async def test_def_tasks_race(run: Runner) -> None:
     assert (await run.wait(spawned)).output == ["a", 7]
 
 
+async def test_the_waits_of_a_race_that_is_refused_are_withdrawn(run: Runner) -> None:
+    @task
+    async def work(ctx: TaskContext) -> str:
+        with pytest.raises(InvalidConfiguration):
+            await ctx.race(
+                "race",
+                first=ctx.receive("first"),
+                wrong=lambda: ctx.sleep_for("wrong", -1),
+                unreached=ctx.receive("unreached"),
+            )
+        return "caught"
+
+    assert await run(work) == "caught"
+
+
 async def test_what_is_no_race_is_refused(run: Runner) -> None:
     @task
     async def work(ctx: TaskContext) -> int:

@@ -295,6 +295,120 @@ async def test_a_block_that_a_timeout_cuts_off_leaves_the_stream_to_the_next(run
     await run(work)
 
 
+@pytest.mark.parametrize("failure", ["error", "error before the first item", "timeout", "cancelled"])
+@pytest.mark.parametrize("keep_open", [False, True])
+async def test_a_step_whose_error_was_caught_leaves_the_stream_to_the_next_also_in_replays(
+    run: Runner, tally: Tally, failure: str, keep_open: bool
+) -> None:
+    @step(timeout=0.1 if failure == "timeout" else None)
+    async def primary() -> None:
+        tally.add("primary")
+        async with current_context().stream("answer", keep_open=keep_open) as stream:
+            if failure != "error before the first item":
+                await stream.write("first")
+            if failure.startswith("error"):
+                raise ConnectionError
+            await asyncio.sleep(10)
+
+    async def fallback() -> None:
+        async with current_context().stream("answer", keep_open=keep_open) as stream:
+            await stream.write("second")
+
+    @task(max_attempts=2)
+    async def work(ctx: TaskContext) -> None:
+        try:
+            async with asyncio.timeout(0.1 if failure == "cancelled" else None):
+                await primary()
+        except (OSError, TimeoutError):
+            await ctx.step("fallback", fallback)
+        await ctx.sleep_for("nap", 0.01)
+        if ctx.attempt == 1:
+            raise Crash
+        if keep_open:
+            async with ctx.stream("answer") as stream:
+                await stream.write("third")
+
+    spawned = await run.spawn(work)
+    result = await run.wait(spawned)
+    assert result.status == "completed", result.error
+    assert tally == ["primary"] * 3
+    written = ["first", "second", "third"]
+    assert await read(run.durable, spawned) == written[failure == "error before the first item" : 2 + keep_open]
+
+
+async def test_a_block_in_the_body_whose_error_was_caught_leaves_the_stream_to_the_next_also_in_replays(
+    run: Runner, tally: Tally
+) -> None:
+    @task
+    async def work(ctx: TaskContext) -> None:
+        with suppress(Crash):
+            async with ctx.stream("answer", keep_open=True) as stream:
+                tally.add(ctx.attempt)
+                await stream.write("first")
+                raise Crash
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05), ctx.stream("answer", keep_open=True) as stream:
+                await ctx.step("never", asyncio.Event().wait)
+        async with ctx.stream("answer", keep_open=True) as stream:
+            await stream.write("second")
+        async with ctx.stream("answer") as stream:
+            await stream.write("third")
+            if ctx.attempt == 1:
+                raise Crash
+
+    spawned = await run.spawn(work)
+    await run.wait(spawned)
+    assert tally == [1, 2]
+    assert await read(run.durable, spawned) == ["first", "second", "third"]
+
+
+async def test_a_def_task_catches_the_errors_of_steps_that_write_streams(run: Runner) -> None:
+    @task
+    def work(ctx: SyncTaskContext) -> None:
+        def primary() -> None:
+            with ctx.stream("answer") as stream:
+                stream.write("first")
+                raise ConnectionError
+
+        with suppress(ConnectionError):
+            ctx.step("primary", primary)
+        with suppress(Crash), ctx.stream("answer", keep_open=True) as stream:
+            stream.write("second")
+            raise Crash
+        with ctx.stream("answer") as stream:
+            stream.write("third")
+        ctx.sleep_for("nap", 0.01)
+
+    spawned = await run.spawn(work)
+    result = await run.wait(spawned)
+    assert result.status == "completed", result.error
+    assert await read(run.durable, spawned) == ["first", "second", "third"]
+
+
+async def test_a_step_whose_error_fails_the_attempt_writes_anew_behind_what_came_after_it(run: Runner) -> None:
+    @task
+    async def work(ctx: TaskContext) -> None:
+        async def primary(attempt: int) -> None:
+            async with ctx.stream("answer", keep_open=True) as stream:
+                await stream.write(attempt)
+                if attempt == 1:
+                    raise Crash
+
+        async def apology() -> None:
+            async with ctx.stream("answer", keep_open=True) as stream:
+                await stream.write("sorry")
+
+        try:
+            await ctx.step("primary", lambda: primary(ctx.attempt))
+        except Crash:
+            await ctx.step("apology", apology)
+            raise
+
+    spawned = await run.spawn(work)
+    await run.wait(spawned)
+    assert await read(run.durable, spawned) == ["sorry", 2]
+
+
 async def test_a_transaction_that_is_repeated_supersedes_its_items(run: Runner) -> None:
     calls = 0
 

@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
 
 import pytest
@@ -377,6 +377,33 @@ async def test_a_result_without_a_json_form_fails_the_task_without_a_retry(durab
     assert failed.error is not None
     assert failed.error.name == "SerializationError"
     assert (await durable.get_task(spawned)).attempt == 1
+
+
+async def test_results_of_tools_come_back_as_plain_json_and_are_shown_in_no_warning(
+    durable: Durable, recwarn: pytest.WarningsRecorder
+) -> None:
+    async def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        if not (found := results(messages)):
+            return ModelResponse(parts=[ToolCallPart("raw", {}), ToolCallPart("when", {"day": "2024-01-02"})])
+        return ModelResponse(parts=[TextPart(repr(found))])
+
+    agent = Agent(FunctionModel(respond), name="support", capabilities=[DurableAgents()])
+
+    @agent.tool_plain
+    def raw() -> bytes:
+        return b"\xff"
+
+    @agent.tool_plain
+    def when(day: date) -> date:
+        return day.replace(year=2025)
+
+    @durable.task(max_attempts=1)
+    async def work(ctx: TaskContext) -> str:
+        return (await agent.run("")).output
+
+    async with durable.worker():
+        assert (await done(durable, work)).output == "['_w==', '2025-01-02']"
+    assert not [warning for warning in recwarn if "Pydantic" in str(warning.message)]
 
 
 async def test_an_answer_that_comes_too_late_is_a_refusal_to_the_model(durable: Durable) -> None:

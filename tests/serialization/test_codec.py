@@ -257,7 +257,7 @@ nan, inf = math.nan, math.inf
         (Any, {1: "a"}, "a key of type int would come back as a str"),
         (Any, {"a": {None: 1}}, "at a: a key of type NoneType would come back as a str"),
         (dict[str, Any], {"a": {2.5: 1}}, "at a: a key of type float"),
-        (Any, b"hunter2", "annotate them as bytes"),
+        (Any, b"hunter2", "annotate them as bytes, or make text of them with base64"),
         (Any, [b"\xff"], r"at \[0\]: a value of type bytes is not UTF-8"),
         (Text, Text(blob=b"\xff"), "at blob: a value of type bytes is not UTF-8"),
         (Any, object(), "a value of type object has no JSON form"),
