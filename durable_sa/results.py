@@ -1,6 +1,6 @@
 """The values that a client returns: ids of spawned tasks, results of tasks, schedules, statistics."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from .errors import InvalidConfiguration
-from .validation import Duration, instance, integer, seconds, timestamp
+from .validation import Duration, integer, seconds, text, timestamp
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -158,8 +158,8 @@ class TaskFilter:
 
     def __post_init__(self) -> None:
         for name in ("task_name", "queue_name", "key", "limit_key", "error_name"):
-            if (text := getattr(self, name)) is not None:
-                instance(text, str, name)
+            if (value := getattr(self, name)) is not None:
+                text(value, name)
         for name in ("spawned_after", "spawned_before", "ended_after", "ended_before"):
             if (moment := getattr(self, name)) is not None:
                 object.__setattr__(self, name, timestamp(moment, name))
@@ -170,7 +170,8 @@ class TaskFilter:
         if self.version is not None:
             integer(self.version, "version", minimum=1, maximum=2**31 - 1)
         if self.state is not None:
-            several = not isinstance(self.state, str)
+            given: object = self.state
+            several = isinstance(given, Iterable) and not isinstance(given, str)
             states = tuple(_status(state) for state in (self.state if several else [self.state]))
             if not states:
                 raise InvalidConfiguration("state", "it names no state", "Leave it out for tasks in any state.")

@@ -1,5 +1,6 @@
 """The ranges of numbers, durations and timestamps that applications pass."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -10,6 +11,9 @@ Duration = float | timedelta
 
 MAX_DURATION: Final = timedelta(days=36_525).total_seconds()
 """100 years, in seconds."""
+
+UNSTORABLE: Final = re.compile(r"[\x00\ud800-\udfff]")
+"""The characters of a `str` that the database cannot hold."""
 
 _ANNOTATE: Final = (
     "If a step or transaction has returned it, annotate the function, `-> {}`: without an annotation values come back "
@@ -79,6 +83,18 @@ def timestamp(value: object, what: str) -> datetime:
     if not _EARLIEST <= value <= _LATEST:
         raise InvalidConfiguration(what, f"{value.isoformat()} is not between the years 1000 and 9000")
     return value.astimezone(UTC)
+
+
+def text(value: object, what: str) -> None:
+    """Refuse a value that is not a `str`, or has a character that the database has none like.
+
+    Raises:
+        InvalidConfiguration: another type, NUL, or a surrogate, such as Python makes of bytes that are not UTF-8.
+    """
+    if not isinstance(value, str):
+        raise InvalidConfiguration(what, f"it must be a str, not {type(value).__name__}")
+    if UNSTORABLE.search(value):
+        raise InvalidConfiguration(what, f"{value[:80]!r} has a NUL or a surrogate in it, which no stored text has")
 
 
 def instance(value: object, wanted: type, what: str) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0, success; 1, failure, or something was not found; 2, invalid argum
 """
 
 import gc
+import io
 import sys
 
 __all__ = ["main"]
@@ -19,6 +20,10 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit("error: The command line is not installed. Install it with: pip install 'durable_sa[cli]'")
+    for stream in (sys.stdout, sys.stderr):
+        # What the encoding of the output has no character for must not fail a command that has done its work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     gc.freeze()
     gc.enable()
     app()

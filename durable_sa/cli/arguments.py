@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
@@ -12,6 +11,9 @@ from typing import Any, Literal
 
 import typer
 
+from ..errors import InvalidConfiguration
+from ..validation import MAX_DURATION, timestamp
+
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])?(?:i?b)?")
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)?")
@@ -20,8 +22,10 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)?")
 def duration(text: str) -> timedelta:
     """Parse a duration such as `90s`, `15m`, `12h`, `7d` or `2w`; a number alone is in seconds."""
     if match := _SPAN.fullmatch(text.strip().lower()):
-        with contextlib.suppress(OverflowError):
-            return timedelta(seconds=float(match[1]) * _UNITS[match[2] or "s"])
+        seconds = float(match[1]) * _UNITS[match[2] or "s"]
+        if seconds > MAX_DURATION:
+            raise typer.BadParameter(f"{text!r} is longer than 100 years.")
+        return timedelta(seconds=seconds)
     raise typer.BadParameter(f"{text!r} is not a duration. Write, for example, 90s, 15m, 12h or 7d.")
 
 
@@ -52,17 +56,24 @@ def moment(text: str) -> datetime | timedelta:
     except ValueError:
         return duration(text)
     if parsed.tzinfo is None:
-        raise typer.BadParameter(f"{text!r} has no time zone. Add an offset: {text}Z")
-    return parsed
+        raise typer.BadParameter(f"{text!r} has no time zone. Add an offset: {parsed.isoformat()}Z")
+    try:
+        return timestamp(parsed, "time")
+    except InvalidConfiguration:
+        raise typer.BadParameter(f"{text!r} is not between the years 1000 and 9000.") from None
 
 
 def json_value(text: str) -> Any:
     """Parse JSON; `@FILE` reads it from a file, `@-` from stdin."""
-    if text.startswith("@"):
+    source = {"@-": "stdin"}.get(text, text[1:]) if text.startswith("@") else None
+    if source is not None:
         try:
-            text = sys.stdin.read() if text == "@-" else Path(text[1:]).read_text()
+            # Some programs write a byte order mark.
+            text = (sys.stdin.read() if text == "@-" else Path(source).read_text("utf-8")).removeprefix("\ufeff")
         except OSError as error:
-            raise typer.BadParameter(f"{text[1:]}: {error.strerror}") from error
+            raise typer.BadParameter(f"{source}: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise typer.BadParameter(f"{source}: it is not JSON, because it is not UTF-8.") from None
     try:
         return json.loads(text, object_pairs_hook=_object)
     except _DuplicateKey:
@@ -70,6 +81,8 @@ def json_value(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         # The message does not quote the text, because it may be secret.
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        if source is not None:
+            raise typer.BadParameter(f"{source}: it is not valid JSON{place}.") from None
         raise typer.BadParameter(
             f"The value is not valid JSON{place}. Quote strings twice for the shell: '\"text\"'."
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -70,6 +71,14 @@ class Source(NamedTuple):
                 "--schema", f"the tables of {self.app} are in schema {durable.schema!r}", "Leave out --schema."
             )
         return durable
+
+    def options(self) -> str:
+        """Return the options as they are typed in a shell, without the address, in which there may be a password."""
+        words = [] if self.url is None else ["--url", "URL"]
+        words += ["--embedded"] if self.embedded else []
+        for option, value in (("--app", self.app), ("--schema", self.schema)):
+            words += [] if value is None else [option, value]
+        return shlex.join(words)
 
     def _address(self) -> str | None:
         if not self.embedded:

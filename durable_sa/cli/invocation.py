@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Coroutine, Generator
-from contextlib import contextmanager
-from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec, get_type_hints
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import contextmanager, suppress
+from itertools import chain
+from typing import Annotated, Any, Concatenate, NoReturn, ParamSpec, cast, get_type_hints
 
 import typer
 from sqlalchemy.engine import URL
@@ -16,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from .. import Durable, __version__
 from ..database_errors import sqlstate
 from ..errors import DurableError
+from ..validation import UNSTORABLE
 from .connection import App, Embedded, SchemaName, Source, Url, description, place, require_database
 from .messages import USAGE_ERRORS, message
 from .output import Output, clean, make_console
@@ -43,11 +45,14 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 class Invocation:
     """The client and the output of a command."""
 
-    def __init__(self, durable: Durable[Any], output: Output, *, app: str | None = None) -> None:
+    def __init__(self, durable: Durable[Any], output: Output, source: Source | None = None) -> None:
+        source = source or Source()
         self.durable = durable
         self.output = output
-        self.app = app
+        self.app = source.app
         """The MODULE:DURABLE of which the client is, with its tasks; None if it was made for the command."""
+        self.options = " ".join(filter(None, [source.options(), "--json" if output.as_json else ""]))
+        """The options of the database and the output, as they are typed in a shell."""
 
     def announce(self) -> None:
         """Say on stderr which database the command speaks to.
@@ -87,10 +92,11 @@ def _command(
         given = {name: arguments.pop(name, default) for name, (_, default) in options.items()}
         as_json, watch = given.pop("as_json"), given.pop("watch", False)
         source = Source(**given)
+        _refuse_unreadable(chain(given.values(), arguments.values()))
 
         async def main(durable: Durable[Any]) -> None:
             async with durable:
-                invocation = Invocation(durable, Output(as_json=as_json), app=source.app)
+                invocation = Invocation(durable, Output(as_json=as_json), source)
                 if announced:
                     invocation.announce()
                 await perform(functools.partial(function, invocation, **arguments), invocation, watch)
@@ -116,22 +122,34 @@ def _command(
     return run
 
 
+def _refuse_unreadable(values: Iterable[object]) -> None:
+    """Refuse arguments that are not UTF-8, or have another character that no stored text has."""
+    texts = chain.from_iterable(cast(list[object], value) if isinstance(value, list) else [value] for value in values)
+    for value in texts:
+        if isinstance(value, str) and UNSTORABLE.search(value):
+            fail(f"The argument {value!r} is not UTF-8.", USAGE)
+
+
 async def _once(act: Callable[[], Coroutine[Any, Any, None]], invocation: Invocation, watch: bool) -> None:
     await act()
 
 
 async def _watched(act: Callable[[], Coroutine[Any, Any, None]], invocation: Invocation, watch: bool) -> None:
-    while True:
-        if watch:
-            invocation.output.console.clear()
+    if not watch:
         await act()
-        if not watch:
-            return
-        try:
+        return
+    try:
+        while True:
+            invocation.output.console.clear()
+            working = asyncio.create_task(act())
+            await asyncio.shield(working)
             await _pause(_WATCH_SECONDS)
-        except asyncio.CancelledError:
-            # Ctrl-C cancels the command; it is how this one ends.
-            raise typer.Exit(OK) from None
+    except asyncio.CancelledError:
+        # Ctrl-C cancels the command; it is how this one ends. A query in flight gets a moment, because the driver
+        # complains on stderr of one that is cut off.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(working, _WATCH_SECONDS)
+        raise typer.Exit(OK) from None
 
 
 @contextmanager

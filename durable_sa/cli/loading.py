@@ -19,7 +19,7 @@ def load(target: str) -> Durable[Any]:
         InvalidConfiguration: the module does not exist, or has no Durable of that name.
     """
     module_name, colon, name = target.partition(":")
-    if not (module_name and colon and name):
+    if not (module_name and colon and name) or module_name.startswith("."):
         raise InvalidConfiguration(
             "MODULE:DURABLE", f"{target!r} has another form", "Write, for example, app.tasks:durable."
         )

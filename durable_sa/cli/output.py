@@ -35,7 +35,8 @@ _STYLES = {
 def make_console(*, stderr: bool = False) -> Console:
     """Create a console that prints text without markup and, where it is not a terminal, without wrapping."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _UNLIMITED
+    # Python has none for a descriptor that is closed.
+    width = None if stream is not None and stream.isatty() else _UNLIMITED  # pyright: ignore[reportUnnecessaryComparison]
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 
@@ -48,7 +49,7 @@ class Output:
 
     def json(self, data: Any) -> None:
         """Print data as JSON, with times in ISO 8601 and durations in seconds."""
-        print(to_json(data, indent=2, timedelta_mode="float").decode())  # noqa: T201
+        print(to_json(data, indent=2, timedelta_mode="float").decode(), flush=True)  # noqa: T201
 
     def say(self, message: str, /, **data: Any) -> None:
         """Print a sentence, or the data as JSON."""
@@ -73,8 +74,8 @@ class Output:
         headings = list(columns.values()) if headed else None
         cells = [[shown(row[key]) for key in columns] for row in rows]
         if not self.console.is_terminal:
-            for line in [*([headings] if headings else []), *cells]:
-                print(tables.plain_line(line))  # noqa: T201 - a console would expand the tabs
+            lines = map(tables.plain_line, [*([headings] if headings else []), *cells])
+            print("\n".join(lines), flush=True)  # noqa: T201 - a console would expand the tabs
             return
         unbroken = {number for number, key in enumerate(columns) if key.endswith(("_id", "_at"))}
         for text in tables.render(headings, cells, self.console.width, _STYLES, unbroken=unbroken):

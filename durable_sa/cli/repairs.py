@@ -14,6 +14,8 @@ from sqlalchemy import select
 from .. import TaskRow, TaskStatus
 from ..client import bulk
 from ..errors import InvalidState, TaskNotFound
+from ..options import MAX_ATTEMPTS
+from ..validation import integer
 from .invocation import FAILED, USAGE, Invocation, connected, examples, fail
 from .messages import message
 from .selection import (
@@ -127,6 +129,8 @@ async def retry(
     dry_run: DryRun = False,
 ) -> None:
     """Retry failed or cancelled tasks. They keep their checkpoints; failures are counted from zero."""
+    if max_attempts is not None:
+        integer(max_attempts, "max_attempts", minimum=1, maximum=MAX_ATTEMPTS)
     times = (since, until, spawned_after, spawned_before, ended_after, ended_before)
     filters = Filters(queue_name, tuple(states or ()), name, error, key, limit_key, parent, *times)
     one = functools.partial(invocation.durable.retry_task, max_attempts=max_attempts)

@@ -132,9 +132,9 @@ class Filters(NamedTuple):
     def options(self) -> str:
         """Return the filters as they are typed in a shell."""
         words: list[str] = [word for state in self.states for word in ("--state", state)]
-        for field, value in self._replace(states=())._asdict().items():
-            if value:
-                text = f"{value // timedelta(seconds=1)}s" if isinstance(value, timedelta) else value
+        for field, value in self._asdict().items():
+            if value is not None and field != "states":
+                text = f"{value.total_seconds():.15g}s" if isinstance(value, timedelta) else value
                 text = text.isoformat() if isinstance(text, datetime) else text
                 words += [f"--{field.removesuffix('_name').replace('_', '-')}", text]
         return shlex.join(words)

@@ -104,7 +104,8 @@ async def list_(
             row["running"] = _running(task)
     invocation.output.table(rows, columns, empty="No matching tasks.")
     if page.next is not None:
-        given = (filters.options(), "" if sort == "newest" else f"--sort {sort}", f"--limit {limit}")
+        order = "" if sort == "newest" else f"--sort {sort}"
+        given = (invocation.options, filters.options(), order, f"--limit {limit}")
         options = " ".join(part for part in given if part)
         invocation.output.note(f"There are more. Next page: durable tasks list {options} --after {page.next}")
 

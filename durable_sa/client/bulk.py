@@ -1,8 +1,8 @@
 """Cancelling, retrying and deleting many tasks: batch by batch, each a transaction of its own.
 
-The tasks are found page by page, so that neither a statement nor the memory grows with their number. A run that is
-interrupted has done whole batches, and the same call later goes on with what is left, because tasks that are done
-either match no longer or are skipped.
+The tasks are found page by page, so that neither a statement nor the memory grows with their number; of a select that
+can be executed only once, 16 bytes are kept of each. A run that is interrupted has done whole batches, and the same
+call later goes on with what is left, because tasks that are done either match no longer or are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Executable
+from sqlalchemy import Executable, Select
+from sqlalchemy.sql.selectable import CompoundSelect
 
 from ..app import App
 from ..database.connections import Database
@@ -24,7 +25,7 @@ from ..database_errors import backoff
 from ..errors import InvalidConfiguration, InvalidState, TaskNotFound
 from ..ids import new_id
 from ..options import MAX_ATTEMPTS
-from ..results import BulkResult, TaskStatus
+from ..results import BulkResult, TaskFilter, TaskStatus
 from ..statements import cancelling, reading
 from ..validation import integer
 from .reading import check_where, fetch
@@ -57,7 +58,8 @@ class Bulk(App):
         """Cancel all unfinished tasks that match, with their unfinished descendants; ended ones are skipped.
 
         `where` is a :class:`TaskFilter` or a select of ids, `select(TaskRow.task_id)`, also joined with tables of the
-        application. `progress` is called after each batch with the number of tasks that are done or skipped, and the
+        application. A select with a LIMIT, groups or another select in it is executed once, at the
+        beginning. `progress` is called after each batch with the number of tasks that are done or skipped, and the
         number of all that match. A `dry_run` only counts. Tasks that another transaction keeps locked for ten seconds
         are skipped.
         """
@@ -201,6 +203,8 @@ class Found:
     def __init__(self, app: App, where: Where) -> None:
         self._app = app
         self._where = where
+        self._ids: list[bytes] | None = None
+        """Pages of a select that is executed once."""
 
     async def count(self) -> int:
         """Count the tasks."""
@@ -210,11 +214,16 @@ class Found:
         """Yield the ids, those of tasks that are spawned meanwhile excluded if there are many.
 
         A few are found by an index. Many, or those that no index knows, are found by going through all tasks, window by
-        window.
+        window. A select whose windows would depend on what was changed before is executed once instead.
         """
+        if not isinstance(self._where, TaskFilter) and not reading.is_by_task(self._where):
+            for page in await self._chosen(self._where):
+                yield [uuid.UUID(bytes=page[begin : begin + 16]) for begin in range(0, len(page), 16)]
+            return
         few = reading.some(self._where, PAGE + 1)
         if few is not None and len(ids := await self._read(few)) <= PAGE:
-            yield sorted(set(ids))
+            # An outer join may return NULL.
+            yield sorted(set(filter(None, ids)))
             return
         begin, last = uuid.UUID(int=0), await self._read(reading.LAST_TASK)
         while last and begin < last[0]:
@@ -222,7 +231,13 @@ class Found:
             yield await self._read(reading.window(self._where, begin, end))
             begin = end
 
-    async def _read(self, statement: Executable, **parameters: Any) -> list[uuid.UUID]:
+    async def _chosen(self, where: Select[Any] | CompoundSelect[Any]) -> list[bytes]:
+        """Return the ids that a select returns at the first call, 16 bytes each."""
+        if self._ids is None:
+            self._ids = await self._read(reading.chosen_ids(where, PAGE))
+        return self._ids
+
+    async def _read(self, statement: Executable, **parameters: Any) -> list[Any]:
         rows = await read(
             self._app.database, lambda connection: fetch(connection, self._app.schema, statement, parameters)
         )

@@ -102,9 +102,7 @@ def _recorded(records: Records, *, payloads: bool) -> Iterator[HistoryEntry]:
     for checkpoint in records.checkpoints:
         child = children.pop(checkpoint.child_task_id, None) if checkpoint.kind == "spawn" else None
         yield (
-            _child(checkpoint.name, child)
-            if child is not None
-            else _call(checkpoint, records.task.now, payloads=payloads)
+            _child(checkpoint.name, child) if child is not None else _call(checkpoint, records.task, payloads=payloads)
         )
     for child in children.values():
         yield _child("", child)
@@ -115,14 +113,18 @@ def _child(name: str, child: Row[Any]) -> HistoryEntry:
     return HistoryEntry("child", name, child.state, 0, child.created_at, child.finished_at, detail)
 
 
-def _call(checkpoint: Row[Any], now: datetime, *, payloads: bool) -> HistoryEntry:
+def _call(checkpoint: Row[Any], task: Row[Any], *, payloads: bool) -> HistoryEntry:
     kind, name, ended_at = checkpoint.kind, checkpoint.name, checkpoint.created_at
     began_at = _before(ended_at, checkpoint.duration)
     if kind == "sleep":
         until = _time(checkpoint.value)
-        over = until is None or until <= now
-        status = "completed" if over else "waiting"
-        return HistoryEntry(kind, name, status, 0, ended_at, until if over else None, _known(until=until))
+        # It is recorded when it has begun, and one of milliseconds is over by then.
+        began_at, end, status = ended_at, until, "completed"
+        if until is not None and task.finished_at is not None and task.finished_at < until:
+            end, status = task.finished_at, "cancelled"
+        elif until is not None and until > task.now:
+            end, status = None, "waiting"
+        return HistoryEntry(kind, name, status, 0, began_at, end and max(end, began_at), _known(until=until))
     if (kind, name) == ("value", "$try"):
         fields = _object(checkpoint.value)
         error = stored_error(checkpoint.value, payloads=payloads) if fields else None

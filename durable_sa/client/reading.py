@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from sqlalchemy import Executable, Row
@@ -286,8 +286,8 @@ def _position(after: str, order: Order) -> Position:
         started_at = datetime.fromisoformat(moment) if moment else None
         if (order == "running") != (started_at is not None and started_at.tzinfo is not None):
             raise ValueError
-        return started_at, uuid.UUID(task_id)
-    except ValueError:
+        return started_at and started_at.astimezone(UTC), uuid.UUID(task_id)
+    except (ValueError, OverflowError):
         shown = repr(after[:80])
         remedy = f"Give the `next` of the page before, which was listed with order={order!r} as well."
         raise InvalidConfiguration("after", f"{shown} is not the end of a page", remedy) from None

@@ -16,7 +16,7 @@ from ..models import TaskRow
 from ..names import validate_name
 from ..results import TaskFilter, TaskStatus
 from ..statements.expressions import constant
-from ..statements.reading import Where, by_index, matching
+from ..statements.reading import Where, by_index, conditions, matching
 from ..validation import instance
 
 ACTIONS: Final = frozenset({"cancel", "retry", "rewind", "fork", "send", "emit", "pause", "trigger", "limit", "delete"})
@@ -95,13 +95,7 @@ class Access:
         found = select(TaskRow.task_id).where(*matching(chosen))
         if not inside:
             found = found.where(_among(self.queues or ()) if chosen.queue_name is None else false())
-        match self.where:
-            case None:
-                return found
-            case TaskFilter():
-                return found.where(*matching(self.where))
-            case _:
-                return found.where(TaskRow.task_id.in_(cast("Any", self.where)))
+        return found if self.where is None else found.where(*conditions(self.where))
 
     def those_of(self, task_ids: Iterable[uuid.UUID]) -> Where:
         """Return the tasks of these ids that are shown."""

@@ -64,7 +64,12 @@ def server(data_dir: str | os.PathLike[str] | None = None) -> EmbeddedServer:
         InvalidConfiguration: the `embedded` extra is missing, or PostgreSQL does not start.
     """
     directory = _directory(data_dir)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        remedy = "Set DURABLE_EMBEDDED_DIR to a directory in which you can write."
+        raise InvalidConfiguration("embedded", f"{directory}: {error.strerror}", remedy) from None
     with _mutex, _exclusively(directory):
         shared = _joined.get(directory) or EmbeddedServer(directory / "postgres-18")
         shared.start()

@@ -32,7 +32,7 @@ from ..models import Event, LimitRow, LimitTotalRow, Queue, Schedule, TaskRow, W
 from ..results import TaskFilter
 from .expressions import array, as_text, clamped_time, clock, constant, interval, statement_time
 from .inspection import newest_events
-from .reading import Where, matching, some
+from .reading import Where, conditions, matching, some
 
 CAP: Final = 1_000
 """Rows that are counted; a number above it means that there are more."""
@@ -282,7 +282,8 @@ def latest_failures(where: Where, since: Any) -> Executable:
 
     `where` must be restricted to failed tasks since that time if it is a filter.
     """
-    conditions = matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
+    # A CTE, because SQLAlchemy does not see the joins in the WHERE of a select inside of a lateral one, and warns.
+    chosen = None if isinstance(where, TaskFilter) else where.cte("chosen")
     of_queue = (
         select(TaskRow.task_id, TaskRow.finished_at)
         .where(
@@ -290,7 +291,7 @@ def latest_failures(where: Where, since: Any) -> Executable:
             TaskRow.finished_at.is_not(None),
             TaskRow.outcome == constant("failed"),
             TaskRow.finished_at >= bindparam("since", since, type_=DateTime(timezone=True)),
-            *conditions,
+            *(conditions(where) if chosen is None else [TaskRow.task_id.in_(select(chosen.c[0]))]),
         )
         .order_by(TaskRow.finished_at.desc())
         .limit(constant(FAILURES))
@@ -307,7 +308,7 @@ def latest_failures(where: Where, since: Any) -> Executable:
         .subquery("latest")
     )
     # Errors are long, and read of those that are shown alone.
-    return (
+    found = (
         select(
             TaskRow.task_id,
             TaskRow.task_name,
@@ -320,6 +321,7 @@ def latest_failures(where: Where, since: Any) -> Executable:
         .join(latest, latest.c.task_id == TaskRow.task_id)
         .order_by(TaskRow.finished_at.desc())
     )
+    return found if chosen is None else found.add_cte(chosen)
 
 
 def count(where: Where, most: int) -> Select[int]:
@@ -334,7 +336,4 @@ def count(where: Where, most: int) -> Select[int]:
 
 def visible(where: Where) -> Select[uuid.UUID, str, str]:
     """Select the names and states of the tasks that match."""
-    conditions: Sequence[ColumnElement[bool]] = (
-        matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
-    )
-    return _PLACES.where(*conditions)
+    return _PLACES.where(*conditions(where))

@@ -16,6 +16,7 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     Integer,
+    LargeBinary,
     Select,
     Text,
     Uuid,
@@ -34,7 +35,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import aliased
-from sqlalchemy.sql.selectable import CompoundSelect
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import TextClause
+from sqlalchemy.sql.selectable import AliasedReturnsRows, CompoundSelect, SelectBase
 
 from ..models import Checkpoint, Queue, TaskRow, Wait, WorkerRow
 from ..results import TaskFilter, TaskStatus
@@ -116,9 +119,25 @@ def matching(where: TaskFilter, task: Any = TaskRow) -> list[ColumnElement[bool]
 
 def _error_name(task: Any) -> ColumnElement[str]:
     """Return the name of a task's error. The guide on reading has an index of this expression."""
-    # The server cannot take apart JSON with NUL in one of its texts, such as the data of a UserError.
-    has_nul = func.strpos(as_text(task.error), constant("\\u0000")) > constant(0)
+    # The server cannot take apart JSON with NUL in one of its texts, such as the data of a UserError. The escape of NUL
+    # is behind an even number of backslashes; of a text about it, behind an odd one. The regular expression is slow,
+    # and tried on few texts.
+    text = as_text(task.error)
+    has_nul = and_(
+        func.strpos(text, constant("\\u0000")) > constant(0), text.op("~")(constant(r"(^|[^\\])(\\\\)*\\u0000"))
+    )
     return case((has_nul, null()), else_=task.error.op("->>", return_type=Text())(constant("name")))
+
+
+def conditions(where: Where) -> list[ColumnElement[bool]]:
+    """Return the conditions of a filter or a select on `TaskRow`.
+
+    The select becomes a subquery of its own, because SQLAlchemy takes a table that it has in common with the statement
+    around it for that of the statement, whereby its LIMIT and its aggregates would be about something else.
+    """
+    if isinstance(where, TaskFilter):
+        return matching(where)
+    return [TaskRow.task_id.in_(select(where.subquery("chosen").c[0]))]
 
 
 def _among(column: Any, states: Sequence[TaskStatus]) -> ColumnElement[bool]:
@@ -233,25 +252,21 @@ def page(where: Where, order: Order, after: Position | None, limit: int) -> Task
         ids = every.c.task_id
         return select(ids).where(*_behind(ids, order, after)).order_by(_by_id(ids, order)).limit(limit)
     behind = _behind(TaskRow.task_id, order, after)
-    chosen = select(TaskRow.task_id).where(TaskRow.task_id.in_(where), *behind)
+    chosen = select(TaskRow.task_id).where(*conditions(where), *behind)
     return chosen.order_by(_by_id(TaskRow.task_id, order)).limit(limit)
 
 
 def _running_page(where: Where, after: Position | None, limit: int) -> TaskIds:
-    conditions: list[ColumnElement[bool]] = (
-        matching(where) if isinstance(where, TaskFilter) else [TaskRow.task_id.in_(where)]
-    )
+    chosen = conditions(where)
     place = (TaskRow.started_at, TaskRow.task_id)
     if after is not None:
-        conditions.append(
-            tuple_(*place) > tuple_(literal(after[0], DateTime(timezone=True)), literal(after[1], Uuid()))
-        )
+        chosen.append(tuple_(*place) > tuple_(literal(after[0], DateTime(timezone=True)), literal(after[1], Uuid())))
     running = select(TaskRow.task_id).where(
         TaskRow.queue_name.in_(select(Queue.queue_name)),
         TaskRow.finished_at.is_(None),
         has_been_due(),
         TaskRow.state == constant("running"),
-        *conditions,
+        *chosen,
     )
     return running.order_by(*place).limit(limit)
 
@@ -282,6 +297,34 @@ def _by_id(task_id: Any, order: Order) -> ColumnElement[Any]:
 
 def _constant(number: int) -> Any:
     return constant(number)
+
+
+def is_by_task(where: Select[Any] | CompoundSelect[Any]) -> bool:
+    """Return whether a task is chosen whatever other tasks are, so that it may be looked for after these were changed.
+
+    It is not known of a select with a LIMIT or groups, or with another select, a second alias or a text in it.
+    """
+    if not isinstance(where, Select):
+        return False
+    (column,) = where.selected_columns
+    if getattr(column, "table", None) is not TaskRow.__table__ or column.key != TaskRow.task_id.key:
+        return False
+    limits = (where._limit_clause, where._offset_clause, where._fetch_clause)  # pyright: ignore[reportPrivateUsage]
+    more = (where._group_by_clauses, where._distinct, where._suffixes)  # pyright: ignore[reportPrivateUsage]
+    if any(more) or any(clause is not None for clause in limits):
+        return False
+    others = (SelectBase, AliasedReturnsRows, TextClause)
+    return not any(isinstance(part, others) for part in visitors.iterate(where) if part is not where)
+
+
+def chosen_ids(where: Select[Any] | CompoundSelect[Any], size: int) -> Select[bytes]:
+    """Select the ids of the tasks that a select chooses, in their order; in each row the bytes of `size` ids."""
+    number = func.row_number().over(order_by=TaskRow.task_id) - constant(1)
+    numbered = select(TaskRow.task_id, number.label("number")).where(*conditions(where)).subquery("numbered")
+    page = numbered.c.number // constant(size)
+    separator: Any = aggregate_order_by(literal_column("''::bytea"), numbered.c.task_id)
+    ids = func.string_agg(func.uuid_send(numbered.c.task_id), separator, type_=LargeBinary())
+    return select(ids.label("ids")).group_by(page).order_by(page)
 
 
 def some(where: Where, limit: int) -> TaskIds | None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,67 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "error: The command line is not installed. Install it with: pip install 'durable_sa[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tasks", "list", "--since", "300000w"],
+        ["tasks", "list", "--since", "0001-01-01T00:00+05:00"],
+        ["doctor", "--grace", "99999999w"],
+        ["tasks", "list", "--name", "a\udcff"],
+        ["tasks", "show", "a\udcff"],
+        ["queues", "create", "a\udcff"],
+        ["workers", "--app", ".x:y"],
+        *(["tasks", "retry", "--all", "--max-attempts", number] for number in ("-5", "0", "99999999999")),
+        ["tasks", "retry", "--all", "--dry-run", "--max-attempts", "-5"],
+    ],
+    ids=ascii,
+)
+async def test_values_that_nothing_can_have(cli: CommandLine, durable: Durable, command: list[str]) -> None:
+    result = await cli(*command)
+    assert (result.code, result.stdout) == (2, "")
+    assert ascii(command[-1])[1:-1] in re.sub(r"[\s│]", "", result.stderr)
+
+
+@pytest.mark.slow
+async def test_outputs_that_take_no_text(durable: Durable, database_url: URL) -> None:
+    environment = {
+        **os.environ,
+        "DURABLE_DATABASE_URL": database_url.render_as_string(hide_password=False),
+        "PYTHONIOENCODING": "latin-1",
+    }
+    for command, redirection, stdout in (
+        ("events emit e→3 1", "", b"e\\u21923"),
+        ("queues", ">&-", b""),
+        ("queues --json", ">&-", b""),
+    ):
+        process = await asyncio.create_subprocess_shell(
+            f"{sys.executable} -m durable_sa.cli {command} {redirection}",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+        )
+        out, stderr = await process.communicate()
+        assert (process.returncode, len(stderr.splitlines())) == (0, 1), stderr
+        assert stdout in out
+
+
+@pytest.mark.slow
+async def test_rows_are_written_at_once(durable: Durable, database_url: URL) -> None:
+    for options in ([], ["--json"]):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "durable_sa.cli", "queues", "--watch", *options),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "DURABLE_DATABASE_URL": database_url.render_as_string(hide_password=False)},
+        )
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), 20)
+        # Ctrl-C ends it, whatever it does at that moment.
+        process.send_signal(signal.SIGINT)
+        _, stderr = await process.communicate()
+        assert (process.returncode, len(stderr.splitlines())) == (0, 1), stderr
 
 
 def test_without_arguments_it_shows_the_commands() -> None:

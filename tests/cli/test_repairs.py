@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import text
 
 from durable_sa import Durable, RetryStrategy, TaskContext, TaskStatus
+from durable_sa.cli.connection import Source
 from tests.cli.support import CommandLine
 
 
@@ -149,6 +150,20 @@ async def test_the_list_pages_and_says_when_there_is_more(cli: CommandLine, dura
         command = result.stderr.partition("Next page: ")[2].strip()
     assert found == spawned[:: -1 if order == "newest" else 1]
     assert len((await cli("tasks", "list", "--limit", 2, "--json")).json) == 2
+
+
+async def test_the_next_page_has_the_options_of_this_one(cli: CommandLine, durable: Durable) -> None:
+    for _ in range(3):
+        await durable.spawn_by_name("a", unchecked=True)
+    options = ("--url", cli.url, "--schema", "durable", "--json")
+    result = await cli("tasks", "list", "--limit", 2, "--since", "3600.5", *options)
+    after = result.json[-1]["task_id"]
+    command = f"durable tasks list --url URL --schema durable --json --since 3600.5s --limit 2 --after {after}"
+    assert result.stderr == f"There are more. Next page: {command}\n"
+    rest = await cli.typed(command.replace(" --url URL", ""))
+    assert len(rest.json) == 1
+    app = Source(app="app.tasks:durable", embedded=True).options()
+    assert app == "--embedded --app app.tasks:durable"
 
 
 async def test_the_list_by_running_time(cli: CommandLine, durable: Durable) -> None:

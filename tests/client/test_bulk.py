@@ -87,6 +87,61 @@ async def test_a_select_that_is_joined_with_tables_of_the_application(
 
 
 @pytest.mark.usefixtures("pages")
+@pytest.mark.parametrize("kind", ["limit", "fetch", "nested", "the first of each name", "joined"])
+async def test_a_select_that_would_choose_others_afterwards_is_executed_once(
+    durable: Durable, engine: AsyncEngine, orders: None, kind: str
+) -> None:
+    chosen = await spawn_many(durable, "send", 30)
+    async with engine.begin() as connection:
+        await connection.execute(sa.insert(Order), [{"id": number, "item": "send"} for number in range(20)])
+    pending = select(TaskRow.task_id).where(TaskRow.state == "pending").order_by(TaskRow.task_id)
+    where: Any
+    match kind:
+        case "limit":
+            where = pending.limit(12)
+        case "fetch":
+            where = pending.fetch(12)
+        case "nested":
+            where = select(TaskRow.task_id).where(TaskRow.task_id.in_(pending.limit(12)))
+        case "joined":
+            # SQLAlchemy would take the tasks of this select for those of the statement around it.
+            where = pending.where(Order.item == TaskRow.task_name, Order.id < 1).limit(12)
+        case _:
+            await spawn_many(durable, "pack", 10)
+            first = sa.cast(sa.func.min(sa.cast(TaskRow.task_id, sa.Text)), sa.Uuid)
+            where = pending.with_only_columns(first).order_by(None).group_by(TaskRow.task_name)
+    number = 2 if kind == "the first of each name" else 12
+    seen: list[tuple[int, int]] = []
+    assert (await durable.cancel_tasks(where, dry_run=True)).matched == number
+    assert await durable.cancel_tasks(where, progress=lambda *numbers: seen.append(numbers)) == BulkResult(
+        number, number, 0
+    )
+    assert seen[-1] == (number, number)
+    assert await count(engine, where="state = 'cancelled'") == number
+    if number == 12:
+        assert await statuses(durable, chosen[:12]) == {TaskStatus.CANCELLED}
+
+
+@pytest.mark.usefixtures("pages")
+async def test_ids_of_no_task_are_not_counted(durable: Durable, engine: AsyncEngine) -> None:
+    task_ids = await spawn_many(durable, "send", 10)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE parcels (number serial, task_id uuid)"))
+        ids = [*task_ids[:9], task_ids[0], None, uuid.uuid4()]
+        await connection.execute(text("INSERT INTO parcels (task_id) VALUES (:id)"), [{"id": each} for each in ids])
+    parcels = sa.table("parcels", sa.column("number", sa.Integer), sa.column("task_id", sa.Uuid))
+    for where in (
+        select(parcels.c.task_id),
+        select(TaskRow.task_id).join_from(parcels, TaskRow, TaskRow.task_id == parcels.c.task_id, isouter=True),
+    ):
+        assert await durable.retry_tasks(where, dry_run=True) == BulkResult(9, 0, 9)
+        assert await durable.retry_tasks(where) == BulkResult(9, 0, 9)
+    assert await durable.cancel_tasks(select(parcels.c.task_id)) == BulkResult(9, 9, 0)
+    assert await durable.delete_tasks(select(parcels.c.task_id).order_by(parcels.c.number)) == BulkResult(9, 9, 0)
+    assert await durable.delete_tasks(select(parcels.c.task_id)) == BulkResult(0, 0, 0)
+
+
+@pytest.mark.usefixtures("pages")
 async def test_failed_tasks_are_retried_and_deleted(durable: Durable) -> None:
     failed = await spawn_many(durable, "send", 15)
     async with durable.worker(concurrency=20):

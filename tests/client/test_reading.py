@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import select, text
+from sqlalchemy import Text, Uuid, cast, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from durable_sa import (
@@ -130,6 +130,32 @@ async def test_what_a_task_waits_for(durable: Durable) -> None:
     )
     assert nap.parent_task_id is None
     assert (await durable.get_task(child_id)).parent_task_id == waiting.task_id
+
+
+async def test_sleeps_that_end_early_or_at_once(durable: Durable) -> None:
+    @durable.task
+    async def sleeper(ctx: TaskContext) -> None:
+        await ctx.sleep_for("blink", 0.0001)
+        await ctx.sleep_for("cool down", 0.5)
+
+    async def slept() -> list[HistoryEntry]:
+        return [entry for entry in await durable.get_history(spawned) if entry.kind == "sleep"]
+
+    async def is_sleeping() -> bool:
+        return len(await slept()) == 2
+
+    async with durable.worker():
+        spawned = await durable.spawn(sleeper)
+        await eventually(is_sleeping)
+        await durable.cancel_task(spawned)
+        task = await durable.get_task(spawned)
+    blink, nap = await slept()
+    assert (blink.status, blink.duration) == ("completed", timedelta())
+    assert (nap.status, nap.ended_at) == ("cancelled", task.finished_at)
+    # Nor is it over when its time has come.
+    async with durable.engine.connect() as connection:
+        await connection.execute(text("SELECT pg_sleep_until(:until)"), {"until": nap.detail["until"]})
+    assert await slept() == [blink, nap]
 
 
 async def wait_for_ever(ctx: TaskContext) -> None:
@@ -412,6 +438,9 @@ async def test_each_field_of_a_filter(durable: Durable) -> None:
         ({"state": "done"}, "'done' is none of pending, running"),
         ({"state": []}, "names no state"),
         ({"state": [1]}, "an object of type int"),
+        ({"state": 5}, "an object of type int"),
+        ({"key": "a\x00"}, r"key: 'a\\x00' has a NUL"),
+        ({"error_name": "\ud800"}, r"error_name: '\\ud800' has"),
         ({"spawned_after": datetime(2026, 1, 1)}, "no time zone"),
         ({"ended_before": "yesterday"}, "must be a datetime"),
         ({"running_longer_than": -1}, "not between"),
@@ -430,6 +459,7 @@ async def test_arguments_that_make_no_sense(durable: Durable) -> None:
         ({"order": "random"}, "'random' is none of newest"),
         ({"after": "nonsense"}, "'nonsense' is not the end of a page"),
         ({"after": str(uuid.uuid4()), "order": "running"}, "order='running'"),
+        ({"after": f"0001-01-01T00:00:00+23:59/{uuid.uuid4()}", "order": "running"}, "is not the end of a page"),
     ):
         with pytest.raises(InvalidConfiguration, match=problem):
             await durable.list_tasks(**options)  # type: ignore[arg-type]
@@ -480,6 +510,45 @@ async def test_the_longest_running_come_first(durable: Durable) -> None:
     longer = TaskFilter(running_longer_than=timedelta(hours=98, minutes=30))
     assert await ids(durable, longer) == [spawned[3], spawned[2]]
     assert await ids(durable, select(TaskRow.task_id).where(TaskRow.task_name == "b"), order="running") == [spawned[1]]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ["newest", "running"])
+async def test_a_select_of_two_tables_keeps_its_limit(
+    durable: Durable, engine: AsyncEngine, orders: None, order: str
+) -> None:
+    """SQLAlchemy would take the tasks of the select for those of the statement around it."""
+    spawned = await spawn_names(durable, *"abcd")
+    async with engine.begin() as connection:
+        await connection.execute(text("INSERT INTO orders (item) VALUES ('a'), ('b'), ('c'), ('d')"))
+        await connection.execute(text("UPDATE durable.tasks SET state = 'running', started_at = now()"))
+    both = select(TaskRow.task_id).where(Order.item == TaskRow.task_name)
+    latest = both.order_by(TaskRow.task_id.desc()).limit(2)
+    assert set(await ids(durable, latest, order=order)) == set(spawned[2:])  # type: ignore[arg-type]
+    greatest = cast(func.max(cast(TaskRow.task_id, Text)), Uuid)
+    assert await ids(durable, both.with_only_columns(greatest), order=order) == spawned[3:]  # type: ignore[arg-type]
+
+
+async def test_errors_whose_texts_are_about_nul(durable: Durable) -> None:
+    """A message with the six characters of an escape is none with NUL, which the server cannot take apart."""
+
+    @durable.task(max_attempts=1)
+    async def fail(ctx: TaskContext, message: str) -> None:
+        raise ValueError(message)
+
+    about = ["unsupported Unicode escape sequence: \\u0000 cannot be converted", "\\u0000", "a\\\\u0000"]
+    async with durable.worker(concurrency=5):
+        spawned = [(await durable.spawn(fail, message)).task_id for message in about]
+        with_nul = [await durable.spawn_by_name("fail", "", unchecked=True)]
+        for task_id in [*spawned, with_nul[0].task_id]:
+            await durable.wait_for_result(task_id, timeout=20)
+    async with durable.engine.begin() as connection:
+        await connection.execute(
+            text("UPDATE durable.tasks SET error = CAST(:error AS json) WHERE task_id = :id"),
+            {"error": '{"name": "ValueError", "message": "a\\\\\\u0000"}', "id": with_nul[0].task_id},
+        )
+    where = TaskFilter(error_name="ValueError")
+    assert set(await ids(durable, where)) == set(spawned)
+    assert (await durable.get_task(with_nul[0])).error is not None
 
 
 @with_some_callers

@@ -1,7 +1,8 @@
 """Queues and tasks that a user may not see are in no page, and nothing can be done to them."""
 
 import pytest
-from sqlalchemy import Select, select, update
+from sqlalchemy import Select, Text, Uuid, cast, column, func, select, table, text, update
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from durable_sa import Durable, Limit, TaskContext, TaskFilter, TaskRow, task
 from durable_sa.dashboard import Access
@@ -101,6 +102,31 @@ async def test_where_restricts_tasks_and_refuses_everything_else(
         until = (await browser.data("/tasks/all?action=cancel"))["until"]
         assert (await browser.act("/tasks/all/cancel", until=until)).json()["task_ids"] == [str(mine.task_id)]
     assert (await durable.get_task(other)).status == "pending"
+
+
+async def test_where_with_two_tables_keeps_its_limit(durable: Durable, engine: AsyncEngine) -> None:
+    """SQLAlchemy would take the tasks of the select for those of the statement around it."""
+    spawned = [await durable.spawn_by_name(name, unchecked=True) for name in ("old", "new")]
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE orders AS SELECT task_id FROM durable.tasks"))
+    orders = table("orders", column("task_id", Uuid))
+    both = select(TaskRow.task_id).where(TaskRow.task_id == orders.c.task_id)
+    latest = both.order_by(TaskRow.created_at.desc()).limit(1)
+    greatest = both.with_only_columns(cast(func.max(cast(TaskRow.task_id, Text)), Uuid))
+    for where in (latest, greatest):
+        async with serving(durable, Access("eve", actions=NAMES, where=where)) as (browser, _):
+            for query in ("", "?order=oldest", "?order=running", "?state=pending"):
+                listed = (await browser.data(f"/tasks{query}"))["tasks"]
+                assert {task["task_name"] for task in listed} <= {"new"}
+            await browser.data(f"/tasks/{spawned[0].task_id}", 404)
+            await browser.data(f"/tasks/{spawned[1].task_id}")
+            await browser.data("/failures")
+            assert (await browser.data("/tasks/all?action=cancel"))["matched"] == 1
+            assert (await browser.act("/tasks/cancel", task_id=str(spawned[0].task_id))).status_code == 404
+    async with serving(durable, Access("eve", actions=NAMES, where=latest)) as (browser, _):
+        until = (await browser.data("/tasks/all?action=cancel"))["until"]
+        assert (await browser.act("/tasks/all/cancel", until=until)).json()["task_ids"] == [str(spawned[1].task_id)]
+    assert (await durable.get_task(spawned[0])).status == "pending"
 
 
 async def test_relatives_that_may_not_be_seen_are_not_named(durable: Durable) -> None:

@@ -290,6 +290,11 @@ def test_a_start_that_fails_shows_the_log() -> None:
             server.start()
 
 
+def test_a_directory_in_which_nothing_can_be_written() -> None:
+    with pytest.raises(InvalidConfiguration, match=r"embedded: /proc/x: .*Set DURABLE_EMBEDDED_DIR"):
+        embedded.server("/proc/x")
+
+
 def test_without_the_extra_the_error_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binaries, "find_spec", lambda name: None)
     with pytest.raises(InvalidConfiguration, match=r"durable_sa\[embedded\].*DURABLE_DATABASE_URL"):
