@@ -1,6 +1,7 @@
 """The page of failures: the largest groups, and how many are in the others."""
 
 import asyncio
+import json
 
 from sqlalchemy import text
 
@@ -28,3 +29,24 @@ async def test_the_largest_groups_are_shown_and_the_rest_is_counted(durable: Dur
         assert data["others"] == {"groups": 3, "failures": 3}
         assert "And 3 failures in 3 smaller groups" in await browser.page("/failures")
         assert "smaller groups" not in await browser.page("/failures?task_name=task-0")
+
+
+async def test_a_long_error_has_its_name_and_is_found(durable: Durable) -> None:
+    for number, name in enumerate(("long", "nul")):
+        await durable.spawn_by_name(name, unchecked=True)
+        error = {"name": "UserError", "message": "x", "raw": {"blob": "y" * 200_000 + "\0" * number}}
+        async with durable.engine.begin() as connection:
+            await connection.execute(
+                text(
+                    "UPDATE durable.tasks SET state = 'failed', outcome = 'failed', finished_at = now(), "
+                    "error = CAST(:error AS json) WHERE task_name = :name"
+                ),
+                {"error": json.dumps(error), "name": name},
+            )
+    async with serving(durable) as (browser, _):
+        groups = {group["task_name"]: group for group in (await browser.data("/failures"))["groups"]}
+        assert groups["long"]["error_name"] == "UserError"
+        assert len((await browser.data(f"/tasks?{groups['long']['query']}"))["tasks"]) == 1
+        # The server cannot take this one apart, so that no filter finds it.
+        assert (groups["nul"]["error_name"], groups["nul"]["query"]) == ("?", None)
+        assert (await browser.page("/failures")).count("Retry all…") == 1
