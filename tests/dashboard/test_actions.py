@@ -307,7 +307,7 @@ async def test_blanks_around_a_name_are_part_of_it(durable: Durable) -> None:
         assert (await browser.data("/events?name=go%20&queue_name=mail"))["event"]["payload"] == 1
         assert (await browser.data("/events?name=go&queue_name=mail"))["event"] is None
         assert (await browser.data("/tasks?version=%201%20&spawned_after=%2024h&limit=5"))["tasks"] == []
-    assert {one.queue_name: one.paused for one in await durable.queue_statistics()} == {" mail": True, "mail": False}
+    assert [one.queue_name for one in await durable.queue_statistics() if one.paused] == [" mail"]
 
 
 async def test_numbers_that_cannot_be_meant_are_refused(durable: Durable) -> None:

@@ -5,7 +5,7 @@ import json
 
 from sqlalchemy import text
 
-from durable_sa import Durable
+from durable_sa import Durable, TaskContext, task
 from tests.dashboard.support import serving
 
 ERROR = '{"name": "OSError", "message": "no", "traceback": "", "raw": null, "step": null}'
@@ -50,3 +50,17 @@ async def test_a_long_error_has_its_name_and_is_found(durable: Durable) -> None:
         # The server cannot take this one apart, so that no filter finds it.
         assert (groups["nul"]["error_name"], groups["nul"]["query"]) == ("?", None)
         assert (await browser.page("/failures")).count("Retry all…") == 1
+
+
+async def test_a_message_may_be_redacted_to_anything(durable: Durable) -> None:
+    @task("fails", max_attempts=1)
+    async def fails(ctx: TaskContext) -> None:
+        raise ValueError("secret")
+
+    durable.register(fails)
+    spawned = await durable.spawn(fails)
+    async with durable.worker():
+        await durable.wait_for_result(spawned, timeout=20)
+    async with serving(durable, redact=lambda task, path, value: {"length": 6}) as (browser, _):
+        for path in ("/failures", f"/tasks/{spawned.task_id}"):
+            assert "length" in await browser.page(path)
