@@ -27,7 +27,13 @@ PAGES = (
 async def test_every_page_fits_and_breaks_no_policy(site: Site) -> None:
     waiting = await fill(site.durable)
     failed = next(one for one in (await site.durable.list_tasks()).items if one.status == "failed")
-    for width, theme in ((360, "light"), (800, "dark"), (1600, "light")):
+    await site.durable.create_schedule(
+        "business-hours",
+        task="break_down",
+        cron_expression="0,10,20,30,40,50 8-12,14-18 1-15,20-28 * mon-fri",
+        timezone="America/Argentina/Buenos_Aires",
+    )
+    for width, theme in ((360, "light"), (800, "dark"), (1200, "light"), (1600, "light")):
         page = await site.open("/", width, color_scheme=theme)
         for path in (*PAGES, f"/tasks/{waiting}", f"/tasks/{failed.task_id}", "/tasks/all?action=retry"):
             await page.goto(site.address + path)
