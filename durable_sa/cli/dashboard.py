@@ -26,7 +26,10 @@ Target = Annotated[
 ]
 Port = Annotated[int, typer.Option("--port", "-p", help="The port, on the loopback interface.", min=0, max=65535)]
 Write = Annotated[
-    bool, typer.Option("--write", help="Allow actions: cancel, retry, emit, pause, trigger, delete. Read-only without.")
+    bool,
+    typer.Option(
+        "--write", help="Allow actions: cancel, retry, send, emit, pause, trigger, limit, delete. Read-only without."
+    ),
 ]
 Payloads = Annotated[
     bool, typer.Option("--payloads", help="Show params, results, payloads of events and the values in errors.")

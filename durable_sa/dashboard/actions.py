@@ -50,6 +50,14 @@ class Outcome:
         return len(self.task_ids) if self.done is None else self.done
 
 
+class Interrupted(Exception):  # noqa: N818 - its cause is the error
+    """An action on many tasks has failed after it had changed some of them."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+
 Perform = Callable[[View, Fields], Awaitable[Outcome]]
 
 
@@ -95,6 +103,8 @@ def _all_tasks(action: str) -> Perform:
             await run(view.durable, _act(view, action), where, on_done=note)
         except _SliceOver:
             complete = False
+        except Exception as error:
+            raise Interrupted(_told(action, done, 0, back=back)) from error
         outcome = _told(action, done, 0, back=back)
         # Without this a filter that matches only what cannot be changed would be tried without an end.
         outcome.complete = complete or not done
@@ -204,14 +214,12 @@ async def _set_limit(view: View, form: Fields) -> Outcome:
     return Outcome(message, done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key)
 
 
-def _key(form: Fields) -> str:
-    return form.exact("key") or form.required("key")
-
-
 async def _close_key(view: View, form: Fields) -> Outcome:
-    queue, key = _queue(view, form), _key(form)
+    queue, key, length = _queue(view, form), form.required("key"), seconds(form.required("for"), "for")
+    if not length > 0:
+        raise HTTPException(400, f"A key is closed for more than 0 seconds, not {length:g}. To open it, use Open.")
     try:
-        until = datetime.now(UTC) + timedelta(seconds=seconds(form.required("for"), "for"))
+        until = datetime.now(UTC) + timedelta(seconds=length)
     except (OverflowError, ValueError):
         raise HTTPException(400, "The duration is too long.") from None
     await view.durable.close_limit_key(queue, key, until)
@@ -221,7 +229,7 @@ async def _close_key(view: View, form: Fields) -> Outcome:
 
 
 async def _open_key(view: View, form: Fields) -> Outcome:
-    queue, key = _queue(view, form), _key(form)
+    queue, key = _queue(view, form), form.required("key")
     await view.durable.close_limit_key(queue, key, None)
     return Outcome(
         f"Opened key {key!r} of queue {queue!r}.", done=1, back=f"/queues/{quote(queue, safe='')}", limit_key=key
@@ -237,7 +245,7 @@ async def _emit(view: View, form: Fields) -> Outcome:
 
 
 async def _replace(view: View, form: Fields) -> Outcome:
-    name, queue = form.exact("name") or form.required("name"), _queue(view, form)
+    name, queue = form.required("name"), _queue(view, form)
     # An empty field is refused, because it would replace the payload by null.
     form.required("payload")
     await view.durable.replace_event(name, _payload(form), queue)
@@ -284,8 +292,12 @@ def report(view: View, action: Action, outcome: Outcome, form: Fields) -> None:
             logger.exception("on_admin_action failed for %s of %r", action.needs, view.access.user)
 
 
+def done_before(form: Fields) -> int:
+    """Return the number of tasks that were done when the page sent an action on many tasks the last time."""
+    text = form.text("done") or ""
+    return int(text) if text.isdecimal() and len(text) < 12 else 0
+
+
 def may_go_on(outcome: Outcome, form: Fields) -> dict[str, Any]:
     """Return the fields with which the page sends an action on many tasks once more."""
-    text = form.text("done") or ""
-    before = int(text) if text.isdecimal() and len(text) < 12 else 0
-    return {"done": before + outcome.number, "fields": form.only(FIELDS), "until": form.required("until")}
+    return {"done": done_before(form) + outcome.number, "fields": form.only(FIELDS), "until": form.required("until")}

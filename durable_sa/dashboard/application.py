@@ -31,7 +31,7 @@ from ..errors import (
 )
 from . import security
 from .access import Access
-from .actions import ACTIONS, Action, Outcome, may_go_on, report
+from .actions import ACTIONS, Action, Interrupted, Outcome, done_before, may_go_on, report
 from .forms import Fields, form_of, query_of
 from .pages import PAGES, Page
 from .reader import Reader, TooBusy
@@ -60,8 +60,9 @@ def dashboard(
     `auth` is a function, `async` or not, of Starlette's request: it returns an :class:`Access`, or None to refuse the
     request. Nothing is served without it, stylesheets included. It may raise Starlette's `HTTPException`, also one with
     a `Location`. `redact` is a function of a task's name, a path of keys and indexes, and a value: it returns what is
-    shown in its place. The path begins with `params`, `headers`, `output` or `error`, with `step` and the name of the
-    step, or with `event` and its name (the task's name is then empty). `origins` are those that browsers see, such as
+    shown in its place. The path begins with `params`, `headers`, `output` or `error`, with `step`,
+    `message`, `value` or `stream` and its name, with `log`, or with `event` and its name (the task's name is then
+    empty). `origins` are those that browsers see, such as
     `https://ops.example.com`, if a proxy replaces the `Host` header.
 
     Raises:
@@ -125,9 +126,23 @@ class Dashboard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request if `auth` allows it."""
-        request = Request(scope, receive)
-        answer: Any = self._auth(request)
-        access = await answer if inspect.isawaitable(answer) else answer
+        received: list[Message] = []
+
+        async def recording() -> Message:
+            message = await receive()
+            received.append(message)
+            return message
+
+        async def replaying() -> Message:
+            return received.pop(0) if received else await receive()
+
+        request = Request(scope, recording)
+        try:
+            answer: Any = self._auth(request)
+            access = await answer if inspect.isawaitable(answer) else answer
+        except DurableError as error:
+            # Its text is not for someone who has no access yet.
+            raise RuntimeError("auth failed") from error
         if access is None:
             raise HTTPException(403, "You may not see this.")
         if not isinstance(access, Access):
@@ -135,7 +150,8 @@ class Dashboard:
         scope[_ACCESS] = access
         # With it the router raises errors, for which there are pages, instead of sending texts.
         scope.setdefault("app", self)
-        await self.router(scope, receive, send)
+        # A body that `auth` has read is there for the form, too.
+        await self.router(scope, replaying, send)
 
     async def _page(self, page: Page, request: Request) -> Response:
         access = _access(request)
@@ -161,7 +177,12 @@ class Dashboard:
         security.check_token(request, access.user, form.text(security.TOKEN) or "")
         async with self.reader.sections() as sections:
             view = View(self.durable, access, query_of(request), request.path_params, sections, self._redact)
-            outcome = await action.perform(view, form)
+            try:
+                outcome = await action.perform(view, form)
+            except Interrupted as interrupted:
+                # What was done before the error is reported like the rest.
+                report(view, action, interrupted.outcome, form)
+                raise (interrupted.__cause__ or interrupted) from None
         report(view, action, outcome, form)
         if _wants_json(request):
             return _json(
@@ -182,9 +203,8 @@ class Dashboard:
         """Return to the page of a form, with a sentence about what was done."""
         urls = _urls(request)
         message = outcome.message
-        done = form.text("done") or ""
-        if done.isdecimal() and int(done):
-            message = f"{message} {int(done):,} before that."
+        if done := done_before(form):
+            message = f"{message} {done:,} before that."
         response = RedirectResponse(urls(outcome.back), 303)
         note = quote(message[:_LONGEST_NOTE], errors="replace")
         response.set_cookie(NOTE, note, max_age=30, path=urls.base or "/", httponly=True, samesite="strict")
@@ -227,7 +247,7 @@ class Dashboard:
         if _wants_json(request):
             response = _json({"error": message, "status": status}, status)
         else:
-            phrase = HTTPStatus(status).phrase
+            phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else f"Status {status}"
             response = self._html(
                 request, "error.html", {"title": phrase, "status": status, "message": message, "live": False}, status
             )

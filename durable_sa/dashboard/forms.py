@@ -30,11 +30,13 @@ _SECONDS: Final = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400, "w": 60480
 
 
 class Fields:
-    """The fields of a query or a form. Those without a value count as absent."""
+    """The fields of a query or a form. Those without a value count as absent.
+
+    Values are exact, because blanks may be part of a name. Those around numbers and times mean nothing.
+    """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._given = [(name, value) for name, value in pairs if value.strip()]
-        self._pairs = [(name, value.strip()) for name, value in self._given]
+        self._pairs = [(name, value) for name, value in pairs if value.strip()]
         if any("\0" in value for _, value in self._pairs):
             # The server's texts cannot contain it, so that nothing could be found.
             raise HTTPException(400, "A value contains NUL.")
@@ -42,10 +44,6 @@ class Fields:
     def text(self, name: str) -> str | None:
         """Return the last value of a field, or None."""
         return next((value for key, value in reversed(self._pairs) if key == name), None)
-
-    def exact(self, name: str) -> str | None:
-        """Return the last value of a field with the blanks around it, or None: a name that was not typed."""
-        return next((value for key, value in reversed(self._given) if key == name), None)
 
     def required(self, name: str) -> str:
         """Return the value of a field.
@@ -94,9 +92,7 @@ class Fields:
         if (parent := self.text("parent")) is not None:
             values["parent"] = task_id(parent)
         if (version := self.text("version")) is not None:
-            if not version.isdecimal():
-                raise InvalidConfiguration("version", f"{version[:80]!r} is no number")
-            values["version"] = int(version)
+            values["version"] = _number(version, "version", digits=10)
         return TaskFilter(**values | more)
 
 
@@ -136,7 +132,7 @@ def task_id(text: str) -> uuid.UUID:
         InvalidConfiguration: it is not one.
     """
     try:
-        return uuid.UUID(text)
+        return uuid.UUID(text.strip())
     except ValueError:
         raise InvalidConfiguration("parent", f"{text[:80]!r} is not the id of a task") from None
 
@@ -147,7 +143,7 @@ def seconds(text: str, name: str) -> float:
     Raises:
         InvalidConfiguration: it is no duration.
     """
-    if found := _SPAN.fullmatch(text):
+    if found := _SPAN.fullmatch(text.strip()):
         return float(int(found[1]) * _SECONDS[found[2]])
     try:
         return float(text)
@@ -164,9 +160,9 @@ def moment(text: str | None, name: str) -> datetime | None:
     if text is None:
         return None
     try:
-        if found := _SPAN.fullmatch(text):
+        if found := _SPAN.fullmatch(text.strip()):
             return datetime.now(UTC) - timedelta(seconds=int(found[1]) * _SECONDS[found[2]])
-        at = datetime.fromisoformat(text)
+        at = datetime.fromisoformat(text.strip())
     except (ValueError, OverflowError):
         remedy = "Write 12h for twelve hours ago, or 2026-01-31T08:00Z."
         raise InvalidConfiguration(name, f"{text[:80]!r} is no time", remedy) from None
@@ -204,10 +200,11 @@ def whole(form: Fields, name: str) -> int | None:
     return None if text is None else _number(text, name)
 
 
-def _number(text: str, name: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise InvalidConfiguration(name, f"{text[:80]!r} is no whole number")
-    return int(text)
+def _number(text: str, name: str, digits: int = 9) -> int:
+    found = text.strip()
+    if not found.isdecimal() or len(found) > digits:
+        raise InvalidConfiguration(name, f"{text[:80]!r} is no whole number of at most {digits} digits")
+    return int(found)
 
 
 def query(pairs: Sequence[tuple[str, object]] | Mapping[str, object]) -> str:

@@ -8,7 +8,7 @@ import hmac
 import secrets
 from collections.abc import Collection
 from typing import Any, Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse
@@ -40,11 +40,14 @@ class LocalDashboard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
         if scope["type"] == "http" and scope["method"] == "GET":
-            fields = parse_qsl(scope["query_string"].decode("latin-1"))
+            fields = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
             given = next((value for name, value in fields if name == QUERY), None)
             if given is not None and self._is_known(given):
                 # The address that stays in the browser's history does not contain the token.
-                response = RedirectResponse(scope["path"], 303)
+                path = scope.get("raw_path", b"").decode("latin-1").partition("?")[0] or quote(scope["path"])
+                rest = urlencode([(name, value) for name, value in fields if name != QUERY])
+                # Two slashes would begin the name of a host.
+                response = RedirectResponse(f"/{path.lstrip('/')}{'?' if rest else ''}{rest}", 303)
                 response.set_cookie(self._cookie, self.token, httponly=True, samesite="strict")
                 await response(scope, receive, send)
                 return

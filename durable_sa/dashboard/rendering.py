@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,14 @@ def _short(value: uuid.UUID | str) -> str:
     return f"…{str(value)[-12:]}"
 
 
+def _anchor(parts: Sequence[object]) -> str:
+    """Return the id of an element from the kind and the names of what it is about, however long they are.
+
+    A page that refreshes itself knows rows by it, so that what is opened or typed stays with its row.
+    """
+    return f"a-{hashlib.sha256(repr([str(part) for part in parts]).encode()).hexdigest()[:16]}"
+
+
 def _json(value: Any) -> str:
     return pretty(value)
 
@@ -119,6 +128,7 @@ def environment() -> Environment:
         duration=duration,
         call=call_text,
         pretty=_json,
+        anchor=_anchor,
         since=_since,
         sparkline=_sparkline,
         bars=_bars,

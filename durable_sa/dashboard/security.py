@@ -7,7 +7,7 @@ import hmac
 import secrets
 from collections.abc import Collection
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -53,7 +53,7 @@ def token_for(nonce: str, user: str) -> str:
 
 def set_nonce(response: Response, request: Request, nonce: str) -> None:
     """Have the browser keep its random text for the pages of the dashboard alone."""
-    path = request.scope.get("root_path", "") or "/"
+    path = quote(request.scope.get("root_path", ""), safe="/") or "/"
     secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, nonce, path=path, httponly=True, samesite="strict", secure=secure)
 

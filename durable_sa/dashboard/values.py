@@ -16,6 +16,8 @@ MOST_NODES: Final = 2_000
 """Values of a JSON document that are shown; the rest is counted."""
 LONGEST_TEXT: Final = 20_000
 """Characters of a text that are shown."""
+MOST_TEXT: Final = 1_000_000
+"""Characters of all values of a task that are shown on one page."""
 DEEPEST: Final = 50
 UNREDACTED: Final = "(not shown: redact failed)"
 
@@ -27,6 +29,7 @@ class Values:
         self._task_name = task_name
         self._redact = redact
         self._left = MOST_NODES
+        self._characters = MOST_TEXT
 
     def prepare(self, part: str, value: Any, *more: str) -> Any:
         """Return a value that stands at (`part`, `more`...), redacted and bounded."""
@@ -43,7 +46,7 @@ class Values:
                 return UNREDACTED
         match value:
             case str():
-                return _shortened(value)
+                return self._shortened(value)
             case Mapping():
                 fields = cast("Mapping[Any, Any]", value)
                 return self._all(path, [(str(key), item) for key, item in fields.items()], keyed=True)
@@ -56,16 +59,17 @@ class Values:
     def _all(self, path: tuple[str | int, ...], items: list[tuple[Any, Any]], *, keyed: bool) -> Any:
         shown: list[tuple[Any, Any]] = []
         for key, item in items:
-            if self._left <= 0 or len(path) > DEEPEST:
+            if self._left <= 0 or self._characters <= 0 or len(path) > DEEPEST:
                 left_out = f"({len(items) - len(shown)} more)"
                 return {**dict(shown), "...": left_out} if keyed else [*(item for _, item in shown), left_out]
-            name = _shortened(key) if keyed else key
+            name = self._shortened(key) if keyed else key
             shown.append((name, self._prepare((*path, key), item)))
         return dict(shown) if keyed else [item for _, item in shown]
 
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}... ({len(text)} characters)"
+    def _shortened(self, text: str) -> str:
+        most = max(0, min(LONGEST_TEXT, self._characters))
+        self._characters -= min(len(text), most)
+        return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def pretty(value: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -142,6 +143,28 @@ def task_data(task: TaskInfo) -> dict[str, Any]:
     error = task.error
     data["error"] = None if error is None else {"name": error.name, "message": error.message, "step": error.step}
     return data
+
+
+_AWAITED: Final = re.compile(r"\btask ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+
+
+def relatives(task: TaskInfo) -> list[uuid.UUID]:
+    """Return the ids of the other tasks that a task names."""
+    awaited = [uuid.UUID(found) for found in _AWAITED.findall(task.waits_for or "")]
+    return awaited if task.parent_task_id is None else [task.parent_task_id, *awaited]
+
+
+def without_hidden(task: TaskInfo, visible: Collection[uuid.UUID]) -> TaskInfo:
+    """Return a task that names no other one that the user may not see."""
+
+    def named(found: re.Match[str]) -> str:
+        return found[0] if uuid.UUID(found[1]) in visible else "a subtask"
+
+    return replace(
+        task,
+        parent_task_id=task.parent_task_id if task.parent_task_id in visible else None,
+        waits_for=None if task.waits_for is None else _AWAITED.sub(named, task.waits_for),
+    )
 
 
 def seconds_between(begin: datetime | None, end: datetime | None) -> float | None:

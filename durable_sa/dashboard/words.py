@@ -22,7 +22,7 @@ _MACROS: Final = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
 }
-_EVERY = re.compile(r"\*/(\d+)")
+_EVERY = re.compile(r"\*/(\d{1,2})")
 
 
 class Reason(NamedTuple):
@@ -147,7 +147,8 @@ def _every(minute: str) -> str | None:
     if minute == "*":
         return "minute"
     found = _EVERY.fullmatch(minute)
-    return f"{int(found[1])} minutes" if found is not None and int(found[1]) > 1 else None
+    # Others begin anew with each hour: */45 ticks after 45 minutes, and then after 15.
+    return f"{number} minutes" if found is not None and (number := int(found[1])) > 1 and 60 % number == 0 else None
 
 
 def _days(day: str, weekday: str) -> str | None:

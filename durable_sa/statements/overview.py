@@ -41,7 +41,7 @@ DUE: Final = 5_000
 FAILURES: Final = 1_000
 """The latest failures that are grouped."""
 LONGEST_ERROR: Final = 128 * 1024
-"""Bytes of an error that is read; of others only the task is known."""
+"""Bytes of an error that is read; of others only the task and the name of the error are known."""
 WAITS: Final = 20_000
 """Waits that are grouped by their events."""
 _SHOWN: Final = 100
@@ -168,7 +168,7 @@ _held = (
     select(_each_due.c.claimed_by, func.count().label("running"))
     .select_from(Queue)
     .join(_each_due, true())
-    .where(_each_due.c.claimed_by.is_not(None))
+    .where(_any_of(Queue.queue_name), _each_due.c.claimed_by.is_not(None))
     .group_by(_each_due.c.claimed_by)
     .subquery("held")
 )
@@ -308,14 +308,17 @@ def latest_failures(where: Where, since: Any) -> Executable:
         .subquery("latest")
     )
     # Errors are long, and read of those that are shown alone.
+    is_short = func.octet_length(as_text(TaskRow.error)) <= constant(LONGEST_ERROR)
+    name = TaskRow.error.op("->>", return_type=Text())(constant("name"))
     found = (
         select(
             TaskRow.task_id,
             TaskRow.task_name,
             clamped_time(TaskRow.finished_at),
             # The server cannot take apart JSON whose texts contain NUL.
-            case((func.octet_length(as_text(TaskRow.error)) <= constant(LONGEST_ERROR), as_text(TaskRow.error))).label(
-                "error"
+            case((is_short, as_text(TaskRow.error))).label("error"),
+            case((~is_short & (func.strpos(as_text(TaskRow.error), constant("\\u0000")) == constant(0)), name)).label(
+                "error_name"
             ),
         )
         .join(latest, latest.c.task_id == TaskRow.task_id)

@@ -45,6 +45,16 @@ async def test_the_token_opens_it_and_leaves_the_address(durable: Durable) -> No
     await writing.dashboard.close()
 
 
+async def test_the_address_keeps_all_but_its_token() -> None:
+    local = LocalDashboard(Durable("postgresql://127.0.0.1:1/none"))
+    transport = httpx.ASGITransport(app=local)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as browser:
+        for path, query in (("/tasks", "?state=failed&key=a+b"), ("/queues/a%2Fb%3Fc", "")):
+            answer = await browser.get(f"{path}{query or '?'}&token={local.token}")
+            assert (answer.status_code, answer.headers["location"]) == (303, f"{path}{query}")
+    await local.dashboard.close()
+
+
 def test_what_cannot_be_served_is_said(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli.run("dashboard", "a:b", "--app", "c:d")
     assert (result.code, "Name the Durable" in result.stderr) == (2, True)

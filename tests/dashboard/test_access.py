@@ -1,5 +1,7 @@
 """Queues and tasks that a user may not see are in no page, and nothing can be done to them."""
 
+import asyncio
+
 import pytest
 from sqlalchemy import Select, Text, Uuid, cast, column, func, select, table, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -10,6 +12,7 @@ from durable_sa.dashboard.access import ACTIONS as NAMES
 from durable_sa.dashboard.actions import ACTIONS
 from durable_sa.dashboard.pages import PAGES
 from tests.dashboard.support import serving
+from tests.support import eventually
 
 
 async def nothing(ctx: TaskContext) -> None:
@@ -149,3 +152,62 @@ async def test_relatives_that_may_not_be_seen_are_not_named(durable: Durable) ->
         text = await browser.page(path)
         assert "secret-parent" in text
         assert "secret-child" in text
+
+
+async def test_subtasks_that_may_not_be_seen_are_not_waited_for_by_id(durable: Durable) -> None:
+    @task("secret-child")
+    async def child(ctx: TaskContext) -> None:
+        await ctx.await_event("never")
+
+    @task("mine")
+    async def mine(ctx: TaskContext) -> None:
+        await ctx.join(await ctx.spawn("secret-name", child))
+
+    durable.register(child)
+    durable.register(mine)
+    spawned = await durable.spawn(mine)
+    path = f"/tasks/{spawned.task_id}"
+
+    async def joins() -> bool:
+        return "task" in ((await durable.get_task(spawned)).waits_for or "")
+
+    async with durable.worker():
+        await eventually(joins)
+    found = await durable.list_tasks(TaskFilter(task_name="secret-child"))
+    child_id = str(found.items[0].task_id)
+    async with serving(durable, Access("eve", where=TaskFilter(task_name="mine"), payloads=True)) as (browser, _):
+        for page in ("/tasks", path):
+            for shown in (await browser.page(page), str(await browser.data(page))):
+                assert child_id not in shown, page
+        assert (await browser.data("/tasks"))["tasks"][0]["waits_for"] == "a subtask"
+        # A search does not tell a name either.
+        assert (await browser.data(f"{path}?text=secret"))["entries"]["found"] == 0
+    async with serving(durable, Access("eve", where=TaskFilter(task_name="secret-child"))) as (browser, _):
+        assert str(spawned.task_id) not in str(await browser.data("/tasks"))
+    async with serving(durable, Access("ada")) as (browser, _):
+        assert child_id in await browser.page(path)
+        assert child_id in str(await browser.data("/tasks"))
+
+
+async def test_runs_of_other_queues_are_not_counted(durable: Durable) -> None:
+    for queue in ("mail", "secret"):
+        await durable.create_queue(queue)
+    gate = asyncio.Event()
+
+    @task("hold")
+    async def hold(ctx: TaskContext) -> None:
+        await gate.wait()
+
+    durable.register(hold)
+    spawned = await durable.spawn(hold, queue_name="secret")
+
+    async def runs() -> bool:
+        return (await durable.get_task(spawned)).status == "running"
+
+    async with durable.worker(queue_names=["mail", "secret"]):
+        await eventually(runs)
+        for access, running in ((Access("eve", queues={"mail"}), 0), (Access("ada"), 1)):
+            async with serving(durable, access) as (browser, _):
+                for path in ("/workers", "/", "/queues/mail"):
+                    assert [row["running"] for row in (await browser.data(path))["workers"]] == [running], path
+        gate.set()

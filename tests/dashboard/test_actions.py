@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from sqlalchemy import text, update
 
-from durable_sa import Durable, Hooks, TaskContext, TaskFilter, TaskRow, task
+from durable_sa import Durable, Hooks, Limit, TaskContext, TaskFilter, TaskRow, task
 from durable_sa.dashboard import Access, actions
 from tests.dashboard.support import EVERYTHING, serving
 
@@ -269,6 +269,59 @@ async def test_an_action_on_many_goes_on_where_it_stopped(durable: Durable, audi
             assert answer.status_code == 303
             assert "Cancelled 0 tasks. 1,200 before that." in await browser.page(answer.headers["location"])
     assert sum(len(ids) for _, _, ids in audit.seen) == 1200
+
+
+async def test_an_action_on_many_that_fails_reports_what_it_has_done(
+    durable: Durable, audit: Audit, caplog: pytest.LogCaptureFixture
+) -> None:
+    spawned = await durable.spawn_many([(noted, None)] * 600)
+    last = max(one.task_id for one in spawned)
+    async with durable.engine.begin() as connection:
+        await connection.execute(
+            text(
+                "CREATE FUNCTION durable.refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                f"$$ BEGIN IF NEW.task_id = '{last}' THEN RAISE 'disk full'; END IF; RETURN NEW; END $$"
+            )
+        )
+        await connection.execute(
+            text("CREATE TRIGGER refuse BEFORE UPDATE ON durable.tasks FOR EACH ROW EXECUTE FUNCTION durable.refuse()")
+        )
+    try:
+        async with serving(durable) as (browser, _):
+            until = (await browser.data("/tasks/all?action=cancel"))["until"]
+            with caplog.at_level(logging.INFO):
+                assert (await browser.act("/tasks/all/cancel", until=until)).status_code == 500
+    finally:
+        async with durable.engine.begin() as connection:
+            await connection.execute(text("DROP FUNCTION durable.refuse() CASCADE"))
+    assert [(action, len(ids)) for _, action, ids in audit.seen] == [("cancel", 500)]
+    assert "'ada' did tasks/all/cancel" in caplog.text
+
+
+async def test_blanks_around_a_name_are_part_of_it(durable: Durable) -> None:
+    await durable.create_queue(" mail")
+    await durable.create_queue("mail")
+    async with serving(durable) as (browser, _):
+        assert (await browser.act("/queues/pause", queue_name=" mail")).status_code == 200
+        await browser.act("/events/emit", name="go ", queue_name="mail", payload=" 1 ")
+        assert (await browser.data("/events?name=go%20&queue_name=mail"))["event"]["payload"] == 1
+        assert (await browser.data("/events?name=go&queue_name=mail"))["event"] is None
+        assert (await browser.data("/tasks?version=%201%20&spawned_after=%2024h&limit=5"))["tasks"] == []
+    assert [one.queue_name for one in await durable.queue_statistics() if one.paused] == [" mail"]
+
+
+async def test_numbers_that_cannot_be_meant_are_refused(durable: Durable) -> None:
+    await durable.create_queue("mail", limit=Limit(concurrency=1))
+    long = "9" * 5000
+    async with serving(durable) as (browser, _):
+        for path in (f"/tasks?version={long}", f"/tasks?limit={long}"):
+            await browser.data(path, 400)
+        until = (await browser.data("/tasks/all?action=cancel"))["until"]
+        html = {"accept": "text/html"}
+        assert (await browser.act("/tasks/all/cancel", headers=html, until=until, done=long)).status_code == 303
+        for length in ("-5", "0", "nan", long):
+            refused = await browser.act("/limits/close", queue_name="mail", key="a", **{"for": length})
+            assert refused.status_code == 400, length
 
 
 async def test_buttons_are_shown_to_those_who_may_press_them(durable: Durable) -> None:

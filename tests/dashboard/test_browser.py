@@ -27,7 +27,13 @@ PAGES = (
 async def test_every_page_fits_and_breaks_no_policy(site: Site) -> None:
     waiting = await fill(site.durable)
     failed = next(one for one in (await site.durable.list_tasks()).items if one.status == "failed")
-    for width, theme in ((360, "light"), (800, "dark"), (1600, "light")):
+    await site.durable.create_schedule(
+        "business-hours",
+        task="break_down",
+        cron_expression="0,10,20,30,40,50 8-12,14-18 1-15,20-28 * mon-fri",
+        timezone="America/Argentina/Buenos_Aires",
+    )
+    for width, theme in ((360, "light"), (800, "dark"), (1200, "light"), (1600, "light")):
         page = await site.open("/", width, color_scheme=theme)
         for path in (*PAGES, f"/tasks/{waiting}", f"/tasks/{failed.task_id}", "/tasks/all?action=retry"):
             await page.goto(site.address + path)
@@ -175,6 +181,56 @@ async def test_what_is_typed_and_opened_stays(site: Site) -> None:
     assert await area.is_visible()
     assert await area.input_value() == "[1"
     assert await page.evaluate("document.activeElement.name") == "payload"
+    await site.check(page)
+
+
+async def test_a_button_acts_on_the_row_that_is_shown(site: Site) -> None:
+    durable = site.durable
+    await fill(durable)
+    page = await site.open("/schedules")
+    await page.get_by_text("nightly").wait_for()
+    # The row above pushes the others down while the page is open.
+    await durable.create_schedule("archive", task="break_down", cron_expression="0 2 * * *")
+    await page.locator("summary", has_text="Delete…").click()
+    await page.get_by_text("archive").wait_for()
+    opened = page.locator("tr", has=page.locator("details[open]"))
+    assert await opened.locator(".lead").all_inner_texts() == ["nightly"]
+    await opened.locator("summary").click()
+    await page.locator("tr", has_text="archive").locator("summary").click()
+    await page.locator("tr", has_text="archive").get_by_role("button", name="Delete", exact=True).click()
+    await page.get_by_text("Deleted schedule 'archive'.").wait_for()
+    assert [schedule.name for schedule in await durable.list_schedules()] == ["nightly"]
+    await site.check(page)
+
+
+async def test_an_opened_question_is_not_replaced_by_another(site: Site) -> None:
+    waiting = await fill(site.durable)
+    page = await site.open(f"/tasks/{waiting}")
+    await page.get_by_text("Cancel…").click()
+    await page.get_by_role("button", name="Cancel", exact=True).wait_for()
+    async with site.durable.worker():
+        await site.durable.emit_event("go", "gone")
+        await site.durable.wait_for_result(uuid.UUID(waiting), timeout=20)
+    await page.locator("h1 .state.completed").wait_for()
+    await page.get_by_text("Delete…").wait_for()
+    assert await page.locator("details.confirm[open]").count() == 0
+    await site.check(page)
+
+
+async def test_what_is_chosen_stays(site: Site) -> None:
+    durable = site.durable
+    await fill(durable)
+    page = await site.open("/queues/default")
+    await page.get_by_text("Set a limit…").click()
+    await page.locator("select[name=scope]").select_option("key")
+    await page.locator("select[name=hold]").select_option("task")
+    await page.get_by_label("Key, for one key").fill("acme")
+    await page.get_by_label("Tasks at once").fill("1")
+    await durable.create_schedule("archive", task="break_down", cron_expression="0 2 * * *")
+    await page.get_by_text("archive").wait_for()
+    await page.get_by_role("button", name="Set", exact=True).click()
+    await page.get_by_text("Set the limit of key 'acme' of queue 'default'.").wait_for()
+    await page.get_by_text("key acme: 1 at once, held by the whole task").wait_for()
     await site.check(page)
 
 

@@ -18,7 +18,7 @@ INSERT INTO durable.limit_keys (queue_name, limit_key, running)
     SELECT 'default', 'key-' || number, number % 2 FROM generate_series(1, 205) AS number
 """
 NEXT = re.compile(r'<a rel="next" href="([^"]+)">Next keys</a>')
-NAMES = re.compile(r'<tr id="key-\d+">\s*<td data-label="Key" class="lead"><bdi class="name">([^<]*)</bdi>')
+NAMES = re.compile(r'<tr id="a-[0-9a-f]{16}">\s*<td data-label="Key" class="lead"><bdi class="name">([^<]*)</bdi>')
 
 
 @task("hold")

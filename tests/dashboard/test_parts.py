@@ -118,3 +118,10 @@ async def test_a_message_is_sent(durable: Durable, browser: Browser) -> None:
     await durable.cancel_task(spawned)
     assert (await browser.act("/tasks/send", **fields)).status_code == 409
     assert EVERYTHING.may("send")
+
+
+async def test_a_page_has_a_bounded_number_of_characters(durable: Durable, browser: Browser) -> None:
+    spawned = await durable.spawn_by_name("long", ["z" * 19_000] * 800, unchecked=True)
+    params = (await browser.data(f"/tasks/{spawned.task_id}"))["values"]["params"]
+    assert 900_000 < sum(map(len, params)) < 1_100_000
+    assert params[-1].endswith("more)")

@@ -1,5 +1,6 @@
 """Nothing is served without access, and nothing is changed without a form of this user in this browser."""
 
+import asyncio
 import logging
 import re
 import uuid
@@ -99,6 +100,42 @@ async def test_auth_may_be_async_raise_and_redirect(caplog: pytest.LogCaptureFix
         async with serving(durable, lambda _, wrong=wrong: wrong) as (browser, _):
             assert (await browser.get("/assets/dashboard.css")).status_code == 500
     assert "auth must return an Access or None, not bool" in caplog.text
+
+
+async def test_errors_of_auth_tell_nothing_and_any_status_is_sent() -> None:
+    def failing(_: Request) -> Access | None:
+        raise InvalidName("queue", "internal-name", "x")
+
+    def closed(_: Request) -> Access | None:
+        raise HTTPException(499, "why")
+
+    durable = Durable("postgresql://127.0.0.1:1/none")
+    for auth, status in ((failing, 500), (closed, 499)):
+        async with serving(durable, auth) as (browser, _):
+            for accept in ("text/html", "application/json"):
+                answer = await browser.get("/tasks", headers={"accept": accept})
+                assert answer.status_code == status
+                assert "internal-name" not in answer.text
+
+
+async def test_auth_may_read_the_body(durable: Durable) -> None:
+    async def reading(request: Request) -> Access | None:
+        await request.body()
+        return EVERYTHING
+
+    spawned = await durable.spawn_by_name("anything", unchecked=True)
+    async with serving(durable, reading) as (browser, _), asyncio.timeout(20):
+        answer = await browser.act("/tasks/cancel", task_id=str(spawned.task_id))
+        assert answer.json()["done"] == 1
+
+
+async def test_cookies_are_for_a_place_with_any_name(durable: Durable) -> None:
+    app = dashboard(durable, auth=lambda _: EVERYTHING)
+    async with browsing(Starlette(routes=[Mount("/é x", app)])) as browser:
+        answer = await browser.get("/é x/events")
+        assert answer.status_code == 200
+        assert "path=/%c3%a9%20x;" in answer.headers["set-cookie"].lower()
+    await app.close()
 
 
 @pytest.mark.parametrize(

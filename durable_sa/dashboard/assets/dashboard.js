@@ -93,8 +93,11 @@
     }
   });
 
-  // Refreshing: only what has changed is replaced, and not what the user is about to change.
-  Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name) => !["open", "checked", "value"].includes(name);
+  // Refreshing: only what has changed is replaced, and not what the user is about to change. A hidden field or a button
+  // says what a form acts on, and follows the row that is shown.
+  const TYPED = "textarea, input:not([type=hidden], [type=checkbox])";
+  Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, element) =>
+    name === "value" ? !element.matches(TYPED) : !["open", "checked", "selected"].includes(name);
   setInterval(() => {
     const live = one("#live[hx-get]");
     if (live && !document.hidden) htmx.trigger(live, "refresh");

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from starlette.exceptions import HTTPException
 
@@ -10,6 +10,8 @@ from ...client.history import decoded
 from ...statements import inspection
 from ...statements import overview as statements
 from ..view import View
+
+_MOST_WAITERS: Final = 100
 
 
 async def load(view: View) -> dict[str, Any]:
@@ -28,7 +30,7 @@ async def load(view: View) -> dict[str, Any]:
 async def _one(view: View, name: str, queue_name: str) -> dict[str, Any]:
     if not view.access.sees_queue(queue_name):
         raise HTTPException(404, f"There is no queue {queue_name!r}.")
-    shared: dict[str, Any] = {"queue_name": queue_name, "name": name, "wanted": 100}
+    shared: dict[str, Any] = {"queue_name": queue_name, "name": name, "wanted": _MOST_WAITERS + 1}
     with_payloads = view.access.payloads
     found = await view.rows("event", inspection.EVENT, shared=not with_payloads, with_payloads=with_payloads, **shared)
     waiters = await view.rows("waiting tasks", inspection.EVENT_WAITERS, **shared)
@@ -42,5 +44,6 @@ async def _one(view: View, name: str, queue_name: str) -> dict[str, Any]:
         "name": name,
         "queue_name": queue_name,
         "event": event,
-        "waiting": None if waiters is None else [row for row in waiters if row["task_id"] in visible],
+        "waiting": None if waiters is None else [row for row in waiters if row["task_id"] in visible][:_MOST_WAITERS],
+        "more_wait": waiters is not None and len(waiters) > _MOST_WAITERS,
     }

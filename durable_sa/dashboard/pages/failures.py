@@ -21,6 +21,8 @@ _MESSAGE: Final = 240
 GROUPS: Final = 100
 """Groups that are shown, the largest; the rest is counted."""
 WINDOW: Final = "24h"
+UNKNOWN: Final = "?"
+"""In place of the name of an error that is too long to be read."""
 
 
 async def load(view: View) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def grouped(
     frames: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
         error = stored_error(row["error"], payloads=True)
-        name = "?" if error is None else error.info.name
+        name = (row["error_name"] or UNKNOWN) if error is None else error.info.name
         key = (row["task_name"], name)
         if key not in groups:
             groups[key] = {
@@ -73,7 +75,10 @@ def grouped(
                 "message": message(row, error),
                 "count": 0,
                 "latest": {"task_id": row["task_id"], "finished_at": row["finished_at"]},
-                "query": query([("task_name", row["task_name"]), ("error_name", name), ("state", "failed")]),
+                # No filter finds errors whose name could not be read.
+                "query": None
+                if name == UNKNOWN
+                else query([("task_name", row["task_name"]), ("error_name", name), ("state", "failed")]),
             }
             frames[key] = Counter()
         groups[key]["count"] += 1

@@ -134,7 +134,10 @@ async def _workers(view: View) -> list[dict[str, Any]] | None:
     for row in rows:
         lost, silent = row["lost_at"] is not None, row.pop("expired")
         row["status"] = "lost" if lost else "silent" if silent else "live"
+        served = len(row["queue_names"])
         row["queue_names"] = [name for name in row["queue_names"] if view.access.sees_queue(name)]
         steps = decoded(row.pop("long_steps"))
-        row["steps"] = len(cast("list[object]", steps)) if isinstance(steps, list) else 0
+        # The list does not say of which queue a step is.
+        is_whole = len(row["queue_names"]) == served
+        row["steps"] = len(cast("list[object]", steps)) if is_whole and isinstance(steps, list) else 0
     return rows

@@ -43,7 +43,7 @@ async def of_queue(view: View, name: str) -> dict[str, Any]:
 
     With `limit_key`, only that key.
     """
-    state, key, after = view.query.text("limit_state"), view.query.text("limit_key"), view.query.exact("limit_after")
+    state, key, after = view.query.text("limit_state"), view.query.text("limit_key"), view.query.text("limit_after")
     if state is not None and state not in STATES:
         raise InvalidConfiguration("limit_state", f"{state[:80]!r} is none of {', '.join(STATES)}")
     if key is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from ...results import HistoryEntry, TaskErrorInfo, TaskInfo
 from ...statements import overview as statements
 from ..timeline import Scale
 from ..values import Values
-from ..view import View, task_data
+from ..view import View, relatives, task_data, without_hidden
 from ..words import reasons
 from . import limits
 from .parts import load_parts
@@ -50,16 +51,16 @@ async def load(view: View) -> dict[str, Any]:
         rows = await view.rows("queue", statements.QUEUE_OF_TASK, shared=False, task_id=task_id)
         queue = rows[0] if rows else None
     limited = await limits.of_task(view, task, queue, now) if queue is not None else []
-    why = reasons(task, history or [], queue, now, limited)
     related = [entry.detail["task_id"] for entry in history or () if "task_id" in entry.detail]
-    parent = [] if task.parent_task_id is None else [task.parent_task_id]
-    visible = await view.visible([*related, *parent])
+    visible = await view.visible([*related, *relatives(task)])
+    task = without_hidden(task, visible)
+    why = reasons(task, history or [], queue, now, limited)
     values = view.values(task.task_name)
     shown = task_data(task)
     if payloads and task.error is not None:
         shown["error"]["message"] = values.prepare("error", task.error.message, "message")
     data: dict[str, Any] = {
-        "task": {**shown, "parent_task_id": task.parent_task_id if task.parent_task_id in visible else None},
+        "task": shown,
         "parent": None if task.parent_task_id is None else visible.get(task.parent_task_id),
         "reasons": [
             reason._asdict() if reason.task_id in visible else {**reason._asdict(), "task_id": None} for reason in why
@@ -69,7 +70,9 @@ async def load(view: View) -> dict[str, Any]:
     if payloads:
         data["values"] = _values(task, values)
     data |= await load_parts(view, task_id, values)
-    chosen = _chosen(history or [], view.query.text("only"), view.query.text("text"))
+    # What may not be seen is not found either.
+    entries = [_without_hidden(entry, visible) for entry in history or ()]
+    chosen = _chosen(entries, view.query.text("only"), view.query.text("text"))
     first = _first(view.query.text("from"), len(chosen))
     part = chosen[first : first + PART]
     scale = Scale(part, min([task.created_at, *_begins(part)]) if first == 0 else min(_begins(part), default=now), now)
@@ -98,6 +101,13 @@ def _chosen(history: Iterable[HistoryEntry], only: str | None, text: str | None)
         wanted = text.casefold()
         found = [entry for entry in found if wanted in f"{entry.kind} {entry.name}".casefold()]
     return found
+
+
+def _without_hidden(entry: HistoryEntry, visible: Mapping[Any, Any]) -> HistoryEntry:
+    """Return an entry about a subtask without its name and status if the user may not see it."""
+    if entry.kind != "child" or entry.detail.get("task_id") in visible:
+        return entry
+    return replace(entry, name="", status="")
 
 
 def _values(task: TaskInfo, values: Values) -> dict[str, Any]:
@@ -134,8 +144,6 @@ def _entry(entry: HistoryEntry, visible: Mapping[Any, Any], values: Values, scal
     related = detail.get("task_id")
     if related in visible:
         data.update(task_id=related, task_name=visible[related].task_name)
-    if entry.kind == "child" and related not in visible:
-        data.update(name="", status="")
     if "arguments" in detail:
         # Under the step, also those of an attempt's failure, so that `redact` finds them at one place.
         step = entry.name or (error.step if isinstance(error, TaskErrorInfo) else None) or ""

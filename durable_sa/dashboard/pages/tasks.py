@@ -12,7 +12,7 @@ from ...errors import InvalidConfiguration
 from ...results import Page, TaskInfo, TaskStatus
 from ...statements.reading import SEARCHED, Order
 from ..forms import FIELDS, query
-from ..view import Redirect, View, task_data
+from ..view import Redirect, View, relatives, task_data, without_hidden
 
 PAGE: Final = 50
 QUICK: Final = 0.06
@@ -52,10 +52,14 @@ async def load(view: View) -> dict[str, Any]:
             found = await view.read("tasks", among_some, statements=2)
         if found is not None:
             page, is_part = found[0], not found[1]
+    items = [] if page is None else page.items
+    if view.access.only_tasks or view.access.queues is not None:
+        visible = await view.visible({task_id for task in items for task_id in relatives(task)})
+        items = [without_hidden(task, visible) for task in items]
     filters = fields.only(FIELDS)
     following = None if page is None or page.next is None else page.next
     return {
-        "tasks": None if page is None else [task_data(task) for task in page.items],
+        "tasks": None if page is None else [task_data(task) for task in items],
         "next": following,
         "searched": SEARCHED if is_part else None,
         "order": order,
@@ -68,7 +72,7 @@ async def load(view: View) -> dict[str, Any]:
 
 def _place(wanted: str) -> str:
     try:
-        return f"/tasks/{uuid.UUID(wanted)}"
+        return f"/tasks/{uuid.UUID(wanted.strip())}"
     except ValueError:
         return f"/tasks?{query([('key', wanted)])}"
 
@@ -76,7 +80,7 @@ def _place(wanted: str) -> str:
 def _limit(text: str | None) -> int:
     if text is None:
         return PAGE
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= 1000:
         raise InvalidConfiguration("limit", f"{text[:80]!r} is no number from 1 to 1000")
     return int(text)
 
