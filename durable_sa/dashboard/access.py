@@ -108,7 +108,7 @@ class Access:
 
 def _is_rare(chosen: TaskFilter) -> bool:
     """Return whether an index finds the tasks of a filter, and few of them are among all tasks."""
-    return bool(chosen.states) and TaskStatus.COMPLETED not in chosen.states
+    return chosen.error_name is not None or (bool(chosen.states) and TaskStatus.COMPLETED not in chosen.states)
 
 
 def _by_queue(chosen: TaskFilter, queues: Collection[str]) -> Select[Any]:
