@@ -246,9 +246,10 @@ WHERE k.queue_name = :queue_name AND k.limit_key = f.limit_key AND f.tat > {cloc
 
 SHORTEN_WAIT_OF_ALL = Sql(
     """
-UPDATE {limit_totals} t SET tat = least(t.tat, {clock} + l.rate_interval * l.burst)
+UPDATE {limit_totals} t SET tat = {clock} + l.rate_interval * l.burst
 FROM {limits} l
 WHERE t.queue_name = :queue_name AND l.queue_name = :queue_name AND l.scope = 'queue' AND l.limit_key = ''
+  AND t.tat > {clock} + l.rate_interval * l.burst
 """,
     queue_name=Text(),
 )

@@ -103,7 +103,8 @@ async def test_a_worker_counts_what_it_ends_and_what_it_finds_to_be_cancelled(
         assert (row.queue_name, row.minute.second, row.minute.microsecond) == ("default", 0, 0)
         assert abs(datetime.now(UTC) - row.minute) < timedelta(minutes=3)
         assert 0 <= row.slowest <= row.milliseconds
-    assert max(row.slowest for row in rows if row.task_name == "slow") >= 50
+    # It took 50 ms, from the server's clock to the worker's, which differ by up to a round trip.
+    assert max(row.slowest for row in rows if row.task_name == "slow") >= 25
 
 
 async def test_a_running_task_that_a_client_cancels_is_counted_once(registered: Durable) -> None:
