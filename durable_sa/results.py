@@ -170,7 +170,7 @@ class TaskFilter:
         if self.version is not None:
             integer(self.version, "version", minimum=1, maximum=2**31 - 1)
         if self.state is not None:
-            given: object = self.state
+            given = cast("object", self.state)
             several = isinstance(given, Iterable) and not isinstance(given, str)
             states = tuple(_status(state) for state in (self.state if several else [self.state]))
             if not states:

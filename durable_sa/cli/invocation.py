@@ -138,6 +138,7 @@ async def _watched(act: Callable[[], Coroutine[Any, Any, None]], invocation: Inv
     if not watch:
         await act()
         return
+    working: asyncio.Task[None] | None = None
     try:
         while True:
             invocation.output.console.clear()
@@ -147,8 +148,9 @@ async def _watched(act: Callable[[], Coroutine[Any, Any, None]], invocation: Inv
     except asyncio.CancelledError:
         # Ctrl-C cancels the command; it is how this one ends. A query in flight gets a moment, because the driver
         # complains on stderr of one that is cut off.
-        with suppress(TimeoutError):
-            await asyncio.wait_for(working, _WATCH_SECONDS)
+        if working is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(working, _WATCH_SECONDS)
         raise typer.Exit(OK) from None
 
 

@@ -325,7 +325,7 @@ def chosen_ids(where: Select[Any] | CompoundSelect[Any], size: int) -> Select[by
     number = func.row_number().over(order_by=TaskRow.task_id) - constant(1)
     numbered = select(TaskRow.task_id, number.label("number")).where(*conditions(where)).subquery("numbered")
     page = numbered.c.number // constant(size)
-    separator: Any = aggregate_order_by(literal_column("''::bytea"), numbered.c.task_id)
+    separator: Any = aggregate_order_by(literal_column("''::bytea", LargeBinary()), numbered.c.task_id)
     ids = func.string_agg(func.uuid_send(numbered.c.task_id), separator, type_=LargeBinary())
     return select(ids.label("ids")).group_by(page).order_by(page)
 
