@@ -58,10 +58,9 @@ class Bulk(App):
         """Cancel all unfinished tasks that match, with their unfinished descendants; ended ones are skipped.
 
         `where` is a :class:`TaskFilter` or a select of ids, `select(TaskRow.task_id)`, also joined with tables of the
-        application. A select with a LIMIT, groups or another select in it is executed once, at the
-        beginning. `progress` is called after each batch with the number of tasks that are done or skipped, and the
-        number of all that match. A `dry_run` only counts. Tasks that another transaction keeps locked for ten seconds
-        are skipped.
+        application. A select with a LIMIT, groups or another select in it is executed once, at the beginning.
+        `progress` is called after each batch with the number of tasks that are done or skipped, and the number of all
+        that match. A `dry_run` only counts. Tasks that another transaction keeps locked for ten seconds are skipped.
         """
         return await run(self, functools.partial(cancel_batch, self), where, dry_run=dry_run, progress=progress)
 

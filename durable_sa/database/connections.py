@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.pool import NullPool, Pool, QueuePool
+from sqlalchemy.pool import NullPool, Pool
 
 from ..database_errors import (
     CACHED_PLAN_STATES,
@@ -337,7 +337,7 @@ class Database:
             logger.warning(
                 "transactions wait for a connection: the pool of %s connections has none left, and the worker keeps "
                 "three of them; raise pool_size or max_overflow",
-                capacity(self._pool),
+                private.capacity(self._pool),
             )
 
     async def _locate(self, connection: AsyncConnection) -> None:
@@ -466,13 +466,6 @@ class HeldConnection:
             await discard(connection)
             return
         await give_back(connection)
-
-
-def capacity(pool: Pool) -> int | None:
-    """Return the number of connections that a pool has at most; None without a limit."""
-    if not isinstance(pool, QueuePool) or pool._max_overflow < 0:  # pyright: ignore[reportPrivateUsage]
-        return None
-    return pool.size() + pool._max_overflow  # pyright: ignore[reportPrivateUsage]
 
 
 def is_worth_another(error: BaseException) -> bool:

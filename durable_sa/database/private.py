@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.result import SimpleResultMetaData
+from sqlalchemy.pool import Pool, QueuePool
 
 CONNECTION: Final = {
     # Also of Engine: True if it ever had a listener. The dispatcher answers as well, but takes a tenth of a spawn's
@@ -47,6 +48,9 @@ METADATA: Final = {
     "_key_to_index",
 }
 """Attributes of SimpleResultMetaData."""
+
+OVERFLOW: Final = "_max_overflow"
+"""Attribute of a pool: its connections beyond `pool_size`. Without it no worker warns that it takes all of them."""
 
 _complete: dict[type, bool] = {}
 """By classes of adapted connections: True if all attributes exist."""
@@ -83,6 +87,12 @@ def all_exist(connection: Connection) -> bool:
         complete = all(hasattr(owner, name) for owner, names in owners for name in names)
         _complete[type(adapted)] = complete
     return complete
+
+
+def capacity(pool: Pool) -> int | None:
+    """Return the number of connections that a pool has at most; None without a limit, or if it is not known."""
+    overflow: int = getattr(pool, OVERFLOW, -1)
+    return pool.size() + overflow if isinstance(pool, QueuePool) and overflow >= 0 else None
 
 
 def _adapted(connection: Connection) -> Any:

@@ -172,8 +172,9 @@ def _for_asyncpg(query: dict[str, Any], arguments: dict[str, Any], what: str) ->
         arguments["dsn"] = f"postgresql://?{urlencode(certificates)}"
     found = {name: _number(query, name, what) for name in _SOCKET}
     options = {name: value for name, value in found.items() if value is not None}
-    with socket.socket() as sock:
-        set_socket_options(sock, options, what)
+    if options:
+        with socket.socket() as sock:
+            set_socket_options(sock, options, what)
     return options
 
 

@@ -172,7 +172,7 @@ class _Progress:
 
 @dataclass
 class _Story:
-    """What the tasks of a transaction have done so far, for later calls in it."""
+    """The progress of the tasks of a transaction, from which later calls in it continue."""
 
     progress: dict[uuid.UUID, _Progress] = field(default_factory=dict[uuid.UUID, _Progress])
     now: datetime | None = None

@@ -19,10 +19,10 @@ from ..concurrency import branches, task_factory
 from ..concurrency.blocking import AnyTask
 from ..database.channel import DedicatedConnection, reconnecting
 from ..database.clock import LocalClock
-from ..database.connections import capacity
 from ..database.hint import Hint
 from ..database.listener import Listener
 from ..database.notifier import sender
+from ..database.private import capacity
 from ..database_errors import reason
 from ..errors import DurableError, InvalidConfiguration, QueueNotFound
 from ..execution.writer import Writer
